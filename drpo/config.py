@@ -1,0 +1,189 @@
+"""Recipes: one YAML file plus `key=value` overrides, merged strictly into frozen dataclasses.
+
+A config dataclass lives in the file that reads it. The string literal under each field is its help text;
+`--help` prints all of them with their defaults.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import platform
+import subprocess
+import textwrap
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Recipe = TypeVar("Recipe")
+
+VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
+
+
+class ConfigError(ValueError):
+    """A recipe or an override is wrong; the message names the full key."""
+
+
+def load_recipe(recipe_class: type[Recipe], path: Path | None, overrides: Sequence[str]) -> Recipe:
+    """Merge defaults < recipe file < overrides (`section.key=value`), and validate every value.
+
+    Raises ConfigError for a missing or malformed file, an unknown key, a wrong type, or a value that the
+    dataclass's `__post_init__` refuses.
+    """
+    layers = [OmegaConf.structured(recipe_class)]
+    if path is not None:
+        layers.append(_read_recipe(Path(path)))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{override!r} is not an override: write section.key=value")
+    try:
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        for layer in layers:
+            OmegaConf.set_readonly(layer, False)
+        return OmegaConf.to_object(_merge(layers, path))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, recipe_class, path)) from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def _merge(layers: list, path: Path | None):
+    _unlock(layers[0])
+    return OmegaConf.merge(*layers)
+
+
+def _unlock(node) -> None:
+    """Frozen dataclasses become read-only nodes at every level; merging needs them writable."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if OmegaConf.is_dict(child) and not child._is_none():
+            _unlock(child)
+
+
+def _read_recipe(path: Path):
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path(".")
+        found = ", ".join(sorted(p.name for p in folder.glob("*.yaml"))) or "none"
+        raise ConfigError(f"no recipe {path}; the YAML files in {folder}/ are: {found}")
+    try:
+        node = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not OmegaConf.is_dict(node):
+        raise ConfigError(f"{path} must hold a mapping of sections, found {type(node).__name__}")
+    return node
+
+
+def _explain(error: OmegaConfBaseException, recipe_class: type, path: Path | None) -> str:
+    key = error.full_key or ""
+    where = f" (recipe {path} or an override)" if path else ""
+    first_line = str(error).splitlines()[0]
+    message = f"{key}: {first_line}{where}" if key else f"{first_line}{where}"
+    section = key.rpartition(".")[0]
+    known = [option.key for option in options(recipe_class)]
+    if key and key not in known:
+        siblings = [k for k in known if k.rpartition(".")[0] == section] or known
+        message += f"\nknown keys there: {', '.join(siblings)}"
+    return message
+
+
+# --- help -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One key of a recipe, as `--help` shows it."""
+
+    key: str
+    type: str
+    default: object
+    help: str
+
+
+def options(recipe_class: type, prefix: str = "") -> Iterator[Option]:
+    """Every key of a recipe class, depth first, in the order of the source."""
+    helps = _field_docs(recipe_class)
+    hints = get_type_hints(recipe_class)
+    for field in dataclasses.fields(recipe_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from options(hints[field.name], f"{prefix}{field.name}.")
+            continue
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = (
+                field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
+            )
+        yield Option(prefix + field.name, str(field.type), default, helps.get(field.name, ""))
+
+
+def help_text(recipe_class: type, usage: str) -> str:
+    """The `--help` page: usage, then each key with type, default and help."""
+    lines = [usage, ""]
+    section = None
+    for option in options(recipe_class):
+        head = option.key.rpartition(".")[0]
+        if head != section:
+            section = head
+            lines.append(f"\n[{section or 'top level'}]")
+        default = json.dumps(option.default, default=str)
+        lines.append(f"  {option.key}  ({option.type}; default {default})")
+        lines += textwrap.wrap(option.help, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _field_docs(config_class: type) -> dict[str, str]:
+    """The string literals directly under the fields of a dataclass, by field name; bases included."""
+    docs: dict[str, str] = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        for statement, following in zip(body, body[1:], strict=False):
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+                continue
+            value = getattr(following, "value", None)
+            if isinstance(following, ast.Expr) and isinstance(value, ast.Constant):
+                docs[statement.target.id] = " ".join(str(value.value).split())
+    return docs
+
+
+# --- saving ---------------------------------------------------------------------------------------------
+
+
+def save_resolved(recipe: object, path: Path) -> None:
+    """Write the resolved recipe as YAML that can be given back as a recipe, with versions and commit on top."""
+    header = {"git_commit": git_commit(), "python": platform.python_version()} | package_versions()
+    lines = [f"# {name}: {value}" for name, value in header.items()]
+    Path(path).write_text("\n".join(lines) + "\n" + OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a run's numbers."""
+    versions = {}
+    for package in VERSIONED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def git_commit() -> str:
+    """The commit of this source tree, with `+changes` when it has uncommitted ones; `unknown` outside git."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
