@@ -1,0 +1,88 @@
+"""Checkpoints that are whole or absent, and exact resume.
+
+`checkpoints/step_<n>/` appears by one rename after everything in it has reached the disk, so a kill at any
+moment leaves the last one whole. It holds the engine's state (weights, optimizer, random state of every rank)
+and `trainer.json`: the step, the recipe, and what else the trainer must remember.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from drpo.engine import Engine
+
+STEP_FOLDER = re.compile(r"step_(\d+)$")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message says which, why, and what to do."""
+
+
+def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `checkpoints/step_<step>` atomically from all ranks, then delete all but the newest `keep`."""
+    folder = run_dir / "checkpoints" / f"step_{step}"
+    partial = folder.with_name(f".partial_{step}")
+    if engine.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    engine.barrier()
+    engine.save_state(partial)
+    engine.barrier()
+    if engine.is_main:
+        (partial / "trainer.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        _flush_to_disk(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        _flush_folder(folder.parent)
+        for old in list_checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    engine.barrier()
+    return folder
+
+
+def load_checkpoint(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Restore the engine's state and return what the trainer saved."""
+    state = read_trainer_state(folder)
+    saved_world_size = state["world_size"]
+    if saved_world_size != engine.world_size:
+        raise CheckpointError(
+            f"{folder} was written by {saved_world_size} processes and this run has {engine.world_size}; "
+            f"exact resume needs the same number: launch with --num_processes {saved_world_size}"
+        )
+    engine.load_state(folder)
+    return state
+
+
+def read_trainer_state(folder: Path) -> dict[str, Any]:
+    path = Path(folder) / "trainer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no checkpoint: it has no trainer.json")
+    return json.loads(path.read_text())
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    root = Path(run_dir) / "checkpoints"
+    found = [p for p in root.glob("step_*") if STEP_FOLDER.match(p.name) and (p / "trainer.json").is_file()]
+    return sorted(found, key=lambda p: int(STEP_FOLDER.match(p.name)[1]))
+
+
+def _flush_to_disk(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

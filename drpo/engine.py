@@ -1,0 +1,229 @@
+"""The only file that knows accelerate and DeepSpeed: processes, precision, backward, collectives, state."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Precision and trackers; what runs where is said by `accelerate launch`."""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Autocast precision; null takes what `accelerate launch --mixed_precision` or its config file says."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """accelerate trackers by name (tensorboard, wandb, comet_ml, mlflow, ...); [] for none."""
+    project: str = "drpo"
+    """Project name given to the trackers."""
+
+
+class Engine:
+    """One prepared module and optimizer on every process, and the collectives that trainers need."""
+
+    def __init__(self, config: EngineConfig, run_dir: Path, seed: int, max_grad_norm: float | None) -> None:
+        handlers = []
+        if not torch.cuda.is_available():
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        self._accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=config.trackers or None,
+            project_dir=str(run_dir),
+            kwargs_handlers=handlers,
+            step_scheduler_with_optimizer=False,
+        )
+        self._max_grad_norm = max_grad_norm
+        self._module: nn.Module | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._trackers_started = False
+        self._config = config
+        plugin = self._accelerator.state.deepspeed_plugin
+        if plugin is not None:
+            # Accumulation is ours (the last micro-batch of a step is marked), so DeepSpeed sees one per step.
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+            plugin.deepspeed_config["gradient_accumulation_steps"] = 1
+            plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
+        self.seed(seed)
+
+    # --- where we are -----------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        return self._accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self._accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self._accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self._accelerator.device
+
+    @property
+    def precision(self) -> str:
+        return self._accelerator.mixed_precision
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    @property
+    def _deepspeed(self) -> bool:
+        return self._accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def _zero3(self) -> bool:
+        return self._deepspeed and self._accelerator.state.deepspeed_plugin.zero_stage == 3
+
+    def seed(self, seed: int) -> None:
+        """Seed Python, numpy and torch, differently on every rank."""
+        local = seed + 100_003 * self.rank
+        random.seed(local)
+        np.random.seed(local % 2**32)
+        torch.manual_seed(local)
+
+    def shard(self, num_rows: int) -> slice:
+        """This rank's contiguous share of `num_rows` rows; the world size must divide them."""
+        if num_rows % self.world_size:
+            raise ValueError(f"{num_rows} rows do not divide over {self.world_size} processes")
+        share = num_rows // self.world_size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    # --- training ---------------------------------------------------------------------------------------
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Wrap for DDP, DeepSpeed or one process. Call the returned module where gradients are wanted."""
+        self._module, self._optimizer = self._accelerator.prepare(module, optimizer)
+        return self._module
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a frozen model to the device, in evaluation mode and without gradients."""
+        dtype = torch.bfloat16 if self._deepspeed and self.precision == "bf16" else None
+        return module.to(self.device, dtype=dtype).eval().requires_grad_(False)
+
+    def autocast(self):
+        """The precision of training forwards, for forwards outside the prepared module."""
+        return self._accelerator.autocast()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients; `last` marks the last micro-batch of the optimizer step."""
+        self._accelerator.gradient_state._set_sync_gradients(last)
+        self._accelerator.backward(loss)
+
+    def accumulating(self, last: bool):
+        """Context for the forward and backward of a micro-batch: gradients cross ranks at the last only."""
+        return nullcontext() if last else self._accelerator.no_sync(self._module)
+
+    def optimizer_step(self) -> float:
+        """Clip, step, clear gradients. Returns the global gradient norm before clipping."""
+        if self._deepspeed:  # the step was taken in backward(last=True)
+            return float(self._accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
+        limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
+        norm = self._accelerator.clip_grad_norm_(self._module.parameters(), limit)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def loss_scale(self) -> int:
+        """Gradients are averaged over ranks: a loss that is a share of a global sum is multiplied by this."""
+        return self.world_size
+
+    @contextmanager
+    def whole_weights(self, module: nn.Module) -> Iterator[None]:
+        """Within this context every rank holds all weights of `module` (a no-op but for ZeRO stage 3)."""
+        if not self._zero3:
+            yield
+            return
+        import deepspeed
+
+        # Gathered by hand: DeepSpeed's forward hooks would release the weights again module by module.
+        optimizer = self._module.optimizer
+        offload = getattr(optimizer, "parameter_offload", optimizer)
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            offload._remove_module_hooks()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                offload.setup_zero_stage3_hooks()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Full weights of the prepared module, on the main process (other ranks may get an empty dict)."""
+        return self._accelerator.get_state_dict(self._module)
+
+    # --- collectives ------------------------------------------------------------------------------------
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Concatenate equal-shaped row tensors of all ranks, in rank order, on every rank."""
+        return rows if self.world_size == 1 else self._accelerator.gather(rows.contiguous())
+
+    def gather_objects(self, objects: Sequence[Any]) -> list[Any]:
+        """Concatenate lists of picklable objects of all ranks, in rank order, on every rank."""
+        return list(objects) if self.world_size == 1 else gather_object(list(objects))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return value if self.world_size == 1 else self._accelerator.reduce(value, reduction="sum")
+
+    def max(self, value: float) -> float:
+        """Largest of a number over ranks."""
+        local = torch.tensor([float(value)], device=self.device, dtype=torch.float32)
+        return float(self.gather_rows(local).max())
+
+    def barrier(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+    # --- state and trackers -----------------------------------------------------------------------------
+
+    def save_state(self, folder: Path) -> None:
+        """Weights, optimizer and the random state of every rank, into a folder shared by all ranks."""
+        self._accelerator.save_state(str(folder))
+
+    def load_state(self, folder: Path) -> None:
+        self._accelerator.load_state(str(folder))
+
+    def start_trackers(self, config: dict[str, Any]) -> None:
+        if self._config.trackers:
+            flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
+            self._accelerator.init_trackers(self._config.project, config=flat)
+            self._trackers_started = True
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if self._trackers_started:
+            self._accelerator.log(metrics, step=step)
+
+    def close(self) -> None:
+        """Flush the trackers and leave the process group."""
+        if self._trackers_started:
+            self._accelerator.end_training()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+    def peak_memory_gib(self) -> float:
+        """Peak memory of this process since the last call: the device's on GPUs, resident memory on CPU."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return peak / 2**30
+        with open(f"/proc/{os.getpid()}/status") as status:
+            for line in status:
+                if line.startswith("VmHWM"):
+                    return int(line.split()[1]) / 2**20
+        return float("nan")
+

@@ -1,0 +1,78 @@
+"""Named scalars of a run: one JSON object a step in `metrics.jsonl`, and the same to accelerate's trackers.
+
+Keys are `group/name`. Wall-clock numbers live under `time/`, throughput and memory under `perf/`; every other
+key is reproducible: a run that was killed and resumed writes the same values as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+WALL_CLOCK_GROUPS = ("time/", "perf/")
+
+
+class JsonLines:
+    """A JSONL file of one run, appended to line by line and cut back to a step on resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def write(self, *rows: Mapping[str, object]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n")
+
+    def keep_up_to(self, step: int) -> None:
+        """Drop the rows of later steps, and a last line that a kill left unfinished."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self._whole_lines() if json.loads(line)["step"] <= step]
+        replacement = self.path.with_suffix(".tmp")
+        replacement.write_text("".join(kept), encoding="utf-8")
+        replacement.replace(self.path)
+
+    def _whole_lines(self) -> list[str]:
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n")]
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a `metrics.jsonl`."""
+    with Path(path).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def reproducible(row: Mapping[str, float]) -> dict[str, float]:
+    """A metrics row without its wall-clock keys."""
+    return {key: value for key, value in row.items() if not key.startswith(WALL_CLOCK_GROUPS)}
+
+
+class Phases:
+    """Seconds spent in the named phases of one step."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """`time/<phase>` of every phase and `time/step` of the whole."""
+        total = time.perf_counter() - self._start
+        return {f"time/{name}": value for name, value in self._seconds.items()} | {"time/step": total}
+
+
+def non_finite(row: Mapping[str, float]) -> list[str]:
+    """The keys of a row whose values are inf or nan."""
+    return [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]

@@ -1,0 +1,213 @@
+"""A run's folder and its life: who owns it, what is in it, resuming it, and stopping it on a signal.
+
+The contract (docs/recipes.md): `config.yaml`, `metrics.jsonl`, `completions.jsonl`, `checkpoints/step_<n>/`
+and, at the end, the result (`policy/` or `reward_model/`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from drpo.checkpoints import CheckpointError, list_checkpoints, load_checkpoint, read_trainer_state, save_checkpoint
+from drpo.config import save_resolved
+from drpo.engine import Engine
+from drpo.metrics import JsonLines
+
+# Sections that do not change what is computed: they may differ between a run and its resumption.
+FREE_ON_RESUME = ("run_dir", "resume", "log", "checkpoint")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and how much to keep."""
+
+    every: int = 50
+    """Save after every so many steps; 0 saves at the end only."""
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"checkpoint.every must be >= 0, got {self.every}")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep must be >= 1, got {self.keep}")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown and how often."""
+
+    every: int = 1
+    """Show a line on the console after every so many steps (metrics.jsonl gets every step)."""
+    samples_every: int = 20
+    """Write sample completions after every so many steps; 0 for never."""
+    num_samples: int = 4
+    """How many of them are shown on the console (completions.jsonl gets the same ones)."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"log.{name} must be >= 1, got {getattr(self, name)}")
+        if self.samples_every < 0:
+            raise ValueError(f"log.samples_every must be >= 0, got {self.samples_every}")
+
+
+Resume = Literal["auto", "restart"]
+
+
+class RunFolder:
+    """The folder of one run, on every rank; only the main process writes outside `checkpoints/`."""
+
+    def __init__(self, recipe: Any, engine: Engine, checkpoint: CheckpointConfig, log: LogConfig) -> None:
+        self.path = Path(recipe.run_dir)
+        self.metrics = JsonLines(self.path / "metrics.jsonl")
+        self.completions = JsonLines(self.path / "completions.jsonl")
+        self._recipe, self._engine, self._checkpoint, self.log = recipe, engine, checkpoint, log
+        self._console = Console()
+        self._progress: Progress | None = None
+        self._signal: int | None = None
+
+    # --- opening ----------------------------------------------------------------------------------------
+
+    def open(self, module_is_ready: bool = True) -> dict[str, Any] | None:
+        """Make the folder, or resume what is in it. Returns the saved trainer state, None for a fresh run.
+
+        Raises CheckpointError when the folder holds a run with other settings.
+        """
+        engine = self._engine
+        if engine.is_main and self._recipe.resume == "restart":
+            self._set_aside()
+        engine.barrier()
+        checkpoints = list_checkpoints(self.path)
+        state = None
+        if checkpoints:
+            self._refuse_other_recipe(read_trainer_state(checkpoints[-1]), checkpoints[-1])
+            state = load_checkpoint(engine, checkpoints[-1])
+            self.say(f"resuming {self.path} after step {state['step']}")
+        if engine.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            step = state["step"] if state else -1
+            self.metrics.keep_up_to(step)
+            self.completions.keep_up_to(step)
+            save_resolved(self._recipe, self.path / "config.yaml")
+        engine.start_trackers(flatten(self._recipe))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        engine.barrier()
+        return state
+
+    def _set_aside(self) -> None:
+        if not self.path.exists():
+            return
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.old{number}")).exists():
+            number += 1
+        shutil.move(self.path, target)
+        self.say(f"moved the earlier run to {target}")
+
+    def _refuse_other_recipe(self, state: dict[str, Any], folder: Path) -> None:
+        now, then = flatten(self._recipe), state["recipe"]
+        changed = [
+            f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
+            for key in sorted(now.keys() | then.keys())
+            if key.partition(".")[0] not in FREE_ON_RESUME and now.get(key) != then.get(key)
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{folder} belongs to a run with other settings: {'; '.join(changed)}. "
+                "Choose another run_dir, or resume=restart to move that run aside"
+            )
+
+    # --- during the run ---------------------------------------------------------------------------------
+
+    def save(self, step: int, num_steps: int, state: dict[str, Any]) -> None:
+        """Checkpoint when it is time: every `checkpoint.every` steps, at the end, and on SIGTERM or SIGINT.
+
+        After a signal the process leaves with exit code 128 + signal once the checkpoint is on disk.
+        """
+        stop = int(self._engine.max(self._signal or 0))
+        every = self._checkpoint.every
+        if stop or step == num_steps or (every and step % every == 0):
+            full = {"recipe": flatten(self._recipe), "world_size": self._engine.world_size, **state}
+            folder = save_checkpoint(self._engine, self.path, step, full, self._checkpoint.keep)
+            if stop:
+                name = signal.Signals(stop).name
+                self.say(f"{name}: saved {folder}; run the same command again to go on from step {step}")
+                self.close()
+                raise SystemExit(128 + stop)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._signal is not None:  # asked twice: leave at once
+            os._exit(128 + number)
+        self._signal = number
+
+    def record(self, step: int, metrics: dict[str, float], shown: tuple[str, ...]) -> None:
+        """One row to metrics.jsonl, the trackers, and (every `log.every` steps) the console."""
+        if not self._engine.is_main:
+            return
+        self.metrics.write({"step": step, **metrics})
+        self._engine.log(metrics, step)
+        if step % self.log.every == 0 or step == 1:
+            parts = [f"{key.rpartition('/')[2]} {metrics[key]:.4g}" for key in shown if key in metrics]
+            self.say(f"step {step}: " + "  ".join(parts))
+
+    def start_progress(self, description: str, done: int, total: int) -> None:
+        if self._engine.is_main:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            columns += (TimeElapsedColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+            self._progress.start()
+            self._progress.add_task(description, total=total, completed=done)
+
+    def advance(self) -> None:
+        if self._progress is not None:
+            self._progress.advance(self._progress.task_ids[0])
+
+    def say(self, message: object) -> None:
+        if self._engine.is_main:
+            self._console.print(message, highlight=False, soft_wrap=isinstance(message, str), markup=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self._engine.close()
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config dataclass as `section.key` -> JSON value."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        key = prefix + field.name
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, key + ".")
+        else:
+            flat[key] = json.loads(json.dumps(value, default=str))
+    return flat
+
+
+def finite_or_stop(engine: Engine, values: torch.Tensor, what: str, step: int, run_dir: Path) -> None:
+    """Stop the run on all ranks when `values` (rows first) holds inf or nan on this or any rank."""
+    flat = values.detach().reshape(values.shape[0], -1) if values.dim() else values.detach().reshape(1, 1)
+    bad = (~torch.isfinite(flat)).any(dim=1)
+    if engine.max(float(bad.any())) == 0:
+        return
+    rows = bad.nonzero().flatten().tolist()
+    checkpoints = list_checkpoints(run_dir)
+    last = checkpoints[-1] if checkpoints else "none"
+    raise FloatingPointError(
+        f"step {step}: {what} is not finite in row(s) {rows[:8]} of rank {engine.rank} "
+        f"(last checkpoint: {last}). Lower the learning rate, or look at these rows' rewards"
+    )
