@@ -1,0 +1,36 @@
+"""Generalised advantage estimation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, both (B, R), of the tokens where `mask` is True.
+
+        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1},    G_t = A_t + V_t
+
+    `rewards`, `values` (V_t: before token t) and `mask` are (B, R); the True tokens of a row are contiguous,
+    and V and A after the last of them are 0. Where `mask` is False both results are 0, and what stands there
+    in `rewards` and `values` has no effect: with mask = action_mask the episode begins at the reset.
+    Raises ValueError when a row's mask has a hole. Source: Schulman et al. 2016, eq. 16.
+    """
+    starts = mask & torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1].logical_not()], dim=1)
+    broken = (starts.sum(dim=1) > 1).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(
+            f"the mask of rows {broken} has a hole; GAE needs one unbroken run of True tokens in a row"
+        )
+
+    rewards = torch.where(mask, rewards, 0.0)
+    values = torch.where(mask, values, 0.0)
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = rewards + gamma * next_values - values
+    advantage = torch.zeros_like(deltas[:, 0])
+    backwards = []
+    for delta in reversed(deltas.unbind(dim=1)):
+        advantage = delta + gamma * lam * advantage
+        backwards.append(advantage)
+    advantages = torch.where(mask, torch.stack(backwards[::-1], dim=1), 0.0)
+    return advantages, torch.where(mask, advantages + values, 0.0)

@@ -1,0 +1,68 @@
+"""The two losses of PPO, per token and unreduced.
+
+The trainer sums them where the mask is True (`masked_sum`) and divides by the token count of the whole
+optimizer step, so a token weighs the same however the batch is cut into micro-batches. Both work element by
+element, on any shape.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"Bound of |log ratio|, in nats: exp(20) = 5e8. float32 overflows at 88, and gradient norms square."
+
+
+class PolicyTerms(NamedTuple):
+    """Per-token parts of the policy loss, (B, R) each."""
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    "bool: the clipped branch is the larger loss, so the token has no gradient."
+
+
+def ppo_policy_loss(
+    new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, clip_range: float
+) -> PolicyTerms:
+    """Clipped surrogate loss of each token, all arguments (B, R).
+
+        ratio = exp(new_logprobs - logprobs)
+        loss  = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range))
+
+    Only `new_logprobs` should carry a gradient. A log ratio beyond +-MAX_LOG_RATIO is held there and has no
+    gradient; so an infinite or nan log ratio under the mask cannot turn its zero gradient into nan.
+    Source: Schulman et al. 2017, eq. 7 (negated).
+    """
+    ratio = (new_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    unclipped_loss = -advantages * ratio
+    clipped_loss = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = torch.maximum(unclipped_loss, clipped_loss)
+    return PolicyTerms(loss, ratio.detach(), clipped_loss.detach() > unclipped_loss.detach())
+
+
+class ValueTerms(NamedTuple):
+    """Per-token parts of the value loss, (B, R) each."""
+
+    loss: Tensor
+    clipped: Tensor
+    "bool: the clipped branch is the larger loss, so the token has no gradient."
+
+
+def ppo_value_loss(new_values: Tensor, values: Tensor, returns: Tensor, clip_range: float) -> ValueTerms:
+    """Clipped value loss of each token, all arguments (B, R).
+
+        loss = 0.5 max((v - G)^2, (clip(v, V - clip_range, V + clip_range) - G)^2)
+
+    v are the new values (with gradient), V those of the rollout, G the returns. Both should be finite
+    everywhere; `gae` sees to it for G.
+    Source: OpenAI baselines, PPO2; the paper's eq. 9 has no clipping (Schulman et al. 2017).
+    """
+    clipped_values = torch.clamp(new_values, values - clip_range, values + clip_range)
+    unclipped_loss = 0.5 * (new_values - returns) ** 2
+    clipped_loss = 0.5 * (clipped_values - returns) ** 2
+    loss = torch.maximum(unclipped_loss, clipped_loss)
+    return ValueTerms(loss, clipped_loss.detach() > unclipped_loss.detach())

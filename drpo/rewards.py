@@ -1,0 +1,222 @@
+"""From a reward model's scores and the KL to the reference policy, to per-token rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from drpo.data.records import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished response, as a reward function sees it."""
+
+    prompt: str
+    "Text that ends where the response begins."
+    response: str
+    "Text of the response, forced prefix included, without special tokens."
+    ended: bool
+    "Whether a stop token was sampled."
+    query_ids: list[int]
+    "Tokens of the prompt alone, unpadded."
+    response_ids: list[int]
+    "Tokens of the whole response, stop token included when sampled."
+    record: Record
+    "The row of data that the prompt came from."
+
+
+class RewardFn(Protocol):
+    """Anything that scores completions: one float each, higher is better."""
+
+    def __call__(self, completions: Sequence[Completion]) -> Sequence[float] | Tensor: ...
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Per-token estimate (B, R), in nats, of KL(policy || reference) from tokens that the policy sampled.
+
+    With d = logprobs - ref_logprobs:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d.
+    k1 and k3 are unbiased, k2 and k3 never negative. On tokens that the policy did not sample none of
+    them estimates a KL. Raises ValueError on another estimator.
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    log_ratio = logprobs - ref_logprobs
+    match estimator:
+        case "k1":
+            return log_ratio
+        case "k2":
+            return 0.5 * log_ratio**2
+        case "k3":
+            return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"unknown KL estimator {estimator!r}; choose k1, k2 or k3")
+
+
+def shape_scores(
+    scores: Tensor,
+    ended: Tensor,
+    lengths: Tensor,
+    *,
+    missing_stop: Literal["none", "replace", "subtract"],
+    missing_stop_penalty: float,
+    length_penalty: float,
+    clip: float | None,
+) -> Tensor:
+    """Turn raw scores (B,) into the scores (B,) that the policy is trained on, in this order.
+
+    1. clip:          score <- min(max(score, -clip), clip)
+    2. missing stop:  where `ended` (B,) is False, "replace" puts -missing_stop_penalty in place of the
+                      score (Huang et al. 2024, the EOS trick) and "subtract" takes the penalty off it
+    3. length:        score <- score - length_penalty * lengths, with lengths (B,) in tokens
+
+    So neither penalty is ever clipped away. Raises ValueError on another mode, a negative penalty (it is
+    taken off, so it is given as a positive number) or a clip that is not positive.
+    """
+    if missing_stop_penalty < 0:
+        raise ValueError(
+            f"missing_stop_penalty is taken off the score, give it as >= 0, got {missing_stop_penalty}"
+        )
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip bounds the size of a score, so it must be > 0, got {clip}; None turns it off")
+    if clip is not None:
+        scores = scores.clamp(-clip, clip)
+    match missing_stop:
+        case "none":
+            pass
+        case "replace":
+            scores = torch.where(ended, scores, -missing_stop_penalty)
+        case "subtract":
+            scores = torch.where(ended, scores, scores - missing_stop_penalty)
+        case _:
+            raise ValueError(f"unknown missing_stop {missing_stop!r}; choose none, replace or subtract")
+    return scores - length_penalty * lengths
+
+
+def token_rewards(
+    scores: Tensor, kl: Tensor, kl_coef: float, kl_mask: Tensor, response_mask: Tensor
+) -> Tensor:
+    """Per-token rewards (B, R): r_t = -kl_coef * kl_t where kl_mask, plus the score at the last real token.
+
+    `scores` (B,), `kl` (B, R) in nats, masks (B, R) bool. The last real token is found in `response_mask`,
+    not by looking for padding, so a response that fills the row is scored like any other.
+    Raises ValueError when a response has no token, for then its score has no place.
+    Source: Stiennon et al. 2020, section 3.4; Ziegler et al. 2019, eq. 2.
+    """
+    empty = response_mask.any(dim=1).logical_not().nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"rows {empty} of response_mask are empty, so their scores have no token to stand on"
+        )
+    columns = torch.arange(response_mask.shape[1], device=response_mask.device)
+    last = torch.where(response_mask, columns, -1).amax(dim=1, keepdim=True)
+    penalty = torch.where(kl_mask, -kl_coef * kl, 0.0)
+    return penalty + torch.where(columns == last, scores.to(kl.dtype).unsqueeze(1), 0.0)
+
+
+class RunningMoments:
+    """Mean and variance of every score seen so far, in float64.
+
+    A batch of n scores with mean m and sum of squared deviations s joins the running (N, M, S) by
+        d = m - M,   M <- M + d n / (N + n),   S <- S + s + d^2 N n / (N + n),   N <- N + n
+    Source: Chan, Golub and LeVeque 1979.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = 0.0
+        self._squares = 0.0
+
+    @property
+    def var(self) -> float:
+        """Population variance S / N of the scores seen so far; nan before the first."""
+        return self._squares / self.count if self.count else math.nan
+
+    def update(self, scores: Tensor) -> None:
+        """Take in a batch of scores, any shape. Raises ValueError if one is inf or nan."""
+        if not bool(scores.isfinite().all()):
+            raise ValueError(f"these scores are not all finite, which the running mean cannot take: {scores}")
+        num_new = scores.numel()
+        if num_new == 0:
+            return
+        new = scores.double()
+        new_mean = new.mean().item()
+        total = self.count + num_new
+        shift = new_mean - self.mean
+        self._squares += ((new - new_mean) ** 2).sum().item() + shift**2 * self.count * num_new / total
+        self.mean += shift * num_new / total
+        self.count = total
+
+    def normalise(self, scores: Tensor) -> Tensor:
+        """(scores - mean) / sqrt(var + 1e-8). Raises ValueError before the first update."""
+        if self.count == 0:
+            raise ValueError("no score seen yet, so there is nothing to normalise by; call update first")
+        return ((scores.double() - self.mean) / math.sqrt(self.var + 1e-8)).to(scores.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on exactly from here."""
+        return {"count": self.count, "mean": self.mean, "squares": self._squares}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. Raises KeyError when a part is missing."""
+        self.count, self.mean, self._squares = state["count"], state["mean"], state["squares"]
+
+
+class FixedKL:
+    """A KL coefficient that never moves, so it has no state. Raises ValueError when it is negative."""
+
+    def __init__(self, coef: float) -> None:
+        if not coef >= 0:
+            raise ValueError(f"a KL coefficient must be >= 0, got {coef}")
+        self.coef = coef
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Nothing to do; here so that both coefficients are driven alike."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the coefficient comes from the recipe."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError when the saved run adapted its coefficient."""
+        if state:
+            raise ValueError(
+                f"the KL coefficient is fixed at {self.coef}, but the saved run adapted its own: {state}"
+            )
+
+
+class AdaptiveKL:
+    """A KL coefficient that steers the measured KL (nats per episode) to a target.
+
+        error = clip(kl / target - 1, -0.2, 0.2);   coef <- coef (1 + error * num_episodes / horizon)
+
+    Feed it the KL of tokens that the policy sampled, never that of forced ones.
+    Raises ValueError when an argument is not positive. Source: Ziegler et al. 2019, section 2.2.
+    """
+
+    def __init__(self, coef: float, target: float, horizon: float) -> None:
+        for name, value in (("coef", coef), ("target", target), ("horizon", horizon)):
+            if not value > 0:
+                raise ValueError(f"adaptive KL needs {name} > 0, got {value}")
+        self.coef = coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Move the coefficient after `num_episodes` with mean KL `kl`. Raises ValueError if it is inf or nan."""
+        if not math.isfinite(kl):
+            raise ValueError(f"the measured KL is {kl}; the policy's log-probabilities are broken")
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * num_episodes / self.horizon
+
+    def state_dict(self) -> dict[str, Any]:
+        """The coefficient as it stands."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved coefficient. Raises KeyError when the saved run had a fixed one."""
+        self.coef = state["coef"]
