@@ -2,7 +2,7 @@
 
 The trainer sums them where the mask is True (`masked_sum`) and divides by the token count of the whole
 optimizer step, so a token weighs the same however the batch is cut into micro-batches. Both work element by
-element, on any shape.
+element on any shape, so also on the counted tokens alone, `x[mask]`.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def ppo_value_loss(new_values: Tensor, values: Tensor, returns: Tensor, clip_ran
 
         loss = 0.5 max((v - G)^2, (clip(v, V - clip_range, V + clip_range) - G)^2)
 
-    v are the new values (with gradient), V those of the rollout, G the returns. Both should be finite
-    everywhere; `gae` sees to it for G.
+    v are the new values (with gradient), V those of the rollout, G the returns; all finite, also under the
+    mask (`gae` sees to it for G), for the square of an infinite error has a nan gradient there.
     Source: OpenAI baselines, PPO2; the paper's eq. 9 has no clipping (Schulman et al. 2017).
     """
     clipped_values = torch.clamp(new_values, values - clip_range, values + clip_range)

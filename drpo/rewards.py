@@ -207,7 +207,7 @@ class AdaptiveKL:
         self.horizon = horizon
 
     def update(self, kl: float, num_episodes: int) -> None:
-        """Move the coefficient after `num_episodes` with mean KL `kl`. Raises ValueError if it is inf or nan."""
+        """Move the coefficient after `num_episodes` of mean KL `kl`. Raises ValueError if not finite."""
         if not math.isfinite(kl):
             raise ValueError(f"the measured KL is {kl}; the policy's log-probabilities are broken")
         error = min(max(kl / self.target - 1, -0.2), 0.2)

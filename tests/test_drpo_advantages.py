@@ -1,0 +1,139 @@
+"""GAE against hand-worked values, a plain loop, and the identities that it must satisfy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from drpo.advantages import gae
+
+T, F = True, False
+
+
+def random_episodes(seed: int, rows: int = 9, length: int = 12) -> tuple[torch.Tensor, ...]:
+    """Rewards, values and a mask whose rows start and end at random; row 0 is full, row 1 is empty."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(rows, length, generator=generator, dtype=torch.float64)
+    values = torch.randn(rows, length, generator=generator, dtype=torch.float64)
+    starts = torch.randint(0, length, (rows, 1), generator=generator)
+    ends = starts + 1 + (torch.rand(rows, 1, generator=generator) * (length - starts)).long()
+    starts[0], ends[0], ends[1] = 0, length, starts[1]
+    columns = torch.arange(length)
+    return rewards, values, (columns >= starts) & (columns < ends)
+
+
+def loop_gae(rewards, values, mask, gamma, lam):
+    """Each row alone: cut the counted run out, then sum (gamma lam)^l delta_{t+l} for every t."""
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for i in range(len(rewards)):
+        columns = [t for t in range(rewards.shape[1]) if mask[i, t]]
+        r = [rewards[i, t].item() for t in columns]
+        v = [values[i, t].item() for t in columns] + [0.0]
+        deltas = [r[k] + gamma * v[k + 1] - v[k] for k in range(len(r))]
+        for k, t in enumerate(columns):
+            advantages[i, t] = sum((gamma * lam) ** n * deltas[k + n] for n in range(len(r) - k))
+            returns[i, t] = advantages[i, t] + v[k]
+    return advantages, returns
+
+
+def test_by_hand():
+    # gamma 0.9, lambda 0.5, so gamma lambda = 0.45. r = 1, 0, 2 and V = 0.5, 1, 2, then V = 0.
+    #   delta_2 = 2 + 0       - 2   = 0          A_2 = 0
+    #   delta_1 = 0 + 0.9 * 2 - 1   = 0.8        A_1 = 0.8 + 0.45 * 0    = 0.8
+    #   delta_0 = 1 + 0.9 * 1 - 0.5 = 1.4        A_0 = 1.4 + 0.45 * 0.8  = 1.76
+    # returns A + V = 2.26, 1.8, 2
+    rewards = torch.tensor([[1.0, 0.0, 2.0, 7.0]])
+    values = torch.tensor([[0.5, 1.0, 2.0, 7.0]])
+    advantages, returns = gae(rewards, values, torch.tensor([[T, T, T, F]]), 0.9, 0.5)
+    torch.testing.assert_close(advantages, torch.tensor([[1.76, 0.8, 0.0, 0.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[2.26, 1.8, 2.0, 0.0]]))
+    # The same episode after a forced prefix of two tokens.
+    rewards = torch.cat([torch.full((1, 2), 5.0), rewards], dim=1)
+    values = torch.cat([torch.full((1, 2), -5.0), values], dim=1)
+    advantages, returns = gae(rewards, values, torch.tensor([[F, F, T, T, T, F]]), 0.9, 0.5)
+    torch.testing.assert_close(advantages, torch.tensor([[0.0, 0.0, 1.76, 0.8, 0.0, 0.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[0.0, 0.0, 2.26, 1.8, 2.0, 0.0]]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.99, 0.9), (0.5, 1.0), (1.0, 0.0), (0.0, 0.5)])
+def test_equals_a_plain_loop(seed, gamma, lam):
+    episodes = random_episodes(seed)
+    for got, expected in zip(gae(*episodes, gamma, lam), loop_gae(*episodes, gamma, lam), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_gamma_and_lambda_one_give_the_return_to_go():
+    rewards, values, mask = random_episodes(10)
+    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
+    kept = rewards.masked_fill(mask.logical_not(), 0)
+    to_go = kept.flip(1).cumsum(1).flip(1).masked_fill(mask.logical_not(), 0)
+    torch.testing.assert_close(returns, to_go)
+    torch.testing.assert_close(advantages, (to_go - values).masked_fill(mask.logical_not(), 0))
+
+
+def test_lambda_zero_gives_the_td_error():
+    rewards, values, mask = random_episodes(11)
+    advantages, _ = gae(rewards, values, mask, 0.9, 0.0)
+    for i, t in mask.nonzero().tolist():
+        follows = t + 1 < mask.shape[1] and bool(mask[i, t + 1])
+        next_value = values[i, t + 1] if follows else 0.0
+        torch.testing.assert_close(advantages[i, t], rewards[i, t] + 0.9 * next_value - values[i, t])
+
+
+def test_true_values_have_no_advantage():
+    # One reward of 1 at the end of 4 tokens, gamma 0.5: V = 1/8, 1/4, 1/2, 1 is exact, so every A is 0.
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+    values = torch.tensor([[0.125, 0.25, 0.5, 1.0]])
+    advantages, returns = gae(rewards, values, torch.ones(1, 4, dtype=torch.bool), 0.5, 0.95)
+    assert advantages.tolist() == [[0.0] * 4]
+    assert torch.equal(returns, values)
+
+
+@pytest.mark.parametrize("junk", [3.0, -1e30, math.inf, math.nan])
+def test_forced_and_padded_positions_have_no_effect(junk):
+    rewards, values, mask = random_episodes(12)
+    expected = gae(rewards, values, mask, 1.0, 0.95)
+    dirty_rewards, dirty_values = (x.masked_fill(mask.logical_not(), junk) for x in (rewards, values))
+    got = gae(dirty_rewards, dirty_values, mask, 1.0, 0.95)
+    for before, after in zip(expected, got, strict=True):
+        assert torch.equal(before, after)
+        assert after[mask.logical_not()].abs().max() == 0
+
+
+def test_padding_width_changes_nothing():
+    rewards, values, mask = (x.float() if x.is_floating_point() else x for x in random_episodes(13))
+    expected = gae(rewards, values, mask, 1.0, 0.95)
+
+    def widen(x, left, right):
+        return torch.nn.functional.pad(x, (left, right), value=1)
+
+    for left, right in [(0, 5), (3, 0), (2, 7)]:
+        wide_mask = widen(mask.int(), left, right).bool()
+        wide_mask[:, :left] = wide_mask[:, left + mask.shape[1] :] = False
+        got = gae(widen(rewards, left, right), widen(values, left, right), wide_mask, 1.0, 0.95)
+        for before, after in zip(expected, got, strict=True):
+            assert torch.equal(after[:, left : left + mask.shape[1]], before)
+
+
+def test_rows_do_not_see_each_other():
+    rewards, values, mask = random_episodes(14)
+    together = gae(rewards, values, mask, 0.99, 0.9)
+    for i in range(len(mask)):
+        alone = gae(rewards[i : i + 1], values[i : i + 1], mask[i : i + 1], 0.99, 0.9)
+        assert all(torch.equal(x[i : i + 1], y) for x, y in zip(together, alone, strict=True))
+
+
+def test_a_hole_in_the_mask_is_refused_by_row():
+    mask = torch.tensor([[T, T, F], [T, F, T], [F, T, T], [F, F, F]])
+    with pytest.raises(ValueError, match=r"rows \[1\] has a hole"):
+        gae(torch.zeros(4, 3), torch.zeros(4, 3), mask, 1.0, 1.0)
+
+
+def test_inputs_are_not_changed():
+    episodes = random_episodes(15)
+    before = [x.clone() for x in episodes]
+    gae(*episodes, 1.0, 0.95)
+    assert all(torch.equal(x, y) for x, y in zip(episodes, before, strict=True))
