@@ -1,0 +1,1 @@
+"""Policies, critics and the one place where log-probabilities are computed."""

@@ -1,0 +1,166 @@
+"""Log-probabilities of responses: the only place where the logits of a policy become log-probabilities.
+
+The backbone runs once on queries and responses; the LM head runs only on the R positions that predict
+response tokens, a chunk of positions at a time, so the logits of a whole batch never exist at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from drpo.tensors import PaddedBatch, entropy_from_logits, gather_logprobs, position_ids
+
+
+class ResponseScores(NamedTuple):
+    """`logprobs` (B, R) and, when asked for, `entropy` (B, R) in nats; float32, unspecified under padding."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+def response_logprobs(
+    model: nn.Module,
+    batch: PaddedBatch,
+    *,
+    temperature: float = 1.0,
+    suppressed_ids: Sequence[int] = (),
+    entropy: bool = False,
+    chunk_size: int = 1024,
+) -> ResponseScores:
+    """Log-probability of each response token given all before it: log softmax(logits / temperature)[token].
+
+    Logits are float32, those of `suppressed_ids` the smallest finite number. At most `chunk_size` positions
+    of them exist at a time: with gradients on, several chunks are recomputed one by one in the backward pass.
+    The number of head calls depends on the shape of the batch alone, as ZeRO-3 needs. Values at padded
+    positions are finite but mean nothing.
+
+    A model whose logits are more than its head on the backbone's output (soft-capping, logit scales) runs
+    whole, with logits for the response positions only but all of them at once.
+
+    Raises ValueError on a temperature that is not positive or a chunk_size below 1.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}")
+    causal_lm = unwrap_peft(model)
+    num_rows, length = batch.responses.shape
+    ids = batch.responses.masked_fill(batch.response_mask.logical_not(), 0)
+    if not head_is_plain(causal_lm):
+        inputs = model_inputs(causal_lm, batch.query_responses, batch.attention_mask)
+        logits = causal_lm(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+        return _score(logits, ids, temperature, tuple(suppressed_ids), entropy)
+
+    backbone, head = causal_lm.base_model, causal_lm.get_output_embeddings()
+    inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state
+    first = batch.queries.shape[1] - 1
+    hidden = hidden[:, first : first + length].reshape(num_rows * length, -1)
+
+    def score_chunk(hidden: Tensor, ids: Tensor) -> ResponseScores:
+        return _score(head(hidden), ids, temperature, tuple(suppressed_ids), entropy)
+
+    hidden_chunks, id_chunks = hidden.split(chunk_size), ids.reshape(-1).split(chunk_size)
+    if torch.is_grad_enabled() and len(id_chunks) > 1:
+        chunks = [
+            checkpoint(score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(hidden_chunks, id_chunks, strict=True)
+        ]
+    else:
+        chunks = [score_chunk(*chunk) for chunk in zip(hidden_chunks, id_chunks, strict=True)]
+    logprobs = torch.cat([chunk.logprobs for chunk in chunks]).view(num_rows, length)
+    if not entropy:
+        return ResponseScores(logprobs, None)
+    return ResponseScores(logprobs, torch.cat([chunk.entropy for chunk in chunks]).view(num_rows, length))
+
+
+def _score(
+    logits: Tensor, ids: Tensor, temperature: float, suppressed_ids: tuple[int, ...], entropy: bool
+) -> ResponseScores:
+    logits = logits.float() if temperature == 1.0 else logits.float() / temperature
+    logits = suppress(logits, suppressed_ids)
+    return ResponseScores(gather_logprobs(logits, ids), entropy_from_logits(logits) if entropy else None)
+
+
+def suppress(logits: Tensor, ids: Sequence[int]) -> Tensor:
+    """Logits (..., V) with those of `ids` at the smallest finite number; ids from V on have no logit."""
+    existing = [token for token in ids if token < logits.shape[-1]]
+    if not existing:
+        return logits
+    return logits.index_fill(-1, torch.tensor(existing, device=logits.device), torch.finfo(logits.dtype).min)
+
+
+def unwrap_peft(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, adapter layers in place; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def model_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Keyword inputs for a padded batch (B, T): pad ids are never fed, and positions count real tokens only.
+
+    `position_ids` is left out for models without that argument (ALiBi: positions follow from the mask).
+    """
+    inputs = {
+        "input_ids": input_ids.masked_fill(attention_mask.logical_not(), 0),
+        "attention_mask": attention_mask.long(),
+    }
+    if takes_position_ids(model):
+        inputs["position_ids"] = position_ids(attention_mask)
+    return inputs
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """Whether the model's forward has a `position_ids` argument."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+_PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def head_is_plain(causal_lm: nn.Module) -> bool:
+    """Whether the logits are the output embedding of the backbone's last hidden state, and nothing else.
+
+    Found by a probe, once per model: what enters the head must be the backbone's output, and a known ramp put
+    in place of the head's output must come out as the logits (soft-capping and logit scales change it).
+    """
+    if causal_lm not in _PLAIN_HEADS:
+        _PLAIN_HEADS[causal_lm] = _probe_head(causal_lm)
+    return _PLAIN_HEADS[causal_lm]
+
+
+@torch.no_grad()
+def _probe_head(causal_lm: nn.Module) -> bool:
+    backbone, head = getattr(causal_lm, "base_model", causal_lm), causal_lm.get_output_embeddings()
+    if backbone is causal_lm or head is None:
+        return False
+    seen = {}
+
+    def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        seen["input"] = args[0]
+        ramp = torch.linspace(-100, 100, output.shape[-1], dtype=torch.float32, device=output.device)
+        seen["output"] = ramp.to(output.dtype).expand_as(output)
+        return seen["output"]
+
+    ids = torch.zeros(1, 2, dtype=torch.long, device=causal_lm.get_input_embeddings().weight.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    hook = head.register_forward_hook(replace_output)
+    try:
+        logits = causal_lm(**model_inputs(causal_lm, ids, mask), use_cache=False).logits
+    finally:
+        hook.remove()
+    outputs = backbone(**model_inputs(backbone, ids, mask), use_cache=False)
+    hidden = getattr(outputs, "last_hidden_state", None)
+    return (
+        hidden is not None
+        and "input" in seen
+        and hidden.shape == seen["input"].shape
+        and torch.allclose(hidden.float(), seen["input"].float(), rtol=1e-3, atol=1e-5)
+        and torch.equal(logits.float(), seen["output"].float())
+    )

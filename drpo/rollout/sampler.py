@@ -1,0 +1,269 @@
+"""Sampling from a causal language model: one uniform number per token, so a row's text is its own affair.
+
+Token t of row i is the inverse CDF of the model's filtered softmax at uniforms[i, t]. Nothing is drawn here:
+the batch a row is in, its neighbours, the batch size and the number of processes change its text only where
+they change the logits themselves (by float rounding).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from drpo.models.scoring import suppress, takes_position_ids, unwrap_peft
+from drpo.rollout.decode_cache import decode_cache
+from drpo.tensors import position_ids
+
+_STREAM = 0x5A3
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token (greedy)."""
+    top_k: int = 0
+    """Keep the k most likely tokens (and ties with the last of them); 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest most likely tokens whose probabilities (after top-k) sum to this; 1 keeps all."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"sampling.temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.top_k must be 0 (off) or positive, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p must lie in (0, 1], got {self.top_p}")
+        if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
+            raise ValueError(
+                "sampling.top_k and sampling.top_p do not apply to sampling.temperature 0 (greedy)"
+            )
+
+
+def draw_uniforms(seed: int, episodes: Sequence[int], length: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64 (len(episodes), length); a row depends on seed and episode alone.
+
+    Counter-based: no state to checkpoint, the same numbers on every rank and in every batch. A longer
+    `length` only appends numbers.
+    """
+    rows = [np.random.default_rng([seed, _STREAM, episode]).random(length) for episode in episodes]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, length, dtype=torch.float64)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    contexts: Sequence[Sequence[int]],
+    max_new_tokens: Sequence[int],
+    uniforms: Tensor,
+    *,
+    sampling: SamplingConfig,
+    stop_ids: Sequence[int],
+    suppressed_ids: Sequence[int] = (),
+    batch_size: int,
+) -> list[list[int]]:
+    """New tokens for each context, in the order of `contexts`, a sampled stop token included.
+
+    Row i ends at the first of `stop_ids` or after `max_new_tokens[i]` tokens (0 gives an empty list). Its
+    t-th new token comes from `uniforms[i, t]`, float64 (rows, at least max(max_new_tokens)). `suppressed_ids`
+    are never sampled. Rows run in batches of `batch_size`, longest contexts first; equal contexts are
+    computed once, and rows that have ended leave the batch.
+
+    Raises ValueError on an empty context or arguments of unequal length, FloatingPointError on logits that
+    are not finite.
+    """
+    _check(contexts, max_new_tokens, uniforms, batch_size)
+    results: list[list[int]] = [[] for _ in contexts]
+    order = sorted(
+        (row for row, budget in enumerate(max_new_tokens) if budget > 0),
+        key=lambda row: (len(contexts[row]), tuple(contexts[row])),
+        reverse=True,
+    )
+    causal_lm = unwrap_peft(model)
+    with _evaluation_mode(model):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            continuations = _generate_batch(
+                causal_lm,
+                [contexts[row] for row in rows],
+                [max_new_tokens[row] for row in rows],
+                uniforms[rows],
+                sampling,
+                frozenset(stop_ids),
+                tuple(suppressed_ids),
+            )
+            for row, tokens in zip(rows, continuations, strict=True):
+                results[row] = tokens
+    # Autocast keeps the low-precision weights it made, here without gradient history: a training forward in
+    # the same autocast context would reuse them and get no gradients.
+    torch.clear_autocast_cache()
+    return results
+
+
+def _check(
+    contexts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], uniforms: Tensor, batch_size: int
+) -> None:
+    if not len(contexts) == len(max_new_tokens) == len(uniforms):
+        raise ValueError(
+            f"{len(contexts)} contexts, {len(max_new_tokens)} max_new_tokens and {len(uniforms)} rows of "
+            "uniforms; give one of each per row"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for row, (context, budget) in enumerate(zip(contexts, max_new_tokens, strict=True)):
+        if len(context) == 0:
+            raise ValueError(f"context {row} is empty; the first token needs a token to be predicted from")
+        if not 0 <= budget <= uniforms.shape[1]:
+            raise ValueError(
+                f"max_new_tokens[{row}] is {budget}; it must lie between 0 and the {uniforms.shape[1]} "
+                "uniforms that each row has"
+            )
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: in training mode, gradient checkpointing would drop the cache."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _generate_batch(
+    causal_lm: nn.Module,
+    contexts: list[Sequence[int]],
+    budgets: list[int],
+    uniforms: Tensor,
+    sampling: SamplingConfig,
+    stop_ids: frozenset[int],
+    suppressed_ids: tuple[int, ...],
+) -> list[list[int]]:
+    device = causal_lm.get_input_embeddings().weight.device
+    width, longest = max(map(len, contexts)), max(budgets)
+    prompts = list(dict.fromkeys(map(tuple, contexts)))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    first = torch.tensor([width - len(prompt) for prompt in prompts]).unsqueeze(1)
+    attention_mask = (torch.arange(width + longest) >= first).to(device)
+    positions = position_ids(attention_mask)
+    attention_mask = attention_mask.long()
+    padded = len(set(map(len, contexts))) > 1
+    cache = decode_cache(causal_lm.config, capacity=width + longest)
+    parameters = inspect.signature(causal_lm.forward).parameters
+    fixed_inputs = {"past_key_values": cache, "use_cache": True}
+    if "logits_to_keep" in parameters:
+        fixed_inputs["logits_to_keep"] = 1
+    with_positions = takes_position_ids(causal_lm)
+
+    def forward(ids: Tensor, start: int, end: int) -> Tensor:
+        inputs = {"input_ids": ids, **fixed_inputs}
+        if padded:
+            inputs["attention_mask"] = attention_mask[:, :end]
+        if with_positions:
+            inputs["position_ids"] = positions[:, start:end]
+        return causal_lm(**inputs).logits[:, -1]
+
+    logits = forward(ids.to(device), 0, width)
+    prompt_rows = {prompt: row for row, prompt in enumerate(prompts)}
+    live = list(range(len(contexts)))  # rows that are still in the batch, ended or not
+    kept = torch.tensor([prompt_rows[tuple(context)] for context in contexts], device=device)
+    if len(prompts) < len(contexts):
+        cache.batch_select_indices(kept)
+    attention_mask, positions, logits = attention_mask[kept], positions[kept], logits[kept]
+    last_positions = [len(context) + budget - 1 for context, budget in zip(contexts, budgets, strict=True)]
+    positions = torch.minimum(positions, torch.tensor(last_positions, device=device).unsqueeze(1))
+    uniforms = uniforms.to(device)
+
+    results: list[list[int]] = [[] for _ in contexts]
+    running = set(live)
+    for step in range(longest):
+        tokens = sample_tokens(logits, uniforms[:, step], sampling, suppressed_ids)
+        for row, token in zip(live, tokens.tolist(), strict=True):  # the one host sync of a step
+            if row not in running:
+                continue
+            if token < 0:
+                raise FloatingPointError(
+                    f"the logits of new token {step} after a context of {len(contexts[row])} tokens are not "
+                    "finite: the weights or the inputs of the model have diverged"
+                )
+            results[row].append(token)
+            if token in stop_ids or len(results[row]) == budgets[row]:
+                running.remove(row)
+        if not running:
+            break
+        if len(running) <= 0.875 * len(live):  # selecting copies the cache, so a few ended rows may linger
+            kept = torch.tensor([i for i, row in enumerate(live) if row in running], device=device)
+            live = [row for row in live if row in running]
+            cache.batch_select_indices(kept)
+            attention_mask, positions, uniforms = attention_mask[kept], positions[kept], uniforms[kept]
+            tokens = tokens[kept]
+        logits = forward(tokens.unsqueeze(1), width + step, width + step + 1)
+    return results
+
+
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, sampling: SamplingConfig, suppressed_ids: Sequence[int] = ()
+) -> Tensor:
+    """Next tokens (B,) int64: the smallest v whose CDF exceeds u, for the filtered softmax of logits (B, V).
+
+    `uniforms` (B,) float64. Filters apply in the order suppressed ids, temperature, top-k, top-p, and what
+    stays is renormalised. A row of logits with nan or +inf gives -1.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = suppress(logits.float(), suppressed_ids)
+        if sampling.temperature == 0:
+            best, tokens = logits.max(dim=-1)
+            return tokens.masked_fill(best.isfinite().logical_not(), -1)
+        logits = logits / sampling.temperature
+        if 0 < sampling.top_k < logits.shape[-1]:
+            smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < smallest, -torch.inf)
+        probs = torch.softmax(logits, dim=-1)
+        if sampling.top_p < 1:
+            probs = _keep_nucleus(probs, sampling.top_p)
+        return _inverse_cdf(probs, uniforms)
+
+
+def _keep_nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Probabilities (B, V), 0 outside the fewest most likely tokens that sum to at least `top_p`."""
+    sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
+    sum_before = sorted_probs.cumsum(dim=-1, dtype=torch.float64) - sorted_probs
+    dropped = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, sum_before >= top_p)
+    return probs.masked_fill(dropped, 0)
+
+
+def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Smallest index whose cumulative sum exceeds u * total, in float64; -1 where probs (B, V) are nan.
+
+    The sums run over blocks first and then inside the chosen block: a plain cumulative sum over a large
+    vocabulary costs more than the LM head.
+    """
+    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    cdf = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    total = cdf[:, -1]
+    target = uniforms * total
+    block = _first_above(cdf, target)
+    before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0)
+    inside = blocks[torch.arange(len(blocks), device=probs.device), block].cumsum(dim=-1, dtype=torch.float64)
+    token = block * _BLOCK + _first_above(inside, target - before)
+    return token.masked_fill(total.isfinite().logical_not(), -1)
+
+
+def _first_above(cdf: Tensor, target: Tensor) -> Tensor:
+    """Index (B,) of the first entry of each row of `cdf` (B, N) above `target` (B,).
+
+    A target that rounding lifted to the total goes to the last entry with mass, so none without is chosen.
+    """
+    below_total = torch.nextafter(cdf[:, -1], torch.zeros_like(target))
+    target = torch.minimum(target, below_total).unsqueeze(1)
+    return torch.searchsorted(cdf, target, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)
