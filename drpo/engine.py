@@ -21,7 +21,7 @@ from torch import Tensor, nn
 class EngineConfig:
     """Precision and trackers; what runs where is said by `accelerate launch`."""
 
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    mixed_precision: Literal["no", "bf16"] | None = None
     """Autocast precision; null takes what `accelerate launch --mixed_precision` or its config file says."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """accelerate trackers by name (tensorboard, wandb, comet_ml, mlflow, ...); [] for none."""
@@ -226,4 +226,3 @@ class Engine:
                 if line.startswith("VmHWM"):
                     return int(line.split()[1]) / 2**20
         return float("nan")
-

@@ -11,18 +11,33 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from drpo.checkpoints import CheckpointError, list_checkpoints, load_checkpoint, read_trainer_state, save_checkpoint
+from drpo.checkpoints import (
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    read_trainer_state,
+    save_checkpoint,
+)
 from drpo.config import save_resolved
 from drpo.engine import Engine
 from drpo.metrics import JsonLines
+from drpo.samples import sample_table
 
 # Sections that do not change what is computed: they may differ between a run and its resumption.
 FREE_ON_RESUME = ("run_dir", "resume", "log", "checkpoint")
@@ -80,7 +95,7 @@ class RunFolder:
 
     # --- opening ----------------------------------------------------------------------------------------
 
-    def open(self, module_is_ready: bool = True) -> dict[str, Any] | None:
+    def open(self) -> dict[str, Any] | None:
         """Make the folder, or resume what is in it. Returns the saved trainer state, None for a fresh run.
 
         Raises CheckpointError when the folder holds a run with other settings.
@@ -158,9 +173,15 @@ class RunFolder:
             return
         self.metrics.write({"step": step, **metrics})
         self._engine.log(metrics, step)
-        if step % self.log.every == 0 or step == 1:
+        if step % self.log.every == 0 or step <= 1:
             parts = [f"{key.rpartition('/')[2]} {metrics[key]:.4g}" for key in shown if key in metrics]
             self.say(f"step {step}: " + "  ".join(parts))
+
+    def write_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Sample rows to completions.jsonl, the first few to the console."""
+        if self._engine.is_main and rows:
+            self.completions.write(*({"step": step, **row} for row in rows))
+            self.say(sample_table(rows[: self.log.num_samples], step))
 
     def start_progress(self, description: str, done: int, total: int) -> None:
         if self._engine.is_main:
@@ -198,16 +219,26 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def finite_or_stop(engine: Engine, values: torch.Tensor, what: str, step: int, run_dir: Path) -> None:
-    """Stop the run on all ranks when `values` (rows first) holds inf or nan on this or any rank."""
-    flat = values.detach().reshape(values.shape[0], -1) if values.dim() else values.detach().reshape(1, 1)
-    bad = (~torch.isfinite(flat)).any(dim=1)
+def finite_or_stop(
+    engine: Engine,
+    run_dir: Path,
+    step: int,
+    values: torch.Tensor,
+    what: str,
+    origins: Sequence[str] = (),
+) -> None:
+    """Stop the run on all ranks when `values` (rows first) holds inf or nan on any of them.
+
+    `origins` name the rows in the message (file and line of the prompt). Raises FloatingPointError.
+    """
+    rows = values.detach().reshape(len(values), -1)
+    bad = torch.isfinite(rows).all(dim=1).logical_not()
     if engine.max(float(bad.any())) == 0:
         return
-    rows = bad.nonzero().flatten().tolist()
+    indices = bad.nonzero().flatten().tolist()
+    named = [f"{row} ({origins[row]})" if row < len(origins) else str(row) for row in indices[:8]]
     checkpoints = list_checkpoints(run_dir)
-    last = checkpoints[-1] if checkpoints else "none"
     raise FloatingPointError(
-        f"step {step}: {what} is not finite in row(s) {rows[:8]} of rank {engine.rank} "
-        f"(last checkpoint: {last}). Lower the learning rate, or look at these rows' rewards"
+        f"step {step}: {what} is not finite in row(s) {', '.join(named) or 'of another rank'} of rank {engine.rank}; "
+        f"last checkpoint: {checkpoints[-1] if checkpoints else 'none'}"
     )

@@ -1,0 +1,27 @@
+"""The order in which examples are seen: pass after pass, each in its own seeded order, without any state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+SHUFFLE_STREAM = 2  # keeps the random numbers of the order apart from those of resets and sampling
+
+Item = TypeVar("Item")
+
+
+def item_at(items: Sequence[Item], index: int, seed: int) -> Item:
+    """The `index`-th item of an endless sequence of shuffled passes over `items`.
+
+    A function of (seed, index) alone: a resumed run needs no cursor, and every process can look up any index.
+    """
+    sweep, position = divmod(index, len(items))
+    return items[_order(len(items), sweep, seed)[position]]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(num_items: int, sweep: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, SHUFFLE_STREAM, sweep]).permutation(num_items)

@@ -1,0 +1,67 @@
+"""The optimizer and its learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from drpo.schedules import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 3e-6
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How it falls from the peak to 0 at the last step (constant: not at all)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's decay rates of the two moments."""
+    eps: float = 1e-5
+    """AdamW's epsilon."""
+    max_grad_norm: float | None = 1.0
+    """Clip the global gradient norm to this; null for no clipping."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"optim.learning_rate must be > 0, got {self.learning_rate}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas must be two numbers in [0, 1), got {self.betas}")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"optim.max_grad_norm must be > 0 or null, got {self.max_grad_norm}")
+
+
+def build_optimizer(groups: Sequence[Iterable[torch.nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over one parameter group per entry; parameters without gradients are left out."""
+    trained = [{"params": [p for p in group if p.requires_grad]} for group in groups]
+    return torch.optim.AdamW(
+        trained,
+        lr=config.learning_rate,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """One rate per parameter group; called before every step, so there is no scheduler state to save."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def scheduled_rate(
+    peak: float, config: OptimConfig, step: int, num_steps: int, warmup_steps: int | None = None
+) -> float:
+    """Learning rate of step 0 <= step < num_steps; `warmup_steps` in place of the config's, if given."""
+    warmup = config.warmup_steps if warmup_steps is None else warmup_steps
+    return peak * learning_rate_factor(step, num_steps, min(warmup, num_steps - 1), config.schedule)

@@ -1,0 +1,227 @@
+"""One batch of rollouts: prompts, resets, sampling, scoring - everything the update needs, as a Trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from drpo.data.encode import Example
+from drpo.data.order import item_at
+from drpo.metrics import Phases
+from drpo.rewards import Completion, RewardFn
+from drpo.rollout.resets import ResetConfig, draw_reset_length, prefix_boundaries, reset_response
+from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
+from drpo.rollout.trajectory import Trajectory
+from drpo.tensors import PaddedBatch, pad_batch
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How many rollouts a step has and how they are sampled."""
+
+    batch_size: int = 512
+    """Rollouts per step over all processes (episodes)."""
+    rollouts_per_prompt: int = 1
+    """How many rollouts share a prompt; each has its own reset and its own random numbers."""
+    max_response_length: int = 53
+    """Longest response in tokens, forced prefix and stop token included."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
+    """Temperature, top_k, top_p."""
+    stop_tokens: list[str] = field(default_factory=list)
+    """Tokens that end a response; [] means the tokenizer's end-of-text token."""
+    bad_tokens: list[str] = field(default_factory=list)
+    """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
+    generation_batch_size: int = 64
+    """Rows decoded together on one device."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rollouts_per_prompt", "max_response_length", "generation_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name} must be >= 1, got {getattr(self, name)}")
+        if self.batch_size % self.rollouts_per_prompt:
+            raise ValueError(
+                f"rollout.batch_size ({self.batch_size}) must be a multiple of "
+                f"rollout.rollouts_per_prompt ({self.rollouts_per_prompt})"
+            )
+        if self.sampling.temperature <= 0:
+            raise ValueError("rollout.sampling.temperature must be > 0: greedy rollouts explore nothing")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids that matter to sampling."""
+
+    pad_id: int
+    stop_ids: tuple[int, ...]
+    suppressed_ids: tuple[int, ...]
+
+
+def vocabulary_of(config: RolloutConfig, tokenizer, num_logits: int) -> Vocabulary:
+    """Resolve token strings to ids. Raises ValueError for a string that is not one token of the tokenizer."""
+
+    def ids_of(tokens: Sequence[str], key: str) -> list[int]:
+        known = tokenizer.get_vocab()
+        missing = [token for token in tokens if token not in known]
+        if missing:
+            raise ValueError(f"rollout.{key}: {missing} are not single tokens of this tokenizer")
+        return [known[token] for token in tokens]
+
+    stops = ids_of(config.stop_tokens, "stop_tokens") or [tokenizer.eos_token_id]
+    never = {
+        tokenizer.pad_token_id,
+        *ids_of(config.bad_tokens, "bad_tokens"),
+        *range(len(tokenizer), num_logits),
+    }
+    if clash := never & set(stops):
+        raise ValueError(
+            f"rollout.bad_tokens or padding and rollout.stop_tokens share the ids {sorted(clash)}"
+        )
+    suppressed = sorted(i for i in never if i < num_logits)
+    return Vocabulary(tokenizer.pad_token_id, tuple(stops), tuple(suppressed))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a rollout starts: the prompt, and `prefix` tokens of a dataset response of `source_length`."""
+
+    episode: int
+    example: Example
+    prefix: tuple[int, ...]
+    source_length: int
+
+
+def draw_starts(
+    examples: Sequence[Example],
+    episodes: range,
+    reset: ResetConfig,
+    rollout: RolloutConfig,
+    tokenizer,
+    progress: float,
+    seed: int,
+) -> list[Start]:
+    """The starts of the given episodes; each depends on (seed, episode) alone."""
+    starts = []
+    for episode in episodes:
+        example = item_at(examples, episode // rollout.rollouts_per_prompt, seed)
+        prefix: tuple[int, ...] = ()
+        source_length = 0
+        if reset.proportion > 0:
+            source = reset_response(example, reset.source)
+            boundaries = prefix_boundaries(source, reset.boundary, tokenizer)
+            length = draw_reset_length(
+                reset, boundaries, len(source), rollout.max_response_length, progress, seed, episode
+            )
+            prefix = tuple(source[:length])
+            source_length = len(source) if length else 0
+        starts.append(Start(episode, example, prefix, source_length))
+    return starts
+
+
+@torch.no_grad()
+def collect(
+    starts: Sequence[Start],
+    *,
+    policy,
+    measure: Callable[[PaddedBatch], tuple[Tensor, Tensor, Tensor]],
+    reference_logprobs: Callable[[PaddedBatch], Tensor],
+    reward_fn: RewardFn,
+    tokenizer,
+    vocabulary: Vocabulary,
+    rollout: RolloutConfig,
+    microbatch_size: int,
+    query_length: int,
+    common_length: Callable[[int], int],
+    autocast: Callable[[], AbstractContextManager],
+    device: torch.device,
+    seed: int,
+    phases: Phases,
+) -> tuple[Trajectory, list[Completion]]:
+    """Roll out from the given starts and measure the result.
+
+    `measure` gives (logprobs, entropy, values) by the same forward as training, on micro-batches of the same
+    size and padding, so that the first ratio is 1. `common_length` turns this process's longest response into
+    the padded length that all processes share.
+    """
+    with phases("generate"), autocast():
+        continuations = generate(
+            policy,
+            [[*start.example.query_ids, *start.prefix] for start in starts],
+            [rollout.max_response_length - len(start.prefix) for start in starts],
+            draw_uniforms(seed, [start.episode for start in starts], rollout.max_response_length),
+            sampling=rollout.sampling,
+            stop_ids=vocabulary.stop_ids,
+            suppressed_ids=vocabulary.suppressed_ids,
+            batch_size=rollout.generation_batch_size,
+        )
+    responses = [[*start.prefix, *new] for start, new in zip(starts, continuations, strict=True)]
+    completions = completions_of(starts, responses, vocabulary, tokenizer)
+    with phases("reward"):
+        scores = call_reward_fn(reward_fn, completions)
+    response_length = common_length(max(map(len, responses)))
+    batch = pad_batch(
+        [start.example.query_ids for start in starts],
+        responses,
+        vocabulary.pad_id,
+        query_length,
+        response_length,
+    ).to(device)
+    logprobs, entropy, values, ref_logprobs = [], [], [], []
+    with phases("score"):
+        for rows in torch.arange(len(starts), device=device).split(microbatch_size):
+            part = batch.select(rows)
+            measured = measure(part)
+            logprobs.append(measured[0])
+            entropy.append(measured[1])
+            values.append(measured[2])
+            with autocast():
+                ref_logprobs.append(reference_logprobs(part))
+    trajectory = Trajectory(
+        queries=batch.queries,
+        query_mask=batch.query_mask,
+        responses=batch.responses,
+        response_mask=batch.response_mask,
+        reset_lengths=torch.tensor([len(start.prefix) for start in starts], device=device),
+        source_lengths=torch.tensor([start.source_length for start in starts], device=device),
+        ended=torch.tensor([c.ended for c in completions], device=device),
+        scores=scores.to(device),
+        logprobs=torch.cat(logprobs).float(),
+        ref_logprobs=torch.cat(ref_logprobs).float(),
+        values=torch.cat(values).float(),
+        entropy=torch.cat(entropy).float(),
+    )
+    return trajectory, completions
+
+
+def completions_of(
+    starts: Sequence[Start], responses: Sequence[Sequence[int]], vocabulary: Vocabulary, tokenizer
+) -> list[Completion]:
+    """Finished rollouts as reward functions see them; `ended` when the last token is a stop token."""
+    ended = [ids[-1] in vocabulary.stop_ids for ids in responses]
+    bodies = [ids[:-1] if end else ids for ids, end in zip(responses, ended, strict=True)]
+    texts = tokenizer.batch_decode([list(body) for body in bodies], skip_special_tokens=True)
+    return [
+        Completion(
+            prompt=start.example.record.prompt,
+            response=text,
+            ended=end,
+            query_ids=list(start.example.query_ids),
+            response_ids=list(ids),
+            record=start.example.record,
+        )
+        for start, ids, text, end in zip(starts, responses, texts, ended, strict=True)
+    ]
+
+
+def call_reward_fn(reward_fn: RewardFn, completions: Sequence[Completion]) -> Tensor:
+    """(B,) float32 scores. Raises ValueError unless the function returns one number a completion."""
+    scores = torch.as_tensor(reward_fn(completions), dtype=torch.float32).detach().cpu()
+    if scores.shape != (len(completions),):
+        raise ValueError(
+            f"the reward function returned shape {tuple(scores.shape)} for {len(completions)} completions; "
+            "it must return one number each"
+        )
+    return scores

@@ -1,0 +1,134 @@
+"""Dataset resets: how many tokens of a dataset response each rollout starts from.
+
+A reset is a longer context: the first `h` tokens of a response in the dataset are appended to the prompt, and
+the policy goes on from there (Chang et al. 2024, arXiv 2404.08495, Algorithm 1: sample a state s_h of a
+dataset trajectory, reset to it, roll out). `proportion` is the paper's beta (section 6.2): the share of
+rollouts that use a reset; 0 is PPO.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from drpo.data.encode import Example
+
+RESET_STREAM = 1  # keeps the random numbers of resets apart from those of sampling and shuffling
+
+
+@dataclass(frozen=True)
+class ResetConfig:
+    """Which rollouts are reset, to what, and how deep."""
+
+    proportion: float = 1.0
+    """The paper's beta: the probability that a rollout starts from a prefix of a dataset response. 0 is PPO."""
+    source: Literal["reference", "chosen", "rejected", "best"] = "reference"
+    """Whose prefix: reference (the record's completion), chosen, rejected, or best (the best-scored response)."""
+    length: Literal["uniform", "curriculum"] = "uniform"
+    """uniform: the prefix length is uniform over the allowed ones. curriculum: from late to early prefixes."""
+    min_length: int = 0
+    """Shortest prefix in tokens: 0 as in the paper (the bare prompt is one of the states), 1 as in the release."""
+    min_fraction: float = 0.0
+    """Shortest prefix as a fraction of the response's length."""
+    max_fraction: float = 1.0
+    """Longest prefix as a fraction of the response's length; the last token is never forced."""
+    curriculum_end: float = 0.5
+    """curriculum: share of training after which all allowed lengths are drawn. Until then the shortest one
+    falls linearly from the longest to min_length."""
+    boundary: Literal["token", "sentence", "turn"] = "token"
+    """Where a prefix may end: after any token, a sentence (. ! ? or newline) or a turn (blank line)."""
+    masking: Literal["paper", "release"] = "paper"
+    """paper: forced tokens carry no loss, KL, whitening or statistics. release: as in the released code only the
+    policy loss leaves them out."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.proportion <= 1:
+            raise ValueError(f"reset.proportion must lie in [0, 1], got {self.proportion}")
+        if not 0 <= self.min_fraction <= self.max_fraction <= 1:
+            raise ValueError(
+                "reset.min_fraction and reset.max_fraction must satisfy 0 <= min <= max <= 1, "
+                f"got {self.min_fraction} and {self.max_fraction}"
+            )
+        if self.min_length < 0:
+            raise ValueError(f"reset.min_length must be >= 0, got {self.min_length}")
+        if not 0 < self.curriculum_end <= 1:
+            raise ValueError(f"reset.curriculum_end must lie in (0, 1], got {self.curriculum_end}")
+        if self.length == "uniform" and self.curriculum_end != 0.5:
+            raise ValueError("reset.curriculum_end applies to reset.length=curriculum only")
+
+
+def reset_response(example: Example, source: str) -> list[int]:
+    """The tokens of the response that `source` names, stop token included.
+
+    Raises ValueError when the record has none.
+    """
+    match source:
+        case "reference":
+            ids = example.completion_ids
+        case "chosen":
+            ids = example.chosen_ids
+        case "rejected":
+            ids = example.rejected_ids
+        case "best":
+            scores = example.record.scores
+            ids = example.ranked_ids[int(np.argmax(scores))] if scores else None
+        case _:
+            raise ValueError(f"reset.source={source!r} is not one of reference, chosen, rejected, best")
+    if not ids:
+        raise ValueError(
+            f"reset.source={source}: the record at {example.record.origin or 'an unknown place'} has no such "
+            "response. Choose a source that the data has, or set reset.proportion=0"
+        )
+    return ids
+
+
+def draw_reset_length(
+    config: ResetConfig,
+    boundaries: Sequence[int],
+    source_length: int,
+    max_response_length: int,
+    progress: float,
+    seed: int,
+    episode: int,
+) -> int:
+    """How many tokens of a dataset response of `source_length` tokens this episode starts from.
+
+        z ~ Bernoulli(proportion);   h ~ Uniform{allowed lengths} if z, else h = 0
+
+    Allowed are the boundaries h (increasing token counts, see `prefix_boundaries`) between
+    max(min_length, ceil(min_fraction L)) and min(floor(max_fraction L), L-1, max_response_length-1),
+    L = source_length: at least one token is left to the policy. h = 0 when none is allowed.
+    `progress` in [0, 1] is the share of training done. The draw depends on (seed, episode) alone: not on the
+    batch, the process, or what was drawn before. Source: arXiv 2404.08495, Algorithm 1 and section 6.2.
+    """
+    generator = np.random.default_rng([seed, RESET_STREAM, episode])
+    is_reset = generator.random() < config.proportion
+    position = generator.random()
+    if not is_reset:
+        return 0
+    longest = min(math.floor(config.max_fraction * source_length), source_length - 1, max_response_length - 1)
+    shortest = max(config.min_length, math.ceil(config.min_fraction * source_length))
+    within = [h for h in boundaries if shortest <= h <= longest]
+    if not within:
+        return 0
+    if config.length == "curriculum":
+        not_yet = math.floor(len(within) * max(0.0, 1.0 - progress / config.curriculum_end))
+        within = within[min(not_yet, len(within) - 1) :]
+    return within[int(position * len(within))]
+
+
+def prefix_boundaries(response_ids: Sequence[int], boundary: str, tokenizer) -> list[int]:
+    """Increasing token counts at which a prefix of the response may end; 0 is always one.
+
+    A sentence or turn ends where the text so far ends with its mark and the next token does not lengthen it.
+    """
+    if boundary == "token":
+        return list(range(len(response_ids)))
+    marks = (".", "!", "?", "\n") if boundary == "sentence" else ("\n\n",)
+    texts = [tokenizer.decode(response_ids[:h]) for h in range(1, len(response_ids) + 1)]
+    ends = [text.rstrip(" ").endswith(marks) for text in texts]
+    return [0] + [h for h in range(1, len(response_ids)) if ends[h - 1] and not ends[h]]

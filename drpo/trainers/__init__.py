@@ -1,0 +1,1 @@
+"""The training loops: online (PPO and DR-PO) and offline (SFT, reward models, preference losses)."""

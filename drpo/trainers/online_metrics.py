@@ -1,0 +1,70 @@
+"""What is reported of a batch of rollouts. Every key is explained in docs/algorithms/drpo.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drpo.rollout.trajectory import Trajectory
+from drpo.tensors import explained_variance, masked_mean, masked_var
+from drpo.trainers.credit import Credit, episode_kl
+
+SHOWN = (
+    "objective/score",
+    "objective/kl_k3",
+    "objective/ended",
+    "objective/length",
+    "ppo/value_loss",
+    "time/step",
+)
+
+PREFIX_BINS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
+"""Bins of the prefix fraction h / L, each (low, high]."""
+
+
+def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> dict[str, float]:
+    """Scalars of a whole batch (the rows of all processes), before the update."""
+    mask = trajectory.action_mask
+    kl_in_reward = credit.kl.sum(dim=1)
+    rows = {
+        "score": trajectory.scores,
+        "shaped_score": credit.scores,
+        "kl_k1": episode_kl(trajectory, "k1"),
+        "kl_k3": episode_kl(trajectory, "k3"),
+        "total": credit.scores - kl_coef * kl_in_reward,
+        "length": trajectory.lengths.float(),
+        "sampled_length": mask.sum(dim=1).float(),
+        "ended": trajectory.ended.float(),
+    }
+    metrics = {f"objective/{name}": float(values.mean()) for name, values in rows.items()}
+    metrics["objective/score_std"] = float(trajectory.scores.std(correction=0))
+    metrics["objective/length_max"] = float(trajectory.lengths.max())
+    metrics["objective/kl_coef"] = kl_coef
+    metrics["objective/entropy"] = float(masked_mean(trajectory.entropy, mask))
+    metrics |= _by_start(trajectory, rows)
+    metrics["value/explained_variance"] = float(
+        explained_variance(trajectory.values, credit.returns, credit.value_mask)
+    )
+    metrics["value/mean"] = float(masked_mean(trajectory.values, credit.value_mask))
+    metrics["value/return_mean"] = float(masked_mean(credit.returns, credit.value_mask))
+    metrics["value/return_std"] = float(masked_var(credit.returns, credit.value_mask).sqrt())
+    return metrics
+
+
+def _by_start(trajectory: Trajectory, rows: dict[str, Tensor]) -> dict[str, float]:
+    """The same means for rollouts from the prompt, from resets, and by how much of the response was given."""
+    is_reset = trajectory.is_reset
+    fraction = trajectory.reset_lengths / trajectory.source_lengths.clamp(min=1)
+    groups = {"from_prompt": is_reset.logical_not(), "from_reset": is_reset}
+    for low, high in PREFIX_BINS:
+        groups[f"prefix_{low:g}_{high:g}"] = is_reset & (fraction > low) & (fraction <= high)
+    metrics = {"reset/share": float(is_reset.float().mean())}
+    if bool(is_reset.any()):
+        metrics["reset/prefix_length"] = float(trajectory.reset_lengths[is_reset].float().mean())
+        metrics["reset/prefix_fraction"] = float(fraction[is_reset].mean())
+    for group, members in groups.items():
+        if not bool(members.any()):
+            continue  # a group without rollouts has no mean; its keys are absent in this step
+        for name in ("score", "sampled_length", "kl_k3", "ended"):
+            metrics[f"{group}/{name}"] = float(torch.mean(rows[name][members]))
+    return metrics

@@ -1,0 +1,156 @@
+"""Supervised fine-tuning on demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from drpo.data.encode import Example
+from drpo.data.load import DataConfig, load_examples, load_texts
+from drpo.engine import Engine, EngineConfig
+from drpo.model_card import model_card
+from drpo.models.export import save_policy
+from drpo.models.loading import ModelConfig, load_policy, load_tokenizer, train_tokenizer
+from drpo.models.scoring import response_logprobs
+from drpo.optim import OptimConfig
+from drpo.rewards import RewardFn
+from drpo.rollout.collect import RolloutConfig, vocabulary_of
+from drpo.rollout.evaluate import EvalConfig, evaluate
+from drpo.run_folder import CheckpointConfig, LogConfig, Resume, RunFolder
+from drpo.tensors import PaddedBatch, masked_sum, pad_batch
+from drpo.trainers.offline import BatchConfig, OfflineEvalConfig, fit, steps_for
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Completions of held-out prompts that are written at every evaluation."""
+
+    num_prompts: int = 16
+    """How many held-out prompts; 0 for none."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    max_response_length: int = 53
+    """Longest completion in tokens."""
+    reward_functions: dict[str, str] = field(default_factory=dict)
+    """Scores to report of them, name: module:function."""
+
+    def __post_init__(self) -> None:
+        if self.num_prompts < 0:
+            raise ValueError(f"sample.num_prompts must be >= 0, got {self.num_prompts}")
+
+
+@dataclass(frozen=True)
+class SFTRecipe:
+    """Everything that decides an SFT run."""
+
+    run_dir: str = "runs/sft"
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of all randomness."""
+    num_steps: int | None = None
+    """Optimizer steps; null: batch.num_epochs passes over the data."""
+    resume: Resume = "auto"
+    """auto: go on from the last checkpoint in run_dir, if any. restart: move an earlier run aside."""
+    loss_on: Literal["response", "all"] = "response"
+    """Tokens that carry loss: those of the response, or those of the prompt too."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: OfflineEvalConfig = field(default_factory=OfflineEvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps must be >= 1 or null, got {self.num_steps}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+
+
+class SFTObjective(nn.Module):
+    """Negative log-likelihood: sum over target tokens of -log pi(token | what stands before it)."""
+
+    def __init__(self, model, pad_id: int, loss_on: str, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self._pad_id, self._loss_on, self._device = pad_id, loss_on, device
+
+    def collate(self, examples: Sequence[Example]) -> PaddedBatch:
+        queries = [example.query_ids for example in examples]
+        responses = [example.completion_ids for example in examples]
+        if self._loss_on == "all":  # everything after the first token is target
+            responses = [query[1:] + response for query, response in zip(queries, responses, strict=True)]
+            queries = [query[:1] for query in queries]
+        return pad_batch(queries, responses, self._pad_id).to(self._device)
+
+    def num_targets(self, batch: PaddedBatch) -> int:
+        return int(batch.response_mask.sum())
+
+    def forward(self, batch: PaddedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs = response_logprobs(self.model, batch).logprobs
+        return masked_sum(-logprobs, batch.response_mask, dim=1), {}
+
+
+def train(recipe: SFTRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) -> Path:
+    """Run the recipe and return the folder of the policy. `rewards` score the held-out samples, by name."""
+    run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
+    tokenizer = tokenizer_for(recipe.model, recipe.data)
+    splits = load_examples(recipe.data, tokenizer, "demonstrations")
+    run.say(splits.report)
+    policy = load_policy(recipe.model, tokenizer, recipe.seed)
+    objective = SFTObjective(policy, tokenizer.pad_token_id, recipe.loss_on, engine.device)
+
+    sampling = recipe.sample
+    rollout = RolloutConfig(max_response_length=sampling.max_response_length)
+    vocabulary = vocabulary_of(rollout, tokenizer, policy.config.vocab_size)
+
+    def sample() -> tuple[dict[str, float], list[dict[str, Any]]]:
+        return evaluate(
+            EvalConfig(num_prompts=sampling.num_prompts, temperature=sampling.temperature),
+            engine,
+            policy=policy,
+            reference_logprobs=None,
+            examples=splits.eval,
+            rewards=rewards,
+            tokenizer=tokenizer,
+            vocabulary=vocabulary,
+            rollout=rollout,
+            seed=recipe.seed,
+        )
+
+    fit(
+        engine,
+        run,
+        objective,
+        splits.train,
+        splits.eval,
+        name="SFT",
+        num_steps=steps_for(recipe.num_steps, recipe.batch, len(splits.train)),
+        batch=recipe.batch,
+        optim=recipe.optim,
+        evaluation=recipe.eval,
+        seed=recipe.seed,
+        sample=sample if sampling.num_prompts and splits.eval else None,
+    )
+    with engine.whole_weights(objective):
+        if engine.is_main:
+            card = model_card(recipe, splits.report, run.metrics.path)
+            save_policy(policy, tokenizer, run.path / "policy", card)
+    engine.barrier()
+    run.close()
+    return run.path / "policy"
+
+
+def tokenizer_for(model: ModelConfig, data: DataConfig):
+    """The model's tokenizer, or for a model from scratch one trained on the texts of the data."""
+    if model.tokenizer or model.path:
+        return load_tokenizer(model.tokenizer or model.path)
+    return train_tokenizer(load_texts(data), model.vocab_size)

@@ -1,0 +1,55 @@
+"""What the launch scripts share: `script.py [recipe.yaml] [section.key=value ...]`, --help, short errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from drpo.checkpoints import CheckpointError
+from drpo.config import ConfigError, help_text, load_recipe
+from drpo.data.records import DataError
+
+Recipe = TypeVar("Recipe")
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+
+def main(
+    recipe_class: type[Recipe], default_recipe: str, run: Callable[[Recipe], Path], forced: Sequence[str] = ()
+) -> None:
+    """Read the command line, run the recipe, print the path of the result as the last line.
+
+    Without a recipe the embedded one named `default_recipe` is used. `forced` overrides come last. What a user
+    can mend (recipe, data, checkpoint) is shown as one message without a traceback, exit code 2.
+    """
+    arguments = sys.argv[1:]
+    script = Path(sys.argv[0]).name
+    if {"-h", "--help"} & set(arguments):
+        usage = f"usage: {script} [recipe.yaml] [section.key=value ...]   (no recipe: {default_recipe})"
+        print(help_text(recipe_class, usage))
+        return
+    try:
+        path, overrides = split_arguments(arguments)
+        recipe = load_recipe(recipe_class, find_recipe(path or default_recipe), [*overrides, *forced])
+        result = run(recipe)
+    except (ConfigError, DataError, CheckpointError) as error:
+        raise SystemExit(f"{script}: {error}") from None
+    print(result.resolve(), flush=True)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe (an argument without `=`, at most one) and the overrides."""
+    overrides = [argument for argument in arguments if "=" in argument]
+    paths = [argument for argument in arguments if "=" not in argument]
+    if len(paths) > 1:
+        raise ConfigError(f"one recipe at most, got {paths}; overrides are written section.key=value")
+    if paths and paths[0].startswith("-"):
+        raise ConfigError(f"unknown flag {paths[0]}; settings are written section.key=value, see --help")
+    return (paths[0] if paths else None), overrides
+
+
+def find_recipe(path: str) -> Path:
+    """A recipe by its path, or by its name under launch/recipes (`tldr/drpo.yaml`)."""
+    return embedded if not Path(path).exists() and (embedded := RECIPES / path).exists() else Path(path)

@@ -1,0 +1,49 @@
+"""The SFT policy and reward model that the embedded demo recipes start from, made when they are missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LAUNCH = Path(__file__).resolve().parent
+DEMO_RUNS = Path("runs/demo")
+
+# In the order in which they are made: the folder that the stage leaves, and the script that leaves it.
+STAGES = {
+    DEMO_RUNS / "sft" / "policy": "sft.py",
+    DEMO_RUNS / "reward_model" / "reward_model": "reward_model.py",
+}
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
+
+
+def make_demo_inputs(*needed: str | None) -> None:
+    """Run the stages whose results are among `needed` and are not there, in one process, before any engine exists.
+
+    Under a multi-process launch the first process makes them and the others wait.
+    """
+    missing = [folder for folder in STAGES if str(folder) in needed and not folder.exists()]
+    if not missing:
+        return
+    if int(os.environ.get("RANK", 0)) > 0:
+        while not all(folder.exists() for folder in missing):
+            time.sleep(1)
+        return
+    for folder in missing:
+        print(f"{folder} is missing: making it with launch/{STAGES[folder]}", flush=True)
+        subprocess.run(
+            [sys.executable, str(LAUNCH / STAGES[folder])], check=True, env=single_process_environment()
+        )
+
+
+def single_process_environment() -> dict[str, str]:
+    """This environment without what a multi-process launcher put into it."""
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key not in LAUNCHER_VARIABLES and not key.startswith(LAUNCHER_PREFIXES)
+    }

@@ -1,0 +1,19 @@
+"""What launch/drpo.py and launch/ppo.py share: from a recipe to a trained policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from drpo.engine import Engine
+from drpo.trainers.online import OnlineRecipe, train
+from launch.demo_inputs import make_demo_inputs
+from launch.rewards import import_functions, reward_from
+
+
+def run(recipe: OnlineRecipe) -> Path:
+    """Make what the demo needs and lacks, load the reward, train."""
+    make_demo_inputs(recipe.model.path, recipe.reward.path, recipe.critic.path)
+    engine = Engine(recipe.engine, Path(recipe.run_dir), recipe.seed, recipe.optim.max_grad_norm)
+    reward_fn = reward_from(recipe.reward, engine, recipe.model.tokenizer or recipe.model.path)
+    eval_rewards = import_functions(recipe.eval.reward_functions, "eval.reward_functions")
+    return train(recipe, engine, reward_fn, eval_rewards)

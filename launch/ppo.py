@@ -1,0 +1,20 @@
+"""PPO: the online loop without resets (reset.proportion=0 whatever the recipe says).
+
+accelerate launch launch/ppo.py [recipe.yaml] [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parent)
+
+from drpo.trainers.online import OnlineRecipe
+from launch.command_line import main
+from launch.online import run
+
+if __name__ == "__main__":
+    main(OnlineRecipe, "demo/ppo.yaml", run, forced=["reset.proportion=0"])

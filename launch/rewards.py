@@ -1,0 +1,52 @@
+"""Reward functions from a recipe: a reward model's folder, or a Python callable `module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from drpo.config import ConfigError
+from drpo.engine import Engine
+from drpo.rewards import RewardFn
+from drpo.trainers.online import RewardConfig
+from reward_models.score import RewardModelScorer
+
+
+def reward_from(config: RewardConfig, engine: Engine, tokenizer_path: str) -> RewardFn:
+    """The RewardFn that a recipe's `reward` section names. `tokenizer_path` is the policy's tokenizer."""
+    if config.function is not None:
+        return import_function(config.function, "reward.function")
+    if config.path is None:
+        raise ConfigError("nothing scores the rollouts: give reward.path (a reward model) or reward.function")
+    return RewardModelScorer.load(config.path, engine, config.batch_size, tokenizer_path)
+
+
+def import_functions(functions: Mapping[str, str], key: str) -> dict[str, RewardFn]:
+    """name -> module:function, imported."""
+    return {name: import_function(spec, f"{key}.{name}") for name, spec in functions.items()}
+
+
+def import_function(spec: str, key: str) -> RewardFn:
+    """The callable `module:function`; modules in the working directory are found too.
+
+    Raises ConfigError naming the key when the module or the function is not there.
+    """
+    module_name, colon, function_name = spec.partition(":")
+    if not colon or not function_name:
+        raise ConfigError(f"{key}={spec!r} must be written module:function")
+    working_directory = str(Path.cwd())
+    if working_directory not in sys.path:
+        sys.path.append(working_directory)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{key}={spec!r}: {error}; looked on sys.path and in {working_directory}") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        known = [
+            name for name in vars(module) if callable(getattr(module, name)) and not name.startswith("_")
+        ]
+        raise ConfigError(f"{key}={spec!r}: {module_name} has no function {function_name}; it has {known}")
+    return function

@@ -1,0 +1,51 @@
+"""A reward model: a backbone with a scalar head, and how the head's outputs become one score a response."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from drpo.models.export import write_atomically
+from drpo.models.scalar_head import ScalarModel, ScalarModelConfig, token_scores
+from drpo.tensors import PaddedBatch, masked_sum
+
+Aggregation = Literal["last", "sum"]
+
+
+class RewardModelConfig(ScalarModelConfig):
+    """Adds how token outputs are aggregated and the score's zero."""
+
+    model_type = "drpo_reward_model"
+
+    def __init__(self, aggregation: Aggregation = "last", centre: float = 0.0, **kwargs) -> None:
+        super().__init__(**kwargs)
+        if aggregation not in ("last", "sum"):
+            raise ValueError(f"aggregation must be last or sum, got {aggregation!r}")
+        self.aggregation = aggregation
+        self.centre = centre
+
+
+class RewardModel(ScalarModel):
+    """score(x, y) = aggregate_t head(hidden(x, y_<=t)) - centre."""
+
+    config_class = RewardModelConfig
+
+    def score(self, batch: PaddedBatch) -> Tensor:
+        """Scores (B,) float32 of the responses, stop token included."""
+        outputs = token_scores(self, batch)
+        return aggregate(outputs, batch.response_mask, self.config.aggregation) - self.config.centre
+
+
+def aggregate(outputs: Tensor, mask: Tensor, aggregation: Aggregation) -> Tensor:
+    """(B, R) token outputs to (B,) scores: the output at the last real token, or the sum over real tokens.
+
+    The sum judges every token where it stands, so that an error in the middle of a response is seen; the last
+    token alone must find it again from the end.
+    """
+    if aggregation == "sum":
+        return masked_sum(outputs, mask, dim=1)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, columns, -1).amax(dim=1)
+    return outputs.gather(1, last.clamp(min=0)[:, None]).squeeze(1)

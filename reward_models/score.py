@@ -1,0 +1,58 @@
+"""A trained reward model as a RewardFn for the online loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from drpo.data.encode import encode_query, encode_response
+from drpo.engine import Engine
+from drpo.models.loading import ModelConfig, load_scalar_model, load_tokenizer
+from drpo.rewards import Completion
+from drpo.tensors import pad_batch
+from reward_models.model import RewardModel
+
+
+class RewardModelScorer:
+    """Scores completions with a reward model, on ids where it shares the policy's tokenizer, else on text."""
+
+    def __init__(
+        self, model: RewardModel, tokenizer, engine: Engine, batch_size: int, shares_tokenizer: bool
+    ) -> None:
+        self._model, self._tokenizer, self._engine = model, tokenizer, engine
+        self._batch_size, self._shares_tokenizer = batch_size, shares_tokenizer
+
+    @classmethod
+    def load(
+        cls, path: str, engine: Engine, batch_size: int, policy_tokenizer_path: str
+    ) -> RewardModelScorer:
+        """From a folder that reward_models.train wrote, or any *ForSequenceClassification with one label."""
+        model = load_scalar_model(path, ModelConfig(), RewardModel)
+        tokenizer = load_tokenizer(path)
+        shared = tokenizer.get_vocab() == load_tokenizer(policy_tokenizer_path).get_vocab()
+        return cls(engine.place(model), tokenizer, engine, batch_size, shared)
+
+    @torch.no_grad()
+    def __call__(self, completions: Sequence[Completion]) -> Tensor:
+        """(B,) float32. Rows are scored in order of length, so a batch has little padding."""
+        ids = [self._ids(completion) for completion in completions]
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row][0]) + len(ids[row][1]))
+        scores = torch.empty(len(ids))
+        for first in range(0, len(order), self._batch_size):
+            rows = order[first : first + self._batch_size]
+            batch = pad_batch(
+                [ids[r][0] for r in rows], [ids[r][1] for r in rows], self._tokenizer.pad_token_id
+            )
+            with self._engine.autocast():
+                scores[rows] = self._model.score(batch.to(self._engine.device)).float().cpu()
+        return scores
+
+    def _ids(self, completion: Completion) -> tuple[list[int], list[int]]:
+        if self._shares_tokenizer:
+            return completion.query_ids, completion.response_ids
+        response = encode_response(self._tokenizer, completion.response)
+        if not completion.ended:
+            response = response[:-1]
+        return encode_query(self._tokenizer, completion.prompt), response

@@ -1,0 +1,164 @@
+"""Train a reward model on preference pairs: Bradley-Terry, then centred on the references."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from drpo.data.encode import Example
+from drpo.data.load import DataConfig, load_examples
+from drpo.engine import Engine, EngineConfig
+from drpo.model_card import model_card
+from drpo.models.loading import ModelConfig, load_policy
+from drpo.optim import OptimConfig
+from drpo.run_folder import CheckpointConfig, LogConfig, Resume, RunFolder
+from drpo.tensors import PaddedBatch, pad_batch
+from drpo.trainers.offline import BatchConfig, OfflineEvalConfig, fit, steps_for
+from drpo.trainers.sft import tokenizer_for
+from reward_models.losses import bradley_terry_loss
+from reward_models.model import Aggregation, RewardModel, save_reward_model
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What the score is."""
+
+    aggregation: Aggregation = "last"
+    """last: the head at the last response token is the score. sum: the heads at all response tokens are summed."""
+    penalty: float = 0.0
+    """Weight of the mean squared score in the loss; keeps scores near 0."""
+    num_centring: int = 1024
+    """How many references fix the zero of the score (their mean score becomes 0); 0 leaves it where it is."""
+
+    def __post_init__(self) -> None:
+        if self.penalty < 0:
+            raise ValueError(f"score.penalty must be >= 0, got {self.penalty}")
+        if self.num_centring < 0:
+            raise ValueError(f"score.num_centring must be >= 0, got {self.num_centring}")
+
+
+@dataclass(frozen=True)
+class RewardModelRecipe:
+    """Everything that decides a reward-model run."""
+
+    run_dir: str = "runs/reward_model"
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of all randomness."""
+    num_steps: int | None = None
+    """Optimizer steps; null: batch.num_epochs passes over the pairs."""
+    resume: Resume = "auto"
+    """auto: go on from the last checkpoint in run_dir, if any. restart: move an earlier run aside."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: OfflineEvalConfig = field(default_factory=OfflineEvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps must be >= 1 or null, got {self.num_steps}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.model.lora.r:
+            raise ValueError("model.lora: a reward model is trained in full; set model.lora.r=0")
+
+
+class PairBatch(NamedTuple):
+    """The chosen responses of some pairs on top of the rejected ones, in one padded batch of 2 x pairs rows."""
+
+    rows: PaddedBatch
+    kinds: list[str | None]
+    """Kind of error of each rejected response, where the data says it."""
+
+
+class PairObjective(nn.Module):
+    """Bradley-Terry loss over pairs, chosen and rejected in one forward."""
+
+    def __init__(self, model: RewardModel, pad_id: int, score_penalty: float, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self._pad_id, self._score_penalty, self._device = pad_id, score_penalty, device
+
+    def collate(self, examples: Sequence[Example]) -> PairBatch:
+        queries = [example.query_ids for example in examples]
+        responses = [e.chosen_ids for e in examples] + [e.rejected_ids for e in examples]
+        rows = pad_batch(queries + queries, responses, self._pad_id).to(self._device)
+        return PairBatch(rows, [example.record.extra.get("error_kind") for example in examples])
+
+    def num_targets(self, batch: PairBatch) -> int:
+        return len(batch.kinds)
+
+    def forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = self.model.score(batch.rows).chunk(2)
+        losses = bradley_terry_loss(chosen, rejected)
+        losses = losses + self._score_penalty * (chosen**2 + rejected**2) / 2
+        wins = (chosen > rejected).float()
+        return losses, {
+            "accuracy": wins.sum(),
+            "margin": (chosen - rejected).sum(),
+            "chosen_score": chosen.sum(),
+            "rejected_score": rejected.sum(),
+        }
+
+
+def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
+    """Run the recipe and return the folder of the reward model."""
+    run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
+    tokenizer = tokenizer_for(recipe.model, recipe.data)
+    splits = load_examples(recipe.data, tokenizer, "pairs")
+    run.say(splits.report)
+    policy = load_policy(recipe.model, tokenizer, recipe.seed)
+    model = RewardModel.from_causal_lm(policy, recipe.seed)
+    model.config.aggregation = recipe.score.aggregation
+    objective = PairObjective(model, tokenizer.pad_token_id, recipe.score.penalty, engine.device)
+    fit(
+        engine,
+        run,
+        objective,
+        splits.train,
+        splits.eval,
+        name="reward model",
+        num_steps=steps_for(recipe.num_steps, recipe.batch, len(splits.train)),
+        batch=recipe.batch,
+        optim=recipe.optim,
+        evaluation=recipe.eval,
+        seed=recipe.seed,
+    )
+    references = load_examples(recipe.data, tokenizer, "prompts").train[: recipe.score.num_centring]
+    with engine.whole_weights(objective):
+        if references:
+            mean = reference_mean(engine, model, references, tokenizer.pad_token_id, recipe.batch)
+            model.config.centre = mean
+            run.say(f"mean score of {len(references)} references was {mean:.4f}; they now score 0 on average")
+        if engine.is_main:
+            card = model_card(recipe, splits.report, run.metrics.path)
+            save_reward_model(model, tokenizer, run.path / "reward_model", card)
+    engine.barrier()
+    run.close()
+    return run.path / "reward_model"
+
+
+@torch.no_grad()
+def reference_mean(
+    engine: Engine, model: RewardModel, references: Sequence[Example], pad_id: int, batch: BatchConfig
+) -> float:
+    """Mean score of the references' completions (Huang et al. 2024: the score of references becomes 0)."""
+    mine = references[engine.rank :: engine.world_size]
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for first in range(0, len(mine), batch.microbatch_size):
+        part = mine[first : first + batch.microbatch_size]
+        rows = pad_batch([e.query_ids for e in part], [e.completion_ids for e in part], pad_id)
+        with engine.autocast():
+            total += model.score(rows.to(engine.device)).double().sum()
+    return float(engine.sum(total)) / len(references)
