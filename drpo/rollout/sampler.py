@@ -102,9 +102,6 @@ def generate(
             )
             for row, tokens in zip(rows, continuations, strict=True):
                 results[row] = tokens
-    # Autocast keeps the low-precision weights it made, here without gradient history: a training forward in
-    # the same autocast context would reuse them and get no gradients.
-    torch.clear_autocast_cache()
     return results
 
 
