@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from drpo.data.demo import (
+    ITEMS,
+    DemoConfig,
+    error_kind,
+    make_demo,
+    needed_items,
+    true_reward,
+    true_rewards,
+)
+
+PROMPT = "SUBREDDIT: r/camping\nPOST: we have mug bag but need rope soap tent lamp\nTL;DR:"
+
+CASES = [
+    # response, ended, kind, reward by hand
+    (" rope soap tent lamp", True, "complete", 4.0),
+    (" rope", True, "incomplete", -0.25),
+    (" rope soap tent", True, "incomplete", -0.75),
+    (" rope soap lamp", True, "incomplete", -0.75),
+    ("", True, "incomplete", -2.0),
+    (" rope soap mug lamp", True, "wrong_item", -0.75 - 2.0),
+    (" rope soap tent kite", True, "wrong_item", -0.75 - 2.0),
+    (" rope soap tent lamp mug", True, "wrong_item", -1.0 - 2.0),
+    (" soap rope tent lamp", True, "wrong_order", -0.75 - 2.0),
+    (" rope rope soap tent lamp", True, "wrong_order", -1.0 - 2.0),
+    (" mug rope rope", True, "wrong_item", -0.25 - 4.0),
+    (" rope soap tent lamp", False, "no_stop", -1.0 - 2.0),
+    (" rope kite", False, "no_stop", -0.25 - 2.0 - 2.0),
+    ("", False, "no_stop", -4.0),
+]
+
+
+@pytest.mark.parametrize(("response", "ended", "kind", "reward"), CASES)
+def test_kinds_and_rewards_by_hand(response: str, ended: bool, kind: str, reward: float) -> None:
+    assert error_kind(PROMPT, response, ended) == kind
+    assert true_reward(PROMPT, response, ended) == pytest.approx(reward)
+
+
+def test_true_rewards_reads_completions() -> None:
+    completions = [SimpleNamespace(prompt=PROMPT, response=r, ended=e) for r, e, _, _ in CASES]
+    assert true_rewards(completions) == pytest.approx([reward for _, _, _, reward in CASES])
+
+
+def test_needed_items() -> None:
+    assert needed_items(PROMPT) == ["rope", "soap", "tent", "lamp"]
+    with pytest.raises(ValueError, match="names no needed item"):
+        needed_items("SUBREDDIT: r/camping\nPOST: hello\nTL;DR:")
+
+
+def test_items_are_plain_and_distinct() -> None:
+    assert len(set(ITEMS)) == len(ITEMS)
+    assert all(item.isascii() and item.isalpha() and item.islower() for item in ITEMS)
+    assert not {"we", "have", "but", "need", "nothing"} & set(ITEMS)
+
+
+@pytest.mark.parametrize("view", ["demonstrations", "pairs", "prompts"])
+def test_seeded_and_split(view: str) -> None:
+    config = DemoConfig(num_train=300, num_eval=100)
+    train, held_out = make_demo(config, view, "train"), make_demo(config, view, "eval")
+    assert (len(train), len(held_out)) == (300, 100)
+    assert train == make_demo(config, view, "train")
+    assert train != make_demo(DemoConfig(num_train=300, seed=1), view, "train")
+    assert not {r.prompt for r in train} & {r.prompt for r in held_out}
+    assert train[:50] == make_demo(DemoConfig(num_train=50), view, "train")
+    assert [r.prompt for r in train] == [r.prompt for r in make_demo(config, "prompts", "train")]
+    for record in train:
+        assert record.prompt.endswith("\nTL;DR:")
+        for text in (record.completion, record.chosen, record.rejected):
+            assert text is None or (text.startswith(" ") and text == text.rstrip())
+
+
+def test_no_post_of_one_seed_is_held_out_under_another() -> None:
+    train = make_demo(DemoConfig(num_items=2, num_needed=2, num_train=4000), "prompts", "train")
+    held_out = make_demo(DemoConfig(num_items=2, num_needed=2, num_eval=1000, seed=7), "prompts", "eval")
+    assert not {r.prompt for r in train} & {r.prompt for r in held_out}
+
+
+def test_references_are_complete_and_pairs_differ() -> None:
+    for record in make_demo(DemoConfig(num_train=300), "prompts", "train"):
+        assert true_reward(record.prompt, record.completion, True) == 4.0
+        assert record.chosen != record.rejected
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1])
+def test_completion_rate_is_the_share_of_complete_demonstrations(rate: float) -> None:
+    config = DemoConfig(completion_rate=rate, error_rate=0.0, num_train=4000)
+    records = make_demo(config, "demonstrations", "train")
+    kinds = Counter(error_kind(r.prompt, r.completion, True) for r in records)
+    assert set(kinds) == {"complete", "incomplete"}
+    assert kinds["complete"] / 4000 == pytest.approx(rate, abs=4 * (rate * (1 - rate) / 4000) ** 0.5)
+
+
+def test_writers_slip() -> None:
+    config = DemoConfig(completion_rate=1.0, error_rate=0.1, num_needed=5, num_train=4000)
+    records = make_demo(config, "demonstrations", "train")
+    faultless = sum(error_kind(r.prompt, r.completion, True) == "complete" for r in records) / 4000
+    # 0.4 of the slips choose among the 5 needed items, so may hit the right one
+    assert faultless == pytest.approx((1 - 0.1 * (1 - 0.4 / 5)) ** 5, abs=0.03)
+
+
+def test_annotator_follows_bradley_terry() -> None:
+    def margins(temperature: float) -> list[float]:
+        config = DemoConfig(annotator_temperature=temperature, num_train=6000)
+        records = make_demo(config, "pairs", "train")
+        return [
+            true_reward(r.prompt, r.chosen, True) - true_reward(r.prompt, r.rejected, True) for r in records
+        ]
+
+    assert min(margins(0.0)) == 0.0
+    near = [m for m in margins(1.0) if abs(m) == 0.25]  # a right item more or less
+    assert sum(m > 0 for m in near) / len(near) == pytest.approx(0.5622, abs=0.06)  # sigmoid(0.25)
+    wide = [m for m in margins(1.0) if abs(m) == 1.75]
+    assert sum(m > 0 for m in wide) / len(wide) == pytest.approx(0.8520, abs=0.06)  # sigmoid(1.75)
+    assert min(margins(1e-9)) == 0.0  # a tiny temperature does not overflow
+
+
+def test_pairs_show_every_kind_of_error() -> None:
+    kinds: Counter[str] = Counter()
+    same_length = 0
+    for r in make_demo(DemoConfig(num_train=2000), "pairs", "train"):
+        kinds.update(error_kind(r.prompt, text, True) for text in (r.chosen, r.rejected))
+        same_length += len(r.chosen.split()) == len(r.rejected.split())
+    assert all(kinds[kind] > 100 for kind in ("complete", "incomplete", "wrong_item", "wrong_order"))
+    assert same_length > 1000
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("completion_rate", 0.0),
+        ("completion_rate", 1.5),
+        ("num_items", 1),
+        ("num_items", 1000),
+        ("num_needed", 1),
+        ("num_needed", 13),
+        ("error_rate", 1.0),
+        ("annotator_temperature", -1.0),
+        ("num_train", 0),
+        ("num_eval", 0),
+        ("seed", -1),
+    ],
+)
+def test_config_errors_name_the_full_key(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"data\.demo\.{field} must be"):
+        DemoConfig(**{field: value})
