@@ -110,8 +110,9 @@ def draw_reset_length(
     position = generator.random()
     if not is_reset:
         return 0
-    longest = min(math.floor(config.max_fraction * source_length), source_length - 1, max_response_length - 1)
-    shortest = max(config.min_length, math.ceil(config.min_fraction * source_length))
+    low, high = (round(f * source_length, 9) for f in (config.min_fraction, config.max_fraction))
+    longest = min(math.floor(high), source_length - 1, max_response_length - 1)
+    shortest = max(config.min_length, math.ceil(low))  # rounded: 0.07 * 100 is 7.000000000000001
     within = [h for h in boundaries if shortest <= h <= longest]
     if not within:
         return 0

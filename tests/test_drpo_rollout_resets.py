@@ -1,0 +1,372 @@
+"""Dataset resets: where prefixes may end, how their length is drawn, and what a draw depends on."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from drpo.data.encode import Example
+from drpo.data.records import Record
+from drpo.rollout.collect import RolloutConfig, draw_starts
+from drpo.rollout.resets import ResetConfig, draw_reset_length, prefix_boundaries, reset_response
+
+NO_CHANCE = 1e-4  # p-value below which a seeded sample is called not uniform
+
+
+def draw(config: ResetConfig, episode: int, *, source_length=9, limit=100, progress=0.0, seed=0) -> int:
+    boundaries = list(range(source_length))
+    return draw_reset_length(config, boundaries, source_length, limit, progress, seed, episode)
+
+
+def draws(config: ResetConfig, number: int = 2000, **kwargs) -> list[int]:
+    return [draw(config, episode, **kwargs) for episode in range(number)]
+
+
+def assert_uniform_on(lengths: list[int], allowed: list[int]) -> None:
+    counts = Counter(lengths)
+    assert sorted(counts) == allowed
+    if len(allowed) > 1:
+        assert chisquare([counts[h] for h in allowed]).pvalue > NO_CHANCE
+
+
+# --- how long ---------------------------------------------------------------------------------------------
+
+
+def test_lengths_are_uniform_from_the_bare_prompt_to_all_but_the_last_token():
+    assert_uniform_on(draws(ResetConfig(min_length=0)), [0, 1, 2, 3, 4, 5, 6, 7, 8])
+
+
+def test_min_length_one_never_gives_the_bare_prompt():
+    assert_uniform_on(draws(ResetConfig(min_length=1)), [1, 2, 3, 4, 5, 6, 7, 8])
+
+
+@pytest.mark.parametrize("source_length", [1, 2, 3, 7])
+@pytest.mark.parametrize("min_length", [0, 1])
+def test_the_whole_response_is_never_forced(source_length, min_length):
+    lengths = draws(ResetConfig(min_length=min_length), 300, source_length=source_length)
+    assert max(lengths) == source_length - 1
+
+
+def test_no_allowed_length_means_no_reset():
+    # one token: forcing it would leave nothing to the policy
+    assert set(draws(ResetConfig(min_length=1), 50, source_length=1)) == {0}
+    # a minimum beyond the response
+    assert set(draws(ResetConfig(min_length=9), 50, source_length=9)) == {0}
+
+
+def test_fractions_bound_the_length():
+    # ceil(0.25 * 9) = 3 and floor(0.7 * 9) = 6
+    assert_uniform_on(draws(ResetConfig(min_fraction=0.25, max_fraction=0.7)), [3, 4, 5, 6])
+
+
+def test_min_length_and_min_fraction_both_hold():
+    assert min(draws(ResetConfig(min_length=5, min_fraction=0.25))) == 5
+    assert min(draws(ResetConfig(min_length=1, min_fraction=0.25))) == 3
+
+
+@pytest.mark.parametrize("low, high, length", [(0.07, 0.07, 100), (0.29, 0.29, 100), (0.56, 0.56, 50)])
+def test_a_fraction_that_is_a_whole_number_of_tokens_allows_that_number(low, high, length):
+    """0.07 * 100 is 7.000000000000001 in floating point and 0.29 * 100 is 28.999999999999996."""
+    config = ResetConfig(min_fraction=low, max_fraction=high)
+    assert set(draws(config, 20, source_length=length)) == {round(low * length)}
+
+
+def test_a_prefix_leaves_room_for_one_sampled_token():
+    assert_uniform_on(draws(ResetConfig(), source_length=9, limit=4), [0, 1, 2, 3])
+    assert set(draws(ResetConfig(), 50, source_length=9, limit=1)) == {0}
+
+
+def test_only_boundaries_are_drawn():
+    config = ResetConfig()
+    lengths = [draw_reset_length(config, [0, 4, 11, 30], 30, 20, 0.0, 0, e) for e in range(900)]
+    assert_uniform_on(lengths, [0, 4, 11])  # 30 is the whole response
+
+
+# --- how often --------------------------------------------------------------------------------------------
+
+
+def test_proportion_zero_is_ppo_and_one_resets_always():
+    assert set(draws(ResetConfig(proportion=0.0, min_length=1), 500)) == {0}
+    assert 0 not in draws(ResetConfig(proportion=1.0, min_length=1), 500)
+
+
+@pytest.mark.parametrize("proportion", [0.25, 0.5, 0.8])
+def test_the_share_of_resets_is_the_proportion(proportion):
+    number = 4000
+    lengths = draws(ResetConfig(proportion=proportion, min_length=1), number)
+    share = np.mean([h > 0 for h in lengths])
+    standard_error = (proportion * (1 - proportion) / number) ** 0.5
+    assert abs(share - proportion) < 4 * standard_error
+
+
+def test_the_length_does_not_depend_on_the_coin():
+    """Bernoulli(beta) and the length are drawn apart: given a reset, the length is uniform for any beta."""
+    lengths = [h for h in draws(ResetConfig(proportion=0.3, min_length=1), 6000) if h > 0]
+    assert_uniform_on(lengths, [1, 2, 3, 4, 5, 6, 7, 8])
+
+
+def test_a_larger_proportion_only_adds_resets():
+    some = draws(ResetConfig(proportion=0.3, min_length=1), 500)
+    more = draws(ResetConfig(proportion=0.7, min_length=1), 500)
+    assert all(h == k for h, k in zip(some, more, strict=True) if h > 0)
+
+
+# --- what a draw depends on -------------------------------------------------------------------------------
+
+
+def test_a_draw_depends_on_seed_and_episode_alone():
+    config = ResetConfig(proportion=0.5)
+    forwards = draws(config, 200)
+    np.random.seed(7)
+    random.seed(7)
+    backwards = [draw(config, episode) for episode in reversed(range(200))]
+    assert backwards[::-1] == forwards
+    assert draws(config, 200, seed=1) != forwards
+
+
+def test_neighbouring_seeds_and_episodes_are_unrelated():
+    config = ResetConfig(min_length=1)
+    lengths = np.array([draws(config, 400, seed=seed) for seed in range(4)])
+    assert abs(np.corrcoef(lengths[0], lengths[1])[0, 1]) < 0.2
+    assert abs(np.corrcoef(lengths[0][:-1], lengths[0][1:])[0, 1]) < 0.2
+    # seed s, episode e + 1 is not seed s + 1, episode e
+    assert np.mean(lengths[0][1:] == lengths[1][:-1]) < 0.3
+
+
+# --- curriculum -------------------------------------------------------------------------------------------
+
+
+def curriculum(progress: float, end: float = 0.5, **kwargs) -> list[int]:
+    config = ResetConfig(length="curriculum", curriculum_end=end, min_length=1)
+    return draws(config, 600, source_length=9, progress=progress, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "progress, shortest",
+    [
+        (0.0, 8),  # only the longest of 1..8
+        (0.0625, 8),  # floor(8 * 0.875) = 7 left out
+        (0.125, 7),  # floor(8 * 0.75) = 6 left out
+        (0.25, 5),  # half of the way: 4 left out
+        (0.4375, 2),  # floor(8 * 0.125) = 1 left out
+        (0.5, 1),  # from here on all
+        (0.99, 1),
+    ],
+)
+def test_curriculum_goes_from_late_to_early_prefixes(progress, shortest):
+    assert_uniform_on(curriculum(progress), list(range(shortest, 9)))
+
+
+def test_curriculum_keeps_the_upper_limit():
+    assert set(curriculum(0.0, limit=5)) == {4}
+    assert_uniform_on(curriculum(1.0, end=1.0, limit=5), [1, 2, 3, 4])
+
+
+def test_uniform_does_not_depend_on_progress():
+    assert draws(ResetConfig(), 100, progress=0.0) == draws(ResetConfig(), 100, progress=0.9)
+
+
+# --- boundaries -------------------------------------------------------------------------------------------
+
+
+def bytelevel() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def tokenizer_of(*pieces: str) -> PreTrainedTokenizerFast:
+    """A lossless tokenizer: bytes, and the given pieces as one token each (greedy merges, left to right)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: index for index, symbol in enumerate(alphabet)}
+    merges = []
+    for piece in pieces:
+        ((symbols, _),) = bytelevel().pre_tokenize_str(piece)
+        joined = symbols[0]
+        for symbol in symbols[1:]:
+            if joined + symbol not in vocab:
+                merges.append((joined, symbol))
+                vocab[joined + symbol] = len(vocab)
+            joined += symbol
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    core.pre_tokenizer = bytelevel()
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="[PAD]")
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+
+
+@pytest.fixture(scope="module")
+def characters():
+    return tokenizer_of()
+
+
+def test_every_token_is_a_boundary_but_the_end(characters):
+    ids = encode(characters, "abc")
+    assert prefix_boundaries(ids, "token", characters) == [0, 1, 2, 3]  # the stop token is the fourth
+
+
+def test_sentence_boundaries(characters):
+    #       0123456789012345
+    text = " Hi. Oh no!\nWhy? x"
+    # after "." comes a space, which belongs to the sentence: " Hi. " is 5 characters
+    # after "!" comes the newline, which ends a sentence too: 12; after "?" its space: 17
+    assert prefix_boundaries(encode(characters, text), "sentence", characters) == [0, 5, 12, 17]
+
+
+def test_a_text_that_ends_with_a_mark_may_be_forced_whole_with_the_stop_left_to_the_policy(characters):
+    assert prefix_boundaries(encode(characters, "Go. No."), "sentence", characters) == [0, 4, 7]
+
+
+def test_repeated_marks_end_one_sentence(characters):
+    assert prefix_boundaries(encode(characters, "Oh... no"), "sentence", characters) == [0, 6]
+
+
+def test_turn_boundaries(characters):
+    #       12345678901234567890
+    text = "One.\n\nTwo\nx\n\n\nThree"
+    # blank lines after "One." (6 characters) and after "x" (14: three newlines are one break)
+    assert prefix_boundaries(encode(characters, text), "turn", characters) == [0, 6, 14]
+
+
+def test_a_text_without_marks_has_the_bare_prompt_alone(characters):
+    assert prefix_boundaries(encode(characters, "no mark"), "sentence", characters) == [0]
+    assert prefix_boundaries(encode(characters, "one.\ntwo"), "turn", characters) == [0]
+
+
+def test_boundaries_count_tokens_not_characters():
+    tokenizer = tokenizer_of(" yes", " no")
+    ids = encode(tokenizer, " yes. no. yes")
+    assert [tokenizer.decode(i) for i in ids[:-1]] == [" yes", ".", " no", ".", " yes"]
+    assert prefix_boundaries(ids, "sentence", tokenizer) == [0, 2, 4]
+
+
+def test_a_token_that_joins_a_mark_and_what_follows_is_not_cut():
+    tokenizer = tokenizer_of(".\n", "\n\n")
+    ids = encode(tokenizer, "a.\nb")
+    assert len(ids) == 4  # "a", ".\n", "b", stop
+    assert prefix_boundaries(ids, "sentence", tokenizer) == [0, 2]
+    ids = encode(tokenizer, "a\n\nb")
+    assert prefix_boundaries(ids, "turn", tokenizer) == [0, 2]
+
+
+def test_a_character_of_several_tokens_is_never_cut(characters):
+    ids = encode(characters, "é. ü")  # é and ü are two bytes each
+    assert len(ids) == 7
+    assert prefix_boundaries(ids, "sentence", characters) == [0, 4]
+
+
+# --- whose response ---------------------------------------------------------------------------------------
+
+
+def example(**ids) -> Example:
+    scores = ids.pop("scores", ())
+    record = Record(prompt="p", responses=tuple("abc"[: len(scores)]), scores=scores, origin="posts.jsonl:7")
+    return Example(record, query_ids=[3], **ids)
+
+
+def test_sources():
+    row = example(
+        completion_ids=[10, 0],
+        chosen_ids=[20, 0],
+        rejected_ids=[30, 0],
+        ranked_ids=[[40, 0], [41, 0], [42, 0]],
+        scores=(1.0, 5.0, 2.0),
+    )
+    assert reset_response(row, "reference") == [10, 0]
+    assert reset_response(row, "chosen") == [20, 0]
+    assert reset_response(row, "rejected") == [30, 0]
+    assert reset_response(row, "best") == [41, 0]
+
+
+@pytest.mark.parametrize("source", ["reference", "chosen", "rejected", "best"])
+def test_a_missing_source_names_the_key_and_the_row(source):
+    with pytest.raises(ValueError, match=rf"reset\.source={source}.*posts\.jsonl:7.*reset\.proportion=0"):
+        reset_response(example(), source)
+
+
+def test_an_unknown_source_is_an_error():
+    with pytest.raises(ValueError, match="not one of reference, chosen, rejected, best"):
+        reset_response(example(completion_ids=[1, 0]), "completion")
+
+
+# --- starts of episodes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def examples() -> list[Example]:
+    return [
+        Example(Record(prompt=str(i)), query_ids=[i], completion_ids=[100 + i] * (3 + i) + [0])
+        for i in range(5)
+    ]
+
+
+def starts_of(examples, episodes, reset=None, seed=0, **rollout):
+    rollout = RolloutConfig(**{"batch_size": 4, "max_response_length": 50, **rollout})
+    return draw_starts(examples, episodes, reset or ResetConfig(), rollout, None, 0.0, seed)
+
+
+def test_starts_do_not_depend_on_how_episodes_are_batched(examples):
+    whole = starts_of(examples, range(0, 24))
+    assert starts_of(examples, range(0, 7)) + starts_of(examples, range(7, 24)) == whole
+    assert starts_of(examples, range(16, 20)) == whole[16:20]
+
+
+def test_a_prefix_is_the_beginning_of_the_source(examples):
+    for start in starts_of(examples, range(200)):
+        source = start.example.completion_ids
+        assert list(start.prefix) == source[: len(start.prefix)]
+        assert len(start.prefix) < len(source)
+        assert start.source_length == (len(source) if start.prefix else 0)
+
+
+def test_rollouts_of_one_prompt_share_it_and_have_their_own_resets(examples):
+    starts = starts_of(examples, range(100), rollouts_per_prompt=4)
+    groups = [starts[i : i + 4] for i in range(0, 100, 4)]
+    assert all(len({s.example.record.prompt for s in group}) == 1 for group in groups)
+    assert any(len({len(s.prefix) for s in group}) > 1 for group in groups)
+
+
+def test_every_pass_sees_every_prompt_once(examples):
+    prompts = [s.example.record.prompt for s in starts_of(examples, range(15))]
+    for first in (0, 5, 10):
+        assert sorted(prompts[first : first + 5]) == ["0", "1", "2", "3", "4"]
+
+
+def test_proportion_zero_needs_no_source():
+    rows = [Example(Record(prompt="p"), query_ids=[1])]
+    starts = starts_of(rows, range(3), ResetConfig(proportion=0.0))
+    assert all(start.prefix == () and start.source_length == 0 for start in starts)
+
+
+def test_the_prompts_of_a_run_do_not_depend_on_the_resets(examples):
+    """PPO and DR-PO with one seed see the same prompts in the same order."""
+    ppo = starts_of(examples, range(40), ResetConfig(proportion=0.0))
+    drpo = starts_of(examples, range(40), ResetConfig(proportion=1.0))
+    assert [s.example.record.prompt for s in ppo] == [s.example.record.prompt for s in drpo]
+
+
+# --- settings that make no sense --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, key",
+    [
+        ({"proportion": 1.5}, "reset.proportion"),
+        ({"proportion": -0.1}, "reset.proportion"),
+        ({"min_length": -1}, "reset.min_length"),
+        ({"min_fraction": 0.6, "max_fraction": 0.5}, "reset.min_fraction"),
+        ({"max_fraction": 1.2}, "reset.max_fraction"),
+        ({"length": "curriculum", "curriculum_end": 0.0}, "reset.curriculum_end"),
+        ({"curriculum_end": 0.3}, "reset.curriculum_end"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(settings, key):
+    with pytest.raises(ValueError, match=key):
+        ResetConfig(**settings)
