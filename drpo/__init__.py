@@ -1,1 +1,1 @@
-"""DR-PO and its baselines: online RLHF on accelerate, with rollouts that may start inside a dataset response."""
+"""DR-PO and its baselines: online RLHF on accelerate, with rollouts that may start in a dataset response."""

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 NUM_SHOWN = 3
+MAX_SCORE = sys.float_info.max
 
 
 class DataError(ValueError):
     """The data cannot be used as asked; the message says what was wrong, where, and what to do."""
+
+
+class RowError(Exception):
+    """One row cannot become a record: `kind` is counted, `detail` is shown for the first few of a kind."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +54,13 @@ class Record:
 class BadRows:
     """Counts bad rows by kind and remembers the first few of each kind with their origin."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "rows") -> None:
+        self.unit = unit
         self.counts: Counter[str] = Counter()
         self._shown: dict[str, list[str]] = {}
 
     def __len__(self) -> int:
-        return self.counts.total()
+        return sum(self.counts.values())
 
     def add(self, kind: str, origin: str, detail: str = "") -> None:
         """Count one bad row of this kind."""
@@ -58,9 +70,9 @@ class BadRows:
             shown.append(f"{origin}: {detail}" if detail else origin)
 
     def summary(self) -> str:
-        """One line for each kind with its count, and below it the first few rows; "no bad rows" if there are none."""
+        """A line for each kind with its count, and below it the first few of that kind."""
         if not self.counts:
-            return "no bad rows"
+            return f"no bad {self.unit}"
         lines = []
         for kind, count in self.counts.most_common():
             lines.append(f"{count} x {kind}")
@@ -71,11 +83,48 @@ class BadRows:
 
     def check(self, num_rows: int, max_bad_fraction: float) -> None:
         """Raise DataError when more than `max_bad_fraction` of `num_rows` rows are bad."""
-        num_bad = len(self)
-        if num_bad <= max_bad_fraction * num_rows:
+        if len(self) <= max_bad_fraction * num_rows:
             return
         raise DataError(
-            f"{num_bad} of {num_rows} rows are bad, more than data.max_bad_fraction={max_bad_fraction:g} allows:\n"
+            f"{len(self)} of {num_rows} {self.unit} are bad, "
+            f"more than data.max_bad_fraction={max_bad_fraction:g} allows:\n"
             f"{self.summary()}\n"
-            "Correct these rows, or raise data.max_bad_fraction to leave them out."
+            "Correct them, or raise data.max_bad_fraction to leave them out."
         )
+
+
+def require_text(value: object, field: str) -> str:
+    """`value` if it is usable text, else RowError: missing field, wrong type, empty text, invalid text."""
+    if value is None:
+        raise RowError("missing field", f"no {field}")
+    if not isinstance(value, str):
+        raise RowError("wrong type", f"{field} is {type(value).__name__}, not text")
+    if not value.strip():
+        raise RowError("empty text", field)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowError("invalid text", f"{field} holds half of a surrogate pair") from None
+    return value
+
+
+def require_scores(value: object, field: str, num_responses: int) -> tuple[float, ...]:
+    """`value` as one finite number for each response, else RowError."""
+    if value is None:
+        raise RowError("missing field", f"no {field}")
+    if not isinstance(value, list | tuple):
+        raise RowError("wrong type", f"{field} is {type(value).__name__}, not a list of numbers")
+    for score in value:
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise RowError("wrong type", f"{field} holds {score!r}, not a number")
+        if not -MAX_SCORE <= score <= MAX_SCORE:
+            raise RowError("score not finite", f"{field} holds {score}")
+    if len(value) != num_responses:
+        raise RowError("responses and scores differ", f"{num_responses} responses, {len(value)} {field}")
+    return tuple(float(score) for score in value)
+
+
+def require_different(chosen: str, rejected: str) -> None:
+    """RowError when the two responses of a pair say the same, surrounding whitespace aside."""
+    if chosen.strip() == rejected.strip():
+        raise RowError("chosen = rejected", repr(chosen.strip()[:60]))

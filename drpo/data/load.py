@@ -1,0 +1,314 @@
+"""Section `data` of a recipe, and the one way from it to tokenised examples: read, view, split, truncate,
+encode."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from drpo.data.chat import ChatTemplate
+from drpo.data.demo import DemoConfig, make_demo
+from drpo.data.encode import (
+    Example,
+    encode_queries,
+    encode_query,
+    encode_records,
+    query_counter,
+    truncate_left,
+)
+from drpo.data.files import keep_all, read_table
+from drpo.data.hh import hh_records
+from drpo.data.own import FIELDS, own_records
+from drpo.data.records import BadRows, DataError, Record, RowError
+from drpo.data.tldr import keep_column, tldr_records, truncate_query
+from drpo.data.views import View, distinct_prompts, view_records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_EVAL_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on (section `data` of a recipe)."""
+
+    task: Literal["demo", "tldr", "hh", "own"] = "demo"
+    "demo: generated; tldr: Reddit posts and summaries; hh: Anthropic's dialogues; own: your data."
+    path: str | None = None
+    """A file (.jsonl, .json, .csv, each also .gz; .parquet), a folder of files named after their splits, a
+    folder that `datasets` saved, or a hub id such as trl-lib/tldr. Not for the demo."""
+    subset: str | None = None
+    "A folder inside `path`; on the hub a configuration (comparisons), for hh a data_dir (harmless-base)."
+    train_split: str = "train"
+    "The split to train on. A single file is the split train."
+    eval_split: str | None = None
+    "The split to evaluate on. Without it a part of the train split is held out."
+    eval_fraction: float | None = None
+    """Share of the distinct prompts to hold out by a hash of the prompt, the same ones in every stage; null
+    = 0.05."""
+    split_seed: int = 0
+    "Seed of that hash: keep it the same for SFT, reward model and RL."
+    limit: int | None = None
+    "Read only the first this many rows of each split."
+    columns: dict[str, str] = field(default_factory=dict)
+    """For own data: the name of your column for each of prompt, completion, chosen, rejected, messages,
+    responses, scores, where it differs; for example data.columns.prompt=question."""
+    chat_template: bool = False
+    "For hh and own data: render the turns with the tokenizer's chat template. Conversations need it."
+    max_prompt_length: int | None = None
+    "The most tokens of a prompt; null = no limit."
+    max_response_length: int | None = None
+    """The most tokens of a response, stop token included; null = no limit. A longer demonstration or pair
+    is a bad row; a longer response to reset to is cut, since only a prefix of it is used."""
+    truncation: Literal["refuse", "left", "paragraph"] | None = None
+    """What happens to a longer prompt. refuse: it is a bad row; left: its last tokens are kept; paragraph:
+    the post loses its last paragraphs (tldr only). null = paragraph for tldr, left for hh without chat
+    template, else refuse."""
+    max_bad_fraction: float = 0.01
+    "Stop when more than this share of the rows is bad."
+    demo: DemoConfig = field(default_factory=DemoConfig)
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise ValueError(f"data.{name} {rule}, got {getattr(self, name)!r}")
+
+        for name in ("limit", "max_prompt_length", "max_response_length"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, "must be at least 1, or null")
+        check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "must be between 0 and 1")
+        check(
+            self.eval_fraction is None or 0 <= self.eval_fraction < 1,
+            "eval_fraction",
+            "must be at least 0 and below 1",
+        )
+        if self.task == "demo":
+            for name in (
+                "path",
+                "subset",
+                "eval_split",
+                "eval_fraction",
+                "split_seed",
+                "columns",
+                "chat_template",
+            ):
+                check(not getattr(self, name), name, "does not apply to data.task=demo")
+            check(self.train_split == "train", "train_split", "does not apply to data.task=demo")
+        else:
+            check(self.path is not None, "path", f"must say where the data for data.task={self.task} is")
+            check(self.demo == DemoConfig(), "demo", f"does not apply to data.task={self.task}")
+        if self.eval_split is not None:
+            check(self.eval_split != self.train_split, "eval_split", "must differ from data.train_split")
+            check(self.eval_fraction is None, "eval_fraction", "does not apply when data.eval_split is given")
+            check(self.split_seed == 0, "split_seed", "does not apply when data.eval_split is given")
+        check(self.task == "own" or not self.columns, "columns", "applies to data.task=own only")
+        for name in self.columns:
+            if name not in FIELDS:
+                raise ValueError(f"data.columns.{name} is unknown; the fields are: {', '.join(FIELDS)}")
+        if self.chat_template:
+            check(self.task in ("hh", "own"), "chat_template", "applies to data.task=hh and own only")
+            check(self.truncation != "left", "truncation", "must not cut the opening of a chat template")
+        if self.truncation is not None:
+            check(self.max_prompt_length is not None, "truncation", "needs data.max_prompt_length")
+            check(
+                self.truncation != "paragraph" or self.task == "tldr",
+                "truncation",
+                "can be paragraph for data.task=tldr only",
+            )
+
+    @property
+    def prompt_truncation(self) -> Literal["refuse", "left", "paragraph"]:
+        """`truncation`, or the task's own."""
+        if self.truncation is not None:
+            return self.truncation
+        if self.task == "tldr":
+            return "paragraph"
+        return "left" if self.task == "hh" and not self.chat_template else "refuse"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples to train on and held-out ones, and a report of what was read and left out."""
+
+    train: list[Example]
+    eval: list[Example]
+    report: str
+
+
+def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: View) -> Splits:
+    """Read, split and encode the data of a recipe.
+
+    Demonstrations have `completion_ids`, pairs `chosen_ids` and `rejected_ids`, prompts (each distinct one
+    once) whatever responses the data has. No prompt is in both splits. Raises DataError for data that is
+    not there, and when more than `max_bad_fraction` of the rows, or of the examples made from them, are
+    bad.
+    """
+    chat = ChatTemplate(tokenizer) if config.chat_template else None
+    bad, report = BadRows("examples"), []
+    train = _read_view(config, config.train_split, view, chat, bad, report)
+    eval_split = "eval" if config.task == "demo" else config.eval_split
+    if eval_split is not None:
+        held_out = _read_view(config, eval_split, view, chat, bad, report)
+    else:
+        train, held_out = _hold_out(train, config)
+    num_examples = len(train) + len(held_out) + len(bad)
+    eval_examples = _encode(held_out, config, tokenizer, view, bad, report)
+    eval_prompts = {example.record.prompt for example in eval_examples}
+    examples = _encode(train, config, tokenizer, view, bad, report)
+    train_examples = [example for example in examples if example.record.prompt not in eval_prompts]
+    bad.check(num_examples, config.max_bad_fraction)
+    if len(train_examples) < len(examples):
+        report.append(f"{len(examples) - len(train_examples)} {view} left out of train: prompt held out")
+    if len(bad):
+        report.append(f"{len(bad)} of {num_examples} {view} left out:\n{bad.summary()}")
+    if not train_examples:
+        raise DataError("\n".join(["no examples are left to train on", *report]))
+    for name, part in (("train", train_examples), ("eval", eval_examples)):
+        num_prompts = len({example.record.prompt for example in part})
+        report.append(f"{name}: {len(part)} {view}, {num_prompts} distinct prompts")
+    return Splits(train_examples, eval_examples, "\n".join(report))
+
+
+def load_texts(config: DataConfig) -> list[str]:
+    """The distinct prompt and response texts of the train split, without held-out prompts: to train a
+    tokenizer on."""
+    if config.chat_template:
+        raise DataError(
+            "data.chat_template=true needs a tokenizer that has one: none can be trained on the data"
+        )
+    if config.task == "demo":
+        records = make_demo(config.demo, "prompts", "train")[: config.limit]
+    else:
+        records = read_records(config, config.train_split, None, [])
+        if config.eval_split is None:
+            records, _ = _hold_out(records, config)
+    texts: dict[str | None, None] = {}
+    for record in records:
+        own = (record.prompt, record.completion, record.chosen, record.rejected, *record.responses)
+        texts |= dict.fromkeys(own)
+    return [text for text in texts if text is not None]
+
+
+def read_records(
+    config: DataConfig, split: str, chat: ChatTemplate | None, report: list[str]
+) -> list[Record]:
+    """The records of one split of the files or the hub, and lines for the report. Raises DataError as
+    above."""
+    bad = BadRows()
+    table = read_table(
+        config.path,
+        split,
+        bad,
+        subset=config.subset,
+        subset_is_folder=config.task == "hh",
+        limit=config.limit,
+        keep=keep_column if config.task == "tldr" else keep_all,
+    )
+    notes: list[str] = []
+    match config.task:
+        case "tldr":
+            records, notes = tldr_records(table, bad)
+        case "hh":
+            records = hh_records(table, bad, chat)
+        case "own":
+            records = own_records(table, bad, config.columns, chat)
+    bad.check(table.num_rows, config.max_bad_fraction)
+    report.append(f"{table.name}: {table.num_rows} rows read, {len(bad)} bad")
+    report += [bad.summary()] * bool(len(bad)) + notes
+    return records
+
+
+def is_held_out(prompt: str, fraction: float, seed: int) -> bool:
+    """Whether a prompt belongs to the held-out part: hash(seed, prompt) < fraction, for a hash uniform on
+    [0, 1)."""
+    digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _read_view(
+    config: DataConfig, split: str, view: View, chat: ChatTemplate | None, bad: BadRows, report: list[str]
+) -> list[Record]:
+    if config.task == "demo":
+        records = make_demo(config.demo, view, split)[: config.limit]
+        report.append(f"demo/{split}: {len(records)} {view} made")
+    else:
+        records = read_records(config, split, chat, report)
+    records, notes = view_records(records, view, bad)
+    report += notes
+    return records
+
+
+def _hold_out(records: Sequence[Record], config: DataConfig) -> tuple[list[Record], list[Record]]:
+    fraction = DEFAULT_EVAL_FRACTION if config.eval_fraction is None else config.eval_fraction
+    parts: tuple[list[Record], list[Record]] = ([], [])
+    for record in records:
+        parts[is_held_out(record.prompt, fraction, config.split_seed)].append(record)
+    if fraction > 0 and not parts[1]:
+        num_prompts = len({record.prompt for record in records})
+        raise DataError(
+            f"data.eval_fraction={fraction:g} of {num_prompts} distinct prompts held out none: "
+            "raise it, or set it to 0 to hold out nothing"
+        )
+    return parts
+
+
+def _encode(
+    records: Sequence[Record],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    view: View,
+    bad: BadRows,
+    report: list[str],
+) -> list[Example]:
+    prompts = list(dict.fromkeys(record.prompt for record in records))
+    queries = dict(zip(prompts, encode_queries(tokenizer, prompts), strict=True))
+    shortened = _shorten(queries, config, tokenizer)
+    queries |= {
+        prompt: encode_query(tokenizer, prompt) for prompt in shortened.values() if isinstance(prompt, str)
+    }
+    fitting = []
+    for record in records:
+        prompt = shortened.get(record.prompt, record.prompt)
+        if isinstance(prompt, RowError):
+            bad.add(prompt.kind, record.origin, prompt.detail)
+        else:
+            fitting.append(record if prompt is record.prompt else replace(record, prompt=prompt))
+    if view == "prompts":
+        fitting, notes = distinct_prompts(fitting)
+        report += notes
+    examples = []
+    encoded = encode_records(tokenizer, fitting, queries, view, config.max_response_length)
+    for record, example in zip(fitting, encoded, strict=True):
+        if isinstance(example, RowError):
+            bad.add(example.kind, record.origin, example.detail)
+        else:
+            examples.append(example)
+    return examples
+
+
+def _shorten(
+    queries: dict[str, list[int]], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str | RowError]:
+    """For each prompt that is too long what stands for it: its truncation, or the RowError."""
+    limit = config.max_prompt_length
+    if limit is None:
+        return {}
+    num_tokens = query_counter(tokenizer)
+    shortened: dict[str, str | RowError] = {}
+    for prompt, ids in queries.items():
+        if len(ids) <= limit:
+            continue
+        try:
+            match config.prompt_truncation:
+                case "refuse":
+                    raise RowError("prompt too long", f"{len(ids)} tokens, data.max_prompt_length={limit}")
+                case "left":
+                    shortened[prompt] = truncate_left(prompt, num_tokens, limit)
+                case "paragraph":
+                    shortened[prompt] = truncate_query(prompt, num_tokens, limit)
+        except RowError as error:
+            shortened[prompt] = error
+    return shortened

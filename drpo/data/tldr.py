@@ -1,0 +1,235 @@
+"""Reddit posts and their summaries (TL;DR): openai/summarize_from_feedback, trl-lib/tldr, the N+ sets,
+axis.jsonl.
+
+One template for all: `SUBREDDIT: r/{}\\n\\nTITLE: {}\\n\\nPOST: {}\\n\\nTL;DR:`, without the lines that a
+row has no value for; a summary follows with a leading space (Huang et al. 2024, "The N+ implementation
+details of RLHF with PPO", details 1-3).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from drpo.data.files import Row, Table, convert_rows
+from drpo.data.records import (
+    BadRows,
+    DataError,
+    Record,
+    RowError,
+    require_different,
+    require_scores,
+    require_text,
+)
+
+ENDING = "\n\nTL;DR:"
+POST_LINE = re.compile(r"(?:\A|\n\n)POST: ")
+PREPROCESSED = ("query", "chosen", "rejected", "reference_response")
+"Columns of the N+ sets that are made from the others for one tokenizer and one length."
+
+
+def keep_column(column: str) -> bool:
+    """Leave out the token ids that the N+ sets carry: they belong to their tokenizer, and are slow to read."""
+    return "_token" not in column
+
+
+def format_query(post: str, title: str | None = None, subreddit: str | None = None) -> str:
+    """The prompt for one post."""
+    lines = [f"SUBREDDIT: r/{subreddit}"] if subreddit else []
+    lines += [f"TITLE: {title}"] if title else []
+    return "\n\n".join([*lines, f"POST: {post}"]) + ENDING
+
+
+def truncate_query(query: str, num_tokens: Callable[[str], int], max_length: int) -> str:
+    """The query with its post shortened to at most `max_length` tokens (N+ detail 2).
+
+    Paragraphs go first: the post is cut at its last newline again and again. If its first paragraph alone
+    is too long, that is shortened from the end. The other lines and the ending "TL;DR:" always stay;
+    RowError if there is no room for any of the post.
+    """
+    if num_tokens(query) <= max_length:
+        return query
+    post_line = POST_LINE.search(query)
+    start, end = post_line.end() if post_line else 0, len(query) - len(ENDING)
+
+    def shortened(post_length: int) -> str:
+        return query[: start + post_length] + ENDING
+
+    post = query[start:end]
+    while "\n" in post:
+        post = post[: post.rindex("\n")]
+        if post.strip() and num_tokens(shortened(len(post))) <= max_length:
+            return shortened(len(post))
+    fits, too_long = 0, len(post)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if num_tokens(shortened(middle)) <= max_length:
+            fits = middle
+        else:
+            too_long = middle
+    if fits == 0:
+        raise RowError("prompt too long", f"no room for the post in data.max_prompt_length={max_length}")
+    return shortened(fits)
+
+
+def tldr_records(table: Table, bad: BadRows) -> tuple[list[Record], list[str]]:
+    """The records of a table in any of the known layouts, and notes on what was left out by design.
+
+    Raises DataError, naming the columns that are there, for an unknown layout.
+    """
+    columns = set(table.columns)
+    if {"info", "summaries", "choice"} <= columns:
+        table, notes = _posts_only(table)
+        return convert_rows(table, bad, comparison_record), notes
+    if {"info", "summary"} <= columns:
+        table, notes = _posts_only(table)
+        return _merge_ranked(convert_rows(table, bad, axis_record)), notes
+    if {"post", "summaries", "overall"} <= columns:
+        return convert_rows(table, bad, ranked_record), []
+    if {"post", "summary"} <= columns:
+        return convert_rows(table, bad, demonstration_record), []
+    if "prompt" in columns:
+        return convert_rows(table, bad, formatted_record), []
+    raise DataError(
+        f"{table.name} is not TL;DR data: its columns are {', '.join(table.columns)}; known layouts are "
+        "info + summaries + choice, info + summary, post + summaries + overall, post + summary, prompt"
+    )
+
+
+# --- layouts --------------------------------------------------------------------------------------------
+
+
+def ranked_record(row: Row) -> Record:
+    """axis.jsonl: post, summaries, overall (one score for each summary); title and subreddit may be there."""
+    values = dict(row.values)
+    summaries, scores = values.pop("summaries", None), values.pop("overall", None)
+    if not isinstance(summaries, list):
+        kind = "missing field" if summaries is None else "wrong type"
+        raise RowError(kind, f"summaries is {type(summaries).__name__}, not a list")
+    if not summaries:
+        raise RowError("empty text", "summaries is an empty list")
+    return Record(
+        _query(values),
+        responses=tuple(_response(summary, "summaries") for summary in summaries),
+        scores=require_scores(scores, "overall", len(summaries)),
+        origin=row.origin,
+        extra=values,
+    )
+
+
+def demonstration_record(row: Row) -> Record:
+    """N+ SFT sets: id, subreddit, title, post, summary, and columns made from these."""
+    values = {name: value for name, value in row.values.items() if not name.startswith(PREPROCESSED)}
+    completion = _response(values.pop("summary", None), "summary")
+    return Record(_query(values), completion=completion, origin=row.origin, extra=values)
+
+
+def comparison_record(row: Row) -> Record:
+    """openai/summarize_from_feedback comparisons: info, two summaries, choice; also with the N+ sets'
+    columns."""
+    values = {name: value for name, value in row.values.items() if not name.startswith(PREPROCESSED)}
+    summaries, choice = values.pop("summaries", None), values.pop("choice", None)
+    if not isinstance(summaries, list) or not all(isinstance(summary, Mapping) for summary in summaries):
+        raise RowError("wrong type", "summaries is not a list of objects with text and policy")
+    if len(summaries) != 2:
+        raise RowError("missing field", f"{len(summaries)} summaries, not 2")
+    if isinstance(choice, bool) or choice not in (0, 1):
+        raise RowError("wrong type", f"choice is {choice!r}, neither 0 nor 1")
+    better, worse = summaries[choice], summaries[1 - choice]
+    chosen = _response(better.get("text"), "summaries.text")
+    rejected = _response(worse.get("text"), "summaries.text")
+    require_different(chosen, rejected)
+    policies = {"chosen_policy": better.get("policy"), "rejected_policy": worse.get("policy")}
+    return Record(
+        _query(values["info"]), chosen=chosen, rejected=rejected, origin=row.origin, extra=values | policies
+    )
+
+
+def axis_record(row: Row) -> Record:
+    """openai/summarize_from_feedback axis: info, and one summary with its scores by one worker."""
+    values = dict(row.values)
+    summary = values.pop("summary", None)
+    if not isinstance(summary, Mapping):
+        raise RowError("wrong type", f"summary is {type(summary).__name__}, not an object with text and axes")
+    overall = (summary.get("axes") or {}).get("overall")
+    return Record(
+        _query(values["info"]),
+        responses=(_response(summary.get("text"), "summary.text"),),
+        scores=require_scores(None if overall is None else [overall], "axes.overall", 1),
+        origin=row.origin,
+        extra={"info": values["info"], "policies": [summary.get("policy")]},
+    )
+
+
+def formatted_record(row: Row) -> Record:
+    """trl-lib/tldr (prompt, completion) and trl-lib/tldr-preference (prompt, chosen, rejected): ready
+    prompts."""
+    values = dict(row.values)
+    prompt = require_text(values.pop("prompt", None), "prompt")
+    if not prompt.endswith(ENDING):
+        raise RowError("no TL;DR", f"the prompt ends with {prompt[-20:]!r}, not with {ENDING!r}")
+    texts = {
+        name: _response(values.pop(name), name)
+        for name in ("completion", "chosen", "rejected")
+        if values.get(name) is not None
+    }
+    if ("chosen" in texts) != ("rejected" in texts):
+        raise RowError("missing field", "one of chosen and rejected is there, the other is not")
+    if "chosen" in texts:
+        require_different(texts["chosen"], texts["rejected"])
+    return Record(prompt, **texts, origin=row.origin, extra=values)
+
+
+def _query(info: Any) -> str:
+    if not isinstance(info, Mapping):
+        raise RowError("missing field" if info is None else "wrong type", "info is not an object with a post")
+    title, subreddit = (
+        require_text(info[name], name) if info.get(name) else None for name in ("title", "subreddit")
+    )
+    return format_query(require_text(info.get("post"), "post"), title, subreddit)
+
+
+def _response(value: Any, field: str) -> str:
+    """The summary with exactly what the template needs before it: some leading whitespace."""
+    text = require_text(value, field)
+    return text if text[0].isspace() else " " + text
+
+
+def _posts_only(table: Table) -> tuple[Table, list[str]]:
+    """The hub sets mix Reddit posts with news articles (CNN/DM), which are another task."""
+
+    def is_article(row: Row) -> bool:
+        info = row.values.get("info")
+        return isinstance(info, Mapping) and not info.get("post") and bool(info.get("article"))
+
+    posts = [row for row in table.rows if not is_article(row)]
+    num_articles = len(table.rows) - len(posts)
+    notes = (
+        [f"{num_articles} rows are on CNN/DM articles, not Reddit posts: left out"] if num_articles else []
+    )
+    return Table(table.name, table.columns, posts, table.num_rows), notes
+
+
+def _merge_ranked(records: list[Record]) -> list[Record]:
+    """One record for each post, with every summary once; a summary scored by several workers has its mean
+    score."""
+    posts: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        posts.setdefault(record.prompt, {}).setdefault(record.responses[0], []).append(record)
+    merged = []
+    for prompt, summaries in posts.items():
+        firsts = [same[0] for same in summaries.values()]
+        merged.append(
+            Record(
+                prompt,
+                responses=tuple(summaries),
+                scores=tuple(sum(each.scores[0] for each in same) / len(same) for same in summaries.values()),
+                origin=firsts[0].origin,
+                extra={
+                    "info": firsts[0].extra["info"],
+                    "policies": [first.extra["policies"][0] for first in firsts],
+                },
+            )
+        )
+    return merged
