@@ -1,0 +1,325 @@
+"""Credit assignment: what each token is trained on, with forced tokens left out (paper) or kept in (release)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hand_rollouts import JUNK, hand_trajectory
+from torch import Tensor
+
+from drpo.rewards import AdaptiveKL, FixedKL, RunningMoments
+from drpo.rollout.trajectory import Trajectory
+from drpo.trainers.credit import (
+    AdvantageConfig,
+    Credit,
+    KLConfig,
+    ShapingConfig,
+    assign_credit,
+    episode_kl,
+    mean_token_entropy,
+)
+
+PLAIN = ShapingConfig(missing_stop="none")
+RAW = AdvantageConfig(gamma=1.0, lam=0.5, whiten=False)
+
+
+def credit_of(
+    trajectory: Trajectory,
+    masking: str = "paper",
+    *,
+    shaping: ShapingConfig = PLAIN,
+    kl: KLConfig | None = None,
+    kl_coef: float = 0.1,
+    advantage: AdvantageConfig = RAW,
+    running: RunningMoments | None = None,
+) -> Credit:
+    return assign_credit(
+        trajectory, shaping, kl or KLConfig(), kl_coef, advantage, masking, running or RunningMoments()
+    )
+
+
+def close(tensor: Tensor, expected: list, atol: float = 1e-5) -> bool:
+    return torch.allclose(tensor, torch.tensor(expected, dtype=tensor.dtype), rtol=0, atol=atol)
+
+
+@pytest.fixture
+def trajectory() -> Trajectory:
+    """Two forced and two sampled tokens; and three sampled ones. Width 5."""
+    return hand_trajectory(
+        lengths=[4, 3],
+        forced=[2, 0],
+        width=5,
+        scores=[3.0, -1.0],
+        log_ratios=[[9.0, -7.0, 1.0, 2.0], [0.0, 1.0, -1.0]],
+        values=[[10.0, 20.0, 1.0, 2.0], [0.5, 0.0, 1.0]],
+        source_lengths=[6, 0],
+    )
+
+
+# --- paper and release masking, worked by hand ------------------------------------------------------------
+
+
+def test_paper_masking_begins_the_episode_at_the_reset(trajectory):
+    credit = credit_of(trajectory, "paper")
+    # Row 0: rewards of t=2, 3 are -0.1*1 and -0.1*2 + 3.
+    #   delta_3 = 2.8 - 2 = 0.8;  delta_2 = -0.1 + 2 - 1 = 0.9;  A_3 = 0.8;  A_2 = 0.9 + 0.5*0.8 = 1.3
+    # Row 1: rewards 0, -0.1, 0.1 - 1 = -0.9.
+    #   delta_2 = -0.9 - 1 = -1.9;  delta_1 = -0.1 + 1 - 0 = 0.9;  delta_0 = 0 + 0 - 0.5 = -0.5
+    #   A_2 = -1.9;  A_1 = 0.9 - 0.95 = -0.05;  A_0 = -0.5 - 0.025 = -0.525
+    assert close(credit.advantages, [[0, 0, 1.3, 0.8, 0], [-0.525, -0.05, -1.9, 0, 0]])
+    assert close(credit.returns, [[0, 0, 2.3, 2.8, 0], [-0.025, -0.05, -0.9, 0, 0]])
+    assert close(credit.kl, [[0, 0, 1, 2, 0], [0, 1, -1, 0, 0]])
+    assert credit.policy_mask.tolist() == [[False, False, True, True, False], [True] * 3 + [False] * 2]
+    assert torch.equal(credit.value_mask, credit.policy_mask)
+
+
+def test_release_masking_keeps_forced_tokens_in_kl_and_value_but_not_in_the_policy_loss(trajectory):
+    credit = credit_of(trajectory, "release")
+    # Row 0 as above from t=2 on; the rewards of t=0, 1 are -0.9 and 0.7.
+    #   delta_1 = 0.7 + 1 - 20 = -18.3;  A_1 = -18.3 + 0.5*1.3 = -17.65
+    #   delta_0 = -0.9 + 20 - 10 = 9.1;  A_0 = 9.1 - 8.825 = 0.275
+    assert close(credit.advantages[0], [0.275, -17.65, 1.3, 0.8, 0])
+    assert close(credit.returns[0], [10.275, 2.35, 2.3, 2.8, 0])
+    assert close(credit.kl[0], [9, -7, 1, 2, 0])
+    assert credit.value_mask.tolist() == [[True] * 4 + [False], [True] * 3 + [False] * 2]
+    assert credit.policy_mask.tolist() == [[False, False, True, True, False], [True] * 3 + [False] * 2]
+
+
+def test_without_forced_tokens_both_maskings_are_ppo(trajectory):
+    ppo = dataclasses.replace(trajectory, reset_lengths=torch.zeros(2, dtype=torch.long))
+    whitened = AdvantageConfig(whiten_rewards=True)
+    paper = credit_of(ppo, "paper", advantage=whitened)
+    release = credit_of(ppo, "release", advantage=whitened)
+    assert all(torch.equal(p, r) for p, r in zip(paper, release, strict=True))
+
+
+# --- what forced tokens and padding can reach -------------------------------------------------------------
+
+
+def changed(trajectory: Trajectory, where: Tensor, value: float) -> Trajectory:
+    """log-probs, values and entropy replaced by `value` where `where` is True."""
+    names = ("logprobs", "ref_logprobs", "values", "entropy")
+    fields = {name: getattr(trajectory, name) for name in names}
+    fields["logprobs"] = fields["logprobs"].masked_fill(where, value)
+    fields["values"] = fields["values"].masked_fill(where, 3 * value)
+    fields["entropy"] = fields["entropy"].masked_fill(where, value)
+    return dataclasses.replace(trajectory, **fields)
+
+
+EVERYTHING = AdvantageConfig(lam=0.9, whiten=True, whiten_rewards=True)
+
+
+@pytest.mark.parametrize("value", [-33.0, math.inf, math.nan])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_under_paper_masking_nothing_measured_on_forced_tokens_or_padding_has_an_effect(
+    trajectory, value, estimator
+):
+    kl = KLConfig(estimator=estimator)
+    other = changed(trajectory, trajectory.action_mask.logical_not(), value)
+    before = credit_of(trajectory, kl=kl, advantage=EVERYTHING)
+    after = credit_of(other, kl=kl, advantage=EVERYTHING)
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("value", [-33.0, math.inf, math.nan])
+def test_under_release_masking_padding_has_no_effect(trajectory, value):
+    """The released code trains on what follows the stop token; that defect is not kept."""
+    other = changed(trajectory, trajectory.response_mask.logical_not(), value)
+    before = credit_of(trajectory, "release", advantage=EVERYTHING)
+    after = credit_of(other, "release", advantage=EVERYTHING)
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("masking", ["paper", "release"])
+def test_the_kl_of_forced_tokens_does_not_touch_later_advantages_before_whitening(trajectory, masking):
+    """GAE runs backwards, so A_t for t >= h only sees what comes after it."""
+    forced = torch.arange(5)[None, :] < trajectory.reset_lengths[:, None]
+    other = changed(trajectory, forced, 5.0)
+    before, after = credit_of(trajectory, masking), credit_of(other, masking)
+    mask = trajectory.action_mask
+    assert torch.equal(before.advantages[mask], after.advantages[mask])
+    assert torch.equal(before.returns[mask], after.returns[mask])
+
+
+def test_under_release_masking_forced_tokens_reach_the_others_through_whitening(trajectory):
+    """This leak of the released code is what reset.masking=paper closes."""
+    forced = torch.arange(5)[None, :] < trajectory.reset_lengths[:, None]
+    other = changed(trajectory, forced, 5.0)
+    before = credit_of(trajectory, "release", advantage=EVERYTHING)
+    after = credit_of(other, "release", advantage=EVERYTHING)
+    mask = trajectory.action_mask
+    assert not torch.allclose(before.advantages[mask], after.advantages[mask])
+
+
+@pytest.mark.parametrize("masking", ["paper", "release"])
+def test_advantages_are_whitened_over_the_counted_tokens(trajectory, masking):
+    raw = credit_of(trajectory, masking)
+    white = credit_of(trajectory, masking, advantage=dataclasses.replace(RAW, whiten=True))
+    counted = raw.value_mask.numpy()
+    tokens = raw.advantages.numpy().astype(np.float64)[counted]
+    expected = (tokens - tokens.mean()) / np.sqrt(tokens.var() + 1e-8)
+    assert np.allclose(white.advantages.numpy()[counted], expected, atol=1e-5)
+    assert not white.advantages.numpy()[~counted].any()
+    assert torch.equal(white.returns, raw.returns)  # the critic's targets stay in reward units
+
+
+def test_rewards_are_whitened_over_the_counted_tokens_and_keep_their_mean(trajectory):
+    one_step = AdvantageConfig(gamma=0.0, lam=0.0, whiten=False, whiten_rewards=True)  # returns = rewards
+    credit = credit_of(trajectory, advantage=one_step)
+    rewards = np.array([-0.1, 2.8, 0.0, -0.1, -0.9])  # of the five policy tokens, from the first test
+    expected = (rewards - rewards.mean()) / np.sqrt(rewards.var() + 1e-8) + rewards.mean()
+    assert np.allclose(credit.returns[credit.value_mask].numpy(), expected, atol=1e-5)
+
+
+# --- where the score goes ---------------------------------------------------------------------------------
+
+ONE_STEP = AdvantageConfig(gamma=0.0, lam=0.0, whiten=False)
+
+
+def rewards_of(trajectory: Trajectory, **kwargs) -> Tensor:
+    """With gamma = 0 the return of a token is its own reward."""
+    return credit_of(trajectory, advantage=ONE_STEP, **kwargs).returns
+
+
+def test_the_score_stands_on_the_last_token_also_of_a_full_row_without_stop():
+    full = hand_trajectory(lengths=[4, 2], forced=[0, 1], width=4, scores=[5.0, 6.0], ended=[False, True])
+    assert close(rewards_of(full), [[0, 0, 0, 5], [0, 6, 0, 0]])
+
+
+def test_a_stop_token_at_the_last_index_is_a_stop():
+    """The released code looks for padding after the stop token, finds none and gives -1."""
+    full = hand_trajectory(lengths=[4], forced=[2], width=4, scores=[5.0], ended=[True])
+    assert close(rewards_of(full, shaping=ShapingConfig()), [[0, 0, 0, 5]])
+
+
+def test_missing_stop_replaces_the_score_or_is_taken_off():
+    pair = hand_trajectory(lengths=[3, 2], forced=[0, 0], width=3, scores=[5.0, 6.0], ended=[False, True])
+    replace = ShapingConfig(missing_stop="replace", missing_stop_penalty=1.5)
+    subtract = ShapingConfig(missing_stop="subtract", missing_stop_penalty=1.5)
+    assert close(rewards_of(pair, shaping=replace), [[0, 0, -1.5], [0, 6, 0]])
+    assert close(rewards_of(pair, shaping=subtract), [[0, 0, 3.5], [0, 6, 0]])
+    assert close(rewards_of(pair, shaping=PLAIN), [[0, 0, 5], [0, 6, 0]])
+    assert close(credit_of(pair, shaping=replace).scores, [-1.5, 6])
+
+
+def test_the_length_penalty_counts_the_whole_response():
+    pair = hand_trajectory(lengths=[3, 2], forced=[2, 0], width=3, scores=[5.0, 6.0])
+    shaped = credit_of(pair, shaping=ShapingConfig(missing_stop="none", length_penalty=0.5)).scores
+    assert close(shaped, [3.5, 5])
+
+
+def test_clip_comes_before_the_missing_stop_penalty():
+    pair = hand_trajectory(lengths=[1, 1], forced=[0, 0], width=1, scores=[9.0, -9.0], ended=[False, True])
+    subtract = ShapingConfig(clip=2.0, missing_stop="subtract", missing_stop_penalty=3.0)
+    assert close(credit_of(pair, shaping=subtract).scores, [-1, -2])
+
+
+# --- normalising scores -----------------------------------------------------------------------------------
+
+
+def scored(*scores: float, ended: tuple[bool, ...] | None = None) -> Trajectory:
+    number = len(scores)
+    return hand_trajectory(
+        lengths=[1] * number, forced=[0] * number, width=1, scores=list(scores), ended=ended
+    )
+
+
+def test_batch_normalisation_uses_this_batch_alone():
+    shaping = ShapingConfig(normalise="batch", missing_stop="none")
+    running = RunningMoments()
+    assert close(credit_of(scored(1.0, 3.0), shaping=shaping, running=running).scores, [-1, 1])
+    assert close(credit_of(scored(5.0, 7.0), shaping=shaping, running=running).scores, [-1, 1])
+    assert running.count == 0
+
+
+def test_running_normalisation_remembers():
+    shaping = ShapingConfig(normalise="running", missing_stop="none")
+    running = RunningMoments()
+    assert close(credit_of(scored(1.0, 3.0), shaping=shaping, running=running).scores, [-1, 1])
+    # 1, 3, 5, 7: mean 4, variance 5
+    second = credit_of(scored(5.0, 7.0), shaping=shaping, running=running).scores
+    assert close(second, [1 / 5**0.5, 3 / 5**0.5])
+
+
+def test_without_normalisation_the_running_moments_stay_untouched():
+    running = RunningMoments()
+    assert close(credit_of(scored(1.0, 3.0), running=running).scores, [1, 3])
+    assert running.count == 0
+
+
+def test_normalise_then_clip_then_missing_stop():
+    shaping = ShapingConfig(normalise="batch", clip=0.75, missing_stop="subtract", missing_stop_penalty=0.5)
+    assert close(credit_of(scored(1.0, 3.0, ended=(False, True)), shaping=shaping).scores, [-1.25, 0.75])
+
+
+# --- KL ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "estimator, expected",
+    [
+        ("k1", [1 + 2, 0 + 1 - 1]),
+        ("k2", [0.5 + 2, 0 + 0.5 + 0.5]),
+        ("k3", [math.exp(-1) + math.exp(-2) - 2 + 3, 0 + math.exp(-1) + (math.e - 2)]),
+    ],
+)
+def test_the_kl_of_an_episode_is_that_of_its_policy_tokens(trajectory, estimator, expected):
+    assert close(episode_kl(trajectory, estimator), expected)
+
+
+def test_the_coefficient_scales_the_kl_reward(trajectory):
+    assert close(rewards_of(trajectory, kl_coef=0.0), [[0, 0, 0, 3, 0], [0, 0, -1, 0, 0]])
+    assert close(rewards_of(trajectory, kl_coef=1.0), [[0, 0, -1, 1, 0], [0, -1, 0, 0, 0]])
+
+
+def test_total_reward_is_the_score_minus_the_weighted_kl(trajectory):
+    for masking in ("paper", "release"):
+        credit = credit_of(trajectory, masking, advantage=AdvantageConfig(gamma=1.0, lam=1.0, whiten=False))
+        first = credit.value_mask.int().argmax(dim=1, keepdim=True)
+        whole_return = credit.returns.gather(1, first).squeeze(1)  # gamma = lambda = 1: the sum of rewards
+        assert torch.allclose(whole_return, credit.scores - 0.1 * credit.kl.sum(dim=1), atol=1e-4)
+
+
+def test_entropy_is_that_of_policy_tokens(trajectory):
+    other = dataclasses.replace(
+        trajectory, entropy=torch.tensor([[JUNK, JUNK, 1.0, 2.0, JUNK], [3.0, 4.0, 5.0, JUNK, JUNK]])
+    )
+    assert float(mean_token_entropy(other)) == pytest.approx(3.0)
+
+
+def test_controllers():
+    fixed, adaptive = KLConfig(coef=0.2).controller(), KLConfig(coef=0.2, target=6.0).controller()
+    assert isinstance(fixed, FixedKL) and fixed.coef == 0.2
+    assert isinstance(adaptive, AdaptiveKL) and adaptive.coef == 0.2 and adaptive.target == 6.0
+
+
+# --- nothing is changed in place --------------------------------------------------------------------------
+
+
+def test_the_trajectory_is_not_changed(trajectory):
+    before = {f.name: getattr(trajectory, f.name).clone() for f in dataclasses.fields(trajectory)}
+    credit_of(trajectory, advantage=EVERYTHING, shaping=ShapingConfig(normalise="batch", clip=1.0))
+    assert all(torch.equal(getattr(trajectory, name), value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "make, key",
+    [
+        (lambda: ShapingConfig(missing_stop_penalty=-1.0), "reward.shaping.missing_stop_penalty"),
+        (lambda: ShapingConfig(clip=0.0), "reward.shaping.clip"),
+        (lambda: KLConfig(coef=-0.1), "kl.coef"),
+        (lambda: KLConfig(target=0.0), "kl.target"),
+        (lambda: KLConfig(coef=0.0, target=6.0), "kl.coef"),
+        (lambda: KLConfig(horizon=0.0), "kl.horizon"),
+        (lambda: KLConfig(max=0.0), "kl.max"),
+        (lambda: AdvantageConfig(gamma=1.1), "advantage.gamma"),
+        (lambda: AdvantageConfig(lam=-0.1), "advantage.lam"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(make, key):
+    with pytest.raises(ValueError, match=key):
+        make()
