@@ -7,7 +7,8 @@ response tokens, a chunk of positions at a time, so the logits of a whole batch 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -100,6 +101,21 @@ def suppress(logits: Tensor, ids: Sequence[int]) -> Tensor:
 def unwrap_peft(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT wrapper, adapter layers in place; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context a PEFT model is its base model, exactly: the reference policy of a LoRA run.
+
+    Raises TypeError on a model without an adapter, which has nothing to fall back to.
+    """
+    if not hasattr(model, "disable_adapter"):
+        raise TypeError(
+            f"{type(model).__name__} has no adapter to switch off; use LoRA (model.lora.r > 0), or a frozen copy of "
+            "the model as the reference"
+        )
+    with model.disable_adapter():
+        yield
 
 
 def model_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:

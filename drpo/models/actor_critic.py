@@ -1,0 +1,58 @@
+"""Policy and critic as one module, so that DDP or DeepSpeed wraps, steps and saves both as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from drpo.models.scalar_head import token_values
+from drpo.models.scoring import response_logprobs
+from drpo.tensors import PaddedBatch
+
+
+class ActorCritic(nn.Module):
+    """log pi(y_t | x, y_<t), its entropy and V(x, y_<t) of the response tokens of a padded batch."""
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        critic: nn.Module,
+        *,
+        temperature: float = 1.0,
+        suppressed_ids: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+        self._temperature = temperature
+        self._suppressed_ids = tuple(suppressed_ids)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The policy's config: DeepSpeed reads its hidden size from here."""
+        return self.policy.config
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_mask: Tensor,
+        responses: Tensor,
+        response_mask: Tensor,
+        entropy: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(logprobs, entropy or None, values), each (B, R) float32, from the four tensors of a PaddedBatch.
+
+        Rollout and training both come through here, so that under autocast too the old log-probs are those of
+        the first training forward.
+        """
+        batch = PaddedBatch(queries, query_mask, responses, response_mask)
+        scores = response_logprobs(
+            self.policy,
+            batch,
+            temperature=self._temperature,
+            suppressed_ids=self._suppressed_ids,
+            entropy=entropy,
+        )
+        return scores.logprobs, scores.entropy, token_values(self.critic, batch)

@@ -1,0 +1,327 @@
+"""Loading policies, critics and tokenizers: from a folder, from the hub, or from scratch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from drpo.models.adapters import add_lora
+from drpo.models.saved import check_complete, check_folder, is_local, read_config
+from drpo.models.scalar_head import ScalarModel
+
+Scalar = TypeVar("Scalar", bound=ScalarModel)
+
+STOP_TOKEN = "<|endoftext|>"
+PAD_TOKEN = "[PAD]"
+_SMALLEST_VOCABULARY = 256 + 2  # every byte, the stop token and the pad token
+_ROPE_KEYS = {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "partial_rotary_factor"}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021) in place of full fine-tuning; without dropout."""
+
+    r: int = 0
+    """Rank of the update; 0 trains all weights."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / r."""
+    target_modules: list[str] | None = None
+    """Names of the linear layers that get an adapter; null: all of them but the output embedding."""
+
+    def __post_init__(self) -> None:
+        if self.r < 0:
+            raise ValueError(f"model.lora.r must be 0 (off) or positive, got {self.r}")
+        if not self.alpha > 0:
+            raise ValueError(f"model.lora.alpha must be positive, got {self.alpha}")
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("model.lora.target_modules is empty; name layers, or null for all linear layers")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, in which precision, and how it is trained."""
+
+    path: str | None = None
+    """Folder or hub id of a causal language model; null: from scratch, by model.architecture."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """From scratch: model_type and further keys of that transformers config (hidden_size, ...)."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; null: the model's own, or one trained on the data if from scratch."""
+    vocab_size: int | None = None
+    """Size of the byte-level BPE tokenizer that is trained on the data (from scratch without a tokenizer)."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Precision of the weights; auto: as saved. Keep float32 to train all weights, with bf16 autocast on top."""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2, ...; null: transformers' choice."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.architecture:
+            raise ValueError(
+                "model.architecture is for a model from scratch; give it or model.path, not both"
+            )
+        if self.architecture:
+            _check_architecture(self.architecture)
+            if self.tokenizer is None and self.vocab_size is None:
+                raise ValueError("model.vocab_size: a model from scratch needs it, or model.tokenizer")
+        if self.vocab_size is not None:
+            if self.path is not None or self.tokenizer is not None:
+                raise ValueError(
+                    "model.vocab_size is for a tokenizer trained on the data; leave it out beside model.path or "
+                    "model.tokenizer"
+                )
+            if self.vocab_size < _SMALLEST_VOCABULARY:
+                raise ValueError(
+                    f"model.vocab_size must be at least {_SMALLEST_VOCABULARY} (all bytes, stop and pad), "
+                    f"got {self.vocab_size}"
+                )
+        if self.lora.r and self.architecture:
+            raise ValueError("model.lora trains an adapter beside a trained model; set lora.r=0 from scratch")
+
+
+def _check_architecture(architecture: dict[str, Any]) -> None:
+    model_type = architecture.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        close = ", ".join(difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), n=5))
+        raise ValueError(
+            f"model.architecture.model_type: transformers has no {model_type!r}"
+            + (f"; did you mean {close}?" if close else "; for example gpt_neox or llama")
+        )
+    default = CONFIG_MAPPING[model_type]()
+    for key in architecture:
+        if key != "model_type" and key not in _ROPE_KEYS and not hasattr(default, key):
+            close = ", ".join(difflib.get_close_matches(key, vars(default), n=3))
+            raise ValueError(
+                f"model.architecture.{key}: {model_type} has no such key"
+                + (f"; did you mean {close}?" if close else "")
+            )
+
+
+# --- tokenizers -----------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learnt from `texts`: any text survives encoding and decoding unchanged.
+
+    At most `vocab_size` tokens, among them every byte, the stop token "<|endoftext|>" and "[PAD]". Raises
+    ValueError below 258.
+    """
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise ValueError(f"vocab_size must be at least {_SMALLEST_VOCABULARY}, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[STOP_TOKEN, PAD_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=STOP_TOKEN,
+        pad_token=PAD_TOKEN,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; "[PAD]" is added when it has no pad token or pads with its stop token.
+
+    The id of an added token may lie outside the model's embedding: pad ids are never fed to a model. Raises
+    ValueError when there is no tokenizer at `path` or it has no stop (eos) token.
+    """
+    path = str(path)
+    if is_local(path):
+        check_folder(path, "model.tokenizer", ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.tokenizer: cannot load a tokenizer from {path!r}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model.tokenizer: {path!r} has no eos token, so a response has no end; set one and save it"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return tokenizer
+
+
+# --- models ---------------------------------------------------------------------------------------------
+
+
+def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
+    """A causal language model without dropout, in training mode; a PeftModel when `config.lora.r` > 0.
+
+    From `config.path`, or with fresh weights by `config.architecture` and the size of the tokenizer. The
+    embedding is never resized. Raises ValueError naming the key when there is no such model, when it is not a
+    causal language model, when weights are missing, or when the tokenizer has ids that the model has not.
+    """
+    if config.path is not None:
+        model = _load_causal_lm(config)
+    elif config.architecture:
+        model = _fresh_causal_lm(config, tokenizer, seed)
+    else:
+        raise ValueError("no model: give model.path, or model.architecture for one from scratch")
+    _check_vocabulary(model, tokenizer)
+    return _prepare(model, config, seed)
+
+
+def load_scalar_model(
+    path: str | Path, config: ModelConfig, model_class: type[Scalar] = ScalarModel, seed: int = 0
+) -> Scalar:
+    """A saved ScalarModel (or subclass), or any Hugging Face *ForSequenceClassification with one label.
+
+    Of `config`, dtype, attn_implementation, gradient_checkpointing and lora apply; with LoRA the head is
+    trained whole. Raises ValueError when `path` holds neither.
+    """
+    path = str(path)
+    saved = read_config(path, "path")
+    options = {"dtype": config.dtype}
+    if "backbone" in saved:
+        model, info = model_class.from_pretrained(path, **options, output_loading_info=True)
+        check_complete(info, path)
+    elif any(name.endswith("ForSequenceClassification") for name in saved.get("architectures") or []):
+        model = _from_sequence_classifier(path, options, model_class)
+    else:
+        raise ValueError(
+            f"{path!r} holds {_kind(saved)}: neither a scalar model nor a *ForSequenceClassification; a critic with "
+            "a fresh head comes from the policy, without a path"
+        )
+    if config.attn_implementation is not None:
+        model.backbone.set_attn_implementation(config.attn_implementation)
+    return _prepare(model, config, seed, trained_whole=("head",))
+
+
+def fresh_critic(policy: nn.Module, config: ModelConfig, seed: int = 0) -> ScalarModel:
+    """A critic with the policy's backbone (LoRA folded in), a fresh head, and an adapter of its own under LoRA."""
+    return _prepare(ScalarModel.from_causal_lm(policy, seed), config, seed, trained_whole=("head",))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout, layer-drop and router-jitter probability in the modules and the config to 0."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for holder in (*model.modules(), *configs):
+        if isinstance(holder, nn.modules.dropout._DropoutNd):
+            holder.p = 0.0
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and re.search("drop|jitter", name):
+                setattr(holder, name, 0.0)
+
+
+def _prepare(
+    model: PreTrainedModel, config: ModelConfig, seed: int, trained_whole: tuple[str, ...] = ()
+) -> PreTrainedModel:
+    disable_dropout(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora.r:
+        model = add_lora(
+            model,
+            r=config.lora.r,
+            alpha=config.lora.alpha,
+            target_modules=config.lora.target_modules,
+            seed=seed,
+            trained_whole=trained_whole,
+        )
+    # Layers recompute activations in training mode only, and from_pretrained leaves a model in evaluation mode.
+    return model.train()
+
+
+def _load_causal_lm(config: ModelConfig) -> PreTrainedModel:
+    saved = read_config(config.path, "model.path")
+    if not _is_causal_lm(saved.get("model_type"), saved.get("architectures")):
+        raise ValueError(
+            f"model.path: {config.path!r} holds {_kind(saved)}; a decoder-only causal language model is needed"
+        )
+    options: dict[str, Any] = {"dtype": config.dtype}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    model, info = AutoModelForCausalLM.from_pretrained(config.path, **options, output_loading_info=True)
+    check_complete(info, config.path)
+    return model
+
+
+def _is_causal_lm(model_type: str | None, architectures: list[str] | None) -> bool:
+    """Whether transformers has a causal LM of this type, and the weights (if there are any) are of one."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
+    known = (known,) if isinstance(known, str) else known
+    return any(name in known or name.endswith("ForCausalLM") for name in architectures or known)
+
+
+def _kind(saved: dict[str, Any]) -> str:
+    return ", ".join(saved.get("architectures") or [saved.get("model_type", "a model of no known type")])
+
+
+def _fresh_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    architecture = AutoConfig.for_model(**{**special, **config.architecture})
+    if not _is_causal_lm(architecture.model_type, None):
+        raise ValueError(
+            f"model.architecture.model_type: {architecture.model_type} is not a causal language model"
+        )
+    options: dict[str, Any] = {
+        "dtype": torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    }
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(architecture, **options)
+
+
+def _from_sequence_classifier(path: str, options: dict[str, Any], model_class: type[Scalar]) -> Scalar:
+    source, info = AutoModelForSequenceClassification.from_pretrained(
+        path, **options, output_loading_info=True
+    )
+    check_complete(info, path)
+    head = getattr(source, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ValueError(
+            f"{path!r} holds {type(source).__name__} with {source.config.num_labels} labels; a score needs a "
+            "decoder with a linear head `score` and num_labels=1"
+        )
+    model = model_class.from_backbone(source, source.state_dict())
+    with torch.no_grad():
+        model.head.weight.copy_(head.weight)
+        model.head.bias.copy_(0 if head.bias is None else head.bias)
+    return model
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    vocabulary = tokenizer.get_vocab()
+    token = max((token for token in vocabulary if token != tokenizer.pad_token), key=vocabulary.__getitem__)
+    size = model.get_input_embeddings().weight.shape[0]
+    if vocabulary[token] >= size:
+        raise ValueError(
+            f"model.tokenizer: token {token!r} has id {vocabulary[token]}, but the model embeds {size} ids; "
+            "use the tokenizer that the model was trained with"
+        )

@@ -1,0 +1,61 @@
+"""What lies at a path or hub id, and errors that say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` is a folder or can only be meant as one; anything else is a hub id."""
+    parent = Path(path).parent
+    return (
+        Path(path).exists()
+        or path.startswith((".", "/", "~"))
+        or path.count("/") > 1
+        or (str(parent) != "." and parent.is_dir())
+    )
+
+
+def check_folder(path: str, key: str, any_of: tuple[str, ...]) -> None:
+    """Raise ValueError, saying what is there instead, unless `path` is a folder with one of the files."""
+    folder = Path(path)
+    if not folder.is_dir():
+        nearest = next(parent for parent in folder.parents if parent.is_dir())
+        raise ValueError(f"{key}: no folder {path!r}; {str(nearest)!r} holds {_listing(nearest)}")
+    if not any((folder / name).is_file() for name in any_of):
+        hint = ""
+        if (folder / "adapter_config.json").is_file():
+            hint = "; this is a bare adapter: merge it into its base model and save that"
+        raise ValueError(f"{key}: {path!r} has no {any_of[0]}; it holds {_listing(folder)}{hint}")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    return ", ".join(names[:20]) + (" ..." if len(names) > 20 else "") if names else "nothing"
+
+
+def read_config(path: str, key: str) -> dict[str, Any]:
+    """The config.json at a folder or hub id, whatever kind of model it is of; ValueError when there is none."""
+    if is_local(path):
+        check_folder(path, key, ("config.json",))
+    try:
+        return PreTrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if is_local(path):
+            raise ValueError(f"{key}: cannot read {path}/config.json: {reason}") from error
+        raise ValueError(
+            f"{key}: {path!r} is no folder here, and the hub did not give it: {reason}"
+        ) from error
+
+
+def check_complete(info: dict[str, Any], path: str) -> None:
+    """Raise ValueError when transformers had to make up weights: `info` is its output_loading_info."""
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{path!r} lacks {len(missing)} weights, which would be random: {', '.join(missing[:5])}; "
+            "it holds another kind of model"
+        )

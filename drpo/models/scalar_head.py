@@ -1,0 +1,136 @@
+"""A backbone with one number per token: the critic, and what reward models are built on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from drpo.models.adapters import merged_state_dict
+from drpo.models.scoring import model_inputs, unwrap_peft
+from drpo.tensors import PaddedBatch
+
+
+class ScalarModelConfig(PreTrainedConfig):
+    """Config of a ScalarModel: `backbone` is the config of the transformers model under the head, as a dict."""
+
+    model_type = "drpo_scalar_model"
+
+    def __init__(self, backbone: dict[str, Any] | None = None, **kwargs) -> None:
+        self.backbone = backbone or {}
+        super().__init__(**kwargs)
+
+    def backbone_config(self) -> PreTrainedConfig:
+        """The backbone's config as transformers knows it. Raises ValueError when there is none."""
+        if "model_type" not in self.backbone:
+            raise ValueError(
+                "the config has no `backbone` with a model_type: this is not a scalar model's config"
+            )
+        return CONFIG_MAPPING[self.backbone["model_type"]].from_dict(dict(self.backbone))
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the backbone's output."""
+        config = self.backbone_config().get_text_config()
+        return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+
+class ScalarHead(nn.Linear):
+    """h . w + b, (B, T, H) to (B, T), always in float32: under bf16 a value of 3 would be off by 0.01."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+
+
+class ScalarModel(PreTrainedModel):
+    """v(x_1..t) = w . h_t + b at every token, h the backbone's last hidden state.
+
+    A subclass sets `config_class`; keys that it adds to the config are saved and loaded with it.
+    """
+
+    config_class = ScalarModelConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: ScalarModelConfig) -> None:
+        super().__init__(config)
+        self.backbone = AutoModel.from_config(config.backbone_config())
+        self.head = ScalarHead(config.hidden_size, 1)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ScalarHead):
+            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features + 1))
+            nn.init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """One float32 number per token, (B, T), for ids and mask (B, T); positions follow from the mask if left out."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        inputs = model_inputs(self.backbone, input_ids, attention_mask.bool())
+        if position_ids is not None and "position_ids" in inputs:
+            inputs["position_ids"] = position_ids
+        return self.head(self.backbone(**inputs, use_cache=False).last_hidden_state)
+
+    @classmethod
+    def from_causal_lm(cls, model: nn.Module, seed: int = 0) -> ScalarModel:
+        """A copy of a causal LM's backbone (LoRA folded in) with a fresh head: w ~ N(0, 1 / (H + 1)), b = 0.
+
+        The scale is that of "The N+ Implementation Details of RLHF with PPO", detail 8. Gradient checkpointing
+        and the attention implementation are as in `model`, of which nothing is shared or changed.
+        """
+        causal_lm = unwrap_peft(model)
+        scalar_model = cls.from_backbone(causal_lm, merged_state_dict(model))
+        width = scalar_model.head.in_features
+        weight = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width + 1)
+        with torch.no_grad():
+            scalar_model.head.weight.copy_(weight)
+            scalar_model.head.bias.zero_()
+        return scalar_model
+
+    @classmethod
+    def from_backbone(cls, source: PreTrainedModel, weights: dict[str, Tensor]) -> ScalarModel:
+        """A copy of the backbone of `source`, whose `weights` are given by name; the head is left uninitialised."""
+        backbone = source.config.to_dict()
+        for key in ("dtype", "architectures"):  # these belong to the model as a whole
+            backbone.pop(key, None)
+        with no_init_weights():
+            scalar_model = cls(cls.config_class(backbone=backbone))
+        prefix = source.base_model_prefix + "."
+        scalar_model.to(dtype=source.dtype, device=source.device)
+        scalar_model.config.dtype = source.dtype
+        scalar_model.backbone.load_state_dict(
+            {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        )
+        scalar_model.backbone.set_attn_implementation(source.config._attn_implementation)
+        if source.is_gradient_checkpointing:
+            scalar_model.gradient_checkpointing_enable()
+        return scalar_model.train(source.training)
+
+
+AutoConfig.register(ScalarModelConfig.model_type, ScalarModelConfig)
+AutoModel.register(ScalarModelConfig, ScalarModel)
+
+
+def token_values(model: nn.Module, batch: PaddedBatch) -> Tensor:
+    """V before each response token, (B, R) float32: the model's output at columns Q-1 .. Q+R-2."""
+    first, length = batch.queries.shape[1] - 1, batch.responses.shape[1]
+    return _outputs(model, batch)[:, first : first + length]
+
+
+def token_scores(model: nn.Module, batch: PaddedBatch) -> Tensor:
+    """The model's output at each response token, (B, R) float32: columns Q .. Q+R-1."""
+    return _outputs(model, batch)[:, batch.queries.shape[1] :]
+
+
+def _outputs(model: nn.Module, batch: PaddedBatch) -> Tensor:
+    return model(input_ids=batch.query_responses, attention_mask=batch.attention_mask)
