@@ -56,7 +56,7 @@ class DemoConfig:
     """Items of a post that belong into its summary."""
     error_rate: float = 0.02
     """Chance of a slip (a wrong item, or one in the wrong place) at each word of a demonstration."""
-    annotator_temperature: float = 1.0
+    annotator_temperature: float = 0.5
     """Temperature of the Bradley-Terry annotator, P(a over b) = sigmoid((reward(a) - reward(b)) / T).
     At 0 the better one always wins."""
     num_train: int = 16384
@@ -127,7 +127,7 @@ def _count_wrong(needed: Sequence[str], words: Sequence[str]) -> int:
 
 
 def true_reward(prompt: str, response: str, ended: bool) -> float:
-    """Worth of a summary: 4 when complete, else -0.25 a right item and -2 a wrong item, if empty, if not ended.
+    """Worth of a summary: 4 when complete, else -0.25 a right item, -2 a wrong item, if empty, if not ended.
 
     An item is right when the post needs it and no earlier right item comes after it in the post. Complete
     means exactly the needed items in the post's order, and a stop.
@@ -247,17 +247,17 @@ def _draft(config: DemoConfig, post: _Post, rng: random.Random) -> list[str]:
 
 
 def _draw_pair(config: DemoConfig, post: _Post, rng: random.Random) -> tuple[str, str]:
-    """Chosen and rejected: drafts that differ by carelessness (half of the pairs), by one edit or altogether.
+    """Chosen and rejected: drafts that differ by carelessness (3 of 4 pairs), by one edit (1 of 10) or altogether.
 
     The first kind has many errors in text of equal length. Without it a reward model learns length alone.
     """
     first = second = _draft(config, post, rng)
     while second == first:
         kind = rng.random()
-        if kind < 0.5:
+        if kind < 0.75:
             first = list(post.needed) if rng.random() < 0.5 else _cut(post, list(post.needed), rng)
             second = _careless(post, first, rng)
-        elif kind < 0.75:
+        elif kind < 0.85:
             second = rng.choice(_EDITS)(post, first, rng) or first
         else:
             second = _draft(config, post, rng)
