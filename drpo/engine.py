@@ -43,6 +43,8 @@ class Engine:
             kwargs_handlers=handlers,
             step_scheduler_with_optimizer=False,
         )
+        # Else backward would divide the loss by what the environment or an accelerate config says.
+        self._accelerator.gradient_accumulation_steps = 1
         self._max_grad_norm = max_grad_norm
         self._module: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None

@@ -132,7 +132,7 @@ def ppo_update(
                         masked_sum(policy.ratio, policy_mask) / num_policy,
                     ]
                 ).double()
-        check_finite(torch.cat(row_losses), "the loss")
+        check_finite(_at_rows(torch.cat(row_losses), local, len(trajectory.scores)), "the loss")
         grad_norms.append(engine.optimizer_step())
         check_finite(torch.tensor([grad_norms[-1]], device=local.device), "the gradient norm")
         sums = engine.sum(sums).cpu()
@@ -150,4 +150,9 @@ def _minibatches(num_rows: int, config: PPOConfig, seed: int, step: int) -> Iter
     """Row indices of each minibatch, in an order that depends on (seed, step, epoch) alone."""
     for epoch in range(config.num_epochs):
         order = np.random.default_rng([seed, MINIBATCH_STREAM, step, epoch]).permutation(num_rows)
-        yield from torch.from_numpy(order).chunk(config.num_minibatches)
+        yield from torch.from_numpy(order).tensor_split(config.num_minibatches)
+
+
+def _at_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """The values at their rows of the whole batch, 0 elsewhere: so an error names a rollout of the step."""
+    return values.new_zeros(num_rows).index_copy(0, rows, values)
