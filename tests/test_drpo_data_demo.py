@@ -113,10 +113,11 @@ def test_annotator_follows_bradley_terry() -> None:
         ]
 
     assert min(margins(0.0)) == 0.0
-    near = [m for m in margins(1.0) if abs(m) == 0.25]  # a right item more or less
-    assert sum(m > 0 for m in near) / len(near) == pytest.approx(0.5622, abs=0.06)  # sigmoid(0.25)
-    wide = [m for m in margins(1.0) if abs(m) == 1.75]
-    assert sum(m > 0 for m in wide) / len(wide) == pytest.approx(0.8520, abs=0.06)  # sigmoid(1.75)
+    for margin, share in ((0.25, 0.5622), (1.75, 0.8520)):  # a right item more; a wrong item for a right one
+        signs = [m > 0 for m in margins(1.0) if abs(m) == margin]
+        assert len(signs) > 100
+        four_sigma = 4 * (share * (1 - share) / len(signs)) ** 0.5
+        assert sum(signs) / len(signs) == pytest.approx(share, abs=four_sigma)  # sigmoid(margin)
     assert min(margins(1e-9)) == 0.0  # a tiny temperature does not overflow
 
 

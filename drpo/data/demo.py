@@ -247,7 +247,7 @@ def _draft(config: DemoConfig, post: _Post, rng: random.Random) -> list[str]:
 
 
 def _draw_pair(config: DemoConfig, post: _Post, rng: random.Random) -> tuple[str, str]:
-    """Chosen and rejected: drafts that differ by carelessness (3 of 4 pairs), by one edit (1 of 10) or altogether.
+    """Chosen and rejected: 3 of 4 pairs differ by carelessness, 1 of 10 by one edit, the others altogether.
 
     The first kind has many errors in text of equal length. Without it a reward model learns length alone.
     """
