@@ -117,20 +117,31 @@ def encode_records(
                 )
 
 
-def truncate_left(prompt: str, num_tokens: Callable[[str], int], max_length: int) -> str:
-    """The longest end of the prompt that fits into `max_length` tokens (to the character, by bisection)."""
-    if num_tokens(prompt) <= max_length:
-        return prompt
-    too_long, fits = 0, len(prompt)
-    while fits - too_long > 1:
-        middle = (fits + too_long) // 2
-        if num_tokens(prompt[middle:]) <= max_length:
-            fits = middle
+def longest_fit(fits: Callable[[int], bool], length: int) -> int:
+    """An n < `length` for which n characters fit and n + 1 do not, 0 if none do; by bisection.
+
+    It is the largest such n as long as more characters make no fewer tokens, which holds but for a few
+    characters.
+    """
+    best, too_long = 0, length
+    while too_long - best > 1:
+        middle = (best + too_long) // 2
+        if fits(middle):
+            best = middle
         else:
             too_long = middle
-    if fits == len(prompt):
+    return best
+
+
+def truncate_left(prompt: str, num_tokens: Callable[[str], int], max_length: int) -> str:
+    """The end of the prompt that fits into `max_length` tokens (see `longest_fit`); RowError if nothing
+    does."""
+    if num_tokens(prompt) <= max_length:
+        return prompt
+    kept = longest_fit(lambda n: num_tokens(prompt[len(prompt) - n :]) <= max_length, len(prompt))
+    if kept == 0:
         raise RowError("prompt too long", f"nothing of it fits into data.max_prompt_length={max_length}")
-    return prompt[fits:]
+    return prompt[len(prompt) - kept :]
 
 
 def _responses(record: Record, view: View) -> list[str]:

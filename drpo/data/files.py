@@ -217,7 +217,7 @@ def _csv(file: Path) -> Iterator[RawRow]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(text_lines(), strict=True)
     try:
-        header = next(reader, [])
+        header = next((cells for cells in reader if cells), [])
         if len(set(header)) < len(header):
             raise DataError(f"{file} names a column twice: {', '.join(header)}")
         last_line = reader.line_num

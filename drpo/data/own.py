@@ -9,7 +9,7 @@ from typing import Any
 
 from drpo.data.chat import ChatTemplate, is_conversation, split_conversation
 from drpo.data.files import Row, Table, convert_rows
-from drpo.data.hh import parse_turns, split_dialogue
+from drpo.data.hh import ASSISTANT, HUMAN, parse_turns, split_dialogue
 from drpo.data.records import (
     BadRows,
     DataError,
@@ -129,7 +129,11 @@ def _split_response(name: str, value: Any, implicit: bool) -> tuple[list | str |
         context, text = split_conversation(value)
         return context or None, text
     text = require_text(value, name)
-    return split_dialogue(text) if implicit else (None, text)
+    if not implicit:
+        return None, text
+    if HUMAN not in text and ASSISTANT not in text:
+        raise RowError("missing field", f"no prompt, and {name} is no dialogue with {ASSISTANT!r} turns")
+    return split_dialogue(text)
 
 
 def _agree(prompt: Any, contexts: list[list | str | None]) -> Any:

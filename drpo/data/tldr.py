@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from drpo.data.encode import longest_fit
 from drpo.data.files import Row, Table, convert_rows
 from drpo.data.records import (
     BadRows,
@@ -61,16 +62,10 @@ def truncate_query(query: str, num_tokens: Callable[[str], int], max_length: int
         post = post[: post.rindex("\n")]
         if post.strip() and num_tokens(shortened(len(post))) <= max_length:
             return shortened(len(post))
-    fits, too_long = 0, len(post)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        if num_tokens(shortened(middle)) <= max_length:
-            fits = middle
-        else:
-            too_long = middle
-    if fits == 0:
+    kept = longest_fit(lambda n: num_tokens(shortened(n)) <= max_length, len(post))
+    if not post[:kept].strip():
         raise RowError("prompt too long", f"no room for the post in data.max_prompt_length={max_length}")
-    return shortened(fits)
+    return shortened(kept)
 
 
 def tldr_records(table: Table, bad: BadRows) -> tuple[list[Record], list[str]]:

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from drpo.data.records import BadRows, DataError, Record
+from drpo.data.views import best_response, view_records
+
+RANKED = Record("r", responses=(" a", " b", " c"), scores=(2.0, 5.0, 5.0), origin="f:1", extra={"id": 1})
+PAIR = Record("p", chosen=" yes", rejected=" no", origin="f:2")
+DEMONSTRATION = Record("d", completion=" done", origin="f:3")
+BARE = Record("b", origin="f:4")
+
+
+def view(records, name):
+    bad = BadRows()
+    found, notes = view_records(records, name, bad)
+    return found, notes, bad
+
+
+def test_the_best_response():
+    assert best_response(RANKED) == " b"
+    assert best_response(PAIR) == " yes"
+    assert best_response(DEMONSTRATION) == " done"
+    assert best_response(BARE) is None
+    everything = Record("x", completion=" c", chosen=" a", rejected=" b", responses=(" r",), scores=(1.0,))
+    assert best_response(everything) == " c"
+    assert best_response(Record("x", chosen=" a", rejected=" b", responses=(" r",), scores=(1.0,))) == " r"
+
+
+def test_demonstrations():
+    found, notes, bad = view([RANKED, PAIR, DEMONSTRATION, BARE], "demonstrations")
+    assert [(record.prompt, record.completion) for record in found] == [
+        ("r", " b"),
+        ("p", " yes"),
+        ("d", " done"),
+    ]
+    assert found[0].responses == RANKED.responses
+    assert bad.counts == {"missing field": 1}
+    assert "f:4" in bad.summary()
+
+
+def test_pairs():
+    found, notes, bad = view([RANKED, PAIR, DEMONSTRATION], "pairs")
+    assert [(record.prompt, record.chosen, record.rejected) for record in found] == [
+        ("r", " b", " a"),
+        ("r", " c", " a"),
+        ("p", " yes", " no"),
+    ]
+    assert found[0].extra == {"id": 1, "chosen_score": 5.0, "rejected_score": 2.0}
+    assert found[0].origin == "f:1"
+    assert found[2] is PAIR
+    assert (notes, bad.counts) == ([], {"missing field": 1})
+
+
+def test_every_unequal_pair_once():
+    rng = random.Random(0)
+    for _ in range(50):
+        scores = tuple(float(rng.randrange(1, 4)) for _ in range(rng.randrange(2, 7)))
+        responses = tuple(f" {i}" for i in range(len(scores)))
+        expected = {
+            (f" {i}", f" {j}") for i, high in enumerate(scores) for j, low in enumerate(scores) if high > low
+        }
+        found, notes, _ = view([Record("p", responses=responses, scores=scores), PAIR], "pairs")
+        pairs = [(record.chosen, record.rejected) for record in found[:-1]]
+        assert set(pairs) == expected
+        assert len(pairs) == len(expected)
+        assert len(notes) == (not expected)
+
+
+def test_equal_texts_with_unequal_scores_are_bad_pairs():
+    twice = Record("p", responses=(" a", " a ", " b"), scores=(1.0, 2.0, 2.0), origin="f:9")
+    found, _, bad = view([twice], "pairs")
+    assert [(record.chosen, record.rejected) for record in found] == [(" b", " a")]
+    assert bad.counts == {"chosen = rejected": 1}
+
+
+def test_prompts_are_distinct_and_keep_every_reset_source():
+    again = Record("r", completion=" other", origin="f:7")
+    found, notes, bad = view([RANKED, again, PAIR, BARE], "prompts")
+    assert [(record.prompt, record.completion) for record in found] == [
+        ("r", " b"),
+        ("p", " yes"),
+        ("b", None),
+    ]
+    assert found[0].responses == RANKED.responses and found[0].scores == RANKED.scores
+    assert (found[1].chosen, found[1].rejected) == (" yes", " no")
+    assert notes == ["1 rows repeat a prompt: the first of each is kept"]
+    assert len(bad) == 0
+
+
+@pytest.mark.parametrize(
+    ("records", "name", "message"),
+    [
+        ([BARE], "demonstrations", "no demonstrations: they need completion .*these rows have prompt$"),
+        (
+            [DEMONSTRATION],
+            "pairs",
+            r"no pairs: they need chosen \+ rejected.* these rows have prompt, completion",
+        ),
+    ],
+)
+def test_data_that_cannot_give_a_view_at_all(records, name, message):
+    with pytest.raises(DataError, match=message):
+        view(records, name)
+
+
+def test_no_records_give_an_empty_view():
+    for name in ("demonstrations", "pairs", "prompts"):
+        assert view([], name)[0] == []
