@@ -46,18 +46,33 @@ def load_recipe(recipe_class: type[Recipe], path: Path | None, overrides: Sequen
             raise ConfigError(f"{override!r} is not an override: write section.key=value")
     try:
         layers.append(OmegaConf.from_dotlist(list(overrides)))
-        for layer in layers:
-            OmegaConf.set_readonly(layer, False)
-        return OmegaConf.to_object(_merge(layers, path))
+        _unlock(layers[0])
+        for layer in layers[1:]:
+            _check_kinds(layer, layers[0])
+        return OmegaConf.to_object(OmegaConf.merge(*layers))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, recipe_class, path)) from None
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(str(error)) from None
 
 
-def _merge(layers: list, path: Path | None):
-    _unlock(layers[0])
-    return OmegaConf.merge(*layers)
+def _check_kinds(given, defaults, prefix: str = "") -> None:
+    """A section needs keys and a list needs a list: told here, since merging would not name the key."""
+    for name in given:
+        if name not in defaults:
+            continue  # the merge names unknown keys
+        key, value, default = f"{prefix}{name}", given._get_node(name), defaults._get_node(name)
+        if OmegaConf.is_dict(default) and dataclasses.is_dataclass(OmegaConf.get_type(default)):
+            if not OmegaConf.is_dict(value):
+                known = ", ".join(f"{key}.{child}" for child in default)
+                raise ConfigError(f"{key} is a section, found {given[name]!r}; known keys there: {known}")
+            _check_kinds(value, default, f"{key}.")
+        elif OmegaConf.is_list(default) and OmegaConf.is_dict(value):
+            raise ConfigError(
+                f"{key} is a list, written {key}=[a,b], found keys: {', '.join(map(str, value))}"
+            )
+        elif OmegaConf.is_dict(default) and OmegaConf.is_list(value):
+            raise ConfigError(f"{key} is a mapping, written {key}.name=value, found a list: {value}")
 
 
 def _unlock(node) -> None:
@@ -88,11 +103,11 @@ def _explain(error: OmegaConfBaseException, recipe_class: type, path: Path | Non
     where = f" (recipe {path} or an override)" if path else ""
     first_line = str(error).splitlines()[0]
     message = f"{key}: {first_line}{where}" if key else f"{first_line}{where}"
-    section = key.rpartition(".")[0]
     known = [option.key for option in options(recipe_class)]
-    if key and key not in known:
-        siblings = [k for k in known if k.rpartition(".")[0] == section] or known
-        message += f"\nknown keys there: {', '.join(siblings)}"
+    if key and key.partition("[")[0] not in known:
+        level = key.rpartition(".")[0] + "." if "." in key else ""
+        there = dict.fromkeys(level + k[len(level) :].partition(".")[0] for k in known if k.startswith(level))
+        message += f"\nknown keys there: {', '.join(there)}"
     return message
 
 
@@ -109,20 +124,26 @@ class Option:
     help: str
 
 
-def options(recipe_class: type, prefix: str = "") -> Iterator[Option]:
-    """Every key of a recipe class, depth first, in the order of the source."""
+def options(recipe_class: type, prefix: str = "", defaults: object | None = None) -> Iterator[Option]:
+    """Every key of a recipe class, depth first, in the order of the source.
+
+    Defaults are those of the instance `defaults` if given: a section may set others than its class has.
+    """
     helps = _field_docs(recipe_class)
     hints = get_type_hints(recipe_class)
     for field in dataclasses.fields(recipe_class):
+        default = _default(field) if defaults is None else getattr(defaults, field.name)
         if dataclasses.is_dataclass(hints[field.name]):
-            yield from options(hints[field.name], f"{prefix}{field.name}.")
-            continue
-        default = field.default
-        if default is dataclasses.MISSING:
-            default = (
-                field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
-            )
-        yield Option(prefix + field.name, str(field.type), default, helps.get(field.name, ""))
+            section = default if dataclasses.is_dataclass(default) else None
+            yield from options(hints[field.name], f"{prefix}{field.name}.", section)
+        else:
+            yield Option(prefix + field.name, str(field.type), default, helps.get(field.name, ""))
+
+
+def _default(field: dataclasses.Field) -> object:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
 
 
 def help_text(recipe_class: type, usage: str) -> str:
