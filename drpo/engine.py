@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, run_dir: Path, seed: int, max_grad_norm: float | None) -> None:
         handlers = []
-        if not torch.cuda.is_available():
+        if "WORLD_SIZE" in os.environ and not torch.cuda.is_available():
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
         self._accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -56,6 +57,8 @@ class Engine:
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
             plugin.deepspeed_config["gradient_accumulation_steps"] = 1
             plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
+            # Models load whole on every process; `prepare` partitions the trained one, frozen ones stay whole.
+            unset_hf_deepspeed_config()
         self.seed(seed)
 
     # --- where we are -----------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModel
 
-from drpo.models.export import write_atomically
 from drpo.models.scalar_head import ScalarModel, ScalarModelConfig, token_scores
 from drpo.tensors import PaddedBatch, masked_sum
 
@@ -49,3 +49,7 @@ def aggregate(outputs: Tensor, mask: Tensor, aggregation: Aggregation) -> Tensor
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, columns, -1).amax(dim=1)
     return outputs.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
+
+
+AutoConfig.register(RewardModelConfig.model_type, RewardModelConfig)
+AutoModel.register(RewardModelConfig, RewardModel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples
 from drpo.engine import Engine, EngineConfig
 from drpo.model_card import model_card
+from drpo.models.export import save_policy
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.optim import OptimConfig
 from drpo.run_folder import CheckpointConfig, LogConfig, Resume, RunFolder
@@ -22,7 +22,7 @@ from drpo.tensors import PaddedBatch, pad_batch
 from drpo.trainers.offline import BatchConfig, OfflineEvalConfig, fit, steps_for
 from drpo.trainers.sft import tokenizer_for
 from reward_models.losses import bradley_terry_loss
-from reward_models.model import Aggregation, RewardModel, save_reward_model
+from reward_models.model import Aggregation, RewardModel
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
             run.say(f"mean score of {len(references)} references was {mean:.4f}; they now score 0 on average")
         if engine.is_main:
             card = model_card(recipe, splits.report, run.metrics.path)
-            save_reward_model(model, tokenizer, run.path / "reward_model", card)
+            save_policy(model, tokenizer, run.path / "reward_model", card)
     engine.barrier()
     run.close()
     return run.path / "reward_model"

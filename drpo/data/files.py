@@ -273,7 +273,7 @@ def _load_hub(path: str, split: str, subset: str | None, subset_is_folder: bool)
                 raise
             return load_dataset(path, data_dir=subset, split=split, revision=PARQUET_BRANCH)
     except Exception as error:
-        wanted = f"{path} (subset {subset}, split {split})" if subset else f"{path} (split {split})"
+        wanted = f"{path} (data.subset={subset or 'null'}, split {split})"
         raise DataError(f"cannot load {wanted} from the hub: {error}\n{_nothing_at(Path(path))}") from error
 
 

@@ -98,7 +98,7 @@ class DataConfig:
                 check(not getattr(self, name), name, "does not apply to data.task=demo")
             check(self.train_split == "train", "train_split", "does not apply to data.task=demo")
         else:
-            check(self.path is not None, "path", f"must say where the data for data.task={self.task} is")
+            check(bool(self.path), "path", f"must say where the data for data.task={self.task} is")
             check(self.demo == DemoConfig(), "demo", f"does not apply to data.task={self.task}")
         if self.eval_split is not None:
             check(self.eval_split != self.train_split, "eval_split", "must differ from data.train_split")
@@ -266,9 +266,8 @@ def _encode(
     prompts = list(dict.fromkeys(record.prompt for record in records))
     queries = dict(zip(prompts, encode_queries(tokenizer, prompts), strict=True))
     shortened = _shorten(queries, config, tokenizer)
-    queries |= {
-        prompt: encode_query(tokenizer, prompt) for prompt in shortened.values() if isinstance(prompt, str)
-    }
+    new_prompts = [prompt for prompt in shortened.values() if isinstance(prompt, str)]
+    queries |= dict(zip(new_prompts, encode_queries(tokenizer, new_prompts), strict=True))
     fitting = []
     for record in records:
         prompt = shortened.get(record.prompt, record.prompt)

@@ -34,6 +34,8 @@ class PreallocatedLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows at `indices` (int64, in that order; a row may come several times)."""
+        if self._buffers is None:  # a layer that reads another layer's keys and values
+            return
         length = self.get_seq_length()
         chosen = []
         for buffer in self._buffers:

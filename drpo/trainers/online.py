@@ -22,7 +22,7 @@ from drpo.metrics import Phases
 from drpo.model_card import model_card
 from drpo.models.actor_critic import ActorCritic
 from drpo.models.export import save_policy
-from drpo.models.loading import ModelConfig, load_policy, load_scalar_model, load_tokenizer
+from drpo.models.loading import ModelConfig, fresh_critic, load_policy, load_scalar_model, load_tokenizer
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import adapter_disabled, response_logprobs
 from drpo.optim import OptimConfig, build_optimizer, scheduled_rate, set_learning_rates
@@ -270,8 +270,8 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits) -> None:
 
 def _load_critic(recipe: OnlineRecipe, policy) -> ScalarModel:
     if recipe.critic.path is None:
-        return ScalarModel.from_causal_lm(policy, recipe.seed)
-    return load_scalar_model(recipe.critic.path, recipe.model)
+        return fresh_critic(policy, recipe.model, recipe.seed)
+    return load_scalar_model(recipe.critic.path, recipe.model, seed=recipe.seed)
 
 
 def _reference(
