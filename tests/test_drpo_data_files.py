@@ -258,6 +258,6 @@ def test_a_failing_hub_says_what_was_asked_and_what_is_there(monkeypatch, tmp_pa
     with pytest.raises(DataError) as error:
         read("some/where", "valid")
     message = str(error.value)
-    assert "some/where (split valid)" in message
+    assert "some/where (data.subset=null, split valid)" in message
     assert '["train", "test"]' in message
     assert "mine.jsonl" in message

@@ -12,7 +12,8 @@ from tiny_tokenizers import CHATML, byte_level, single_bytes
 from drpo.config import options
 from drpo.data.demo import DemoConfig
 from drpo.data.encode import encode_query
-from drpo.data.load import DataConfig, is_held_out, load_examples, load_texts
+from drpo.data.holdout import is_held_out
+from drpo.data.load import DataConfig, load_examples, load_texts
 from drpo.data.records import DataError
 
 DATA = Path(os.environ.get("DRPO_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -52,6 +53,7 @@ def prompts_of(examples):
         ({"split_seed": 1}, "data.split_seed"),
         ({"train_split": "test"}, "data.train_split"),
         ({"task": "tldr"}, "data.path"),
+        ({"task": "hh", "path": ""}, "data.path"),
         ({"task": "own", "path": "x", "demo": DemoConfig(seed=3)}, "data.demo"),
         ({"task": "own", "path": "x", "limit": 0}, "data.limit"),
         ({"task": "own", "path": "x", "max_prompt_length": 0}, "data.max_prompt_length"),

@@ -3,7 +3,6 @@ encode."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -13,13 +12,13 @@ from drpo.data.demo import DemoConfig, make_demo
 from drpo.data.encode import (
     Example,
     encode_queries,
-    encode_query,
     encode_records,
     query_counter,
     truncate_left,
 )
 from drpo.data.files import keep_all, read_table
 from drpo.data.hh import hh_records
+from drpo.data.holdout import hold_out
 from drpo.data.own import FIELDS, own_records
 from drpo.data.records import BadRows, DataError, Record, RowError
 from drpo.data.tldr import keep_column, tldr_records, truncate_query
@@ -128,6 +127,11 @@ class DataConfig:
             return "paragraph"
         return "left" if self.task == "hh" and not self.chat_template else "refuse"
 
+    @property
+    def held_out_fraction(self) -> float:
+        """`eval_fraction`, or its default."""
+        return DEFAULT_EVAL_FRACTION if self.eval_fraction is None else self.eval_fraction
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -153,7 +157,7 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: 
     if eval_split is not None:
         held_out = _read_view(config, eval_split, view, chat, bad, report)
     else:
-        train, held_out = _hold_out(train, config)
+        train, held_out = hold_out(train, config.held_out_fraction, config.split_seed)
     num_examples = len(train) + len(held_out) + len(bad)
     eval_examples = _encode(held_out, config, tokenizer, view, bad, report)
     eval_prompts = {example.record.prompt for example in eval_examples}
@@ -184,7 +188,7 @@ def load_texts(config: DataConfig) -> list[str]:
     else:
         records = read_records(config, config.train_split, None, [])
         if config.eval_split is None:
-            records, _ = _hold_out(records, config)
+            records, _ = hold_out(records, config.held_out_fraction, config.split_seed)
     texts: dict[str | None, None] = {}
     for record in records:
         own = (record.prompt, record.completion, record.chosen, record.rejected, *record.responses)
@@ -221,13 +225,6 @@ def read_records(
     return records
 
 
-def is_held_out(prompt: str, fraction: float, seed: int) -> bool:
-    """Whether a prompt belongs to the held-out part: hash(seed, prompt) < fraction, for a hash uniform on
-    [0, 1)."""
-    digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
 def _read_view(
     config: DataConfig, split: str, view: View, chat: ChatTemplate | None, bad: BadRows, report: list[str]
 ) -> list[Record]:
@@ -239,20 +236,6 @@ def _read_view(
     records, notes = view_records(records, view, bad)
     report += notes
     return records
-
-
-def _hold_out(records: Sequence[Record], config: DataConfig) -> tuple[list[Record], list[Record]]:
-    fraction = DEFAULT_EVAL_FRACTION if config.eval_fraction is None else config.eval_fraction
-    parts: tuple[list[Record], list[Record]] = ([], [])
-    for record in records:
-        parts[is_held_out(record.prompt, fraction, config.split_seed)].append(record)
-    if fraction > 0 and not parts[1]:
-        num_prompts = len({record.prompt for record in records})
-        raise DataError(
-            f"data.eval_fraction={fraction:g} of {num_prompts} distinct prompts held out none: "
-            "raise it, or set it to 0 to hold out nothing"
-        )
-    return parts
 
 
 def _encode(
