@@ -1,0 +1,219 @@
+"""Every embedded recipe loads into its stage, and says what the papers say."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drpo.config import help_text, load_recipe, options, save_resolved
+from drpo.run_folder import flatten
+from drpo.trainers.online import OnlineRecipe
+from drpo.trainers.sft import SFTRecipe
+from launch.command_line import RECIPES, find_recipe
+from launch.reset_experiment import ExperimentRecipe
+from reward_models.train import RewardModelRecipe
+
+STAGES: dict[str, type] = {
+    "sft": SFTRecipe,
+    "reward_model": RewardModelRecipe,
+    "ppo": OnlineRecipe,
+    "drpo": OnlineRecipe,
+    "reset_experiment": ExperimentRecipe,
+}
+SIZES = ("1b", "2.8b", "6.9b")
+TASKS = ("tldr", "hh")
+NAMES = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml"))
+
+
+def stage_of(name: str) -> str:
+    """The stage in the file name of a recipe: tldr/drpo_2.8b.yaml is a drpo recipe."""
+    found = [stage for stage in STAGES if re.search(rf"(^|_){stage}(_|$)", Path(name).stem)]
+    assert len(found) == 1, f"the name of {name} must hold one stage of {', '.join(STAGES)}"
+    return found[0]
+
+
+@functools.cache
+def loaded(name: str, *overrides: str) -> Any:
+    return load_recipe(STAGES[stage_of(name)], find_recipe(name), overrides)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_loads_strictly(name):
+    assert isinstance(loaded(name), STAGES[stage_of(name)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_recipe_is_the_recipe(name, tmp_path):
+    save_resolved(loaded(name), tmp_path / "config.yaml")
+    assert load_recipe(STAGES[stage_of(name)], tmp_path / "config.yaml", []) == loaded(name)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_size_has_every_stage(task):
+    for size in SIZES:
+        for stage in ("sft", "reward_model", "ppo", "drpo"):
+            assert f"{task}/{stage}_{size}.yaml" in NAMES
+
+
+def test_no_two_recipes_share_a_run_folder():
+    folders = [loaded(name).run_dir for name in NAMES]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("size", SIZES)
+def test_each_stage_starts_from_what_the_one_before_leaves(task, size):
+    sft, reward_model, ppo, drpo = (
+        loaded(f"{task}/{stage}_{size}.yaml") for stage in ("sft", "reward_model", "ppo", "drpo")
+    )
+    assert sft.run_dir == f"runs/{task}/sft_{size}"
+    assert sft.model.path == f"EleutherAI/pythia-{size}-deduped"
+    assert reward_model.model.path == f"{sft.run_dir}/policy"
+    for online in (ppo, drpo):
+        assert online.model.path == f"{sft.run_dir}/policy"
+        assert online.critic.path == online.reward.path == f"{reward_model.run_dir}/reward_model"
+
+
+PPO_AND_DRPO = sorted(
+    (name, name.replace("ppo", "drpo")) for name in NAMES if re.search(r"/ppo(_[\d.]+b)?\.yaml", name)
+)
+
+
+@pytest.mark.parametrize("ppo_name, drpo_name", PPO_AND_DRPO)
+def test_ppo_is_drpo_without_resets(ppo_name, drpo_name):
+    ppo, drpo = flatten(loaded(ppo_name)), flatten(loaded(drpo_name))
+    different = {key for key in ppo if ppo[key] != drpo[key]}
+    assert {key for key in different if not key.startswith("reset.")} == {"run_dir"}
+    assert ppo["reset.proportion"] == 0 < drpo["reset.proportion"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(TASKS)])
+def test_gpu_recipes_divide_over_eight_processes(name):
+    recipe = loaded(name)
+    if isinstance(recipe, OnlineRecipe):
+        assert recipe.rollout.batch_size // recipe.ppo.num_minibatches % 8 == 0
+    elif re.search(r"\d+b\.yaml$", name):
+        assert recipe.batch.size % 8 == 0
+
+
+# --- published settings ---------------------------------------------------------------------------------
+
+
+def test_drpo_on_tldr_has_the_settings_of_the_paper():
+    """arXiv 2404.08495, Table 5, with the released code's temperature, episodes and reward whitening."""
+    recipe = loaded("tldr/drpo_2.8b.yaml")
+    assert recipe.reset.proportion == 1.0
+    assert (recipe.reset.source, recipe.reset.length, recipe.reset.min_length) == ("reference", "uniform", 0)
+    assert recipe.reset.masking == "paper"
+    assert recipe.rollout.batch_size == 512
+    assert recipe.num_steps == 1_000_000 // 512
+    assert (recipe.ppo.num_epochs, recipe.ppo.num_minibatches) == (4, 1)
+    assert (recipe.ppo.clip_range, recipe.ppo.value_clip_range, recipe.ppo.value_coef) == (0.2, 0.2, 0.1)
+    assert (recipe.ppo.entropy_coef, recipe.ppo.target_kl) == (0.0, None)
+    assert (recipe.advantage.gamma, recipe.advantage.lam) == (1.0, 0.95)
+    assert recipe.advantage.whiten and recipe.advantage.whiten_rewards
+    assert (recipe.kl.coef, recipe.kl.target, recipe.kl.estimator) == (0.05, None, "k1")
+    assert (recipe.optim.learning_rate, recipe.optim.schedule) == (3e-6, "linear")
+    assert (recipe.optim.warmup_steps, recipe.optim.eps) == (0, 1e-5)
+    assert (recipe.optim.betas, recipe.optim.weight_decay) == ([0.9, 0.999], 0.01)
+    assert recipe.critic.learning_rate is None
+    assert (recipe.model.lora.r, recipe.model.lora.alpha) == (1024, 2048)
+    sampling = recipe.rollout.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 0, 1.0)
+    assert recipe.rollout.max_response_length == recipe.data.max_response_length == 53
+    assert recipe.data.max_prompt_length == 512
+    assert recipe.data.prompt_truncation == "paragraph"
+    shaping = recipe.reward.shaping
+    assert (shaping.missing_stop, shaping.missing_stop_penalty) == ("replace", 1.0)
+    assert (shaping.normalise, shaping.clip, shaping.length_penalty) == ("none", None, 0.0)
+    assert recipe.eval.temperature == 0.01
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_offline_stages_on_tldr_have_the_settings_of_n_plus(size):
+    """Huang et al. 2024: lr 3e-6, cosine, one epoch; SFT 128 a batch on prompt and response, pairs 64 a batch."""
+    sft, reward_model = loaded(f"tldr/sft_{size}.yaml"), loaded(f"tldr/reward_model_{size}.yaml")
+    assert (sft.batch.size, sft.loss_on, sft.data.max_response_length) == (128, "all", 53)
+    assert (reward_model.batch.size, reward_model.data.max_response_length) == (64, 169)
+    assert reward_model.score.aggregation == "last" and reward_model.score.num_centring > 0
+    for recipe in (sft, reward_model):
+        assert (recipe.num_steps, recipe.batch.num_epochs) == (None, 1.0)
+        assert (recipe.optim.learning_rate, recipe.optim.schedule, recipe.optim.eps) == (3e-6, "cosine", 1e-5)
+        assert (recipe.optim.warmup_steps, recipe.optim.max_grad_norm) == (0, None)
+        assert recipe.data.max_prompt_length == 512
+        assert recipe.model.lora.r == 0
+
+
+@pytest.mark.parametrize("size, optimizer_steps, rate", [("1b", 2500, 6e-6), ("6.9b", 6000, 8e-6)])
+def test_online_stages_on_hh_have_the_settings_of_trlx(size, optimizer_steps, rate):
+    recipe = loaded(f"hh/drpo_{size}.yaml")
+    per_update = recipe.ppo.num_epochs * recipe.ppo.num_minibatches
+    assert abs(recipe.num_steps * per_update - optimizer_steps) <= per_update
+    assert recipe.rollout.batch_size == 8 * 64
+    assert (recipe.optim.learning_rate, recipe.optim.schedule) == (rate, "constant")
+    assert (recipe.optim.betas, recipe.optim.weight_decay) == ([0.9, 0.95], 1e-6)
+    assert (recipe.kl.coef, recipe.kl.target, recipe.kl.horizon) == (0.05, 6.0, 10_000)
+    assert (recipe.ppo.value_coef, recipe.advantage.gamma, recipe.advantage.lam) == (1.0, 1.0, 0.95)
+    assert (recipe.rollout.max_response_length, recipe.rollout.sampling.temperature) == (128, 1.0)
+    assert (recipe.reward.shaping.normalise, recipe.reward.shaping.clip) == ("running", 10.0)
+
+
+# --- the classes behind them ----------------------------------------------------------------------------
+
+CLASSES = sorted(set(STAGES.values()), key=lambda recipe_class: recipe_class.__name__)
+
+
+@pytest.mark.parametrize("recipe_class", CLASSES)
+def test_every_key_has_a_help_text(recipe_class):
+    assert [option.key for option in options(recipe_class) if not option.help] == []
+
+
+@pytest.mark.parametrize("recipe_class", CLASSES)
+def test_help_lists_every_key_with_the_default_that_holds(recipe_class):
+    text = help_text(recipe_class, "usage")
+    held = flatten(load_recipe(recipe_class, None, []))
+    shown = {option.key: option.default for option in options(recipe_class)}
+    assert shown == held
+    for key in held:
+        assert re.search(rf"^  {re.escape(key)}  \(", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("recipe_class", [SFTRecipe, RewardModelRecipe, OnlineRecipe])
+def test_training_recipes_share_the_keys_of_the_run_folder_contract(recipe_class):
+    keys = {option.key for option in options(recipe_class)}
+    assert {"run_dir", "seed", "num_steps", "resume", "checkpoint.every", "log.every"} <= keys
+
+
+@pytest.mark.parametrize("recipe_class", CLASSES)
+def test_recipes_are_frozen_all_the_way_down(recipe_class):
+    def classes(config: Any):
+        yield type(config)
+        for field in dataclasses.fields(config):
+            if dataclasses.is_dataclass(value := getattr(config, field.name)):
+                yield from classes(value)
+
+    assert all(each.__dataclass_params__.frozen for each in classes(recipe_class()))
+
+
+@pytest.mark.parametrize(
+    "name, override, key",
+    [
+        ("tldr/drpo_2.8b.yaml", "ppo.num_minibatches=7", "ppo.num_minibatches"),
+        ("tldr/drpo_2.8b.yaml", "reward.function=a:b", "reward.function"),
+        ("tldr/drpo_2.8b.yaml", "rollout.sampling.temperature=0", "rollout.sampling.temperature"),
+        ("tldr/drpo_2.8b.yaml", "reset.curriculum_end=0.3", "reset.curriculum_end"),
+        ("tldr/drpo_2.8b.yaml", "data.columns.prompt=q", "data.columns"),
+        ("hh/drpo_1b.yaml", "kl.coef=0", "kl.coef"),
+        ("hh/drpo_1b.yaml", "data.truncation=paragraph", "data.truncation"),
+        ("tldr/reward_model_1b.yaml", "model.lora.r=8", "model.lora"),
+        ("demo/sft.yaml", "model.path=gpt2", "model.path"),
+    ],
+)
+def test_an_impossible_combination_is_refused_naming_the_key(name, override, key):
+    with pytest.raises(ValueError, match=re.escape(key)):
+        loaded(name, override)
