@@ -12,7 +12,6 @@ from tiny_tokenizers import CHATML, byte_level, single_bytes
 from drpo.config import options
 from drpo.data.demo import DemoConfig
 from drpo.data.encode import encode_query
-from drpo.data.holdout import is_held_out
 from drpo.data.load import DataConfig, load_examples, load_texts
 from drpo.data.records import DataError
 
@@ -126,16 +125,6 @@ def test_the_same_prompts_are_held_out_in_every_view_and_whatever_else_is_there(
 
     other_seed = load_examples(own(path, split_seed=1), tokenizer, "pairs")
     assert prompts_of(other_seed.eval) != held_out
-
-
-def test_the_held_out_share_is_the_fraction_and_grows_by_inclusion():
-    prompts = [f"p{i}" for i in range(20000)]
-    held_out = {fraction: {p for p in prompts if is_held_out(p, fraction, 0)} for fraction in (0.0, 0.1, 0.3)}
-    assert held_out[0.0] == set()
-    assert held_out[0.1] < held_out[0.3]
-    for fraction in (0.1, 0.3):  # four standard deviations of a binomial
-        deviation = (20000 * fraction * (1 - fraction)) ** 0.5
-        assert abs(len(held_out[fraction]) - 20000 * fraction) < 4 * deviation
 
 
 def test_repeated_prompts_stay_on_one_side(tmp_path):
