@@ -31,14 +31,11 @@ class JsonLines:
         """Drop the rows of later steps, and a last line that a kill left unfinished."""
         if not self.path.exists():
             return
-        kept = [line for line in self._whole_lines() if json.loads(line)["step"] <= step]
+        whole = self.path.read_bytes().split(b"\n")[:-1]  # in bytes: a kill may cut a character in two
+        kept = [line + b"\n" for line in whole if json.loads(line)["step"] <= step]
         replacement = self.path.with_suffix(".tmp")
-        replacement.write_text("".join(kept), encoding="utf-8")
+        replacement.write_bytes(b"".join(kept))
         replacement.replace(self.path)
-
-    def _whole_lines(self) -> list[str]:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
