@@ -1,0 +1,120 @@
+"""A run that is killed and resumed writes the same metrics as one that is not. Real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import CLEAN, ONLINE, SFT, ddp, metrics_of, plain, run, write_recipe
+
+NUM_STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    write_recipe(folder / "sft.yaml", {**SFT, "run_dir": "sft"})
+    recipe = {**ONLINE, "num_steps": NUM_STEPS, "model": {"path": "sft/policy"}}
+    recipe["reward"] = {**ONLINE["reward"], "shaping": {"missing_stop": "subtract", "normalise": "running"}}
+    write_recipe(folder / "drpo.yaml", recipe)
+    run(plain("sft"), "sft.yaml", cwd=folder)
+    return folder
+
+
+def start(command: list[str], *arguments: str, cwd: Path) -> subprocess.Popen:
+    """In a process group of its own, so that a kill reaches the launcher's children too."""
+    log = (cwd / "log.txt").open("a")
+    return subprocess.Popen(
+        [*command, *arguments], cwd=cwd, env=CLEAN, stdout=log, stderr=log, start_new_session=True
+    )
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    """Until `step` is in the metrics (its checkpoint may be under way)."""
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        assert process.poll() is None, (run_dir.parent / "log.txt").read_text()[-3000:]
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} never came")
+
+
+@pytest.mark.parametrize("launcher", [plain, ddp], ids=["one process", "two processes"])
+def test_killed_and_resumed_equals_uninterrupted(folder, launcher):
+    name = launcher.__name__
+    run(launcher("drpo"), "drpo.yaml", f"run_dir=whole_{name}", cwd=folder)
+    killed = folder / f"killed_{name}"
+    for step in (2, 4):  # twice: a resumed run can be killed as well
+        process = start(launcher("drpo"), "drpo.yaml", f"run_dir=killed_{name}", cwd=folder)
+        wait_for_step(process, killed, step)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run(launcher("drpo"), "drpo.yaml", f"run_dir=killed_{name}", cwd=folder)
+    whole = metrics_of(folder / f"whole_{name}")
+    assert [row["step"] for row in whole] == list(range(NUM_STEPS + 1))
+    assert metrics_of(killed) == whole
+    assert completions(killed) == completions(folder / f"whole_{name}")
+    weights = [
+        (run_dir / "policy" / "model.safetensors").read_bytes()
+        for run_dir in (killed, folder / f"whole_{name}")
+    ]
+    assert weights[0] == weights[1]
+
+
+def completions(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+
+
+def test_sigterm_saves_says_so_and_the_run_goes_on(folder):
+    process = start(plain("drpo"), "drpo.yaml", "run_dir=terminated", "checkpoint.every=0", cwd=folder)
+    wait_for_step(process, folder / "terminated", 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert "SIGTERM: saved terminated/checkpoints/step_" in (folder / "log.txt").read_text()
+    out = run(plain("drpo"), "drpo.yaml", "run_dir=terminated", "checkpoint.every=0", cwd=folder)
+    assert "resuming terminated after step" in out
+    assert [row["step"] for row in metrics_of(folder / "terminated")] == list(range(NUM_STEPS + 1))
+
+
+def test_a_finished_run_is_not_run_again(folder):
+    run(plain("sft"), "sft.yaml", "run_dir=finished", cwd=folder)
+    before = (folder / "finished" / "metrics.jsonl").read_bytes()
+    run(plain("sft"), "sft.yaml", "run_dir=finished", cwd=folder)
+    assert (folder / "finished" / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_are_refused_by_name(folder):
+    run(plain("sft"), "sft.yaml", "run_dir=refused", cwd=folder)
+    done = subprocess.run(
+        [*plain("sft"), "sft.yaml", "run_dir=refused", "seed=5"],
+        cwd=folder,
+        env=CLEAN,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "seed: 0 -> 5" in done.stderr and "resume=restart" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("on_max", ["stop", "rollback"])
+def test_a_kl_above_the_guard_stops_or_rolls_back(folder, on_max):
+    arguments = ["drpo.yaml", f"run_dir=guard_{on_max}", "kl.max=1e-6", f"kl.on_max={on_max}"]
+    if on_max == "stop":
+        done = subprocess.run(
+            [*plain("drpo"), *arguments], cwd=folder, env=CLEAN, capture_output=True, text=True
+        )
+        assert done.returncode != 0
+        assert "kl.max=1e-06" in done.stderr and "guard_stop/checkpoints/step_1" in done.stderr
+    else:
+        run(plain("drpo"), *arguments, cwd=folder)
+        rows = metrics_of(folder / "guard_rollback")[1:]
+        assert "ppo/policy_loss" in rows[0] and "ppo/policy_loss" not in rows[1]
+        assert rows[-1]["safety/num_rollbacks"] >= 1
