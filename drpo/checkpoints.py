@@ -28,7 +28,8 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, A
     folder = run_dir / "checkpoints" / f"step_{step}"
     partial = folder.with_name(f".partial_{step}")
     if engine.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_by_a_kill in folder.parent.glob(".*_*"):
+            shutil.rmtree(left_by_a_kill)
         partial.mkdir(parents=True)
     engine.barrier()
     engine.save_state(partial)
@@ -36,13 +37,21 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, A
     if engine.is_main:
         (partial / "trainer.json").write_text(json.dumps({"step": step, **state}, indent=1))
         _flush_to_disk(partial)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         os.replace(partial, folder)
         _flush_folder(folder.parent)
         for old in list_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     engine.barrier()
     return folder
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, out of sight first: what a kill leaves of it must not look whole."""
+    if folder.exists():
+        hidden = folder.with_name(f".removed_{folder.name}")
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden)
 
 
 def load_checkpoint(engine: Engine, folder: Path) -> dict[str, Any]:
@@ -74,7 +83,9 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def _flush_to_disk(folder: Path) -> None:
     for path in folder.rglob("*"):
-        if path.is_file():
+        if path.is_dir():
+            _flush_folder(path)
+        else:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     _flush_folder(folder)
