@@ -39,8 +39,8 @@ from drpo.engine import Engine
 from drpo.metrics import JsonLines
 from drpo.samples import sample_table
 
-# Sections that do not change what is computed: they may differ between a run and its resumption.
-FREE_ON_RESUME = ("run_dir", "resume", "log", "checkpoint")
+# Keys and sections that do not change what is computed: they may differ between a run and its resumption.
+FREE_ON_RESUME = ("run_dir", "resume", "log", "checkpoint", "engine.trackers", "engine.project")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class RunFolder:
         self._console = Console()
         self._progress: Progress | None = None
         self._signal: int | None = None
+        self._handlers_before: dict[int, Any] = {}
 
     # --- opening ----------------------------------------------------------------------------------------
 
@@ -118,7 +119,7 @@ class RunFolder:
             save_resolved(self._recipe, self.path / "config.yaml")
         engine.start_trackers(flatten(self._recipe))
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+            self._handlers_before[number] = signal.signal(number, self._on_signal)
         engine.barrier()
         return state
 
@@ -136,7 +137,8 @@ class RunFolder:
         changed = [
             f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
             for key in sorted(now.keys() | then.keys())
-            if key.partition(".")[0] not in FREE_ON_RESUME and now.get(key) != then.get(key)
+            if not f"{key}.".startswith(tuple(f"{free}." for free in FREE_ON_RESUME))
+            and now.get(key) != then.get(key)
         ]
         if changed:
             raise CheckpointError(
@@ -203,6 +205,9 @@ class RunFolder:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self._handlers_before = {}
         self._engine.close()
 
 
