@@ -84,7 +84,7 @@ def test_a_prefix_leaves_room_for_one_sampled_token():
 
 def test_only_boundaries_are_drawn():
     config = ResetConfig()
-    lengths = [draw_reset_length(config, [0, 4, 11, 30], 30, 20, 0.0, 0, e) for e in range(900)]
+    lengths = [draw_reset_length(config, [0, 4, 11, 30], 30, 100, 0.0, 0, e) for e in range(900)]
     assert_uniform_on(lengths, [0, 4, 11])  # 30 is the whole response
 
 

@@ -62,8 +62,13 @@ def evaluate(
     The random numbers depend on (seed, prompt) alone, so runs and steps are compared on the same draws. KL is
     the mean over completions of sum_t k1 under the rollout temperature, the temperature at which the policy was
     trained; it estimates a KL when `temperature` equals it, and is left out without a reference. Processes share
-    the prompts.
+    the prompts. Raises ValueError when there are none.
     """
+    if not examples:
+        raise ValueError(
+            "there are no held-out prompts to evaluate on; set data.eval_split or data.eval_fraction, or turn the "
+            "evaluation off with eval.every=0"
+        )
     mine = list(enumerate(examples[: config.num_prompts]))[engine.rank :: engine.world_size]
     starts = [Start(episode, example, (), 0) for episode, example in mine]
     results: list[tuple[int, dict[str, float], dict[str, Any]]] = []
