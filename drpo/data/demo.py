@@ -59,7 +59,7 @@ class DemoConfig:
     annotator_temperature: float = 0.5
     """Temperature of the Bradley-Terry annotator, P(a over b) = sigmoid((reward(a) - reward(b)) / T).
     At 0 the better one always wins."""
-    num_train: int = 16384
+    num_train: int = 38400
     """Posts to train on."""
     num_eval: int = 256
     """Held-out posts."""
@@ -247,17 +247,17 @@ def _draft(config: DemoConfig, post: _Post, rng: random.Random) -> list[str]:
 
 
 def _draw_pair(config: DemoConfig, post: _Post, rng: random.Random) -> tuple[str, str]:
-    """Chosen and rejected: 3 of 4 pairs differ by carelessness, 1 of 10 by one edit, the others altogether.
+    """Chosen and rejected: 7 of 10 pairs differ by carelessness, 1 by one edit, the other 2 altogether.
 
     The first kind has many errors in text of equal length. Without it a reward model learns length alone.
     """
     first = second = _draft(config, post, rng)
     while second == first:
         kind = rng.random()
-        if kind < 0.75:
+        if kind < 0.7:
             first = list(post.needed) if rng.random() < 0.5 else _cut(post, list(post.needed), rng)
             second = _careless(post, first, rng)
-        elif kind < 0.85:
+        elif kind < 0.8:
             second = rng.choice(_EDITS)(post, first, rng) or first
         else:
             second = _draft(config, post, rng)
