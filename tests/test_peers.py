@@ -9,24 +9,15 @@ import ast
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from drpo.config import load_recipe
-from drpo.data.demo import DemoConfig, true_rewards
-from drpo.data.load import DataConfig, load_texts
-from drpo.engine import Engine
-from drpo.metrics import read_metrics, reproducible
-from drpo.models.loading import ModelConfig, load_policy, train_tokenizer
-from drpo.trainers.online import OnlineRecipe, train
+from drpo.metrics import reproducible
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,72 +53,6 @@ def test_the_tests_named_above_exist(defect):
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-# --- tiny runs --------------------------------------------------------------------------------------------
-
-DEMO = {"num_train": 24, "num_eval": 6}  # less than two batches: passes end inside batches
-RECIPE = {
-    "num_steps": 3,
-    "data": {"task": "demo", "demo": DEMO},
-    "reward": {"function": "drpo.data.demo:true_rewards"},
-    "reset": {"proportion": 0.5},
-    "rollout": {"batch_size": 16, "max_response_length": 8, "sampling": {"temperature": 1.0}},
-    "ppo": {"num_epochs": 2, "num_minibatches": 2, "microbatch_size": 4},
-    "optim": {"learning_rate": 1e-3},
-    "eval": {"every": 0},
-    "log": {"samples_every": 0},
-    "checkpoint": {"every": 0},
-    "engine": {"trackers": [], "mixed_precision": "no"},
-}
-
-
-@pytest.fixture(scope="module")
-def policy_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = train_tokenizer(load_texts(DataConfig(demo=DemoConfig(**DEMO))), vocab_size=300)
-    architecture = {
-        "model_type": "gpt_neox",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-    }
-    config = ModelConfig(architecture=architecture, vocab_size=300)
-    load_policy(config, tokenizer, seed=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def merged(base: dict, changes: dict) -> dict:
-    result = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if both else value
-    return result
-
-
-@pytest.fixture
-def run(policy_folder, tmp_path) -> Callable[..., tuple[list[dict], Path]]:
-    """Run RECIPE with changes in this process; its metrics and its folder."""
-    count = 0
-
-    def start(**changes) -> tuple[list[dict], Path]:
-        nonlocal count
-        count += 1
-        AcceleratorState._reset_state(reset_partial_state=True)  # another precision in the same process
-        given = {"run_dir": str(tmp_path / f"run{count}"), "model": {"path": str(policy_folder)}}
-        recipe_file = tmp_path / f"recipe{count}.yaml"
-        recipe_file.write_text(yaml.safe_dump(merged(merged(RECIPE, given), changes)))
-        recipe = load_recipe(OnlineRecipe, recipe_file, [])
-        engine = Engine(recipe.engine, Path(recipe.run_dir), recipe.seed, recipe.optim.max_grad_norm)
-        train(recipe, engine, true_rewards, {})
-        return read_metrics(Path(recipe.run_dir) / "metrics.jsonl"), Path(recipe.run_dir)
-
-    yield start
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 class Watch:
     """Forwards of all modules of a class, with gradients on (training) and off (rollouts, measuring)."""
 
@@ -161,21 +86,21 @@ class Watch:
 # --- 3: an optimizer step for each micro-batch at the end of the data -------------------------------------
 
 
-def test_3_every_update_takes_the_same_number_of_optimizer_steps(run):
+def test_3_every_update_takes_the_same_number_of_optimizer_steps(online_run):
     """24 prompts in batches of 16: a pass over the data ends inside the second batch, and at its end in the third."""
-    rows, _ = run(num_steps=4)
+    rows, _ = online_run(num_steps=4)
     assert [row["ppo/num_optimizer_steps"] for row in rows] == [4.0] * 4
 
 
 # --- 5: gradient_checkpointing accepted, never applied ----------------------------------------------------
 
 
-def test_5_gradient_checkpointing_is_on_for_policy_and_critic(run):
+def test_5_gradient_checkpointing_is_on_for_policy_and_critic(online_run):
     """Each layer runs twice for a backward pass, and nothing else changes."""
     results, calls = [], []
     for on in (False, True):
         with Watch("GPTNeoXLayer") as layers:
-            results.append(run(num_steps=2, model={"gradient_checkpointing": on})[0])
+            results.append(online_run(num_steps=2, model={"gradient_checkpointing": on})[0])
         calls.append(layers.calls)
     steps, microbatches, layers_of_both_models = 2 * 4, 2, 2 * 2
     assert calls[0][True] == steps * microbatches * layers_of_both_models
@@ -189,9 +114,9 @@ def test_5_gradient_checkpointing_is_on_for_policy_and_critic(run):
 
 
 @pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
-def test_6_mixed_precision_is_that_of_the_recipe(run, precision, dtype):
+def test_6_mixed_precision_is_that_of_the_recipe(online_run, precision, dtype):
     with Watch("GPTNeoXMLP") as linear:
-        _, folder = run(num_steps=1, engine={"mixed_precision": precision})
+        _, folder = online_run(num_steps=1, engine={"mixed_precision": precision})
     assert linear.dtypes == {True: {dtype}, False: {dtype}}  # in training, and in rollouts and measuring
     config = json.loads((folder / "policy" / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "float32"  # the weights stay float32
@@ -202,9 +127,9 @@ def test_6_mixed_precision_is_that_of_the_recipe(run, precision, dtype):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("microbatch_size", [4, 3])
-def test_7_the_ratio_is_one_before_the_first_optimizer_step(run, precision, microbatch_size):
+def test_7_the_ratio_is_one_before_the_first_optimizer_step(online_run, precision, microbatch_size):
     """With one optimizer step an update, each statistic is of the weights that sampled."""
-    rows, _ = run(
+    rows, _ = online_run(
         engine={"mixed_precision": precision},
         ppo={"num_epochs": 1, "num_minibatches": 1, "microbatch_size": microbatch_size},
     )
@@ -222,17 +147,17 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "policy" / "model.safetensors")
 
 
-def test_9_the_same_seed_gives_the_same_run_bit_for_bit(run):
+def test_9_the_same_seed_gives_the_same_run_bit_for_bit(online_run):
     results = []
     for noise in (0, 1):
         np.random.seed(noise)
         torch.manual_seed(noise)
-        results.append(run(seed=5))
+        results.append(online_run(seed=5))
     (first, first_folder), (second, second_folder) = results
     assert [reproducible(row) for row in first] == [reproducible(row) for row in second]
     left, right = weights(first_folder), weights(second_folder)
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-    other, _ = run(seed=6)
+    other, _ = online_run(seed=6)
     assert reproducible(other[0]) != reproducible(first[0])
 
 
@@ -243,8 +168,8 @@ def steps_with(rows: list[dict], prefix: str) -> list[int]:
     return [row["step"] for row in rows if any(key.startswith(prefix) for key in row)]
 
 
-def test_11_evaluation_logging_samples_and_checkpoints_come_when_asked_for(run, capsys):
-    rows, folder = run(
+def test_11_evaluation_logging_samples_and_checkpoints_come_when_asked_for(online_run, capsys):
+    rows, folder = online_run(
         num_steps=5,
         eval={"every": 2, "num_prompts": 4},
         log={"every": 3, "samples_every": 4},
@@ -261,16 +186,16 @@ def test_11_evaluation_logging_samples_and_checkpoints_come_when_asked_for(run, 
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_4", "step_5"}
 
 
-def test_11_nothing_comes_when_it_is_off(run):
-    rows, folder = run(num_steps=2)
+def test_11_nothing_comes_when_it_is_off(online_run):
+    rows, folder = online_run(num_steps=2)
     assert steps_with(rows, "eval/") == []
     assert not (folder / "completions.jsonl").exists()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_2"]  # the end is always saved
 
 
-def test_4_and_11_a_tiny_max_grad_norm_keeps_the_policy_where_it_is(run, policy_folder):
+def test_4_and_11_a_tiny_max_grad_norm_keeps_the_policy_where_it_is(online_run):
     """AdamW moves by lr g / (|g| + eps): with |g| <= 1e-12 and eps = 1e-5 the weights stand still."""
-    rows, folder = run(optim={"max_grad_norm": 1e-12})
+    rows, folder = online_run(optim={"max_grad_norm": 1e-12})
     assert all(row["ppo/grad_norm"] > 1e-3 for row in rows)  # reported before clipping
     assert all(abs(row["objective/kl_k3"]) < 1e-6 for row in rows)
 
@@ -279,8 +204,8 @@ def test_4_and_11_a_tiny_max_grad_norm_keeps_the_policy_where_it_is(run, policy_
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_12_the_total_is_the_score_minus_the_weighted_kl(run, estimator):
-    rows, _ = run(kl={"coef": 0.3, "estimator": estimator}, ppo={"num_epochs": 4})
+def test_12_the_total_is_the_score_minus_the_weighted_kl(online_run, estimator):
+    rows, _ = online_run(kl={"coef": 0.3, "estimator": estimator}, ppo={"num_epochs": 4})
     for row in rows:
         expected = row["objective/shaped_score"] - row["objective/kl_coef"] * row[f"objective/kl_{estimator}"]
         assert row["objective/total"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
@@ -293,8 +218,8 @@ def metrics_page() -> str:
     return page.partition("## Metrics")[2].partition("\n## ")[0]
 
 
-def test_12_every_metric_of_a_run_is_explained(run):
-    rows, _ = run(eval={"every": 2, "num_prompts": 4}, kl={"target": 1.0})
+def test_12_every_metric_of_a_run_is_explained(online_run):
+    rows, _ = online_run(eval={"every": 2, "num_prompts": 4}, kl={"target": 1.0})
     table = [line for line in metrics_page().splitlines() if line.startswith("| `")]
     documented = [set(re.findall(r"`([^`]+)`", line)) for line in table]
 

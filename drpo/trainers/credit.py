@@ -53,8 +53,8 @@ class KLConfig:
     max: float | None = None
     """Guard: KL per episode, in nats (k3), above which `on_max` happens; null for no guard."""
     on_max: Literal["stop", "rollback"] = "stop"
-    """stop: end the run with an error after a checkpoint. rollback: go back to the weights of the last
-    checkpoint and on with new prompts."""
+    """stop: end the run with an error that names the last checkpoint. rollback: go back to the weights of the
+    last checkpoint and on with new prompts."""
 
     def __post_init__(self) -> None:
         if self.coef < 0:
