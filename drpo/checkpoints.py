@@ -78,7 +78,12 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     root = Path(run_dir) / "checkpoints"
     found = [p for p in root.glob("step_*") if STEP_FOLDER.match(p.name) and (p / "trainer.json").is_file()]
-    return sorted(found, key=lambda p: int(STEP_FOLDER.match(p.name)[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(STEP_FOLDER.match(checkpoint.name)[1])
 
 
 def _flush_to_disk(folder: Path) -> None:

@@ -66,6 +66,12 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float])
 def scheduled_rate(
     peak: float, config: OptimConfig, step: int, num_steps: int, warmup_steps: int | None = None
 ) -> float:
-    """Learning rate of step 0 <= step < num_steps; `warmup_steps` in place of the config's, if given."""
+    """Learning rate of step 0 <= step < num_steps; `warmup_steps` in place of the config's, if given.
+
+    Raises ValueError when the warm-up is as long as the run.
+    """
     warmup = config.warmup_steps if warmup_steps is None else warmup_steps
-    return peak * learning_rate_factor(step, num_steps, min(warmup, num_steps - 1), config.schedule)
+    if warmup >= num_steps:
+        key = "optim.warmup_steps" if warmup_steps is None else "critic.warmup_steps"
+        raise ValueError(f"{key} is {warmup}, it must be below the number of steps, {num_steps}")
+    return peak * learning_rate_factor(step, num_steps, warmup, config.schedule)

@@ -34,7 +34,7 @@ from drpo.checkpoints import (
     read_trainer_state,
     save_checkpoint,
 )
-from drpo.config import save_resolved
+from drpo.config import load_recipe, save_resolved
 from drpo.engine import Engine
 from drpo.metrics import JsonLines
 from drpo.samples import sample_table
@@ -108,9 +108,13 @@ class RunFolder:
         checkpoints = list_checkpoints(self.path)
         state = None
         if checkpoints:
-            self._refuse_other_recipe(read_trainer_state(checkpoints[-1]), checkpoints[-1])
+            self._refuse_other_settings(read_trainer_state(checkpoints[-1])["settings"])
             state = load_checkpoint(engine, checkpoints[-1])
             self.say(f"resuming {self.path} after step {state['step']}")
+        elif (
+            config := self.path / "config.yaml"
+        ).exists():  # killed before its first checkpoint: start again
+            self._refuse_other_settings(flatten(load_recipe(type(self._recipe), config, [])))
         if engine.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             step = state["step"] if state else -1
@@ -132,31 +136,35 @@ class RunFolder:
         shutil.move(self.path, target)
         self.say(f"moved the earlier run to {target}")
 
-    def _refuse_other_recipe(self, state: dict[str, Any], folder: Path) -> None:
-        now, then = flatten(self._recipe), state["recipe"]
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must share with the run before it."""
+        return flatten(self._recipe) | {"precision": self._engine.precision}
+
+    def _refuse_other_settings(self, then: dict[str, Any]) -> None:
+        now = self._settings()
+        free = tuple(f"{key}." for key in FREE_ON_RESUME)
         changed = [
-            f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
-            for key in sorted(now.keys() | then.keys())
-            if not f"{key}.".startswith(tuple(f"{free}." for free in FREE_ON_RESUME))
-            and now.get(key) != then.get(key)
+            f"{key}: {then[key]!r} -> {now.get(key)!r}"
+            for key in sorted(then)
+            if not f"{key}.".startswith(free) and now.get(key) != then[key]
         ]
         if changed:
             raise CheckpointError(
-                f"{folder} belongs to a run with other settings: {'; '.join(changed)}. "
+                f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
                 "Choose another run_dir, or resume=restart to move that run aside"
             )
 
     # --- during the run ---------------------------------------------------------------------------------
 
-    def save(self, step: int, num_steps: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, num_steps: int, state: dict[str, Any], always: bool = False) -> None:
         """Checkpoint when it is time: every `checkpoint.every` steps, at the end, and on SIGTERM or SIGINT.
 
-        After a signal the process leaves with exit code 128 + signal once the checkpoint is on disk.
+        `always` saves now. After a signal the process leaves with exit code 128 + signal once the checkpoint is on disk.
         """
         stop = int(self._engine.max(self._signal or 0))
         every = self._checkpoint.every
-        if stop or step == num_steps or (every and step % every == 0):
-            full = {"recipe": flatten(self._recipe), "world_size": self._engine.world_size, **state}
+        if stop or always or step == num_steps or (every and step % every == 0):
+            full = {"settings": self._settings(), "world_size": self._engine.world_size, **state}
             folder = save_checkpoint(self._engine, self.path, step, full, self._checkpoint.keep)
             if stop:
                 name = signal.Signals(stop).name

@@ -22,7 +22,7 @@ def main(
     """Read the command line, run the recipe, print the path of the result as the last line.
 
     Without a recipe the embedded one named `default_recipe` is used. `forced` overrides come last. What a user
-    can mend (recipe, data, checkpoint) is shown as one message without a traceback, exit code 2.
+    can mend (recipe, data, checkpoint) is shown as one message without a traceback, exit code 1.
     """
     arguments = sys.argv[1:]
     script = Path(sys.argv[0]).name
@@ -51,5 +51,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def find_recipe(path: str) -> Path:
-    """A recipe by its path, or by its name under launch/recipes (`tldr/drpo.yaml`)."""
-    return embedded if not Path(path).exists() and (embedded := RECIPES / path).exists() else Path(path)
+    """A recipe by its path, or by its name under launch/recipes (`tldr/drpo_1b.yaml`)."""
+    if Path(path).exists():
+        return Path(path)
+    if (RECIPES / path).exists():
+        return RECIPES / path
+    names = sorted(str(recipe.relative_to(RECIPES)) for recipe in RECIPES.rglob("*.yaml"))
+    raise ConfigError(f"no recipe {path} here or in launch/recipes, which has: {', '.join(names)}")

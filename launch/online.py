@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from drpo.engine import Engine
-from drpo.trainers.online import OnlineRecipe, train
+from drpo.trainers.online import train
+from drpo.trainers.online_recipe import OnlineRecipe
 from launch.demo_inputs import make_demo_inputs
 from launch.rewards import import_functions, reward_from
 

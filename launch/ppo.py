@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
-from drpo.trainers.online import OnlineRecipe
+from drpo.trainers.online_recipe import OnlineRecipe
 from launch.command_line import main
 from launch.online import run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from drpo.config import ConfigError
 from drpo.engine import Engine
 from drpo.rewards import RewardFn
-from drpo.trainers.online import RewardConfig
+from drpo.trainers.online_recipe import RewardConfig
 from reward_models.score import RewardModelScorer
 
 
@@ -20,7 +20,7 @@ def reward_from(config: RewardConfig, engine: Engine, tokenizer_path: str) -> Re
         return import_function(config.function, "reward.function")
     if config.path is None:
         raise ConfigError("nothing scores the rollouts: give reward.path (a reward model) or reward.function")
-    return RewardModelScorer.load(config.path, engine, config.batch_size, tokenizer_path)
+    return RewardModelScorer.load(config.path, engine, config.batch_size, config.dtype, tokenizer_path)
 
 
 def import_functions(functions: Mapping[str, str], key: str) -> dict[str, RewardFn]:

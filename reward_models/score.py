@@ -9,7 +9,8 @@ from torch import Tensor
 
 from drpo.data.encode import encode_query, encode_response
 from drpo.engine import Engine
-from drpo.models.loading import ModelConfig, load_scalar_model, load_tokenizer
+from drpo.models.loading import ModelConfig, load_scalar_model
+from drpo.models.tokenizer import load_tokenizer
 from drpo.rewards import Completion
 from drpo.tensors import pad_batch
 from reward_models.model import RewardModel

@@ -57,6 +57,8 @@ class RewardModelRecipe:
     """auto: go on from the last checkpoint in run_dir, if any. restart: move an earlier run aside."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    references: DataConfig | None = None
+    """Data whose completions fix the zero of the score (written like `data`); null: those of `data`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -135,7 +137,8 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
         evaluation=recipe.eval,
         seed=recipe.seed,
     )
-    references = load_examples(recipe.data, tokenizer, "prompts").train[: recipe.score.num_centring]
+    reference_data = recipe.references or recipe.data
+    references = load_examples(reference_data, tokenizer, "prompts").train[: recipe.score.num_centring]
     with engine.whole_weights(objective):
         if references:
             mean = reference_mean(engine, model, references, tokenizer.pad_token_id, recipe.batch)

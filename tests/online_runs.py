@@ -12,9 +12,11 @@ from drpo.data.demo import DemoConfig, true_rewards
 from drpo.data.load import DataConfig, load_texts
 from drpo.engine import Engine
 from drpo.metrics import read_metrics
-from drpo.models.loading import ModelConfig, load_policy, train_tokenizer
+from drpo.models.loading import ModelConfig, load_policy
+from drpo.models.tokenizer import train_tokenizer
 from drpo.rewards import RewardFn
-from drpo.trainers.online import OnlineRecipe, train
+from drpo.trainers.online import train
+from drpo.trainers.online_recipe import OnlineRecipe
 
 DEMO = {"num_train": 24, "num_eval": 6}  # less than two batches: passes end inside batches
 RECIPE = {

@@ -6,16 +6,10 @@ from tiny_models import tiny_model
 from torch import nn
 
 from drpo.models.actor_critic import ActorCritic
-from drpo.models.loading import (
-    LoraConfig,
-    ModelConfig,
-    fresh_critic,
-    load_policy,
-    load_scalar_model,
-    train_tokenizer,
-)
+from drpo.models.loading import LoraConfig, ModelConfig, fresh_critic, load_policy, load_scalar_model
 from drpo.models.scalar_head import ScalarModel, token_values
 from drpo.models.scoring import adapter_disabled, response_logprobs
+from drpo.models.tokenizer import train_tokenizer
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
 from drpo.tensors import PaddedBatch, pad_batch
 

@@ -18,14 +18,8 @@ from transformers import (
 
 from drpo.config import load_recipe, options
 from drpo.models.export import save_policy
-from drpo.models.loading import (
-    LoraConfig,
-    ModelConfig,
-    disable_dropout,
-    load_policy,
-    load_tokenizer,
-    train_tokenizer,
-)
+from drpo.models.loading import LoraConfig, ModelConfig, disable_dropout, load_policy
+from drpo.models.tokenizer import load_tokenizer, train_tokenizer
 
 TEXTS = ["a post about cats and dogs", "TL;DR: cats and dogs\n\n  two  spaces", "naïve café 猫"] * 20
 SCRATCH = {"model_type": "gpt_neox", **ARCHITECTURES["gpt_neox"]}

@@ -15,9 +15,9 @@ from drpo.data.records import Record
 from drpo.engine import Engine, EngineConfig
 from drpo.metrics import Phases
 from drpo.models.actor_critic import ActorCritic
-from drpo.models.loading import train_tokenizer
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import response_logprobs
+from drpo.models.tokenizer import train_tokenizer
 from drpo.rewards import Completion
 from drpo.rollout.collect import RolloutConfig, call_reward_fn, collect, draw_starts, vocabulary_of
 from drpo.rollout.evaluate import EvalConfig, evaluate
@@ -76,7 +76,7 @@ def rollouts(models, tokenizer, examples) -> Callable[..., tuple[list, Trajector
     vocabulary = vocabulary_of(ROLLOUT, tokenizer, actor_critic.policy.config.vocab_size)
 
     def roll_out(episodes: range, **reset) -> tuple[list, Trajectory, list[Completion]]:
-        starts = draw_starts(examples, episodes, ResetConfig(**reset), ROLLOUT, tokenizer, 0.0, 3)
+        starts = draw_starts(examples, episodes, ResetConfig(**reset), ROLLOUT, tokenizer, vocabulary, 0.0, 3)
         trajectory, completions = collect(
             starts,
             policy=actor_critic.policy,

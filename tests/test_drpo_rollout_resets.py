@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from drpo.data.encode import Example
 from drpo.data.records import Record
-from drpo.rollout.collect import RolloutConfig, draw_starts
+from drpo.rollout.collect import RolloutConfig, Vocabulary, draw_starts
 from drpo.rollout.resets import ResetConfig, draw_reset_length, prefix_boundaries, reset_response
 
 NO_CHANCE = 1e-4  # p-value below which a seeded sample is called not uniform
@@ -309,7 +309,8 @@ def examples() -> list[Example]:
 
 def starts_of(examples, episodes, reset=None, seed=0, **rollout):
     rollout = RolloutConfig(**{"batch_size": 4, "max_response_length": 50, **rollout})
-    return draw_starts(examples, episodes, reset or ResetConfig(), rollout, None, 0.0, seed)
+    vocabulary = Vocabulary(pad_id=99, stop_ids=(0,), suppressed_ids=())
+    return draw_starts(examples, episodes, reset or ResetConfig(), rollout, None, vocabulary, 0.0, seed)
 
 
 def test_starts_do_not_depend_on_how_episodes_are_batched(examples):

@@ -12,7 +12,7 @@ import pytest
 
 from drpo.config import help_text, load_recipe, options, save_resolved
 from drpo.run_folder import flatten
-from drpo.trainers.online import OnlineRecipe
+from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.sft import SFTRecipe
 from launch.command_line import RECIPES, find_recipe
 from launch.reset_experiment import ExperimentRecipe

@@ -1,38 +1,32 @@
-"""Loading policies, critics and tokenizers: from a folder, from the hub, or from scratch."""
+"""Loading policies and critics: from a folder, from the hub, or from scratch."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from drpo.models.adapters import add_lora
-from drpo.models.saved import check_complete, check_folder, is_local, read_config
+from drpo.models.saved import check_complete, read_config
 from drpo.models.scalar_head import ScalarModel
+from drpo.models.tokenizer import SMALLEST_VOCABULARY
 
 Scalar = TypeVar("Scalar", bound=ScalarModel)
 
-STOP_TOKEN = "<|endoftext|>"
-PAD_TOKEN = "[PAD]"
-_SMALLEST_VOCABULARY = 256 + 2  # every byte, the stop token and the pad token
 _ROPE_KEYS = {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "partial_rotary_factor"}
 
 
@@ -91,9 +85,9 @@ class ModelConfig:
                     "model.vocab_size is for a tokenizer trained on the data; leave it out beside model.path or "
                     "model.tokenizer"
                 )
-            if self.vocab_size < _SMALLEST_VOCABULARY:
+            if self.vocab_size < SMALLEST_VOCABULARY:
                 raise ValueError(
-                    f"model.vocab_size must be at least {_SMALLEST_VOCABULARY} (all bytes, stop and pad), "
+                    f"model.vocab_size must be at least {SMALLEST_VOCABULARY} (all bytes, stop and pad), "
                     f"got {self.vocab_size}"
                 )
         if self.lora.r and self.architecture:
@@ -116,61 +110,6 @@ def _check_architecture(architecture: dict[str, Any]) -> None:
                 f"model.architecture.{key}: {model_type} has no such key"
                 + (f"; did you mean {close}?" if close else "")
             )
-
-
-# --- tokenizers -----------------------------------------------------------------------------------------
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from `texts`: any text survives encoding and decoding unchanged.
-
-    At most `vocab_size` tokens, among them every byte, the stop token "<|endoftext|>" and "[PAD]". Raises
-    ValueError below 258.
-    """
-    if vocab_size < _SMALLEST_VOCABULARY:
-        raise ValueError(f"vocab_size must be at least {_SMALLEST_VOCABULARY}, got {vocab_size}")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[STOP_TOKEN, PAD_TOKEN],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=STOP_TOKEN,
-        pad_token=PAD_TOKEN,
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-    )
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id; "[PAD]" is added when it has no pad token or pads with its stop token.
-
-    The id of an added token may lie outside the model's embedding: pad ids are never fed to a model. Raises
-    ValueError when there is no tokenizer at `path` or it has no stop (eos) token.
-    """
-    path = str(path)
-    if is_local(path):
-        check_folder(path, "model.tokenizer", ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.tokenizer: cannot load a tokenizer from {path!r}: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"model.tokenizer: {path!r} has no eos token, so a response has no end; set one and save it"
-        )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    return tokenizer
-
-
-# --- models ---------------------------------------------------------------------------------------------
 
 
 def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
@@ -217,8 +156,13 @@ def load_scalar_model(
 
 
 def fresh_critic(policy: nn.Module, config: ModelConfig, seed: int = 0) -> ScalarModel:
-    """A critic with the policy's backbone (LoRA folded in), a fresh head, and an adapter of its own under LoRA."""
-    return _prepare(ScalarModel.from_causal_lm(policy, seed), config, seed, trained_whole=("head",))
+    """A critic with the policy's backbone (LoRA folded in) and an adapter of its own under LoRA; V = 0 at first.
+
+    A random head would start with values of size 1, which value clipping then takes many updates to undo.
+    """
+    critic = ScalarModel.from_causal_lm(policy, seed)
+    nn.init.zeros_(critic.head.weight)
+    return _prepare(critic, config, seed, trained_whole=("head",))
 
 
 def disable_dropout(model: nn.Module) -> None:

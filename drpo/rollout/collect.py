@@ -100,17 +100,21 @@ def draw_starts(
     reset: ResetConfig,
     rollout: RolloutConfig,
     tokenizer,
+    vocabulary: Vocabulary,
     progress: float,
     seed: int,
 ) -> list[Start]:
-    """The starts of the given episodes; each depends on (seed, episode) alone."""
+    """The starts of the given episodes; each depends on (seed, episode) alone.
+
+    A dataset response ends at its first stop token, so no prefix goes past an end.
+    """
     starts = []
     for episode in episodes:
         example = item_at(examples, episode // rollout.rollouts_per_prompt, seed)
         prefix: tuple[int, ...] = ()
         source_length = 0
         if reset.proportion > 0:
-            source = reset_response(example, reset.source)
+            source = _up_to_stop(reset_response(example, reset.source), vocabulary.stop_ids)
             boundaries = prefix_boundaries(source, reset.boundary, tokenizer)
             length = draw_reset_length(
                 reset, boundaries, len(source), rollout.max_response_length, progress, seed, episode
@@ -119,6 +123,11 @@ def draw_starts(
             source_length = len(source) if length else 0
         starts.append(Start(episode, example, prefix, source_length))
     return starts
+
+
+def _up_to_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> Sequence[int]:
+    ends = [position for position, token in enumerate(ids) if token in stop_ids]
+    return ids[: ends[0] + 1] if ends else ids
 
 
 @torch.no_grad()

@@ -41,6 +41,8 @@ class EvalConfig:
             raise ValueError(f"eval.num_prompts must be >= 1, got {self.num_prompts}")
         if self.temperature < 0:
             raise ValueError(f"eval.temperature must be >= 0, got {self.temperature}")
+        if taken := {"score", "kl", "length", "ended"} & set(self.reward_functions):
+            raise ValueError(f"eval.reward_functions: {sorted(taken)} are names of other metrics")
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,9 @@ def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> di
     metrics["objective/kl_coef"] = kl_coef
     metrics["objective/entropy"] = float(masked_mean(trajectory.entropy, mask))
     metrics |= _by_start(trajectory, rows)
-    metrics["value/explained_variance"] = float(
-        explained_variance(trajectory.values, credit.returns, credit.value_mask)
-    )
+    explained = float(explained_variance(trajectory.values, credit.returns, credit.value_mask))
+    if math.isfinite(explained):  # undefined where all returns are equal
+        metrics["value/explained_variance"] = explained
     metrics["value/mean"] = float(masked_mean(trajectory.values, credit.value_mask))
     metrics["value/return_mean"] = float(masked_mean(credit.returns, credit.value_mask))
     metrics["value/return_std"] = float(masked_var(credit.returns, credit.value_mask).sqrt())

@@ -113,7 +113,9 @@ def ppo_update(
                 bonus = masked_sum(entropy, policy_mask, dim=1) / num_policy
                 rows_loss = config.value_coef * value_loss
                 if train_policy:
-                    rows_loss = rows_loss + policy_loss - config.entropy_coef * bonus
+                    rows_loss = rows_loss + policy_loss
+                    if config.entropy_coef:  # else its gradient, a softmax over the vocabulary, is spared
+                        rows_loss = rows_loss - config.entropy_coef * bonus
                 else:  # keep the policy in the graph with a zero gradient: every process must see all weights
                     rows_loss = rows_loss + 0.0 * policy_loss
                 engine.backward(rows_loss.sum() * engine.loss_scale(), last)

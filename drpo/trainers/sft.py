@@ -15,8 +15,9 @@ from drpo.data.load import DataConfig, load_examples, load_texts
 from drpo.engine import Engine, EngineConfig
 from drpo.model_card import model_card
 from drpo.models.export import save_policy
-from drpo.models.loading import ModelConfig, load_policy, load_tokenizer, train_tokenizer
+from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.scoring import response_logprobs
+from drpo.models.tokenizer import load_tokenizer, train_tokenizer
 from drpo.optim import OptimConfig
 from drpo.rewards import RewardFn
 from drpo.rollout.collect import RolloutConfig, vocabulary_of

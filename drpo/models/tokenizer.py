@@ -1,0 +1,65 @@
+"""Tokenizers: trained on the data, or loaded; the pad token is never the stop token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from drpo.models.saved import check_folder, is_local
+
+STOP_TOKEN = "<|endoftext|>"
+PAD_TOKEN = "[PAD]"
+SMALLEST_VOCABULARY = 256 + 2
+"""Every byte, the stop token and the pad token."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learnt from `texts`: any text survives encoding and decoding unchanged.
+
+    At most `vocab_size` tokens, among them every byte, the stop token "<|endoftext|>" and "[PAD]". Raises
+    ValueError below 258.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[STOP_TOKEN, PAD_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=STOP_TOKEN,
+        pad_token=PAD_TOKEN,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; "[PAD]" is added when it has no pad token or pads with its stop token.
+
+    The id of an added token may lie outside the model's embedding: pad ids are never fed to a model. Raises
+    ValueError when there is no tokenizer at `path` or it has no stop (eos) token.
+    """
+    path = str(path)
+    if is_local(path):
+        check_folder(path, "model.tokenizer", ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.tokenizer: cannot load a tokenizer from {path!r}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model.tokenizer: {path!r} has no eos token, so a response has no end; set one and save it"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return tokenizer
