@@ -159,7 +159,7 @@ class RunFolder:
     def save(self, step: int, num_steps: int, state: dict[str, Any], always: bool = False) -> None:
         """Checkpoint when it is time: every `checkpoint.every` steps, at the end, and on SIGTERM or SIGINT.
 
-        `always` saves now. After a signal the process leaves with exit code 128 + signal once the checkpoint is on disk.
+        `always` saves now. After a signal the process leaves with exit code 128 + signal, the checkpoint on disk.
         """
         stop = int(self._engine.max(self._signal or 0))
         every = self._checkpoint.every

@@ -16,8 +16,15 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 from rich.console import Console
 from rich.table import Table
 
+from drpo.data.demo import DemoConfig
+from drpo.data.demo_errors import ERROR_KINDS, make_faulty_summaries
+from drpo.data.encode import encode_query, encode_response
+from drpo.engine import Engine, EngineConfig
 from drpo.metrics import read_metrics
+from drpo.models.tokenizer import load_tokenizer
+from drpo.rewards import Completion
 from launch.demo_inputs import DEMO_RUNS
+from reward_models.score import RewardModelScorer
 
 STAGES = ("sft", "reward_model", "ppo", "drpo")
 
@@ -37,6 +44,7 @@ def main() -> None:
         subprocess.run([sys.executable, str(HERE / f"{stage}.py"), f"demo/{stage}.yaml"], check=True)
     ppo, drpo = (evaluations(DEMO_RUNS / stage) for stage in ("ppo", "drpo"))
     rows = {"SFT": drpo[0], "PPO": ppo[-1], "DR-PO": drpo[-1]}
+    Console().print(error_table(DEMO_RUNS / "reward_model" / "reward_model"))
     Console().print(table(rows))
     plot({"PPO": ppo, "DR-PO": drpo}, DEMO_RUNS / "curves.png")
     print("policies, metrics and sample completions:")
@@ -57,6 +65,34 @@ def table(rows: dict[str, dict[str, float]]) -> Table:
         result.add_column(name, justify="right")
     for policy, row in rows.items():
         result.add_row(policy, *(f"{row[key]:.2f}" for key in COLUMNS.values()))
+    return result
+
+
+def error_table(reward_model: Path) -> Table:
+    """Reward-model accuracy by kind of error: how often a reference beats the same reference with one fault."""
+    engine = Engine(EngineConfig(trackers=[]), DEMO_RUNS, seed=0, max_grad_norm=None)
+    scorer = RewardModelScorer.load(str(reward_model), engine, 128, "float32", str(reward_model))
+    tokenizer = load_tokenizer(reward_model)
+    summaries = make_faulty_summaries(DemoConfig())
+
+    def scores(texts: list[str], ended: list[bool]):
+        completions = []
+        for summary, text, end in zip(summaries, texts, ended, strict=True):
+            query = encode_query(tokenizer, summary.record.prompt)
+            response = encode_response(tokenizer, text)
+            response = response if end else response[:-1]
+            completions.append(Completion(summary.record.prompt, text, end, query, response, summary.record))
+        return scorer(completions)
+
+    references = scores([s.record.completion for s in summaries], [True] * len(summaries))
+    faulty = scores([s.response for s in summaries], [s.ended for s in summaries])
+    result = Table(title="reward model: a held-out reference against itself with one fault")
+    for name in ("kind of error", "accuracy", "mean score of reference", "mean score of faulty"):
+        result.add_column(name, justify="left" if name == "kind of error" else "right")
+    for kind in ERROR_KINDS:
+        rows = [row for row, summary in enumerate(summaries) if summary.kind == kind]
+        wins = (references[rows] > faulty[rows]).float().mean()
+        result.add_row(kind, f"{wins:.3f}", f"{references[rows].mean():.2f}", f"{faulty[rows].mean():.2f}")
     return result
 
 
