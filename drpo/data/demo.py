@@ -48,8 +48,8 @@ class DemoConfig:
     """The demo task (section `data.demo` of a recipe)."""
 
     completion_rate: float = 1 / 128
-    """Share of the demonstrations that are finished; an SFT policy finishes a summary from the bare prompt about
-    as often, or less where it is small: 0.2 is "often", 0.003 "hardly ever"; at 0.001 it never learns the end."""
+    """Share of the demonstrations that are finished. From the bare prompt an SFT policy finishes about as
+    often, or less where this is small: 0.2 is "often", 0.003 "hardly ever", 0.001 "never"."""
     num_items: int = 12
     """Items in a post."""
     num_needed: int = 8
