@@ -27,10 +27,10 @@ class RewardModelScorer:
 
     @classmethod
     def load(
-        cls, path: str, engine: Engine, batch_size: int, policy_tokenizer_path: str
+        cls, path: str, engine: Engine, batch_size: int, dtype: str, policy_tokenizer_path: str
     ) -> RewardModelScorer:
         """From a folder that reward_models.train wrote, or any *ForSequenceClassification with one label."""
-        model = load_scalar_model(path, ModelConfig(), RewardModel)
+        model = load_scalar_model(path, ModelConfig(dtype=dtype), RewardModel)
         tokenizer = load_tokenizer(path)
         shared = tokenizer.get_vocab() == load_tokenizer(policy_tokenizer_path).get_vocab()
         return cls(engine.place(model), tokenizer, engine, batch_size, shared)
