@@ -36,7 +36,7 @@ class ExperimentRecipe:
 
     run_dir: str = "runs/reset_experiment"
     """Folder of all runs, and of results.json, results.md and results.png."""
-    completion_rates: list[float] = field(default_factory=lambda: [0.2, 0.0078125, 0.001])
+    completion_rates: list[float] = field(default_factory=lambda: [0.2, 0.0078125, 0.003])
     """Settings of data.demo.completion_rate, from often to hardly ever."""
     betas: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 1.0])
     """Settings of reset.proportion; 0 is PPO and must be among them."""

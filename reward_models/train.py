@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples
-from drpo.engine import Engine, EngineConfig
-from drpo.model_card import model_card
-from drpo.models.export import save_policy
-from drpo.models.loading import ModelConfig, load_policy
-from drpo.optim import OptimConfig
-from drpo.run_folder import CheckpointConfig, LogConfig, Resume, RunFolder
+from drpo.engine import Engine
+from drpo.models.loading import load_policy
+from drpo.result import write_result
+from drpo.run_folder import RunFolder
 from drpo.tensors import PaddedBatch, pad_batch
-from drpo.trainers.offline import BatchConfig, OfflineEvalConfig, fit, steps_for
+from drpo.trainers.offline import BatchConfig, OfflineRecipe, fit
 from drpo.trainers.sft import tokenizer_for
 from reward_models.losses import bradley_terry_loss
 from reward_models.model import Aggregation, RewardModel
@@ -44,34 +42,17 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
-class RewardModelRecipe:
+class RewardModelRecipe(OfflineRecipe):
     """Everything that decides a reward-model run."""
 
     run_dir: str = "runs/reward_model"
     """Folder of the run."""
-    seed: int = 0
-    """Seed of all randomness."""
-    num_steps: int | None = None
-    """Optimizer steps; null: batch.num_epochs passes over the pairs."""
-    resume: Resume = "auto"
-    """auto: go on from the last checkpoint in run_dir, if any. restart: move an earlier run aside."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     references: DataConfig | None = None
     """Data whose completions fix the zero of the score (written like `data`); null: those of `data`."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    eval: OfflineEvalConfig = field(default_factory=OfflineEvalConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps must be >= 1 or null, got {self.num_steps}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        super().__post_init__()
         if self.model.lora.r:
             raise ValueError("model.lora: a reward model is trained in full; set model.lora.r=0")
 
@@ -124,32 +105,16 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
     model = RewardModel.from_causal_lm(policy, recipe.seed)
     model.config.aggregation = recipe.score.aggregation
     objective = PairObjective(model, tokenizer.pad_token_id, recipe.score.penalty, engine.device)
-    fit(
-        engine,
-        run,
-        objective,
-        splits.train,
-        splits.eval,
-        name="reward model",
-        num_steps=steps_for(recipe.num_steps, recipe.batch, len(splits.train)),
-        batch=recipe.batch,
-        optim=recipe.optim,
-        evaluation=recipe.eval,
-        seed=recipe.seed,
-    )
+    fit(recipe, engine, run, objective, splits.train, splits.eval, name="reward model")
+
     reference_data = recipe.references or recipe.data
     references = load_examples(reference_data, tokenizer, "prompts").train[: recipe.score.num_centring]
-    with engine.whole_weights(objective):
-        if references:
+    if references:
+        with engine.whole_weights(objective):
             mean = reference_mean(engine, model, references, tokenizer.pad_token_id, recipe.batch)
-            model.config.centre = mean
-            run.say(f"mean score of {len(references)} references was {mean:.4f}; they now score 0 on average")
-        if engine.is_main:
-            card = model_card(recipe, splits.report, run.metrics.path)
-            save_policy(model, tokenizer, run.path / "reward_model", card)
-    engine.barrier()
-    run.close()
-    return run.path / "reward_model"
+        model.config.centre = mean
+        run.say(f"mean score of {len(references)} references was {mean:.4f}; they now score 0 on average")
+    return write_result(recipe, engine, run, objective, model, tokenizer, splits.report, "reward_model")
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ LAYERS = (
         "rollout.resets",
     ),
     ("models", "engine", "metrics", "optim"),
-    ("checkpoints", "samples", "run_folder", "model_card", "rollout"),
+    ("checkpoints", "samples", "run_folder", "result", "rollout"),
     ("trainers",),
 )
 

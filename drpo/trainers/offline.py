@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from drpo.data.load import DataConfig
 from drpo.data.order import item_at
-from drpo.engine import Engine
+from drpo.engine import Engine, EngineConfig
 from drpo.metrics import Phases
+from drpo.models.loading import ModelConfig
 from drpo.optim import OptimConfig, build_optimizer, scheduled_rate, set_learning_rates
-from drpo.run_folder import RunFolder, finite_or_stop
+from drpo.run_folder import CheckpointConfig, LogConfig, Resume, RunFolder, finite_or_stop
 
 
 class Objective(Protocol):
@@ -69,12 +71,36 @@ class OfflineEvalConfig:
             raise ValueError(f"eval.num_examples must be >= 1, got {self.num_examples}")
 
 
-def steps_for(num_steps: int | None, batch: BatchConfig, num_examples: int) -> int:
-    """`num_steps`, or as many as `batch.num_epochs` passes over the data need."""
-    return num_steps if num_steps is not None else math.ceil(batch.num_epochs * num_examples / batch.size)
+@dataclass(frozen=True)
+class OfflineRecipe:
+    """What the recipes of all offline stages share."""
+
+    run_dir: str = "runs/offline"
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of all randomness."""
+    num_steps: int | None = None
+    """Optimizer steps; null: batch.num_epochs passes over the data."""
+    resume: Resume = "auto"
+    """auto: go on from the last checkpoint in run_dir, if any. restart: move an earlier run aside."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: OfflineEvalConfig = field(default_factory=OfflineEvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps must be >= 1 or null, got {self.num_steps}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
 
 
 def fit(
+    recipe: OfflineRecipe,
     engine: Engine,
     run: RunFolder,
     objective: Objective,
@@ -82,11 +108,6 @@ def fit(
     held_out: Sequence[Any],
     *,
     name: str,
-    num_steps: int,
-    batch: BatchConfig,
-    optim: OptimConfig,
-    evaluation: OfflineEvalConfig,
-    seed: int,
     sample: Callable[[], tuple[dict[str, float], list[dict[str, Any]]]] | None = None,
 ) -> None:
     """Train `objective` in place for `num_steps` optimizer steps, resuming where the run folder says.
@@ -96,6 +117,8 @@ def fit(
     `sample` gives further metrics and sample rows at every evaluation.
     Raises ValueError when batch.size does not divide over the processes, FloatingPointError on inf or nan.
     """
+    batch, optim, evaluation, seed = recipe.batch, recipe.optim, recipe.eval, recipe.seed
+    num_steps = recipe.num_steps or math.ceil(batch.num_epochs * len(train) / batch.size)
     optimizer = build_optimizer([objective.model.parameters()], optim)
     module = engine.prepare(objective, optimizer)
     state = run.open()

@@ -18,14 +18,13 @@ from drpo.checkpoints import list_checkpoints, step_of
 from drpo.data.load import Splits, load_examples
 from drpo.engine import Engine
 from drpo.metrics import Phases
-from drpo.model_card import model_card
 from drpo.models.actor_critic import ActorCritic
-from drpo.models.export import save_policy
 from drpo.models.loading import fresh_critic, load_policy, load_scalar_model
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import adapter_disabled, response_logprobs
 from drpo.models.tokenizer import load_tokenizer
 from drpo.optim import build_optimizer, scheduled_rate, set_learning_rates
+from drpo.result import write_result
 from drpo.rewards import RewardFn, RunningMoments
 from drpo.rollout.collect import collect, draw_starts, vocabulary_of
 from drpo.rollout.evaluate import evaluate
@@ -170,13 +169,7 @@ def train(
         run.advance()
         run.save(step, recipe.num_steps, trainer_state(num_rollbacks, rolled_back))
 
-    with engine.whole_weights(actor_critic):
-        if engine.is_main:
-            card = model_card(recipe, splits.report, run.metrics.path)
-            save_policy(policy, tokenizer, run.path / "policy", card)
-    engine.barrier()
-    run.close()
-    return run.path / "policy"
+    return write_result(recipe, engine, run, actor_critic, policy, tokenizer, splits.report, "policy")
 
 
 def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits) -> None:

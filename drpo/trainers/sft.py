@@ -12,19 +12,17 @@ from torch import Tensor, nn
 
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples, load_texts
-from drpo.engine import Engine, EngineConfig
-from drpo.model_card import model_card
-from drpo.models.export import save_policy
+from drpo.engine import Engine
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.scoring import response_logprobs
 from drpo.models.tokenizer import load_tokenizer, train_tokenizer
-from drpo.optim import OptimConfig
+from drpo.result import write_result
 from drpo.rewards import RewardFn
 from drpo.rollout.collect import RolloutConfig, vocabulary_of
 from drpo.rollout.evaluate import EvalConfig, evaluate
-from drpo.run_folder import CheckpointConfig, LogConfig, Resume, RunFolder
+from drpo.run_folder import RunFolder
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
-from drpo.trainers.offline import BatchConfig, OfflineEvalConfig, fit, steps_for
+from drpo.trainers.offline import OfflineRecipe, fit
 
 
 @dataclass(frozen=True)
@@ -46,34 +44,14 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class SFTRecipe:
+class SFTRecipe(OfflineRecipe):
     """Everything that decides an SFT run."""
 
     run_dir: str = "runs/sft"
     """Folder of the run."""
-    seed: int = 0
-    """Seed of all randomness."""
-    num_steps: int | None = None
-    """Optimizer steps; null: batch.num_epochs passes over the data."""
-    resume: Resume = "auto"
-    """auto: go on from the last checkpoint in run_dir, if any. restart: move an earlier run aside."""
     loss_on: Literal["response", "all"] = "response"
     """Tokens that carry loss: those of the response, or those of the prompt too."""
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    eval: OfflineEvalConfig = field(default_factory=OfflineEvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self) -> None:
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps must be >= 1 or null, got {self.num_steps}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
 
 
 class SFTObjective(nn.Module):
@@ -128,26 +106,16 @@ def train(recipe: SFTRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) ->
         )
 
     fit(
+        recipe,
         engine,
         run,
         objective,
         splits.train,
         splits.eval,
         name="SFT",
-        num_steps=steps_for(recipe.num_steps, recipe.batch, len(splits.train)),
-        batch=recipe.batch,
-        optim=recipe.optim,
-        evaluation=recipe.eval,
-        seed=recipe.seed,
         sample=sample if sampling.num_prompts and splits.eval else None,
     )
-    with engine.whole_weights(objective):
-        if engine.is_main:
-            card = model_card(recipe, splits.report, run.metrics.path)
-            save_policy(policy, tokenizer, run.path / "policy", card)
-    engine.barrier()
-    run.close()
-    return run.path / "policy"
+    return write_result(recipe, engine, run, objective, policy, tokenizer, splits.report, "policy")
 
 
 def tokenizer_for(model: ModelConfig, data: DataConfig):
