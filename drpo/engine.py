@@ -34,6 +34,8 @@ class Engine:
     """One prepared module and optimizer on every process, and the collectives that trainers need."""
 
     def __init__(self, config: EngineConfig, run_dir: Path, seed: int, max_grad_norm: float | None) -> None:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, with a warning
         handlers = []
         if "WORLD_SIZE" in os.environ and not torch.cuda.is_available():
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
