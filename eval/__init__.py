@@ -1,1 +1,1 @@
-"""Evaluation of trained policies. The judge, its statistics and the report live here."""
+"""Evaluation of trained policies."""
