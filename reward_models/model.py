@@ -42,13 +42,16 @@ def aggregate(outputs: Tensor, mask: Tensor, aggregation: Aggregation) -> Tensor
     """(B, R) token outputs to (B,) scores: the output at the last real token, or the sum over real tokens.
 
     The sum judges every token where it stands, so that an error in the middle of a response is seen; the last
-    token alone must find it again from the end.
+    token alone must find it again from the end. Raises ValueError when a response has no token, and so no score.
     """
+    empty = mask.any(dim=1).logical_not().nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"the responses of rows {empty} have no token, so there is nothing to score")
     if aggregation == "sum":
         return masked_sum(outputs, mask, dim=1)
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, columns, -1).amax(dim=1)
-    return outputs.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
+    return outputs.gather(1, last[:, None]).squeeze(1)
 
 
 AutoConfig.register(RewardModelConfig.model_type, RewardModelConfig)

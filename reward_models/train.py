@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples
+from drpo.data.records import DataError
 from drpo.engine import Engine
 from drpo.models.loading import load_policy
 from drpo.result import write_result
@@ -57,14 +57,6 @@ class RewardModelRecipe(OfflineRecipe):
             raise ValueError("model.lora: a reward model is trained in full; set model.lora.r=0")
 
 
-class PairBatch(NamedTuple):
-    """The chosen responses of some pairs on top of the rejected ones, in one padded batch of 2 x pairs rows."""
-
-    rows: PaddedBatch
-    kinds: list[str | None]
-    """Kind of error of each rejected response, where the data says it."""
-
-
 class PairObjective(nn.Module):
     """Bradley-Terry loss over pairs, chosen and rejected in one forward."""
 
@@ -73,17 +65,17 @@ class PairObjective(nn.Module):
         self.model = model
         self._pad_id, self._score_penalty, self._device = pad_id, score_penalty, device
 
-    def collate(self, examples: Sequence[Example]) -> PairBatch:
+    def collate(self, examples: Sequence[Example]) -> PaddedBatch:
+        """The chosen responses on top of the rejected ones: 2 x pairs rows."""
         queries = [example.query_ids for example in examples]
         responses = [e.chosen_ids for e in examples] + [e.rejected_ids for e in examples]
-        rows = pad_batch(queries + queries, responses, self._pad_id).to(self._device)
-        return PairBatch(rows, [example.record.extra.get("error_kind") for example in examples])
+        return pad_batch(queries + queries, responses, self._pad_id).to(self._device)
 
-    def num_targets(self, batch: PairBatch) -> int:
-        return len(batch.kinds)
+    def num_targets(self, batch: PaddedBatch) -> int:
+        return len(batch.responses) // 2
 
-    def forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = self.model.score(batch.rows).chunk(2)
+    def forward(self, batch: PaddedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = self.model.score(batch).chunk(2)
         losses = bradley_terry_loss(chosen, rejected)
         losses = losses + self._score_penalty * (chosen**2 + rejected**2) / 2
         wins = (chosen > rejected).float()
@@ -101,20 +93,31 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
     tokenizer = tokenizer_for(recipe.model, recipe.data)
     splits = load_examples(recipe.data, tokenizer, "pairs")
     run.say(splits.report)
+    references = load_references(recipe, tokenizer)
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     model = RewardModel.from_causal_lm(policy, recipe.seed)
     model.config.aggregation = recipe.score.aggregation
     objective = PairObjective(model, tokenizer.pad_token_id, recipe.score.penalty, engine.device)
     fit(recipe, engine, run, objective, splits.train, splits.eval, name="reward model")
-
-    reference_data = recipe.references or recipe.data
-    references = load_examples(reference_data, tokenizer, "prompts").train[: recipe.score.num_centring]
     if references:
         with engine.whole_weights(objective):
             mean = reference_mean(engine, model, references, tokenizer.pad_token_id, recipe.batch)
         model.config.centre = mean
         run.say(f"mean score of {len(references)} references was {mean:.4f}; they now score 0 on average")
     return write_result(recipe, engine, run, objective, model, tokenizer, splits.report, "reward_model")
+
+
+def load_references(recipe: RewardModelRecipe, tokenizer) -> list[Example]:
+    """The first `score.num_centring` references. Raises DataError when one of their prompts has no response."""
+    data = recipe.references or recipe.data
+    references = load_examples(data, tokenizer, "prompts").train[: recipe.score.num_centring]
+    for reference in references:
+        if reference.completion_ids is None:
+            raise DataError(
+                f"{reference.record.origin} has no response that could be a reference; give other data in "
+                "`references`, or set score.num_centring=0"
+            )
+    return references
 
 
 @torch.no_grad()
