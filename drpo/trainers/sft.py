@@ -41,6 +41,12 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if self.num_prompts < 0:
             raise ValueError(f"sample.num_prompts must be >= 0, got {self.num_prompts}")
+        if self.temperature < 0:
+            raise ValueError(f"sample.temperature must be >= 0, got {self.temperature}")
+        if self.max_response_length < 1:
+            raise ValueError(f"sample.max_response_length must be >= 1, got {self.max_response_length}")
+        if taken := {"loss", "length", "ended"} & set(self.reward_functions):
+            raise ValueError(f"sample.reward_functions: {sorted(taken)} are names of other metrics")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""Whole SFT and reward-model runs in this process, from scratch, on data of ragged lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from online_runs import forget_precision, merged
+
+from drpo.config import load_recipe
+from drpo.data.demo import true_rewards
+from drpo.engine import Engine
+from drpo.metrics import read_metrics
+from drpo.trainers import sft
+from reward_models import train as reward_model
+
+RECIPE = {
+    "num_steps": 3,
+    "data": {"task": "demo", "demo": {"num_train": 40, "num_eval": 11}},
+    "model": {
+        "architecture": {
+            "model_type": "gpt_neox",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+        },
+        "vocab_size": 300,
+    },
+    "batch": {"size": 8, "microbatch_size": 3},
+    "optim": {"learning_rate": 1e-2},
+    "log": {"samples_every": 0},
+    "checkpoint": {"every": 0},
+    "engine": {"trackers": [], "mixed_precision": "no"},
+}
+SFT = merged(RECIPE, {"sample": {"num_prompts": 0}})
+
+
+def run_sft(run_dir: Path, **changes) -> tuple[sft.SFTRecipe, list[dict[str, float]]]:
+    """The resolved recipe and the metrics of an SFT run."""
+
+    def train(recipe: sft.SFTRecipe, engine: Engine) -> Path:
+        return sft.train(recipe, engine, dict.fromkeys(recipe.sample.reward_functions, true_rewards))
+
+    return _run(sft.SFTRecipe, train, run_dir, merged(SFT, changes))
+
+
+def run_reward_model(
+    run_dir: Path, **changes
+) -> tuple[reward_model.RewardModelRecipe, list[dict[str, float]]]:
+    """The resolved recipe and the metrics of a reward-model run."""
+    return _run(reward_model.RewardModelRecipe, reward_model.train, run_dir, merged(RECIPE, changes))
+
+
+def _run(recipe_class: type, train: Callable[[Any, Engine], Path], run_dir: Path, settings: dict):
+    forget_precision()
+    recipe_file = run_dir.with_suffix(".yaml")
+    recipe_file.write_text(yaml.safe_dump({**settings, "run_dir": str(run_dir)}))
+    recipe = load_recipe(recipe_class, recipe_file, [])
+    engine = Engine(recipe.engine, run_dir, recipe.seed, recipe.optim.max_grad_norm)
+    try:
+        train(recipe, engine)
+    finally:
+        forget_precision()
+    return recipe, read_metrics(run_dir / "metrics.jsonl")
