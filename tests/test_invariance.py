@@ -18,6 +18,10 @@ from tiny_runs import (
     run,
     write_recipe,
 )
+from transformers import AutoModelForCausalLM
+
+from drpo.models.loading import LoraConfig, ModelConfig, load_policy
+from drpo.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +85,46 @@ def test_two_processes_train_the_same_sft_policy(folder):
     run(ddp("sft"), "sft.yaml", "run_dir=sft_two", "batch.microbatch_size=1", cwd=folder)
     assert_close(metrics_of(folder / "sft"), metrics_of(folder / "sft_two"), 1e-4)
     assert_same_policy(folder / "sft", folder / "sft_two", 1e-4)
+
+
+@pytest.fixture(scope="module")
+def lora_run(folder) -> Path:
+    """The same run with adapters on the policy and the critic in place of all weights."""
+    run(plain("drpo"), "drpo.yaml", "run_dir=lora", "model.lora.r=4", cwd=folder)
+    return folder / "lora"
+
+
+def test_two_processes_with_lora_equal_one(folder, lora_run):
+    two = ["run_dir=lora_two", "model.lora.r=4", "ppo.microbatch_size=4"]
+    run(ddp("drpo"), "drpo.yaml", *two, cwd=folder)
+    assert_close(metrics_of(lora_run), metrics_of(folder / "lora_two"), 2e-4)
+    assert_same_policy(lora_run, folder / "lora_two", 2e-4)
+
+
+def test_under_lora_the_reference_is_the_policy_without_its_adapter(lora_run):
+    """The KL is 0 as long as the adapter is, which is fresh in step 1, and no longer."""
+    first, second = metrics_of(lora_run)[1:3]
+    assert first["objective/kl_k1"] == first["objective/kl_k3"] == 0
+    assert second["objective/kl_k3"] > 1e-5
+
+
+def test_a_lora_run_leaves_a_plain_model_with_the_adapter_folded_in(folder, lora_run):
+    assert not [file.name for file in (lora_run / "policy").iterdir() if "adapter" in file.name]
+    names = load_file(folder / "sft" / "policy" / "model.safetensors").keys()
+    assert load_file(lora_run / "policy" / "model.safetensors").keys() == names
+
+    config = ModelConfig(path=str(folder / "sft" / "policy"), lora=LoraConfig(r=4))
+    trained = load_policy(config, load_tokenizer(config.path)).eval()
+    state = load_file(lora_run / "checkpoints" / "step_4" / "model.safetensors")
+    ours = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
+    assert not trained.load_state_dict(ours, strict=False).unexpected_keys
+    ids = torch.randint(3, 300, (4, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with_adapter = trained(ids).logits
+        with trained.disable_adapter():
+            without = trained(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(lora_run / "policy").eval()(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(folder / "sft" / "policy").eval()(ids).logits
+    torch.testing.assert_close(merged, with_adapter, atol=1e-4, rtol=0)
+    assert torch.equal(without, base)  # training moved nothing but the adapter
+    assert (merged - base).abs().max() > 1e-2
