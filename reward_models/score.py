@@ -30,7 +30,7 @@ class RewardModelScorer:
         cls, path: str, engine: Engine, batch_size: int, dtype: str, policy_tokenizer_path: str
     ) -> RewardModelScorer:
         """From a folder that reward_models.train wrote, or any *ForSequenceClassification with one label."""
-        model = load_scalar_model(path, ModelConfig(dtype=dtype), RewardModel)
+        model = load_scalar_model(path, ModelConfig(dtype=dtype), RewardModel, key="reward.path")
         tokenizer = load_tokenizer(path)
         shared = tokenizer.get_vocab() == load_tokenizer(policy_tokenizer_path).get_vocab()
         return cls(engine.place(model), tokenizer, engine, batch_size, shared)

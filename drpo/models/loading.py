@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from drpo.config import ConfigError
 from drpo.models.adapters import add_lora
 from drpo.models.saved import check_complete, read_config
 from drpo.models.scalar_head import ScalarModel
@@ -116,7 +117,7 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     """A causal language model without dropout, in training mode; a PeftModel when `config.lora.r` > 0.
 
     From `config.path`, or with fresh weights by `config.architecture` and the size of the tokenizer. The
-    embedding is never resized. Raises ValueError naming the key when there is no such model, when it is not a
+    embedding is never resized. Raises ConfigError naming the key when there is no such model, when it is not a
     causal language model, when weights are missing, or when the tokenizer has ids that the model has not.
     """
     if config.path is not None:
@@ -124,21 +125,25 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     elif config.architecture:
         model = _fresh_causal_lm(config, tokenizer, seed)
     else:
-        raise ValueError("no model: give model.path, or model.architecture for one from scratch")
+        raise ConfigError("no model: give model.path, or model.architecture for one from scratch")
     _check_vocabulary(model, tokenizer)
     return _prepare(model, config, seed)
 
 
 def load_scalar_model(
-    path: str | Path, config: ModelConfig, model_class: type[Scalar] = ScalarModel, seed: int = 0
+    path: str | Path,
+    config: ModelConfig,
+    model_class: type[Scalar] = ScalarModel,
+    seed: int = 0,
+    key: str = "path",
 ) -> Scalar:
     """A saved ScalarModel (or subclass), or any Hugging Face *ForSequenceClassification with one label.
 
     Of `config`, dtype, attn_implementation, gradient_checkpointing and lora apply; with LoRA the head is
-    trained whole. Raises ValueError when `path` holds neither.
+    trained whole. Raises ConfigError, naming the `key` of the recipe, when `path` holds neither.
     """
     path = str(path)
-    saved = read_config(path, "path")
+    saved = read_config(path, key)
     options = {"dtype": config.dtype}
     if "backbone" in saved:
         model, info = model_class.from_pretrained(path, **options, output_loading_info=True)
@@ -146,9 +151,9 @@ def load_scalar_model(
     elif any(name.endswith("ForSequenceClassification") for name in saved.get("architectures") or []):
         model = _from_sequence_classifier(path, options, model_class)
     else:
-        raise ValueError(
-            f"{path!r} holds {_kind(saved)}: neither a scalar model nor a *ForSequenceClassification; a critic with "
-            "a fresh head comes from the policy, without a path"
+        raise ConfigError(
+            f"{key}: {path!r} holds {_kind(saved)}: neither a scalar model nor a *ForSequenceClassification; a "
+            "critic with a fresh head comes from the policy, without a path"
         )
     if config.attn_implementation is not None:
         model.backbone.set_attn_implementation(config.attn_implementation)
@@ -198,7 +203,7 @@ def _prepare(
 def _load_causal_lm(config: ModelConfig) -> PreTrainedModel:
     saved = read_config(config.path, "model.path")
     if not _is_causal_lm(saved.get("model_type"), saved.get("architectures")):
-        raise ValueError(
+        raise ConfigError(
             f"model.path: {config.path!r} holds {_kind(saved)}; a decoder-only causal language model is needed"
         )
     options: dict[str, Any] = {"dtype": config.dtype}
@@ -229,7 +234,7 @@ def _fresh_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, se
     }
     architecture = AutoConfig.for_model(**{**special, **config.architecture})
     if not _is_causal_lm(architecture.model_type, None):
-        raise ValueError(
+        raise ConfigError(
             f"model.architecture.model_type: {architecture.model_type} is not a causal language model"
         )
     options: dict[str, Any] = {
@@ -249,7 +254,7 @@ def _from_sequence_classifier(path: str, options: dict[str, Any], model_class: t
     check_complete(info, path)
     head = getattr(source, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise ValueError(
+        raise ConfigError(
             f"{path!r} holds {type(source).__name__} with {source.config.num_labels} labels; a score needs a "
             "decoder with a linear head `score` and num_labels=1"
         )
@@ -265,7 +270,7 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     token = max((token for token in vocabulary if token != tokenizer.pad_token), key=vocabulary.__getitem__)
     size = model.get_input_embeddings().weight.shape[0]
     if vocabulary[token] >= size:
-        raise ValueError(
+        raise ConfigError(
             f"model.tokenizer: token {token!r} has id {vocabulary[token]}, but the model embeds {size} ids; "
             "use the tokenizer that the model was trained with"
         )

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from drpo.config import ConfigError
+
 
 def is_local(path: str) -> bool:
     """Whether `path` is a folder or can only be meant as one; anything else is a hub id."""
@@ -20,16 +22,16 @@ def is_local(path: str) -> bool:
 
 
 def check_folder(path: str, key: str, any_of: tuple[str, ...]) -> None:
-    """Raise ValueError, saying what is there instead, unless `path` is a folder with one of the files."""
+    """Raise ConfigError, saying what is there instead, unless `path` is a folder with one of the files."""
     folder = Path(path)
     if not folder.is_dir():
         nearest = next(parent for parent in folder.parents if parent.is_dir())
-        raise ValueError(f"{key}: no folder {path!r}; {str(nearest)!r} holds {_listing(nearest)}")
+        raise ConfigError(f"{key}: no folder {path!r}; {str(nearest)!r} holds {_listing(nearest)}")
     if not any((folder / name).is_file() for name in any_of):
         hint = ""
         if (folder / "adapter_config.json").is_file():
             hint = "; this is a bare adapter: merge it into its base model and save that"
-        raise ValueError(f"{key}: {path!r} has no {any_of[0]}; it holds {_listing(folder)}{hint}")
+        raise ConfigError(f"{key}: {path!r} has no {any_of[0]}; it holds {_listing(folder)}{hint}")
 
 
 def _listing(folder: Path) -> str:
@@ -38,7 +40,7 @@ def _listing(folder: Path) -> str:
 
 
 def read_config(path: str, key: str) -> dict[str, Any]:
-    """The config.json at a folder or hub id, whatever kind of model it is of; ValueError when there is none."""
+    """The config.json at a folder or hub id, whatever kind of model it is of; ConfigError when there is none."""
     if is_local(path):
         check_folder(path, key, ("config.json",))
     try:
@@ -46,8 +48,8 @@ def read_config(path: str, key: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         if is_local(path):
-            raise ValueError(f"{key}: cannot read {path}/config.json: {reason}") from error
-        raise ValueError(
+            raise ConfigError(f"{key}: cannot read {path}/config.json: {reason}") from error
+        raise ConfigError(
             f"{key}: {path!r} is no folder here, and the hub did not give it: {reason}"
         ) from error
 

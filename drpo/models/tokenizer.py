@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from drpo.config import ConfigError
 from drpo.models.saved import check_folder, is_local
 
 STOP_TOKEN = "<|endoftext|>"
@@ -47,7 +48,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id; "[PAD]" is added when it has no pad token or pads with its stop token.
 
     The id of an added token may lie outside the model's embedding: pad ids are never fed to a model. Raises
-    ValueError when there is no tokenizer at `path` or it has no stop (eos) token.
+    ConfigError when there is no tokenizer at `path` or it has no stop (eos) token.
     """
     path = str(path)
     if is_local(path):
@@ -55,9 +56,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.tokenizer: cannot load a tokenizer from {path!r}: {error}") from error
+        raise ConfigError(f"model.tokenizer: cannot load a tokenizer from {path!r}: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise ConfigError(
             f"model.tokenizer: {path!r} has no eos token, so a response has no end; set one and save it"
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -188,7 +188,7 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits) -> None:
 def _load_critic(recipe: OnlineRecipe, policy) -> ScalarModel:
     if recipe.critic.path is None:
         return fresh_critic(policy, recipe.model, recipe.seed)
-    return load_scalar_model(recipe.critic.path, recipe.model, seed=recipe.seed)
+    return load_scalar_model(recipe.critic.path, recipe.model, seed=recipe.seed, key="critic.path")
 
 
 def _reference(
