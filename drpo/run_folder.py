@@ -184,8 +184,9 @@ class RunFolder:
         self.metrics.write({"step": step, **metrics})
         self._engine.log(metrics, step)
         if step % self.log.every == 0 or step <= 1:
-            parts = [f"{key.rpartition('/')[2]} {metrics[key]:.4g}" for key in shown if key in metrics]
-            self.say(f"step {step}: " + "  ".join(parts))
+            self.say(
+                f"step {step}: " + "  ".join(_shown(key, metrics[key]) for key in shown if key in metrics)
+            )
 
     def write_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Sample rows to completions.jsonl, the first few to the console."""
@@ -217,6 +218,14 @@ class RunFolder:
             signal.signal(number, handler or signal.SIG_DFL)
         self._handlers_before = {}
         self._engine.close()
+
+
+def _shown(key: str, value: float) -> str:
+    """A metric on the console: its name without the group, unless the group tells it from another one."""
+    group, _, name = key.rpartition("/")
+    if group == "time":
+        return f"{value:.2f} s"
+    return f"{'eval ' if group == 'eval' else ''}{name} {value:.4g}"
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,9 @@ SHOWN = (
     "objective/ended",
     "objective/length",
     "ppo/value_loss",
+    "eval/score",
+    "eval/kl",
+    "eval/length",
     "time/step",
 )
 
