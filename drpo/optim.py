@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from drpo.config import ConfigError
 from drpo.schedules import learning_rate_factor
 
 
@@ -68,10 +69,10 @@ def scheduled_rate(
 ) -> float:
     """Learning rate of step 0 <= step < num_steps; `warmup_steps` in place of the config's, if given.
 
-    Raises ValueError when the warm-up is as long as the run.
+    Raises ConfigError when the warm-up is as long as the run.
     """
     warmup = config.warmup_steps if warmup_steps is None else warmup_steps
     if warmup >= num_steps:
         key = "optim.warmup_steps" if warmup_steps is None else "critic.warmup_steps"
-        raise ValueError(f"{key} is {warmup}, it must be below the number of steps, {num_steps}")
+        raise ConfigError(f"{key} is {warmup}, it must be below the number of steps, {num_steps}")
     return peak * learning_rate_factor(step, num_steps, warmup, config.schedule)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from drpo.config import ConfigError
 from drpo.data.encode import Example
 from drpo.data.order import item_at
 from drpo.metrics import Phases
@@ -61,13 +62,13 @@ class Vocabulary:
 
 
 def vocabulary_of(config: RolloutConfig, tokenizer, num_logits: int) -> Vocabulary:
-    """Resolve token strings to ids. Raises ValueError for a string that is not one token of the tokenizer."""
+    """Resolve token strings to ids. Raises ConfigError for a string that is not one token of the tokenizer."""
 
     def ids_of(tokens: Sequence[str], key: str) -> list[int]:
         known = tokenizer.get_vocab()
         missing = [token for token in tokens if token not in known]
         if missing:
-            raise ValueError(f"rollout.{key}: {missing} are not single tokens of this tokenizer")
+            raise ConfigError(f"rollout.{key}: {missing} are not single tokens of this tokenizer")
         return [known[token] for token in tokens]
 
     stops = ids_of(config.stop_tokens, "stop_tokens") or [tokenizer.eos_token_id]
@@ -77,7 +78,7 @@ def vocabulary_of(config: RolloutConfig, tokenizer, num_logits: int) -> Vocabula
         *range(len(tokenizer), num_logits),
     }
     if clash := never & set(stops):
-        raise ValueError(
+        raise ConfigError(
             f"rollout.bad_tokens or padding and rollout.stop_tokens share the ids {sorted(clash)}"
         )
     suppressed = sorted(i for i in never if i < num_logits)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drpo.config import ConfigError
 from drpo.data.encode import Example
 from drpo.engine import Engine
 from drpo.models.scoring import response_logprobs
@@ -64,10 +65,10 @@ def evaluate(
     The random numbers depend on (seed, prompt) alone, so runs and steps are compared on the same draws. KL is
     the mean over completions of sum_t k1 under the rollout temperature, the temperature at which the policy was
     trained; it estimates a KL when `temperature` equals it, and is left out without a reference. Processes share
-    the prompts. Raises ValueError when there are none.
+    the prompts. Raises ConfigError when there are none.
     """
     if not examples:
-        raise ValueError(
+        raise ConfigError(
             "there are no held-out prompts to evaluate on; set data.eval_split or data.eval_fraction, or turn the "
             "evaluation off with eval.every=0"
         )

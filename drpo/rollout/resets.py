@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from drpo.data.encode import Example
+from drpo.data.records import DataError
 
 RESET_STREAM = 1  # keeps the random numbers of resets apart from those of sampling and shuffling
 
@@ -64,7 +65,7 @@ class ResetConfig:
 def reset_response(example: Example, source: str) -> list[int]:
     """The tokens of the response that `source` names, stop token included.
 
-    Raises ValueError when the record has none.
+    Raises DataError when the record has none.
     """
     match source:
         case "reference":
@@ -79,7 +80,7 @@ def reset_response(example: Example, source: str) -> list[int]:
         case _:
             raise ValueError(f"reset.source={source!r} is not one of reference, chosen, rejected, best")
     if not ids:
-        raise ValueError(
+        raise DataError(
             f"reset.source={source}: the record at {example.record.origin or 'an unknown place'} has no such "
             "response. Choose a source that the data has, or set reset.proportion=0"
         )

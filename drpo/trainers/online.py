@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from drpo.checkpoints import list_checkpoints, step_of
+from drpo.config import ConfigError
 from drpo.data.load import Splits, load_examples
 from drpo.engine import Engine
 from drpo.metrics import Phases
@@ -176,7 +177,7 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits) -> None:
     """Refuse what could only fail later: rows that do not divide, or data without the reset source."""
     minibatch = recipe.rollout.batch_size // recipe.ppo.num_minibatches
     if minibatch % engine.world_size:
-        raise ValueError(
+        raise ConfigError(
             f"a minibatch has {minibatch} rows (rollout.batch_size / ppo.num_minibatches), which do not divide "
             f"over {engine.world_size} processes"
         )
