@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
+
+from transformers.utils import logging as transformers_logging
 
 from drpo.checkpoints import CheckpointError
 from drpo.config import ConfigError, help_text, load_recipe
@@ -30,6 +33,7 @@ def main(
         usage = f"usage: {script} [recipe.yaml] [section.key=value ...]   (no recipe: {default_recipe})"
         print(help_text(recipe_class, usage))
         return
+    quieten_libraries()
     try:
         path, overrides = split_arguments(arguments)
         recipe = load_recipe(recipe_class, find_recipe(path or default_recipe), [*overrides, *forced])
@@ -37,6 +41,14 @@ def main(
     except (ConfigError, DataError, CheckpointError) as error:
         raise SystemExit(f"{script}: {error}") from None
     print(result.resolve(), flush=True)
+
+
+def quieten_libraries() -> None:
+    """No progress bars of transformers beside our own, no warning of DeepSpeed that a CPU is a CPU."""
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting accelerator to CPU" not in record.getMessage()
+    )
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
