@@ -80,7 +80,9 @@ def test_each_stage_starts_from_what_the_one_before_leaves(task, size):
 
 
 PPO_AND_DRPO = sorted(
-    (name, name.replace("ppo", "drpo")) for name in NAMES if re.search(r"/ppo(_[\d.]+b)?\.yaml", name)
+    (name, name.replace("ppo", "drpo"))
+    for name in NAMES
+    if re.search(r"/(smoke_)?ppo(_[\d.]+b)?\.yaml", name)
 )
 
 
