@@ -111,9 +111,8 @@ class RunFolder:
             self._refuse_other_settings(read_trainer_state(checkpoints[-1])["settings"])
             state = load_checkpoint(engine, checkpoints[-1])
             self.say(f"resuming {self.path} after step {state['step']}")
-        elif (
-            config := self.path / "config.yaml"
-        ).exists():  # killed before its first checkpoint: start again
+        elif (config := self.path / "config.yaml").exists() and _holds_something(self.metrics.path):
+            # Killed before its first checkpoint: the same run starts again. What failed at once may be mended.
             self._refuse_other_settings(flatten(load_recipe(type(self._recipe), config, [])))
         if engine.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -226,6 +225,10 @@ def _shown(key: str, value: float) -> str:
     if group == "time":
         return f"{value:.2f} s"
     return f"{'eval ' if group == 'eval' else ''}{name} {value:.4g}"
+
+
+def _holds_something(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -135,6 +135,16 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(recipe):
     assert written_steps(run.metrics.path) == []
 
 
+def test_a_run_that_failed_before_its_first_step_may_be_mended(recipe):
+    opened(replace(recipe, num_steps=2))
+    run, state = opened(recipe)
+    assert state is None
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["num_steps"] == 4
+    run.record(1, {"train/loss": 1.0}, ())
+    with pytest.raises(CheckpointError, match="num_steps: 4 -> 2"):
+        opened(replace(recipe, num_steps=2))
+
+
 def test_a_finished_run_is_resumed_after_its_last_step(recipe):
     run, _ = opened(recipe)
     steps(run, 1, 4)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from drpo.config import ConfigError
 from drpo.data.load import DataConfig
 from drpo.data.order import item_at
 from drpo.engine import Engine, EngineConfig
@@ -115,10 +116,12 @@ def fit(
         loss of a step = sum over targets of all micro-batches and processes / number of those targets
 
     `sample` gives further metrics and sample rows at every evaluation.
-    Raises ValueError when batch.size does not divide over the processes, FloatingPointError on inf or nan.
+    Raises ConfigError when batch.size does not divide over the processes, FloatingPointError on inf or nan.
     """
     batch, optim, evaluation, seed = recipe.batch, recipe.optim, recipe.eval, recipe.seed
     num_steps = recipe.num_steps or math.ceil(batch.num_epochs * len(train) / batch.size)
+    if batch.size % engine.world_size:
+        raise ConfigError(f"batch.size={batch.size} does not divide over {engine.world_size} processes")
     optimizer = build_optimizer([objective.model.parameters()], optim)
     module = engine.prepare(objective, optimizer)
     state = run.open()

@@ -49,7 +49,7 @@ def train(
     the KL passes kl.max with kl.on_max=stop.
     """
     run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
-    tokenizer = load_tokenizer(recipe.model.tokenizer or recipe.model.path)
+    tokenizer = load_tokenizer(recipe.tokenizer_path)
     splits = load_examples(recipe.data, tokenizer, "prompts")
     run.say(splits.report)
     _check(recipe, engine, splits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from drpo.config import ConfigError
 from drpo.data.load import DataConfig
 from drpo.engine import EngineConfig
 from drpo.models.loading import ModelConfig
@@ -96,3 +97,13 @@ class OnlineRecipe:
                 f"ppo.num_minibatches ({self.ppo.num_minibatches}) must divide "
                 f"rollout.batch_size ({self.rollout.batch_size})"
             )
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Where the policy's tokenizer is. Raises ConfigError when the recipe names no policy."""
+        path = self.model.tokenizer or self.model.path
+        if path is None:
+            raise ConfigError(
+                "no policy to train: give model.path, a folder or hub id (launch/sft.py makes one)"
+            )
+        return path

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from drpo.config import ConfigError
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples, load_texts
 from drpo.engine import Engine
@@ -128,4 +129,6 @@ def tokenizer_for(model: ModelConfig, data: DataConfig):
     """The model's tokenizer, or for a model from scratch one trained on the texts of the data."""
     if model.tokenizer or model.path:
         return load_tokenizer(model.tokenizer or model.path)
+    if not model.architecture:
+        raise ConfigError("no model: give model.path, or model.architecture for one from scratch")
     return train_tokenizer(load_texts(data), model.vocab_size)
