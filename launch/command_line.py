@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ def main(
         result = run(recipe)
     except (ConfigError, DataError, CheckpointError) as error:
         raise SystemExit(f"{script}: {error}") from None
-    print(result.resolve(), flush=True)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(result.resolve(), flush=True)
 
 
 def quieten_libraries() -> None:
