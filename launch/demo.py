@@ -39,6 +39,8 @@ COLUMNS = {
 
 def main() -> None:
     """Run every stage; a stage that is already finished is only looked up."""
+    if sys.argv[1:]:
+        raise SystemExit(f"{__doc__.strip()}\n\nIt takes no arguments; the stages do: launch/drpo.py --help")
     for stage in STAGES:
         print(f"\n=== {stage}: launch/{stage}.py demo/{stage}.yaml", flush=True)
         subprocess.run([sys.executable, str(HERE / f"{stage}.py"), f"demo/{stage}.yaml"], check=True)

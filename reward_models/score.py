@@ -52,7 +52,10 @@ class RewardModelScorer:
 
     def _ids(self, completion: Completion) -> tuple[list[int], list[int]]:
         if self._shares_tokenizer:
-            return completion.query_ids, completion.response_ids
+            response = list(completion.response_ids)
+            if completion.ended:  # whatever stopped it: the model was trained on this token
+                response[-1] = self._tokenizer.eos_token_id
+            return completion.query_ids, response
         response = encode_response(self._tokenizer, completion.response)
         if not completion.ended:
             response = response[:-1]

@@ -50,7 +50,8 @@ def completion(query_ids, response_ids, prompt=PROMPT, response=" blue", ended=T
 
 def completions() -> list[Completion]:
     """Their texts say nothing of their ids, so a score tells which of the two was read."""
-    return [completion(query, response) for query, response in zip(QUERIES, RESPONSES, strict=True)]
+    rows = zip(QUERIES, RESPONSES, strict=True)
+    return [completion(query, response, ended=response[-1] == 0) for query, response in rows]
 
 
 @torch.no_grad()
@@ -150,3 +151,13 @@ def test_a_causal_language_model_is_no_reward_model(tmp_path, engine, policy_tok
     tiny_model("llama").save_pretrained(tmp_path / "lm")
     with pytest.raises(ValueError, match="LlamaForCausalLM: neither a scalar model"):
         RewardModelScorer.load(str(tmp_path / "lm"), engine, 8, "float32", str(policy_tokenizer))
+
+
+def test_whatever_stopped_a_response_the_model_sees_its_own_stop_token(tmp_path, engine, policy_tokenizer):
+    save_reward_model(tmp_path / "rm", single_bytes())
+    scorer = RewardModelScorer.load(str(tmp_path / "rm"), engine, 2, "float32", str(policy_tokenizer))
+    eos = single_bytes().eos_token_id
+    by_newline, by_eos = completion([40, 41], [90, 10]), completion([40, 41], [90, eos])
+    assert scorer([by_newline]).tolist() == scorer([by_eos]).tolist()
+    unended = completion([40, 41], [90, 10], ended=False)
+    assert scorer([unended]).tolist() != scorer([by_eos]).tolist()

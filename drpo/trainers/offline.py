@@ -122,6 +122,11 @@ def fit(
     num_steps = recipe.num_steps or math.ceil(batch.num_epochs * len(train) / batch.size)
     if batch.size % engine.world_size:
         raise ConfigError(f"batch.size={batch.size} does not divide over {engine.world_size} processes")
+    if evaluation.every and not held_out:
+        raise ConfigError(
+            "there are no held-out examples to evaluate on; set data.eval_split or data.eval_fraction, or turn the "
+            "evaluation off with eval.every=0"
+        )
     optimizer = build_optimizer([objective.model.parameters()], optim)
     module = engine.prepare(objective, optimizer)
     state = run.open()
@@ -160,7 +165,7 @@ def fit(
             "train/num_targets": num_targets,
         }
         rows: list[dict[str, Any]] = []
-        if evaluation.every and held_out and (step % evaluation.every == 0 or step == num_steps):
+        if evaluation.every and (step % evaluation.every == 0 or step == num_steps):
             with phases("eval"), engine.whole_weights(objective):
                 metrics |= held_out_means(engine, objective, held_out[: evaluation.num_examples], batch)
                 if sample is not None:
