@@ -146,6 +146,9 @@ def load_scalar_model(
     saved = read_config(path, key)
     options = {"dtype": config.dtype}
     if "backbone" in saved:
+        # Without its model_type: a reward model that becomes a critic is meant, and transformers would warn.
+        fields = {name: value for name, value in saved.items() if name != "model_type"}
+        options["config"] = model_class.config_class.from_dict(fields)
         model, info = model_class.from_pretrained(path, **options, output_loading_info=True)
         check_complete(info, path)
     elif any(name.endswith("ForSequenceClassification") for name in saved.get("architectures") or []):
