@@ -5,11 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
 from functools import partial
 from pathlib import Path
 
 import pytest
-from tiny_runs import ROOT, accelerate, ddp, run
+from tiny_runs import CLEAN, ROOT, ddp
 
 from drpo.metrics import non_finite, read_metrics
 
@@ -23,8 +24,9 @@ ONLINE = [*FEW_STEPS, "rollout.batch_size=8", "eval.every=2", "eval.num_prompts=
 
 
 def single(script: str) -> list[str]:
-    """One process on CPU through `accelerate launch`."""
-    return [*accelerate(), "--cpu", "--num_processes", "1", str(ROOT / "launch" / f"{script}.py")]
+    """`ddp` with one process."""
+    *options, path = ddp(script)
+    return [*options, "--num_processes", "1", path]
 
 
 def needs(task: str, *further):
@@ -35,10 +37,17 @@ def needs(task: str, *further):
 
 def start(launcher, task: str, stage: str, folder: Path, *overrides: str, timeout: float = 300) -> Path:
     """Run the smoke recipe of a stage in `folder`: its run folder, as its last line names it."""
-    path = f"data.path={FILES[task].resolve()}"
-    out = run(launcher(stage), f"{task}/smoke_{stage}.yaml", path, *overrides, cwd=folder, timeout=timeout)
-    result = Path(out.splitlines()[-1])
-    assert result == (folder / "runs" / task / f"smoke_{stage}" / result.name)
+    command = [
+        *launcher(stage),
+        f"{task}/smoke_{stage}.yaml",
+        f"data.path={FILES[task].resolve()}",
+        *overrides,
+    ]
+    done = subprocess.run(command, cwd=folder, env=CLEAN, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+    assert done.stderr == ""  # no library has anything to add
+    result = Path(done.stdout.splitlines()[-1])
+    assert result == folder / "runs" / task / f"smoke_{stage}" / result.name
     assert (result / "config.json").is_file() and (result / "README.md").is_file()
     return result.parent
 
