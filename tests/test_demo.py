@@ -1,0 +1,29 @@
+"""The embedded demo, whole: what `make demo` runs, and a launch script without a recipe."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from tiny_runs import ROOT, metrics_of, plain, run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_demo_makes_what_it_lacks_and_resets_raise_the_true_reward(tmp_path):
+    out = run(
+        plain("drpo"), cwd=tmp_path, timeout=1200
+    )  # no recipe: SFT policy and reward model are made first
+    assert "runs/demo/sft/policy is missing: making it" in out
+    assert "runs/demo/reward_model/reward_model is missing: making it" in out
+    assert out.splitlines()[-1] == str(tmp_path / "runs/demo/drpo/policy")
+
+    out = run([sys.executable, str(ROOT / "launch" / "demo.py")], cwd=tmp_path, timeout=1200)
+    for word in ("SFT", "PPO", "DR-PO", "true reward", "incomplete", "no_stop", "runs/demo/curves.png"):
+        assert word in out, word
+    assert (tmp_path / "runs/demo/curves.png").stat().st_size > 5000
+
+    last = {name: metrics_of(tmp_path / "runs/demo" / name)[-1] for name in ("ppo", "drpo")}
+    sft = metrics_of(tmp_path / "runs/demo/drpo")[0]
+    assert last["drpo"]["eval/true_reward"] > sft["eval/true_reward"] + 2
+    assert last["drpo"]["eval/true_reward"] > last["ppo"]["eval/true_reward"] + 2
