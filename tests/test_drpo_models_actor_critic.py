@@ -162,9 +162,14 @@ def test_a_fresh_critic_starts_from_the_policy_as_it_is(folders, tokenizer):
     change_adapter(policy)
     critic = fresh_critic(policy, config, seed=3)
     assert critic.get_base_model().is_gradient_checkpointing and critic.training
+    assert not token_values(critic, batch()).any()  # V = 0 until it has learnt something
+    weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():  # a head of our own shows what is below it: the policy, adapter included
+        for name, parameter in critic.named_parameters():
+            if "head" in name and name.endswith("weight"):
+                parameter.copy_(weight)
     merged = policy.merge_and_unload()
     hidden = merged.model(torch.tensor([QUERIES[0] + RESPONSES[0]])).last_hidden_state[0, 2:5]
-    weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(3)) / 33**0.5
     torch.testing.assert_close(
         token_values(critic, batch())[0, :3], (hidden @ weight.T)[:, 0], atol=1e-4, rtol=1e-4
     )
