@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded demo: SFT, reward model, PPO and DR-PO, then one table and one plot.
+"""The whole pipeline on the embedded demo: SFT, reward model, PPO and DR-PO, then two tables and a plot.
 
 python launch/demo.py
 """

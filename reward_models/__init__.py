@@ -1,1 +1,1 @@
-"""Reward models: training, calibration, ensembles and serving them to the policy's trainer."""
+"""Reward models: the model, its training, and its use as a reward function."""
