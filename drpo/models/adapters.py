@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from drpo.config import ConfigError
+
 
 def add_lora(
     model: PreTrainedModel,
@@ -20,7 +22,7 @@ def add_lora(
     """The model in a PEFT wrapper with a fresh LoRA adapter, which starts as the identity: W + (alpha / r) B A.
 
     `target_modules` None takes every linear layer but the output embedding; modules named in `trained_whole`
-    are trained in full beside the adapter. Raises ImportError without peft, ValueError when no module matches.
+    are trained in full beside the adapter. Raises ImportError without peft, ConfigError when no module matches.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -38,7 +40,7 @@ def add_lora(
         endings = tuple(f".{target}" for target in target_modules)
         linear = [name for name in linear if f".{name}".endswith(endings)]
         if not linear:
-            raise ValueError(
+            raise ConfigError(
                 f"model.lora.target_modules: no linear layer is named {', '.join(target_modules)}; the names are "
                 f"{', '.join(sorted({name.rpartition('.')[2] for name in _linear_names(model)}))}"
             )

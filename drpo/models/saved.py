@@ -55,9 +55,9 @@ def read_config(path: str, key: str) -> dict[str, Any]:
 
 
 def check_complete(info: dict[str, Any], path: str) -> None:
-    """Raise ValueError when transformers had to make up weights: `info` is its output_loading_info."""
+    """Raise ConfigError when transformers had to make up weights: `info` is its output_loading_info."""
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(
+        raise ConfigError(
             f"{path!r} lacks {len(missing)} weights, which would be random: {', '.join(missing[:5])}; "
             "it holds another kind of model"
         )
