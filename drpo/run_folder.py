@@ -66,9 +66,10 @@ class LogConfig:
     every: int = 1
     """Show a line on the console after every so many steps (metrics.jsonl gets every step)."""
     samples_every: int = 20
-    """Write sample completions after every so many steps; 0 for never."""
+    """Online runs: write sample rollouts after the first step and then every so many steps; 0 for never. Every
+    evaluation writes its completions besides."""
     num_samples: int = 4
-    """How many of them are shown on the console (completions.jsonl gets the same ones)."""
+    """Rollouts a sample has, and completions shown on the console (completions.jsonl gets all of an evaluation)."""
 
     def __post_init__(self) -> None:
         for name in ("every", "num_samples"):
@@ -114,6 +115,7 @@ class RunFolder:
         elif (config := self.path / "config.yaml").exists() and _holds_something(self.metrics.path):
             # Killed before its first checkpoint: the same run starts again. What failed at once may be mended.
             self._refuse_other_settings(flatten(load_recipe(type(self._recipe), config, [])))
+        engine.barrier()  # every process has looked before the main one writes
         if engine.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             step = state["step"] if state else -1
