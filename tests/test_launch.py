@@ -257,6 +257,8 @@ def fails(folder, monkeypatch) -> Callable[..., str]:
         (["drpo.yaml", "reset.proportion=2"], ["reset.proportion must lie in [0, 1], got 2"]),
         (["drpo.yaml", "num_steps=many"], ["num_steps", "many"]),
         (["drpo.yaml", "reset.source=refrence"], ["reset.source", "refrence"]),
+        (["drpo.yaml", "optim.warmup_steps=400"], ["optim.warmup_steps is 400, it must be below num_steps"]),
+        (["drpo.yaml", "critic.warmup_steps=400"], ["critic.warmup_steps is 400"]),
         (["drpo.yaml", "reset=1"], ["reset is a section"]),
         (["nowhere.yaml"], ["no recipe nowhere.yaml", "demo/drpo.yaml", "tldr/drpo_1b.yaml"]),
         (["broken.yaml"], ["broken.yaml is not valid YAML"]),

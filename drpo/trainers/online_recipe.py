@@ -92,6 +92,10 @@ class OnlineRecipe:
             raise ValueError(f"num_steps must be >= 1, got {self.num_steps}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+        for key in ("optim.warmup_steps", "critic.warmup_steps"):
+            warmup = getattr(self, key.split(".")[0]).warmup_steps
+            if warmup is not None and warmup >= self.num_steps:
+                raise ValueError(f"{key} is {warmup}, it must be below num_steps, {self.num_steps}")
         if self.rollout.batch_size % self.ppo.num_minibatches:
             raise ValueError(
                 f"ppo.num_minibatches ({self.ppo.num_minibatches}) must divide "
