@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Literal, TypeVar, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -137,7 +137,9 @@ def options(recipe_class: type, prefix: str = "", defaults: object | None = None
             section = default if dataclasses.is_dataclass(default) else None
             yield from options(hints[field.name], f"{prefix}{field.name}.", section)
         else:
-            yield Option(prefix + field.name, str(field.type), default, helps.get(field.name, ""))
+            hint = hints[field.name]  # the choices of an alias, otherwise as written
+            shown = str(hint).removeprefix("typing.") if get_origin(hint) is Literal else str(field.type)
+            yield Option(prefix + field.name, shown, default, helps.get(field.name, ""))
 
 
 def _default(field: dataclasses.Field) -> object:

@@ -109,6 +109,8 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
 
 def load_references(recipe: RewardModelRecipe, tokenizer) -> list[Example]:
     """The first `score.num_centring` references. Raises DataError when one of their prompts has no response."""
+    if recipe.score.num_centring == 0:
+        return []
     data = recipe.references or recipe.data
     references = load_examples(data, tokenizer, "prompts").train[: recipe.score.num_centring]
     for reference in references:

@@ -143,6 +143,7 @@ def test_offline_stages_on_tldr_have_the_settings_of_n_plus(size):
     assert (sft.batch.size, sft.loss_on, sft.data.max_response_length) == (128, "all", 53)
     assert (reward_model.batch.size, reward_model.data.max_response_length) == (64, 169)
     assert reward_model.score.aggregation == "last" and reward_model.score.num_centring > 0
+    assert reward_model.references.path == sft.data.path  # the human summaries score 0
     for recipe in (sft, reward_model):
         assert (recipe.num_steps, recipe.batch.num_epochs) == (None, 1.0)
         assert (recipe.optim.learning_rate, recipe.optim.schedule, recipe.optim.eps) == (3e-6, "cosine", 1e-5)
@@ -219,3 +220,10 @@ def test_recipes_are_frozen_all_the_way_down(recipe_class):
 def test_an_impossible_combination_is_refused_naming_the_key(name, override, key):
     with pytest.raises(ValueError, match=re.escape(key)):
         loaded(name, override)
+
+
+def test_the_help_shows_the_choices_behind_an_alias():
+    types = {option.key: option.type for option in options(RewardModelRecipe)}
+    assert types["resume"] == "Literal['auto', 'restart']"
+    assert types["score.aggregation"] == "Literal['last', 'sum']"
+    assert types["num_steps"] == "int | None"

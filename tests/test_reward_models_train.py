@@ -125,7 +125,8 @@ def test_the_references_score_zero_on_average_when_scored_again(finished):
 
 
 def test_no_centring_leaves_the_score_where_it_is(tmp_path):
-    run_reward_model(tmp_path / "run", score={"num_centring": 0}, num_steps=1)
+    unread = {"task": "own", "path": str(tmp_path / "nowhere.jsonl")}
+    run_reward_model(tmp_path / "run", score={"num_centring": 0}, references=unread, num_steps=1)
     assert loaded(tmp_path / "run")[0].config.centre == 0
 
 
