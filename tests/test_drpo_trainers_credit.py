@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hand_rollouts import JUNK, hand_trajectory
+from hand_rollouts import hand_trajectory
 from torch import Tensor
 
 from drpo.rewards import AdaptiveKL, FixedKL, RunningMoments
@@ -20,7 +20,6 @@ from drpo.trainers.credit import (
     ShapingConfig,
     assign_credit,
     episode_kl,
-    mean_token_entropy,
 )
 
 PLAIN = ShapingConfig(missing_stop="none")
@@ -282,13 +281,6 @@ def test_total_reward_is_the_score_minus_the_weighted_kl(trajectory):
         first = credit.value_mask.int().argmax(dim=1, keepdim=True)
         whole_return = credit.returns.gather(1, first).squeeze(1)  # gamma = lambda = 1: the sum of rewards
         assert torch.allclose(whole_return, credit.scores - 0.1 * credit.kl.sum(dim=1), atol=1e-4)
-
-
-def test_entropy_is_that_of_policy_tokens(trajectory):
-    other = dataclasses.replace(
-        trajectory, entropy=torch.tensor([[JUNK, JUNK, 1.0, 2.0, JUNK], [3.0, 4.0, 5.0, JUNK, JUNK]])
-    )
-    assert float(mean_token_entropy(other)) == pytest.approx(3.0)
 
 
 def test_controllers():

@@ -11,7 +11,7 @@ from torch import Tensor
 from drpo.advantages import gae
 from drpo.rewards import AdaptiveKL, FixedKL, RunningMoments, kl_estimate, shape_scores, token_rewards
 from drpo.rollout.trajectory import Trajectory
-from drpo.tensors import masked_mean, masked_sum, masked_whiten
+from drpo.tensors import masked_sum, masked_whiten
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,3 @@ def episode_kl(trajectory: Trajectory, estimator: str) -> Tensor:
     """(B,) KL to the reference summed over each episode's policy tokens, in nats."""
     kl = kl_estimate(trajectory.logprobs, trajectory.ref_logprobs, estimator)
     return masked_sum(kl, trajectory.action_mask, dim=1)
-
-
-def mean_token_entropy(trajectory: Trajectory) -> Tensor:
-    """Mean entropy of the sampling policy over its own tokens, in nats."""
-    return masked_mean(trajectory.entropy, trajectory.action_mask)
