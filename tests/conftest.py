@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread: the models are tiny, and a process that has used OpenMP's threads cannot be forked.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

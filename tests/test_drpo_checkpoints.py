@@ -232,8 +232,10 @@ def test_a_kill_from_outside_while_a_save_is_being_written_leaves_a_whole_checkp
     run = Run(tmp_path, width=1000)
     child = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(run,))
     child.start()
+    deadline = time.monotonic() + 60
     while not (tmp_path / "checkpoints" / ".partial_3").exists():
-        assert child.is_alive()
+        assert child.is_alive() and time.monotonic() < deadline
+        time.sleep(0.001)
     time.sleep(delay)
     child.kill()
     child.join()
