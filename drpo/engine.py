@@ -118,9 +118,10 @@ class Engine:
         self._module, self._optimizer = self._accelerator.prepare(module, optimizer)
         return self._module
 
-    def place(self, module: nn.Module) -> nn.Module:
-        """Move a frozen model to the device, in evaluation mode and without gradients."""
-        dtype = torch.bfloat16 if self._deepspeed and self.precision == "bf16" else None
+    def place(self, module: nn.Module, as_trained: bool) -> nn.Module:
+        """Move a frozen model to the device; `as_trained` gives it the precision that training gives its weights."""
+        in_bf16 = as_trained and self._deepspeed and self.precision == "bf16"
+        dtype = torch.bfloat16 if in_bf16 else None
         return module.to(self.device, dtype=dtype).eval().requires_grad_(False)
 
     def autocast(self):

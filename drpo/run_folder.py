@@ -82,6 +82,10 @@ class LogConfig:
 Resume = Literal["auto", "restart"]
 
 
+class RunStopped(RuntimeError):
+    """A guard of the recipe ended the run; the message says which, where, and what to do."""
+
+
 class RunFolder:
     """The folder of one run, on every rank; only the main process writes outside `checkpoints/`."""
 

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from drpo.checkpoints import CheckpointError
 from drpo.config import ConfigError, help_text, load_recipe
 from drpo.data.records import DataError
+from drpo.run_folder import RunStopped
 
 Recipe = TypeVar("Recipe")
 
@@ -39,7 +40,7 @@ def main(
         path, overrides = split_arguments(arguments)
         recipe = load_recipe(recipe_class, find_recipe(path or default_recipe), [*overrides, *forced])
         result = run(recipe)
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, RunStopped, FloatingPointError) as error:
         raise SystemExit(f"{script}: {error}") from None
     if int(os.environ.get("RANK", 0)) == 0:
         print(result.resolve(), flush=True)

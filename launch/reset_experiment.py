@@ -98,17 +98,19 @@ def _online_dir(root: Path, rate: float, beta: float, seed: int) -> Path:
 def _launch(
     stage: str, recipe: ExperimentRecipe, run_dir: Path, rate: float, seed: int, overrides: list[str]
 ) -> None:
-    if (run_dir / "policy").exists():
-        return
     command = [sys.executable, str(HERE / f"{stage}.py"), f"demo/{stage}.yaml", f"run_dir={run_dir}"]
     command += [f"seed={seed}", f"data.demo.seed={seed}", f"data.demo.completion_rate={rate}", *overrides]
     command += ["engine.trackers=[]", "log.samples_every=0"]
+    done_command = run_dir / "command.txt"  # the run that this folder's policy is the result of
+    if done_command.exists() and done_command.read_text() == " ".join(command[1:]):
+        return
     threads = str(max(1, (os.cpu_count() or 1) // recipe.num_jobs))
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / "log.txt").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with code {done.returncode}; see {run_dir}/log.txt")
+    done_command.write_text(" ".join(command[1:]))
 
 
 def _final(root: Path, rate: float, beta: float, seed: int, key: str, index: int = -1) -> float:

@@ -33,7 +33,7 @@ class RewardModelScorer:
         model = load_scalar_model(path, ModelConfig(dtype=dtype), RewardModel, key="reward.path")
         tokenizer = load_tokenizer(path)
         shared = tokenizer.get_vocab() == load_tokenizer(policy_tokenizer_path).get_vocab()
-        return cls(engine.place(model), tokenizer, engine, batch_size, shared)
+        return cls(engine.place(model, as_trained=False), tokenizer, engine, batch_size, shared)
 
     @torch.no_grad()
     def __call__(self, completions: Sequence[Completion]) -> Tensor:

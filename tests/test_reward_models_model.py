@@ -7,7 +7,8 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoModel
 
-from drpo.models.loading import ModelConfig, load_scalar_model
+from drpo.config import ConfigError
+from drpo.models.loading import ModelConfig, load_critic, load_scalar_model
 from drpo.tensors import pad_batch
 from reward_models.model import RewardModel, RewardModelConfig, aggregate
 
@@ -123,3 +124,22 @@ def test_saved_and_loaded_in_every_way_it_scores_the_same(aggregation, tmp_path)
         assert type(loaded) is RewardModel
         assert (loaded.config.aggregation, loaded.config.centre) == (aggregation, -0.75)
         assert scores_of(loaded) == scores_of(model)
+
+
+def test_a_critic_from_a_reward_model_starts_on_the_scale_of_its_centred_score(tmp_path):
+    model = RewardModel.from_causal_lm(tiny_model("gpt_neox"), seed=3).eval()
+    model.config.centre = 3.0
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        outputs = model(ids)
+        values = load_critic(str(tmp_path), ModelConfig()).eval()(ids)
+    torch.testing.assert_close(values, outputs - 3.0)
+
+
+def test_a_reward_model_that_sums_over_tokens_is_no_critic(tmp_path):
+    model = RewardModel.from_causal_lm(tiny_model("gpt_neox"), seed=3)
+    model.config.aggregation = "sum"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="critic.path.*sums its head.*critic.path=null"):
+        load_critic(str(tmp_path), ModelConfig())

@@ -142,7 +142,26 @@ def load_scalar_model(
     Of `config`, dtype, attn_implementation, gradient_checkpointing and lora apply; with LoRA the head is
     trained whole. Raises ConfigError, naming the `key` of the recipe, when `path` holds neither.
     """
-    path = str(path)
+    return _prepare(_read_scalar(str(path), config, model_class, key), config, seed, trained_whole=("head",))
+
+
+def load_critic(path: str, config: ModelConfig, seed: int = 0) -> ScalarModel:
+    """A critic that starts from a saved scalar model; a reward model's centre goes into its bias, so V has its zero.
+
+    Raises ConfigError for a reward model that sums its head over the tokens: its outputs are no values.
+    """
+    saved = read_config(path, "critic.path")
+    if saved.get("aggregation", "last") != "last":
+        raise ConfigError(
+            f"critic.path: {path!r} sums its head over the tokens, so its outputs are no values; set critic.path=null"
+        )
+    critic = _read_scalar(path, config, ScalarModel, "critic.path")
+    with torch.no_grad():
+        critic.head.bias -= saved.get("centre", 0.0)
+    return _prepare(critic, config, seed, trained_whole=("head",))
+
+
+def _read_scalar(path: str, config: ModelConfig, model_class: type[Scalar], key: str) -> Scalar:
     saved = read_config(path, key)
     options = {"dtype": config.dtype}
     if "backbone" in saved:
@@ -160,7 +179,7 @@ def load_scalar_model(
         )
     if config.attn_implementation is not None:
         model.backbone.set_attn_implementation(config.attn_implementation)
-    return _prepare(model, config, seed, trained_whole=("head",))
+    return model
 
 
 def fresh_critic(policy: nn.Module, config: ModelConfig, seed: int = 0) -> ScalarModel:

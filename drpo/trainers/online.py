@@ -20,7 +20,7 @@ from drpo.data.load import Splits, load_examples
 from drpo.engine import Engine
 from drpo.metrics import Phases
 from drpo.models.actor_critic import ActorCritic
-from drpo.models.loading import fresh_critic, load_policy, load_scalar_model
+from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import adapter_disabled, response_logprobs
 from drpo.models.tokenizer import load_tokenizer
@@ -30,7 +30,7 @@ from drpo.rewards import RewardFn, RunningMoments
 from drpo.rollout.collect import collect, draw_starts, vocabulary_of
 from drpo.rollout.evaluate import evaluate
 from drpo.rollout.resets import reset_response
-from drpo.run_folder import RunFolder, finite_or_stop
+from drpo.run_folder import RunFolder, RunStopped, finite_or_stop
 from drpo.samples import rollout_samples
 from drpo.tensors import PaddedBatch
 from drpo.trainers.credit import assign_credit, episode_kl
@@ -45,7 +45,7 @@ def train(
     """Run the recipe and return the folder of the final policy.
 
     `reward_fn` scores rollouts; `eval_rewards` are further scores of the held-out completions, by name.
-    Raises CheckpointError when run_dir holds another run, FloatingPointError on inf or nan, RuntimeError when
+    Raises CheckpointError when run_dir holds another run, FloatingPointError on inf or nan, RunStopped when
     the KL passes kl.max with kl.on_max=stop.
     """
     run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
@@ -189,7 +189,7 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits) -> None:
 def _load_critic(recipe: OnlineRecipe, policy) -> ScalarModel:
     if recipe.critic.path is None:
         return fresh_critic(policy, recipe.model, recipe.seed)
-    return load_scalar_model(recipe.critic.path, recipe.model, seed=recipe.seed, key="critic.path")
+    return load_critic(recipe.critic.path, recipe.model, recipe.seed)
 
 
 def _reference(
@@ -206,7 +206,7 @@ def _reference(
                 return score(policy, batch).logprobs
 
         return with_adapter_off
-    frozen = engine.place(load_policy(recipe.model, tokenizer, recipe.seed))
+    frozen = engine.place(load_policy(recipe.model, tokenizer, recipe.seed), as_trained=True)
     return lambda batch: score(frozen, batch).logprobs
 
 
@@ -222,7 +222,7 @@ def _learning_rates(recipe: OnlineRecipe, step: int) -> tuple[float, float]:
 def _roll_back(
     recipe: OnlineRecipe, engine: Engine, run: RunFolder, step: int, metrics: dict[str, float], again: bool
 ) -> None:
-    """Back to the last weights whose KL was below the limit; RuntimeError when that is not wanted or did not help."""
+    """Back to the last weights whose KL was below the limit; RunStopped when that is not wanted or did not help."""
     checkpoints = list_checkpoints(run.path)
     # The weights after step-1 are those found too far away: a checkpoint from before them is needed.
     earlier = [folder for folder in checkpoints if step_of(folder) < step - 1]
@@ -232,8 +232,11 @@ def _roll_back(
     )
     if recipe.kl.on_max == "stop" or again or not earlier:
         run.record(step, metrics, SHOWN)
-        reason = "; going back did not help" if again else ""
-        raise RuntimeError(
+        reason = ""
+        if recipe.kl.on_max == "rollback":
+            missing = f"; no checkpoint from before step {step - 1} is left, see checkpoint.every and checkpoint.keep"
+            reason = "; going back did not help" if again else missing
+        raise RunStopped(
             f"{message}{reason}. Last checkpoint: {checkpoints[-1] if checkpoints else 'none'}. "
             "Raise kl.coef or lower optim.learning_rate"
         )

@@ -96,6 +96,10 @@ class OnlineRecipe:
             warmup = getattr(self, key.split(".")[0]).warmup_steps
             if warmup is not None and warmup >= self.num_steps:
                 raise ValueError(f"{key} is {warmup}, it must be below num_steps, {self.num_steps}")
+        if self.critic.pretrain_steps > self.num_steps:
+            raise ValueError(
+                f"critic.pretrain_steps ({self.critic.pretrain_steps}) must not exceed num_steps ({self.num_steps})"
+            )
         if self.rollout.batch_size % self.ppo.num_minibatches:
             raise ValueError(
                 f"ppo.num_minibatches ({self.ppo.num_minibatches}) must divide "

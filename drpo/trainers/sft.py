@@ -99,18 +99,19 @@ def train(recipe: SFTRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) ->
     vocabulary = vocabulary_of(rollout, tokenizer, policy.config.vocab_size)
 
     def sample() -> tuple[dict[str, float], list[dict[str, Any]]]:
-        return evaluate(
-            EvalConfig(num_prompts=sampling.num_prompts, temperature=sampling.temperature),
-            engine,
-            policy=policy,
-            reference_logprobs=None,
-            examples=splits.eval,
-            rewards=rewards,
-            tokenizer=tokenizer,
-            vocabulary=vocabulary,
-            rollout=rollout,
-            seed=recipe.seed,
-        )
+        with engine.autocast():
+            return evaluate(
+                EvalConfig(num_prompts=sampling.num_prompts, temperature=sampling.temperature),
+                engine,
+                policy=policy,
+                reference_logprobs=None,
+                examples=splits.eval,
+                rewards=rewards,
+                tokenizer=tokenizer,
+                vocabulary=vocabulary,
+                rollout=rollout,
+                seed=recipe.seed,
+            )
 
     fit(
         recipe,
