@@ -23,6 +23,7 @@ from drpo.engine import Engine, EngineConfig
 from drpo.metrics import read_metrics
 from drpo.models.tokenizer import load_tokenizer
 from drpo.rewards import Completion
+from launch.command_line import quieten_libraries
 from launch.demo_inputs import DEMO_RUNS
 from reward_models.score import RewardModelScorer
 
@@ -41,6 +42,7 @@ def main() -> None:
     """Run every stage; a stage that is already finished is only looked up."""
     if sys.argv[1:]:
         raise SystemExit(f"{__doc__.strip()}\n\nIt takes no arguments; the stages do: launch/drpo.py --help")
+    quieten_libraries()
     for stage in STAGES:
         print(f"\n=== {stage}: launch/{stage}.py demo/{stage}.yaml", flush=True)
         subprocess.run([sys.executable, str(HERE / f"{stage}.py"), f"demo/{stage}.yaml"], check=True)
