@@ -1,0 +1,296 @@
+"""The losses of offline preference training, one value per pair (or per response for KTO), unreduced.
+
+Most of them read the margin h of a pair alone:
+
+    h = implicit_margins(chosen_logratios, rejected_logratios, beta)    logratio = log pi(y|x) - log pi_ref(y|x)
+    dpo | cdpo | robust_dpo | hinge | ipo _loss(h)                      ODPO: the same of h - score_offsets(...)
+
+The others need more than a difference and say in their arguments what. Dr. DPO reads nothing but losses, so
+it composes with all of them; `token_weighted_sum` gives the log-probabilities that enter any of them. A
+log-probability is a sum over the response unless it is called mean. Everything is in nats, (B,) and float32
+or wider; beta > 0. Inputs of +-1e4 nats give finite losses and gradients, unless a loss says otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from drpo.losses import MAX_LOG_RATIO
+
+# --- the margin of a pair ---------------------------------------------------------------------------------
+
+
+def implicit_margins(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    beta: float,
+    divergence: str = "reverse_kl",
+    alpha: float = 1.0,
+) -> Tensor:
+    """How much larger the implicit reward of the chosen response is, (B,), under an f-divergence penalty.
+
+        h = beta (f'(u_w) - f'(u_l)),   u = pi / pi_ref = exp(logratio)
+        reverse_kl  f'(u) = log u + 1             the margin of DPO
+        forward_kl  f'(u) = -1 / u                is alpha at 1
+        js          f'(u) = log(2 u / (1 + u))
+        alpha       f'(u) = (1 - u^-alpha) / alpha,   0 < alpha <= 1; tends to reverse_kl at 0
+
+    u^-alpha grows exponentially where the policy left a response. It is exact up to exp(MAX_LOG_RATIO), that
+    is for alpha logratio >= -MAX_LOG_RATIO; below, it goes on as the tangent there: still monotone, with the
+    gradient held at its largest. Raises ValueError on an unknown divergence or an alpha outside (0, 1].
+    Source: Wang et al. 2023 (f-DPO, "Beyond Reverse KL"), table 1; Rafailov et al. 2023, eq. 7 (reverse_kl).
+    """
+    match divergence:
+        case "reverse_kl":
+            return beta * (chosen_logratios - rejected_logratios)
+        case "js":
+            return beta * (F.logsigmoid(chosen_logratios) - F.logsigmoid(rejected_logratios))
+        case "forward_kl":
+            alpha = 1.0
+        case "alpha":
+            if not 0 < alpha <= 1:
+                raise ValueError(f"alpha must be in (0, 1] (1 is forward_kl), got {alpha}")
+        case _:
+            raise ValueError(f"divergence must be reverse_kl, forward_kl, js or alpha, got {divergence!r}")
+    chosen_powers, rejected_powers = _exp(-alpha * chosen_logratios), _exp(-alpha * rejected_logratios)
+    return beta * (rejected_powers - chosen_powers) / alpha
+
+
+def _exp(x: Tensor) -> Tensor:
+    """exp(x) up to MAX_LOG_RATIO, and its tangent from there on."""
+    held = x.clamp(max=MAX_LOG_RATIO)
+    return held.exp() * (1 + x - held)
+
+
+def score_offsets(gaps: Tensor, alpha: float, scale: str) -> Tensor:
+    """What ODPO asks the margin to exceed, (B,): alpha f(gap), to be subtracted from h. Not scaled by beta.
+
+        gap = score(chosen) - score(rejected)
+        identity  f(gap) = gap
+        log       f(gap) = log gap          the released one; below 0 for gap < 1, so such pairs ask for less
+        log1p     f(gap) = log(1 + gap)     never below 0
+
+    alpha = 0 is DPO. Scores have the reward's unit, offsets are nats. Raises ValueError on an unknown scale
+    and where f has no finite value for a preference: log needs gap > 0, log1p gap >= 0 (one device sync).
+    Source: Amini et al. 2024 (ODPO) and its released code (log).
+    """
+    match scale:
+        case "identity":
+            return alpha * gaps
+        case "log":
+            _require_gaps(gaps > 0, gaps, "log", "positive")
+            return alpha * gaps.log()
+        case "log1p":
+            _require_gaps(gaps >= 0, gaps, "log1p", "at least 0")
+            return alpha * gaps.log1p()
+        case _:
+            raise ValueError(f"scale must be identity, log or log1p, got {scale!r}")
+
+
+def _require_gaps(valid_mask: Tensor, gaps: Tensor, scale: str, needed: str) -> None:
+    if not bool(valid_mask.all()):
+        raise ValueError(
+            f"scale {scale!r} needs score gaps that are {needed}, got {gaps[valid_mask.logical_not()][0]:g}; "
+            "drop such pairs or choose another scale"
+        )
+
+
+# --- losses of the margin ---------------------------------------------------------------------------------
+
+
+def dpo_loss(margins: Tensor) -> Tensor:
+    """Negative log-likelihood (B,) that the chosen response wins, by Bradley-Terry on the implicit rewards.
+
+        -log sigmoid(h)
+
+    Source: Rafailov et al. 2023, eq. 7; with h - offset it is ODPO (Amini et al. 2024).
+    """
+    return -F.logsigmoid(margins)
+
+
+def cdpo_loss(margins: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy (B,) with a label that is wrong with probability e: the margin has a finite optimum.
+
+        (1 - e) l(h) + e l(-h),   l = dpo_loss;   smallest at h = log((1 - e) / e)
+
+    Raises ValueError unless 0 <= e < 0.5. Source: Mitchell 2023, "A note on DPO with noisy preferences".
+    """
+    _require_label_smoothing(label_smoothing)
+    return (1 - label_smoothing) * dpo_loss(margins) + label_smoothing * dpo_loss(-margins)
+
+
+def robust_dpo_loss(margins: Tensor, label_smoothing: float) -> Tensor:
+    """DPO loss (B,) that is unbiased when labels are flipped with probability e; single values may be < 0.
+
+        ((1 - e) l(h) - e l(-h)) / (1 - 2 e),   l = dpo_loss
+
+    Raises ValueError unless 0 <= e < 0.5. Source: Chowdhury et al. 2024 (rDPO).
+    """
+    _require_label_smoothing(label_smoothing)
+    kept = (1 - label_smoothing) * dpo_loss(margins)
+    return (kept - label_smoothing * dpo_loss(-margins)) / (1 - 2 * label_smoothing)
+
+
+def _require_label_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"label_smoothing is the rate of wrong labels and must be in [0, 0.5), got {label_smoothing}"
+        )
+
+
+def hinge_loss(margins: Tensor) -> Tensor:
+    """How far (B,) the margin falls short of 1; no gradient beyond.
+
+        max(0, 1 - h)
+
+    Source: Zhao et al. 2023 (SLiC-HF), with the reference's log-probabilities as in Liu et al. 2023 (RSO).
+    """
+    return F.relu(1 - margins)
+
+
+def ipo_loss(margins: Tensor, beta: float) -> Tensor:
+    """Squared distance (B,) of the log-ratio difference from 1 / (2 beta), so no margin grows for ever.
+
+        (h / beta - 1 / (2 beta))^2
+
+    `beta` is that of the margin (tau in the paper). Margins of mean log-ratios give the length-averaged form.
+    Source: Azar et al. 2023, eq. 17.
+    """
+    return (margins / beta - 1 / (2 * beta)) ** 2
+
+
+# --- losses of the two log-ratios -------------------------------------------------------------------------
+
+
+def apo_zero_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """Raises the chosen and lowers the rejected response against the reference, (B,) in [0, 2].
+
+        sigmoid(-r_w) + sigmoid(r_l),   r = beta logratio
+
+    For chosen responses better than the policy's own. The paper's loss + 1.
+    Source: D'Oosterlinck et al. 2024 (APO), eq. 7.
+    """
+    return torch.sigmoid(-beta * chosen_logratios) + torch.sigmoid(beta * rejected_logratios)
+
+
+def apo_down_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """Lowers the chosen response against the reference, and the rejected one more, (B,) in [0, 2].
+
+        sigmoid(r_w) + sigmoid(-(r_w - r_l)),   r = beta logratio
+
+    For chosen responses worse than the policy's own. The paper's loss + 1.
+    Source: D'Oosterlinck et al. 2024 (APO), eq. 8.
+    """
+    differences = chosen_logratios - rejected_logratios
+    return torch.sigmoid(beta * chosen_logratios) + torch.sigmoid(-beta * differences)
+
+
+def sppo_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
+    """Squared distance (B,) of both log-ratios from the ones of a step of self-play, win rates 1 and 0.
+
+        (logratio_w - 1 / (2 beta))^2 + (logratio_l + 1 / (2 beta))^2
+
+    The step size of the paper is 1 / beta. Source: Wu et al. 2024 (SPPO), with hard win probabilities.
+    """
+    target = 1 / (2 * beta)
+    return (chosen_logratios - target) ** 2 + (rejected_logratios + target) ** 2
+
+
+# --- losses without a reference ---------------------------------------------------------------------------
+
+
+def simpo_loss(
+    chosen_mean_logprobs: Tensor, rejected_mean_logprobs: Tensor, beta: float, target_margin: float
+) -> Tensor:
+    """Bradley-Terry loss (B,) of length-averaged log-probabilities that must differ by a margin.
+
+        -log sigmoid(beta (m_w - m_l) - target_margin),   m = mean log-probability of a token
+
+    Source: Meng et al. 2024 (SimPO), eq. 6 (target_margin is gamma, not gamma / beta).
+    """
+    return dpo_loss(beta * (chosen_mean_logprobs - rejected_mean_logprobs) - target_margin)
+
+
+def orpo_loss(chosen_mean_logprobs: Tensor, rejected_mean_logprobs: Tensor, odds_coef: float) -> Tensor:
+    """SFT loss of the chosen response plus a loss of the log odds ratio, (B,).
+
+        -m_w + odds_coef * -log sigmoid(log odds_w - log odds_l)
+        odds = p / (1 - p),   p = exp(m),   m = mean log-probability of a token, <= 0
+
+    The odds of p = 1 are infinite: m above -eps of its dtype is held there and has no gradient through them.
+    Source: Hong et al. 2024 (ORPO), eq. 6 and 7.
+    """
+    log_odds_ratios = _log_odds(chosen_mean_logprobs) - _log_odds(rejected_mean_logprobs)
+    return -chosen_mean_logprobs + odds_coef * dpo_loss(log_odds_ratios)
+
+
+def _log_odds(logprobs: Tensor) -> Tensor:
+    """log p - log(1 - p); expm1 keeps 1 - p exact where p is near 1."""
+    held = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)
+    return held - (-torch.expm1(held)).log()
+
+
+# --- single responses -------------------------------------------------------------------------------------
+
+
+def kto_loss(
+    logratios: Tensor,
+    desirable_mask: Tensor,
+    kl: Tensor,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> Tensor:
+    """Lost utility (B,) of single responses that someone called desirable or not, in [0, weight].
+
+        desirable     desirable_weight   (1 - sigmoid(beta (logratio - kl)))
+        undesirable   undesirable_weight (1 - sigmoid(beta (kl - logratio)))
+
+    `desirable_mask` (B,) bool; `kl` a scalar >= 0, the reference point z0 (an estimate of KL(pi || pi_ref)
+    over the batch), without a gradient. Source: Ethayarajh et al. 2024 (KTO), eq. 8.
+    """
+    rewards = beta * (logratios - kl.detach())
+    desirable = desirable_weight * torch.sigmoid(-rewards)
+    return torch.where(desirable_mask, desirable, undesirable_weight * torch.sigmoid(rewards))
+
+
+# --- weights of pairs and of tokens -----------------------------------------------------------------------
+
+
+def dr_dpo_loss(losses: Tensor, beta_prime: float) -> Tensor:
+    """Soft minimum of the losses of a batch, a scalar: pairs with a large loss, the suspects, count less.
+
+        -beta' log mean_i exp(-l_i / beta')
+
+    beta' > 0, in the losses' unit: large gives their mean, small their minimum; at 1, with DPO's losses, it
+    is -log mean sigmoid(h). Not a mean of parts: cut into micro-batches it differs (see dr_dpo_weights).
+    Source: Wu et al. 2024 (Dr. DPO, "Towards Robust Alignment of Language Models").
+    """
+    log_num = torch.tensor(float(losses.numel()), dtype=losses.dtype, device=losses.device).log()
+    return -beta_prime * (torch.logsumexp(-losses / beta_prime, dim=0) - log_num)
+
+
+def dr_dpo_weights(losses: Tensor, beta_prime: float, log_normaliser: Tensor | None = None) -> Tensor:
+    """The weight (B,) that each pair's gradient has in the gradient of `dr_dpo_loss`; carries no gradient.
+
+        w_i = exp(-l_i / beta') / sum_j exp(-l_j / beta')
+
+    `log_normaliser`, a scalar, is logsumexp(-l / beta') over a larger batch, such as all micro-batches of a
+    step; the weights then sum to 1 over that batch, and the sum of w_i l_i has the gradient of its loss.
+    Source: the derivative of the equation above.
+    """
+    scaled = -losses.detach() / beta_prime
+    return (scaled - (torch.logsumexp(scaled, dim=0) if log_normaliser is None else log_normaliser)).exp()
+
+
+def token_weighted_sum(logprobs: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """Weighted log-probability (B,) of each response: the sum of weights * logprobs where mask is True.
+
+    All (B, R). Give policy and reference the same weights: 1 on relevant tokens, gamma on the others.
+    What lies under the mask reaches neither the sum nor a gradient, not even inf or nan.
+    Source: Banerjee et al. 2024 (DPO against hallucinated prior exams in radiology reports), eq. 2 and 3.
+    """
+    zero = logprobs.new_zeros(())
+    return (torch.where(mask, logprobs, zero) * torch.where(mask, weights, zero)).sum(dim=1)
