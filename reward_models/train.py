@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples
@@ -17,7 +17,7 @@ from drpo.models.loading import load_policy
 from drpo.result import write_result
 from drpo.run_folder import RunFolder
 from drpo.tensors import PaddedBatch, pad_batch
-from drpo.trainers.offline import BatchConfig, OfflineRecipe, fit
+from drpo.trainers.offline import BatchConfig, OfflineRecipe, RowObjective, Rows, fit
 from drpo.trainers.sft import tokenizer_for
 from reward_models.losses import bradley_terry_loss
 from reward_models.model import Aggregation, RewardModel
@@ -57,7 +57,7 @@ class RewardModelRecipe(OfflineRecipe):
             raise ValueError("model.lora: a reward model is trained in full; set model.lora.r=0")
 
 
-class PairObjective(nn.Module):
+class PairObjective(RowObjective):
     """Bradley-Terry loss over pairs, chosen and rejected in one forward."""
 
     def __init__(self, model: RewardModel, pad_id: int, score_penalty: float, device: torch.device) -> None:
@@ -74,16 +74,15 @@ class PairObjective(nn.Module):
     def num_targets(self, batch: PaddedBatch) -> int:
         return len(batch.responses) // 2
 
-    def forward(self, batch: PaddedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: PaddedBatch) -> tuple[Tensor, Rows]:
         chosen, rejected = self.model.score(batch).chunk(2)
         losses = bradley_terry_loss(chosen, rejected)
         losses = losses + self._score_penalty * (chosen**2 + rejected**2) / 2
-        wins = (chosen > rejected).float()
         return losses, {
-            "accuracy": wins.sum(),
-            "margin": (chosen - rejected).sum(),
-            "chosen_score": chosen.sum(),
-            "rejected_score": rejected.sum(),
+            "accuracy": chosen > rejected,
+            "margin": chosen - rejected,
+            "chosen_score": chosen,
+            "rejected_score": rejected,
         }
 
 
@@ -98,7 +97,7 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
     model = RewardModel.from_causal_lm(policy, recipe.seed)
     model.config.aggregation = recipe.score.aggregation
     objective = PairObjective(model, tokenizer.pad_token_id, recipe.score.penalty, engine.device)
-    fit(recipe, engine, run, objective, splits.train, splits.eval, name="reward model")
+    fit(recipe, engine, run, objective, [splits.train], splits.eval, name="reward model")
     if references:
         with engine.whole_weights(objective):
             mean = reference_mean(engine, model, references, tokenizer.pad_token_id, recipe.batch)

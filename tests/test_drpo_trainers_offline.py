@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from online_runs import forget_precision
-from torch import nn
+from torch import Tensor, nn
 
 from drpo.checkpoints import list_checkpoints
 from drpo.config import ConfigError
@@ -17,14 +17,21 @@ from drpo.engine import Engine, EngineConfig
 from drpo.metrics import read_metrics
 from drpo.optim import OptimConfig
 from drpo.run_folder import CheckpointConfig, RunFolder
-from drpo.trainers.offline import BatchConfig, OfflineEvalConfig, OfflineRecipe, fit, held_out_means
+from drpo.trainers.offline import (
+    BatchConfig,
+    OfflineEvalConfig,
+    OfflineRecipe,
+    RowObjective,
+    fit,
+    held_out_metrics,
+)
 
 # Items are ragged lists of numbers; each number is a target.
 TRAIN = [[1.0], [2.0, 3.0, 4.0], [5.0, 6.0], [7.0], [8.0, 9.0, 10.0, 11.0], [12.0], [13.0, 14.0], [15.0]]
 HELD_OUT = [[1.0, 2.0, 3.0], [10.0], [20.0, 30.0], [4.0], [5.0, 6.0]]
 
 
-class Weight(nn.Module):
+class Weight(RowObjective):
     """loss of a target x = w x, so the gradient of the mean loss is the mean of x."""
 
     def __init__(self, weight: float = 2.0) -> None:
@@ -39,9 +46,9 @@ class Weight(nn.Module):
     def num_targets(self, batch: list[list[float]]) -> int:
         return sum(map(len, batch))
 
-    def forward(self, batch: list[list[float]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(self, batch: list[list[float]]) -> tuple[Tensor, dict[str, Tensor]]:
         losses = torch.stack([sum(self.model(torch.tensor([x])) for x in item).squeeze() for item in batch])
-        return losses, {"x": torch.tensor(float(sum(map(sum, batch))))}
+        return losses, {"x": torch.tensor([sum(item) for item in batch])}
 
 
 def recipe_for(run_dir: Path, *, every: int = 0, keep: int = 2, **changes) -> OfflineRecipe:
@@ -63,7 +70,7 @@ def fitted(recipe: OfflineRecipe, train=TRAIN, held_out=(), weight: float = 2.0,
     run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
     objective = Weight(weight)
     try:
-        fit(recipe, engine, run, objective, train, held_out, name="test", sample=sample)
+        fit(recipe, engine, run, objective, [train], held_out, name="test", sample=sample)
     finally:
         run.close()
         forget_precision()
@@ -77,7 +84,7 @@ def test_loss_and_gradient_are_means_over_the_targets_of_the_whole_step(tmp_path
     mean = 120 / 15  # 1 + 2 + ... + 15 over 15 targets; the mean of the means of the items is another
     assert row["train/num_targets"] == 15
     assert row["train/loss"] == pytest.approx(2.0 * mean)
-    assert row["train/x"] == pytest.approx(mean)
+    assert row["train/x"] == pytest.approx(120 / 8)  # numbers of rows are averaged over rows
     assert row["optim/grad_norm"] == pytest.approx(mean)
     # Adam's first step is the learning rate times g / (|g| + eps), and the first rate is the peak.
     assert weight == pytest.approx(2.0 - 0.5 * mean / (mean + 1e-5), abs=1e-6)
@@ -88,7 +95,7 @@ def test_every_target_of_a_pass_is_seen_once(tmp_path):
     recipe = recipe_for(tmp_path / "run", num_steps=4, batch=BatchConfig(size=2, microbatch_size=1))
     _, rows = fitted(recipe)
     assert sum(row["train/num_targets"] for row in rows) == 15
-    assert sum(row["train/x"] * row["train/num_targets"] for row in rows) == pytest.approx(120)
+    assert sum(row["train/x"] * 2 for row in rows) == pytest.approx(120)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +113,9 @@ def test_number_of_steps(tmp_path, num_steps, num_epochs, expected):
 def test_evaluation_is_the_mean_over_all_targets_of_ragged_batches(tmp_path, microbatch_size):
     forget_precision()
     engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path, 0, None)
-    means = held_out_means(engine, Weight(0.5), HELD_OUT, BatchConfig(microbatch_size=microbatch_size))
+    means = held_out_metrics(engine, Weight(0.5), HELD_OUT, BatchConfig(microbatch_size=microbatch_size))
     forget_precision()
-    assert means == {"eval/loss": pytest.approx(0.5 * 81 / 9), "eval/x": pytest.approx(81 / 9)}
+    assert means == {"eval/loss": pytest.approx(0.5 * 81 / 9), "eval/x": pytest.approx(81 / 5)}
 
 
 def test_evaluates_the_first_examples_every_so_many_steps_and_after_the_last(tmp_path):
@@ -130,7 +137,7 @@ def test_evaluates_the_first_examples_every_so_many_steps_and_after_the_last(tmp
     _, rows = fitted(recipe, held_out=HELD_OUT, sample=sample)
     evaluated = {row["step"]: row for row in rows if "eval/x" in row}
     assert list(evaluated) == [2, 4, 5]
-    assert all(row["eval/x"] == pytest.approx(16 / 4) for row in evaluated.values())
+    assert all(row["eval/x"] == pytest.approx(16 / 2) for row in evaluated.values())
     assert [row["eval/true_reward"] for row in evaluated.values()] == [1.0, 2.0, 3.0]
     written = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert [(row["step"], row["continuation"]) for row in written] == [

@@ -53,39 +53,39 @@ def test_the_loss_of_pairs_by_hand(aggregation, penalty):
     objective = pair_objective(aggregation, penalty)
     batch = objective.collate(PAIRS)
     assert objective.num_targets(batch) == 3
-    losses, sums = objective(batch)
+    losses, rows = objective(batch)
     chosen = [score_alone(objective.model, pair.query_ids, pair.chosen_ids) for pair in PAIRS]
     rejected = [score_alone(objective.model, pair.query_ids, pair.rejected_ids) for pair in PAIRS]
     expected = [log_loss(c, r) + penalty * (c**2 + r**2) / 2 for c, r in zip(chosen, rejected, strict=True)]
     assert losses.tolist() == pytest.approx(expected, rel=1e-4)
-    assert {name: value.item() for name, value in sums.items()} == {
-        "accuracy": sum(c > r for c, r in zip(chosen, rejected, strict=True)),
-        "margin": pytest.approx(sum(chosen) - sum(rejected), rel=1e-4),
-        "chosen_score": pytest.approx(sum(chosen), rel=1e-4),
-        "rejected_score": pytest.approx(sum(rejected), rel=1e-4),
-    }
-    assert 0 < sums["accuracy"] < 3  # these pairs have both
+    wins = [c > r for c, r in zip(chosen, rejected, strict=True)]
+    assert rows["accuracy"].tolist() == wins
+    assert 0 < sum(wins) < 3  # these pairs have both
+    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    assert rows["margin"].tolist() == pytest.approx(margins, rel=1e-4)
+    assert rows["chosen_score"].tolist() == pytest.approx(chosen, rel=1e-4)
+    assert rows["rejected_score"].tolist() == pytest.approx(rejected, rel=1e-4)
 
 
 def test_a_model_that_scores_everything_alike_loses_log_two_and_wins_no_pair():
     objective = pair_objective()
     with torch.no_grad():
         objective.model.head.weight.zero_()
-    losses, sums = objective(objective.collate(PAIRS))
+    losses, rows = objective(objective.collate(PAIRS))
     assert losses.tolist() == pytest.approx([math.log(2)] * 3)
-    assert sums["accuracy"] == 0
+    assert not rows["accuracy"].any()
 
 
 def test_the_gradient_raises_the_chosen_and_lowers_the_rejected_score():
     objective = pair_objective()
     model, batch = objective.model, objective.collate(PAIRS)
-    before = objective(batch)[1]["margin"]
+    before = objective(batch)[1]["margin"].sum()
     objective(batch)[0].sum().backward()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.sub_(1e-4 * parameter.grad)
-    assert objective(batch)[1]["margin"] > before
+    assert objective(batch)[1]["margin"].sum() > before
 
 
 @pytest.fixture(scope="module")

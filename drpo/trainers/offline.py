@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,21 +20,44 @@ from drpo.models.loading import ModelConfig
 from drpo.optim import OptimConfig, build_optimizer, scheduled_rate, set_learning_rates
 from drpo.run_folder import CheckpointConfig, LogConfig, Resume, RunFolder, finite_or_stop
 
+Rows = dict[str, Tensor]
+
 
 class Objective(Protocol):
     """A loss as an nn.Module around the model it trains, so that one forward is one call of the engine's module.
 
-    `forward` takes a collated batch and returns the loss summed over targets, one number a row (b,), and further
-    named sums over the targets; `num_targets` counts what the sums are divided by (tokens, pairs, ...).
+    `forward` takes a collated batch and returns the losses, one number a row (b,) summed over the row's targets,
+    and further named numbers of the rows, each (b,). `num_targets` counts what the losses' sum is divided by
+    (tokens, pairs, ...), and `summarise` makes metrics of the losses and numbers of all rows.
+
+    An objective whose losses depend on all rows of the step sets `looks_ahead`: the rows are then computed twice,
+    first without gradients and without context, and `context` makes of them what the second forward is given.
     """
 
     model: nn.Module
+    looks_ahead: bool
 
     def collate(self, items: Sequence[Any]) -> Any: ...
 
     def num_targets(self, batch: Any) -> int: ...
 
-    def __call__(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def context(self, losses: Tensor, rows: Rows) -> Tensor: ...
+
+    def summarise(self, losses: Tensor, rows: Rows) -> dict[str, float]: ...
+
+    def __call__(self, batch: Any, context: Tensor | None = None) -> tuple[Tensor, Rows]: ...
+
+
+class RowObjective(nn.Module):
+    """An Objective whose rows are independent of each other, with the mean of every number as its metric."""
+
+    looks_ahead = False
+
+    def context(self, losses: Tensor, rows: Rows) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} does not look ahead")
+
+    def summarise(self, losses: Tensor, rows: Rows) -> dict[str, float]:
+        return {name: float(values.mean()) for name, values in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -105,21 +128,23 @@ def fit(
     engine: Engine,
     run: RunFolder,
     objective: Objective,
-    train: Sequence[Any],
+    stages: Sequence[Sequence[Any]],
     held_out: Sequence[Any],
     *,
     name: str,
     sample: Callable[[], tuple[dict[str, float], list[dict[str, Any]]]] | None = None,
+    after_step: Callable[[int, bool], dict[str, float]] | None = None,
 ) -> None:
-    """Train `objective` in place for `num_steps` optimizer steps, resuming where the run folder says.
+    """Train `objective` in place on one stage of examples after the other, resuming where the run folder says.
 
         loss of a step = sum over targets of all micro-batches and processes / number of those targets
 
-    `sample` gives further metrics and sample rows at every evaluation.
-    Raises ConfigError when batch.size does not divide over the processes, FloatingPointError on inf or nan.
+    Every stage has its own `num_steps` (or passes) and its own learning-rate schedule. `sample` gives further
+    metrics and sample rows at every evaluation; `after_step(step, stage_ended)` may change the objective between
+    steps, and what it returns is recorded. Raises ConfigError when batch.size does not divide over the processes,
+    FloatingPointError on inf or nan.
     """
-    batch, optim, evaluation, seed = recipe.batch, recipe.optim, recipe.eval, recipe.seed
-    num_steps = recipe.num_steps or math.ceil(batch.num_epochs * len(train) / batch.size)
+    batch, optim, evaluation = recipe.batch, recipe.optim, recipe.eval
     if batch.size % engine.world_size:
         raise ConfigError(f"batch.size={batch.size} does not divide over {engine.world_size} processes")
     if evaluation.every and not held_out:
@@ -127,6 +152,13 @@ def fit(
             "there are no held-out examples to evaluate on; set data.eval_split or data.eval_fraction, or turn the "
             "evaluation off with eval.every=0"
         )
+    schedule = [
+        (examples, stage_step, num_stage_steps)
+        for examples in stages
+        for num_stage_steps in [recipe.num_steps or math.ceil(batch.num_epochs * len(examples) / batch.size)]
+        for stage_step in range(num_stage_steps)
+    ]
+    num_steps = len(schedule)
     optimizer = build_optimizer([objective.model.parameters()], optim)
     module = engine.prepare(objective, optimizer)
     state = run.open()
@@ -134,43 +166,24 @@ def fit(
     run.start_progress(name, start, num_steps)
     for step in range(start + 1, num_steps + 1):
         phases = Phases()
-        indices = range((step - 1) * batch.size, step * batch.size)
-        local = [item_at(train, index, seed) for index in indices[engine.shard(batch.size)]]
-        microbatches = [
-            objective.collate(local[i : i + batch.microbatch_size])
-            for i in range(0, len(local), batch.microbatch_size)
-        ]
-        rate = scheduled_rate(optim.learning_rate, optim, step - 1, num_steps)
+        examples, stage_step, num_stage_steps = schedule[step - 1]
+        indices = range(stage_step * batch.size, (stage_step + 1) * batch.size)
+        local = [item_at(examples, index, recipe.seed) for index in indices[engine.shard(batch.size)]]
+        rate = scheduled_rate(optim.learning_rate, optim, stage_step, num_stage_steps)
         set_learning_rates(engine.optimizer, [rate])
-        check_finite = functools.partial(finite_or_stop, engine, run.path, step)
         with phases("update"):
-            counts = [objective.num_targets(microbatch) for microbatch in microbatches]
-            num_targets = float(engine.sum(torch.tensor(float(sum(counts)), device=engine.device)))
-            sums: dict[str, Tensor] = {}
-            row_losses = []
-            for index, microbatch in enumerate(microbatches):
-                last = index == len(microbatches) - 1
-                with engine.accumulating(last):
-                    losses, further = module(microbatch)
-                    engine.backward(losses.sum() / num_targets * engine.loss_scale(), last)
-                row_losses.append(losses.detach())
-                _add(sums, {"loss": losses.sum(), **further})
-            check_finite(torch.cat(row_losses), "the loss")
-            grad_norm = engine.optimizer_step()
-            check_finite(torch.tensor([grad_norm], device=engine.device), "the gradient norm")
-        metrics = _means("train", engine, sums, num_targets)
-        metrics |= {
-            "optim/learning_rate": rate,
-            "optim/grad_norm": grad_norm,
-            "train/num_targets": num_targets,
-        }
+            check_finite = functools.partial(finite_or_stop, engine, run.path, step)
+            metrics = take_step(engine, module, objective, local, batch.microbatch_size, check_finite)
+        metrics["optim/learning_rate"] = rate
         rows: list[dict[str, Any]] = []
         if evaluation.every and (step % evaluation.every == 0 or step == num_steps):
             with phases("eval"), engine.whole_weights(objective):
-                metrics |= held_out_means(engine, objective, held_out[: evaluation.num_examples], batch)
+                metrics |= held_out_metrics(engine, objective, held_out[: evaluation.num_examples], batch)
                 if sample is not None:
                     further_metrics, rows = sample()
                     metrics |= further_metrics
+        if after_step is not None:
+            metrics |= after_step(step, stage_step + 1 == num_stage_steps)
         metrics |= phases.seconds()
         metrics["perf/examples_per_second"] = batch.size / metrics["time/update"]
         metrics["perf/peak_memory_gib"] = engine.peak_memory_gib()
@@ -180,32 +193,80 @@ def fit(
         run.save(step, num_steps, {})
 
 
+def take_step(
+    engine: Engine,
+    module: nn.Module,
+    objective: Objective,
+    items: Sequence[Any],
+    microbatch_size: int,
+    check_finite: Callable[[Tensor, str], None],
+) -> dict[str, float]:
+    """One optimizer step on this process's `items`; metrics over the items of all processes."""
+    microbatches = [
+        objective.collate(items[first : first + microbatch_size])
+        for first in range(0, len(items), microbatch_size)
+    ]
+    context = None
+    if objective.looks_ahead:
+        with torch.no_grad():
+            seen = [module(microbatch) for microbatch in microbatches]
+        context = objective.context(*_gather(engine, seen))
+    num_local = sum(objective.num_targets(microbatch) for microbatch in microbatches)
+    num_targets = float(engine.sum(torch.tensor(float(num_local), device=engine.device)))
+    results = []
+    for index, microbatch in enumerate(microbatches):
+        last = index == len(microbatches) - 1
+        with engine.accumulating(last):
+            losses, rows = module(microbatch) if context is None else module(microbatch, context)
+            engine.backward(losses.sum() / num_targets * engine.loss_scale(), last)
+        results.append((losses.detach(), rows))
+    check_finite(torch.cat([losses for losses, _ in results]), "the loss")
+    grad_norm = engine.optimizer_step()
+    check_finite(torch.tensor([grad_norm], device=engine.device), "the gradient norm")
+    metrics = _metrics("train", objective, *_gather(engine, results), num_targets)
+    return metrics | {"train/num_targets": num_targets, "optim/grad_norm": grad_norm}
+
+
 @torch.no_grad()
-def held_out_means(
+def held_out_metrics(
     engine: Engine, objective: Objective, items: Sequence[Any], batch: BatchConfig
 ) -> dict[str, float]:
-    """`eval/<name>` of the objective's sums over all `items`; processes share them."""
-    sums: dict[str, Tensor] = {}
-    num_targets = 0.0
+    """`eval/<name>` of the objective over all `items`; processes share them."""
     mine = items[engine.rank :: engine.world_size]
-    for first in range(0, len(mine), batch.microbatch_size):
-        microbatch = objective.collate(mine[first : first + batch.microbatch_size])
+    microbatches = [
+        objective.collate(mine[first : first + batch.microbatch_size])
+        for first in range(0, len(mine), batch.microbatch_size)
+    ]
+
+    def forward(*context: Tensor) -> tuple[Tensor, Rows]:
         with engine.autocast():
-            losses, further = objective(microbatch)
-        num_targets += objective.num_targets(microbatch)
-        _add(sums, {"loss": losses.sum(), **further})
-    total = float(engine.sum(torch.tensor(num_targets, device=engine.device)))
-    every_name = sorted(set(engine.gather_objects(list(sums))))
-    zero = torch.zeros((), device=engine.device)
-    return _means("eval", engine, {name: sums.get(name, zero) for name in every_name}, total)
+            return _gather(engine, [objective(microbatch, *context) for microbatch in microbatches])
+
+    num_local = sum(objective.num_targets(microbatch) for microbatch in microbatches)
+    num_targets = float(engine.sum(torch.tensor(float(num_local), device=engine.device)))
+    losses, rows = forward()
+    if objective.looks_ahead:
+        losses, rows = forward(objective.context(losses, rows))
+    return _metrics("eval", objective, losses, rows, num_targets)
 
 
-def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    for name, value in more.items():
-        sums[name] = sums.get(name, 0.0) + value.detach().double()
+def _gather(engine: Engine, results: Sequence[tuple[Tensor, Rows]]) -> tuple[Tensor, Rows]:
+    """Losses and numbers of the rows of all micro-batches and processes, in float64, on every process."""
+    mine = []
+    for losses, rows in results:
+        named = {"": losses, **rows}
+        numbers = torch.stack([values.detach().double() for values in named.values()]).tolist()
+        mine.append(dict(zip(named, numbers, strict=True)))
+    gathered = engine.gather_objects(mine)
+    columns = {
+        name: torch.tensor([number for part in gathered for number in part[name]], dtype=torch.float64)
+        for name in gathered[0]
+    }
+    return columns.pop(""), columns
 
 
-def _means(group: str, engine: Engine, sums: dict[str, Tensor], num_targets: float) -> dict[str, float]:
-    names = sorted(sums)
-    values: Iterable[float] = engine.sum(torch.stack([sums[name] for name in names])).tolist()
-    return {f"{group}/{name}": value / num_targets for name, value in zip(names, values, strict=True)}
+def _metrics(
+    group: str, objective: Objective, losses: Tensor, rows: Rows, num_targets: float
+) -> dict[str, float]:
+    metrics = {"loss": float(losses.sum()) / num_targets, **objective.summarise(losses, rows)}
+    return {f"{group}/{name}": value for name, value in metrics.items()}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from drpo.config import ConfigError
 from drpo.data.encode import Example
@@ -19,35 +19,10 @@ from drpo.models.scoring import response_logprobs
 from drpo.models.tokenizer import load_tokenizer, train_tokenizer
 from drpo.result import write_result
 from drpo.rewards import RewardFn
-from drpo.rollout.collect import RolloutConfig, vocabulary_of
-from drpo.rollout.evaluate import EvalConfig, evaluate
 from drpo.run_folder import RunFolder
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
-from drpo.trainers.offline import OfflineRecipe, fit
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Completions of held-out prompts that are written at every evaluation."""
-
-    num_prompts: int = 16
-    """How many held-out prompts; 0 for none."""
-    temperature: float = 1.0
-    """Sampling temperature; 0 is greedy."""
-    max_response_length: int = 53
-    """Longest completion in tokens."""
-    reward_functions: dict[str, str] = field(default_factory=dict)
-    """Scores to report of them, name: module:function."""
-
-    def __post_init__(self) -> None:
-        if self.num_prompts < 0:
-            raise ValueError(f"sample.num_prompts must be >= 0, got {self.num_prompts}")
-        if self.temperature < 0:
-            raise ValueError(f"sample.temperature must be >= 0, got {self.temperature}")
-        if self.max_response_length < 1:
-            raise ValueError(f"sample.max_response_length must be >= 1, got {self.max_response_length}")
-        if taken := {"loss", "length", "ended"} & set(self.reward_functions):
-            raise ValueError(f"sample.reward_functions: {sorted(taken)} are names of other metrics")
+from drpo.trainers.held_out_samples import SampleConfig, held_out_sampler
+from drpo.trainers.offline import OfflineRecipe, RowObjective, Rows, fit
 
 
 @dataclass(frozen=True)
@@ -61,7 +36,7 @@ class SFTRecipe(OfflineRecipe):
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-class SFTObjective(nn.Module):
+class SFTObjective(RowObjective):
     """Negative log-likelihood: sum over target tokens of -log pi(token | what stands before it)."""
 
     def __init__(self, model, pad_id: int, loss_on: str, device: torch.device) -> None:
@@ -80,7 +55,7 @@ class SFTObjective(nn.Module):
     def num_targets(self, batch: PaddedBatch) -> int:
         return int(batch.response_mask.sum())
 
-    def forward(self, batch: PaddedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: PaddedBatch) -> tuple[Tensor, Rows]:
         logprobs = response_logprobs(self.model, batch).logprobs
         return masked_sum(-logprobs, batch.response_mask, dim=1), {}
 
@@ -94,35 +69,16 @@ def train(recipe: SFTRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) ->
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     objective = SFTObjective(policy, tokenizer.pad_token_id, recipe.loss_on, engine.device)
 
-    sampling = recipe.sample
-    rollout = RolloutConfig(max_response_length=sampling.max_response_length)
-    vocabulary = vocabulary_of(rollout, tokenizer, policy.config.vocab_size)
-
-    def sample() -> tuple[dict[str, float], list[dict[str, Any]]]:
-        with engine.autocast():
-            return evaluate(
-                EvalConfig(num_prompts=sampling.num_prompts, temperature=sampling.temperature),
-                engine,
-                policy=policy,
-                reference_logprobs=None,
-                examples=splits.eval,
-                rewards=rewards,
-                tokenizer=tokenizer,
-                vocabulary=vocabulary,
-                rollout=rollout,
-                seed=recipe.seed,
-            )
-
-    fit(
-        recipe,
+    sample = held_out_sampler(
+        recipe.sample,
         engine,
-        run,
-        objective,
-        splits.train,
-        splits.eval,
-        name="SFT",
-        sample=sample if sampling.num_prompts and splits.eval else None,
+        policy=policy,
+        tokenizer=tokenizer,
+        examples=splits.eval,
+        rewards=rewards,
+        seed=recipe.seed,
     )
+    fit(recipe, engine, run, objective, [splits.train], splits.eval, name="SFT", sample=sample)
     return write_result(recipe, engine, run, objective, policy, tokenizer, splits.report, "policy")
 
 
