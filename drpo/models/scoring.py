@@ -52,7 +52,7 @@ def response_logprobs(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}")
     causal_lm = unwrap_peft(model)
-    num_rows, length = batch.responses.shape
+    length = batch.responses.shape[1]
     ids = batch.responses.masked_fill(batch.response_mask.logical_not(), 0)
     if not head_is_plain(causal_lm):
         inputs = model_inputs(causal_lm, batch.query_responses, batch.attention_mask)
@@ -63,12 +63,27 @@ def response_logprobs(
     inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     first = batch.queries.shape[1] - 1
-    hidden = hidden[:, first : first + length].reshape(num_rows * length, -1)
+    return chunked_scores(
+        head, hidden[:, first : first + length], ids, temperature, suppressed_ids, entropy, chunk_size
+    )
+
+
+def chunked_scores(
+    head: nn.Module,
+    hidden: Tensor,
+    ids: Tensor,
+    temperature: float = 1.0,
+    suppressed_ids: Sequence[int] = (),
+    entropy: bool = False,
+    chunk_size: int = 1024,
+) -> ResponseScores:
+    """Scores of `ids` (B, R) under the logits that `head` gives for `hidden` (B, R, H), a chunk at a time."""
 
     def score_chunk(hidden: Tensor, ids: Tensor) -> ResponseScores:
         return _score(head(hidden), ids, temperature, tuple(suppressed_ids), entropy)
 
-    hidden_chunks, id_chunks = hidden.split(chunk_size), ids.reshape(-1).split(chunk_size)
+    hidden_chunks = hidden.flatten(0, 1).split(chunk_size)
+    id_chunks = ids.reshape(-1).split(chunk_size)
     if torch.is_grad_enabled() and len(id_chunks) > 1:
         chunks = [
             checkpoint(score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -76,10 +91,10 @@ def response_logprobs(
         ]
     else:
         chunks = [score_chunk(*chunk) for chunk in zip(hidden_chunks, id_chunks, strict=True)]
-    logprobs = torch.cat([chunk.logprobs for chunk in chunks]).view(num_rows, length)
+    logprobs = torch.cat([chunk.logprobs for chunk in chunks]).view_as(ids)
     if not entropy:
         return ResponseScores(logprobs, None)
-    return ResponseScores(logprobs, torch.cat([chunk.entropy for chunk in chunks]).view(num_rows, length))
+    return ResponseScores(logprobs, torch.cat([chunk.entropy for chunk in chunks]).view_as(ids))
 
 
 def _score(
