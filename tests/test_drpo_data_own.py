@@ -67,6 +67,15 @@ def test_mapped_columns_and_the_rest_in_extra():
     json.dumps(record.extra)
 
 
+def test_scores_of_a_pair_have_columns_that_can_be_mapped():
+    row = {"prompt": "p", "chosen": " a", "rejected": " b", "score_chosen": 3, "rejected_score": "1.5"}
+    record = convert(row, {"chosen_score": "score_chosen"})
+    assert record.extra == {"chosen_score": 3, "rejected_score": 1.5}  # as text: from a CSV file
+    assert convert({"prompt": "p", "chosen": " a", "rejected": " b", "chosen_score": None}).extra == {}
+    with pytest.raises(RowError, match="chosen_score"):
+        convert({"prompt": "p", "chosen": " a", "rejected": " b", "chosen_score": "high"})
+
+
 # --- conversations --------------------------------------------------------------------------------------
 
 

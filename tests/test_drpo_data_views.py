@@ -76,6 +76,27 @@ def test_equal_texts_with_unequal_scores_are_bad_pairs():
     assert bad.counts == {"chosen = rejected": 1}
 
 
+def test_the_scores_of_a_pair_are_two_numbers_or_none():
+    def pair(origin, **extra):
+        return Record("p", chosen=" yes", rejected=" no", origin=origin, extra=extra)
+
+    nan = float("nan")
+    records = [
+        pair("f:1", chosen_score=3, rejected_score=1.5, id=1),
+        pair("f:2", chosen_score=3),
+        pair("f:3", chosen_score="3", rejected_score=1),
+        pair("f:4", chosen_score=True, rejected_score=1),
+        pair("f:5", chosen_score=3, rejected_score=nan),
+        pair("f:6", chosen_score=None, rejected_score=None),
+    ]
+    found, _, bad = view(records, "pairs")
+    assert [record.origin for record in found] == ["f:1", "f:6"]
+    assert found[0].extra == {"chosen_score": 3.0, "rejected_score": 1.5, "id": 1}
+    assert isinstance(found[0].extra["chosen_score"], float)
+    assert bad.counts == {"missing field": 1, "wrong type": 2, "score not finite": 1}
+    assert "f:2: one of chosen_score and rejected_score is there" in bad.summary()
+
+
 def test_prompts_are_distinct_and_keep_every_reset_source():
     again = Record("r", completion=" other", origin="f:7")
     found, notes, bad = view([RANKED, again, PAIR, BARE], "prompts")

@@ -14,26 +14,15 @@ a summary from the bare prompt learns to say little, unless its rollouts start i
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import exp
+from dataclasses import dataclass, replace
+from math import exp, log
 from typing import Literal, Protocol
 
+from drpo.data.demo_writers import ITEMS, Split, as_text, demonstrate, draw_post, draw_several, draw_two
 from drpo.data.records import Record
 
-View = Literal["demonstrations", "pairs", "prompts"]
-Split = Literal["train", "eval"]
-
-FORUMS = ("camping", "moving", "cooking", "school", "garden", "travel", "repair", "party")
-ITEMS = tuple(
-    (
-        "rope lamp soap tent mug fork pan bag hat coat sock boot belt scarf map pen book desk chair rug "
-        "bed sofa clock vase bowl plate knife spoon cup jar box bin broom mop saw nail drill tape glue paint "
-        "brush seed rake hose pot kite ball bat net bike tire chain pump key lock phone cable radio watch "
-        "ring comb towel candle match flag drum flute card dice doll"
-    ).split()
-)
+DemoView = Literal["demonstrations", "pairs", "prompts", "ranked"]
 
 COMPLETE_REWARD = 4.0
 """Worth of a complete summary."""
@@ -59,6 +48,8 @@ class DemoConfig:
     annotator_temperature: float = 0.5
     """Temperature of the Bradley-Terry annotator, P(a over b) = sigmoid((reward(a) - reward(b)) / T).
     At 0 the better one always wins."""
+    num_ranked: int = 4
+    """Responses to each post in ranked data."""
     num_train: int = 38400
     """Posts to train on."""
     num_eval: int = 256
@@ -80,6 +71,7 @@ class DemoConfig:
         )
         check(0 <= self.error_rate < 1, "error_rate", "at least 0 and below 1")
         check(self.annotator_temperature >= 0, "annotator_temperature", "at least 0")
+        check(2 <= self.num_ranked <= 32, "num_ranked", "between 2 and 32")
         check(self.num_train > 0, "num_train", "positive")
         check(self.num_eval > 0, "num_eval", "positive")
         check(self.seed >= 0, "seed", "at least 0")
@@ -157,112 +149,9 @@ def error_kind(prompt: str, response: str, ended: bool) -> str:
     return "wrong_order" if _count_wrong(needed, words) else "incomplete"
 
 
-@dataclass(frozen=True, slots=True)
-class _Post:
-    prompt: str
-    needed: tuple[str, ...]
-    spare: tuple[str, ...]  # in the post, but not needed
-
-    def other(self, rng: random.Random) -> str:
-        """An item that does not belong into the summary: one that the post has, or one from elsewhere."""
-        if self.spare and rng.random() < 0.5:
-            return rng.choice(self.spare)
-        return rng.choice([item for item in ITEMS if item not in self.needed])
-
-    def any_other(self, rng: random.Random) -> str:
-        """A slip: an item that does not belong there, or a needed one, likely in the wrong place."""
-        return self.other(rng) if rng.random() < 0.6 else rng.choice(self.needed)
-
-
-def _draw_post(config: DemoConfig, rng: random.Random, split: Split) -> _Post:
-    while True:
-        items = rng.sample(ITEMS, config.num_items)
-        needed, spare = tuple(items[: config.num_needed]), tuple(items[config.num_needed :])
-        body = f"we have {' '.join(spare) or 'nothing'} but need {' '.join(needed)}"
-        prompt = f"SUBREDDIT: r/{rng.choice(FORUMS)}\nPOST: {body}\nTL;DR:"
-        if (zlib.crc32(prompt.encode()) % 8 == 0) == (split == "eval"):  # by its text a post is of one split
-            return _Post(prompt, needed, spare)
-
-
-def _replace(post: _Post, words: list[str], rng: random.Random) -> list[str]:
-    i = rng.randrange(len(words))
-    return [*words[:i], post.other(rng), *words[i + 1 :]]
-
-
-def _insert(post: _Post, words: list[str], rng: random.Random) -> list[str]:
-    i = rng.randrange(len(words) + 1)
-    return [*words[:i], post.other(rng), *words[i:]]
-
-
-def _repeat(post: _Post, words: list[str], rng: random.Random) -> list[str]:
-    i = rng.randrange(len(words))
-    j = rng.randrange(i + 1, len(words) + 1)
-    return [*words[:j], words[i], *words[j:]]
-
-
-def _swap(post: _Post, words: list[str], rng: random.Random) -> list[str]:
-    i = rng.randrange(len(words))
-    j = rng.randrange(len(words))
-    swapped = list(words)
-    swapped[i], swapped[j] = words[j], words[i]
-    return swapped
-
-
-def _drop(post: _Post, words: list[str], rng: random.Random) -> list[str]:
-    i = rng.randrange(len(words))
-    return words[:i] + words[i + 1 :]
-
-
-def _cut(post: _Post, words: list[str], rng: random.Random) -> list[str]:
-    return words[: rng.randrange(1, len(words) + 1)]
-
-
-_EDITS = (_replace, _insert, _repeat, _swap, _drop, _cut)
-
-
-def _demonstrate(config: DemoConfig, post: _Post, rng: random.Random) -> list[str]:
-    """A summary by a writer who may stop after each item and slips now and then."""
-    words: list[str] = []
-    for item in post.needed:
-        if rng.random() < config.error_rate:
-            item = post.any_other(rng)
-        words.append(item)
-        if rng.random() < config.stop_rate:
-            break
-    return words
-
-
-def _careless(post: _Post, words: list[str], rng: random.Random) -> list[str]:
-    """The words by a writer who gets some, and up to all of them, wrong."""
-    error_rate = rng.random()
-    return [post.any_other(rng) if rng.random() < error_rate else word for word in words]
-
-
-def _draft(config: DemoConfig, post: _Post, rng: random.Random) -> list[str]:
-    """One side of a pair: a demonstration, or the reference cut anywhere and sometimes edited."""
-    if rng.random() < 0.25:
-        return _demonstrate(config, post, rng)
-    words = list(post.needed) if rng.random() < 0.5 else _cut(post, list(post.needed), rng)
-    return words if rng.random() < 0.5 else rng.choice(_EDITS)(post, words, rng) or words
-
-
-def _draw_pair(config: DemoConfig, post: _Post, rng: random.Random) -> tuple[str, str]:
-    """Chosen and rejected: 7 of 10 pairs differ by carelessness, 1 by one edit, the other 2 altogether.
-
-    The first kind has many errors in text of equal length. Without it a reward model learns length alone.
-    """
-    first = second = _draft(config, post, rng)
-    while second == first:
-        kind = rng.random()
-        if kind < 0.7:
-            first = list(post.needed) if rng.random() < 0.5 else _cut(post, list(post.needed), rng)
-            second = _careless(post, first, rng)
-        elif kind < 0.8:
-            second = rng.choice(_EDITS)(post, first, rng) or first
-        else:
-            second = _draft(config, post, rng)
-    a, b = _text(first), _text(second)
-    margin = true_reward(post.prompt, a, True) - true_reward(post.prompt, b, True)
+def _label(config: DemoConfig, prompt: str, a: str, b: str, rng: random.Random) -> tuple[str, str]:
+    """Chosen and rejected: P(a is chosen) = sigmoid((reward(a) - reward(b)) / T)."""
+    margin = true_reward(prompt, a, True) - true_reward(prompt, b, True)
     if config.annotator_temperature == 0:
         a_wins = margin > 0 or (margin == 0 and rng.random() < 0.5)
     else:
@@ -271,28 +160,48 @@ def _draw_pair(config: DemoConfig, post: _Post, rng: random.Random) -> tuple[str
     return (a, b) if a_wins else (b, a)
 
 
-def _text(words: Sequence[str]) -> str:
-    return "".join(f" {word}" for word in words)
+def _rate(config: DemoConfig, prompt: str, response: str, rng: random.Random) -> float:
+    """The reward as the same annotator sees it: plus Gumbel noise of scale T.
+
+    Two such ratings are ordered as `_label` orders pairs, for the difference of two Gumbel variables is
+    logistic. At T = 0 it is the true reward.
+    """
+    noise = -log(max(rng.expovariate(1.0), 1e-300))
+    return true_reward(prompt, response, True) + config.annotator_temperature * noise
 
 
-def make_demo(config: DemoConfig, view: View, split: Split) -> list[Record]:
+def make_demo(config: DemoConfig, view: DemoView, split: Split) -> list[Record]:
     """The records of one view; post i is the same in every view, and no post of one split is in the other.
 
-    demonstrations: `completion` by a writer of uneven quality. pairs: `chosen`, `rejected` by the annotator.
-    prompts: `completion` is the complete reference, `chosen` and `rejected` a labelled pair.
+    demonstrations: `completion` by a writer of uneven quality. pairs: `chosen`, `rejected` by the annotator,
+    with their true rewards in `extra` as chosen_score and rejected_score; a wrong label has a gap below 0.
+    prompts: `completion` is the complete reference, `chosen` and `rejected` a labelled pair. ranked:
+    `responses` with `scores` by the annotator.
     """
-    posts = random.Random(f"{config.seed}/{split}/posts")
-    writers = random.Random(f"{config.seed}/{split}/writers")
-    annotator = random.Random(f"{config.seed}/{split}/annotator")
+    posts, writers, annotator, rater = (
+        random.Random(f"{config.seed}/{split}/{stream}")
+        for stream in ("posts", "writers", "annotator", "ranked")
+    )
     records = []
     for i in range(config.num_train if split == "train" else config.num_eval):
-        post = _draw_post(config, posts, split)
-        completion = chosen = rejected = None
-        if view == "demonstrations":
-            completion = _text(_demonstrate(config, post, writers))
-        else:
-            chosen, rejected = _draw_pair(config, post, annotator)
-            if view == "prompts":
-                completion = _text(post.needed)
-        records.append(Record(post.prompt, completion, chosen, rejected, origin=f"demo/{split}:{i}"))
+        post = draw_post(config, posts, split)
+        record = Record(post.prompt, origin=f"demo/{split}:{i}")
+        match view:
+            case "demonstrations":
+                record = replace(record, completion=as_text(demonstrate(config, post, writers)))
+            case "pairs" | "prompts":
+                a, b = draw_two(config, post, annotator)
+                chosen, rejected = _label(config, post.prompt, a, b, annotator)
+                record = replace(record, chosen=chosen, rejected=rejected)
+                if view == "prompts":
+                    record = replace(record, completion=as_text(post.needed))
+                else:
+                    rewards = [true_reward(post.prompt, text, True) for text in (chosen, rejected)]
+                    scores = dict(zip(("chosen_score", "rejected_score"), rewards, strict=True))
+                    record = replace(record, extra=scores)
+            case "ranked":
+                responses = draw_several(config, post, rater, config.num_ranked)
+                scores = tuple(_rate(config, post.prompt, text, rater) for text in responses)
+                record = replace(record, responses=responses, scores=scores)
+        records.append(record)
     return records

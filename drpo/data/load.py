@@ -9,19 +9,15 @@ from typing import TYPE_CHECKING, Literal
 
 from drpo.data.chat import ChatTemplate
 from drpo.data.demo import DemoConfig, make_demo
-from drpo.data.encode import (
-    Example,
-    encode_queries,
-    encode_records,
-    query_counter,
-    truncate_left,
-)
+from drpo.data.encode import Example, encode_queries, encode_records
 from drpo.data.files import keep_all, read_table
 from drpo.data.hh import hh_records
 from drpo.data.holdout import hold_out
+from drpo.data.noise import NoiseConfig, add_noise
 from drpo.data.own import FIELDS, own_records
 from drpo.data.records import BadRows, DataError, Record, RowError
-from drpo.data.tldr import keep_column, tldr_records, truncate_query
+from drpo.data.tldr import keep_column, tldr_records
+from drpo.data.truncation import Truncation, shorten_prompts
 from drpo.data.views import View, distinct_prompts, view_records
 
 if TYPE_CHECKING:
@@ -62,13 +58,14 @@ class DataConfig:
     max_response_length: int | None = None
     """The most tokens of a response, stop token included; null = no limit. A longer demonstration or pair
     is a bad row; a longer response to reset to is cut, since only a prefix of it is used."""
-    truncation: Literal["refuse", "left", "paragraph"] | None = None
+    truncation: Truncation | None = None
     """What happens to a longer prompt. refuse: it is a bad row; left: its last tokens are kept; paragraph:
     the post loses its last paragraphs (tldr only). null = paragraph for tldr, left for hh without chat
     template, else refuse."""
     max_bad_fraction: float = 0.01
     "Stop when more than this share of the rows is bad."
     demo: DemoConfig = field(default_factory=DemoConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, rule: str) -> None:
@@ -119,7 +116,7 @@ class DataConfig:
             )
 
     @property
-    def prompt_truncation(self) -> Literal["refuse", "left", "paragraph"]:
+    def prompt_truncation(self) -> Truncation:
         """`truncation`, or the task's own."""
         if self.truncation is not None:
             return self.truncation
@@ -146,10 +143,16 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: 
     """Read, split and encode the data of a recipe.
 
     Demonstrations have `completion_ids`, pairs `chosen_ids` and `rejected_ids`, prompts (each distinct one
-    once) whatever responses the data has. No prompt is in both splits. Raises DataError for data that is
-    not there, and when more than `max_bad_fraction` of the rows, or of the examples made from them, are
-    bad.
+    once) whatever responses the data has. No prompt is in both splits. Noise is put on the train split's
+    pairs, after everything that cannot be used has been left out. Raises DataError for data that is not
+    there, for noise in another view, and when more than `max_bad_fraction` of the rows, or of the examples
+    made from them, are bad.
     """
+    if config.noise.on and view != "pairs":
+        raise DataError(
+            f"data.noise applies to preference pairs, and this stage takes {view}: "
+            "set data.noise.flip_rate and data.noise.off_topic_rate to 0"
+        )
     chat = ChatTemplate(tokenizer) if config.chat_template else None
     bad, report = BadRows("examples"), []
     train = _read_view(config, config.train_split, view, chat, bad, report)
@@ -170,6 +173,9 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: 
         report.append(f"{len(bad)} of {num_examples} {view} left out:\n{bad.summary()}")
     if not train_examples:
         raise DataError("\n".join(["no examples are left to train on", *report]))
+    if config.noise.on:
+        train_examples, notes = _with_noise(train_examples, config, tokenizer)
+        report += notes
     for name, part in (("train", train_examples), ("eval", eval_examples)):
         num_prompts = len({example.record.prompt for example in part})
         report.append(f"{name}: {len(part)} {view}, {num_prompts} distinct prompts")
@@ -248,7 +254,7 @@ def _encode(
 ) -> list[Example]:
     prompts = list(dict.fromkeys(record.prompt for record in records))
     queries = dict(zip(prompts, encode_queries(tokenizer, prompts), strict=True))
-    shortened = _shorten(queries, config, tokenizer)
+    shortened = shorten_prompts(queries, config.max_prompt_length, config.prompt_truncation, tokenizer)
     new_prompts = [prompt for prompt in shortened.values() if isinstance(prompt, str)]
     queries |= dict(zip(new_prompts, encode_queries(tokenizer, new_prompts), strict=True))
     fitting = []
@@ -271,26 +277,10 @@ def _encode(
     return examples
 
 
-def _shorten(
-    queries: dict[str, list[int]], config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, str | RowError]:
-    """For each prompt that is too long what stands for it: its truncation, or the RowError."""
-    limit = config.max_prompt_length
-    if limit is None:
-        return {}
-    num_tokens = query_counter(tokenizer)
-    shortened: dict[str, str | RowError] = {}
-    for prompt, ids in queries.items():
-        if len(ids) <= limit:
-            continue
-        try:
-            match config.prompt_truncation:
-                case "refuse":
-                    raise RowError("prompt too long", f"{len(ids)} tokens, data.max_prompt_length={limit}")
-                case "left":
-                    shortened[prompt] = truncate_left(prompt, num_tokens, limit)
-                case "paragraph":
-                    shortened[prompt] = truncate_query(prompt, num_tokens, limit)
-        except RowError as error:
-            shortened[prompt] = error
-    return shortened
+def _with_noise(
+    examples: list[Example], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[str]]:
+    records, notes = add_noise([example.record for example in examples], config.noise)
+    queries = {example.record.prompt: example.query_ids for example in examples}
+    # Every response has passed the length limit beside the prompt that it came from.
+    return list(encode_records(tokenizer, records, queries, "pairs", max_response_length=None)), notes

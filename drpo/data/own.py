@@ -20,9 +20,12 @@ from drpo.data.records import (
     require_text,
 )
 
-FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "responses", "scores")
+TEXT_FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "responses", "scores")
+EXTRA_FIELDS = ("chosen_score", "rejected_score")
+"What is said of a pair; it is kept in `extra`, and checked by the view that reads it."
+FIELDS = (*TEXT_FIELDS, *EXTRA_FIELDS)
 RESPONSE_FIELDS = ("completion", "chosen", "rejected")
-LIST_FIELDS = ("messages", "responses", "scores")
+JSON_FIELDS = ("messages", "responses", "scores", *EXTRA_FIELDS)
 PROMPT_SOURCES = ("prompt", "messages", "chosen")
 
 
@@ -59,6 +62,7 @@ def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) 
     """
     extra = dict(row.values)
     fields = {field: _parse(field, extra.pop(columns.get(field, field), None)) for field in FIELDS}
+    extra |= {name: fields[name] for name in EXTRA_FIELDS if fields[name] is not None}
     if fields["completion"] is not None and fields["messages"] is not None:
         extra["messages"] = fields["messages"]
     elif fields["messages"] is not None:
@@ -96,8 +100,8 @@ def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) 
 
 
 def _parse(field: str, value: Any) -> Any:
-    """A list column may hold JSON text, as it must in a CSV file."""
-    if field not in LIST_FIELDS or not isinstance(value, str):
+    """A column of lists or numbers may hold JSON text, as it must in a CSV file."""
+    if field not in JSON_FIELDS or not isinstance(value, str):
         return value
     try:
         return json.loads(value)

@@ -8,9 +8,10 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
-from drpo.data.records import BadRows, DataError, Record, RowError, require_different
+from drpo.data.records import BadRows, DataError, Record, RowError, require_different, require_scores
 
 View = Literal["demonstrations", "pairs", "prompts"]
+PAIR_SCORES = ("chosen_score", "rejected_score")
 NEEDS = {
     "demonstrations": "completion (or messages), chosen + rejected, or responses + scores",
     "pairs": "chosen + rejected, or responses + scores",
@@ -57,12 +58,16 @@ def pairs(records: Sequence[Record], bad: BadRows) -> tuple[list[Record], list[s
     """The pair of each record; of ranked data every two responses of unequal score, once, the higher one
     chosen.
 
-    The scores of such a pair are in its `extra`, as chosen_score and rejected_score.
+    The scores of such a pair are in its `extra`, as chosen_score and rejected_score. Where the data has
+    them, they must be two numbers.
     """
     found, num_ties, num_ranked = [], 0, 0
     for record in records:
         if record.chosen is not None and record.rejected is not None:
-            found.append(record)
+            try:
+                found.append(_with_pair_scores(record))
+            except RowError as error:
+                bad.add(error.kind, record.origin, error.detail)
         elif record.scores:
             num_ranked += 1
             unequal = list(_unequal_pairs(record))
@@ -79,6 +84,17 @@ def pairs(records: Sequence[Record], bad: BadRows) -> tuple[list[Record], list[s
         [f"{num_ties} of {num_ranked} ranked rows have no two unequal scores: no pair"] if num_ties else []
     )
     return _require_some(found, records, "pairs"), notes
+
+
+def _with_pair_scores(record: Record) -> Record:
+    """The record with its chosen_score and rejected_score as floats, if it has them."""
+    given = [name for name in PAIR_SCORES if record.extra.get(name) is not None]
+    if not given:
+        return record
+    if len(given) == 1:
+        raise RowError("missing field", f"one of {' and '.join(PAIR_SCORES)} is there, the other is not")
+    scores = {name: require_scores([record.extra[name]], name, 1)[0] for name in PAIR_SCORES}
+    return replace(record, extra={**record.extra, **scores})
 
 
 def _unequal_pairs(record: Record):

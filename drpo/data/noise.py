@@ -1,0 +1,95 @@
+"""Noise on preference pairs: wrong labels, and pairs of which neither response answers the prompt."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from drpo.data.records import DataError, Record
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Noise that is put on the pairs to train on (section `data.noise`); held-out pairs stay as they are."""
+
+    flip_rate: float = 0.0
+    """Pairwise noise: chance that the two responses of a pair change places."""
+    off_topic_rate: float = 0.0
+    """Pointwise noise: chance that both responses of a pair are replaced by those of a pair on another
+    prompt."""
+    seed: int = 0
+    """Seed of the noise. Under one seed, the pairs hit at a rate are among those hit at a higher rate."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip_rate", "off_topic_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.noise.{name} must be between 0 and 1, got {getattr(self, name)!r}")
+        if self.seed < 0:
+            raise ValueError(f"data.noise.seed must be at least 0, got {self.seed}")
+
+    @property
+    def on(self) -> bool:
+        """Whether any pair can be hit."""
+        return self.flip_rate > 0 or self.off_topic_rate > 0
+
+
+def add_noise(pairs: Sequence[Record], config: NoiseConfig) -> tuple[list[Record], list[str]]:
+    """The pairs with noise, each marked in `extra` as `flipped` and `off_topic`, and lines for the report.
+
+    Each pair is hit with the configured chances, independently of all others (i.i.d., as in the Dr. DPO
+    release: a rate, not an exact share). Whether a pair is hit depends on the seed, its prompt and its
+    place among the pairs of that prompt alone. What the record says of a response, in entries named
+    chosen_... and rejected_... (chosen_score), goes where the response goes: a flipped pair has a score gap
+    below 0.
+
+    Without noise the pairs are returned as they are. Raises DataError for a record that is no pair, and when
+    there is no other prompt to take an off-topic pair from.
+    """
+    for pair in pairs:
+        if pair.chosen is None or pair.rejected is None:
+            raise DataError(f"data.noise applies to pairs; {pair.origin} is none")
+    if not config.on:
+        return list(pairs), []
+    if config.off_topic_rate > 0 and len({pair.prompt for pair in pairs}) < 2:
+        raise DataError("data.noise.off_topic_rate needs pairs on at least 2 distinct prompts")
+    places: Counter[str] = Counter()
+    noisy = []
+    for pair in pairs:
+        rng = random.Random(f"{config.seed}/{places[pair.prompt]}/{pair.prompt}")
+        places[pair.prompt] += 1
+        flipped, off_topic = rng.random() < config.flip_rate, rng.random() < config.off_topic_rate
+        source = _other_prompt(pairs, pair.prompt, rng) if off_topic else pair
+        noisy.append(_corrupted(pair, source, flipped, off_topic))
+    notes = []
+    for name, rate in (("flipped", config.flip_rate), ("off_topic", config.off_topic_rate)):
+        count = sum(pair.extra[name] for pair in noisy)
+        share = count / max(len(noisy), 1)
+        notes += [f"noise: {count} of {len(noisy)} pairs {name} ({share:.1%})"] * (rate > 0)
+    return noisy, notes
+
+
+def _other_prompt(pairs: Sequence[Record], prompt: str, rng: random.Random) -> Record:
+    while True:
+        pair = rng.choice(pairs)
+        if pair.prompt != prompt:
+            return pair
+
+
+def _corrupted(pair: Record, source: Record, flipped: bool, off_topic: bool) -> Record:
+    """The prompt of `pair` with the responses of `source`, in their order or flipped."""
+    chosen, rejected = (source.rejected, source.chosen) if flipped else (source.chosen, source.rejected)
+    extra = {name: value for name, value in pair.extra.items() if not _of_response(name)}
+    extra |= {_flip(n) if flipped else n: v for n, v in source.extra.items() if _of_response(n)}
+    extra |= {"flipped": flipped, "off_topic": off_topic}
+    return replace(pair, chosen=chosen, rejected=rejected, extra=extra)
+
+
+def _of_response(name: str) -> bool:
+    return name.startswith(("chosen_", "rejected_"))
+
+
+def _flip(name: str) -> str:
+    side, _, rest = name.partition("_")
+    return f"{'rejected' if side == 'chosen' else 'chosen'}_{rest}"
