@@ -13,6 +13,8 @@ or wider; beta > 0. Inputs of +-1e4 nats give finite losses and gradients, unles
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,11 +56,11 @@ def implicit_margins(
                 raise ValueError(f"alpha must be in (0, 1] (1 is forward_kl), got {alpha}")
         case _:
             raise ValueError(f"divergence must be reverse_kl, forward_kl, js or alpha, got {divergence!r}")
-    chosen_powers, rejected_powers = _exp(-alpha * chosen_logratios), _exp(-alpha * rejected_logratios)
-    return beta * (rejected_powers - chosen_powers) / alpha
+    powers = _bounded_exp(-alpha * rejected_logratios) - _bounded_exp(-alpha * chosen_logratios)
+    return beta * powers / alpha
 
 
-def _exp(x: Tensor) -> Tensor:
+def _bounded_exp(x: Tensor) -> Tensor:
     """exp(x) up to MAX_LOG_RATIO, and its tangent from there on."""
     held = x.clamp(max=MAX_LOG_RATIO)
     return held.exp() * (1 + x - held)
@@ -115,7 +117,8 @@ def cdpo_loss(margins: Tensor, label_smoothing: float) -> Tensor:
 
         (1 - e) l(h) + e l(-h),   l = dpo_loss;   smallest at h = log((1 - e) / e)
 
-    Raises ValueError unless 0 <= e < 0.5. Source: Mitchell 2023, "A note on DPO with noisy preferences".
+    Raises ValueError unless 0 <= e < 0.5.
+    Source: Mitchell 2023, "A note on DPO with noisy preferences" (cDPO), eq. 3.
     """
     _require_label_smoothing(label_smoothing)
     return (1 - label_smoothing) * dpo_loss(margins) + label_smoothing * dpo_loss(-margins)
@@ -192,7 +195,7 @@ def sppo_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float)
 
         (logratio_w - 1 / (2 beta))^2 + (logratio_l + 1 / (2 beta))^2
 
-    The step size of the paper is 1 / beta. Source: Wu et al. 2024 (SPPO), with hard win probabilities.
+    The step size of the paper is 1 / beta. Source: Wu et al. 2024 (SPPO), eq. 4.7, P = 1 and 0.
     """
     target = 1 / (2 * beta)
     return (chosen_logratios - target) ** 2 + (rejected_logratios + target) ** 2
@@ -249,7 +252,7 @@ def kto_loss(
         undesirable   undesirable_weight (1 - sigmoid(beta (kl - logratio)))
 
     `desirable_mask` (B,) bool; `kl` a scalar >= 0, the reference point z0 (an estimate of KL(pi || pi_ref)
-    over the batch), without a gradient. Source: Ethayarajh et al. 2024 (KTO), eq. 8.
+    over the batch), without a gradient. Source: Ethayarajh et al. 2024 (KTO), section 4.
     """
     rewards = beta * (logratios - kl.detach())
     desirable = desirable_weight * torch.sigmoid(-rewards)
@@ -268,8 +271,7 @@ def dr_dpo_loss(losses: Tensor, beta_prime: float) -> Tensor:
     is -log mean sigmoid(h). Not a mean of parts: cut into micro-batches it differs (see dr_dpo_weights).
     Source: Wu et al. 2024 (Dr. DPO, "Towards Robust Alignment of Language Models").
     """
-    log_num = torch.tensor(float(losses.numel()), dtype=losses.dtype, device=losses.device).log()
-    return -beta_prime * (torch.logsumexp(-losses / beta_prime, dim=0) - log_num)
+    return -beta_prime * (torch.logsumexp(-losses / beta_prime, dim=0) - math.log(len(losses)))
 
 
 def dr_dpo_weights(losses: Tensor, beta_prime: float, log_normaliser: Tensor | None = None) -> Tensor:
@@ -282,7 +284,7 @@ def dr_dpo_weights(losses: Tensor, beta_prime: float, log_normaliser: Tensor | N
     Source: the derivative of the equation above.
     """
     scaled = -losses.detach() / beta_prime
-    return (scaled - (torch.logsumexp(scaled, dim=0) if log_normaliser is None else log_normaliser)).exp()
+    return torch.softmax(scaled, dim=0) if log_normaliser is None else (scaled - log_normaliser).exp()
 
 
 def token_weighted_sum(logprobs: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
