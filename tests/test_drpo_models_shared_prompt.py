@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
+from torch import nn
+
+from drpo.models.adapters import add_lora
+from drpo.models.scoring import adapter_disabled, head_is_plain, response_logprobs
+from drpo.models.shared_prompt import (
+    attention_pattern,
+    can_share_prompt,
+    continuation_logprobs,
+    narrowest_window,
+)
+from drpo.tensors import PaddedBatch, pad_batch
+
+PAD = 2
+QUERY_LENGTHS = (3, 12, 20, 1)
+WIDE = {name: {"sliding_window": 256} for name in ("mistral", "gemma2")}
+SHARING = [name for name in ARCHITECTURES if name != "bloom"]
+
+
+def shared_batch(num_continuations: int, seed: int = 0, pad_id: int = PAD) -> PaddedBatch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
+
+    queries = [draw(length) for length in QUERY_LENGTHS]
+    lengths = torch.randint(1, 10, (num_continuations * len(queries),), generator=generator).tolist()
+    return pad_batch(queries * num_continuations, [draw(length) for length in lengths], pad_id)
+
+
+def weighted_gradients(model, logprobs, batch) -> dict[str, torch.Tensor]:
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    (logprobs * weights)[batch.response_mask].sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equals_separate_rows(model, batch, num_continuations, **options) -> None:
+    """Values and gradients of the shared rows are those of `response_logprobs`."""
+    expected = response_logprobs(model, batch).logprobs
+    gradients = weighted_gradients(model, expected, batch)
+    assert expected[batch.response_mask].std() > 0.1 and len(gradients) >= 8, "else this proves nothing"
+    logprobs = continuation_logprobs(model, batch, num_continuations, **options).logprobs
+    assert logprobs.shape == batch.responses.shape and logprobs.dtype == torch.float32
+    assert torch.isfinite(logprobs).all()
+    real = batch.response_mask
+    torch.testing.assert_close(logprobs[real], expected[real], atol=2e-5, rtol=0)
+    got = weighted_gradients(model, logprobs, batch)
+    assert got.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.fixture
+def rows_fed():
+    """`rows_fed(model)` is a list that grows by the number of rows with every forward of the model."""
+    handles = []
+
+    def watch(model) -> list[int]:
+        seen: list[int] = []
+        embedding = model.get_input_embeddings()
+        handles.append(embedding.register_forward_hook(lambda m, args, out: seen.append(len(args[0]))))
+        return seen
+
+    yield watch
+    for handle in handles:
+        handle.remove()
+
+
+# --- equal to separate rows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", SHARING)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("num_continuations", [2, 4])
+def test_shared_prompts_score_and_learn_as_separate_rows(
+    model_type, implementation, num_continuations, rows_fed
+):
+    model = tiny_model(model_type, **WIDE.get(model_type, {}))
+    model.set_attn_implementation(implementation)
+    batch = shared_batch(num_continuations)
+    assert can_share_prompt(model)
+    head_is_plain(model)
+    assert_equals_separate_rows(model, batch, num_continuations, chunk_size=17)
+    seen = rows_fed(model)
+    continuation_logprobs(model, batch, num_continuations)
+    assert seen == [len(QUERY_LENGTHS)], "one forward, one row per query"
+
+
+def test_one_response_is_an_ordinary_row(rows_fed):
+    model, batch = tiny_model("llama"), shared_batch(1)
+    head_is_plain(model)
+    seen = rows_fed(model)
+    assert torch.equal(
+        continuation_logprobs(model, batch, 1).logprobs, response_logprobs(model, batch).logprobs
+    )
+    assert seen == [4, 4]
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gemma2"])
+def test_gradient_checkpointing_changes_nothing(model_type):
+    model = tiny_model(model_type, **WIDE.get(model_type, {}))
+    batch = shared_batch(2)
+    plain = weighted_gradients(model, continuation_logprobs(model, batch, 2).logprobs, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    again = weighted_gradients(model, continuation_logprobs(model, batch, 2, chunk_size=9).logprobs, batch)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_lora_and_its_reference_share_prompts_too(rows_fed):
+    base = tiny_model("llama")
+    batch = shared_batch(2)
+    with torch.no_grad():
+        expected_reference = response_logprobs(base, batch).logprobs
+    model = add_lora(base, r=2, alpha=4.0, target_modules=None, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    assert_equals_separate_rows(model, batch, 2)
+    seen = rows_fed(base)
+    with torch.no_grad(), adapter_disabled(model):
+        reference = continuation_logprobs(model, batch, 2).logprobs
+    assert seen == [4]
+    real = batch.response_mask
+    torch.testing.assert_close(reference[real], expected_reference[real], atol=2e-5, rtol=0)
+    assert (continuation_logprobs(model, batch, 2).logprobs - reference)[real].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_under_bf16_autocast_sharing_costs_no_more_than_bf16_does(model_type, implementation):
+    model = tiny_model(model_type, **WIDE.get(model_type, {}))
+    model.set_attn_implementation(implementation)
+    batch = shared_batch(4)
+    real = batch.response_mask
+    with torch.no_grad():
+        exact = response_logprobs(model, batch).logprobs[real]
+        with torch.autocast("cpu", torch.bfloat16):
+            separate = response_logprobs(model, batch).logprobs[real]
+            shared = continuation_logprobs(model, batch, 4).logprobs[real]
+    rounding = (separate - exact).abs().mean()
+    assert 0 < (shared - exact).abs().mean() < 1.5 * rounding
+    assert (shared - separate).abs().mean() < 1.5 * rounding
+
+
+def test_weights_in_bf16_share_prompts(rows_fed):
+    model = tiny_model("llama").to(torch.bfloat16)
+    batch = shared_batch(2)
+    head_is_plain(model)
+    assert can_share_prompt(model)
+    seen = rows_fed(model)
+    shared = continuation_logprobs(model, batch, 2).logprobs
+    assert seen == [4] and shared.dtype == torch.float32
+    separate = response_logprobs(model, batch).logprobs
+    assert (shared - separate)[batch.response_mask].abs().mean() < 0.05
+
+
+# --- what a response may see ------------------------------------------------------------------------------
+
+
+def test_the_pattern_is_the_one_drawn_by_hand():
+    expected = [
+        # q0 q1 a0 a1 b0 b1
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]
+    assert attention_pattern(2, 2, 2).int().tolist() == expected
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2"])
+def test_a_response_does_not_see_the_others(model_type):
+    model = tiny_model(model_type)
+    batch = shared_batch(3)
+    changed = batch.responses.clone()
+    changed[4:8] = (changed[4:8] + 7) % VOCAB_SIZE
+    other = PaddedBatch(batch.queries, batch.query_mask, changed, batch.response_mask)
+    with torch.no_grad():
+        before = continuation_logprobs(model, batch, 3).logprobs
+        after = continuation_logprobs(model, other, 3).logprobs
+    assert torch.equal(before[:4], after[:4]) and torch.equal(before[8:], after[8:])
+    assert not torch.equal(before[4:8], after[4:8])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_is_never_seen(implementation):
+    model = tiny_model("gpt_neox")
+    model.set_attn_implementation(implementation)
+    inside, outside = shared_batch(2), shared_batch(2, pad_id=VOCAB_SIZE + 5)
+    wide = pad_batch(
+        [q[m].tolist() for q, m in zip(inside.queries, inside.query_mask, strict=True)],
+        [r[m].tolist() for r, m in zip(inside.responses, inside.response_mask, strict=True)],
+        PAD,
+        query_length=25,
+        response_length=14,
+    )
+    with torch.no_grad():
+        expected = continuation_logprobs(model, inside, 2).logprobs
+        assert torch.equal(expected, continuation_logprobs(model, outside, 2).logprobs)
+        widened = continuation_logprobs(model, wide, 2).logprobs
+    torch.testing.assert_close(widened[wide.response_mask], expected[inside.response_mask], atol=2e-5, rtol=0)
+
+
+# --- memory and call pattern ------------------------------------------------------------------------------
+
+
+def test_the_head_sees_response_positions_alone_in_chunks_that_follow_the_shape():
+    model = tiny_model("gpt_neox")
+    batch = shared_batch(2)
+    can_share_prompt(model), head_is_plain(model)
+    sizes = []
+    model.get_output_embeddings().register_forward_hook(lambda m, args, out: sizes.append(len(out)))
+    continuation_logprobs(model, batch, 2, chunk_size=30)
+    full, rest = divmod(batch.responses.numel(), 30)
+    assert sizes == [30] * full + [rest]
+
+
+def test_the_logits_of_a_capped_head_are_those_of_the_responses_alone():
+    model = tiny_model("gemma2", **WIDE["gemma2"])
+    batch = shared_batch(2)
+    can_share_prompt(model), head_is_plain(model)
+    sizes = []
+    model.get_output_embeddings().register_forward_hook(lambda m, args, out: sizes.append(out.shape[1]))
+    continuation_logprobs(model, batch, 2)
+    assert sizes == [1 + 2 * (batch.responses.shape[1] - 1)]
+
+
+# --- the way back to separate rows ------------------------------------------------------------------------
+
+
+def assert_falls_back(model, rows_fed, num_continuations=2) -> None:
+    batch = shared_batch(num_continuations)
+    head_is_plain(model)
+    can_share_prompt(model)
+    seen = rows_fed(model)
+    shared = continuation_logprobs(model, batch, num_continuations).logprobs
+    assert seen == [num_continuations * len(QUERY_LENGTHS)]
+    assert torch.equal(shared, response_logprobs(model, batch).logprobs)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+FURTHER = {
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 64},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "max_position_embeddings": 64,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "lfm2": {**SMALL, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    "recurrent_gemma": {**SMALL, "num_hidden_layers": 3, "lru_width": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("bloom", {}),
+        ("falcon", {"alibi": True}),
+        ("gpt_neo", {"window_size": 6}),
+        ("lfm2", {}),
+        ("recurrent_gemma", {}),
+    ],
+)
+def test_models_that_cannot_share_get_separate_rows(model_type, config, rows_fed, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, model_type, FURTHER.get(model_type, ARCHITECTURES.get(model_type)))
+    model = tiny_model(model_type, **config)
+    assert not can_share_prompt(model)
+    assert_falls_back(model, rows_fed)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2"])
+def test_a_narrow_window_gets_separate_rows(model_type, rows_fed):
+    assert_falls_back(tiny_model(model_type), rows_fed)
+
+
+def test_local_layers_with_wide_windows_share(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "gpt_neo", FURTHER["gpt_neo"])
+    model = tiny_model("gpt_neo", window_size=256)
+    assert can_share_prompt(model)
+    assert_equals_separate_rows(model, shared_batch(2), 2)
+
+
+def test_a_window_counts_only_where_it_would_hide_something(rows_fed):
+    batch = shared_batch(2)
+    row_length = batch.queries.shape[1] + 2 * (batch.responses.shape[1] - 1)
+    model = tiny_model("mistral", sliding_window=row_length)
+    assert_equals_separate_rows(model, batch, 2)
+    head_is_plain(model)
+    seen = rows_fed(model)
+    continuation_logprobs(model, batch, 2)
+    assert seen == [4]
+    assert_falls_back(tiny_model("mistral", sliding_window=row_length - 1), rows_fed)
+
+
+def test_windows_by_any_name():
+    assert narrowest_window(tiny_model("llama").config) == float("inf")
+    assert narrowest_window(tiny_model("gemma2", sliding_window=20).config) == 20
+    from transformers import GPTNeoConfig, Llama4TextConfig, Qwen2Config
+
+    assert narrowest_window(GPTNeoConfig(window_size=31)) == 31
+    assert narrowest_window(Llama4TextConfig(attention_chunk_size=77)) == 77
+    assert narrowest_window(Qwen2Config(use_sliding_window=False, sliding_window=8)) == float("inf")
+
+
+def test_attention_kernels_without_a_mask_get_separate_rows():
+    model = tiny_model("llama")
+    assert can_share_prompt(model)
+    model.config._attn_implementation = "flash_attention_2"
+    assert not can_share_prompt(model), "asked anew for another implementation"
+    model.config._attn_implementation = "sdpa"
+    assert can_share_prompt(model)
+
+
+class Deaf(nn.Module):
+    """A backbone that does not listen to one of its inputs."""
+
+    def __init__(self, backbone: nn.Module, deaf_to: str) -> None:
+        super().__init__()
+        self.backbone, self.deaf_to = backbone, deaf_to
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache):
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
+        if attention_mask.dim() == 4:
+            inputs.pop(self.deaf_to)
+        return self.backbone(input_ids=input_ids, use_cache=use_cache, **inputs)
+
+
+@pytest.mark.parametrize("deaf_to", ["attention_mask", "position_ids"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_finds_a_model_that_ignores_the_mask_or_the_positions(deaf_to, dtype):
+    model = tiny_model("gpt2").to(dtype)
+    deaf = Deaf(model.transformer, deaf_to)
+    deaf.get_input_embeddings = model.get_input_embeddings
+    deaf.config = model.config
+    from drpo.models.shared_prompt import _probe
+
+    assert _probe(model.transformer)
+    assert not _probe(deaf)
+
+
+def test_the_probe_runs_once_per_model(rows_fed):
+    model = tiny_model("gpt_neox")
+    seen = rows_fed(model)
+    can_share_prompt(model)
+    probes = len(seen)
+    assert probes > 0 and can_share_prompt(model) and len(seen) == probes
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+def test_rejects_rows_that_are_no_blocks():
+    model, batch = tiny_model("llama"), shared_batch(2)
+    with pytest.raises(ValueError, match="8 rows are not 3 blocks"):
+        continuation_logprobs(model, batch, 3)
+    with pytest.raises(ValueError, match="differ in their queries"):
+        continuation_logprobs(model, batch.select([0, 1, 2, 3, 0, 1, 3, 2]), 2)
+    with pytest.raises(ValueError, match="chunk_size"):
+        continuation_logprobs(model, batch, 2, chunk_size=0)
