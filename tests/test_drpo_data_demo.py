@@ -60,7 +60,7 @@ def test_items_are_plain_and_distinct() -> None:
     assert not {"we", "have", "but", "need", "nothing"} & set(ITEMS)
 
 
-@pytest.mark.parametrize("view", ["demonstrations", "pairs", "prompts"])
+@pytest.mark.parametrize("view", ["demonstrations", "pairs", "prompts", "ranked"])
 def test_seeded_and_split(view: str) -> None:
     config = DemoConfig(num_train=300, num_eval=100)
     train, held_out = make_demo(config, view, "train"), make_demo(config, view, "eval")
@@ -72,7 +72,7 @@ def test_seeded_and_split(view: str) -> None:
     assert [r.prompt for r in train] == [r.prompt for r in make_demo(config, "prompts", "train")]
     for record in train:
         assert record.prompt.endswith("\nTL;DR:")
-        for text in (record.completion, record.chosen, record.rejected):
+        for text in (record.completion, record.chosen, record.rejected, *record.responses):
             assert text is None or (text.startswith(" ") and text == text.rstrip())
 
 
@@ -149,6 +149,30 @@ def test_pairs_have_the_true_rewards_also_when_the_label_is_wrong() -> None:
     assert min(r.extra["chosen_score"] - r.extra["rejected_score"] for r in exact) == 0.0
 
 
+def test_ranked_posts_have_different_responses_by_the_writers_of_pairs() -> None:
+    records = make_demo(DemoConfig(num_train=1000, num_ranked=5), "ranked", "train")
+    kinds: Counter[str] = Counter()
+    for r in records:
+        assert len(r.responses) == len(r.scores) == len(set(r.responses)) == 5
+        kinds.update(error_kind(r.prompt, text, True) for text in r.responses)
+    assert all(kinds[kind] > 100 for kind in ("complete", "incomplete", "wrong_item", "wrong_order"))
+
+
+def test_the_annotator_ranks_as_it_labels_pairs() -> None:
+    """Two scores are ordered with probability sigmoid(difference of true rewards / T), and unbiased at T = 0."""
+    wins: dict[float, list[bool]] = {}
+    for r in make_demo(DemoConfig(annotator_temperature=1.0, num_train=8000), "ranked", "train"):
+        rewards = [true_reward(r.prompt, text, True) for text in r.responses]
+        margin = rewards[0] - rewards[1]
+        wins.setdefault(abs(margin), []).append((r.scores[0] > r.scores[1]) == (margin > 0))
+    for margin, share in ((0.25, 0.5622), (1.75, 0.8520)):
+        assert len(wins[margin]) > 100
+        four_sigma = 4 * (share * (1 - share) / len(wins[margin])) ** 0.5
+        assert sum(wins[margin]) / len(wins[margin]) == pytest.approx(share, abs=four_sigma)
+    for r in make_demo(DemoConfig(annotator_temperature=0.0, num_train=200), "ranked", "train"):
+        assert list(r.scores) == [true_reward(r.prompt, text, True) for text in r.responses]
+
+
 def test_pairs_show_every_kind_of_error() -> None:
     kinds: Counter[str] = Counter()
     same_length = 0
@@ -170,6 +194,8 @@ def test_pairs_show_every_kind_of_error() -> None:
         ("num_needed", 13),
         ("error_rate", 1.0),
         ("annotator_temperature", -1.0),
+        ("num_ranked", 1),
+        ("num_ranked", 33),
         ("num_train", 0),
         ("num_eval", 0),
         ("seed", -1),

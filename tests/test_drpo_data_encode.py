@@ -139,6 +139,8 @@ RECORD = Record(
         ("demonstrations", {"completion_ids": " c"}),
         ("pairs", {"chosen_ids": " ch", "rejected_ids": " re"}),
         ("prompts", {"completion_ids": " c", "chosen_ids": " ch", "rejected_ids": " re"}),
+        ("ranked", {}),
+        ("unpaired", {"completion_ids": " c"}),
     ],
 )
 def test_an_example_has_the_ids_that_its_view_uses(view, filled):
@@ -148,7 +150,7 @@ def test_an_example_has_the_ids_that_its_view_uses(view, filled):
     for name in ("completion_ids", "chosen_ids", "rejected_ids"):
         expected = bytes_of(filled[name], tokenizer) + stop if name in filled else None
         assert getattr(example, name) == expected
-    ranked = [" r1", " r2"] if view == "prompts" else []
+    ranked = [" r1", " r2"] if view in ("prompts", "ranked") else []
     assert example.ranked_ids == [bytes_of(text, tokenizer) + stop for text in ranked]
     assert example.query_ids == [9]
     assert example.record is RECORD
@@ -160,9 +162,9 @@ def test_a_prompt_without_responses_is_an_example():
 
 
 @pytest.mark.parametrize(("limit", "fits"), [(4, True), (3, False)])
-@pytest.mark.parametrize("view", ["demonstrations", "pairs"])
+@pytest.mark.parametrize("view", ["demonstrations", "pairs", "ranked", "unpaired"])
 def test_the_stop_token_counts_towards_the_length_limit(view, limit, fits):
-    record = Record("p", completion=" abc"[:3], chosen=" ab", rejected=" b")
+    record = Record("p", " ab", " ab", " b", responses=(" b", " ab"), scores=(1.0, 2.0))
     (example,) = encode_records(single_bytes(), [record], {"p": [9]}, view, limit)
     assert isinstance(example, RowError) != fits
     if not fits:

@@ -18,6 +18,7 @@ from drpo.data.records import DataError
 DATA = Path(os.environ.get("DRPO_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TLDR, HH = DATA / "tldr/axis.jsonl", DATA / "hh/harmless-base.jsonl.gz"
 VIEWS = ("demonstrations", "pairs", "prompts")
+ALL_VIEWS = (*VIEWS, "ranked", "unpaired")
 
 
 def write(path, rows):
@@ -239,17 +240,19 @@ def test_limit(tmp_path):
 # --- tasks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", ALL_VIEWS)
 def test_the_demo(view):
     config = DataConfig(demo=DemoConfig(num_train=40, num_eval=8), limit=30)
     tokenizer = byte_level()
     splits = load_examples(config, tokenizer, view)
-    assert len(splits.train) == 30
-    assert 0 < len(splits.eval) <= 8 or view == "pairs"
+    assert len(splits.train) == (60 if view == "unpaired" else 30)
+    assert 0 < len(splits.eval) <= 8 or view in ("pairs", "unpaired")
     assert not prompts_of(splits.train) & prompts_of(splits.eval)
     for example in splits.train:
         assert tokenizer.decode(example.query_ids) == example.record.prompt
-        ids = example.chosen_ids if view == "pairs" else example.completion_ids
+        ids = {"pairs": example.chosen_ids, "ranked": [i for ids in example.ranked_ids for i in ids]}.get(
+            view, example.completion_ids
+        )
         assert ids[-1] == tokenizer.eos_token_id
 
 

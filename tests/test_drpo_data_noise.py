@@ -166,7 +166,7 @@ def test_only_train_pairs_get_noise_and_their_ids_follow(tmp_path):
     assert "noise" not in clean.report and "1 x response too long" in noisy.report
 
 
-@pytest.mark.parametrize("view", ["demonstrations", "prompts"])
+@pytest.mark.parametrize("view", ["demonstrations", "prompts", "ranked", "unpaired"])
 def test_views_without_pairs_refuse_noise(view):
     config = DataConfig(demo=DemoConfig(num_train=20, num_eval=5), noise=NoiseConfig(flip_rate=0.1))
     with pytest.raises(DataError, match=f"data.noise applies to preference pairs, .*takes {view}"):

@@ -76,6 +76,26 @@ def test_scores_of_a_pair_have_columns_that_can_be_mapped():
         convert({"prompt": "p", "chosen": " a", "rejected": " b", "chosen_score": "high"})
 
 
+@pytest.mark.parametrize(
+    ("given", "label"), [(True, True), ("False", False), ("true", True), (1, 1), ("spam", "spam"), ("1", "1")]
+)
+def test_a_label_is_kept_as_it_is_but_for_true_and_false_in_a_csv_file(given, label):
+    record = convert({"prompt": "p", "completion": " c", "good": given}, {"label": "good"})
+    assert record.extra == {"label": label}
+    assert type(record.extra["label"]) is type(label)
+
+
+def test_relevance_of_lines_is_a_list():
+    row = {
+        "prompt": "p",
+        "chosen": " a",
+        "rejected": " b",
+        "chosen_relevance": "[1, 0]",
+        "rejected_relevance": [1],
+    }
+    assert convert(row).extra == {"chosen_relevance": [1, 0], "rejected_relevance": [1]}
+
+
 # --- conversations --------------------------------------------------------------------------------------
 
 

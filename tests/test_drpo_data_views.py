@@ -97,6 +97,32 @@ def test_the_scores_of_a_pair_are_two_numbers_or_none():
     assert "f:2: one of chosen_score and rejected_score is there" in bad.summary()
 
 
+def test_ranked_rows_have_two_scored_responses():
+    single = Record("s", responses=(" a",), scores=(1.0,), origin="f:5")
+    found, notes, bad = view([RANKED, single, PAIR], "ranked")
+    assert found == [RANKED]
+    assert notes == ["1 rows have a single response: no ranking"]
+    assert bad.counts == {"missing field": 1} and "f:2" in bad.summary()
+
+
+def test_unpaired_responses_are_labelled_completions_or_the_two_of_a_pair():
+    def labelled(label, origin, **fields):
+        return Record("l", completion=" c", origin=origin, extra={"label": label, "id": 1}, **fields)
+
+    good, bad_one = labelled(True, "f:5"), labelled(False, "f:6", chosen=" x", rejected=" y")
+    pair = Record("p", chosen=" yes", rejected=" no", origin="f:2", extra={"id": 2})
+    others = [labelled(1, "f:7"), labelled("true", "f:8"), DEMONSTRATION, RANKED]
+    found, notes, bad = view([good, pair, bad_one, *others], "unpaired")
+    assert found == [
+        good,
+        Record("p", completion=" yes", origin="f:2", extra={"id": 2, "label": True}),
+        Record("p", completion=" no", origin="f:2", extra={"id": 2, "label": False}),
+        bad_one,
+    ]
+    assert bad.counts == {"wrong type": 2, "missing field": 2}
+    assert notes == []
+
+
 def test_prompts_are_distinct_and_keep_every_reset_source():
     again = Record("r", completion=" other", origin="f:7")
     found, notes, bad = view([RANKED, again, PAIR, BARE], "prompts")
@@ -120,6 +146,8 @@ def test_prompts_are_distinct_and_keep_every_reset_source():
             "pairs",
             r"no pairs: they need chosen \+ rejected.* these rows have prompt, completion",
         ),
+        ([PAIR], "ranked", r"no ranked rows: they need responses \+ scores.* have prompt, chosen, rejected"),
+        ([RANKED], "unpaired", r"no unpaired responses: they need completion \+ label, or chosen"),
     ],
 )
 def test_data_that_cannot_give_a_view_at_all(records, name, message):
@@ -128,5 +156,5 @@ def test_data_that_cannot_give_a_view_at_all(records, name, message):
 
 
 def test_no_records_give_an_empty_view():
-    for name in ("demonstrations", "pairs", "prompts"):
+    for name in ("demonstrations", "pairs", "prompts", "ranked", "unpaired"):
         assert view([], name)[0] == []

@@ -85,9 +85,9 @@ def encode_records(
     """An Example for each record, in order, or the RowError that stands for it; `queries` holds the ids by
     prompt.
 
-    Demonstrations and pairs with a response of more than `max_response_length` tokens, stop token included,
-    are errors. In the prompts view such a response is cut there: only a prefix of it can ever start a
-    rollout. Examples with the same text share its list of ids.
+    Records with a response of more than `max_response_length` tokens, stop token included, are errors. In
+    the prompts view such a response is cut there: only a prefix of it can ever start a rollout. Examples
+    with the same text share its list of ids.
     """
     texts = list(dict.fromkeys(text for record in records for text in _responses(record, view)))
     ids_by_text = dict(zip(texts, encode_responses(tokenizer, texts), strict=True))
@@ -101,11 +101,13 @@ def encode_records(
             yield RowError("response too long", f"{longest} tokens, data.max_response_length={limit}")
             continue
         match view:
-            case "demonstrations":
+            case "demonstrations" | "unpaired":
                 yield Example(record, query_ids, completion_ids=ids_by_text[record.completion])
             case "pairs":
                 chosen_ids, rejected_ids = ids_by_text[record.chosen], ids_by_text[record.rejected]
                 yield Example(record, query_ids, chosen_ids=chosen_ids, rejected_ids=rejected_ids)
+            case "ranked":
+                yield Example(record, query_ids, ranked_ids=[ids_by_text[text] for text in record.responses])
             case "prompts":
                 yield Example(
                     record,
@@ -146,10 +148,12 @@ def truncate_left(prompt: str, num_tokens: Callable[[str], int], max_length: int
 
 def _responses(record: Record, view: View) -> list[str]:
     match view:
-        case "demonstrations":
+        case "demonstrations" | "unpaired":
             texts = [record.completion]
         case "pairs":
             texts = [record.chosen, record.rejected]
+        case "ranked":
+            texts = list(record.responses)
         case "prompts":
             texts = [record.completion, record.chosen, record.rejected, *record.responses]
     return [text for text in texts if text is not None]

@@ -18,7 +18,7 @@ from drpo.data.own import FIELDS, own_records
 from drpo.data.records import BadRows, DataError, Record, RowError
 from drpo.data.tldr import keep_column, tldr_records
 from drpo.data.truncation import Truncation, shorten_prompts
-from drpo.data.views import View, distinct_prompts, view_records
+from drpo.data.views import View, distinct_prompts, view_name, view_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,19 +142,19 @@ class Splits:
 def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: View) -> Splits:
     """Read, split and encode the data of a recipe.
 
-    Demonstrations have `completion_ids`, pairs `chosen_ids` and `rejected_ids`, prompts (each distinct one
-    once) whatever responses the data has. No prompt is in both splits. Noise is put on the train split's
-    pairs, after everything that cannot be used has been left out. Raises DataError for data that is not
-    there, for noise in another view, and when more than `max_bad_fraction` of the rows, or of the examples
-    made from them, are bad.
+    Demonstrations and unpaired responses have `completion_ids`, pairs `chosen_ids` and `rejected_ids`,
+    ranked rows `ranked_ids`, prompts (each distinct one once) whatever responses the data has. No prompt is
+    in both splits. Noise is put on the train split's pairs, after everything that cannot be used has been
+    left out. Raises DataError for data that is not there, for noise in another view, and when more than
+    `max_bad_fraction` of the rows, or of the examples made from them, are bad.
     """
     if config.noise.on and view != "pairs":
         raise DataError(
-            f"data.noise applies to preference pairs, and this stage takes {view}: "
+            f"data.noise applies to preference pairs, and this stage takes {view_name(view)}: "
             "set data.noise.flip_rate and data.noise.off_topic_rate to 0"
         )
     chat = ChatTemplate(tokenizer) if config.chat_template else None
-    bad, report = BadRows("examples"), []
+    bad, report, what = BadRows("examples"), [], view_name(view)
     train = _read_view(config, config.train_split, view, chat, bad, report)
     eval_split = "eval" if config.task == "demo" else config.eval_split
     if eval_split is not None:
@@ -168,9 +168,9 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: 
     train_examples = [example for example in examples if example.record.prompt not in eval_prompts]
     bad.check(num_examples, config.max_bad_fraction)
     if len(train_examples) < len(examples):
-        report.append(f"{len(examples) - len(train_examples)} {view} left out of train: prompt held out")
+        report.append(f"{len(examples) - len(train_examples)} {what} left out of train: prompt held out")
     if len(bad):
-        report.append(f"{len(bad)} of {num_examples} {view} left out:\n{bad.summary()}")
+        report.append(f"{len(bad)} of {num_examples} {what} left out:\n{bad.summary()}")
     if not train_examples:
         raise DataError("\n".join(["no examples are left to train on", *report]))
     if config.noise.on:
@@ -178,7 +178,7 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: 
         report += notes
     for name, part in (("train", train_examples), ("eval", eval_examples)):
         num_prompts = len({example.record.prompt for example in part})
-        report.append(f"{name}: {len(part)} {view}, {num_prompts} distinct prompts")
+        report.append(f"{name}: {len(part)} {what}, {num_prompts} distinct prompts")
     return Splits(train_examples, eval_examples, "\n".join(report))
 
 
@@ -235,8 +235,9 @@ def _read_view(
     config: DataConfig, split: str, view: View, chat: ChatTemplate | None, bad: BadRows, report: list[str]
 ) -> list[Record]:
     if config.task == "demo":
-        records = make_demo(config.demo, view, split)[: config.limit]
-        report.append(f"demo/{split}: {len(records)} {view} made")
+        made = "pairs" if view == "unpaired" else view
+        records = make_demo(config.demo, made, split)[: config.limit]
+        report.append(f"demo/{split}: {len(records)} {view_name(made)} made")
     else:
         records = read_records(config, split, chat, report)
     records, notes = view_records(records, view, bad)

@@ -21,11 +21,11 @@ from drpo.data.records import (
 )
 
 TEXT_FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "responses", "scores")
-EXTRA_FIELDS = ("chosen_score", "rejected_score")
-"What is said of a pair; it is kept in `extra`, and checked by the view that reads it."
+EXTRA_FIELDS = ("label", "chosen_score", "rejected_score", "chosen_relevance", "rejected_relevance")
+"What is said of responses; it is kept in `extra`, and checked by what reads it."
 FIELDS = (*TEXT_FIELDS, *EXTRA_FIELDS)
 RESPONSE_FIELDS = ("completion", "chosen", "rejected")
-JSON_FIELDS = ("messages", "responses", "scores", *EXTRA_FIELDS)
+JSON_FIELDS = ("messages", "responses", "scores", *EXTRA_FIELDS[1:])
 PROMPT_SOURCES = ("prompt", "messages", "chosen")
 
 
@@ -100,7 +100,9 @@ def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) 
 
 
 def _parse(field: str, value: Any) -> Any:
-    """A column of lists or numbers may hold JSON text, as it must in a CSV file."""
+    """A CSV file has only text: lists and numbers are JSON there, a label is true or false."""
+    if field == "label" and isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower(), value)
     if field not in JSON_FIELDS or not isinstance(value, str):
         return value
     try:

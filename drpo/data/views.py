@@ -1,20 +1,22 @@
-"""What a trainer sees of the records: demonstrations (SFT), pairs (reward model, DPO) or prompts (online
-RL)."""
+"""What a trainer sees of the records: demonstrations (SFT), pairs (reward model, DPO), prompts (online RL),
+ranked responses (curricula) or unpaired responses (KTO)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
 from drpo.data.records import BadRows, DataError, Record, RowError, require_different, require_scores
 
-View = Literal["demonstrations", "pairs", "prompts"]
+View = Literal["demonstrations", "pairs", "prompts", "ranked", "unpaired"]
 PAIR_SCORES = ("chosen_score", "rejected_score")
 NEEDS = {
     "demonstrations": "completion (or messages), chosen + rejected, or responses + scores",
     "pairs": "chosen + rejected, or responses + scores",
+    "ranked": "responses + scores, two or more",
+    "unpaired": "completion + label, or chosen + rejected",
 }
 
 
@@ -31,6 +33,21 @@ def view_records(records: Sequence[Record], view: View, bad: BadRows) -> tuple[l
             return pairs(records, bad)
         case "prompts":
             return prompts(records)
+        case "ranked":
+            return ranked(records, bad)
+        case "unpaired":
+            return unpaired(records, bad), []
+
+
+def view_name(view: View) -> str:
+    """What the examples of a view are called in reports."""
+    match view:
+        case "ranked":
+            return "ranked rows"
+        case "unpaired":
+            return "unpaired responses"
+        case _:
+            return view
 
 
 def best_response(record: Record) -> str | None:
@@ -90,23 +107,66 @@ def _with_pair_scores(record: Record) -> Record:
     """The record with its chosen_score and rejected_score as floats, if it has them."""
     given = [name for name in PAIR_SCORES if record.extra.get(name) is not None]
     if not given:
-        return record
+        extra = {name: value for name, value in record.extra.items() if name not in PAIR_SCORES}
+        return record if len(extra) == len(record.extra) else replace(record, extra=extra)
     if len(given) == 1:
         raise RowError("missing field", f"one of {' and '.join(PAIR_SCORES)} is there, the other is not")
     scores = {name: require_scores([record.extra[name]], name, 1)[0] for name in PAIR_SCORES}
     return replace(record, extra={**record.extra, **scores})
 
 
-def _unequal_pairs(record: Record):
-    for (response, score), (other, other_score) in combinations(
-        zip(record.responses, record.scores, strict=True), 2
-    ):
-        if score == other_score:
-            continue
-        chosen, rejected = (response, other) if score > other_score else (other, response)
-        scores = {"chosen_score": max(score, other_score), "rejected_score": min(score, other_score)}
-        extra = {**record.extra, **scores}
-        yield Record(record.prompt, chosen=chosen, rejected=rejected, origin=record.origin, extra=extra)
+def _unequal_pairs(record: Record) -> Iterator[Record]:
+    for i, j in combinations(range(len(record.scores)), 2):
+        if record.scores[i] != record.scores[j]:
+            yield pair_of(record, *((i, j) if record.scores[i] > record.scores[j] else (j, i)))
+
+
+def pair_of(record: Record, chosen: int, rejected: int) -> Record:
+    """The pair of two ranked responses, given by their places, with their scores in its `extra`."""
+    scores = {"chosen_score": record.scores[chosen], "rejected_score": record.scores[rejected]}
+    return Record(
+        record.prompt,
+        chosen=record.responses[chosen],
+        rejected=record.responses[rejected],
+        origin=record.origin,
+        extra={**record.extra, **scores},
+    )
+
+
+def ranked(records: Sequence[Record], bad: BadRows) -> tuple[list[Record], list[str]]:
+    """The records with two or more scored responses."""
+    found, num_single = [], 0
+    for record in records:
+        if len(record.scores) >= 2:
+            found.append(record)
+        elif record.scores:
+            num_single += 1
+        else:
+            bad.add("missing field", record.origin, "no ranked responses")
+    notes = [f"{num_single} rows have a single response: no ranking"] if num_single else []
+    return _require_some(found, records, "ranked"), notes
+
+
+def unpaired(records: Sequence[Record], bad: BadRows) -> list[Record]:
+    """Single responses as completions, good or bad by the bool `label` in their `extra`.
+
+    A completion with a label is one; without a label, the chosen response of a pair is a good one and the
+    rejected response a bad one.
+    """
+    found = []
+    for record in records:
+        label = record.extra.get("label")
+        if record.completion is not None and isinstance(label, bool):
+            found.append(record)
+        elif record.completion is not None and label is not None:
+            bad.add("wrong type", record.origin, f"label is {label!r}, neither true nor false")
+        elif record.chosen is not None and record.rejected is not None:
+            for completion, good in ((record.chosen, True), (record.rejected, False)):
+                extra = {**record.extra, "label": good}
+                found.append(Record(record.prompt, completion, origin=record.origin, extra=extra))
+        else:
+            bad.add("missing field", record.origin, "no completion with a label, and no pair")
+    return _require_some(found, records, "unpaired")
 
 
 def prompts(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
@@ -133,6 +193,6 @@ def _require_some(found: list[Record], records: Sequence[Record], view: View) ->
             if any(getattr(record, name) for record in records)
         ]
         raise DataError(
-            f"no {view}: they need {NEEDS[view]}; these rows have {', '.join(['prompt', *present])}"
+            f"no {view_name(view)}: they need {NEEDS[view]}; these rows have {', '.join(['prompt', *present])}"
         )
     return found
