@@ -147,6 +147,15 @@ class Engine:
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    @torch.no_grad()
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments: its next step is like its first."""
+        optimizer = self._optimizer.optimizer
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's ZeRO wraps the one that was prepared
+        for state in optimizer.state.values():
+            for name, value in state.items():
+                state[name] = value.zero_() if isinstance(value, Tensor) else 0
+
     def loss_scale(self) -> int:
         """Gradients are averaged over ranks: a loss that is a share of a global sum is multiplied by this."""
         return self.world_size
@@ -201,6 +210,10 @@ class Engine:
     def save_state(self, folder: Path) -> None:
         """Weights, optimizer and the random state of every rank, into a folder shared by all ranks."""
         self._accelerator.save_state(str(folder))
+
+    def keep_in_state(self, module: nn.Module) -> None:
+        """Let `save_state` and `load_state` carry `module` too: a model outside the prepared one that changes."""
+        self._accelerator.register_for_checkpointing(module)
 
     def load_state(self, folder: Path) -> None:
         self._accelerator.load_state(str(folder))

@@ -200,16 +200,19 @@ class RunFolder:
             self.say(sample_table(rows[: self.log.num_samples], step))
 
     def start_progress(self, description: str, done: int, total: int) -> None:
+        """Show a bar, in place of an earlier one."""
         if self._engine.is_main:
+            if self._progress is not None:
+                self._progress.stop()
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             columns += (TimeElapsedColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
             self._progress.start()
             self._progress.add_task(description, total=total, completed=done)
 
-    def advance(self) -> None:
+    def advance(self, count: int = 1) -> None:
         if self._progress is not None:
-            self._progress.advance(self._progress.task_ids[0])
+            self._progress.advance(self._progress.task_ids[0], count)
 
     def say(self, message: object) -> None:
         if self._engine.is_main:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from drpo.data.encode import Example
 from drpo.engine import Engine
+from drpo.models.loading import LoraConfig, ModelConfig, load_policy
+from drpo.models.scoring import response_logprobs
 from drpo.rewards import RewardFn
 from drpo.rollout.collect import RolloutConfig, vocabulary_of
 from drpo.rollout.evaluate import EvalConfig, evaluate
@@ -29,6 +32,9 @@ class SampleConfig:
     """Longest completion in tokens."""
     reward_functions: dict[str, str] = field(default_factory=dict)
     """Scores to report of them, name: module:function."""
+    kl_reference: str | None = None
+    """Folder or hub id of a policy to measure eval/kl to, kept in memory besides; null: the reference of the loss, if
+    it is in memory and does not move, else no eval/kl."""
 
     def __post_init__(self) -> None:
         if self.num_prompts < 0:
@@ -49,19 +55,26 @@ def held_out_sampler(
     tokenizer,
     examples: Sequence[Example],
     rewards: Mapping[str, RewardFn],
+    model: ModelConfig,
     seed: int,
     reference_logprobs: Callable[[PaddedBatch], Tensor] | None = None,
 ) -> Callable[[], tuple[dict[str, float], list[dict[str, Any]]]] | None:
-    """A function that samples one completion of each prompt and gives metrics and sample rows; None for no samples.
+    """A function that samples a completion of each distinct prompt and gives metrics and sample rows, or None.
 
-    With a reference the metrics have `eval/kl`, the mean of log pi/pi_ref over the completions in nats: an
-    estimate of KL(pi, pi_ref) at sampling temperature 1.
+    With `reference_logprobs`, or a policy at `config.kl_reference` (loaded as `model` says), the metrics have
+    `eval/kl`: the mean over completions of log pi/pi_ref in nats, which estimates KL(pi, pi_ref) when they are
+    sampled at temperature 1.
     """
     if not config.num_prompts or not examples:
         return None
     rollout = RolloutConfig(
         max_response_length=config.max_response_length, sampling=SamplingConfig(temperature=1.0)
     )
+    if config.kl_reference is not None:
+        source = replace(model, path=config.kl_reference, architecture={}, vocab_size=None, lora=LoraConfig())
+        frozen = engine.place(load_policy(source, tokenizer, seed), as_trained=True)
+        reference_logprobs = functools.partial(_logprobs, frozen)
+    prompts = list({example.record.prompt: example for example in reversed(examples)}.values())[::-1]
     vocabulary = vocabulary_of(rollout, tokenizer, policy.config.vocab_size)
     settings = EvalConfig(num_prompts=config.num_prompts, temperature=config.temperature)
 
@@ -72,7 +85,7 @@ def held_out_sampler(
                 engine,
                 policy=policy,
                 reference_logprobs=reference_logprobs,
-                examples=examples,
+                examples=prompts,
                 rewards=rewards,
                 tokenizer=tokenizer,
                 vocabulary=vocabulary,
@@ -81,3 +94,7 @@ def held_out_sampler(
             )
 
     return sample
+
+
+def _logprobs(model: nn.Module, batch: PaddedBatch) -> Tensor:
+    return response_logprobs(model, batch).logprobs

@@ -133,15 +133,15 @@ def fit(
     *,
     name: str,
     sample: Callable[[], tuple[dict[str, float], list[dict[str, Any]]]] | None = None,
-    after_step: Callable[[int, bool], dict[str, float]] | None = None,
+    after_step: Callable[[int, bool], None] | None = None,
 ) -> None:
     """Train `objective` in place on one stage of examples after the other, resuming where the run folder says.
 
         loss of a step = sum over targets of all micro-batches and processes / number of those targets
 
     Every stage has its own `num_steps` (or passes) and its own learning-rate schedule. `sample` gives further
-    metrics and sample rows at every evaluation; `after_step(step, stage_ended)` may change the objective between
-    steps, and what it returns is recorded. Raises ConfigError when batch.size does not divide over the processes,
+    metrics and sample rows at every evaluation; `after_step(step, stage_ended)` may change what the losses depend
+    on between steps. Raises ConfigError when batch.size does not divide over the processes,
     FloatingPointError on inf or nan.
     """
     batch, optim, evaluation = recipe.batch, recipe.optim, recipe.eval
@@ -176,14 +176,15 @@ def fit(
             metrics = take_step(engine, module, objective, local, batch.microbatch_size, check_finite)
         metrics["optim/learning_rate"] = rate
         rows: list[dict[str, Any]] = []
-        if evaluation.every and (step % evaluation.every == 0 or step == num_steps):
+        stage_ended = stage_step + 1 == num_stage_steps
+        if evaluation.every and (step % evaluation.every == 0 or stage_ended):
             with phases("eval"), engine.whole_weights(objective):
                 metrics |= held_out_metrics(engine, objective, held_out[: evaluation.num_examples], batch)
                 if sample is not None:
                     further_metrics, rows = sample()
                     metrics |= further_metrics
         if after_step is not None:
-            metrics |= after_step(step, stage_step + 1 == num_stage_steps)
+            after_step(step, stage_ended)
         metrics |= phases.seconds()
         metrics["perf/examples_per_second"] = batch.size / metrics["time/update"]
         metrics["perf/peak_memory_gib"] = engine.peak_memory_gib()

@@ -76,6 +76,7 @@ def train(recipe: SFTRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) ->
         tokenizer=tokenizer,
         examples=splits.eval,
         rewards=rewards,
+        model=recipe.model,
         seed=recipe.seed,
     )
     fit(recipe, engine, run, objective, [splits.train], splits.eval, name="SFT", sample=sample)
