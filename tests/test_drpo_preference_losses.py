@@ -29,8 +29,8 @@ from drpo.preference_losses import (
 )
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
+ONES = torch.ones(2)
 BETA, E, ALPHA, Z0 = 0.4, 0.2, 0.3, torch.tensor(0.7, dtype=torch.float64)
-DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
 def float64(*values: float) -> Tensor:
@@ -42,7 +42,7 @@ def randn(seed: int, *shape: int) -> Tensor:
 
 
 def check(got: Tensor, *expected: float) -> None:
-    torch.testing.assert_close(got, float64(*expected).reshape(got.shape))
+    torch.testing.assert_close(got, float64(*expected).reshape(got.shape), check_dtype=False)
 
 
 def sigmoid(x: float) -> float:
@@ -52,10 +52,6 @@ def sigmoid(x: float) -> float:
 def nll(c: float, r: float) -> float:
     """Bradley-Terry with the implicit reward beta log u, so with strengths u^beta."""
     return -math.log(math.exp(c) ** BETA / (math.exp(c) ** BETA + math.exp(r) ** BETA))
-
-
-def odds(m: float) -> float:
-    return math.exp(m) / (1 - math.exp(m))
 
 
 def of_margin(loss, *args):
@@ -91,8 +87,8 @@ PAPER_FORMS = {
     # (log u - eta (P - 1/2))^2, P = 1 for the chosen and 0 for the rejected response
     "sppo": lambda c, r: (c - (1 - 0.5) / BETA) ** 2 + (r - (0 - 0.5) / BETA) ** 2,
     "simpo": lambda c, r: -math.log(math.exp(2 * c) / (math.exp(2 * c) + math.exp(2 * r + 0.5))),
-    # sigmoid(log ratio) = ratio / (1 + ratio)
-    "orpo": lambda c, r: -c - 0.3 * math.log(odds(c) / (odds(c) + odds(r))),
+    # odds = 1 / (1/p - 1), and -log sigmoid(log ratio) = log(1 + 1 / ratio)
+    "orpo": lambda c, r: -c + 0.3 * math.log(1 + math.expm1(-c) / math.expm1(-r)),
     "kto desirable": lambda c, _: 1.5 - 1.5 * sigmoid(BETA * (c - 0.7)),
     "kto undesirable": lambda c, _: 0.5 - 0.5 * sigmoid(BETA * (0.7 - c)),
 }
@@ -116,45 +112,44 @@ def test_values_and_gradients_are_those_of_the_papers_form(name):
 def test_by_hand():
     # sigmoid(0) = 1/2, sigmoid(ln 3) = 3/4, sigmoid(-ln 3) = 1/4
     check(dpo_loss(float64(0, LN3, -LN3)), LN2, LN4 - LN3, LN4)
+    check(dpo_loss(float64(-1e4, 1e4)), 1e4, 0)
     # 0.9 l(h) + 0.1 l(-h)
     check(cdpo_loss(float64(LN3, -LN3), 0.1), LN4 - 0.9 * LN3, LN4 - 0.1 * LN3)
     # (0.75 l(h) - 0.25 l(-h)) / 0.5 = 1.5 l(h) - 0.5 l(-h)
     check(robust_dpo_loss(float64(LN3, -LN3), 0.25), LN4 - 1.5 * LN3, LN4 + 0.5 * LN3)
     check(hinge_loss(float64(-1, 0, 0.25, 1, 3)), 2, 1, 0.75, 0, 0)
-    # beta 0.1: h / 0.1 against 5
-    check(ipo_loss(float64(0, 0.5, 1), 0.1), 25, 0, 25)
+    check(ipo_loss(float64(0, 0.5, 1), 0.1), 25, 0, 25)  # h / 0.1 against 5
     # r_w, r_l = ln 3, -ln 3: 1/4 + 1/4; swapped 3/4 + 3/4
     check(apo_zero_loss(float64(2 * LN3, -2 * LN3), float64(-2 * LN3, 2 * LN3), 0.5), 0.5, 1.5)
     # r_w, r_l = 0, -ln 3: 1/2 + 1/4; -ln 3, 0: 1/4 + 3/4
     check(apo_down_loss(float64(0, -2 * LN3), float64(-2 * LN3, 0), 0.5), 0.75, 1)
-    # beta 0.25: targets 2 and -2
-    check(sppo_loss(float64(2, 3, 0), float64(-2, -2, 0), 0.25), 0, 1, 8)
+    check(sppo_loss(float64(2, 3, 0), float64(-2, -2, 0), 0.25), 0, 1, 8)  # targets 2 and -2
     # 2 (-0.5 + 1) - (1 - ln 3) = ln 3
     check(simpo_loss(float64(-0.5), float64(-1), 2.0, 1 - LN3), LN4 - LN3)
     # p_w = 3/4 has odds 3, p_l = 1/2 has odds 1: ln(4/3) + 2 * -ln(3/4)
     check(orpo_loss(float64(math.log(0.75)), float64(-LN2), 2.0), 3 * (LN4 - LN3))
+    # float32 where p_l is nearly 1: odds_l = 1 / (e^1e-5 - 1) = 99999.5, odds_w = 1
+    check(orpo_loss(torch.tensor([-LN2]), torch.tensor([-1e-5]), 1.0), LN2 + math.log(100000.5))
 
 
 def test_margins_by_hand():
     # u_w = 2, u_l = 1/2, beta 0.5
     #   reverse_kl  ln 2 + ln 2 = 2 ln 2                       forward_kl  -1/2 + 2 = 3/2
     #   js          ln(4/3) - ln(1 / 1.5) = ln 2               alpha 1/2   2 (1 - 2^-.5) - 2 (1 - 2^.5) = 2^.5
-    expected = {"reverse_kl": 2 * LN2, "forward_kl": 1.5, "js": LN2, "alpha": math.sqrt(2)}
-    for divergence, difference in expected.items():
+    by_hand = {"reverse_kl": 2 * LN2, "forward_kl": 1.5, "js": LN2, "alpha": math.sqrt(2)}
+    for divergence, difference in by_hand.items():
         check(implicit_margins(float64(LN2), float64(-LN2), 0.5, divergence, 0.5), 0.5 * difference)
 
 
-def generator(u: np.ndarray, divergence: str) -> np.ndarray:
-    """f of D_f(pi || ref) = sum ref f(pi / ref)."""
-    return {
-        "reverse_kl": u * np.log(u),
-        "forward_kl": -np.log(u),
-        "js": u * np.log(u) - (u + 1) * np.log((u + 1) / 2),
-        "alpha": (u ** (1 - ALPHA) - (1 - ALPHA) * u - ALPHA) / (ALPHA * (ALPHA - 1)),
-    }[divergence]
+GENERATORS = {  # f of D_f(pi || ref) = sum ref f(pi / ref)
+    "reverse_kl": lambda u: u * np.log(u),
+    "forward_kl": lambda u: -np.log(u),
+    "js": lambda u: u * np.log(u) - (u + 1) * np.log((u + 1) / 2),
+    "alpha": lambda u: (u ** (1 - ALPHA) - (1 - ALPHA) * u - ALPHA) / (ALPHA * (ALPHA - 1)),
+}
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", GENERATORS)
 def test_a_policy_is_optimal_for_the_rewards_that_its_margins_imply(divergence):
     # The defining property: pi maximises E[r] - beta D_f(pi || ref) when r differs by the margins.
     rng = np.random.default_rng(0)
@@ -163,7 +158,7 @@ def test_a_policy_is_optimal_for_the_rewards_that_its_margins_imply(divergence):
     rewards = implicit_margins(logratios, logratios[:1].expand(5), BETA, divergence, ALPHA).numpy()
 
     def objective(p: np.ndarray) -> np.ndarray:
-        return p @ rewards - BETA * (ref * generator(p / ref, divergence)).sum(axis=-1)
+        return p @ rewards - BETA * (ref * GENERATORS[divergence](p / ref)).sum(axis=-1)
 
     step = 1e-4 * rng.standard_normal((300, 5))
     near = pi * np.exp(step - (pi * step).sum(axis=1, keepdims=True))
@@ -173,33 +168,27 @@ def test_a_policy_is_optimal_for_the_rewards_that_its_margins_imply(divergence):
 
 def test_alpha_runs_from_reverse_to_forward_kl():
     c, r = randn(2, 30), randn(3, 30)
-    for alpha, divergence in ((1e-6, "reverse_kl"), (1.0, "forward_kl")):
-        got = implicit_margins(c, r, 0.3, "alpha", alpha)
-        torch.testing.assert_close(got, implicit_margins(c, r, 0.3, divergence), rtol=1e-4, atol=1e-5)
+    for alpha, expected in ((1e-6, c - r), (1.0, (-r).exp() - (-c).exp())):
+        got = implicit_margins(c, r, 1.0, "alpha", alpha)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_forward_kl_is_exact_to_20_nats_and_goes_on_as_the_tangent():
     logratios = torch.tensor([-19.5, -20.0, -30.0, -1e4], requires_grad=True)
-    got = implicit_margins(torch.zeros(4), logratios, 1.0, "forward_kl")
-    top = math.exp(20)
-    expected = torch.tensor([math.exp(19.5) - 1, top - 1, 11 * top - 1, (1e4 - 19) * top - 1])
-    torch.testing.assert_close(got, expected)
-    got.sum().backward()
-    torch.testing.assert_close(logratios.grad, torch.tensor([-math.exp(19.5), -top, -top, -top]))
+    margins = implicit_margins(torch.zeros(4), logratios, 1.0, "forward_kl")
+    below, top = math.exp(19.5), math.exp(20)
+    check(margins, below - 1, top - 1, 11 * top - 1, (1e4 - 19) * top - 1)
+    margins.sum().backward()
+    check(logratios.grad, -below, -top, -top, -top)
 
 
-def test_robust_dpo_is_unbiased_under_flips():
+def test_robust_dpo_is_unbiased_under_flips_and_cdpo_ends_at_the_log_odds_of_a_right_label():
     margins = 5 * randn(4, 50)
-    seen = 0.7 * robust_dpo_loss(margins, 0.3) + 0.3 * robust_dpo_loss(-margins, 0.3)
-    torch.testing.assert_close(seen, torch.log1p(torch.exp(-margins)))  # the loss of the true label
-
-
-def test_without_noise_both_are_dpo_and_cdpo_ends_where_it_should():
-    margins = randn(5, 20)
     true = torch.log1p(torch.exp(-margins))
-    for loss in (cdpo_loss, robust_dpo_loss):
-        torch.testing.assert_close(loss(margins, 0.0), true)
-    best = float64(math.log(9), 1.0, 4.0).requires_grad_()  # (1 - 0.1) / 0.1 = 9
+    seen = 0.7 * robust_dpo_loss(margins, 0.3) + 0.3 * robust_dpo_loss(-margins, 0.3)
+    for losses in (seen, robust_dpo_loss(margins, 0.0), cdpo_loss(margins, 0.0)):
+        torch.testing.assert_close(losses, true)
+    best = float64(math.log(9), 1, 4).requires_grad_()  # (1 - 0.1) / 0.1 = 9
     cdpo_loss(best, 0.1).sum().backward()
     assert abs(best.grad[0]) < 1e-12 and best.grad[1] < 0 < best.grad[2]
 
@@ -209,20 +198,16 @@ def test_offsets_by_hand():
     check(score_offsets(gaps, 2.0, "identity"), 1, 2, 6)
     check(score_offsets(gaps, 2.0, "log"), -2 * LN2, 0, 2 * LN3)
     check(score_offsets(gaps, 2.0, "log1p"), 2 * math.log(1.5), 2 * LN2, 2 * LN4)
-    assert score_offsets(float64(0, -3), 2.0, "identity").tolist() == [0, -6]
-    assert score_offsets(float64(0), 2.0, "log1p").item() == 0
+    check(score_offsets(float64(0, -3), 2.0, "identity"), 0, -6)
+    check(score_offsets(float64(0), 2.0, "log1p"), 0)
 
 
 def test_an_offset_is_the_lead_that_gumbel_noise_must_leave():
     # ODPO's derivation: with Gumbel noise on both rewards, P(the chosen leads by more than d) = exp(-loss).
     rng = np.random.default_rng(1)
     lead = 1.2 + rng.gumbel(size=400_000) - rng.gumbel(size=400_000)
-    offsets = score_offsets(float64(0.8), 0.5, "identity")
-    probability = dpo_loss(float64(1.2) - offsets).neg().exp().item()
-    assert probability == pytest.approx((lead > 0.4).mean(), abs=0.004)  # standard error 0.0007
-
-
-ONES = torch.ones(2)
+    loss = dpo_loss(float64(1.2) - score_offsets(float64(0.8), 0.5, "identity"))
+    assert math.exp(-loss.item()) == pytest.approx((lead > 0.4).mean(), abs=0.004)  # standard error 0.0007
 
 
 @pytest.mark.parametrize(
@@ -272,7 +257,7 @@ def test_dr_dpo_limits_and_shift():
     losses = randn(7, 9).abs()
     torch.testing.assert_close(dr_dpo_loss(losses, 1e7), losses.mean(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(dr_dpo_loss(losses, 1e-6), losses.min(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(dr_dpo_loss(losses + 3, 0.5), dr_dpo_loss(losses, 0.5) + 3)
+    check(dr_dpo_loss(losses + 3, 0.5), dr_dpo_loss(losses, 0.5).item() + 3)
 
 
 def test_dr_dpo_is_the_best_reweighting_that_pays_its_divergence():
@@ -325,7 +310,7 @@ def test_losses_and_gradients_stay_finite_in_float32(name):
         assert_finite_with_gradients(LOSSES[name], [1e4, 90.0, 0.0, -90.0, -1e4])
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", GENERATORS)
 @pytest.mark.parametrize("loss", [dpo_loss, lambda h: cdpo_loss(h, 0.1), hinge_loss])
 def test_margins_of_every_divergence_stay_finite_and_ordered_in_float32(loss, divergence):
     at = [-1e4, -100.0, -90.0, -21.0, 0.0, 90.0, 1e4]
