@@ -75,6 +75,15 @@ def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
     return encoded
 
 
+def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text that response ids add to a prompt, as it is: with its leading space, which some tokenizers drop
+    at the start of a text. Of a character that the ids hold only in part, "\ufffd" is left."""
+    anchor = _encode(tokenizer, [ANCHOR])[0]
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    text = tokenizer.decode([*anchor, *ids], **options)
+    return text.removeprefix(tokenizer.decode(anchor, **options))
+
+
 def encode_records(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
