@@ -66,6 +66,8 @@ def test_gaps_of_the_reference_are_signed():
 
 def test_the_best_with_the_worst_alone():
     assert stages_of(FOUR, pairs="best_vs_worst", num_stages=1) == [[("b1", "b3"), ("a0", "a1")]]
+    tied = [ranked("a", 1, 3, 2, 1, 3)]
+    assert stages_of(tied, pairs="best_vs_worst", num_stages=1) == [[("a1", "a0")]]  # the first in the data
 
 
 def test_all_pairs_are_every_two_of_unequal_score():

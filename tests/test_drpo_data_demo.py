@@ -159,7 +159,7 @@ def test_ranked_posts_have_different_responses_by_the_writers_of_pairs() -> None
 
 
 def test_the_annotator_ranks_as_it_labels_pairs() -> None:
-    """Two scores are ordered with probability sigmoid(difference of true rewards / T), and unbiased at T = 0."""
+    """Two scores are ordered with probability sigmoid(difference of true rewards / T), and are exact at T = 0."""
     wins: dict[float, list[bool]] = {}
     for r in make_demo(DemoConfig(annotator_temperature=1.0, num_train=8000), "ranked", "train"):
         rewards = [true_reward(r.prompt, text, True) for text in r.responses]
@@ -169,6 +169,14 @@ def test_the_annotator_ranks_as_it_labels_pairs() -> None:
         assert len(wins[margin]) > 100
         four_sigma = 4 * (share * (1 - share) / len(wins[margin])) ** 0.5
         assert sum(wins[margin]) / len(wins[margin]) == pytest.approx(share, abs=four_sigma)
+    noisy = make_demo(DemoConfig(annotator_temperature=2.0, num_train=5000), "ranked", "train")
+    noise = [
+        score - true_reward(r.prompt, text, True)
+        for r in noisy
+        for text, score in zip(r.responses, r.scores, strict=True)
+    ]
+    # Gumbel noise of scale 2: its mean is 2 times Euler's constant, its standard deviation 2 pi / sqrt(6)
+    assert sum(noise) / len(noise) == pytest.approx(2 * 0.5772, abs=4 * 2.565 / len(noise) ** 0.5)
     for r in make_demo(DemoConfig(annotator_temperature=0.0, num_train=200), "ranked", "train"):
         assert list(r.scores) == [true_reward(r.prompt, text, True) for text in r.responses]
 

@@ -256,6 +256,21 @@ def test_the_demo(view):
         assert ids[-1] == tokenizer.eos_token_id
 
 
+def test_labelled_completions_of_own_data(tmp_path):
+    rows = [{"prompt": f"prompt {i}", "answer": f" c{i}", "liked": i % 3 == 0} for i in range(50)]
+    config = own(write(tmp_path / "r.jsonl", rows), columns={"completion": "answer", "label": "liked"})
+    splits = load_examples(config, single_bytes(), "unpaired")
+    assert len(splits.train) + len(splits.eval) == 50
+    for example in splits.train + splits.eval:
+        assert example.record.extra == {"label": int(example.record.prompt.split()[1]) % 3 == 0}
+        assert single_bytes().decode(example.completion_ids[:-1]) == example.record.completion
+    assert f"train: {len(splits.train)} unpaired responses" in splits.report
+    rows[7]["liked"] = "rather"
+    write(tmp_path / "r.jsonl", rows)
+    assert "1 x wrong type" in load_examples_or_error(config, "unpaired")
+    assert len(load_examples(config, single_bytes(), "demonstrations").train) == len(splits.train)
+
+
 def test_hh_with_chat_template_and_left_truncation(tmp_path):
     context = "\n\nHuman: " + "so " * 30 + "\n\nAssistant: ok\n\nHuman: {}?\n\nAssistant:"
     rows = [{"chosen": context.format(i) + " yes", "rejected": context.format(i) + " no"} for i in range(30)]
