@@ -275,9 +275,19 @@ FURTHER = {
 )
 def test_models_that_cannot_share_get_separate_rows(model_type, config, rows_fed, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, model_type, FURTHER.get(model_type, ARCHITECTURES.get(model_type)))
+    assert_falls_back(tiny_model(model_type, **config), rows_fed)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [("bloom", {}), ("falcon", {"alibi": True}), ("lfm2", {}), ("recurrent_gemma", {})],
+)
+def test_layers_that_mix_positions_otherwise_are_told_before_any_probe(model_type, config, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, model_type, FURTHER.get(model_type, ARCHITECTURES.get(model_type)))
     model = tiny_model(model_type, **config)
-    assert not can_share_prompt(model)
-    assert_falls_back(model, rows_fed)
+    probes = []
+    model.get_input_embeddings().register_forward_hook(lambda *args: probes.append(args))
+    assert not can_share_prompt(model) and not probes
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "gemma2"])
@@ -318,7 +328,9 @@ def test_attention_kernels_without_a_mask_get_separate_rows():
     model = tiny_model("llama")
     assert can_share_prompt(model)
     model.config._attn_implementation = "flash_attention_2"
-    assert not can_share_prompt(model), "asked anew for another implementation"
+    probes = []
+    model.get_input_embeddings().register_forward_hook(lambda *args: probes.append(args))
+    assert not can_share_prompt(model) and not probes
     model.config._attn_implementation = "sdpa"
     assert can_share_prompt(model)
 
@@ -348,6 +360,16 @@ def test_the_probe_finds_a_model_that_ignores_the_mask_or_the_positions(deaf_to,
 
     assert _probe(model.transformer)
     assert not _probe(deaf)
+
+
+def test_the_probe_rounds_as_the_weights_do_not_as_autocast_does():
+    model = tiny_model("gpt_neox")
+    dtypes = set()
+    linear = model.gpt_neox.layers[0].mlp.dense_h_to_4h
+    linear.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert can_share_prompt(model)
+    assert dtypes == {torch.float32}
 
 
 def test_the_probe_runs_once_per_model(rows_fed):

@@ -105,9 +105,7 @@ def packed_inputs(model: nn.Module, batch: PaddedBatch, num_continuations: int) 
         return torch.cat([rows[:num_queries, :query_length], responses.transpose(0, 1).flatten(1)], dim=1)
 
     attends = attention_pattern(query_length, ids.shape[1] - query_length, num_continuations, ids.device)
-    # Every position sees itself, padding too: softmax over nothing would be nan.
-    own = torch.eye(len(attends), dtype=torch.bool, device=ids.device)
-    attends = (attends & pack(mask)[:, None, None, :]) | own
+    attends = attends & pack(mask)[:, None, None, :]
     if model.config._attn_implementation == "eager":
         dtype = model.get_input_embeddings().weight.dtype
         hidden = torch.finfo(dtype).min
@@ -173,7 +171,6 @@ def _may_share(causal_lm: nn.Module) -> bool:
         and not getattr(causal_lm, "_is_stateful", False)
         and not getattr(text, "alibi", False)
         and set(getattr(text, "layer_types", None) or ()) <= MASKED_LAYERS
-        and narrowest_window(causal_lm.config) >= 16
     )
 
 
