@@ -114,7 +114,7 @@ def test_an_off_topic_pair_is_that_of_another_prompt_and_keeps_its_own_extra():
     assert len({record.chosen for record in off_topic}) > 0.8 * len(off_topic)  # from all over the data
     assert [note.split(" (")[0] for note in notes] == [
         f"noise: {sum(flips(noisy))} of 2000 pairs flipped",
-        f"noise: {len(off_topic)} of 2000 pairs off_topic",
+        f"noise: {len(off_topic)} of 2000 pairs off topic",
     ]
 
 

@@ -41,8 +41,8 @@ def add_noise(pairs: Sequence[Record], config: NoiseConfig) -> tuple[list[Record
     Each pair is hit with the configured chances, independently of all others (i.i.d., as in the Dr. DPO
     release: a rate, not an exact share). Whether a pair is hit depends on the seed, its prompt and its
     place among the pairs of that prompt alone. What the record says of a response, in entries named
-    chosen_... and rejected_... (chosen_score), goes where the response goes: a flipped pair has a score gap
-    below 0.
+    chosen_... and rejected_... (chosen_score), goes where the response goes: a flip turns the sign of the
+    score gap.
 
     Without noise the pairs are returned as they are. Raises DataError for a record that is no pair, and when
     there is no other prompt to take an off-topic pair from.
@@ -66,7 +66,8 @@ def add_noise(pairs: Sequence[Record], config: NoiseConfig) -> tuple[list[Record
     for name, rate in (("flipped", config.flip_rate), ("off_topic", config.off_topic_rate)):
         count = sum(pair.extra[name] for pair in noisy)
         share = count / max(len(noisy), 1)
-        notes += [f"noise: {count} of {len(noisy)} pairs {name} ({share:.1%})"] * (rate > 0)
+        what = name.replace("_", " ")
+        notes += [f"noise: {count} of {len(noisy)} pairs {what} ({share:.1%})"] * (rate > 0)
     return noisy, notes
 
 
