@@ -8,10 +8,10 @@ from torch import nn
 from drpo.models.adapters import add_lora
 from drpo.models.scoring import adapter_disabled, head_is_plain, response_logprobs
 from drpo.models.shared_prompt import (
-    attention_pattern,
     can_share_prompt,
     continuation_logprobs,
     narrowest_window,
+    pack_rows,
 )
 from drpo.tensors import PaddedBatch, pad_batch
 
@@ -165,17 +165,26 @@ def test_weights_in_bf16_share_prompts(rows_fed):
 # --- what a response may see ------------------------------------------------------------------------------
 
 
-def test_the_pattern_is_the_one_drawn_by_hand():
-    expected = [
-        # q0 q1 a0 a1 b0 b1
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 1, 1],
+def test_packed_rows_are_those_drawn_by_hand():
+    # Query 0 is [3, 4] with responses [5, 6, 7] and [8, 9]; query 1 is [10] with [11] and [12, 13].
+    batch = pad_batch([[3, 4], [10]] * 2, [[5, 6, 7], [11], [8, 9], [12, 13]], PAD)
+    packed = pack_rows(batch, 2)
+    # The last token of a response is not fed: it predicts nothing.
+    assert packed.ids.tolist() == [[3, 4, 5, 6, 8], [10, 12, 0, 0, 0]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert packed.attends[0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
     ]
-    assert attention_pattern(2, 2, 2).int().tolist() == expected
+    assert packed.attends[1, :2].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+    assert not packed.attends[1, :, 2:].any() and packed.attends[1, :, 0].all()
+    # 5 6 7 | 11 | 8 9 | 12 13, each from the token before it
+    rows, columns = packed.predicting
+    assert rows.tolist() == [0, 0, 0, 1, 0, 0, 1, 1]
+    assert columns.tolist() == [1, 2, 3, 0, 1, 4, 0, 1]
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2"])
@@ -214,25 +223,34 @@ def test_padding_is_never_seen(implementation):
 # --- memory and call pattern ------------------------------------------------------------------------------
 
 
-def test_the_head_sees_response_positions_alone_in_chunks_that_follow_the_shape():
+def test_the_head_sees_real_response_tokens_alone_in_as_many_chunks_as_the_shape_says():
     model = tiny_model("gpt_neox")
     batch = shared_batch(2)
     can_share_prompt(model), head_is_plain(model)
     sizes = []
     model.get_output_embeddings().register_forward_hook(lambda m, args, out: sizes.append(len(out)))
     continuation_logprobs(model, batch, 2, chunk_size=30)
-    full, rest = divmod(batch.responses.numel(), 30)
-    assert sizes == [30] * full + [rest]
+    assert len(sizes) == -(-batch.responses.numel() // 30) > 1
+    assert sum(sizes) == batch.response_mask.sum() < batch.responses.numel()
+    assert max(sizes) - min(sizes) <= 1
+    sizes.clear()
+    empty = PaddedBatch(
+        batch.queries, batch.query_mask, batch.responses, torch.zeros_like(batch.response_mask)
+    )
+    assert continuation_logprobs(model, empty, 2, chunk_size=30).logprobs.shape == batch.responses.shape
+    assert len(sizes) == -(-batch.responses.numel() // 30), "ZeRO-3 counts calls, on every process the same"
 
 
-def test_the_logits_of_a_capped_head_are_those_of_the_responses_alone():
+def test_a_capped_head_sees_real_response_tokens_alone_too():
     model = tiny_model("gemma2", **WIDE["gemma2"])
     batch = shared_batch(2)
     can_share_prompt(model), head_is_plain(model)
     sizes = []
-    model.get_output_embeddings().register_forward_hook(lambda m, args, out: sizes.append(out.shape[1]))
+    hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: sizes.append(out.shape))
     continuation_logprobs(model, batch, 2)
-    assert sizes == [1 + 2 * (batch.responses.shape[1] - 1)]
+    assert sizes == [(1, int(batch.response_mask.sum()), VOCAB_SIZE)]
+    hook.remove()
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, VOCAB_SIZE), "and is left as it was"
 
 
 # --- the way back to separate rows ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ response tokens, a chunk of positions at a time, so the logits of a whole batch 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -63,38 +64,40 @@ def response_logprobs(
     inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     first = batch.queries.shape[1] - 1
-    return chunked_scores(
-        head, hidden[:, first : first + length], ids, temperature, suppressed_ids, entropy, chunk_size
+    hidden = hidden[:, first : first + length].flatten(0, 1)
+    num_chunks = max(1, math.ceil(ids.numel() / chunk_size))
+    scores = chunked_scores(
+        head, hidden, ids.reshape(-1), num_chunks, temperature, tuple(suppressed_ids), entropy
     )
+    return ResponseScores(*(None if column is None else column.view_as(ids) for column in scores))
 
 
 def chunked_scores(
     head: nn.Module,
     hidden: Tensor,
     ids: Tensor,
+    num_chunks: int,
     temperature: float = 1.0,
-    suppressed_ids: Sequence[int] = (),
+    suppressed_ids: tuple[int, ...] = (),
     entropy: bool = False,
-    chunk_size: int = 1024,
 ) -> ResponseScores:
-    """Scores of `ids` (B, R) under the logits that `head` gives for `hidden` (B, R, H), a chunk at a time."""
+    """Scores (N,) of `ids` (N,) under the logits that `head` gives for `hidden` (N, H), in `num_chunks` head calls.
+
+    With gradients on, several chunks are recomputed one by one in the backward pass.
+    """
 
     def score_chunk(hidden: Tensor, ids: Tensor) -> ResponseScores:
-        return _score(head(hidden), ids, temperature, tuple(suppressed_ids), entropy)
+        return _score(head(hidden), ids, temperature, suppressed_ids, entropy)
 
-    hidden_chunks = hidden.flatten(0, 1).split(chunk_size)
-    id_chunks = ids.reshape(-1).split(chunk_size)
-    if torch.is_grad_enabled() and len(id_chunks) > 1:
-        chunks = [
-            checkpoint(score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in zip(hidden_chunks, id_chunks, strict=True)
+    chunks = list(zip(hidden.tensor_split(num_chunks), ids.tensor_split(num_chunks), strict=True))
+    if torch.is_grad_enabled() and num_chunks > 1:
+        scores = [
+            checkpoint(score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
         ]
     else:
-        chunks = [score_chunk(*chunk) for chunk in zip(hidden_chunks, id_chunks, strict=True)]
-    logprobs = torch.cat([chunk.logprobs for chunk in chunks]).view_as(ids)
-    if not entropy:
-        return ResponseScores(logprobs, None)
-    return ResponseScores(logprobs, torch.cat([chunk.entropy for chunk in chunks]).view_as(ids))
+        scores = [score_chunk(*chunk) for chunk in chunks]
+    logprobs = torch.cat([chunk.logprobs for chunk in scores])
+    return ResponseScores(logprobs, torch.cat([chunk.entropy for chunk in scores]) if entropy else None)
 
 
 def _score(

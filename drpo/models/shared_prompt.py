@@ -5,11 +5,14 @@ Chosen and rejected (or K ranked responses) share their prompt. Side by side in 
     [ query | response 1 | ... | response K ],
 
 with a mask that hides the responses from each other and positions that start anew behind the query for each,
-they get the log-probabilities that they have as K separate rows, while the query is computed once.
+they get the log-probabilities that they have as K separate rows, while the query is computed once. No padding
+stands between them, and the LM head runs on real response positions alone.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -73,68 +76,93 @@ def continuation_logprobs(
     ):
         return response_logprobs(model, batch, chunk_size=chunk_size)
 
-    ids = batch.responses.masked_fill(batch.response_mask.logical_not(), 0)
-    first = batch.queries.shape[1] - 1
+    packed = pack_rows(batch, num_continuations)
+    ids, head = batch.responses[batch.response_mask], causal_lm.get_output_embeddings()
     if head_is_plain(causal_lm):
-        hidden = _hidden(causal_lm.base_model, batch, num_continuations)
-        hidden = _predicting(hidden[:, first:], num_continuations)
-        return chunked_scores(causal_lm.get_output_embeddings(), hidden, ids, chunk_size=chunk_size)
-    inputs = packed_inputs(causal_lm, batch, num_continuations)
-    logits = causal_lm(**inputs, use_cache=False, logits_to_keep=row_length - first).logits
-    return ResponseScores(gather_logprobs(_predicting(logits, num_continuations), ids), None)
+        hidden = _hidden(causal_lm.base_model, packed)[packed.predicting]
+        num_chunks = math.ceil(batch.responses.numel() / chunk_size)
+        logprobs = chunked_scores(head, hidden, ids, num_chunks).logprobs
+    else:
+        # What the model does to its logits it does to each, so the head may be given fewer positions.
+        hook = head.register_forward_pre_hook(lambda module, args: (args[0][packed.predicting][None],))
+        try:
+            logits = causal_lm(**packed_inputs(causal_lm, packed), use_cache=False).logits
+        finally:
+            hook.remove()
+        logprobs = gather_logprobs(logits[0], ids)
+    zeros = logprobs.new_zeros(batch.responses.shape)
+    return ResponseScores(zeros.masked_scatter(batch.response_mask, logprobs), None)
 
 
-def _hidden(backbone: nn.Module, batch: PaddedBatch, num_continuations: int) -> Tensor:
-    return backbone(**packed_inputs(backbone, batch, num_continuations), use_cache=False).last_hidden_state
+class PackedRows(NamedTuple):
+    """B rows of T real tokens, padded on the right: a query and then, one after the other, its responses.
 
-
-def packed_inputs(model: nn.Module, batch: PaddedBatch, num_continuations: int) -> dict[str, Tensor]:
-    """Keyword inputs for the shared rows (B, Q + K*(R-1)): the last token of a response predicts nothing.
-
-    The mask is bool for sdpa (True = attends) and additive for eager attention, which adds what it is given.
+    Without the last token of each response, which predicts nothing.
     """
-    num_queries = len(batch.queries) // num_continuations
-    query_length = batch.queries.shape[1]
-    # Separate rows, in which positions are counted, without the last column.
-    ids, mask = batch.query_responses[:, :-1], batch.attention_mask[:, :-1]
-    ids = ids.masked_fill(mask.logical_not(), 0)
-    positions = position_ids(mask)
 
-    def pack(rows: Tensor) -> Tensor:
-        responses = rows[:, query_length:].reshape(num_continuations, num_queries, -1)
+    ids: Tensor
+    """(B, T) int64, 0 on padding."""
+    positions: Tensor
+    """(B, T) int64, counted behind the query anew for each response."""
+    attends: Tensor
+    """(B, T, T) bool: which position (row) attends to which (column)."""
+    predicting: tuple[Tensor, Tensor]
+    """Row and column of what predicts each real response token, in the order of `responses[response_mask]`."""
+
+
+def pack_rows(batch: PaddedBatch, num_continuations: int) -> PackedRows:
+    """The shared rows of a batch that holds K blocks of B rows. T is what the longest of them needs."""
+    num_queries, query_length = len(batch.queries) // num_continuations, batch.queries.shape[1]
+
+    def side_by_side(rows: Tensor) -> Tensor:
+        """(K*B, Q + R-1), of separate rows, to (B, Q + K*(R-1))."""
+        responses = rows[:, query_length:].unflatten(0, (num_continuations, num_queries))
         return torch.cat([rows[:num_queries, :query_length], responses.transpose(0, 1).flatten(1)], dim=1)
 
-    attends = attention_pattern(query_length, ids.shape[1] - query_length, num_continuations, ids.device)
-    attends = attends & pack(mask)[:, None, None, :]
+    # A response token is fed when another one follows it.
+    fed = torch.cat([batch.query_mask, batch.response_mask[:, 1:]], dim=1)
+    mask = side_by_side(fed)
+    order = mask.logical_not().long().argsort(dim=1, stable=True)[:, : int(mask.sum(dim=1).max())]
+    real = mask.gather(1, order)
+    block = torch.arange(num_continuations, device=order.device).repeat_interleave(
+        fed.shape[1] - query_length
+    )
+    block = torch.cat([block.new_full((query_length,), -1), block])[order]
+    ids = batch.query_responses[:, :-1].masked_fill(fed.logical_not(), 0)
+
+    place = mask.cumsum(dim=1) - 1  # where a real column went
+    of_query = place[:, None, query_length - 1 : query_length].expand(-1, num_continuations, -1)
+    of_responses = place[:, query_length:].unflatten(1, (num_continuations, -1))
+    column = torch.cat([of_query, of_responses], dim=2).transpose(0, 1).flatten(0, 1)
+    row = torch.arange(num_queries, device=order.device).repeat(num_continuations)[:, None].expand_as(column)
+    return PackedRows(
+        ids=side_by_side(ids).gather(1, order),
+        positions=side_by_side(position_ids(fed)).gather(1, order),
+        attends=attention_pattern(block) & real[:, None, :],
+        predicting=(row[batch.response_mask], column[batch.response_mask]),
+    )
+
+
+def attention_pattern(block: Tensor) -> Tensor:
+    """Which position (row) attends to which (column), (B, T, T) bool: what stands before it in the query (-1) and in
+    its own response, from the response that each position belongs to, `block` (B, T)."""
+    before = torch.ones(block.shape[1], block.shape[1], dtype=torch.bool, device=block.device).tril()
+    return before & ((block[:, None, :] == -1) | (block[:, None, :] == block[:, :, None]))
+
+
+def packed_inputs(model: nn.Module, packed: PackedRows) -> dict[str, Tensor]:
+    """Keyword inputs; the mask (B, 1, T, T) is bool for sdpa, and additive for eager attention, which adds it."""
+    attends = packed.attends[:, None]
     if model.config._attn_implementation == "eager":
         dtype = model.get_input_embeddings().weight.dtype
-        hidden = torch.finfo(dtype).min
-        attends = torch.zeros(attends.shape, dtype=dtype, device=ids.device).masked_fill(
-            attends.logical_not(), hidden
+        attends = torch.zeros_like(attends, dtype=dtype).masked_fill(
+            attends.logical_not(), torch.finfo(dtype).min
         )
-    return {"input_ids": pack(ids), "attention_mask": attends, "position_ids": pack(positions)}
+    return {"input_ids": packed.ids, "attention_mask": attends, "position_ids": packed.positions}
 
 
-def attention_pattern(
-    query_length: int, response_length: int, num_continuations: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Which position (row) attends to which (column), (T, T) bool, T = Q + K*R: what stands before it in the query
-    and in its own response."""
-    block = torch.arange(num_continuations, device=device).repeat_interleave(response_length) + 1
-    block = torch.cat([block.new_zeros(query_length), block])
-    before = torch.ones(len(block), len(block), dtype=torch.bool, device=device).tril()
-    return before & ((block[None, :] == 0) | (block[None, :] == block[:, None]))
-
-
-def _predicting(x: Tensor, num_continuations: int) -> Tensor:
-    """What predicts each response token, (K*B, R, D), from the last query column and all after it (B, 1 + K*(R-1), D).
-
-    The first token of every response is predicted by the last token of the query.
-    """
-    num_queries, _, size = x.shape
-    of_query = x[:, None, :1].expand(-1, num_continuations, -1, -1)
-    of_responses = x[:, 1:].reshape(num_queries, num_continuations, -1, size)
-    return torch.cat([of_query, of_responses], dim=2).transpose(0, 1).flatten(0, 1)
+def _hidden(backbone: nn.Module, packed: PackedRows) -> Tensor:
+    return backbone(**packed_inputs(backbone, packed), use_cache=False).last_hidden_state
 
 
 def narrowest_window(config: PreTrainedConfig) -> float:
@@ -181,26 +209,24 @@ def _probe(backbone: nn.Module) -> bool:
     The allowance is for rounding: 1% of that in float32, 10% in half precision.
     """
     weight = backbone.get_input_embeddings().weight
-    batch, other = _probe_batch(0), _probe_batch(1)
-    batch, other = batch.to(weight.device), other.to(weight.device)
+    batch, other = (_probe_batch(first).to(weight.device) for first in (0, 1))
+
+    def separate(rows: PaddedBatch) -> Tensor:
+        inputs = model_inputs(backbone, rows.query_responses, rows.attention_mask)
+        hidden = backbone(**inputs, use_cache=False).last_hidden_state
+        return hidden[:, rows.queries.shape[1] - 1 : -1][rows.response_mask].float()
+
     with torch.autocast(weight.device.type, enabled=False):
+        packed = pack_rows(batch, 2)
         try:
-            packed = _hidden(backbone, batch, 2)
+            shared = _hidden(backbone, packed)[packed.predicting].float()
         except (
             Exception
         ):  # Models without such inputs may say so in any way; real faults show in separate rows.
             return False
-        packed = _predicting(packed[:, batch.queries.shape[1] - 1 :], 2)
-        separate, elsewhere = (
-            backbone(
-                **model_inputs(backbone, rows.query_responses[:, :-1], rows.attention_mask[:, :-1]),
-                use_cache=False,
-            ).last_hidden_state[:, batch.queries.shape[1] - 1 :]
-            for rows in (batch, other)
-        )
-    packed, separate, elsewhere = (x.float()[batch.response_mask] for x in (packed, separate, elsewhere))
+        expected, elsewhere = separate(batch), separate(other)
     allowed = 0.01 if weight.dtype == torch.float32 else 0.1
-    return bool((packed - separate).norm() <= allowed * (elsewhere - separate).norm())
+    return bool((shared - expected).norm() <= allowed * (elsewhere - expected).norm())
 
 
 def _probe_batch(first: int) -> PaddedBatch:
