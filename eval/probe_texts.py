@@ -1,0 +1,181 @@
+"""Labelled texts for a probe: own files, or the demo's references with and without a fault."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from drpo.data.demo import DemoConfig, make_demo
+from drpo.data.demo_errors import make_faulty_summaries
+from drpo.data.encode import encode_queries, encode_responses
+from drpo.data.files import Row, read_table
+from drpo.data.holdout import is_held_out
+from drpo.data.records import BadRows, DataError, RowError, require_text
+
+NUM_DEMO_POSTS = 1024
+APPLIES_TO = {
+    "fault": ("demo",),
+    **dict.fromkeys(("split", "text_column", "label_column"), ("texts",)),
+    **dict.fromkeys(("max_length", "l2", "holdout"), ("demo", "texts")),
+}
+LABELS = {"true": True, "false": False, "1": True, "0": False}
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The probe direction (section `probe` of a recipe)."""
+
+    source: Literal["demo", "texts", "file"] = "demo"
+    """demo: fitted on the demo's references (false) and the same with one fault (true); texts: fitted on own texts
+    with labels; file: a finished vector."""
+    fault: Literal["incomplete", "wrong_item", "wrong_order"] = "incomplete"
+    """For the demo: what is wrong with the faulty summaries (drpo/data/demo_errors.py)."""
+    path: str | None = None
+    """For texts: a file or hub id as in data.path, with columns text and label (true/false or 1/0), and maybe prompt:
+    what stands before the text and is read, but not pooled. For file: an .npz with weight (and bias) as this script
+    leaves it, or .npy or .pt with one vector."""
+    split: str = "train"
+    """For texts: the split of `path` that holds them; a single file is the split train."""
+    text_column: str = "text"
+    """For texts: the name of the column text."""
+    label_column: str = "label"
+    """For texts: the name of the column label."""
+    max_length: int | None = None
+    """The most tokens of prompt and text together; a longer row is a bad row. null = no limit."""
+    l2: float = 1.0
+    """Strength of the penalty l2/2 |w|^2 beside the loss summed over the texts (1 / C of scikit-learn)."""
+    holdout: float = 0.2
+    """Share of the distinct prompts (or texts without one) on which the probe is tested, not fitted."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise ValueError(f"probe.{name} {rule}, got {getattr(self, name)!r}")
+
+        if self.source == "demo":
+            check(self.path is None, "path", "does not apply to probe.source=demo")
+        else:
+            check(bool(self.path), "path", f"must say where the probe's {self.source} is")
+        default = type(self).__dataclass_fields__
+        for name, sources in APPLIES_TO.items():
+            untouched = getattr(self, name) == default[name].default
+            check(self.source in sources or untouched, name, f"does not apply to probe.source={self.source}")
+        check(self.max_length is None or self.max_length >= 1, "max_length", "must be at least 1, or null")
+        check(self.l2 > 0, "l2", "must be positive")
+        check(0 < self.holdout < 1, "holdout", "must be above 0 and below 1")
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeText:
+    """A text with its label; `prompt` stands before it and may be empty."""
+
+    text: str
+    label: bool
+    prompt: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Texts as token ids, their labels, and which of them the probe is tested on."""
+
+    context_ids: list[list[int]]
+    text_ids: list[list[int]]
+    labels: list[bool]
+    held_out: list[bool]
+    report: str
+
+
+def load_probe_texts(
+    config: ProbeConfig, demo: DemoConfig, tokenizer, max_bad_fraction: float
+) -> EncodedTexts:
+    """Read, encode and split the texts of a recipe.
+
+    Raises DataError when they are not there, when more than `max_bad_fraction` of the rows is bad, or when the
+    part to fit on or the part to test on lacks a label.
+    """
+    bad = BadRows()
+    if config.source == "demo":
+        texts = demo_texts(demo, config.fault)
+        num_rows, name = len(texts), "demo"
+    else:
+        texts, num_rows, name = _read(config, bad)
+    fitting = []
+    for text, context_ids, text_ids in zip(texts, *_encode(tokenizer, texts), strict=True):
+        length = len(context_ids) + len(text_ids)
+        if config.max_length is not None and length > config.max_length:
+            bad.add("text too long", text.origin, f"{length} tokens, probe.max_length={config.max_length}")
+        elif not text_ids:
+            bad.add("empty text", text.origin, "no token")
+        else:
+            fitting.append((text, context_ids, text_ids))
+    bad.check(num_rows, max_bad_fraction)
+    held_out = [is_held_out(text.prompt or text.text, config.holdout, 0) for text, _, _ in fitting]
+    labels = [text.label for text, _, _ in fitting]
+    report = [
+        f"probe texts of {name}: {num_rows} rows read, {len(bad)} bad",
+        *[bad.summary()] * bool(len(bad)),
+    ]
+    for part, is_test in (("fitted on", False), ("tested on", True)):
+        mine = [label for label, test in zip(labels, held_out, strict=True) if test == is_test]
+        report.append(f"{part} {len(mine)} texts, {sum(mine)} of them true")
+        if len(set(mine)) < 2:
+            raise DataError("\n".join([f"a probe is {part} texts of both labels", *report]))
+    return EncodedTexts(
+        [ids for _, ids, _ in fitting], [ids for _, _, ids in fitting], labels, held_out, "\n".join(report)
+    )
+
+
+def demo_texts(config: DemoConfig, fault: str) -> list[ProbeText]:
+    """Demo references (false) and the same with one fault (true), on held-out posts after the first `num_eval`.
+
+    So no text is about a post that the demo evaluates on.
+    """
+    config_for_texts = replace(config, num_eval=config.num_eval + NUM_DEMO_POSTS)
+    evaluated = {record.prompt for record in make_demo(config, "prompts", "eval")}
+    texts = []
+    for summary in make_faulty_summaries(config_for_texts):
+        record = summary.record
+        if summary.kind == fault and record.prompt not in evaluated:
+            texts.append(ProbeText(record.completion, False, record.prompt, record.origin))
+            texts.append(ProbeText(summary.response, True, record.prompt, record.origin))
+    return texts
+
+
+def _read(config: ProbeConfig, bad: BadRows) -> tuple[list[ProbeText], int, str]:
+    table = read_table(config.path, config.split, bad)
+    for key in ("text_column", "label_column"):
+        if getattr(config, key) not in table.columns:
+            raise DataError(
+                f"no column {getattr(config, key)!r} (probe.{key}) in {table.name}; "
+                f"its columns are: {', '.join(table.columns)}"
+            )
+    texts = []
+    for row in table.rows:
+        try:
+            texts.append(_text_of(row, config))
+        except RowError as error:
+            bad.add(error.kind, row.origin, error.detail)
+    return texts, table.num_rows, table.name
+
+
+def _text_of(row: Row, config: ProbeConfig) -> ProbeText:
+    text = require_text(row.values.get(config.text_column), config.text_column)
+    value = row.values.get(config.label_column)
+    label = LABELS.get(str(value).strip().lower())
+    if label is None:
+        raise RowError("wrong type", f"{config.label_column} is {value!r}, not true or false")
+    prompt = row.values.get("prompt")
+    return ProbeText(text, label, "" if prompt is None else require_text(prompt, "prompt"), row.origin)
+
+
+def _encode(tokenizer, texts: list[ProbeText]) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of what is read before each text (a prompt, or a BOS token if the tokenizer adds one), and of the text."""
+    context_ids = encode_queries(tokenizer, [text.prompt for text in texts])
+    alone = encode_queries(tokenizer, [text.text for text in texts])
+    continuing = encode_responses(tokenizer, [text.text for text in texts])
+    text_ids = [
+        continuing[row][:-1] if text.prompt else alone[row][len(context_ids[row]) :]
+        for row, text in enumerate(texts)
+    ]
+    return context_ids, text_ids
