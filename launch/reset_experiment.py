@@ -9,8 +9,6 @@ For every completion rate and seed: one SFT policy, then one online run with the
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,10 +20,10 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 
 import numpy as np
 from rich.progress import Progress
-from scipy import stats
 
 from drpo.metrics import read_metrics
 from launch.command_line import main
+from launch.seed_grid import interval, launch_once
 
 TRUE_REWARD = "drpo.data.demo:true_rewards"
 
@@ -98,19 +96,8 @@ def _online_dir(root: Path, rate: float, beta: float, seed: int) -> Path:
 def _launch(
     stage: str, recipe: ExperimentRecipe, run_dir: Path, rate: float, seed: int, overrides: list[str]
 ) -> None:
-    command = [sys.executable, str(HERE / f"{stage}.py"), f"demo/{stage}.yaml", f"run_dir={run_dir}"]
-    command += [f"seed={seed}", f"data.demo.seed={seed}", f"data.demo.completion_rate={rate}", *overrides]
-    command += ["engine.trackers=[]", "log.samples_every=0"]
-    done_command = run_dir / "command.txt"  # the run that this folder's policy is the result of
-    if done_command.exists() and done_command.read_text() == " ".join(command[1:]):
-        return
-    threads = str(max(1, (os.cpu_count() or 1) // recipe.num_jobs))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "log.txt").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads})
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed with code {done.returncode}; see {run_dir}/log.txt")
-    done_command.write_text(" ".join(command[1:]))
+    setting = [f"seed={seed}", f"data.demo.seed={seed}", f"data.demo.completion_rate={rate}"]
+    launch_once(stage, f"demo/{stage}.yaml", run_dir, [*setting, *overrides], recipe.num_jobs)
 
 
 def _final(root: Path, rate: float, beta: float, seed: int, key: str, index: int = -1) -> float:
@@ -134,12 +121,6 @@ def _summary(recipe: ExperimentRecipe, rate: float, beta: float) -> dict[str, fl
         "kl": over_seeds(beta, "eval/kl").tolist(),
         "length": over_seeds(beta, "eval/length").tolist(),
     }
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of the 95% t-interval over seeds."""
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return float(np.mean(values)), float(half)
 
 
 def markdown(rows: list[dict]) -> str:
