@@ -123,7 +123,6 @@ def pack_rows(batch: PaddedBatch, num_continuations: int) -> PackedRows:
     fed = torch.cat([batch.query_mask, batch.response_mask[:, 1:]], dim=1)
     mask = side_by_side(fed)
     order = mask.logical_not().long().argsort(dim=1, stable=True)[:, : int(mask.sum(dim=1).max())]
-    real = mask.gather(1, order)
     block = torch.arange(num_continuations, device=order.device).repeat_interleave(
         fed.shape[1] - query_length
     )
@@ -138,7 +137,7 @@ def pack_rows(batch: PaddedBatch, num_continuations: int) -> PackedRows:
     return PackedRows(
         ids=side_by_side(ids).gather(1, order),
         positions=side_by_side(position_ids(fed)).gather(1, order),
-        attends=attention_pattern(block) & real[:, None, :],
+        attends=attention_pattern(block),  # padding stands behind all that is real
         predicting=(row[batch.response_mask], column[batch.response_mask]),
     )
 
