@@ -52,7 +52,7 @@ def intervene(
     factors = tuning_free_factors(
         shift.cosines, shift.before, edit.alpha, edit.fraction, edit.skip_most_active
     )
-    with scaled(model, factors, "last"):
+    with scaled(model, factors):
         continuations[EDITED] = continue_prompts()
     return continuations
 

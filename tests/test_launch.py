@@ -36,6 +36,7 @@ KEYS = {
     "drpo": ("reset.proportion", "rollout.sampling.top_p"),
     "ppo": ("kl.coef", "ppo.num_minibatches"),
     "reset_experiment": ("betas", "num_jobs"),
+    "neuron_shift": ("before", "probe.source"),
 }
 PAIRS = {k: SFT[k] for k in ("num_steps", "data", "model", "batch", "optim", "eval", "log", "engine")}
 MY_REWARDS = """

@@ -15,6 +15,7 @@ from drpo.run_folder import flatten
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.sft import SFTRecipe
 from launch.command_line import RECIPES, find_recipe
+from launch.neuron_shift import NeuronShiftRecipe
 from launch.reset_experiment import ExperimentRecipe
 from reward_models.train import RewardModelRecipe
 
@@ -24,6 +25,7 @@ STAGES: dict[str, type] = {
     "ppo": OnlineRecipe,
     "drpo": OnlineRecipe,
     "reset_experiment": ExperimentRecipe,
+    "neuron_shift": NeuronShiftRecipe,
 }
 SIZES = ("1b", "2.8b", "6.9b")
 TASKS = ("tldr", "hh")
