@@ -123,6 +123,8 @@ def run(recipe: PreferenceExperimentRecipe) -> Path:
     text = "\n".join(markdown(title, tables[title], results[title]) for title in tables)
     (root / "results.md").write_text(text)
     print(text)
+    for title, rows in results.items():
+        _plot(tables[title], rows, root / f"{_slug(title)}.png")
     return root / "results.md"
 
 
@@ -179,6 +181,32 @@ def markdown(title: str, table: TableConfig, rows: list[dict]) -> str:
             cells.append("-" if values is None else "{:.3g} ± {:.2g}".format(*interval(values)))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _plot(table: TableConfig, rows: list[dict], path: Path) -> None:
+    """The first column of the table: a panel for each setting, a mean with its interval for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    name = next(iter(table.columns))
+    height = 1.2 + 0.28 * (1 + len(table.methods))
+    size = (2.2 + 2.6 * len(table.settings), height)
+    figure, axes = pyplot.subplots(
+        1, len(table.settings), figsize=size, sharex=True, sharey=True, squeeze=False
+    )
+    for axis, setting in zip(axes[0], table.settings, strict=True):
+        shown = [row for row in rows if row[name] is not None and row["setting"] in (setting, "")]
+        means, halves = zip(*(interval(row[name]) for row in shown), strict=True)
+        axis.errorbar(means, [row["method"] for row in shown], xerr=halves, fmt="o", capsize=3)
+        axis.set_title(setting)
+        axis.set_xlabel(f"{name} (95% interval)")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
