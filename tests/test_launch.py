@@ -37,6 +37,7 @@ KEYS = {
     "ppo": ("kl.coef", "ppo.num_minibatches"),
     "reset_experiment": ("betas", "num_jobs"),
     "neuron_shift": ("before", "probe.source"),
+    "benchmark": ("share_prompts", "num_repeats"),
 }
 PAIRS = {k: SFT[k] for k in ("num_steps", "data", "model", "batch", "optim", "eval", "log", "engine")}
 MY_REWARDS = """

@@ -14,6 +14,7 @@ from drpo.config import help_text, load_recipe, options, save_resolved
 from drpo.run_folder import flatten
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.sft import SFTRecipe
+from launch.benchmark import BenchmarkRecipe
 from launch.command_line import RECIPES, find_recipe
 from launch.neuron_shift import NeuronShiftRecipe
 from launch.reset_experiment import ExperimentRecipe
@@ -26,6 +27,7 @@ STAGES: dict[str, type] = {
     "drpo": OnlineRecipe,
     "reset_experiment": ExperimentRecipe,
     "neuron_shift": NeuronShiftRecipe,
+    "benchmark": BenchmarkRecipe,
 }
 SIZES = ("1b", "2.8b", "6.9b")
 TASKS = ("tldr", "hh")
