@@ -76,8 +76,6 @@ class BenchmarkRecipe:
     """Seed of weights and data."""
 
     def __post_init__(self) -> None:
-        if "model_type" not in self.architecture:
-            raise ValueError("architecture.model_type must be given, for example gpt_neox")
         if len(self.prompt_lengths) != 2 or not 1 <= self.prompt_lengths[0] <= self.prompt_lengths[1]:
             raise ValueError(f"prompt_lengths must be two rising numbers >= 1, got {self.prompt_lengths}")
         if self.response_length < 4:
@@ -108,6 +106,8 @@ class Measurement:
 
 def run(recipe: BenchmarkRecipe) -> Path:
     """Measure, compare, and write the table."""
+    if "model_type" not in recipe.architecture:
+        raise ConfigError("no model: give architecture.model_type, for example gpt_neox")
     try:
         version = metadata.version("trl")
     except metadata.PackageNotFoundError:

@@ -122,10 +122,14 @@ def test_another_trl_is_refused_in_one_message(installed, tmp_path, monkeypatch)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_benchmark_needs_a_model():
+    with pytest.raises(ConfigError, match="architecture.model_type"):
+        benchmark.run(BenchmarkRecipe())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": {}}, "architecture.model_type"),
         ({"prompt_lengths": [30, 20]}, "prompt_lengths"),
         ({"response_length": 2.0}, "response_length"),
         ({"microbatch_size": 3}, "batch_size=8 must be a multiple of microbatch_size=3"),
