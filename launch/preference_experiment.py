@@ -8,6 +8,7 @@ up, so a stopped experiment goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +40,8 @@ class TableConfig:
     """Overrides of the SFT run and of every preference run; {seed} is replaced by the seed."""
     overrides: list[str] = field(default_factory=list)
     """Overrides of every preference run."""
-    settings: dict[str, list[str]] = field(default_factory=lambda: {"": []})
-    """Name of a setting -> its overrides."""
+    settings: dict[str, list[str]] = field(default_factory=dict)
+    """Name of a setting -> its overrides; {} for a single one without overrides."""
     methods: dict[str, list[str]] = field(default_factory=dict)
     """Name of a method -> its overrides."""
     columns: dict[str, str] = field(
@@ -58,8 +59,13 @@ class TableConfig:
     def __post_init__(self) -> None:
         if len(self.seeds) < 2:
             raise ValueError(f"seeds of a table must be two or more, for intervals, got {self.seeds}")
-        if not self.methods or not self.settings:
-            raise ValueError("a table needs methods and settings")
+        if not self.methods:
+            raise ValueError("a table needs methods")
+
+    @property
+    def named_settings(self) -> dict[str, list[str]]:
+        """`settings`, or the single unnamed one."""
+        return dict(self.settings) or {"": []}
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def run(recipe: PreferenceExperimentRecipe) -> Path:
         (title, seed, setting, method)
         for title, table in tables.items()
         for seed in table.seeds
-        for setting in table.settings
+        for setting in table.named_settings
         for method in table.methods
     ]
     with Progress() as progress, ThreadPoolExecutor(recipe.num_jobs) as pool:
@@ -112,7 +118,7 @@ def run(recipe: PreferenceExperimentRecipe) -> Path:
             table = tables[title]
             policy = _sft_dir(root, table, seed) / "policy"
             overrides = [*_shared(table, seed), f"model.path={policy}", f"sample.kl_reference={policy}"]
-            overrides += [*table.overrides, *table.settings[setting], *table.methods[method]]
+            overrides += [*table.overrides, *table.named_settings[setting], *table.methods[method]]
             launch_once("dpo", table.recipe, _run_dir(root, *cell), overrides, recipe.num_jobs)
             progress.advance(task)
 
@@ -134,15 +140,16 @@ def _shared(table: TableConfig, seed: int) -> list[str]:
 
 def _sft_dir(root: Path, table: TableConfig, seed: int) -> Path:
     """Tables that share recipe and overrides share the policy."""
-    return root / "sft" / _slug(table.sft_recipe, *table.shared) / str(seed)
+    name = hashlib.sha256(json.dumps([table.sft_recipe, table.shared]).encode()).hexdigest()[:8]
+    return root / "sft" / name / str(seed)
 
 
 def _run_dir(root: Path, title: str, seed: int, setting: str, method: str) -> Path:
     return root / _slug(title) / _slug(setting or "all") / _slug(method) / str(seed)
 
 
-def _slug(*texts: str) -> str:
-    return "_".join("".join(c if c.isalnum() or c in ".-" else "_" for c in text) for text in texts)
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)
 
 
 def _results(root: Path, title: str, table: TableConfig) -> list[dict]:
@@ -151,7 +158,7 @@ def _results(root: Path, title: str, table: TableConfig) -> list[dict]:
     for name, key in table.columns.items():
         sft = [_last(_sft_dir(root, table, seed), key) for seed in table.seeds]
         rows[0][name] = None if None in sft else sft
-    for setting in table.settings:
+    for setting in table.named_settings:
         for method in table.methods:
             row = {"setting": setting, "method": method}
             for name, key in table.columns.items():
@@ -171,7 +178,7 @@ def _last(run_dir: Path, key: str) -> float | None:
 
 def markdown(title: str, table: TableConfig, rows: list[dict]) -> str:
     """A table: mean over seeds with the 95% t-interval."""
-    first = [] if list(table.settings) == [""] else ["setting"]
+    first = ["setting"] if table.settings else []
     header = [*first, "method", *table.columns]
     lines = [f"### {title}", "", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
@@ -192,11 +199,11 @@ def _plot(table: TableConfig, rows: list[dict], path: Path) -> None:
 
     name = next(iter(table.columns))
     height = 1.2 + 0.28 * (1 + len(table.methods))
-    size = (2.2 + 2.6 * len(table.settings), height)
+    size = (2.2 + 2.6 * len(table.named_settings), height)
     figure, axes = pyplot.subplots(
-        1, len(table.settings), figsize=size, sharex=True, sharey=True, squeeze=False
+        1, len(table.named_settings), figsize=size, sharex=True, sharey=True, squeeze=False
     )
-    for axis, setting in zip(axes[0], table.settings, strict=True):
+    for axis, setting in zip(axes[0], table.named_settings, strict=True):
         shown = [row for row in rows if row[name] is not None and row["setting"] in (setting, "")]
         means, halves = zip(*(interval(row[name]) for row in shown), strict=True)
         axis.errorbar(means, [row["method"] for row in shown], xerr=halves, fmt="o", capsize=3)

@@ -1,18 +1,9 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from drpo.config import ConfigError, load_recipe
-from launch.reset_experiment import ExperimentRecipe, interval, markdown
-
-
-def test_the_interval_is_students_over_seeds():
-    # mean 2, standard deviation 1, standard error 1/sqrt(3), t(0.975; 2 degrees of freedom) = 4.302653 (tables)
-    mean, half = interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+from launch.reset_experiment import ExperimentRecipe, markdown
 
 
 def test_the_table_has_a_row_a_setting_and_no_gain_for_ppo_over_itself():
