@@ -53,6 +53,9 @@ def pair_stages(
         if splits.eval:
             everything = CurriculumConfig(num_stages=1, pairs="all")
             (held_out,), further = build_stages(splits.eval, everything)
+            # Back into the order of the data: eval.num_examples takes the first, which must not be the easiest.
+            place = {example.record.origin: i for i, example in enumerate(splits.eval)}
+            held_out.sort(key=lambda pair: place[pair.record.origin])
             notes += [f"held out: {note}" for note in further]
     made = []
     for examples in stages:
@@ -60,9 +63,12 @@ def pair_stages(
         made.append(pairs)
         notes += further
     # Held-out pairs are compared, not offset: those of equal score count too.
-    held_out_loss = replace(recipe.loss, offset=None)
-    held_out_pairs, further = make_pairs(held_out, held_out_loss, tokenizer, recipe.data.max_bad_fraction)
-    return PairStages(made, held_out_pairs, "\n".join(notes + further))
+    held_out_pairs: list[Any] = []
+    if held_out:
+        held_out_loss = replace(recipe.loss, offset=None)
+        held_out_pairs, further = make_pairs(held_out, held_out_loss, tokenizer, recipe.data.max_bad_fraction)
+        notes += [f"held out: {note}" for note in further]
+    return PairStages(made, held_out_pairs, "\n".join(notes))
 
 
 def _ranked_logprobs(

@@ -16,6 +16,12 @@ LossName = Literal[
 OF_THE_MARGIN = ("dpo", "cdpo", "robust", "hinge")  # functions of h alone: offsets and divergences change h
 LENGTH_AVERAGED = ("ipo_avg", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
+METRICS = frozenset(
+    "accuracy reward_margin chosen_reward rejected_reward chosen_logprobs rejected_logprobs implicit_kl weight "
+    "pair_loss pair_loss_p10 pair_loss_p50 pair_loss_p90 "
+    "reward reward_desirable reward_undesirable desirable reference_point".split()
+)
+"What an evaluation may report besides the loss and the samples."
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,8 @@ class LossConfig:
 
         if not self.beta > 0:
             raise ValueError(f"loss.beta must be > 0, got {self.beta}")
+        if self.name == "orpo" and self.beta != LossConfig.beta:
+            raise ValueError("loss.beta is not for loss.name=orpo, whose weight is loss.odds_coef; drop it")
         only_for("label_smoothing", ("cdpo", "robust"))
         only_for("target_margin", ("simpo",))
         only_for("odds_coef", ("orpo",))
@@ -183,6 +191,8 @@ class PreferenceRecipe(OfflineRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if taken := METRICS & set(self.sample.reward_functions):
+            raise ValueError(f"sample.reward_functions: {sorted(taken)} are names of other metrics")
         if not self.loss.needs_reference and self.reference != ReferenceConfig():
             raise ValueError(
                 f"reference: loss.name={self.loss.name} has no reference policy; drop the section"
@@ -223,6 +233,12 @@ class PreferenceRecipe(OfflineRecipe):
     def orders_by_reference(self) -> bool:
         """Whether the reference decides the order of the pairs."""
         return self.curriculum is not None and self.curriculum.order == "reference_gap"
+
+    @property
+    def reference_is_adapter_off(self) -> bool:
+        """Whether the reference is the policy without its adapter: there as soon as the policy is, at no cost."""
+        lora_alone = self.model.lora.r > 0 and self.reference.path is None
+        return lora_alone and self.loss.needs_reference and not self.reference_moves
 
     @property
     def reference_moves(self) -> bool:

@@ -45,6 +45,8 @@ def make_labelled(examples: Sequence[Example]) -> list[LabelledResponse]:
     The partner is fixed by the data alone, so that micro-batches and processes do not change the estimate.
     Raises DataError when all prompts are the same.
     """
+    if not examples:
+        return []
     items: list[LabelledResponse] = []
     partner: Example | None = None
     for example in reversed([*examples, *examples]):  # the second copy: what follows the last is the first
@@ -106,7 +108,7 @@ class UnpairedObjective(nn.Module):
         )
         return losses, {
             "reward": config.beta * logratios,
-            "kl": context.expand(len(batch)),
+            "reference_point": context.expand(len(batch)),
             "desirable": batch.desirable_mask,
             "accuracy": (logratios > context) == batch.desirable_mask,
         }
