@@ -12,6 +12,7 @@ from torch import Tensor
 from drpo.data.encode import Example
 from drpo.data.records import BadRows, DataError, RowError
 from drpo.data.token_labels import token_relevance
+from drpo.data.views import PAIR_SCORES
 from drpo.preference_losses import score_offsets
 from drpo.tensors import PaddedBatch, pad_batch
 from drpo.trainers.preference_recipe import LossConfig, OffsetConfig, TokenWeightsConfig
@@ -63,7 +64,7 @@ def collate_pairs(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> P
         """(2B, R) of per-token numbers, 0 under padding."""
         table = torch.zeros(rows.responses.shape)
         for row, numbers in enumerate(values):
-            table[row, : len(numbers)] = torch.as_tensor(numbers, dtype=torch.float32)
+            table[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.float32)
         return table.to(device)
 
     weights = reference_logprobs = flipped = None
@@ -82,7 +83,8 @@ def make_pairs(
 ) -> tuple[list[Pair], list[str]]:
     """The pairs of the examples with what the loss asks of the data, and notes on what was left out.
 
-    Raises DataError when scores or token labels are missing or wrong in more than `max_bad_fraction` of them.
+    Raises DataError when scores or token labels are missing or wrong in more than `max_bad_fraction` of them,
+    and for a gap that `loss.offset.on_nonpositive` refuses.
     """
     bad, notes, pairs = BadRows("pairs"), [], []
     num_without_gap = 0
@@ -112,13 +114,14 @@ def make_pairs(
 def _offset(example: Example, config: OffsetConfig) -> tuple[float, bool]:
     """The offset of a pair, and whether its chosen response has the higher score."""
     extra = example.record.extra
-    try:
-        gap = extra["chosen_score"] - extra["rejected_score"]
-    except KeyError as missing:
-        raise DataError(
-            f"{example.record.origin}: loss.offset needs scores, and this pair has no {missing.args[0]}; give "
-            "ranked data (responses and scores) or columns chosen_score and rejected_score"
-        ) from None
+    for key in PAIR_SCORES:
+        if key not in extra:
+            raise RowError(
+                "missing field",
+                f"loss.offset needs {key}: give ranked data (responses and scores) or columns "
+                f"{' and '.join(PAIR_SCORES)}",
+            )
+    gap = extra["chosen_score"] - extra["rejected_score"]
     if gap > 0:
         return float(score_offsets(torch.tensor(gap, dtype=torch.float64), config.alpha, config.scale)), True
     if config.on_nonpositive == "refuse":
