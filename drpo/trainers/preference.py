@@ -37,7 +37,9 @@ def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, Reward
     splits = load_examples(recipe.data, tokenizer, recipe.view)
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     reference = None
-    if recipe.loss.needs_reference and not (is_cached(recipe) and not recipe.orders_by_reference):
+    # What a run reports must not depend on who filled the cache: a reference that costs nothing is always there.
+    at_hand = recipe.reference_is_adapter_off
+    if recipe.loss.needs_reference and (at_hand or recipe.orders_by_reference or not is_cached(recipe)):
         reference = starting_reference(recipe, engine, tokenizer, policy)
 
     options = {"pad_id": tokenizer.pad_token_id, "device": engine.device}
@@ -48,7 +50,7 @@ def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, Reward
         data = pair_stages(recipe, engine, run, splits, tokenizer, reference)
         if recipe.reference.cache_dir is not None:
             data = with_cached_reference(recipe, engine, run, data, tokenizer, reference)
-            reference = reference if recipe.model.lora.r else None  # the copy has done its work
+            reference = reference if at_hand else None  # a copy has done its work
         objective = PairObjective(
             policy, recipe.loss, reference=reference, share_prompts=recipe.share_prompts, **options
         )

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from drpo.config import ConfigError
 from drpo.engine import Engine
 from drpo.models.adapters import merged_state_dict
 from drpo.models.loading import LoraConfig, load_policy
@@ -52,7 +53,9 @@ class FrozenCopy:
         The policy's weights must be whole (Engine.whole_weights).
         """
         weights = merged_state_dict(policy)
-        for name, tensor in self.module.state_dict().items():
+        own = self.module.state_dict(keep_vars=True)
+        # A tied weight has several names, and must take the step once.
+        for name, tensor in {id(tensor): (name, tensor) for name, tensor in own.items()}.values():
             target = weights[name].to(tensor.device, tensor.dtype)
             if tensor.is_floating_point() and mix < 1:
                 tensor.lerp_(target, mix)
@@ -67,12 +70,20 @@ def starting_reference(
 
     Raises ConfigError when reference.path holds no policy for this tokenizer.
     """
-    model, path, moves = recipe.model, recipe.reference.path, recipe.reference_moves
-    if path is None and model.lora.r and not moves:
+    model, path = recipe.model, recipe.reference.path
+    if recipe.reference_is_adapter_off:
+        if recipe.reference.cache_dir is not None or recipe.orders_by_reference:
+            policy.to(engine.device)  # it scores before training, which would move it
         return AdapterOff(policy)
     source = replace(model, lora=LoraConfig(), gradient_checkpointing=False)
     if path is not None:
         source = replace(source, path=path, architecture={}, tokenizer=None, vocab_size=None)
-    copy = load_policy(source, tokenizer, recipe.seed)
     # A reference that takes small steps needs float32: in bfloat16 they would be rounded away.
-    return FrozenCopy(engine.place(copy, as_trained=not moves))
+    takes_small_steps = recipe.reference.sync_mix < 1
+    if takes_small_steps:
+        source = replace(source, dtype="float32")
+    try:
+        copy = load_policy(source, tokenizer, recipe.seed)
+    except ConfigError as error:
+        raise error if path is None else ConfigError(f"reference.path: {error}") from None
+    return FrozenCopy(engine.place(copy, as_trained=not takes_small_steps))
