@@ -1,7 +1,8 @@
 """Log-probabilities of the reference, per token, computed once and kept on disk: no reference model in training.
 
-The folder holds `key.json`, which says what they were made with, and `logprobs.npy`, float32: the tokens of the
-chosen and then of the rejected response of every pair, pair after pair. It appears by one rename when it is whole.
+The folder holds `logprobs.npy`, float32: the tokens of the chosen and then of the rejected response of every pair,
+pair after pair; and `key.json`, which says what they were made with, and their hash. It appears by one rename when
+it is whole, so a kill leaves nothing half, and of several runs that fill it at once the first one does.
 """
 
 from __future__ import annotations
@@ -52,8 +53,7 @@ def with_cached_reference(
     folder = Path(recipe.reference.cache_dir)
     pairs = [pair for part in (*data.stages, data.held_out) for pair in part]
     key = _key(recipe, engine.precision, pairs)
-    if is_cached(recipe):
-        _refuse_other_key(folder, key)
+    if engine.max(float(is_cached(recipe))):  # another run may finish it while the processes look
         run.say(f"reference log-probs: read from {folder}")
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"reference.cache_dir: {folder} holds something else than reference log-probs")
@@ -70,7 +70,7 @@ def with_cached_reference(
         if engine.is_main:
             _write(folder, key, np.concatenate([row for rows in computed for row in rows]))
         engine.barrier()
-    rows = iter(_read(folder, [len(ids) for pair in pairs for ids in pair.response_ids]))
+    rows = iter(_read(folder, key, [len(ids) for pair in pairs for ids in pair.response_ids]))
     stages = [
         [replace(pair, reference_logprobs=(next(rows), next(rows))) for pair in part]
         for part in (*data.stages, data.held_out)
@@ -110,39 +110,47 @@ def _weights_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def _refuse_other_key(folder: Path, now: dict[str, Any]) -> None:
-    then = json.loads((folder / "key.json").read_text())
+def _read(folder: Path, key: dict[str, Any], lengths: Sequence[int]) -> list[np.ndarray]:
+    """The log-probs of each response, from disk when they are used.
+
+    Raises ConfigError when they have another key, or are not as written.
+    """
+    damaged = f"reference.cache_dir: {folder} is damaged, delete it to compute the log-probs anew"
+    try:
+        then = dict(json.loads((folder / "key.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{damaged} (key.json: {error})") from None
     changed = [
-        f"{name}: {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value
+        f"{name}: {then.get(name)} -> {value}" for name, value in key.items() if then.get(name) != value
     ]
     if changed:
         raise ConfigError(
             f"reference.cache_dir: {folder} holds log-probs made otherwise ({'; '.join(changed)}); name another "
             "folder, or delete this one to compute them anew"
         )
-
-
-def _read(folder: Path, lengths: Sequence[int]) -> list[np.ndarray]:
-    """The log-probs of each response, from disk when they are used."""
     try:
         flat = np.load(folder / "logprobs.npy", mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"reference.cache_dir: {folder}/logprobs.npy cannot be read ({error}); delete {folder}"
-        ) from None
-    if flat.shape != (sum(lengths),):
-        raise ConfigError(
-            f"reference.cache_dir: {folder}/logprobs.npy has not one number a token; delete {folder}"
-        )
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"{damaged} (logprobs.npy: {error})") from None
+    if then.get("sha256") != _digest(flat):
+        raise ConfigError(f"{damaged} (logprobs.npy is not what was written)")
     return np.split(flat, np.cumsum(lengths)[:-1])
 
 
 def _write(folder: Path, key: dict[str, Any], flat: np.ndarray) -> None:
-    partial = folder.with_name(f".partial_{folder.name}")
+    partial = folder.with_name(f".partial_{folder.name}_{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     np.save(partial / "logprobs.npy", flat)
-    (partial / "key.json").write_text(json.dumps(key, indent=1))
-    if folder.exists():
-        folder.rmdir()  # empty
-    os.replace(partial, folder)
+    (partial / "key.json").write_text(json.dumps({**key, "sha256": _digest(flat)}, indent=1))
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        shutil.rmtree(partial)
+        if not (folder / "key.json").exists():
+            raise
+        # Another run was faster; what it wrote is checked like any other.
+
+
+def _digest(flat: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(flat).data).hexdigest()
