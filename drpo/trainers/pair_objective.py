@@ -66,11 +66,15 @@ class PairObjective(nn.Module):
         reference = self._reference_logprobs(batch)
         scores = PairScores(*self._reduce(logprobs, batch), *self._reduce(reference, batch))
         pair_losses = pair_loss(self._loss, scores, batch.offsets)
-        weights = self._weights(pair_losses, context)
         rows = self._rows(logprobs, reference, scores, batch) | {"pair_loss": pair_losses}
-        if weights is None:
+        if self._loss.dr_dpo is None or (self.looks_ahead and context is None):
             return pair_losses, rows
-        return weights * pair_losses, rows | {"weight": weights}
+        beta_prime = self._loss.dr_dpo.beta_prime
+        if context is not None:
+            weights = losses.dr_dpo_weights(pair_losses, beta_prime, context)
+            return weights * pair_losses, rows | {"weight": weights}
+        weights = len(batch) * losses.dr_dpo_weights(pair_losses, beta_prime)
+        return losses.dr_dpo_loss(pair_losses, beta_prime).expand(len(batch)), rows | {"weight": weights}
 
     def _reference_logprobs(self, batch: PairBatch) -> Tensor | None:
         if not self._loss.needs_reference or batch.reference_logprobs is not None:
@@ -90,15 +94,6 @@ class PairObjective(nn.Module):
         if self._loss.name in LENGTH_AVERAGED:
             reduced = reduced / mask.sum(dim=1)
         return tuple(reduced.chunk(2))
-
-    def _weights(self, pair_losses: Tensor, context: Tensor | None) -> Tensor | None:
-        """Dr. DPO's weights (B,), 1 on average over the step or the micro-batch; None where all count alike."""
-        if self._loss.dr_dpo is None or (self.looks_ahead and context is None):
-            return None
-        beta_prime = self._loss.dr_dpo.beta_prime
-        if context is None:
-            context = log_mean_exp(-pair_losses.detach() / beta_prime)
-        return losses.dr_dpo_weights(pair_losses, beta_prime, context)
 
     def _rows(self, logprobs: Tensor, reference: Tensor | None, scores: PairScores, batch: PairBatch) -> Rows:
         mask = batch.rows.response_mask
