@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples
+from drpo.data.noise import NoiseConfig
 from drpo.data.records import DataError
 from drpo.engine import Engine
 from drpo.models.loading import load_policy
@@ -110,7 +111,7 @@ def load_references(recipe: RewardModelRecipe, tokenizer) -> list[Example]:
     """The first `score.num_centring` references. Raises DataError when one of their prompts has no response."""
     if recipe.score.num_centring == 0:
         return []
-    data = recipe.references or recipe.data
+    data = recipe.references or replace(recipe.data, noise=NoiseConfig())  # noise is for pairs
     references = load_examples(data, tokenizer, "prompts").train[: recipe.score.num_centring]
     for reference in references:
         if reference.completion_ids is None:
