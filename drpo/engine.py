@@ -151,7 +151,8 @@ class Engine:
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments: its next step is like its first."""
         optimizer = self._optimizer.optimizer
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's ZeRO wraps the one that was prepared
+        # DeepSpeed's ZeRO wraps the one that was prepared.
+        optimizer = getattr(optimizer, "optimizer", optimizer)
         for state in optimizer.state.values():
             for name, value in state.items():
                 state[name] = value.zero_() if isinstance(value, Tensor) else 0
