@@ -11,10 +11,11 @@ from pathlib import Path
 LAUNCH = Path(__file__).resolve().parent
 DEMO_RUNS = Path("runs/demo")
 
-# In the order in which they are made: the folder that the stage leaves, and the script that leaves it.
+# In the order in which they are made: the folder that the stage leaves, and the script and recipe that leave it.
 STAGES = {
-    DEMO_RUNS / "sft" / "policy": "sft.py",
-    DEMO_RUNS / "reward_model" / "reward_model": "reward_model.py",
+    DEMO_RUNS / "sft" / "policy": ("sft.py", "demo/sft.yaml"),
+    DEMO_RUNS / "sft_often" / "policy": ("sft.py", "demo/sft_often.yaml"),
+    DEMO_RUNS / "reward_model" / "reward_model": ("reward_model.py", "demo/reward_model.yaml"),
 }
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -34,9 +35,10 @@ def make_demo_inputs(*needed: str | None) -> None:
             time.sleep(1)
         return
     for folder in missing:
-        print(f"{folder} is missing: making it with launch/{STAGES[folder]}", flush=True)
+        script, recipe = STAGES[folder]
+        print(f"{folder} is missing: making it with launch/{script} {recipe}", flush=True)
         subprocess.run(
-            [sys.executable, str(LAUNCH / STAGES[folder])], check=True, env=single_process_environment()
+            [sys.executable, str(LAUNCH / script), recipe], check=True, env=single_process_environment()
         )
 
 

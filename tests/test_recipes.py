@@ -13,10 +13,12 @@ import pytest
 from drpo.config import help_text, load_recipe, options, save_resolved
 from drpo.run_folder import flatten
 from drpo.trainers.online_recipe import OnlineRecipe
+from drpo.trainers.preference_recipe import PreferenceRecipe
 from drpo.trainers.sft import SFTRecipe
 from launch.benchmark import BenchmarkRecipe
 from launch.command_line import RECIPES, find_recipe
 from launch.neuron_shift import NeuronShiftRecipe
+from launch.preference_experiment import PreferenceExperimentRecipe
 from launch.reset_experiment import ExperimentRecipe
 from reward_models.train import RewardModelRecipe
 
@@ -25,7 +27,9 @@ STAGES: dict[str, type] = {
     "reward_model": RewardModelRecipe,
     "ppo": OnlineRecipe,
     "drpo": OnlineRecipe,
+    **dict.fromkeys(("dpo", "cdpo", "odpo", "ipo", "simpo", "orpo", "kto"), PreferenceRecipe),
     "reset_experiment": ExperimentRecipe,
+    "preference_experiment": PreferenceExperimentRecipe,
     "neuron_shift": NeuronShiftRecipe,
     "benchmark": BenchmarkRecipe,
 }
@@ -35,7 +39,7 @@ NAMES = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml"
 
 
 def stage_of(name: str) -> str:
-    """The stage in the file name of a recipe: tldr/drpo_2.8b.yaml is a drpo recipe."""
+    """The stage in the file name of a recipe: tldr/drpo_2.8b.yaml is a drpo recipe, tldr/dr_dpo_2.8b.yaml a dpo one."""
     found = [stage for stage in STAGES if re.search(rf"(^|_){stage}(_|$)", Path(name).stem)]
     assert len(found) == 1, f"the name of {name} must hold one stage of {', '.join(STAGES)}"
     return found[0]
@@ -44,6 +48,12 @@ def stage_of(name: str) -> str:
 @functools.cache
 def loaded(name: str, *overrides: str) -> Any:
     return load_recipe(STAGES[stage_of(name)], find_recipe(name), overrides)
+
+
+def differing(name: str, other: str) -> set[str]:
+    """The keys in which two recipes differ; those of a section that only one has among them."""
+    one, two = flatten(loaded(name)), flatten(loaded(other))
+    return {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,10 +67,13 @@ def test_a_saved_recipe_is_the_recipe(name, tmp_path):
     assert load_recipe(STAGES[stage_of(name)], tmp_path / "config.yaml", []) == loaded(name)
 
 
+PREFERENCE_STAGES = {"tldr": ("dpo", "dr_dpo", "odpo", "curry_dpo"), "hh": ("dpo", "dr_dpo")}
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_size_has_every_stage(task):
     for size in SIZES:
-        for stage in ("sft", "reward_model", "ppo", "drpo"):
+        for stage in ("sft", "reward_model", "ppo", "drpo", *PREFERENCE_STAGES[task]):
             assert f"{task}/{stage}_{size}.yaml" in NAMES
 
 
@@ -72,8 +85,9 @@ def test_no_two_recipes_share_a_run_folder():
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("size", SIZES)
 def test_each_stage_starts_from_what_the_one_before_leaves(task, size):
-    sft, reward_model, ppo, drpo = (
-        loaded(f"{task}/{stage}_{size}.yaml") for stage in ("sft", "reward_model", "ppo", "drpo")
+    sft, reward_model, ppo, drpo, *preference = (
+        loaded(f"{task}/{stage}_{size}.yaml")
+        for stage in ("sft", "reward_model", "ppo", "drpo", *PREFERENCE_STAGES[task])
     )
     assert sft.run_dir == f"runs/{task}/sft_{size}"
     assert sft.model.path == f"EleutherAI/pythia-{size}-deduped"
@@ -81,6 +95,9 @@ def test_each_stage_starts_from_what_the_one_before_leaves(task, size):
     for online in (ppo, drpo):
         assert online.model.path == f"{sft.run_dir}/policy"
         assert online.critic.path == online.reward.path == f"{reward_model.run_dir}/reward_model"
+    for recipe in preference:
+        assert recipe.model.path == f"{sft.run_dir}/policy"
+        assert recipe.reference.path is None  # the same policy
 
 
 PPO_AND_DRPO = sorted(
@@ -92,10 +109,9 @@ PPO_AND_DRPO = sorted(
 
 @pytest.mark.parametrize("ppo_name, drpo_name", PPO_AND_DRPO)
 def test_ppo_is_drpo_without_resets(ppo_name, drpo_name):
-    ppo, drpo = flatten(loaded(ppo_name)), flatten(loaded(drpo_name))
-    different = {key for key in ppo if ppo[key] != drpo[key]}
+    different = differing(ppo_name, drpo_name)
     assert {key for key in different if not key.startswith("reset.")} == {"run_dir"}
-    assert ppo["reset.proportion"] == 0 < drpo["reset.proportion"]
+    assert loaded(ppo_name).reset.proportion == 0 < loaded(drpo_name).reset.proportion
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if re.search(r"_[\d.]+b\.yaml$", name)])
@@ -173,6 +189,7 @@ def test_online_stages_on_hh_have_the_settings_of_trlx(size, optimizer_steps, ra
 # --- the classes behind them ----------------------------------------------------------------------------
 
 CLASSES = sorted(set(STAGES.values()), key=lambda recipe_class: recipe_class.__name__)
+COMPLETE = [each for each in CLASSES if each is not PreferenceExperimentRecipe]  # it has no tables by itself
 
 
 @pytest.mark.parametrize("recipe_class", CLASSES)
@@ -180,7 +197,7 @@ def test_every_key_has_a_help_text(recipe_class):
     assert [option.key for option in options(recipe_class) if not option.help] == []
 
 
-@pytest.mark.parametrize("recipe_class", CLASSES)
+@pytest.mark.parametrize("recipe_class", COMPLETE)
 def test_help_lists_every_key_with_the_default_that_holds(recipe_class):
     text = help_text(recipe_class, "usage")
     held = flatten(load_recipe(recipe_class, None, []))
@@ -190,13 +207,13 @@ def test_help_lists_every_key_with_the_default_that_holds(recipe_class):
         assert re.search(rf"^  {re.escape(key)}  \(", text, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("recipe_class", [SFTRecipe, RewardModelRecipe, OnlineRecipe])
+@pytest.mark.parametrize("recipe_class", [SFTRecipe, RewardModelRecipe, OnlineRecipe, PreferenceRecipe])
 def test_training_recipes_share_the_keys_of_the_run_folder_contract(recipe_class):
     keys = {option.key for option in options(recipe_class)}
     assert {"run_dir", "seed", "num_steps", "resume", "checkpoint.every", "log.every"} <= keys
 
 
-@pytest.mark.parametrize("recipe_class", CLASSES)
+@pytest.mark.parametrize("recipe_class", COMPLETE)
 def test_recipes_are_frozen_all_the_way_down(recipe_class):
     def classes(config: Any):
         yield type(config)
@@ -219,6 +236,10 @@ def test_recipes_are_frozen_all_the_way_down(recipe_class):
         ("hh/drpo_1b.yaml", "data.truncation=paragraph", "data.truncation"),
         ("tldr/reward_model_1b.yaml", "model.lora.r=8", "model.lora"),
         ("demo/sft.yaml", "model.path=gpt2", "model.path"),
+        ("demo/simpo.yaml", "reference.sync_every=10", "reference"),
+        ("demo/kto.yaml", "loss.dr_dpo={}", "loss.dr_dpo"),
+        ("demo/curry_dpo.yaml", "reference.cache_dir=runs/cache", "reference.cache_dir"),
+        ("hh/dpo_1b.yaml", "loss.label_smoothing=0.1", "loss.label_smoothing"),
     ],
 )
 def test_an_impossible_combination_is_refused_naming_the_key(name, override, key):
