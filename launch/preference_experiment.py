@@ -25,6 +25,14 @@ from drpo.metrics import read_metrics
 from launch.command_line import main
 from launch.seed_grid import interval, launch_once
 
+COLUMNS = {
+    "true reward": "eval/true_reward",
+    "preference accuracy": "eval/accuracy",
+    "KL to SFT": "eval/kl",
+    "length": "eval/length",
+    "ended": "eval/ended",
+}
+
 
 @dataclass(frozen=True)
 class TableConfig:
@@ -44,17 +52,9 @@ class TableConfig:
     """Name of a setting -> its overrides; {} for a single one without overrides."""
     methods: dict[str, list[str]] = field(default_factory=dict)
     """Name of a method -> its overrides."""
-    columns: dict[str, str] = field(
-        default_factory=lambda: {
-            "true reward": "eval/true_reward",
-            "preference accuracy": "eval/accuracy",
-            "KL to SFT": "eval/kl",
-            "length": "eval/length",
-            "ended": "eval/ended",
-        }
-    )
+    columns: dict[str, str] = field(default_factory=dict)
     """Name of a column -> the metric that it shows: of the last evaluation, or the mean over the last 50 steps that
-    have it (train/...)."""
+    have it (train/...); {} for true reward, preference accuracy, KL, length and share of ended samples."""
 
     def __post_init__(self) -> None:
         if len(self.seeds) < 2:
@@ -66,6 +66,11 @@ class TableConfig:
     def named_settings(self) -> dict[str, list[str]]:
         """`settings`, or the single unnamed one."""
         return dict(self.settings) or {"": []}
+
+    @property
+    def named_columns(self) -> dict[str, str]:
+        """`columns`, or the usual ones."""
+        return dict(self.columns) or COLUMNS
 
 
 @dataclass(frozen=True)
@@ -155,13 +160,13 @@ def _slug(text: str) -> str:
 def _results(root: Path, title: str, table: TableConfig) -> list[dict]:
     """A row for the SFT policy, as the runs' data saw it, and one for each setting and method; numbers by seed."""
     rows = [{"setting": "", "method": "SFT"}]
-    for name, key in table.columns.items():
+    for name, key in table.named_columns.items():
         sft = [_last(_sft_dir(root, table, seed), key) for seed in table.seeds]
         rows[0][name] = None if None in sft else sft
     for setting in table.named_settings:
         for method in table.methods:
             row = {"setting": setting, "method": method}
-            for name, key in table.columns.items():
+            for name, key in table.named_columns.items():
                 values = [_last(_run_dir(root, title, seed, setting, method), key) for seed in table.seeds]
                 row[name] = None if None in values else values
             rows.append(row)
@@ -179,11 +184,11 @@ def _last(run_dir: Path, key: str) -> float | None:
 def markdown(title: str, table: TableConfig, rows: list[dict]) -> str:
     """A table: mean over seeds with the 95% t-interval."""
     first = ["setting"] if table.settings else []
-    header = [*first, "method", *table.columns]
+    header = [*first, "method", *table.named_columns]
     lines = [f"### {title}", "", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
         cells = [row[name] for name in (*first, "method")]
-        for name in table.columns:
+        for name in table.named_columns:
             values = row[name]
             cells.append("-" if values is None else "{:.3g} ± {:.2g}".format(*interval(values)))
         lines.append("| " + " | ".join(cells) + " |")
@@ -197,7 +202,7 @@ def _plot(table: TableConfig, rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    name = next(iter(table.columns))
+    name = next(iter(table.named_columns))
     height = 1.2 + 0.28 * (1 + len(table.methods))
     size = (2.2 + 2.6 * len(table.named_settings), height)
     figure, axes = pyplot.subplots(
