@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from logit_rows import logit_rows
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 from drpo.models.scoring import head_is_plain, response_logprobs
@@ -97,21 +98,50 @@ def test_gradients_equal_those_of_the_full_logits(model_type, chunk_size):
 def test_logits_of_a_whole_batch_never_exist(model_type):
     model = tiny_model(model_type)
     batch = ragged_batch()
-    largest = []
-    model.get_output_embeddings().register_forward_hook(
-        lambda module, args, output: largest.append(output.numel() // output.shape[-1])
-    )
     head_is_plain(model)
-    largest.clear()
-    logprobs = response_logprobs(model, batch, chunk_size=5).logprobs
+    with logit_rows(VOCAB_SIZE) as rows:
+        logprobs = response_logprobs(model, batch, chunk_size=5).logprobs
     num_positions = batch.responses.numel()
     if model_type in CAPPED:
-        assert largest == [num_positions + len(batch.responses)], "the response columns and one more"
+        assert rows == [num_positions + len(batch.responses)], "the response columns and one more"
     else:
-        assert max(largest) == 5 and sum(largest) == num_positions
-        largest.clear()
-        logprobs.sum().backward()
-        assert max(largest) == 5, "recomputed chunk by chunk"
+        assert max(rows) == 5 and sum(rows) == num_positions
+        with logit_rows(VOCAB_SIZE) as rows:
+            logprobs.sum().backward()
+        assert max(rows) == 5 and sum(rows) == num_positions, "recomputed chunk by chunk"
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_head_is_called_once_whatever_the_number_of_chunks(grad):
+    """ZeRO-3 gathers weights at every call: processes with batches of other shapes must make the same calls."""
+    model = tiny_model("gpt_neox")
+    head_is_plain(model)
+    head, calls = model.get_output_embeddings(), []
+    head.register_forward_hook(lambda *args: calls.append(args))
+    for chunk_size in (3, 1000):
+        calls.clear()
+        with torch.set_grad_enabled(grad):
+            logprobs = response_logprobs(model, ragged_batch(), chunk_size=chunk_size).logprobs
+        if grad:
+            logprobs.sum().backward()
+        assert len(calls) == 1
+    hidden = torch.randn(2, 32)
+    assert torch.equal(head(hidden), hidden @ head.weight.T), "and is left as it was"
+    assert "forward" not in vars(head)
+
+
+def test_a_forward_that_a_wrapper_put_on_the_head_stays():
+    model = tiny_model("gpt_neox")
+    expected = response_logprobs(model, ragged_batch()).logprobs
+    head = model.get_output_embeddings()
+    head.forward = lambda hidden: type(head).forward(head, hidden) * 2
+    wrapped = head.forward
+    doubled = response_logprobs(model, ragged_batch(), chunk_size=4).logprobs
+    assert head.forward is wrapped
+    torch.testing.assert_close(
+        doubled, response_logprobs(tiny_model("gpt_neox"), ragged_batch(), temperature=0.5).logprobs
+    )
+    assert not torch.allclose(doubled, expected)
 
 
 def test_plain_heads_are_told_from_capped_and_scaled_ones():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from logit_rows import logit_rows
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 from torch import nn
 
@@ -222,33 +223,42 @@ def test_padding_is_never_seen(implementation):
 # --- memory and call pattern ------------------------------------------------------------------------------
 
 
-def test_the_head_sees_real_response_tokens_alone_in_as_many_chunks_as_the_shape_says():
+def test_logits_of_real_response_tokens_alone_a_chunk_at_a_time_in_one_head_call():
     model = tiny_model("gpt_neox")
     batch = shared_batch(2)
     can_share_prompt(model), head_is_plain(model)
-    sizes = []
-    model.get_output_embeddings().register_forward_hook(lambda m, args, out: sizes.append(len(out)))
-    continuation_logprobs(model, batch, 2, chunk_size=30)
-    assert len(sizes) == -(-batch.responses.numel() // 30) > 1
-    assert sum(sizes) == batch.response_mask.sum() < batch.responses.numel()
-    assert max(sizes) - min(sizes) <= 1
-    sizes.clear()
-    empty = PaddedBatch(
-        batch.queries, batch.query_mask, batch.responses, torch.zeros_like(batch.response_mask)
-    )
-    assert continuation_logprobs(model, empty, 2, chunk_size=30).logprobs.shape == batch.responses.shape
-    assert len(sizes) == -(-batch.responses.numel() // 30), "ZeRO-3 counts calls, on every process the same"
+    calls = []
+    model.get_output_embeddings().register_forward_hook(lambda *args: calls.append(args))
+    num_real = int(batch.response_mask.sum())
+    for chunk_size in (7, 1000):
+        calls.clear()
+        with logit_rows(VOCAB_SIZE) as rows:
+            continuation_logprobs(model, batch, 2, chunk_size=chunk_size)
+        assert sum(rows) == num_real < batch.responses.numel() and max(rows) == min(chunk_size, num_real)
+        assert len(calls) == 1
+
+
+def test_a_batch_without_response_tokens_makes_the_same_calls():
+    model = tiny_model("gpt_neox")
+    batch = shared_batch(2)
+    can_share_prompt(model), head_is_plain(model)
+    calls = []
+    model.get_output_embeddings().register_forward_hook(lambda *args: calls.append(args))
+    none = torch.zeros_like(batch.response_mask)
+    empty = PaddedBatch(batch.queries, batch.query_mask, batch.responses, none)
+    logprobs = continuation_logprobs(model, empty, 2).logprobs
+    assert logprobs.shape == batch.responses.shape and len(calls) == 1
+    logprobs.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_a_capped_head_sees_real_response_tokens_alone_too():
     model = tiny_model("gemma2", **WIDE["gemma2"])
     batch = shared_batch(2)
     can_share_prompt(model), head_is_plain(model)
-    sizes = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: sizes.append(out.shape))
-    continuation_logprobs(model, batch, 2)
-    assert sizes == [(1, int(batch.response_mask.sum()), VOCAB_SIZE)]
-    hook.remove()
+    with logit_rows(VOCAB_SIZE) as rows:
+        continuation_logprobs(model, batch, 2)
+    assert rows == [int(batch.response_mask.sum())]
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, VOCAB_SIZE), "and is left as it was"
 
 

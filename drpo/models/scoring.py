@@ -6,11 +6,11 @@ response tokens, a chunk of positions at a time, so the logits of a whole batch 
 
 from __future__ import annotations
 
+import functools
 import inspect
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,8 +40,7 @@ def response_logprobs(
 
     Logits are float32, those of `suppressed_ids` the smallest finite number. At most `chunk_size` positions
     of them exist at a time: with gradients on, several chunks are recomputed one by one in the backward pass.
-    The number of head calls depends on the shape of the batch alone, as ZeRO-3 needs. Values at padded
-    positions are finite but mean nothing.
+    Values at padded positions are finite but mean nothing.
 
     A model whose logits are more than its head on the backbone's output (soft-capping, logit scales) runs
     whole, with logits for the response positions only but all of them at once.
@@ -65,9 +64,8 @@ def response_logprobs(
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     first = batch.queries.shape[1] - 1
     hidden = hidden[:, first : first + length].flatten(0, 1)
-    num_chunks = max(1, math.ceil(ids.numel() / chunk_size))
     scores = chunked_scores(
-        head, hidden, ids.reshape(-1), num_chunks, temperature, tuple(suppressed_ids), entropy
+        head, hidden, ids.reshape(-1), chunk_size, temperature, tuple(suppressed_ids), entropy
     )
     return ResponseScores(*(None if column is None else column.view_as(ids) for column in scores))
 
@@ -76,28 +74,50 @@ def chunked_scores(
     head: nn.Module,
     hidden: Tensor,
     ids: Tensor,
-    num_chunks: int,
+    chunk_size: int,
     temperature: float = 1.0,
     suppressed_ids: tuple[int, ...] = (),
     entropy: bool = False,
 ) -> ResponseScores:
-    """Scores (N,) of `ids` (N,) under the logits that `head` gives for `hidden` (N, H), in `num_chunks` head calls.
+    """Scores (N,) of `ids` (N,) under the logits that `head` gives for `hidden` (N, H), a chunk at a time.
 
-    With gradients on, several chunks are recomputed one by one in the backward pass.
+    With gradients on, several chunks are recomputed one by one in the backward pass. However many there are, the
+    head is called once as a module: under ZeRO-3 the processes must call the same modules, whatever the shapes of
+    their batches.
     """
+    logits_of = head.forward
 
-    def score_chunk(hidden: Tensor, ids: Tensor) -> ResponseScores:
-        return _score(head(hidden), ids, temperature, suppressed_ids, entropy)
+    def score_chunk(hidden: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        scores = _score(logits_of(hidden), ids, temperature, suppressed_ids, entropy)
+        return scores if entropy else scores[:1]
 
-    chunks = list(zip(hidden.tensor_split(num_chunks), ids.tensor_split(num_chunks), strict=True))
-    if torch.is_grad_enabled() and num_chunks > 1:
-        scores = [
-            checkpoint(score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
-        ]
-    else:
-        scores = [score_chunk(*chunk) for chunk in chunks]
-    logprobs = torch.cat([chunk.logprobs for chunk in scores])
-    return ResponseScores(logprobs, torch.cat([chunk.entropy for chunk in scores]) if entropy else None)
+    def score(hidden: Tensor) -> tuple[Tensor, ...]:
+        pieces = list(zip(hidden.split(chunk_size), ids.split(chunk_size), strict=True))
+        if torch.is_grad_enabled() and len(pieces) > 1:
+            recomputed = functools.partial(
+                checkpoint, score_chunk, use_reentrant=False, preserve_rng_state=False
+            )
+            chunks = [recomputed(*piece) for piece in pieces]
+        else:
+            chunks = [score_chunk(*piece) for piece in pieces]
+        return tuple(torch.cat(columns) for columns in zip(*chunks, strict=True))
+
+    with _forward_replaced(head, score):
+        scores = head(hidden)
+    return ResponseScores(scores[0], scores[1] if entropy else None)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within this context a call of `module`, its hooks included, runs `forward` in place of its own."""
+    earlier = vars(module).get("forward")  # some wrappers put one on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if earlier is not None:
+            module.forward = earlier
 
 
 def _score(

@@ -11,7 +11,6 @@ stands between them, and the LM head runs on real response positions alone.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -52,7 +51,7 @@ def continuation_logprobs(
     Rows of `batch` are K blocks of B rows; row k*B + b holds query b, in every block the same, and its k-th
     response. Values and gradients are those of separate rows up to rounding, which costs B * (Q + K*R) positions in
     place of B * K * (Q + R). A model that cannot share prompts, or whose attention window is narrower than the
-    shared row, gets separate rows. Which way is taken, and the number of head calls, depend on shapes alone.
+    shared row, gets separate rows. Either way the backbone and the head are called once each, as ZeRO-3 needs.
 
     Raises ValueError when the rows are not K blocks, or the blocks differ in their queries.
     """
@@ -68,11 +67,12 @@ def continuation_logprobs(
     causal_lm = unwrap_peft(model)
     length = batch.responses.shape[1]
     row_length = batch.queries.shape[1] + num_continuations * (length - 1)
+    # The probe comes before what depends on this batch: under ZeRO-3 all processes must take part in it.
     if (
         num_continuations == 1
+        or not can_share_prompt(model)
         or length == 0
         or row_length > narrowest_window(causal_lm.config)
-        or not can_share_prompt(model)
     ):
         return response_logprobs(model, batch, chunk_size=chunk_size)
 
@@ -80,8 +80,7 @@ def continuation_logprobs(
     ids, head = batch.responses[batch.response_mask], causal_lm.get_output_embeddings()
     if head_is_plain(causal_lm):
         hidden = _hidden(causal_lm.base_model, packed)[packed.predicting]
-        num_chunks = math.ceil(batch.responses.numel() / chunk_size)
-        logprobs = chunked_scores(head, hidden, ids, num_chunks).logprobs
+        logprobs = chunked_scores(head, hidden, ids, chunk_size).logprobs
     else:
         # What the model does to its logits it does to each, so the head may be given fewer positions.
         hook = head.register_forward_pre_hook(lambda module, args: (args[0][packed.predicting][None],))
