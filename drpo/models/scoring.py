@@ -85,24 +85,24 @@ def chunked_scores(
     head is called once as a module: under ZeRO-3 the processes must call the same modules, whatever the shapes of
     their batches.
     """
+    if len(ids) <= chunk_size:
+        return _score(head(hidden), ids, temperature, suppressed_ids, entropy)
     logits_of = head.forward
 
     def score_chunk(hidden: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         scores = _score(logits_of(hidden), ids, temperature, suppressed_ids, entropy)
         return scores if entropy else scores[:1]
 
-    def score(hidden: Tensor) -> tuple[Tensor, ...]:
-        pieces = list(zip(hidden.split(chunk_size), ids.split(chunk_size), strict=True))
-        if torch.is_grad_enabled() and len(pieces) > 1:
-            recomputed = functools.partial(
-                checkpoint, score_chunk, use_reentrant=False, preserve_rng_state=False
-            )
-            chunks = [recomputed(*piece) for piece in pieces]
-        else:
-            chunks = [score_chunk(*piece) for piece in pieces]
+    def score_all(hidden: Tensor) -> tuple[Tensor, ...]:
+        score = score_chunk
+        if torch.is_grad_enabled():
+            score = functools.partial(checkpoint, score_chunk, use_reentrant=False, preserve_rng_state=False)
+        chunks = [
+            score(*chunk) for chunk in zip(hidden.split(chunk_size), ids.split(chunk_size), strict=True)
+        ]
         return tuple(torch.cat(columns) for columns in zip(*chunks, strict=True))
 
-    with _forward_replaced(head, score):
+    with _forward_replaced(head, score_all):
         scores = head(hidden)
     return ResponseScores(scores[0], scores[1] if entropy else None)
 
