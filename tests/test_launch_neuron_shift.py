@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from tiny_runs import write_recipe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drpo.config import ConfigError, load_recipe
+from drpo.data.holdout import is_held_out
 from launch.neuron_shift import NeuronShiftRecipe, run
 
 LAYER, NEURON = 1, 13  # the last layer of two: no neuron reads what it writes
@@ -166,6 +167,32 @@ def test_the_probe_that_a_run_leaves_can_be_given_to_another(moved_folder, tmp_p
         assert a.files == b.files
         for name in a.files:
             assert np.array_equal(a[name], b[name])
+
+
+def test_the_probe_is_fitted_by_the_policy_before_on_texts_that_it_is_not_tested_on(moved_folder, tmp_path):
+    """The gradient of the regression vanishes on the texts to fit on, summed by a loop, and not on the others."""
+    rows = [{"text": f"item {i} {('rope', 'lamp')[i % 2]}", "label": bool(i % 2)} for i in range(50)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    probe = {"source": "texts", "path": str(tmp_path / "texts.jsonl"), "holdout": 0.4}
+    run_dir = analyse(moved_folder, tmp_path / "run", interventions=False, probe=probe).parent
+    with np.load(run_dir / "probe.npz") as saved:
+        weight, bias = saved["weight"], float(saved["bias"])
+
+    model = AutoModelForCausalLM.from_pretrained(moved_folder / "before")
+    tokenizer = AutoTokenizer.from_pretrained(moved_folder / "before")
+    gradients, counts = (
+        {False: weight.copy(), True: weight.copy()},
+        {False: 0, True: 0},
+    )  # of the penalty: l2 = 1
+    for row in rows:
+        with torch.no_grad():
+            ids = tokenizer(row["text"], return_tensors="pt").input_ids
+            hidden = model(ids, output_hidden_states=True).hidden_states[-1][0].double().mean(dim=0).numpy()
+        held_out = is_held_out(row["text"], 0.4, 0)
+        gradients[held_out] += (1 / (1 + math.exp(-(hidden @ weight + bias))) - row["label"]) * hidden
+        counts[held_out] += 1
+    assert np.abs(gradients[False]).max() < 1e-4 < 1e-2 < np.abs(gradients[True]).max()
+    assert json.loads((run_dir / "summary.json").read_text())["probe"]["num_texts"] == counts[True] > 5
 
 
 @pytest.mark.parametrize(
