@@ -97,7 +97,7 @@ def _after_step(
     if sync.sync_every and step % sync.sync_every == 0:
         mix = sync.sync_mix
     if curriculum is not None and stage_ended:
-        if recipe.reference_moves and curriculum.reference == "last":
+        if recipe.reference_moves_per_stage:
             mix = 1.0
         if curriculum.reset_optimizer:
             engine.reset_optimizer()

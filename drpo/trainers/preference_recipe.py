@@ -212,12 +212,12 @@ class PreferenceRecipe(OfflineRecipe):
                 raise ValueError(
                     f"curriculum.order=reference_gap: loss.name={self.loss.name} has no reference"
                 )
-            if self.reference_moves and self.reference.cache_dir is not None:
+            if self.reference_moves_per_stage and self.reference.cache_dir is not None:
                 raise ValueError(
                     "reference.cache_dir keeps the log-probs of a reference that does not move; drop it, or set "
                     "curriculum.reference=initial"
                 )
-            if self.reference_moves and self.reference.sync_every:
+            if self.reference_moves_per_stage and self.reference.sync_every:
                 raise ValueError(
                     "curriculum.reference=last and reference.sync_every both move the reference; choose one"
                 )
@@ -243,7 +243,11 @@ class PreferenceRecipe(OfflineRecipe):
     @property
     def reference_moves(self) -> bool:
         """Whether the reference changes during the run."""
-        if not self.loss.needs_reference:
-            return False
-        per_stage = self.curriculum is not None and self.curriculum.reference == "last"
-        return bool(self.reference.sync_every) or (per_stage and self.curriculum.num_stages > 1)
+        return bool(self.reference.sync_every) or self.reference_moves_per_stage
+
+    @property
+    def reference_moves_per_stage(self) -> bool:
+        """Whether every stage of a curriculum takes the policy of the stage before as its reference."""
+        curriculum = self.curriculum
+        several = curriculum is not None and curriculum.reference == "last" and curriculum.num_stages > 1
+        return several and self.loss.needs_reference
