@@ -29,11 +29,6 @@ class Pair:
     reference_logprobs: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
-    def length(self) -> int:
-        """Tokens of query and both responses."""
-        return len(self.example.query_ids) + sum(map(len, self.response_ids))
-
-    @property
     def response_ids(self) -> tuple[list[int], list[int]]:
         return self.example.chosen_ids, self.example.rejected_ids
 
