@@ -1,0 +1,291 @@
+"""Completions on disk: one JSON line for each system and prompt, and what is known of how they were made.
+
+    {"system": "drpo", "prompt_id": "9c1185a5c5e9fc54", "prompt": "...", "response": "...", "ended": true,
+     "num_tokens": 31, "seed": 0, "reference": "...", "meta": {}}
+
+A system is whatever answers prompts: a checkpoint, a person, a constant. Beside `x.jsonl` stands `x.meta.json` with
+the hashes of model, data and settings; a file is only ever continued with the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from drpo.data.records import BadRows, DataError, RowError, require_text
+
+REFERENCE = "reference"
+"System of the dataset's own responses."
+NULL = "null"
+"System that says the same to every prompt."
+NULL_RESPONSE = "This is my response, and there is nothing to add to it."
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRow:
+    """What one system answered to one prompt."""
+
+    system: str
+    prompt_id: str
+    "First 16 hex digits of the prompt's sha256."
+    prompt: str
+    response: str
+    "May be empty: a policy can stop at once."
+    ended: bool
+    "Whether the response came to its end, and was not cut at a length limit."
+    num_tokens: int | None
+    "Tokens of the response, stop token included; None where nobody counted."
+    seed: int
+    "Tells several responses of one system to one prompt apart."
+    reference: str | None = None
+    "The dataset's own response."
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What no two rows share."""
+        return self.system, self.prompt_id, self.seed
+
+
+def prompt_id_of(prompt: str) -> str:
+    """The name of a prompt: the first 16 hex digits of its sha256."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+# --- reading --------------------------------------------------------------------------------------------
+
+
+def read_completions(path: Path | str) -> list[CompletionRow]:
+    """The rows of a completions file.
+
+    Raises DataError for a missing file and for bad rows, all counted: a line that is not JSON (an unfinished last
+    line too: the run that wrote it was killed), a missing or mistyped field, a prompt_id that is not the
+    prompt's, a second row of the same system, prompt and seed.
+    """
+    path = _existing(path)
+    lines = path.read_bytes().split(b"\n")
+    unfinished = lines.pop()
+    if unfinished.strip():
+        raise DataError(
+            f"{path} ends in an unfinished line: the run that wrote it was killed; run it again to complete the file"
+        )
+    numbered = ((f"{path.name}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+    return _parse_all(path, numbered, _row_of_line)
+
+
+def import_alpaca_eval(path: Path | str) -> list[CompletionRow]:
+    """The rows of a file in alpaca_eval's shape: a JSON list of objects with instruction, output and generator.
+
+    Whatever else an object has is kept in `meta`. Raises DataError as `read_completions` does.
+    """
+    path = _existing(path)
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    if not isinstance(items, list):
+        raise DataError(f"{path} must hold a JSON list of objects with instruction, output, generator")
+    numbered = ((f"{path.name}[{number}]", item) for number, item in enumerate(items))
+    return _parse_all(path, numbered, _row_of_alpaca_eval)
+
+
+def load_completions(paths: Sequence[Path | str]) -> list[CompletionRow]:
+    """The rows of several files: `.json` in alpaca_eval's shape, everything else as `read_completions` reads it.
+
+    Raises DataError when two files have a row of the same system, prompt and seed.
+    """
+    rows: dict[tuple[str, str, int], CompletionRow] = {}
+    for path in paths:
+        read = import_alpaca_eval if Path(path).suffix == ".json" else read_completions
+        for row in read(path):
+            if row.key in rows:
+                raise DataError(f"{path} repeats {_named(row)} of an earlier file; give each row once")
+            rows[row.key] = row
+    return list(rows.values())
+
+
+def _existing(path: Path | str) -> Path:
+    if not Path(path).is_file():
+        raise DataError(f"no completions file {path}")
+    return Path(path)
+
+
+def _parse_all(
+    path: Path, numbered: Iterable[tuple[str, Any]], parse: Callable[[Any], CompletionRow]
+) -> list[CompletionRow]:
+    rows: dict[tuple[str, str, int], CompletionRow] = {}
+    bad = BadRows()
+    for origin, item in numbered:
+        try:
+            row = parse(item)
+            if row.key in rows:
+                raise RowError("repeated row", _named(row))
+            rows[row.key] = row
+        except RowError as error:
+            bad.add(error.kind, origin, error.detail)
+    if bad:
+        raise DataError(f"{path} cannot be used, {len(bad)} rows are bad:\n{bad.summary()}")
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    return list(rows.values())
+
+
+def _named(row: CompletionRow) -> str:
+    return f"system {row.system}, prompt {row.prompt_id}, seed {row.seed}"
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "system": (str,),
+    "prompt_id": (str,),
+    "prompt": (str,),
+    "response": (str,),
+    "ended": (bool,),
+    "num_tokens": (int, type(None)),
+    "seed": (int,),
+    "reference": (str, type(None)),
+    "meta": (dict,),
+}
+
+
+def _row_of_line(line: bytes) -> CompletionRow:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise RowError("invalid JSON", str(error)) from None
+    if not isinstance(values, dict):
+        raise RowError("wrong type", f"a row is an object, not {type(values).__name__}")
+    for name, types in _TYPES.items():
+        if name not in values:
+            raise RowError("missing field", f"no {name}")
+        value = values[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise RowError("wrong type", f"{name} is {type(value).__name__}")
+    for name in ("system", "prompt"):
+        require_text(values[name], name)
+    for name in ("response", "reference"):
+        _require_encodable(values[name], name)
+    if extra := values.keys() - _TYPES.keys():
+        raise RowError("unknown field", f"{', '.join(sorted(extra))}; further values belong into meta")
+    if values["prompt_id"] != prompt_id_of(values["prompt"]):
+        raise RowError("prompt_id is not of this prompt", values["prompt_id"])
+    return CompletionRow(**values)
+
+
+def _require_encodable(text: str | None, name: str) -> None:
+    """A response may be empty, but what is there must be text."""
+    if text and text.strip():
+        require_text(text, name)
+
+
+def _row_of_alpaca_eval(item: Any) -> CompletionRow:
+    if not isinstance(item, dict):
+        raise RowError("wrong type", f"a row is an object, not {type(item).__name__}")
+    prompt = require_text(item.get("instruction"), "instruction")
+    system = require_text(item.get("generator"), "generator")
+    response = item.get("output")
+    if not isinstance(response, str):
+        raise RowError("missing field" if response is None else "wrong type", "output")
+    _require_encodable(response, "output")
+    meta = {name: value for name, value in item.items() if name not in ("instruction", "output", "generator")}
+    return CompletionRow(system, prompt_id_of(prompt), prompt, response, True, None, 0, meta=meta)
+
+
+# --- writing --------------------------------------------------------------------------------------------
+
+
+class CompletionsWriter:
+    """A completions file to append to; every row is on disk when `write` returns.
+
+    `done` holds the keys of the rows that an earlier run wrote; what a kill left unfinished is cut off.
+    Raises DataError when the file was made with another `meta`.
+    """
+
+    def __init__(self, path: Path | str, meta: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        meta = json.loads(json.dumps(meta))
+        if self.path.exists():
+            self._refuse_other(meta)
+            self._cut_unfinished_line()
+        self.done = {row.key for row in read_completions(self.path)} if _has_rows(self.path) else set()
+        meta_path(self.path).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+    def write(self, rows: Sequence[CompletionRow]) -> None:
+        """Append rows. Raises DataError for one that is there already."""
+        for row in rows:
+            if row.key in self.done:
+                raise DataError(f"{self.path} already has {_named(row)}")
+            self.done.add(row.key)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _refuse_other(self, meta: Mapping[str, Any]) -> None:
+        then = read_meta(self.path)
+        changed = [name for name in sorted(then.keys() | meta.keys()) if then.get(name) != meta.get(name)]
+        if changed:
+            shown = "; ".join(f"{name}: {then.get(name)!r} -> {meta.get(name)!r}" for name in changed)
+            raise DataError(
+                f"{self.path} was made in another way ({shown}); choose another file or remove it"
+            )
+
+    def _cut_unfinished_line(self) -> None:
+        whole, newline, _ = self.path.read_bytes().rpartition(b"\n")
+        os.truncate(self.path, len(whole) + len(newline))
+
+
+def _has_rows(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def meta_path(path: Path | str) -> Path:
+    """Where the facts about a completions file stand: `x.jsonl` -> `x.meta.json`."""
+    return Path(path).with_suffix(".meta.json")
+
+
+def read_meta(path: Path | str) -> dict[str, Any]:
+    """The facts about a completions file; empty when nobody wrote any."""
+    path = meta_path(path)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+# --- systems that need no model -------------------------------------------------------------------------
+
+
+def reference_rows(rows: Sequence[CompletionRow]) -> list[CompletionRow]:
+    """The dataset's own responses as the system "reference", one for each prompt.
+
+    Raises DataError, counting them, when prompts have no reference or several different ones.
+    """
+    references: dict[str, CompletionRow] = {}
+    bad = BadRows("prompts")
+    for row in rows:
+        known = references.setdefault(row.prompt_id, row)
+        if known.reference is None and row.reference is not None:
+            references[row.prompt_id] = row
+        elif row.reference not in (None, known.reference):
+            bad.add("two references", row.prompt_id)
+    for row in references.values():
+        if row.reference is None:
+            bad.add("no reference", row.prompt_id)
+    if bad:
+        raise DataError(f"the dataset's responses cannot stand as a system:\n{bad.summary()}")
+    return [
+        replace(row, system=REFERENCE, response=row.reference, ended=True, num_tokens=None, seed=0, meta={})
+        for row in references.values()
+    ]
+
+
+def constant_rows(rows: Sequence[CompletionRow], system: str, response: str) -> list[CompletionRow]:
+    """A system that gives the same response to every prompt of `rows`."""
+    prompts = {row.prompt_id: row for row in reversed(rows)}
+    return [
+        replace(row, system=system, response=response, ended=True, num_tokens=None, seed=0, meta={})
+        for row in reversed(prompts.values())
+    ]

@@ -1,0 +1,112 @@
+"""What calls cost: a table of prices, the cost of an answer by kind of token, and the most that a call can cost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from drpo.config import ConfigError
+
+PRICES = Path(__file__).with_name("prices.yaml")
+MILLION = 1_000_000
+TOKENS_AROUND_A_MESSAGE = 16
+"More than any chat format spends on a message and on opening the answer."
+BYTES_PER_TOKEN = 4.0
+"English prose; for an estimate, never for a bound."
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of an answer by kind."""
+
+    prompt: int
+    "All tokens of the prompt."
+    cached: int
+    "Of these, read from the API's cache."
+    cache_write: int
+    "Of these, written to it."
+    completion: int
+    "All tokens of the answer."
+    reasoning: int
+    "Of these, thoughts that nobody sees."
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Dollars per million tokens of each kind."""
+
+    input: float
+    cached: float
+    cache_write: float
+    output: float
+    as_of: str
+
+    def cost(self, tokens: Tokens) -> float:
+        """Dollars: cached and cache-written prompt tokens at their own price, all completion tokens at one."""
+        plain = tokens.prompt - tokens.cached - tokens.cache_write
+        return (
+            plain * self.input
+            + tokens.cached * self.cached
+            + tokens.cache_write * self.cache_write
+            + tokens.completion * self.output
+        ) / MILLION
+
+    def at_most(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """Dollars that a call of so many tokens cannot exceed, whatever is cached."""
+        dearest = max(self.input, self.cached, self.cache_write)
+        return (prompt_tokens * dearest + completion_tokens * self.output) / MILLION
+
+
+def load_price(path: Path | str, model: str, batch: bool) -> Price | None:
+    """The price of a model, None if the table does not have it.
+
+    A table's name stands for that model and its dated snapshots: "m" for m and m-2026-01-31, not for m-mini.
+    Raises ConfigError for a malformed table.
+    """
+    try:
+        table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        factor = _number(table["batch_factor"]) if batch else 1.0
+        models = {str(name): _prices(prices) for name, prices in table["models"].items()}
+        as_of = str(table["as_of"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"budget.prices={path} is not a table of prices ({type(error).__name__}: {error}); "
+            f"{PRICES.name} of the package eval shows the shape"
+        ) from None
+    undated = re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model)
+    prices = models.get(model, models.get(undated))
+    if prices is None:
+        return None
+    return Price(**{kind: dollars * factor for kind, dollars in prices.items()}, as_of=as_of)
+
+
+def _prices(prices: Mapping[str, Any]) -> dict[str, float]:
+    if unknown := set(prices) - {"input", "cached", "cache_write", "output"}:
+        raise ValueError(f"unknown kinds of tokens {sorted(unknown)}")
+    dollars = {kind: _number(value) for kind, value in prices.items()}
+    price = dollars["input"]
+    return {"cached": price, "cache_write": price, **dollars, "output": dollars["output"]}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
+        raise ValueError(f"{value!r} is not a price")
+    return float(value)
+
+
+def prompt_tokens_at_most(texts: list[str]) -> int:
+    """A number of tokens that a prompt of these messages cannot exceed.
+
+    No token of a byte-level vocabulary is shorter than one byte; what the chat format adds is counted generously.
+    """
+    return sum(len(text.encode()) + TOKENS_AROUND_A_MESSAGE for text in texts)
+
+
+def prompt_tokens_about(texts: list[str]) -> float:
+    """Roughly how many tokens a prompt of these messages has."""
+    return sum(len(text.encode()) / BYTES_PER_TOKEN + 4 for text in texts)

@@ -1,0 +1,283 @@
+"""Which of two systems' responses is better, says a judge: a model behind an API, a reward model, or a function.
+
+    python launch/judge.py [recipe.yaml] [key=value ...]
+
+Leaves judgments.jsonl, summary.json, config.yaml and, for a model behind an API, the store in `run_dir`. The same
+command again asks only what has no answer yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parent)
+
+from openai import AsyncOpenAI
+
+from drpo.config import ConfigError, save_resolved
+from drpo.run_folder import RunStopped
+from eval.attacks import with_controls
+from eval.batch_api import BatchConfig, BatchJudge
+from eval.budget import Budget, BudgetConfig
+from eval.comparison import Question, first_prompts, pair_up, questions_of
+from eval.completions import load_completions
+from eval.estimate import estimate
+from eval.judge import Judge, JudgeConfig, JudgeStopped
+from eval.judge_prompts import load_prompt
+from eval.judge_request import Asking
+from eval.judgments import summarise, summary_text, tokens_and_cost, tool_versions, write_judgments
+from eval.openai_judge import OpenAIJudge, make_client
+from eval.preflight import check_model, known_form, probe_form
+from eval.prices import load_price
+from eval.rate_limit import LimitsConfig, RateLimiter
+from eval.retry import RetryConfig
+from eval.store import Call, Store
+from eval.verdict import Verdict, combine_all
+from launch.command_line import main
+from launch.demo_completions import make_demo_completions
+from launch.score_judge import score_judge
+
+PROGRESS_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class JudgeRecipe:
+    """One system against a baseline, judged on the prompts that both answered."""
+
+    run_dir: str = "runs/judge"
+    """Folder of the results."""
+    completions: list[str] = field(default_factory=list)
+    """Files of completions: completions.jsonl, or .json in alpaca_eval's shape."""
+    system: str | None = None
+    """The system to judge. Beside those of the files there are reference (the dataset's responses), null (a constant)
+    and attack/<name> (eval/attacks.py)."""
+    baseline: str = "reference"
+    """The system that it is compared with."""
+    num_prompts: int | None = None
+    """Judge on so many of the prompts, chosen by their hashes; null for all."""
+    prompt: str | None = None
+    """judge.kind=openai: what is asked, tldr-1, hh_helpful-1, hh_harmless-1, or a .yaml file with one's own prompt."""
+    orders: Literal["both", "one"] = "both"
+    """Show each comparison in both orders, or in one that is drawn by the seed: half the cost, but what the slot
+    decides then counts as the response's merit."""
+    ties: bool = True
+    """Whether the judge may call a tie."""
+    half_tie: Literal["half", "tie"] = "half"
+    """What a win in one order and a tie in the other count: 0.75 (half), or 0.5 (tie)."""
+    max_undecided: float = 0.05
+    """The run ends with an error, everything written, when a larger share of the comparisons is undecided."""
+    max_failed: float = 0.0
+    """The same for verdicts that failed; the same command again asks for them again."""
+    seed: int = 0
+    """Draws the orders for orders=one."""
+    store: str | None = None
+    """judge.kind=openai: file of the store, which several runs may share; null: verdicts.sqlite in run_dir."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("max_undecided", "max_failed"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.num_prompts is not None and self.num_prompts < 1:
+            raise ValueError(f"num_prompts must be >= 1 or null, got {self.num_prompts}")
+        if self.orders == "both":
+            _refuse(self.seed != 0, "seed", "orders=both")
+        else:
+            _refuse(self.half_tie != "half", "half_tie", "orders=one")
+        if self.judge.kind != "openai":
+            where = f"judge.kind={self.judge.kind}"
+            _refuse(self.prompt is not None, "prompt", where)
+            _refuse(self.store is not None, "store", where)
+            _refuse(not self.ties, "ties=false", f"{where}: equal scores are a tie")
+            sections = (("budget", BudgetConfig()), ("limits", LimitsConfig()), ("retry", RetryConfig()))
+            for name, default in sections:
+                _refuse(getattr(self, name) != default, name, where)
+        if self.judge.kind != "openai" or self.judge.backend != "batch":
+            _refuse(self.batch != BatchConfig(), "batch", "this judge; it is for judge.backend=batch")
+
+    @property
+    def store_path(self) -> Path:
+        return Path(self.store) if self.store else Path(self.run_dir) / "verdicts.sqlite"
+
+
+def _refuse(given: bool, name: str, where: str) -> None:
+    if given:
+        raise ValueError(f"{name} does not apply to {where}")
+
+
+def run(recipe: JudgeRecipe) -> Path:
+    """Pair the responses up, ask the judge, write what it said."""
+    if not recipe.completions or recipe.system is None:
+        raise ConfigError("completions must name files with completions, and system one of their systems")
+    make_demo_completions(*recipe.completions)
+    rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
+    comparisons = pair_up(rows, recipe.system, recipe.baseline)
+    if recipe.num_prompts is not None:
+        comparisons = first_prompts(comparisons, recipe.num_prompts)
+    questions = questions_of(comparisons, recipe.orders, recipe.seed)
+    folder = Path(recipe.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_resolved(recipe, folder / "config.yaml")
+    if recipe.judge.kind == "openai":
+        return _run_openai(recipe, questions)
+    judge = score_judge(recipe.judge, folder)
+    verdicts, stopped = asyncio.run(_collect(judge, questions))
+    return _write(recipe, questions, verdicts, [], stopped)
+
+
+def _run_openai(recipe: JudgeRecipe, questions: Sequence[Question]) -> Path:
+    config = recipe.judge
+    if config.model is None:
+        raise ConfigError(
+            "judge.model must name the model that judges; there is no default, models are retired"
+        )
+    if recipe.prompt is None:
+        raise ConfigError("prompt must say what the judge is asked, such as prompt=tldr-1")
+    price = load_price(recipe.budget.prices_path, config.model, config.backend == "batch")
+    if price is None and recipe.budget.max_usd is not None:
+        raise ConfigError(
+            f"budget.max_usd needs a price of {config.model}, which {recipe.budget.prices_path} does not have; "
+            "give a table with budget.prices, or cap budget.max_calls"
+        )
+    form = "json" if config.form == "auto" else config.form
+    asking = Asking(config, load_prompt(recipe.prompt), recipe.ties, form, price)
+    with closing(Store(recipe.store_path)) as store:
+        ledger = store.ledger()
+        if ledger.num_open:
+            print(
+                f"{ledger.num_open} requests had no end when an earlier run was killed: they may have been paid, and "
+                f"count against the budget with ${ledger.open_usd:.4f}"
+            )
+        if recipe.budget.dry_run:
+            asking = _with_form(asking, known_form(asking, store) or form)
+            print(estimate(asking, questions, store).text())
+            raise RunStopped("budget.dry_run: nothing was asked")
+        client = make_client(config, recipe.retry)
+        verdicts, stopped = asyncio.run(_ask_openai(recipe, client, asking, store, questions))
+        return _write(recipe, questions, verdicts, store.calls(), stopped)
+
+
+def _with_form(asking: Asking, form: Literal["json", "text"]) -> Asking:
+    return Asking(asking.config, asking.prompt, asking.ties, form, asking.price)
+
+
+async def _ask_openai(
+    recipe: JudgeRecipe, client: AsyncOpenAI, asking: Asking, store: Store, questions: Sequence[Question]
+) -> tuple[list[Verdict], JudgeStopped | None]:
+    async with client:
+        budget, limiter = Budget(store, recipe.budget), RateLimiter(recipe.limits)
+
+        def live(asking: Asking) -> OpenAIJudge:
+            concurrency = recipe.limits.concurrency
+            return OpenAIJudge(client, asking, store, budget, limiter, recipe.retry, concurrency)
+
+        try:
+            await check_model(client, asking, print)
+            if recipe.judge.probe:
+                asking = _with_form(asking, await probe_form(live, asking, store, print))
+        except JudgeStopped as stopped:
+            return [], stopped
+        print(estimate(asking, questions, store).text(), flush=True)
+        if recipe.judge.backend == "live":
+            return await _collect(live(asking), questions)
+        judge = BatchJudge(client, asking, store, budget, recipe.batch, recipe.retry, print)
+        return await _collect(judge, questions)
+
+
+async def _collect(judge: Judge, questions: Sequence[Question]) -> tuple[list[Verdict], JudgeStopped | None]:
+    """All verdicts, and why there are no more if that is so. The first SIGINT or SIGTERM ends the asking in order."""
+    loop = asyncio.get_running_loop()
+
+    def stop(number: signal.Signals) -> None:
+        loop.remove_signal_handler(number)  # the second one ends the process at once
+        judge.stop(f"{number.name}: stopped; what was under way is kept")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    verdicts: list[Verdict] = []
+    shown = time.monotonic()
+    try:
+        async for verdict in judge.verdicts(questions):
+            verdicts.append(verdict)
+            if time.monotonic() - shown > PROGRESS_SECONDS:
+                shown = time.monotonic()
+                print(f"{len(verdicts)} of {len(questions)} verdicts", flush=True)
+    except JudgeStopped as stopped:
+        return verdicts, stopped
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+    return verdicts, None
+
+
+def _write(
+    recipe: JudgeRecipe,
+    questions: Sequence[Question],
+    verdicts: Sequence[Verdict],
+    calls: Sequence[Call],
+    stopped: JudgeStopped | None,
+) -> Path:
+    """judgments.jsonl and summary.json, also of a run that was stopped. Raises RunStopped for one that is not whole."""
+    folder, judge = Path(recipe.run_dir), recipe.judge
+    place = {_place(question.comparison, question.order): i for i, question in enumerate(questions)}
+    verdicts = sorted(verdicts, key=lambda verdict: place[_place(verdict, verdict.order)])
+    name = judge.model or judge.path or judge.function
+    common = {"judge": name, "prompt_name": recipe.prompt, "versions": tool_versions()}
+    write_judgments(folder / "judgments.jsonl", verdicts, calls, common)
+    judgments = combine_all(verdicts, recipe.half_tie)
+    summary: dict[str, Any] = {
+        "system": recipe.system,
+        "baseline": recipe.baseline,
+        **common,
+        "asked": len(questions),
+        **summarise(judgments, verdicts),
+    }
+    if judge.kind == "openai":
+        used = {key for verdict in verdicts for key in verdict.keys}
+        summary["spent"] = tokens_and_cost([call for call in calls if call.key in used])
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(summary_text(summary, recipe.system, recipe.baseline), flush=True)
+    if stopped is not None:
+        raise RunStopped(
+            f"{stopped}. {len(verdicts)} of {len(questions)} verdicts are in {folder}/judgments.jsonl; the same "
+            "command goes on from there"
+        )
+    _refuse_if_incomplete(recipe, summary, len(questions))
+    return folder / "judgments.jsonl"
+
+
+def _place(where: Any, order: str) -> tuple[str, int, str]:
+    return where.prompt_id, where.seed, order
+
+
+def _refuse_if_incomplete(recipe: JudgeRecipe, summary: dict[str, Any], num_questions: int) -> None:
+    failed, undecided = summary["statuses"]["failed"], summary["undecided"]
+    if failed > recipe.max_failed * num_questions:
+        raise RunStopped(
+            f"{failed} of {num_questions} questions got no answer, more than max_failed={recipe.max_failed:g} allows; "
+            "the same command again asks only these"
+        )
+    if undecided > recipe.max_undecided * summary["num_comparisons"]:
+        raise RunStopped(
+            f"{undecided} of {summary['num_comparisons']} comparisons are undecided, more than "
+            f"max_undecided={recipe.max_undecided:g} allows; judgments.jsonl says why"
+        )
+
+
+if __name__ == "__main__":
+    main(JudgeRecipe, "demo/judge.yaml", run)

@@ -1,0 +1,35 @@
+"""The judge that compares scores, from a recipe: a reward model's folder, or a Python callable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from drpo.config import ConfigError
+from drpo.engine import Engine, EngineConfig
+from drpo.models.loading import ModelConfig, load_scalar_model
+from drpo.models.tokenizer import load_tokenizer
+from eval.judge import JudgeConfig
+from eval.offline_judges import ScoreJudge
+from launch.rewards import import_function
+from reward_models.model import RewardModel
+from reward_models.score import RewardModelScorer
+
+
+def score_judge(config: JudgeConfig, run_dir: Path) -> ScoreJudge:
+    """The judge of judge.kind=function or reward_model. Raises ConfigError when nothing is named."""
+    if config.kind == "function":
+        if config.function is None:
+            raise ConfigError("judge.function must name a callable, as module:function")
+        return ScoreJudge(import_function(config.function, "judge.function"), config.tie_margin)
+    if config.path is None:
+        raise ConfigError("judge.path must name a reward model")
+    return ScoreJudge(_reward_model(config, run_dir), config.tie_margin)
+
+
+def _reward_model(config: JudgeConfig, run_dir: Path) -> RewardModelScorer:
+    """The reward model on texts: the responses come from anywhere, so there are no token ids to share."""
+    engine = Engine(EngineConfig(trackers=[]), run_dir, seed=0, max_grad_norm=None)
+    model = load_scalar_model(config.path, ModelConfig(dtype=config.dtype), RewardModel, key="judge.path")
+    tokenizer = load_tokenizer(config.path)
+    model = engine.place(model, as_trained=False)
+    return RewardModelScorer(model, tokenizer, engine, config.batch_size, shares_tokenizer=False)
