@@ -1,4 +1,4 @@
-"""Whole SFT and reward-model runs in this process, from scratch, on data of ragged lengths."""
+"""Whole SFT, reward-model and preference runs in this process, on data of ragged lengths."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from online_runs import forget_precision, merged
 from drpo.config import load_recipe
 from drpo.data.demo import true_rewards
 from drpo.engine import Engine
-from drpo.metrics import read_metrics
-from drpo.trainers import sft
+from drpo.metrics import read_metrics, reproducible
+from drpo.trainers import preference, sft
+from drpo.trainers.preference_recipe import PreferenceRecipe
 from reward_models import train as reward_model
 
 RECIPE = {
@@ -38,6 +39,7 @@ RECIPE = {
     "engine": {"trackers": [], "mixed_precision": "no"},
 }
 SFT = merged(RECIPE, {"sample": {"num_prompts": 0}})
+PREFERENCE = {name: part for name, part in SFT.items() if name not in ("data", "model")}
 
 
 def run_sft(run_dir: Path, **changes) -> tuple[sft.SFTRecipe, list[dict[str, float]]]:
@@ -54,6 +56,23 @@ def run_reward_model(
 ) -> tuple[reward_model.RewardModelRecipe, list[dict[str, float]]]:
     """The resolved recipe and the metrics of a reward-model run."""
     return _run(reward_model.RewardModelRecipe, reward_model.train, run_dir, merged(RECIPE, changes))
+
+
+def run_preference(
+    policy: Path, run_dir: Path, data: dict | None = None, **changes
+) -> tuple[PreferenceRecipe, list[dict[str, float]]]:
+    """The resolved recipe and the metrics of a preference run that starts from the policy of a folder."""
+
+    def train(recipe: PreferenceRecipe, engine: Engine) -> Path:
+        return preference.train(recipe, engine, dict.fromkeys(recipe.sample.reward_functions, true_rewards))
+
+    given = {"model": {"path": str(policy)}, "data": data or RECIPE["data"]}
+    return _run(PreferenceRecipe, train, run_dir, merged(merged(PREFERENCE, given), changes))
+
+
+def reproducible_rows(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Metrics without the times and the like."""
+    return [reproducible(row) for row in rows]
 
 
 def _run(recipe_class: type, train: Callable[[Any, Engine], Path], run_dir: Path, settings: dict):
