@@ -66,7 +66,7 @@ def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
     return float(known.mean()), float(1.96 * known.std(ddof=1) / np.sqrt(len(known)))
 
 
-def interventions_summary(
+def written_summary(
     measured: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> dict[str, dict[str, dict[str, float]]]:
     """policy -> measurement -> mean, and the mean change from `before` on the same prompts with its half-width.
@@ -83,7 +83,7 @@ def interventions_summary(
     return summary
 
 
-def interventions_markdown(summary: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def written_markdown(summary: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """The summary as a table: mean, and change from `before` with its 95% interval."""
     names = list(summary[BEFORE])
     lines = ["| policy | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.neuron_interventions import interventions_markdown
+from eval.neuron_interventions import written_markdown
 from eval.neuron_shift import NeuronShift
 
 
@@ -92,11 +92,15 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def page(summary: dict[str, Any], reports: list[str]) -> str:
-    """The Markdown page of a whole analysis: what was compared, the tables, the interventions, the data."""
+    """The Markdown page of a whole analysis: what was compared, the tables, what the policies write, the data."""
     positions, probe = summary["num_positions"], summary["probe"]
+    recorded_on = (
+        "what each policy writes" if summary["recorded_on"] == "own" else "what the policy before writes"
+    )
     parts = [
         f"# Neurons of {summary['policies']['after']} against {summary['policies']['before']}\n",
-        f"{summary['num_prompts']} prompts; {positions['before']} positions before, {positions['after']} after.",
+        f"{summary['num_prompts']} prompts, recorded on {recorded_on}; {positions['before']} positions before, "
+        f"{positions['after']} after.",
     ]
     if probe is not None:
         parts.append(
@@ -108,8 +112,7 @@ def page(summary: dict[str, Any], reports: list[str]) -> str:
         f"Two samples of the policy before would show a gross sum of about {noise:.4g} by chance.\n",
         markdown(summary),
     ]
-    if "interventions" in summary:
-        parts += ["## Interventions\n", interventions_markdown(summary["interventions"])]
+    parts += ["## What the policies write\n", written_markdown(summary["written"])]
     return "\n".join([*parts, "## Data\n", *reports]) + "\n"
 
 

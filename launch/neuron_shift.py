@@ -25,6 +25,7 @@ from drpo.config import ConfigError, save_resolved
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples
 from drpo.models.loading import ModelConfig, load_policy
+from drpo.models.saved import read_config
 from drpo.models.tokenizer import load_tokenizer
 from drpo.rewards import RewardFn
 from drpo.rollout.collect import (
@@ -40,7 +41,7 @@ from eval.mlp_neurons import mean_activations, num_neurons
 from eval.neuron_interventions import (
     EditConfig,
     intervene,
-    interventions_summary,
+    written_summary,
 )
 from eval.neuron_report import page, plot_layers, save_arrays, save_summary
 from eval.neuron_shift import NeuronShift, align, noise_gross, summarise
@@ -84,7 +85,7 @@ class NeuronShiftRecipe:
     """Continue the prompts with each group of neurons patched to its mean after training, and with the edit below."""
     edit: EditConfig = field(default_factory=EditConfig)
     reward_functions: dict[str, str] = field(default_factory=dict)
-    """Further measurements of the interventions' continuations, name: module:function."""
+    """Further measurements of what the policies write, name: module:function."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_prompts", 2), ("num_new_tokens", 1), ("batch_size", 1)):
@@ -92,11 +93,8 @@ class NeuronShiftRecipe:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
         if self.probe.source == "demo" and self.data.task != "demo":
             raise ValueError(f"probe.source=demo needs data.task=demo, got data.task={self.data.task}")
-        if not self.interventions:
-            if self.edit != EditConfig():
-                raise ValueError("edit does not apply to interventions=false")
-            if self.reward_functions:
-                raise ValueError("reward_functions does not apply to interventions=false")
+        if not self.interventions and self.edit != EditConfig():
+            raise ValueError("edit does not apply to interventions=false")
         if taken := {"probe_logit", "length"} & set(self.reward_functions):
             raise ValueError(f"reward_functions: {sorted(taken)} are names of other measurements")
 
@@ -105,6 +103,8 @@ def run(recipe: NeuronShiftRecipe) -> Path:
     """Fit the probe, record both policies, write the shift of every neuron and what patching the groups does."""
     _check_start(recipe)
     make_demo_inputs(recipe.before, recipe.after)
+    for key, path in (("before", recipe.before), ("after", recipe.after)):
+        read_config(path, key)  # a missing policy is told by the name of its key
     rewards = import_functions(recipe.reward_functions, "reward_functions")
     tokenizer = _shared_tokenizer(recipe)
     splits = load_examples(recipe.data, tokenizer, "prompts")
@@ -139,23 +139,23 @@ def run(recipe: NeuronShiftRecipe) -> Path:
     shift = NeuronShift(cosines, alignments, alignments_after, before, after)
     summary = {
         "policies": {"before": recipe.before, "after": recipe.after},
-        "continuations": recipe.continuations,
+        "recorded_on": recipe.continuations,
         "num_prompts": len(examples),
         "num_positions": {"before": sum(sizes), "after": sum(map(len, read_after))},
         "probe": quality,
         **summarise(shift),
     }
     summary["total"]["noise_gross"] = noise_gross(*halves, alignments)
+    policy = _load(recipe, recipe.before, tokenizer)
     if recipe.interventions:
-        policy = _load(recipe, recipe.before, tokenizer)
         written |= intervene(
             policy, shift, recipe.edit, lambda: _continue(recipe, policy, queries, vocabulary)
         )
-        measured = {
-            name: _measure(recipe, policy, probe, examples, responses, vocabulary, tokenizer, rewards)
-            for name, responses in written.items()
-        }
-        summary["interventions"] = interventions_summary(measured)
+    measured = {
+        name: _measure(recipe, policy, probe, examples, responses, vocabulary, tokenizer, rewards)
+        for name, responses in written.items()
+    }
+    summary["written"] = written_summary(measured)
     reports = [f"prompts: {len(examples)} of {recipe.split}", splits.report, probe_report]
     return _write(recipe, shift, probe, summary, reports)
 

@@ -11,9 +11,9 @@ from eval.neuron_edits import tuning_free_factors
 from eval.neuron_interventions import (
     EditConfig,
     intervene,
-    interventions_markdown,
-    interventions_summary,
     mean_and_half,
+    written_markdown,
+    written_summary,
 )
 from eval.neuron_shift import NeuronShift
 
@@ -100,10 +100,10 @@ def test_changes_are_paired_by_prompt():
         "before": {"score": [1.0, 10.0, 100.0, 5.0]},
         "patched": {"score": [2.0, 11.0, 101.0, math.nan]},  # 1 more on every prompt that has both
     }
-    summary = interventions_summary(measured)
+    summary = written_summary(measured)
     assert summary["before"]["score"]["mean"] == 29.0
     assert summary["patched"]["score"] == {"mean": 38.0, "change": 1.0, "half_width": 0.0}
-    assert interventions_markdown(summary).splitlines() == [
+    assert written_markdown(summary).splitlines() == [
         "| policy | score |",
         "| --- | --- |",
         "| before | 29.000 |",

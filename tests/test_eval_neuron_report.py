@@ -58,18 +58,21 @@ def test_json_has_null_where_there_is_no_number(tmp_path):
 def test_the_page_says_what_was_compared(tmp_path):
     summary = {
         "policies": {"before": "sft/policy", "after": "dpo/policy"},
+        "recorded_on": "own",
         "num_prompts": 9,
         "num_positions": {"before": 70, "after": 80},
         "probe": {"num_texts": 50, "accuracy": 0.9, "commoner_label": 0.5, "auc": 0.95},
         **summarise(SHIFT),
     }
     summary["total"]["noise_gross"] = 0.25
+    summary["written"] = {"before": {"length": {"mean": 3.5, "change": 0.0, "half_width": 0.0}}}
     text = page(summary, ["what was read"])
     assert text.startswith("# Neurons of dpo/policy against sft/policy\n")
-    assert "9 prompts; 70 positions before, 80 after." in text
+    assert "9 prompts, recorded on what each policy writes; 70 positions before, 80 after." in text
     assert "accuracy 0.900 (always the commoner label: 0.500), AUC 0.950" in text
     assert "about 0.25 by chance" in text and text.endswith("## Data\n\nwhat was read\n")
-    assert "Interventions" not in text and "Probe on" not in page({**summary, "probe": None}, [])
+    assert "## What the policies write\n\n| policy | length |\n| --- | --- |\n| before | 3.500 |\n" in text
+    assert "Probe on" not in page({**summary, "probe": None}, [])
 
 
 def test_the_plot_is_a_picture(tmp_path):

@@ -87,7 +87,7 @@ def test_the_moved_neuron_is_found_on_common_text(moved_folder, tmp_path):
     # Both were recorded on the same tokens.
     assert summary["num_positions"]["before"] == summary["num_positions"]["after"] <= 5 * NUM_NEW
     text = result.read_text()
-    assert "fitted on" in text and "## Interventions" in text
+    assert "fitted on" in text and "## What the policies write" in text
 
 
 def test_patching_the_group_of_the_moved_neuron_gives_the_continuations_of_the_moved_policy(
@@ -115,7 +115,7 @@ def test_patching_the_group_of_the_moved_neuron_gives_the_continuations_of_the_m
         (gelu(1.5) - gelu(-0.4)) * np.linalg.norm(value), rel=1e-4
     )
     assert along["total"]["gross"] < 1e-4 < -along["total"]["opposing"]
-    rows = against["interventions"]
+    rows = against["written"]
     patched = rows["before, AN- patched"]
     assert patched["token_sum"]["mean"] == rows["after"]["token_sum"]["mean"]
     assert patched["length"]["mean"] == rows["after"]["length"]["mean"]
@@ -156,7 +156,7 @@ def test_a_policy_against_itself_on_its_own_continuations_did_not_move(moved_fol
     summary = json.loads((result.parent / "summary.json").read_text())
     assert summary["total"]["gross"] < 1e-6
     assert summary["total"]["noise_gross"] > 1e-4  # halves of the prompts do differ
-    assert "interventions" not in summary
+    assert list(summary["written"]) == ["before", "after"]
 
 
 def test_the_probe_that_a_run_leaves_can_be_given_to_another(moved_folder, tmp_path):
@@ -200,13 +200,10 @@ def test_the_probe_is_fitted_by_the_policy_before_on_texts_that_it_is_not_tested
     [
         ({"before": None}, "before must name a policy"),
         ({"after": None}, "after must name a policy"),
+        ({"after": "./nowhere/policy"}, "after: no folder './nowhere/policy'"),
         ({"num_prompts": 1}, "num_prompts must be >= 2"),
         ({"data": {"task": "tldr", "path": "x"}}, "probe.source=demo needs data.task=demo"),
         ({"interventions": False, "edit": {"alpha": 0.1}}, "edit does not apply to interventions=false"),
-        (
-            {"interventions": False, "reward_functions": {"a": "b:c"}},
-            "reward_functions does not apply to interventions=false",
-        ),
         ({"reward_functions": {"length": "b:c"}}, "names of other measurements"),
         ({"reward_functions": {"mine": "nothing:score"}}, "reward_functions.mine"),
         ({"edit": {"alpha": 2.0}}, "edit.alpha must lie in"),
