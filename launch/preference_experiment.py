@@ -182,17 +182,26 @@ def _last(run_dir: Path, key: str) -> float | None:
 
 
 def markdown(title: str, table: TableConfig, rows: list[dict]) -> str:
-    """A table: mean over seeds with the 95% t-interval."""
+    """A table: mean over seeds with the 95% t-interval; the gain in the first column is paired by seed."""
     first = ["setting"] if table.settings else []
-    header = [*first, "method", *table.named_columns]
+    baseline = next(iter(table.methods))
+    main_column, *others = table.named_columns
+    header = [*first, "method", main_column, f"gain over {baseline}", *others]
     lines = [f"### {title}", "", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
+        values = [row[main_column], _gain(row, rows, baseline, main_column), *(row[name] for name in others)]
         cells = [row[name] for name in (*first, "method")]
-        for name in table.named_columns:
-            values = row[name]
-            cells.append("-" if values is None else "{:.3g} ± {:.2g}".format(*interval(values)))
+        cells += ["-" if v is None else "{:.3g} ± {:.2g}".format(*interval(v)) for v in values]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _gain(row: dict, rows: list[dict], baseline: str, column: str) -> list[float] | None:
+    """Differences by seed from the baseline in the same setting; None for the baseline itself and for SFT."""
+    if row["method"] in ("SFT", baseline):
+        return None
+    other = next(r for r in rows if r["method"] == baseline and r["setting"] == row["setting"])
+    return [mine - theirs for mine, theirs in zip(row[column], other[column], strict=True)]
 
 
 def _plot(table: TableConfig, rows: list[dict], path: Path) -> None:

@@ -43,7 +43,7 @@ def test_runs_every_cell_once_and_writes_tables_and_plots(tmp_path, monkeypatch,
     lines = run(recipe).read_text().splitlines()
     assert lines[0] == "### small"
     assert [line.split(" | ")[:2] for line in lines[4:]] == [["| ", "SFT"], ["| flipped", "SimPO"]]
-    assert lines[4].split(" | ")[3] == "-"  # SFT has no preference accuracy
+    assert lines[4].split(" | ")[3:5] == ["-", "-"]  # SFT has no gain and no preference accuracy
     assert (tmp_path / "runs" / "small.png").stat().st_size > 1000
 
     cell = json.loads((tmp_path / "runs" / "results.json").read_text())["small"][1]
@@ -62,19 +62,23 @@ def test_runs_every_cell_once_and_writes_tables_and_plots(tmp_path, monkeypatch,
     assert {path: os.stat(path).st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.jsonl")} == before
 
 
-def test_a_table_shows_mean_and_interval_and_what_is_not_measured():
-    table = TableConfig(methods={"DPO": []}, columns={"true reward": "a", "accuracy": "b"})
+def test_a_table_shows_means_intervals_paired_gains_and_what_is_not_measured():
+    methods = {"DPO": [], "IPO": []}
+    table = TableConfig(methods=methods, columns={"true reward": "a", "accuracy": "b"})
     rows = [
         {"setting": "", "method": "SFT", "true reward": [1.0, 2.0, 3.0], "accuracy": None},
-        {"setting": "", "method": "DPO", "true reward": [2.0, 2.0, 2.0], "accuracy": [0.5, 0.5, 0.5]},
+        {"setting": "", "method": "DPO", "true reward": [2.0, 3.0, 4.0], "accuracy": [0.5, 0.5, 0.5]},
+        {"setting": "", "method": "IPO", "true reward": [3.0, 4.0, 5.0], "accuracy": [0.75, 0.75, 0.75]},
     ]
+    # An interval is t(0.975; 2) = 4.303 standard errors of 1/sqrt(3); by seed IPO is ahead by 1 every time.
     assert markdown("title", table, rows).splitlines() == [
         "### title",
         "",
-        "| method | true reward | accuracy |",
-        "| --- | --- | --- |",
-        "| SFT | 2 ± 2.5 | - |",  # t(0.975; 2) = 4.303 standard errors of 1/sqrt(3)
-        "| DPO | 2 ± 0 | 0.5 ± 0 |",
+        "| method | true reward | gain over DPO | accuracy |",
+        "| --- | --- | --- | --- |",
+        "| SFT | 2 ± 2.5 | - | - |",
+        "| DPO | 3 ± 2.5 | - | 0.5 ± 0 |",
+        "| IPO | 4 ± 2.5 | 1 ± 0 | 0.75 ± 0 |",
     ]
 
 
