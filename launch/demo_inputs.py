@@ -1,4 +1,4 @@
-"""The SFT policy and reward model that the embedded demo recipes start from, made when they are missing."""
+"""The policies and the reward model that the embedded demo recipes start from, made when they are missing."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ STAGES = {
     DEMO_RUNS / "sft" / "policy": ("sft.py", "demo/sft.yaml"),
     DEMO_RUNS / "sft_often" / "policy": ("sft.py", "demo/sft_often.yaml"),
     DEMO_RUNS / "reward_model" / "reward_model": ("reward_model.py", "demo/reward_model.yaml"),
+    DEMO_RUNS / "dpo" / "policy": ("dpo.py", "demo/dpo.yaml"),
 }
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
