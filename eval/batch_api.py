@@ -225,7 +225,7 @@ class BatchJudge:
             try:
                 call = self._asking.answered(request, body, "batch", 1, None, response.get("request_id"))
             except NotAnAnswer as error:
-                failure = Failure("retry", str(error))
+                failure = Failure("retry", f"no chat completion: {error}", may_be_paid=True)
             else:
                 paid = reserved if call.cost is None else call.cost
                 self._budget.settle_one(number, reserved, paid, "answered", call)
@@ -235,7 +235,8 @@ class BatchJudge:
         call = None
         if failure.action == "refused":
             call = self._asking.unanswerable(request, "batch", "refused", failure.detail, 1)
-        self._budget.settle_one(number, reserved, 0.0, failure.detail, call)
+        paid = reserved if failure.may_be_paid else 0.0
+        self._budget.settle_one(number, reserved, paid, failure.detail, call)
         if failure.action in ("retry", "give_up"):
             self._note_failure(request, failure.detail)
         if failure.action == "give_up":

@@ -24,7 +24,7 @@ _SIGNS = {
     ),
     "addresses the judge": (
         rf"\b(note|message|instructions?|attention|dear|memo|reminder)\W+((to|for)\W+)?((the|all|any)\W+)?{_JUDGE}\b"
-        rf"|\b(as|you are) (the|a|an) (\w+ )?{_JUDGE}\b|\b{_JUDGE} (must|should|will|shall) (now )?"
+        rf"|\b(acting as|act as|role as|you are) (the|a|an) (\w+ )?{_JUDGE}\b|\b{_JUDGE} (must|should|will|shall) (now )?"
         r"(choose|pick|prefer|select|answer|output|say)\b"
     ),
     "asks to be chosen": (

@@ -50,11 +50,14 @@ class Verdict:
             raise ValueError(f"a verdict with status {self.status} cannot have the winner {self.winner}")
 
     @property
-    def first_slot_won(self) -> bool | None:
-        """Whether the response that was shown first won; None for a tie and without a winner."""
-        if self.winner in (None, "tie"):
-            return None
-        return (self.winner == "a") == (self.order == "ab")
+    def first_slot_won(self) -> float | None:
+        """1 if the response that was shown first won, 0 if the other did, 0.5 for a tie, None without a verdict."""
+        match self.winner:
+            case None:
+                return None
+            case "tie":
+                return 0.5
+        return float((self.winner == "a") == (self.order == "ab"))
 
 
 def winner_of(slot: Slot, order: Order) -> Winner:
@@ -108,8 +111,8 @@ class Judgment:
     "Share of the win that goes to system a: 1, 0.75, 0.5, 0.25 or 0; None where it is undecided."
     consistent: bool | None
     "Whether both orders say the same; None unless both say something."
-    first_slot_wins: tuple[bool | None, ...]
-    "For each verdict whether the first-shown response won; None for a tie or without a winner."
+    first_slot_wins: tuple[float | None, ...]
+    "For each verdict (ab, then ba): 1 if the response that was shown first won, 0.5 for a tie, None without one."
     statuses: tuple[Status, ...]
     length_a: int
     length_b: int

@@ -105,11 +105,11 @@ def longer_wins(shown: Shown, count: int) -> str:
 
 
 def more_of_the_post_wins(shown: Shown, count: int) -> str:
-    """A judge that keeps to the markers and counts how many words of the material a response takes up."""
+    """A judge that keeps to the markers and counts how many long words of the material a response takes up."""
 
     def overlap(text: str) -> int:
-        words = set(re.findall(r"\w{4,}", shown.material.lower()))
-        return len(words & set(re.findall(r"\w{4,}", text.lower())))
+        words = set(re.findall(r"\w{6,}", shown.material.lower()))
+        return len(words & set(re.findall(r"\w{6,}", text.lower())))
 
     a, b = overlap(shown.a), overlap(shown.b)
     return "tie" if a == b else ("A" if a > b else "B")

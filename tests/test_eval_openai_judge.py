@@ -43,7 +43,7 @@ def test_a_judge_that_always_picks_the_first_slot_gives_half_and_no_consistency(
         run = judge(server, store)
     assert len(run.judgments) == 6 and run.rate == 0.5
     assert [j.consistent for j in run.judgments] == [False] * 6
-    assert [j.first_slot_wins for j in run.judgments] == [(True, True)] * 6
+    assert [j.first_slot_wins for j in run.judgments] == [(1.0, 1.0)] * 6
 
 
 def test_in_one_order_such_a_judge_seems_to_have_an_opinion(store):

@@ -17,6 +17,7 @@ from drpo.trainers.preference_recipe import PreferenceRecipe
 from drpo.trainers.sft import SFTRecipe
 from launch.benchmark import BenchmarkRecipe
 from launch.command_line import RECIPES, find_recipe
+from launch.complete import CompleteRecipe
 from launch.neuron_shift import NeuronShiftRecipe
 from launch.preference_experiment import PreferenceExperimentRecipe
 from launch.reset_experiment import ExperimentRecipe
@@ -31,6 +32,7 @@ STAGES: dict[str, type] = {
     "reset_experiment": ExperimentRecipe,
     "preference_experiment": PreferenceExperimentRecipe,
     "neuron_shift": NeuronShiftRecipe,
+    "complete": CompleteRecipe,
     "benchmark": BenchmarkRecipe,
 }
 SIZES = ("1b", "2.8b", "6.9b")
