@@ -35,9 +35,12 @@ KEYS = {
     "reward_model": ("score.aggregation", "references"),
     "drpo": ("reset.proportion", "rollout.sampling.top_p"),
     "ppo": ("kl.coef", "ppo.num_minibatches"),
+    "dpo": ("loss.name", "curriculum"),
     "reset_experiment": ("betas", "num_jobs"),
+    "preference_experiment": ("tables", "num_jobs"),
     "neuron_shift": ("before", "probe.source"),
     "benchmark": ("share_prompts", "num_repeats"),
+    "complete": ("policy", "imported.columns"),
 }
 PAIRS = {k: SFT[k] for k in ("num_steps", "data", "model", "batch", "optim", "eval", "log", "engine")}
 MY_REWARDS = """
