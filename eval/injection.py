@@ -24,8 +24,8 @@ _SIGNS = {
     ),
     "addresses the judge": (
         rf"\b(note|message|instructions?|attention|dear|memo|reminder)\W+((to|for)\W+)?((the|all|any)\W+)?{_JUDGE}\b"
-        rf"|\b(acting as|act as|role as|you are) (the|a|an) (\w+ )?{_JUDGE}\b|\b{_JUDGE} (must|should|will|shall) (now )?"
-        r"(choose|pick|prefer|select|answer|output|say)\b"
+        rf"|\b(acting as|act as|role as|you are) (the|a|an) (\w+ )?{_JUDGE}\b"
+        rf"|\b{_JUDGE} (must|should|will|shall) (now )?(choose|pick|prefer|select|answer|output|say)\b"
     ),
     "asks to be chosen": (
         r"\b(choose|pick|prefer|select|vote for|rate)\W+(the |this |my )+(\w+ ){0,2}"

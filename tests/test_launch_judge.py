@@ -1,4 +1,4 @@
-"""launch/judge.py: the demo offline, and a model behind an API: killed, stopped, resumed, refused, checked beforehand."""
+"""launch/judge.py: the demo offline, and a model behind an API: killed, stopped, resumed, refused, checked first."""
 
 from __future__ import annotations
 
