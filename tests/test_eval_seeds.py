@@ -1,0 +1,227 @@
+"""Intervals over seeds and prompts: the analysis of variance by loops, and coverage with few seeds."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+
+from eval.seeds import seed_difference, seed_interval
+
+nan = float("nan")
+
+
+def runs(rng, num_seeds, num_prompts, seed_sd, prompt_sd, cell_sd, prompts=None):
+    """Scores (S, P) of mean 0.5; `prompts` (P,) are the prompts' own levels when two methods share them."""
+    if prompts is None:
+        prompts = prompt_sd * rng.normal(size=num_prompts)
+    scores = 0.5 + seed_sd * rng.normal(size=(num_seeds, 1)) + prompts
+    return scores + cell_sd * rng.normal(size=(num_seeds, num_prompts))
+
+
+def covers(interval, truth):
+    return interval.low <= truth <= interval.high
+
+
+def test_by_hand():
+    # Rows 1 0 1 0, 1 1 1 0, 1 0 0 1: means 2/4, 3/4, 2/4. mean 7/12; V_seed = 2 (1/12)^2 + (1/6)^2 over 3 x 2 = 1/144.
+    # Columns 1, 1/3, 2/3, 1/3: V_prompt = (25 + 9 + 1 + 9) / 144 / (4 x 3) = 11 / 432.
+    # Total of squares about the mean 7 (5/12)^2 + 5 (7/12)^2 = 35/12; less rows 4 x 1/24 = 1/6, less columns
+    # 3 x 11/36 = 11/12, leaves 11/6 over 2 x 3 x 12: V_cell = 11/432 = 0.02546 > V_seed, so seeds add nothing.
+    scores = [[1, 0, 1, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
+    result = seed_interval(scores, bounds=None)
+    variance = 11 / 432
+    df = variance**2 / (variance**2 / 3 + variance**2 / 6)
+    half = student.isf(0.025, df) * math.sqrt(variance)
+    assert result.value == pytest.approx(7 / 12)
+    assert result.seed_means == pytest.approx((0.5, 0.75, 0.5))
+    assert result.seed_sd == pytest.approx(math.sqrt(1 / 48))
+    assert result.df == pytest.approx(df)
+    assert (result.low, result.high) == pytest.approx((7 / 12 - half, 7 / 12 + half))
+    cut = seed_interval(scores)
+    assert (cut.low, cut.high) == (0, 1)  # beyond the scale on both sides
+
+
+def test_seeds_that_differ_by_loops():
+    scores = runs(np.random.default_rng(0), 4, 12, 0.5, 0.2, 0.3)
+    num_seeds, num_prompts = scores.shape
+    mean = sum(scores.ravel()) / scores.size
+    rows = [sum(row) / num_prompts for row in scores]
+    columns = [sum(column) / num_seeds for column in scores.T]
+    rest = sum(
+        (scores[s, p] - rows[s] - columns[p] + mean) ** 2
+        for s in range(num_seeds)
+        for p in range(num_prompts)
+    )
+    v_cell = rest / ((num_seeds - 1) * (num_prompts - 1)) / scores.size
+    v_seed = sum((r - mean) ** 2 for r in rows) / (num_seeds - 1) / num_seeds
+    v_prompt = sum((c - mean) ** 2 for c in columns) / (num_prompts - 1) / num_prompts
+    assert v_seed > v_cell
+    variance = v_seed - v_cell + max(v_prompt, v_cell)
+    df = variance**2 / (
+        v_seed**2 / (num_seeds - 1)
+        + v_prompt**2 / (num_prompts - 1)
+        + v_cell**2 / ((num_seeds - 1) * (num_prompts - 1))
+    )
+    result = seed_interval(scores, bounds=None)
+    half = student.isf(0.025, df) * math.sqrt(variance)
+    assert (result.low, result.high, result.df) == pytest.approx((mean - half, mean + half, df))
+
+
+def test_seeds_alone_give_the_t_interval_of_their_means():
+    # Prompts and cells hardly vary, so what is left is the textbook interval of three numbers.
+    scores = np.array([[0.2], [0.5], [0.8]]) + 1e-6 * np.random.default_rng(1).normal(size=(3, 30))
+    result = seed_interval(scores)
+    half = 4.302653 * 0.3 / math.sqrt(3)
+    assert (result.low, result.high) == pytest.approx((max(0, 0.5 - half), min(1, 0.5 + half)), abs=1e-4)
+    assert result.df == pytest.approx(2, abs=1e-3)
+
+
+def test_missing_scores_are_left_out_and_counted():
+    scores = runs(np.random.default_rng(2), 3, 40, 0.05, 0.2, 0.2)
+    whole = seed_interval(scores, bounds=None)
+    holes = scores.copy()
+    holes[0, :4] = holes[2, 7] = holes[:, 20] = nan
+    result = seed_interval(holes, bounds=None)
+    assert (result.undecided, result.num_prompts) == (8, 39)
+    assert result.seed_means == pytest.approx([np.nanmean(row) for row in holes])
+    assert result.value == pytest.approx(np.mean([np.nanmean(row) for row in holes]))
+    assert result.high - result.low == pytest.approx(whole.high - whole.low, rel=0.25)
+    assert np.isnan(holes).sum() == 8
+
+
+def test_order_and_unit_change_nothing():
+    rng = np.random.default_rng(3)
+    scores = runs(rng, 4, 30, 0.1, 0.2, 0.2)
+    one = seed_interval(scores, bounds=None)
+    other = seed_interval(3 - 2 * scores[rng.permutation(4)][:, rng.permutation(30)], bounds=None)
+    assert (other.value, other.low, other.high) == pytest.approx(
+        (3 - 2 * one.value, 3 - 2 * one.high, 3 - 2 * one.low)
+    )
+
+
+def test_no_variation_is_not_certainty():
+    result = seed_interval(np.ones((3, 50)))
+    assert result.low == pytest.approx(0.025 ** (1 / 50))
+    assert result.high == 1
+    assert math.isnan(result.df)
+    unbounded = seed_interval(np.zeros((3, 50)), bounds=None)
+    assert (unbounded.low, unbounded.high) == (0, 0)
+
+
+@pytest.mark.parametrize("num_seeds", [5, 10])
+@pytest.mark.parametrize("sds", [(0.0, 0.3, 0.3), (0.03, 0.3, 0.3), (0.1, 0.2, 0.3)])
+def test_coverage(num_seeds, sds):
+    rng = np.random.default_rng(4)
+    covered = [covers(seed_interval(runs(rng, num_seeds, 200, *sds), bounds=None), 0.5) for _ in range(1500)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("sds", [(0.0, 0.3, 0.3), (0.03, 0.3, 0.3), (0.1, 0.2, 0.3)])
+def test_coverage_at_three_seeds_beside_the_bootstrap(sds):
+    """The hierarchical bootstrap is too narrow when runs differ; these limits come much nearer."""
+    rng = np.random.default_rng(5)
+    covered, bootstrap = [], []
+    for _ in range(800):
+        scores = runs(rng, 3, 100, *sds)
+        covered.append(covers(seed_interval(scores, bounds=None), 0.5))
+        seeds = rng.multinomial(3, np.full(3, 1 / 3), size=300) / 3
+        prompts = rng.multinomial(100, np.full(100, 0.01), size=300) / 100
+        low, high = np.quantile(((seeds @ scores) * prompts).sum(axis=1), [0.025, 0.975])
+        bootstrap.append(low <= 0.5 <= high)
+    assert 0.915 < np.mean(covered) < 0.98
+    if sds[0] == 0.1:
+        assert np.mean(bootstrap) < np.mean(covered) - 0.05
+
+
+def test_coverage_with_missing_binary_scores():
+    rng = np.random.default_rng(6)
+    covered = []
+    for _ in range(1500):
+        rates = np.clip(runs(rng, 5, 150, 0.05, 0.2, 0), 0, 1)
+        scores = np.where(rng.random((5, 150)) < 0.1, nan, rng.random((5, 150)) < rates)
+        covered.append(covers(seed_interval(scores), 0.5))
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+
+
+# --- two methods ------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_paired_and_seeds_are_not():
+    rng = np.random.default_rng(7)
+    prompts = rng.normal(size=60)
+    a, b = (runs(rng, 5, 60, 0.02, 0, 0.05, prompts) for _ in range(2))
+    paired = seed_difference(a, b)
+    assert paired.difference == pytest.approx(a.mean() - b.mean())
+    alone = seed_interval(a, bounds=None)
+    assert paired.high - paired.low < 0.3 * (alone.high - alone.low)
+    shuffled = seed_difference(a, b[rng.permutation(5)])
+    assert (shuffled.low, shuffled.high) == pytest.approx((paired.low, paired.high))
+    unpaired = seed_difference(a, b[:, rng.permutation(60)])
+    assert unpaired.high - unpaired.low > 3 * (paired.high - paired.low)
+
+
+def test_methods_change_places():
+    rng = np.random.default_rng(8)
+    a, b = runs(rng, 3, 40, 0.1, 0.2, 0.2), runs(rng, 5, 40, 0.05, 0.2, 0.2)
+    one, other = seed_difference(a, b), seed_difference(b, a)
+    assert (other.difference, other.low, other.high) == pytest.approx((-one.difference, -one.high, -one.low))
+    assert other.p_value == pytest.approx(one.p_value)
+
+
+def test_the_p_value_is_the_level_at_which_the_interval_reaches_zero():
+    rng = np.random.default_rng(9)
+    a, b = runs(rng, 4, 40, 0.1, 0.2, 0.2) + 0.2, runs(rng, 4, 40, 0.1, 0.2, 0.2)
+    p_value = seed_difference(a, b).p_value
+    edge = seed_difference(a, b, confidence=1 - p_value)
+    assert min(abs(edge.low), abs(edge.high)) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed_sd", [0.0, 0.05])
+def test_level_and_coverage_of_the_difference(seed_sd):
+    rng = np.random.default_rng(10)
+    alarms, covered = [], []
+    for _ in range(1200):
+        prompts = 0.3 * rng.normal(size=120)
+        a, b = (runs(rng, 4, 120, seed_sd, 0, 0.3, prompts) for _ in range(2))
+        b = b + 0.15 * rng.normal(size=120)  # the methods find different prompts hard
+        alarms.append(seed_difference(a, b).p_value <= 0.05)
+        covered.append(covers(seed_difference(a + 0.2, b), 0.2))
+    assert np.mean(alarms) == pytest.approx(0.05, abs=0.02)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+
+
+def test_prompts_that_one_method_lacks_are_left_out():
+    rng = np.random.default_rng(11)
+    a, b = runs(rng, 3, 20, 0.1, 0.2, 0.2), runs(rng, 3, 20, 0.1, 0.2, 0.2)
+    holes = a.copy()
+    holes[:, [3, 9]] = nan
+    assert seed_difference(holes, b) == seed_difference(np.delete(a, [3, 9], 1), np.delete(b, [3, 9], 1))
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([], r"\(seeds, prompts\) with at least one score, got shape \(0,\)"),
+        ([[0.5, 0.6]], "scores has one seed.*eval.win_rate"),
+        ([[0.5], [0.6]], "scores has one prompt"),
+        ([[0.5, 0.6], [nan, nan]], r"seeds \[1\] of scores have no decided score"),
+        ([[1, nan, 0, nan], [nan, 1, nan, 0]], "share no prompts"),
+        ([[1, 2], [0, 1]], r"scores must be in \[0.0, 1.0\]"),
+        ([[1, math.inf], [0, 1]], "infinite"),
+    ],
+)
+def test_bad_scores_are_refused(scores, message):
+    with pytest.raises(ValueError, match=message):
+        seed_interval(scores)
+
+
+def test_methods_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match="scores_1 has 3 prompts but scores_2 has 2"):
+        seed_difference(np.ones((2, 3)), np.ones((2, 2)))
+    with pytest.raises(ValueError, match="scores_2 has one seed"):
+        seed_difference(np.eye(3), np.ones((1, 3)))
+    with pytest.raises(ValueError, match="no score varies"):
+        seed_difference(np.ones((2, 3)), np.zeros((2, 3)))
