@@ -104,7 +104,7 @@ def _explain(error: OmegaConfBaseException, recipe_class: type, path: Path | Non
     first_line = str(error).splitlines()[0]
     message = f"{key}: {first_line}{where}" if key else f"{first_line}{where}"
     if "'False'" in first_line and "'no'" in first_line:
-        message += '\nYAML reads a bare no as false: write \'"no"\''
+        message += "\nYAML reads a bare no as false: write '\"no\"'"
     known = [option.key for option in options(recipe_class)]
     if key and key.partition("[")[0] not in known:
         level = key.rpartition(".")[0] + "." if "." in key else ""
