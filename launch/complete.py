@@ -1,0 +1,318 @@
+"""Completions of any policy, or of a file made elsewhere, as one JSONL file for judges and tables.
+
+    python launch/complete.py [recipe.yaml] [key=value ...]
+    accelerate launch launch/complete.py [recipe.yaml] [key=value ...]
+
+Leaves completions.jsonl, completions.meta.json (what decided the texts), text_metrics.json and config.yaml in
+`run_dir`. The same command again goes on where a killed run was.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parent)
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from drpo.config import ConfigError, package_versions, save_resolved
+from drpo.data.load import DataConfig, load_examples
+from drpo.data.views import best_response
+from drpo.engine import Engine, EngineConfig
+from drpo.models.loading import ModelConfig, load_policy
+from drpo.models.tokenizer import load_tokenizer
+from drpo.rollout.collect import RolloutConfig, vocabulary_of
+from drpo.rollout.sampler import SamplingConfig
+from drpo.run_folder import RunStopped, flatten
+from eval.complete import (
+    Policy,
+    Request,
+    check_positions,
+    complete,
+    make_requests,
+    open_file,
+    requests_sha256,
+    sha256_of,
+    weights_sha256,
+    with_num_tokens,
+)
+from eval.completions import (
+    NULL,
+    NULL_RESPONSE,
+    REFERENCE,
+    CompletionRow,
+    CompletionsWriter,
+    constant_rows,
+    read_completions,
+    reference_rows,
+)
+from eval.import_completions import ImportConfig, file_sha256, import_rows
+from eval.text_metrics import TextMetrics, measure, response_nlls
+from eval.text_metrics_table import save_text_metrics, text_metrics_table
+from launch.command_line import main
+from launch.demo_inputs import make_demo_inputs
+
+# What changes no text: it may differ between a run and its resumption.
+FREE_ON_RESUME = ("run_dir", "batch_size", "reference", "null_response", "perplexity_policy")
+PROGRESS_SECONDS = 15.0
+TABLE_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class CompleteRecipe:
+    """A policy's responses to prompts."""
+
+    run_dir: str = "runs/complete"
+    """Folder of the results."""
+    policy: str | None = None
+    """The policy: folder or hub id."""
+    system: str | None = None
+    """The name of the policy in tables: sft, drpo_seed1, ... For a file made elsewhere null keeps its own names."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Precision of the weights; auto: as saved."""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2, ...; null: transformers' choice."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """Autocast precision; null takes what `accelerate launch --mixed_precision` or its config file says."""
+    data: DataConfig = field(default_factory=DataConfig)
+    split: Literal["train", "eval"] = "eval"
+    """Which split of the data the prompts are from; eval are the held-out ones."""
+    num_prompts: int | None = None
+    """So many of the prompts, chosen by their hashes; null for all."""
+    num_responses: int = 1
+    """Responses to each prompt, with the seeds seed, seed + 1, ..."""
+    seed: int = 0
+    """With the prompt, all that a response's random numbers depend on."""
+    max_response_length: int = 53
+    """The most tokens of a response, stop token included."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+    """Temperature (0 is greedy), top_k, top_p."""
+    stop_tokens: list[str] = field(default_factory=list)
+    """Tokens that end a response; [] means the tokenizer's end-of-text token."""
+    bad_tokens: list[str] = field(default_factory=list)
+    """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
+    batch_size: int = 32
+    """Responses sampled together on one device; the file is written after each batch."""
+    reference: bool = False
+    """Add the dataset's own responses as the system "reference"."""
+    null_response: bool = False
+    """Add a constant response as the system "null": a judge that prefers it is no judge."""
+    perplexity_policy: str | None = None
+    """Measure the responses' perplexity under this policy, a folder or hub id; null: do not."""
+    imported: ImportConfig = field(default_factory=ImportConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("num_responses", "max_response_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.num_prompts is not None and self.num_prompts < 1:
+            raise ValueError(f"num_prompts must be >= 1 or null, got {self.num_prompts}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.num_responses > 1 and self.sampling.temperature == 0:
+            raise ValueError("num_responses > 1 does not apply to sampling.temperature=0: all would be alike")
+        if self.system is not None and (self.system in (REFERENCE, NULL) or "attack/" in self.system):
+            raise ValueError(f"system={self.system} is the name of a built-in system; choose another")
+        if self.imported.path is not None:
+            self._refuse_beside_import()
+        elif self.imported != ImportConfig():
+            raise ValueError("imported.format and imported.columns need imported.path")
+
+    def _refuse_beside_import(self) -> None:
+        """A file made elsewhere has its texts already."""
+        taken = {"run_dir", "system", "dtype", "attn_implementation", "mixed_precision", "batch_size"}
+        taken |= {"reference", "null_response", "perplexity_policy", "imported"}
+        plain = CompleteRecipe()
+        for name in sorted(vars(self).keys() - taken):
+            if getattr(self, name) != getattr(plain, name):
+                raise ValueError(f"{name} does not apply to imported.path={self.imported.path}")
+
+
+def run(recipe: CompleteRecipe) -> Path:
+    """Ask the policy for what is missing, add the systems that need none, measure the texts."""
+    importing = recipe.imported.path is not None
+    if importing and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("a file is imported in one process: start complete.py with python")
+    if not importing and (recipe.policy is None or recipe.system is None):
+        raise ConfigError("policy must name a policy (folder or hub id), and system what tables call it")
+    make_demo_inputs(recipe.policy, recipe.perplexity_policy)
+    folder = Path(recipe.run_dir)
+    config = EngineConfig(mixed_precision=recipe.mixed_precision, trackers=[])
+    engine = Engine(config, folder, recipe.seed, max_grad_norm=None)
+    path = folder / "completions.jsonl"
+    if importing:
+        _import(recipe, engine, path)
+    else:
+        _complete(recipe, engine, path)
+    rows = read_completions(path)
+    nlls = _nlls(recipe, engine, rows)
+    if engine.is_main:
+        measured = _metrics(rows, nlls)
+        save_text_metrics(measured, folder / "text_metrics.json")
+        Console(width=TABLE_WIDTH).print(text_metrics_table(measured))
+    engine.close()
+    return path
+
+
+def _complete(recipe: CompleteRecipe, engine: Engine, path: Path) -> None:
+    tokenizer = load_tokenizer(recipe.policy)
+    splits = load_examples(recipe.data, tokenizer, "prompts")
+    examples = splits.train if recipe.split == "train" else splits.eval
+    if not examples:
+        raise ConfigError(f"split={recipe.split} has no prompts; see data.eval_split and data.eval_fraction")
+    seeds = range(recipe.seed, recipe.seed + recipe.num_responses)
+    requests = make_requests(examples, recipe.num_prompts, seeds)
+    without = sum(best_response(request.example.record) is None for request in requests)
+    if recipe.reference and without:
+        raise ConfigError(
+            f"reference=true: {without} of {len(requests)} requests have no response in the data"
+        )
+    model = _load(recipe, recipe.policy, tokenizer)
+    check_positions(model, requests, recipe.max_response_length)
+    writer, done = open_file(engine, path, _meta(recipe, engine, model, requests))
+    there = sum((recipe.system, request.prompt_id, request.seed) in done for request in requests)
+    policy = _policy(recipe, engine, model, tokenizer)
+    progress = _Progress(len(requests), there)
+    if engine.is_main:
+        save_resolved(recipe, path.with_name("config.yaml"))
+        print(splits.report, f"{path}: {there} of {len(requests)} responses are there", sep="\n", flush=True)
+    try:
+        with engine.autocast():
+            for rows in complete(engine, policy, requests, done, recipe.batch_size):
+                if writer is not None:
+                    writer.write(rows)
+                    progress.advance(len(rows))
+    except KeyboardInterrupt:
+        raise RunStopped(f"stopped; {path} is kept, and the same command goes on from there") from None
+    _add_systems(recipe, writer, path, tokenizer)
+    engine.barrier()
+
+
+def _load(recipe: CompleteRecipe, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    config = ModelConfig(path=path, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
+    return load_policy(config, tokenizer).eval()
+
+
+def _policy(
+    recipe: CompleteRecipe, engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Policy:
+    rollout = RolloutConfig(stop_tokens=recipe.stop_tokens, bad_tokens=recipe.bad_tokens)
+    try:
+        vocabulary = vocabulary_of(rollout, tokenizer, model.config.vocab_size)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("rollout.", "")) from None
+    placed = engine.place(model, as_trained=False)
+    return Policy(recipe.system, placed, tokenizer, vocabulary, recipe.sampling, recipe.max_response_length)
+
+
+def _meta(
+    recipe: CompleteRecipe, engine: Engine, model: PreTrainedModel, requests: Sequence[Request]
+) -> dict[str, Any]:
+    """Everything that decides the texts; a file is continued only where all of it is the same."""
+    settings = {
+        key: value
+        for key, value in flatten(recipe).items()
+        if not f"{key}.".startswith(tuple(f"{name}." for name in (*FREE_ON_RESUME, "imported")))
+    }
+    return {
+        "weights_sha256": weights_sha256(model) if engine.is_main else None,
+        "data_sha256": requests_sha256(requests),
+        "settings_sha256": sha256_of(settings),
+        "precision": engine.precision,
+        "device": engine.device.type,
+        **{f"version.{name}": version for name, version in _versions().items()},
+        **{f"settings.{key}": value for key, value in settings.items()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    more = {name: metadata.version(name) for name in ("drpo", "tokenizers", "numpy")}
+    return {"python": sys.version.split()[0], **package_versions(), **more}
+
+
+class _Progress:
+    """A line now and then: how many are there, how fast they come, how long the rest will take."""
+
+    def __init__(self, total: int, there: int) -> None:
+        self._total, self._there, self._made = total, there, 0
+        self._started = self._shown = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self._there, self._made = self._there + count, self._made + count
+        now = time.monotonic()
+        if now - self._shown < PROGRESS_SECONDS and self._there < self._total:
+            return
+        self._shown, rate = now, self._made / max(now - self._started, 1e-9)
+        left = (self._total - self._there) / rate
+        print(f"{self._there} of {self._total} responses, {rate:.3g} a second, {left:.0f} s left", flush=True)
+
+
+def _add_systems(
+    recipe: CompleteRecipe,
+    writer: CompletionsWriter | None,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """The rows of "reference" and "null", where they are asked for and not there yet."""
+    if writer is None or not (recipe.reference or recipe.null_response):
+        return
+    rows = [row for row in read_completions(path) if row.system not in (REFERENCE, NULL)]
+    made = reference_rows(rows) if recipe.reference else []
+    made += constant_rows(rows, NULL, NULL_RESPONSE) if recipe.null_response else []
+    made = [row for row in made if row.key not in writer.done]
+    writer.write(made if tokenizer is None else with_num_tokens(made, tokenizer))
+
+
+def _import(recipe: CompleteRecipe, engine: Engine, path: Path) -> None:
+    rows = import_rows(recipe.imported, recipe.system)
+    meta = {"imported.sha256": file_sha256(recipe.imported.path), "system": recipe.system}
+    meta |= {f"imported.{name}": value for name, value in asdict(recipe.imported).items()}
+    writer, done = open_file(engine, path, meta)
+    save_resolved(recipe, path.with_name("config.yaml"))
+    writer.write([row for row in rows if row.key not in done])
+    _add_systems(recipe, writer, path, None)
+    print(f"{path}: {len(rows)} responses from {recipe.imported.path}", flush=True)
+
+
+# --- metrics --------------------------------------------------------------------------------------------
+
+
+def _nlls(
+    recipe: CompleteRecipe, engine: Engine, rows: Sequence[CompletionRow]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Negative log-likelihoods under the reference policy and numbers of tokens; the processes share the rows."""
+    if recipe.perplexity_policy is None:
+        return None
+    tokenizer = load_tokenizer(recipe.perplexity_policy)
+    policy = engine.place(_load(recipe, recipe.perplexity_policy, tokenizer), as_trained=False)
+    mine = range(engine.rank, len(rows), engine.world_size)
+    with torch.no_grad(), engine.autocast():
+        nlls, counts = response_nlls(policy, tokenizer, [rows[i] for i in mine], recipe.batch_size)
+    measured = sorted(engine.gather_objects(list(zip(mine, nlls.tolist(), counts.tolist(), strict=True))))
+    return np.array([nll for _, nll, _ in measured]), np.array([count for _, _, count in measured])
+
+
+def _metrics(rows: Sequence[CompletionRow], nlls: tuple[np.ndarray, np.ndarray] | None) -> list[TextMetrics]:
+    """The metrics of each system, in the order of the file."""
+    measured = []
+    for system in dict.fromkeys(row.system for row in rows):
+        places = [i for i, row in enumerate(rows) if row.system == system]
+        own = None if nlls is None else (nlls[0][places], nlls[1][places])
+        measured.append(measure([rows[i] for i in places], own))
+    return measured
+
+
+if __name__ == "__main__":
+    main(CompleteRecipe, "demo/complete.yaml", run)
