@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import random
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import (
     ONLINE,
+    PREFERENCE,
+    SEVERAL,
     SFT,
     assert_close,
     ddp,
     deepspeed,
     metrics_of,
+    partitioned,
     plain,
     run,
     write_recipe,
@@ -128,3 +135,91 @@ def test_a_lora_run_leaves_a_plain_model_with_the_adapter_folded_in(folder, lora
     torch.testing.assert_close(merged, with_adapter, atol=1e-4, rtol=0)
     assert torch.equal(without, base)  # training moved nothing but the adapter
     assert (merged - base).abs().max() > 1e-2
+
+
+# --- preference training ----------------------------------------------------------------------------------
+
+PREFERENCES = {
+    "cached": {"reference": {"cache_dir": "cache"}},
+    "dr_dpo": {"loss": {"dr_dpo": {"beta_prime": 0.5}}},
+    "kto": {"loss": {"name": "kto"}},
+    "curry": {"num_steps": 2, "curriculum": {"num_stages": 2, "order": "reference_gap"}},
+    "tr_dpo": {
+        "model": {"path": "sft/policy", "lora": {"r": 4}},
+        "reference": {"sync_every": 2, "sync_mix": 0.5},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def preferences(folder) -> Path:
+    """The folder with preference recipes and their runs by one process with whole batches."""
+    for name, changes in PREFERENCES.items():
+        write_recipe(folder / f"{name}.yaml", {**PREFERENCE, **changes})
+    start_preferences(plain(SEVERAL), folder, "one")
+    return folder
+
+
+def start_preferences(
+    command: list[str], folder: Path, prefix: str, *overrides: str, names=PREFERENCES
+) -> None:
+    run([*command, prefix], *(f"{name}.yaml" for name in names), *overrides, cwd=folder)
+    if "cached" in names:
+        shutil.move(folder / "cache", folder / f"{prefix}_cache")
+
+
+def assert_same_preferences(folder: Path, prefix: str, names=PREFERENCES) -> None:
+    for name in names:
+        one, other = folder / f"one_{name}", folder / f"{prefix}_{name}"
+        assert_close(metrics_of(one), metrics_of(other), 2e-4)
+        assert_same_policy(one, other, 2e-4)
+        rows = metrics_of(one)
+        assert len(rows) == 4 and "eval/loss" in rows[-1] and "eval/length" in rows[-1]
+        texts = [
+            (folder / f"{p}_{name}" / "completions.jsonl").read_text().splitlines() for p in ("one", prefix)
+        ]
+        left, right = ([json.loads(line) for line in lines] for lines in texts)
+        assert [row["continuation"] for row in left] == [row["continuation"] for row in right]
+        assert len(left) == 10  # 5 prompts at 2 evaluations
+
+
+def test_two_processes_train_the_same_preferences(preferences):
+    start_preferences(ddp(SEVERAL), preferences, "two", "batch.microbatch_size=3")
+    assert_same_preferences(preferences, "two")
+    one, two = (np.load(preferences / f"{prefix}_cache" / "logprobs.npy") for prefix in ("one", "two"))
+    np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
+    assert len(one) > 1000
+
+
+def test_two_deepspeed_processes_train_the_same_preferences(preferences):
+    names = ["dr_dpo", "curry"]
+    start_preferences(deepspeed(SEVERAL, 2), preferences, "zero2", "batch.microbatch_size=2", names=names)
+    assert_same_preferences(preferences, "zero2", names)
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_every_weight_train_the_same_preferences(preferences):
+    start_preferences(partitioned(SEVERAL, preferences), preferences, "zero3", "batch.microbatch_size=2")
+    assert_same_preferences(preferences, "zero3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_prompts", ["true", "false"])
+def test_processes_that_share_every_weight_may_have_responses_of_any_length(preferences, share_prompts):
+    """The head takes 1024 positions at a time: one process may have fewer than that while the other has more."""
+    words, chance = "we have belt tire rope key but need bin radio jar soap".split(), random.Random(0)
+    rows = []
+    for i in range(128):
+        longest = 60 if i % 2 else 20
+        texts = [" " + " ".join(chance.choices(words, k=chance.randint(1, longest))) for _ in (0, 1)]
+        rows.append({"prompt": f"POST: {i} TL;DR:", "chosen": texts[0], "rejected": texts[1] + " x"})
+    (preferences / "ragged.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"task": "own", "path": "ragged.jsonl", "eval_fraction": 0.2}
+    model = {**SFT["model"], "architecture": {**SFT["model"]["architecture"], "max_position_embeddings": 512}}
+    ragged = {**PREFERENCE, "data": data, "model": model, "batch": {"size": 32, "microbatch_size": 16}}
+    write_recipe(preferences / "ragged.yaml", {**ragged, "sample": {"num_prompts": 0}})
+    for command, prefix in ((plain(SEVERAL), "one"), (partitioned(SEVERAL, preferences), "zero3")):
+        settings = [f"share_prompts={share_prompts}", "batch.microbatch_size=8", "resume=restart"]
+        run([*command, prefix], "ragged.yaml", *settings, cwd=preferences)
+    assert_close(metrics_of(preferences / "one_ragged"), metrics_of(preferences / "zero3_ragged"), 2e-4)
+    assert_same_policy(preferences / "one_ragged", preferences / "zero3_ragged", 2e-4)

@@ -1,7 +1,8 @@
-"""Tiny online runs as real processes: a random policy of a few thousand weights on the demo task."""
+"""Tiny runs as real processes: a random policy of a few thousand weights on the demo task."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -60,6 +61,19 @@ ONLINE = {
     "engine": {"trackers": []},
 }
 
+PREFERENCE = {
+    "num_steps": 4,
+    "data": {"task": "demo", "demo": {"num_train": 256, "num_eval": 12}},
+    "model": {"path": "sft/policy"},
+    "batch": {"size": 8, "microbatch_size": 8},
+    "optim": {"learning_rate": 1e-3},
+    "eval": {"every": 2, "num_examples": 11},
+    "sample": {"num_prompts": 5, "max_response_length": 6},
+    "checkpoint": {"every": 1, "keep": 9},
+    "engine": {"trackers": []},
+}
+SEVERAL = "../tests/several_runs"  # in place of the name of a launch script
+
 
 def write_recipe(path: Path, recipe: dict) -> Path:
     path.write_text(yaml.safe_dump(recipe))
@@ -83,6 +97,29 @@ def deepspeed(script: str, stage: int) -> list[str]:
     config = str(ROOT / "launch" / "accelerate" / f"zero{stage}.yaml")
     options = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     return [*accelerate(), "--config_file", config, *options, str(ROOT / "launch" / f"{script}.py")]
+
+
+def partitioned(script: str, folder: Path) -> list[str]:
+    """Two processes of DeepSpeed's stage 3 that cut every weight in two; by default it leaves small ones whole."""
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    }
+    (folder / "zero3.json").write_text(json.dumps(settings))
+    config = {"distributed_type": "DEEPSPEED", "num_processes": 2, "num_machines": 1, "machine_rank": 0}
+    config["deepspeed_config"] = {
+        "deepspeed_config_file": str(folder / "zero3.json"),
+        "zero3_init_flag": False,
+    }
+    file = write_recipe(folder / "zero3.yaml", config)
+    port = ["--main_process_port", "0"]
+    return [*accelerate(), "--config_file", str(file), *port, str(ROOT / "launch" / f"{script}.py")]
 
 
 def accelerate() -> list[str]:
