@@ -119,21 +119,25 @@ def test_coverage(num_seeds, sds):
     assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
 
 
-@pytest.mark.parametrize("sds", [(0.0, 0.3, 0.3), (0.03, 0.3, 0.3), (0.1, 0.2, 0.3)])
-def test_coverage_at_three_seeds_beside_the_bootstrap(sds):
-    """The hierarchical bootstrap is too narrow when runs differ; these limits come much nearer."""
+@pytest.mark.parametrize("sds", [(0.0, 0.3, 0.3), (0.03, 0.3, 0.3)])
+def test_coverage_at_three_seeds(sds):
     rng = np.random.default_rng(5)
+    covered = [covers(seed_interval(runs(rng, 3, 100, *sds), bounds=None), 0.5) for _ in range(1500)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+
+
+def test_the_hierarchical_bootstrap_is_too_narrow_when_runs_differ():
+    rng = np.random.default_rng(6)
     covered, bootstrap = [], []
-    for _ in range(800):
-        scores = runs(rng, 3, 100, *sds)
+    for _ in range(500):
+        scores = runs(rng, 3, 100, 0.1, 0.2, 0.3)
         covered.append(covers(seed_interval(scores, bounds=None), 0.5))
         seeds = rng.multinomial(3, np.full(3, 1 / 3), size=300) / 3
         prompts = rng.multinomial(100, np.full(100, 0.01), size=300) / 100
         low, high = np.quantile(((seeds @ scores) * prompts).sum(axis=1), [0.025, 0.975])
         bootstrap.append(low <= 0.5 <= high)
-    assert 0.915 < np.mean(covered) < 0.98
-    if sds[0] == 0.1:
-        assert np.mean(bootstrap) < np.mean(covered) - 0.05
+    assert np.mean(covered) > 0.92
+    assert np.mean(bootstrap) < 0.88
 
 
 def test_coverage_with_missing_binary_scores():
