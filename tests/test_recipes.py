@@ -18,6 +18,7 @@ from drpo.trainers.sft import SFTRecipe
 from launch.benchmark import BenchmarkRecipe
 from launch.command_line import RECIPES, find_recipe
 from launch.complete import CompleteRecipe
+from launch.judge import JudgeRecipe
 from launch.neuron_shift import NeuronShiftRecipe
 from launch.preference_experiment import PreferenceExperimentRecipe
 from launch.reset_experiment import ExperimentRecipe
@@ -32,6 +33,7 @@ STAGES: dict[str, type] = {
     "reset_experiment": ExperimentRecipe,
     "preference_experiment": PreferenceExperimentRecipe,
     "neuron_shift": NeuronShiftRecipe,
+    "judge": JudgeRecipe,
     "complete": CompleteRecipe,
     "benchmark": BenchmarkRecipe,
 }
