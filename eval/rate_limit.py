@@ -95,7 +95,7 @@ class RateLimiter:
         delays = [self._not_before - now]
         requests, most = self._config.requests_per_minute, self._config.tokens_per_minute
         if requests is not None and len(self._starts) >= requests:
-            delays.append(self._starts[-requests].time + WINDOW - now)
+            delays.append(self._starts[0].time + WINDOW - now)
         if most is not None:
             total = tokens + sum(start.tokens for start in self._starts)
             for start in self._starts:

@@ -68,6 +68,21 @@ def test_a_request_larger_than_the_limit_goes_alone():
     assert [time - 1000 for time, _ in starts] == pytest.approx([0, 60, 120])
 
 
+def test_a_request_waits_for_the_oldest_ones_only():
+    clock = Clock()
+    limiter = RateLimiter(LimitsConfig(tokens_per_minute=1000), clock, clock.sleep)
+
+    async def in_turn():
+        starts = []
+        for size, pause in ((600, 30), (300, 10), (200, 0), (500, 0)):
+            starts.append((await limiter.wait(size)).time - 1000)
+            clock.now += pause
+        return starts
+
+    # the third needs the first to leave, at 60; the fourth fits beside the second and third
+    assert asyncio.run(in_turn()) == pytest.approx([0.0, 30.0, 60.0, 60.0])
+
+
 def test_an_answer_shorter_than_feared_makes_room():
     clock = Clock()
     limiter = RateLimiter(LimitsConfig(tokens_per_minute=1000), clock, clock.sleep)
