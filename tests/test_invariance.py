@@ -210,8 +210,10 @@ def test_processes_that_share_every_weight_may_have_responses_of_any_length(pref
     words, chance = "we have belt tire rope key but need bin radio jar soap".split(), random.Random(0)
     rows = []
     for i in range(128):
-        longest = 60 if i % 2 else 20
-        texts = [" " + " ".join(chance.choices(words, k=chance.randint(1, longest))) for _ in (0, 1)]
+        longest = 30 if i % 12 else 120  # 16 responses to a micro-batch: 64 tokens are the border
+        texts = [
+            " " + " ".join(chance.choices(words, k=length)) for length in (longest, chance.randint(1, 30))
+        ]
         rows.append({"prompt": f"POST: {i} TL;DR:", "chosen": texts[0], "rejected": texts[1] + " x"})
     (preferences / "ragged.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = {"task": "own", "path": "ragged.jsonl", "eval_fraction": 0.2}
