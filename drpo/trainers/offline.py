@@ -141,8 +141,8 @@ def fit(
 
     Every stage has its own `num_steps` (or passes) and its own learning-rate schedule. `sample` gives further
     metrics and sample rows at every evaluation; `after_step(step, stage_ended)` may change what the losses depend
-    on between steps. Raises ConfigError when batch.size does not divide over the processes,
-    FloatingPointError on inf or nan.
+    on between steps. Raises ConfigError when batch.size does not divide over the processes, or a stage is no
+    longer than the warm-up; FloatingPointError on inf or nan.
     """
     batch, optim, evaluation = recipe.batch, recipe.optim, recipe.eval
     if batch.size % engine.world_size:
@@ -153,10 +153,11 @@ def fit(
             "evaluation off with eval.every=0"
         )
     schedule = [
-        (examples, stage_step, num_stage_steps)
+        (examples, stage_step, num_stage_steps, rate)
         for examples in stages
         for num_stage_steps in [recipe.num_steps or math.ceil(batch.num_epochs * len(examples) / batch.size)]
         for stage_step in range(num_stage_steps)
+        for rate in [scheduled_rate(optim.learning_rate, optim, stage_step, num_stage_steps)]
     ]
     num_steps = len(schedule)
     optimizer = build_optimizer([objective.model.parameters()], optim)
@@ -166,10 +167,9 @@ def fit(
     run.start_progress(name, start, num_steps)
     for step in range(start + 1, num_steps + 1):
         phases = Phases()
-        examples, stage_step, num_stage_steps = schedule[step - 1]
+        examples, stage_step, num_stage_steps, rate = schedule[step - 1]
         indices = range(stage_step * batch.size, (stage_step + 1) * batch.size)
         local = [item_at(examples, index, recipe.seed) for index in indices[engine.shard(batch.size)]]
-        rate = scheduled_rate(optim.learning_rate, optim, stage_step, num_stage_steps)
         set_learning_rates(engine.optimizer, [rate])
         with phases("update"):
             check_finite = functools.partial(finite_or_stop, engine, run.path, step)
