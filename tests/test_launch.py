@@ -41,6 +41,7 @@ KEYS = {
     "neuron_shift": ("before", "probe.source"),
     "benchmark": ("share_prompts", "num_repeats"),
     "complete": ("policy", "imported.columns"),
+    "judge": ("half_tie", "max_undecided"),
 }
 PAIRS = {k: SFT[k] for k in ("num_steps", "data", "model", "batch", "optim", "eval", "log", "engine")}
 MY_REWARDS = """

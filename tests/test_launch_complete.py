@@ -100,7 +100,7 @@ def test_the_metrics_are_of_each_system(whole):
 
 def test_a_second_run_asks_nothing_and_other_settings_are_refused(whole, policy_folder, capsys):
     before = whole.read_bytes()
-    complete(policy_folder, whole.parent, batch_size=5)
+    complete(policy_folder, whole.parent, batch_size=5, perplexity_policy=str(policy_folder))
     assert whole.read_bytes() == before
     assert f"{NUM_ROWS} of {NUM_ROWS} responses are there" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"made in another way.*settings.sampling.temperature: 1.0 -> 0.9"):
