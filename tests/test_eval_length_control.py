@@ -131,6 +131,16 @@ def test_extrapolation_is_said(shift, warned):
     assert any("little overlap in length" in note for note in result.warnings) == warned
 
 
+def test_responses_that_are_never_shorter_are_no_overlap():
+    rng = np.random.default_rng(8)
+    result = length_controlled_win_rate(
+        rng.integers(0, 2, 300), 100 + rng.exponential(50, 300), np.full(300, 100)
+    )
+    assert result.near_share > 0.15
+    assert result.longer_share == 1
+    assert "little overlap" in result.warnings[0]
+
+
 def test_two_heaps_of_lengths_are_no_overlap():
     rng = np.random.default_rng(8)
     a = np.where(rng.random(300) < 0.5, 100.0, 300.0) + rng.normal(size=300)
@@ -149,6 +159,8 @@ def test_all_won_is_not_certain():
         assert 0.9936 < high < 1
         assert result.method == "glm_ridge"
         assert "no maximum" in result.warnings[0]
+        again = length_controlled_win_rate(*(np.tile(x, 6) for x in (scores, a, b, np.arange(600))))
+        assert (again.low, again.high) == pytest.approx((result.low, result.high))  # prompts, not rows
 
 
 def test_length_that_separates_gives_a_finite_estimate():

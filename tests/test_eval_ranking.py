@@ -222,6 +222,32 @@ def test_an_unbeaten_system_gets_a_warning_and_a_finite_strength():
     assert ranking.high[0] < 15
 
 
+def test_limits_under_separation_are_those_of_the_penalised_likelihood():
+    # c never gets anything. The curvature is taken by differences of the penalised log-likelihood in (s, log nu).
+    first = np.repeat([0, 0, 1], 40)
+    second = np.repeat([1, 2, 2], 40)
+    scores = np.array([1.0] * 22 + [0.5] * 8 + [0.0] * 10 + [1.0] * 80)
+    ranking = bradley_terry(NAMES[first], NAMES[second], scores, ties="davidson")
+
+    def loss(x):
+        half = (x[first] - x[second]) / 2
+        total = np.log(np.exp(half) + np.exp(x[3]) + np.exp(-half))
+        return total.sum() - np.select([scores == 1, scores == 0], [half, -half], x[3]).sum() + 0.05 * x @ x
+
+    best = minimize(loss, np.zeros(4), tol=1e-12).x
+    steps = 1e-4 * np.eye(4)
+    curvature = [
+        [sum(i * j * loss(best + i * u + j * v) for i in (1, -1) for j in (1, -1)) / 4e-8 for u in steps]
+        for v in steps
+    ]
+    centre = np.eye(3, 4) - np.array([1, 1, 1, 0]) / 3
+    error = np.sqrt(np.diag(centre @ np.linalg.inv(curvature) @ centre.T))
+    assert in_order(ranking, NAMES[:3]) == pytest.approx(centre @ best, abs=1e-4)
+    index = ranking.systems.index("c")
+    assert ranking.low[index] == pytest.approx((centre @ best - 1.96 * error)[2], abs=1e-3)
+    assert ranking.high[index] == pytest.approx((centre @ best + 1.96 * error)[2], abs=1e-3)
+
+
 def test_one_lost_game_ends_the_separation():
     ranking = bradley_terry(["x"] * 600, ["y"] * 600, [1] * 599 + [0], anchor="y")
     assert ranking.warnings == ()

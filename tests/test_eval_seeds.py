@@ -92,6 +92,36 @@ def test_missing_scores_are_left_out_and_counted():
     assert np.isnan(holes).sum() == 8
 
 
+def test_missing_scores_by_loops():
+    # The variance written with sums over the scores that are there; each run counts once, however many it has.
+    scores = runs(np.random.default_rng(12), 3, 15, 0.3, 0.3, 0.3)
+    scores[0, :6] = scores[1, 3] = nan
+    there = [[p for p in range(15) if not np.isnan(row[p])] for row in scores]
+    means = [sum(scores[s, p] for p in there[s]) / len(there[s]) for s in range(3)]
+    v_prompt = v_cell = 0.0
+    for p in range(15):
+        seeds = [s for s in range(3) if p in there[s]]
+        excess = [scores[s, p] - means[s] for s in seeds]
+        v_prompt += sum(e / len(there[s]) / 3 for e, s in zip(excess, seeds, strict=True)) ** 2 * 15 / 14
+        v_cell += sum((e - sum(excess) / len(excess)) ** 2 for e in excess)
+    cell_df = 45 - 7 - 3 - 15 + 1
+    v_cell *= sum(1 / len(row) for row in there) / 9 / cell_df
+    v_seed = sum((m - sum(means) / 3) ** 2 for m in means) / 2 / 3
+    assert v_seed > v_cell < v_prompt
+    variance = v_seed - v_cell + v_prompt
+    df = variance**2 / (v_seed**2 / 2 + v_prompt**2 / 14 + v_cell**2 / cell_df)
+    half = student.isf(0.025, df) * math.sqrt(variance)
+    result = seed_interval(scores, bounds=None)
+    assert (result.low, result.high) == pytest.approx((sum(means) / 3 - half, sum(means) / 3 + half))
+
+
+def test_equal_prompts_leave_the_error_of_the_cells():
+    # Every column and row has mean 0.5: V_seed = V_prompt = 0, V_cell = 8 x 0.25 / 3 / 8 = 1/12 on 3 degrees.
+    result = seed_interval([[1, 0, 1, 0], [0, 1, 0, 1]], bounds=None)
+    assert result.df == pytest.approx(3)
+    assert result.high - 0.5 == pytest.approx(3.182446 * math.sqrt(1 / 12), rel=1e-6)
+
+
 def test_order_and_unit_change_nothing():
     rng = np.random.default_rng(3)
     scores = runs(rng, 4, 30, 0.1, 0.2, 0.2)
