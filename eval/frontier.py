@@ -95,7 +95,7 @@ def best_of_n_kl(n: int) -> float:
     """Upper bound, in nats, on KL(best of n samples || the policy sampled): log n - (n - 1) / n.
 
     Exact when no two samples have equal reward. Raises ValueError on n < 1. Sources: Stiennon et al. 2020, appendix
-    G.3; Beirami et al. 2024, theorem 1 (that it is a bound).
+    G.3; Beirami et al. 2024 (that it is a bound).
     """
     _checked_n(n)
     return math.log(n) - (n - 1) / n
@@ -105,7 +105,7 @@ def best_of_n_win_rate(n: int) -> float:
     """Rate at which the best of n samples beats one fresh sample by the reward that chose it: n / (n + 1).
 
     For rewards without ties. With `best_of_n_kl` this is the curve to hold a policy's win rate against the
-    reference to. Raises ValueError on n < 1. Source: Gui et al. 2024 (BoNBoN), theorem 1.
+    reference to. Raises ValueError on n < 1. Source: Gui et al. 2024 (BoNBoN).
     """
     _checked_n(n)
     return n / (n + 1)
@@ -118,7 +118,7 @@ def best_of_n_means(scores: ArrayLike, n: int) -> NDArray[np.float64]:
 
     The mean over all subsets of n, so unbiased, unlike taking the first n. `scores` (prompts, N) without nan.
     Feed the result to `eval.intervals.mean_interval`. Raises ValueError when n is not in 1..N, or on nan.
-    Source: Nakano et al. 2021 (WebGPT), appendix I.
+    Source: Nakano et al. 2021 (WebGPT), on best-of-n estimates.
     """
     _checked_n(n)
     array = np.asarray(scores, dtype=np.float64)

@@ -79,7 +79,7 @@ def bradley_terry(
     of the prior and the likelihood's curvature. The same prior is used in resamples that need it.
     Raises ValueError on unequal rows, a system against itself, no decided comparison, an unknown anchor,
     fewer than two prompts, systems that no chain of comparisons joins, shared scores or no ties with davidson.
-    Sources: Bradley and Terry 1952; Davidson 1970, eq. 2.4; Ford 1957; Chiang et al. 2024 (Chatbot Arena).
+    Sources: Bradley and Terry 1952; Davidson 1970; Ford 1957; Chiang et al. 2024 (Chatbot Arena).
     """
     confidence = checked_confidence(confidence)
     scores = checked_scores(scores)

@@ -75,7 +75,7 @@ def seed_interval(
     has none; the interval is cut there. Coverage of 95% limits, by simulation: 92-98% at 3 seeds, 93-98% at 5;
     2 seeds may fall to 88%. Raises ValueError on one seed (see `eval.win_rate` for one run), one prompt, a
     seed without a score, values outside the bounds, or seeds that share no prompts.
-    Sources: Satterthwaite 1946; Brennan 2001, chapter 3 (two-way random effects).
+    Sources: Satterthwaite 1946; Brennan 2001 (two-way random effects).
     """
     confidence = checked_confidence(confidence)
     scores = _checked_matrix(scores, "scores", bounds)
