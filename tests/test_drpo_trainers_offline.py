@@ -64,13 +64,16 @@ def recipe_for(run_dir: Path, *, every: int = 0, keep: int = 2, **changes) -> Of
 
 
 def fitted(recipe: OfflineRecipe, train=TRAIN, held_out=(), weight: float = 2.0, sample=None):
-    """The weight after `fit`, and the metrics."""
+    """The weight after `fit` on one stage, and the metrics."""
+    return fitted_in_stages(recipe, Weight(weight), [train], held_out, sample=sample)
+
+
+def fitted_in_stages(recipe: OfflineRecipe, objective: Weight, stages: list, held_out=(), **further):
     forget_precision()
     engine = Engine(recipe.engine, Path(recipe.run_dir), recipe.seed, recipe.optim.max_grad_norm)
     run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
-    objective = Weight(weight)
     try:
-        fit(recipe, engine, run, objective, [train], held_out, name="test", sample=sample)
+        fit(recipe, engine, run, objective, stages, held_out, name="test", **further)
     finally:
         run.close()
         forget_precision()
@@ -191,6 +194,102 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tmp_path):
     ):
         fitted(recipe, train=items)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# --- stages -----------------------------------------------------------------------------------------------
+
+
+def test_stages_follow_each_other_with_schedules_and_evaluations_of_their_own(tmp_path):
+    ended = []
+    recipe = recipe_for(
+        tmp_path / "run",
+        num_steps=None,
+        batch=BatchConfig(size=2, microbatch_size=2),
+        optim=OptimConfig(learning_rate=0.5, warmup_steps=1, max_grad_norm=None),
+        eval=OfflineEvalConfig(every=100),
+    )
+    stages = [[[1.0]] * 4, [[100.0]] * 6]
+    _, rows = fitted_in_stages(
+        recipe, Weight(), stages, HELD_OUT, after_step=lambda step, end: ended.append((step, end))
+    )
+    assert [row["train/x"] for row in rows] == [1.0] * 2 + [100.0] * 3
+    assert ended == [(1, False), (2, True), (3, False), (4, False), (5, True)]
+    rates = [row["optim/learning_rate"] for row in rows]
+    assert rates == [0.25, 0.5, 0.25, 0.5, 0.25]  # up in one step, then down to 0 over the rest
+    assert [row["step"] for row in rows if "eval/loss" in row] == [2, 5]
+
+
+def test_every_stage_gets_the_number_of_steps_asked_for(tmp_path):
+    recipe = recipe_for(tmp_path / "run", num_steps=3, batch=BatchConfig(size=2, microbatch_size=2))
+    _, rows = fitted_in_stages(recipe, Weight(), [[[1.0]] * 4, [[100.0]] * 9])
+    assert [row["train/x"] for row in rows] == [1.0] * 3 + [100.0] * 3
+
+
+def test_a_warm_up_as_long_as_a_stage_is_refused_before_the_run(tmp_path):
+    optim = OptimConfig(learning_rate=0.5, warmup_steps=2)
+    recipe = recipe_for(tmp_path / "run", num_steps=None, batch=BatchConfig(size=2), optim=optim)
+    with pytest.raises(ConfigError, match="optim.warmup_steps is 2, it must be below the number of steps, 2"):
+        fitted_in_stages(recipe, Weight(), [[[1.0]] * 8, [[1.0]] * 4])
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_happens_after_a_step_counts_from_the_next_one(tmp_path):
+    objective = Weight()
+
+    def add_one(step: int, stage_ended: bool) -> None:
+        with torch.no_grad():
+            objective.model.weight.add_(1.0)
+
+    optim = OptimConfig(learning_rate=1e-9, max_grad_norm=None)
+    recipe = recipe_for(tmp_path / "run", num_steps=3, optim=optim)
+    _, rows = fitted_in_stages(recipe, objective, [[[1.0]] * 8], after_step=add_one)
+    assert [row["train/loss"] for row in rows] == pytest.approx([2.0, 3.0, 4.0])
+
+
+# --- looking ahead ----------------------------------------------------------------------------------------
+
+
+class AgainstTheMean(Weight):
+    """loss of a target x = w x m with m, a constant, the mean of the item sums over all items looked at."""
+
+    looks_ahead = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forwards: list[tuple[bool, int]] = []
+
+    def context(self, losses: Tensor, rows: dict[str, Tensor]) -> Tensor:
+        assert losses.tolist() == pytest.approx((self.model.weight.item() * rows["x"]).tolist())
+        return rows["x"].mean()
+
+    def forward(self, batch: list[list[float]], context: Tensor | None = None):
+        self.forwards.append((torch.is_grad_enabled(), len(batch)))
+        losses, rows = super().forward(batch)
+        if context is None:
+            return losses, rows
+        return losses * context.float(), rows | {"mean": context.expand(len(batch))}
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 3, 8])
+def test_an_objective_may_look_at_the_whole_step_first(tmp_path, microbatch_size):
+    recipe = recipe_for(
+        tmp_path / "run",
+        batch=BatchConfig(size=8, microbatch_size=microbatch_size),
+        eval=OfflineEvalConfig(every=1),
+    )
+    objective = AgainstTheMean()
+    _, (row,) = fitted_in_stages(recipe, objective, [TRAIN], HELD_OUT)
+    mean = 120 / 8  # of the sums of the items; the loss is over 15 targets
+    assert row["train/mean"] == pytest.approx(mean)
+    assert row["train/loss"] == pytest.approx(2.0 * mean * 120 / 15)
+    assert row["optim/grad_norm"] == pytest.approx(mean * 120 / 15)
+    assert row["eval/mean"] == pytest.approx(81 / 5)
+    sizes = [len(TRAIN[first : first + microbatch_size]) for first in range(0, 8, microbatch_size)]
+    training = objective.forwards[: 2 * len(sizes)]
+    assert training == [(False, size) for size in sizes] + [(True, size) for size in sizes]
+
+
+# --- settings ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

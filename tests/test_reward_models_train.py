@@ -146,6 +146,16 @@ def test_other_references_fix_the_zero(tmp_path):
     assert sum(scores) / 9 == pytest.approx(0, abs=1e-4)
 
 
+def test_noise_is_put_on_the_pairs_and_not_on_the_references(tmp_path, capsys):
+    """The references are prompts with responses, to which the noise of pairs does not apply."""
+    centres = []
+    for name, data in (("clean", {}), ("noisy", {"noise": {"flip_rate": 0.4}})):
+        run_reward_model(tmp_path / name, num_steps=1, data=data, optim={"learning_rate": 1e-9})
+        centres.append(loaded(tmp_path / name)[0].config.centre)
+    assert "noise: 18 of 40 pairs flipped" in capsys.readouterr().out
+    assert centres[0] == pytest.approx(centres[1], rel=1e-4) and centres[0] != 0
+
+
 def test_references_without_responses_are_refused_before_training(tmp_path):
     data = tmp_path / "prompts.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"post {i}"}) for i in range(9)))
