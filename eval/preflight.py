@@ -45,8 +45,8 @@ async def check_model(
 ) -> None:
     """See that the model exists and is not shut down; say when it will be.
 
-    Raises JudgeStopped when it does not exist, is shut down, or the key is not accepted. A server that cannot tell
-    (an error that may pass, no such address) is only reported.
+    Raises JudgeStopped when OpenAI does not have it, it is shut down, the key is not accepted or nobody listens. What
+    may pass, and other servers that cannot tell, are only reported.
     """
     config = asking.config
     try:
@@ -73,7 +73,8 @@ async def check_model(
 
 
 async def _check_listed(client: AsyncOpenAI, asking: Asking, say: Callable[[str], None]) -> None:
-    """Local servers often list their models without telling about one."""
+    """OpenAI has no such model. Another server may list its models without telling about one, and may load what it
+    does not list, so there the first call decides."""
     config = asking.config
     try:
         names = [model.id for model in (await client.models.list()).data]
@@ -85,7 +86,10 @@ async def _check_listed(client: AsyncOpenAI, asking: Asking, say: Callable[[str]
         return
     if config.model not in names:
         shown = ", ".join(sorted(names)[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")
-        raise JudgeStopped(f"{config.url} has no model {config.model}; it has: {shown or 'none'}")
+        message = f"{config.url} does not list the model {config.model}; it has: {shown or 'none'}"
+        if config.base_url is None:
+            raise JudgeStopped(message)
+        say(message)
 
 
 def _date(text: object) -> date | None:

@@ -34,12 +34,12 @@ TODAY = date(2026, 11, 20)
 
 
 def check(server: StubServer, key: str = KEY, config: JudgeConfig | None = None) -> list[str]:
-    """What the check of the model says; raises what it raises."""
+    """What the check of the model says; raises what it raises. The client always asks the stub."""
     said: list[str] = []
     config = config or judge_config(server)
 
     async def run():
-        async with AsyncOpenAI(api_key=key, base_url=config.url, max_retries=0, timeout=20) as client:
+        async with AsyncOpenAI(api_key=key, base_url=server.url, max_retries=0, timeout=20) as client:
             await check_model(client, asking(config), said.append, TODAY)
 
     asyncio.run(run())
@@ -96,8 +96,10 @@ def test_a_model_that_was_shut_down():
 
 def test_a_model_that_is_not_there_and_the_names_of_those_that_are():
     with StubServer(models={"gpt-x": None, "gpt-y": None}) as server:
-        with pytest.raises(JudgeStopped, match="has no model stub-judge; it has: gpt-x, gpt-y"):
-            check(server)
+        with pytest.raises(JudgeStopped, match="does not list the model stub-judge; it has: gpt-x, gpt-y"):
+            check(server, config=judge_config(server, base_url=None))
+        (said,) = check(server)
+    assert "does not list the model stub-judge" in said, "a server at home may load what it does not list"
 
 
 def test_a_server_that_only_lists_its_models():
@@ -109,6 +111,8 @@ def test_a_server_that_only_lists_its_models():
 def test_a_server_that_does_not_know_the_address_is_only_reported():
     with StubServer(models={}) as server:
         (said,) = check(server)
+        with pytest.raises(JudgeStopped, match="no model stub-judge"):
+            check(server, config=judge_config(server, base_url=None))
     assert "does not tell which models it has" in said
 
 
@@ -116,9 +120,8 @@ def test_a_wrong_key_and_a_server_that_is_down_stop_at_once():
     with StubServer() as server:
         with pytest.raises(JudgeStopped, match="the API key is not accepted"):
             check(server, key="sk-other")
-        config = judge_config(server)
     with pytest.raises(JudgeStopped, match="http://127.0.0.1:.*connection failed"):
-        check(server, config=config)
+        check(server)
 
 
 # --- the form ---------------------------------------------------------------------------------------------
