@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import CLEAN, ONLINE, SFT, ddp, metrics_of, plain, run, write_recipe
+from tiny_runs import (
+    CLEAN,
+    ONLINE,
+    PREFERENCE,
+    SEVERAL,
+    SFT,
+    ddp,
+    deepspeed,
+    metrics_of,
+    partitioned,
+    plain,
+    run,
+    write_recipe,
+)
 
 NUM_STEPS = 6
 
@@ -118,3 +132,68 @@ def test_a_kl_above_the_guard_stops_or_rolls_back(folder, on_max):
         rows = metrics_of(folder / "guard_rollback")[1:]
         assert "ppo/policy_loss" in rows[0] and "ppo/policy_loss" not in rows[1]
         assert rows[-1]["safety/num_rollbacks"] >= 1
+
+
+# --- preference training: a reference that moves is a second model to resume --------------------------------
+
+PREFERENCES = {
+    "curry": ({"num_steps": 3, "curriculum": {"num_stages": 2}}, (3, 4)),  # between stages, and inside one
+    "tr_dpo": (
+        {
+            "num_steps": 6,
+            "model": {"path": "sft/policy", "lora": {"r": 4}},
+            "reference": {"sync_every": 2, "sync_mix": 0.5},
+        },
+        (3, 4),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def preferences(folder) -> Path:
+    for name, (changes, _) in PREFERENCES.items():
+        write_recipe(folder / f"{name}.yaml", {**PREFERENCE, **changes})
+    return folder
+
+
+def test_a_killed_curriculum_equals_an_uninterrupted_one(preferences):
+    run(plain("dpo"), "curry.yaml", "run_dir=curry_whole", cwd=preferences)
+    process = start(plain("dpo"), "curry.yaml", "run_dir=curry_killed", cwd=preferences)
+    wait_for_step(process, preferences / "curry_killed", 4)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    out = run(plain("dpo"), "curry.yaml", "run_dir=curry_killed", cwd=preferences)
+    assert "resuming curry_killed after step" in out
+    assert_same_run(preferences / "curry_whole", preferences / "curry_killed")
+
+
+def assert_same_run(whole: Path, resumed: Path) -> None:
+    rows = metrics_of(whole)
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert metrics_of(resumed) == rows
+    assert completions(resumed) == completions(whole)
+    weights = [(folder / "policy" / "model.safetensors").read_bytes() for folder in (whole, resumed)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
+def test_two_processes_resume_a_reference_that_moves(preferences, launcher):
+    """From what a kill right after a checkpoint leaves."""
+    command = {
+        "ddp": lambda: ddp(SEVERAL),
+        "zero2": lambda: deepspeed(SEVERAL, 2),
+        "zero3": lambda: partitioned(SEVERAL, preferences),
+    }[launcher]()
+    recipes = [f"{name}.yaml" for name in PREFERENCES]
+    run([*command, launcher], *recipes, "batch.microbatch_size=2", cwd=preferences)
+    for i in (0, 1):
+        for name, (_, steps) in PREFERENCES.items():
+            whole, resumed = preferences / f"{launcher}_{name}", preferences / f"{launcher}{i}_{name}"
+            shutil.copytree(whole, resumed)
+            shutil.rmtree(resumed / "policy")
+            for step in range(steps[i] + 1, 7):
+                shutil.rmtree(resumed / "checkpoints" / f"step_{step}")
+        run([*command, f"{launcher}{i}"], *recipes, "batch.microbatch_size=2", cwd=preferences)
+        for name in PREFERENCES:
+            assert_same_run(preferences / f"{launcher}_{name}", preferences / f"{launcher}{i}_{name}")
