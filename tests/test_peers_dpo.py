@@ -1,4 +1,4 @@
-"""Defects found in TRL's DPO trainer (1.10) that need a whole run to show; test_peers says where the others are tested."""
+"""Defects found in TRL's DPO trainer (1.10) that a whole run shows; test_peers says where the others are tested."""
 
 from __future__ import annotations
 
