@@ -18,6 +18,8 @@ class Estimate:
     num_questions: int
     num_stored: int
     "Questions that the store settles."
+    num_repeats: int
+    "Questions that show what another one shows: equal responses, in either order."
     prompt_tokens_about: float
     answer_tokens_about: float | None
     "Tokens of an answer by those in the store; None before the first."
@@ -30,13 +32,14 @@ class Estimate:
     @property
     def num_calls(self) -> int:
         """Calls to be made, if every answer can be read."""
-        return self.num_questions - self.num_stored
+        return self.num_questions - self.num_stored - self.num_repeats
 
     def text(self) -> str:
         """One line to read before saying yes."""
         parts = [
-            f"{self.num_questions} questions, {self.num_stored} of them answered in the store: "
-            f"{self.num_calls} calls, about {self.prompt_tokens_about:,.0f} prompt tokens"
+            f"{self.num_questions} questions, {self.num_stored} of them answered in the store"
+            + (f", {self.num_repeats} the same as others" if self.num_repeats else "")
+            + f": {self.num_calls} calls, about {self.prompt_tokens_about:,.0f} prompt tokens"
         ]
         if self.answer_tokens_about is not None:
             parts.append(f"about {self.answer_tokens_about * self.num_calls:,.0f} answer tokens")
@@ -51,10 +54,10 @@ class Estimate:
 
 def estimate(asking: Asking, questions: Sequence[Question], store: Store) -> Estimate:
     """What asking these questions will take; those that the store settles cost nothing."""
-    requests = [asking.unanswered(question, store)[0] for question in questions]
-    requests = list({r.key: r for r in requests if r is not None}.values())
-    open_keys = {request.key for request in requests}
-    num_open = len(open_keys)
+    unanswered = [asking.unanswered(question, store)[0] for question in questions]
+    unanswered = [request for request in unanswered if request is not None]
+    requests = list({request.key: request for request in unanswered}.values())
+    num_open = len(requests)
     prompt_tokens = sum(request.prompt_tokens_about for request in requests)
     answers = [
         call.completion_tokens
@@ -68,7 +71,8 @@ def estimate(asking: Asking, questions: Sequence[Question], store: Store) -> Est
         about = (prompt_tokens * price.input + num_open * answer_tokens * price.output) / 1e6
     return Estimate(
         len(questions),
-        len(questions) - num_open,
+        len(questions) - len(unanswered),
+        len(unanswered) - num_open,
         prompt_tokens,
         answer_tokens,
         about,

@@ -162,6 +162,12 @@ def summary_text(summary: Mapping[str, Any], system: str, baseline: str) -> str:
             f"{spent['calls']} calls: {spent['prompt_tokens']:,} prompt tokens ({spent['cached_tokens']:,} cached), "
             f"{spent['completion_tokens']:,} answer tokens ({spent['reasoning_tokens']:,} of thought), {cost}"
         )
+    store = summary.get("store")
+    if store is not None:
+        lines.append(
+            f"the store in all: {store['num_requests']} requests, ${store['usd']:.4f} at most"
+            + (f", {store['num_open']} of them without an end" if store["num_open"] else "")
+        )
     return "\n".join(lines)
 
 

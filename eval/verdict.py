@@ -124,31 +124,36 @@ HalfTie = Literal["half", "tie"]
 _SHARE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
-def combine(verdicts: Sequence[Verdict], half_tie: HalfTie = "half") -> Judgment:
-    """One judgment from the verdicts on one comparison: one order, or each order once.
+def combine(
+    verdicts: Sequence[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
+) -> Judgment:
+    """One judgment from the verdicts on one comparison, each order once; `orders` says what was to be asked.
 
         both orders agree          1, 0.5 or 0           consistent
-        one wins in either order   0.5                   inconsistent: the slot decided, not the response
+        one slot wins both times   0.5                   inconsistent: the slot decided, not the response
         a win and a tie            "half": 0.75 or 0.25, "tie": 0.5; inconsistent
-        one of them has no winner  None                  never imputed from the other
+        one of them has no winner, or was not asked yet: None, for it is never imputed from the other
 
-    Raises ValueError for verdicts on different comparisons or twice on one order.
+    Raises ValueError for verdicts on different comparisons, twice on one order, or two where one was to be asked.
     """
     if not verdicts:
         raise ValueError("no verdicts to combine")
     if len({_comparison_key(v) for v in verdicts}) > 1:
         raise ValueError("verdicts on different comparisons cannot be combined")
-    orders = [v.order for v in verdicts]
-    if len(set(orders)) < len(orders):
-        raise ValueError(f"prompt {verdicts[0].prompt_id} has two verdicts on one order: {orders}")
+    asked = [v.order for v in verdicts]
+    if len(set(asked)) < len(asked):
+        raise ValueError(f"prompt {verdicts[0].prompt_id} has two verdicts on one order: {asked}")
+    num_orders = 2 if orders == "both" else 1
+    if len(asked) > num_orders:
+        raise ValueError(f"prompt {verdicts[0].prompt_id} has verdicts on {asked} where one order was asked")
     ordered = sorted(verdicts, key=lambda v: v.order)
     winners = {v.winner for v in ordered}
     score = consistent = None
-    if None not in winners:
-        score = sum(_SHARE[v.winner] for v in ordered) / len(ordered)
+    if None not in winners and len(ordered) == num_orders:
+        score = sum(_SHARE[v.winner] for v in ordered) / num_orders
         if "tie" in winners and half_tie == "tie":
             score = 0.5
-        consistent = len(winners) == 1 if len(ordered) == 2 else None
+        consistent = len(winners) == 1 if num_orders == 2 else None
     first = ordered[0]
     return Judgment(
         first.prompt_id,
@@ -166,12 +171,14 @@ def combine(verdicts: Sequence[Verdict], half_tie: HalfTie = "half") -> Judgment
     )
 
 
-def combine_all(verdicts: Iterable[Verdict], half_tie: HalfTie = "half") -> list[Judgment]:
+def combine_all(
+    verdicts: Iterable[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
+) -> list[Judgment]:
     """A judgment for each comparison, in the order in which their first verdicts come."""
     groups: dict[tuple, list[Verdict]] = {}
     for verdict in verdicts:
         groups.setdefault(_comparison_key(verdict), []).append(verdict)
-    return [combine(group, half_tie) for group in groups.values()]
+    return [combine(group, half_tie, orders) for group in groups.values()]
 
 
 def _comparison_key(verdict: Verdict) -> tuple[str, str, str, int]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ from eval.preflight import check_model, known_form, probe_form
 from eval.prices import load_price
 from eval.rate_limit import LimitsConfig, RateLimiter
 from eval.retry import RetryConfig
-from eval.store import Call, Store
+from eval.store import Store
 from eval.verdict import Verdict, combine_all
 from launch.command_line import main
 from launch.demo_completions import make_demo_completions
@@ -122,6 +123,8 @@ def _refuse(given: bool, name: str, where: str) -> None:
 
 def run(recipe: JudgeRecipe) -> Path:
     """Pair the responses up, ask the judge, write what it said."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("judge.py runs in one process: start it with python")
     if not recipe.completions or recipe.system is None:
         raise ConfigError("completions must name files with completions, and system one of their systems")
     make_demo_completions(*recipe.completions)
@@ -137,7 +140,7 @@ def run(recipe: JudgeRecipe) -> Path:
         return _run_openai(recipe, questions)
     judge = score_judge(recipe.judge, folder)
     verdicts, stopped = asyncio.run(_collect(judge, questions))
-    return _write(recipe, questions, verdicts, [], stopped)
+    return _write(recipe, questions, verdicts, None, stopped)
 
 
 def _run_openai(recipe: JudgeRecipe, questions: Sequence[Question]) -> Path:
@@ -164,16 +167,12 @@ def _run_openai(recipe: JudgeRecipe, questions: Sequence[Question]) -> Path:
                 f"count against the budget with ${ledger.open_usd:.4f}"
             )
         if recipe.budget.dry_run:
-            asking = _with_form(asking, known_form(asking, store) or form)
+            asking = replace(asking, form=known_form(asking, store) or form)
             print(estimate(asking, questions, store).text())
             raise RunStopped("budget.dry_run: nothing was asked")
         client = make_client(config, recipe.retry)
         verdicts, stopped = asyncio.run(_ask_openai(recipe, client, asking, store, questions))
-        return _write(recipe, questions, verdicts, store.calls(), stopped)
-
-
-def _with_form(asking: Asking, form: Literal["json", "text"]) -> Asking:
-    return Asking(asking.config, asking.prompt, asking.ties, form, asking.price)
+        return _write(recipe, questions, verdicts, store, stopped)
 
 
 async def _ask_openai(
@@ -189,7 +188,7 @@ async def _ask_openai(
         try:
             await check_model(client, asking, print)
             if recipe.judge.probe:
-                asking = _with_form(asking, await probe_form(live, asking, store, print))
+                asking = replace(asking, form=await probe_form(live, asking, store, print))
         except JudgeStopped as stopped:
             return [], stopped
         print(estimate(asking, questions, store).text(), flush=True)
@@ -229,7 +228,7 @@ def _write(
     recipe: JudgeRecipe,
     questions: Sequence[Question],
     verdicts: Sequence[Verdict],
-    calls: Sequence[Call],
+    store: Store | None,
     stopped: JudgeStopped | None,
 ) -> Path:
     """judgments.jsonl and summary.json, also of a run that was stopped. Raises RunStopped for one that is not whole."""
@@ -237,9 +236,15 @@ def _write(
     place = {_place(question.comparison, question.order): i for i, question in enumerate(questions)}
     verdicts = sorted(verdicts, key=lambda verdict: place[_place(verdict, verdict.order)])
     name = judge.model or judge.path or judge.function
-    common = {"judge": name, "prompt_name": recipe.prompt, "versions": tool_versions()}
+    common = {
+        "judge": name,
+        "prompt_name": recipe.prompt,
+        "orders": recipe.orders,
+        "versions": tool_versions(),
+    }
+    calls = [] if store is None else store.calls()
     write_judgments(folder / "judgments.jsonl", verdicts, calls, common)
-    judgments = combine_all(verdicts, recipe.half_tie)
+    judgments = combine_all(verdicts, recipe.half_tie, recipe.orders)
     summary: dict[str, Any] = {
         "system": recipe.system,
         "baseline": recipe.baseline,
@@ -247,9 +252,10 @@ def _write(
         "asked": len(questions),
         **summarise(judgments, verdicts),
     }
-    if judge.kind == "openai":
+    if store is not None:
         used = {key for verdict in verdicts for key in verdict.keys}
         summary["spent"] = tokens_and_cost([call for call in calls if call.key in used])
+        summary["store"] = asdict(store.ledger())
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print(summary_text(summary, recipe.system, recipe.baseline), flush=True)
     if stopped is not None:

@@ -61,9 +61,11 @@ class Run:
     calls: list[Call]
     ledger: Ledger
 
+    orders: str = "both"
+
     @property
     def judgments(self) -> list[Judgment]:
-        return combine_all(sorted(self.verdicts, key=lambda v: (v.prompt_id, v.order)))
+        return combine_all(sorted(self.verdicts, key=lambda v: (v.prompt_id, v.order)), "half", self.orders)
 
     @property
     def rate(self) -> float:

@@ -176,6 +176,20 @@ def test_the_estimate_counts_what_is_open_and_bounds_what_it_costs(tmp_path):
     assert "10 questions, 0 of them" in before.text() and "(prices of now)" in before.text()
 
 
+def test_questions_that_show_the_same_are_one_call(tmp_path):
+    """Equal responses look alike in both orders."""
+    same = Comparison("p", "post", "x", " hat", "y", " hat")
+    questions = questions_of([same, *comparisons(1)], "both", 0)
+    with StubServer(longer_wins) as server:
+        asked = asking(judge_config(server))
+        with closing(Store(tmp_path / "s.sqlite")) as store:
+            made = estimate(asked, questions, store)
+        run = judge(server, tmp_path / "s.sqlite", questions=questions)
+    assert (made.num_calls, made.num_repeats, made.num_stored) == (3, 1, 0) and len(server.chats) == 3
+    assert "4 questions, 0 of them answered in the store, 1 the same as others: 3 calls" in made.text()
+    assert {j.prompt_id: j.score for j in run.judgments}["p"] == 0.5
+
+
 def test_without_a_price_the_estimate_has_no_dollars(tmp_path):
     with closing(Store(tmp_path / "s.sqlite")) as store:
         config = judge_config(type("server", (), {"url": "http://x/v1"}))

@@ -50,6 +50,7 @@ def test_in_one_order_such_a_judge_seems_to_have_an_opinion(store):
     """Why both orders are the default."""
     with StubServer(first_slot_wins) as server:
         run = judge(server, store, questions=questions_of(comparisons(), "both", 0)[::2])
+    run.orders = "one"
     assert run.rate == 1.0 and [j.consistent for j in run.judgments] == [None] * 6
 
 

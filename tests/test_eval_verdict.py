@@ -45,8 +45,18 @@ def test_two_orders(ab, ba, half, tie, consistent, slots):
 
 
 def test_one_order_alone_decides_but_shows_no_consistency():
-    assert [combine([verdict("ba", w)]).score for w in ("a", "b", "tie")] == [1.0, 0.0, 0.5]
-    assert combine([verdict("ba", "a")]).consistent is None
+    alone = [combine([verdict("ba", w)], orders="one") for w in ("a", "b", "tie")]
+    assert [j.score for j in alone] == [1.0, 0.0, 0.5]
+    assert [j.consistent for j in alone] == [None] * 3
+    with pytest.raises(ValueError, match="where one order was asked"):
+        combine([verdict("ba", "a"), verdict("ab", "a")], orders="one")
+
+
+def test_half_of_a_comparison_decides_nothing():
+    """A run was stopped between the two orders: the one that is there may be the vote of the slot."""
+    for order in ("ab", "ba"):
+        judgment = combine([verdict(order, "a")])
+        assert judgment.score is None and judgment.consistent is None and judgment.statuses == ("ok",)
 
 
 @pytest.mark.parametrize("status", ["refused", "malformed", "truncated", "failed"])
@@ -72,7 +82,7 @@ def test_only_an_ok_verdict_has_a_winner():
 
 def test_a_judgment_knows_lengths_and_suspicions():
     question = Question(COMPARISON, "ab")
-    judgment = combine([verdict_on(question, "ok", "a", suspicions=(("shouts",), ()))])
+    judgment = combine([verdict_on(question, "ok", "a", suspicions=(("shouts",), ()))], orders="one")
     assert (judgment.length_a, judgment.length_b, judgment.seed) == (4, 7, 5)
     assert judgment.suspected_a and not judgment.suspected_b
 

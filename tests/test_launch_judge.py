@@ -226,6 +226,22 @@ def test_a_stop_writes_what_there_is_and_fails(folder, capsys):
     assert len(rows_of(folder)) == 4, "one of the five answers was the probe's"
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert (summary["asked"], summary["num_comparisons"]) == (12, 2)
+    assert (summary["store"]["num_requests"], summary["store"]["num_open"]) == (6, 0)
+
+
+def test_a_comparison_that_was_half_asked_when_the_run_stopped_has_no_score(folder):
+    quota = error(429, "You exceeded your current quota", "insufficient_quota")
+    with StubServer(in_turn(*[first_slot_wins] * 3, quota)) as server:
+        with pytest.raises(RunStopped, match="3 of 12 verdicts"):
+            run(recipe(server, folder, limits={"concurrency": 1}, judge={"probe": False}))
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert (summary["num_comparisons"], summary["undecided"], summary["rate"]) == (2, 1, 0.5)
+
+
+def test_several_processes_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with StubServer() as server, pytest.raises(ConfigError, match="runs in one process"):
+        run(recipe(server, folder))
 
 
 def test_failures_and_undecided_comparisons_beyond_what_is_allowed_fail_the_run(folder):
