@@ -28,23 +28,23 @@ from openai import AsyncOpenAI
 
 from drpo.config import ConfigError, save_resolved
 from drpo.run_folder import RunStopped
-from eval.attacks import with_controls
-from eval.batch_api import BatchConfig, BatchJudge
-from eval.budget import Budget, BudgetConfig
-from eval.comparison import Question, first_prompts, pair_up, questions_of
 from eval.completions import load_completions
-from eval.estimate import estimate
-from eval.judge import Judge, JudgeConfig, JudgeStopped
-from eval.judge_prompts import load_prompt
-from eval.judge_request import Asking
-from eval.judgments import summarise, summary_text, tokens_and_cost, tool_versions, write_judgments
-from eval.openai_judge import OpenAIJudge, make_client
-from eval.preflight import check_model, known_form, probe_form
-from eval.prices import load_price
-from eval.rate_limit import LimitsConfig, RateLimiter
-from eval.retry import RetryConfig
-from eval.store import Store
-from eval.verdict import Verdict, combine_all
+from eval.judging.attacks import with_controls
+from eval.judging.batch_api import BatchConfig, BatchJudge
+from eval.judging.budget import Budget, BudgetConfig
+from eval.judging.comparison import Question, first_prompts, pair_up, questions_of
+from eval.judging.estimate import estimate
+from eval.judging.judge import Judge, JudgeConfig, JudgeStopped
+from eval.judging.judge_prompts import load_prompt
+from eval.judging.judge_request import Asking
+from eval.judging.judgments import summarise, summary_text, tokens_and_cost, tool_versions, write_judgments
+from eval.judging.openai_judge import OpenAIJudge, make_client
+from eval.judging.preflight import check_model, known_form, probe_form
+from eval.judging.prices import load_price
+from eval.judging.rate_limit import LimitsConfig, RateLimiter
+from eval.judging.retry import RetryConfig
+from eval.judging.store import Store
+from eval.judging.verdict import Verdict, combine_all
 from launch.command_line import main
 from launch.demo_completions import make_demo_completions
 from launch.score_judge import score_judge
@@ -62,7 +62,7 @@ class JudgeRecipe:
     """Files of completions: completions.jsonl, or .json in alpaca_eval's shape."""
     system: str | None = None
     """The system to judge. Beside those of the files there are reference (the dataset's responses), null (a constant)
-    and attack/<name> (eval/attacks.py)."""
+    and attack/<name> (eval/judging/attacks.py)."""
     baseline: str = "reference"
     """The system that it is compared with."""
     num_prompts: int | None = None

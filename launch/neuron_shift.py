@@ -37,16 +37,16 @@ from drpo.rollout.collect import (
     vocabulary_of,
 )
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
-from eval.mlp_neurons import mean_activations, num_neurons
-from eval.neuron_interventions import (
+from eval.neurons.mlp_neurons import mean_activations, num_neurons
+from eval.neurons.neuron_interventions import (
     EditConfig,
     intervene,
     written_summary,
 )
-from eval.neuron_report import page, plot_layers, save_arrays, save_summary
-from eval.neuron_shift import NeuronShift, align, noise_gross, summarise
-from eval.probe import Probe, fit_probe, load_probe, mean_hidden_states, probe_quality, save_probe
-from eval.probe_texts import ProbeConfig, load_probe_texts
+from eval.neurons.neuron_report import page, plot_layers, save_arrays, save_summary
+from eval.neurons.neuron_shift import NeuronShift, align, noise_gross, summarise
+from eval.neurons.probe import Probe, fit_probe, load_probe, mean_hidden_states, probe_quality, save_probe
+from eval.neurons.probe_texts import ProbeConfig, load_probe_texts
 from launch.command_line import main
 from launch.demo_inputs import make_demo_inputs
 from launch.rewards import import_functions

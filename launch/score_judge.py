@@ -8,8 +8,8 @@ from drpo.config import ConfigError
 from drpo.engine import Engine, EngineConfig
 from drpo.models.loading import ModelConfig, load_scalar_model
 from drpo.models.tokenizer import load_tokenizer
-from eval.judge import JudgeConfig
-from eval.offline_judges import ScoreJudge
+from eval.judging.judge import JudgeConfig
+from eval.judging.offline_judges import ScoreJudge
 from launch.rewards import import_function
 from reward_models.model import RewardModel
 from reward_models.score import RewardModelScorer

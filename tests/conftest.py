@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 # One thread: the models are tiny, and a process that has used OpenMP's threads cannot be forked.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,6 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+CHROMIUM_FLAGS = [
+    "--no-sandbox",  # a container's root has none
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +32,26 @@ def policy_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("policy")
     save_tiny_policy(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator:
+    """A real headless Chromium, as Playwright's Browser: `page = chromium.new_page()`.
+
+    Where there is none the test is skipped, or fails if DRPO_REQUIRE_CHROMIUM is set, as it is in continuous
+    integration. By module, since Playwright's event loop must not outlast the tests that use it.
+    """
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        if os.environ.get("DRPO_REQUIRE_CHROMIUM"):
+            pytest.fail("no chromium on the PATH: apt-get install chromium")
+        pytest.skip("no chromium on the PATH")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -12,18 +12,18 @@ from pathlib import Path
 from openai import AsyncOpenAI
 from stub_judge_server import KEY, MODEL, StubServer
 
-from eval.budget import Budget, BudgetConfig
-from eval.comparison import Comparison, Question, questions_of
 from eval.completions import prompt_id_of
-from eval.judge import JudgeConfig, JudgeStopped
-from eval.judge_prompts import PROMPTS
-from eval.judge_request import Asking
-from eval.openai_judge import OpenAIJudge
-from eval.prices import Price
-from eval.rate_limit import LimitsConfig, RateLimiter
-from eval.retry import RetryConfig
-from eval.store import Call, Ledger, Store
-from eval.verdict import Judgment, Verdict, combine_all
+from eval.judging.budget import Budget, BudgetConfig
+from eval.judging.comparison import Comparison, Question, questions_of
+from eval.judging.judge import JudgeConfig, JudgeStopped
+from eval.judging.judge_prompts import PROMPTS
+from eval.judging.judge_request import Asking
+from eval.judging.openai_judge import OpenAIJudge
+from eval.judging.prices import Price
+from eval.judging.rate_limit import LimitsConfig, RateLimiter
+from eval.judging.retry import RetryConfig
+from eval.judging.store import Call, Ledger, Store
+from eval.judging.verdict import Judgment, Verdict, combine_all
 
 PRICE = Price(input=10.0, cached=1.0, cache_write=10.0, output=100.0, as_of="now")
 PATIENT = RetryConfig(timeout=20.0, max_attempts=4, max_elapsed=20.0, base_delay=0.01, max_delay=0.02)

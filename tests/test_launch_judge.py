@@ -32,8 +32,8 @@ from tiny_runs import CLEAN, plain
 from drpo.config import ConfigError, load_recipe
 from drpo.run_folder import RunStopped
 from eval.completions import CompletionRow, CompletionsWriter, prompt_id_of
-from eval.judgments import read_judgments
-from eval.store import Store
+from eval.judging.judgments import read_judgments
+from eval.judging.store import Store
 from launch.command_line import find_recipe
 from launch.judge import JudgeRecipe, run
 

@@ -1,0 +1,74 @@
+"""A judge that compares scores: a reward model's, or those of any reward function, such as the demo's true reward.
+
+Nothing is paid, so nothing is stored: a rerun scores again. The slot of a response plays no part, so both orders
+agree by construction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Sequence
+
+from drpo.data.records import Record
+from drpo.rewards import Completion, RewardFn
+from eval.judging.comparison import Comparison, Question
+from eval.judging.judge import JudgeStopped
+from eval.judging.verdict import Verdict, Winner, verdict_on
+
+CHUNK = 512
+"Comparisons scored together."
+
+_Text = tuple[str, str, bool]
+
+
+class ScoreJudge:
+    """The response with the higher score wins; scores that differ by no more than `tie_margin` are a tie."""
+
+    def __init__(self, reward_fn: RewardFn, tie_margin: float = 0.0) -> None:
+        self._reward_fn, self._tie_margin = reward_fn, tie_margin
+        self._stopped: JudgeStopped | None = None
+
+    def stop(self, reason: str) -> None:
+        self._stopped = JudgeStopped(reason)
+
+    async def verdicts(self, questions: Sequence[Question]) -> AsyncIterator[Verdict]:
+        for first in range(0, len(questions), CHUNK):
+            if self._stopped is not None:
+                raise self._stopped
+            chunk = questions[first : first + CHUNK]
+            scores = self._score([question.comparison for question in chunk])
+            for question in chunk:
+                yield self._verdict(question, scores)
+
+    def _score(self, comparisons: Sequence[Comparison]) -> dict[_Text, float]:
+        """The score of each different completion. Raises ValueError unless there is one number for each."""
+        completions: dict[_Text, Completion] = {}
+        for comparison in comparisons:
+            for text in _texts(comparison):
+                completions[text] = _completion(text, comparison.reference)
+        scores = [float(score) for score in self._reward_fn(list(completions.values()))]
+        if len(scores) != len(completions):
+            raise ValueError(
+                f"the reward function returned {len(scores)} scores for {len(completions)} completions"
+            )
+        return dict(zip(completions, scores, strict=True))
+
+    def _verdict(self, question: Question, scores: dict[_Text, float]) -> Verdict:
+        a, b = (scores[text] for text in _texts(question.comparison))
+        if not (math.isfinite(a) and math.isfinite(b)):
+            return verdict_on(question, "failed", None, f"scores {a} and {b} are not both finite")
+        winner: Winner = "tie" if abs(a - b) <= self._tie_margin else ("a" if a > b else "b")
+        return verdict_on(question, "ok", winner, scores=(a, b))
+
+
+def _texts(comparison: Comparison) -> tuple[_Text, _Text]:
+    return (
+        (comparison.prompt, comparison.response_a, comparison.ended_a),
+        (comparison.prompt, comparison.response_b, comparison.ended_b),
+    )
+
+
+def _completion(text: _Text, reference: str | None) -> Completion:
+    """As text: whoever wrote the responses, their token ids are not known here."""
+    prompt, response, ended = text
+    return Completion(prompt, response, ended, [], [], Record(prompt, completion=reference))

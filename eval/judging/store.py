@@ -1,0 +1,260 @@
+"""The store: every answer of a judge that is paid by the call, kept by the hash of all that could change it.
+
+One SQLite file. `calls` has an answer (or a failure) a row and only ever grows; `requests` is the ledger: one row for
+each request before it is sent, with the most it can cost, and what it did cost once that is known. Every change is
+committed to disk before the next one, so a run that is killed has lost no answer that reached it, and what was
+under way at that moment still counts against the budget.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from drpo.data.records import DataError
+from eval.judging.verdict import Slot, Status
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One question put to the judge, with its answer as it came and what was read out of it."""
+
+    key: str
+    "Hash of the request and of what it was sent to."
+    model: str
+    "The model that was asked for."
+    sample: int
+    "0, and one more for each time it was asked again after a malformed answer."
+    backend: str
+    "live or batch."
+    status: Status
+    slot: Slot | None
+    detail: str
+    text: str | None
+    refusal: str | None
+    finish_reason: str | None
+    model_returned: str | None
+    fingerprint: str | None
+    request_id: str | None
+    "The API's name for the request, for its support."
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    "Of the prompt tokens, those read from the API's cache."
+    cache_write_tokens: int | None
+    "Of the prompt tokens, those written to it."
+    completion_tokens: int | None
+    reasoning_tokens: int | None
+    "Of the completion tokens, those that nobody sees."
+    cost: float | None
+    "Dollars; None where the price or the tokens are unknown."
+    num_attempts: int
+    latency: float | None
+    "Seconds of the last attempt."
+    time: str
+    "UTC."
+    request: str
+    "The request's body, as JSON."
+
+
+_COLUMNS = tuple(field.name for field in fields(Call))
+_SCHEMA = f"""
+CREATE TABLE calls (id INTEGER PRIMARY KEY, {", ".join(_COLUMNS)});
+CREATE INDEX calls_by_key ON calls (key);
+CREATE UNIQUE INDEX one_answer ON calls (key) WHERE status != 'failed';
+CREATE TABLE requests (
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, batch TEXT, reserved REAL NOT NULL, usd REAL, outcome TEXT,
+    started TEXT NOT NULL
+);
+CREATE TABLE batches (
+    name TEXT PRIMARY KEY, id TEXT, state TEXT NOT NULL, requests TEXT NOT NULL, started TEXT NOT NULL
+);
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+def call_key(parts: Mapping[str, Any]) -> str:
+    """sha256 of everything that could change an answer, as 64 hex digits."""
+    canonical = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def now() -> str:
+    """UTC, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What the requests of a store add up to."""
+
+    num_requests: int
+    usd: float
+    "What was paid, and for requests without an end the most that they can cost."
+    num_open: int
+    "Requests whose end is not known: under way now, or when a run was killed."
+    open_usd: float
+    "The part of `usd` that is the most they can cost."
+
+
+class Store:
+    """The store in one file, for one process at a time.
+
+    Raises DataError when another process has it open, or it is not a store of this version.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self.path.with_name(self.path.name + ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise DataError(f"{self.path} is in use by another run; wait for it or stop it") from None
+        self._db = sqlite3.connect(self.path, isolation_level=None)
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise DataError(f"{self.path} is not a store of verdicts: {error}") from None
+
+    def _open(self) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")  # a commit is on disk, not only with the system
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables == 0:
+            self._db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        elif version != SCHEMA_VERSION:
+            self.close()
+            raise DataError(f"{self.path} has layout {version}, this code writes {SCHEMA_VERSION}")
+
+    def close(self) -> None:
+        self._db.close()
+        self._lock.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- answers ----------------------------------------------------------------------------------------
+
+    def answer(self, key: str) -> Call | None:
+        """The stored answer to a call. A failure is no answer."""
+        row = self._db.execute(
+            f"SELECT {', '.join(_COLUMNS)} FROM calls WHERE key = ? AND status != 'failed'", (key,)
+        ).fetchone()
+        return None if row is None else Call(*row)
+
+    def calls(self) -> list[Call]:
+        """Every call, failures included, in the order in which they ended."""
+        rows = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM calls ORDER BY id")
+        return [Call(*row) for row in rows]
+
+    def record_failure(self, call: Call) -> None:
+        """Keep the record of a call that got no answer; it will be asked again."""
+        self._insert(call)
+
+    def _insert(self, call: Call) -> None:
+        marks = ", ".join("?" * len(_COLUMNS))
+        self._db.execute(f"INSERT INTO calls ({', '.join(_COLUMNS)}) VALUES ({marks})", astuple(call))
+
+    # --- ledger -----------------------------------------------------------------------------------------
+
+    def open_requests(self, keys: Sequence[str], usd: Sequence[float], batch: str | None = None) -> list[int]:
+        """Enter requests that are about to be sent, each with the most it can cost; their numbers."""
+        started = now()
+        with self._transaction():
+            return [
+                self._db.execute(
+                    "INSERT INTO requests (key, batch, reserved, started) VALUES (?, ?, ?, ?)",
+                    (key, batch, most, started),
+                ).lastrowid
+                for key, most in zip(keys, usd, strict=True)
+            ]
+
+    def settle(self, request: int, usd: float, outcome: str, call: Call | None = None) -> None:
+        """Enter what a request did cost and, in the same commit, the answer that it brought."""
+        with self._transaction():
+            self._db.execute("UPDATE requests SET usd = ?, outcome = ? WHERE id = ?", (usd, outcome, request))
+            if call is not None:
+                self._insert(call)
+
+    def forget_request(self, request: int) -> None:
+        """Take out a request that was never sent."""
+        self._db.execute("DELETE FROM requests WHERE id = ? AND usd IS NULL", (request,))
+
+    def open_requests_of(self, batch: str) -> dict[str, tuple[int, float]]:
+        """key -> number and reserved dollars of a batch's requests that are not settled."""
+        rows = self._db.execute(
+            "SELECT key, id, reserved FROM requests WHERE batch = ? AND usd IS NULL", (batch,)
+        )
+        return {key: (number, reserved) for key, number, reserved in rows}
+
+    def ledger(self) -> Ledger:
+        """What all requests add up to, those of earlier runs included."""
+        row = self._db.execute(
+            "SELECT count(*), total(coalesce(usd, reserved)), count(*) - count(usd), "
+            "total(CASE WHEN usd IS NULL THEN reserved END) FROM requests"
+        ).fetchone()
+        return Ledger(*row)
+
+    # --- batches and facts ------------------------------------------------------------------------------
+
+    def put_batch(
+        self, name: str, batch_id: str | None, state: str, requests: Sequence[tuple[str, int, dict[str, Any]]]
+    ) -> None:
+        """Enter a batch: our name for it, the API's once it gave one, and its requests as key, sample and body."""
+        row = (name, batch_id, state, json.dumps(list(requests)), now())
+        self._db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
+
+    def update_batch(self, name: str, batch_id: str | None, state: str) -> None:
+        """Enter what became of a batch; "open" is one whose answers are still to come."""
+        self._db.execute("UPDATE batches SET id = ?, state = ? WHERE name = ?", (batch_id, state, name))
+
+    def open_batches(self) -> list[tuple[str, str | None, list[tuple[str, int, dict[str, Any]]]]]:
+        """(name, id, requests) of the batches that have not been merged."""
+        rows = self._db.execute(
+            "SELECT name, id, requests FROM batches WHERE state = 'open' ORDER BY started"
+        )
+        return [(name, batch_id, json.loads(requests)) for name, batch_id, requests in rows.fetchall()]
+
+    def put_fact(self, name: str, value: Any) -> None:
+        """Keep a JSON value under a name."""
+        self._db.execute(
+            "INSERT INTO facts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            (name, json.dumps(value)),
+        )
+
+    def fact(self, name: str) -> Any:
+        """What was kept under a name, None if nothing was."""
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self._db)
+
+
+class _Transaction:
+    """BEGIN ... COMMIT, or ROLLBACK when an exception leaves the block."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def __enter__(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._db.execute("COMMIT" if kind is None else "ROLLBACK")

@@ -1,0 +1,185 @@
+"""Verdicts: what a judge said about a comparison in one order, and what both orders say together.
+
+A failure is never data. A verdict has a winner when its status is "ok" and at no other time, and a comparison has a
+score when all of its verdicts have a winner (or a tie).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from eval.judging.comparison import Order, Question
+
+Status = Literal["ok", "refused", "malformed", "truncated", "failed"]
+"""ok: a verdict was read. refused: the judge, or a filter before or after it, would not answer. malformed: it answered
+something else, every time. truncated: the answer was cut at its length limit. failed: there was no answer."""
+Winner = Literal["a", "b", "tie"]
+Slot = Literal["first", "second", "tie"]
+
+STATUSES: tuple[Status, ...] = ("ok", "refused", "malformed", "truncated", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome of one question; `winner` is in terms of the systems, the order undone."""
+
+    prompt_id: str
+    system_a: str
+    system_b: str
+    seed: int
+    order: Order
+    status: Status
+    winner: Winner | None
+    length_a: int
+    "Characters of system a's response."
+    length_b: int
+    detail: str = ""
+    "Why there is no winner, in the words of whoever failed."
+    suspicions_a: tuple[str, ...] = ()
+    "What in system a's response looks like an attempt to sway the judge. It changes no verdict."
+    suspicions_b: tuple[str, ...] = ()
+    scores: tuple[float, float] | None = None
+    "Of a judge that scores: its scores of response a and response b."
+    keys: tuple[str, ...] = ()
+    "Of a judge that is called: the calls in the store, the last one decides."
+
+    def __post_init__(self) -> None:
+        if (self.status == "ok") != (self.winner is not None):
+            raise ValueError(f"a verdict with status {self.status} cannot have the winner {self.winner}")
+
+    @property
+    def first_slot_won(self) -> float | None:
+        """1 if the response that was shown first won, 0 if the other did, 0.5 for a tie, None without a verdict."""
+        match self.winner:
+            case None:
+                return None
+            case "tie":
+                return 0.5
+        return float((self.winner == "a") == (self.order == "ab"))
+
+
+def winner_of(slot: Slot, order: Order) -> Winner:
+    """The system behind a slot."""
+    if slot == "tie":
+        return "tie"
+    return "a" if (slot == "first") == (order == "ab") else "b"
+
+
+def verdict_on(
+    question: Question,
+    status: Status,
+    winner: Winner | None,
+    detail: str = "",
+    suspicions: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    scores: tuple[float, float] | None = None,
+    keys: tuple[str, ...] = (),
+) -> Verdict:
+    """The verdict on a question, with what it takes over from the comparison."""
+    comparison = question.comparison
+    return Verdict(
+        comparison.prompt_id,
+        comparison.system_a,
+        comparison.system_b,
+        comparison.seed,
+        question.order,
+        status,
+        winner,
+        len(comparison.response_a),
+        len(comparison.response_b),
+        detail,
+        tuple(suspicions[0]),
+        tuple(suspicions[1]),
+        scores,
+        keys,
+    )
+
+
+# --- both orders together -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Judgment:
+    """What the verdicts on one comparison say together."""
+
+    prompt_id: str
+    system_a: str
+    system_b: str
+    seed: int
+    score: float | None
+    "Share of the win that goes to system a: 1, 0.75, 0.5, 0.25 or 0; None where it is undecided."
+    consistent: bool | None
+    "Whether both orders say the same; None unless both say something."
+    first_slot_wins: tuple[float | None, ...]
+    "For each verdict (ab, then ba): 1 if the response that was shown first won, 0.5 for a tie, None without one."
+    statuses: tuple[Status, ...]
+    length_a: int
+    length_b: int
+    suspected_a: bool
+    suspected_b: bool
+
+
+HalfTie = Literal["half", "tie"]
+_SHARE = {"a": 1.0, "tie": 0.5, "b": 0.0}
+
+
+def combine(
+    verdicts: Sequence[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
+) -> Judgment:
+    """One judgment from the verdicts on one comparison, each order once; `orders` says what was to be asked.
+
+        both orders agree          1, 0.5 or 0           consistent
+        one slot wins both times   0.5                   inconsistent: the slot decided, not the response
+        a win and a tie            "half": 0.75 or 0.25, "tie": 0.5; inconsistent
+        one of them has no winner, or was not asked yet: None, for it is never imputed from the other
+
+    Raises ValueError for verdicts on different comparisons, twice on one order, or two where one was to be asked.
+    """
+    if not verdicts:
+        raise ValueError("no verdicts to combine")
+    if len({_comparison_key(v) for v in verdicts}) > 1:
+        raise ValueError("verdicts on different comparisons cannot be combined")
+    asked = [v.order for v in verdicts]
+    if len(set(asked)) < len(asked):
+        raise ValueError(f"prompt {verdicts[0].prompt_id} has two verdicts on one order: {asked}")
+    num_orders = 2 if orders == "both" else 1
+    if len(asked) > num_orders:
+        raise ValueError(f"prompt {verdicts[0].prompt_id} has verdicts on {asked} where one order was asked")
+    ordered = sorted(verdicts, key=lambda v: v.order)
+    winners = {v.winner for v in ordered}
+    score = consistent = None
+    if None not in winners and len(ordered) == num_orders:
+        score = sum(_SHARE[v.winner] for v in ordered) / num_orders
+        if "tie" in winners and half_tie == "tie":
+            score = 0.5
+        consistent = len(winners) == 1 if num_orders == 2 else None
+    first = ordered[0]
+    return Judgment(
+        first.prompt_id,
+        first.system_a,
+        first.system_b,
+        first.seed,
+        score,
+        consistent,
+        tuple(v.first_slot_won for v in ordered),
+        tuple(v.status for v in ordered),
+        first.length_a,
+        first.length_b,
+        bool(first.suspicions_a),
+        bool(first.suspicions_b),
+    )
+
+
+def combine_all(
+    verdicts: Iterable[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
+) -> list[Judgment]:
+    """A judgment for each comparison, in the order in which their first verdicts come."""
+    groups: dict[tuple, list[Verdict]] = {}
+    for verdict in verdicts:
+        groups.setdefault(_comparison_key(verdict), []).append(verdict)
+    return [combine(group, half_tie, orders) for group in groups.values()]
+
+
+def _comparison_key(verdict: Verdict) -> tuple[str, str, str, int]:
+    return verdict.prompt_id, verdict.system_a, verdict.system_b, verdict.seed

@@ -1,0 +1,139 @@
+"""Reading a verdict out of an answer, strictly: quotes, markdown and case change nothing, all else is malformed."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eval.judging.verdict import Slot, Status
+
+Form = Literal["json", "text"]
+
+PARSER_VERSION = 1
+"""Goes up when an answer may be read in another way than before. Answers are stored as they came, so stored ones are
+then read anew, and nothing is asked again."""
+
+JSON_VERDICT = "preferred"
+"The key of the verdict in a JSON answer."
+
+_SLOTS: dict[str, Slot] = {"a": "first", "b": "second", "tie": "tie"}
+_DECORATION = "*_`~#>\"'\u201c\u201d\u2018\u2019\u00ab\u00bb()[]{}<>- \t"
+_THINKING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL | re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"\A\W*(i['\u2019]?m (very |really |so )?sorry|sorry|my apologies|i apologi[sz]e|i can(['\u2019]?t|not| not)\b"
+    r"|i (won['\u2019]?t|will not|must decline|am (unable|not able))|i['\u2019]m (unable|not able))",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back from the judge, before anybody read it."""
+
+    text: str | None
+    refusal: str | None = None
+    "The API's own field for a refusal."
+    finish_reason: str | None = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an answer says: the slot that won when the status is "ok", else why there is none."""
+
+    status: Status
+    slot: Slot | None = None
+    detail: str = ""
+
+
+class _Unreadable(ValueError):
+    """The answer holds no verdict; the message says what it holds instead."""
+
+
+def read_answer(answer: Answer, form: Form, label: str, noun: str, ties: bool) -> Reading:
+    """Status and slot of an answer that was asked for in this form.
+
+    `label` introduces the verdict in the text form ("Preferred"), `noun` is what the prompt calls a response
+    ("Summary"). An answer that was cut off is truncated even where a verdict can be made out: its end is unknown.
+    """
+    if answer.refusal:
+        return Reading("refused", detail=_shorten(answer.refusal))
+    if answer.finish_reason == "content_filter":
+        return Reading("refused", detail="stopped by the content filter")
+    if answer.finish_reason == "length":
+        return Reading("truncated", detail="the answer reached its length limit")
+    text = _THINKING.sub("", answer.text or "").strip()
+    if not text or text.startswith("<think>"):  # thoughts without an end: a verdict in them is a draft
+        return Reading("malformed", detail="thoughts without an end" if text else "empty answer")
+    try:
+        slot = _read_json(text, noun) if form == "json" else _read_text(text, label, noun)
+    except _Unreadable as error:
+        if _REFUSAL.match(text):
+            return Reading("refused", detail=_shorten(text))
+        return Reading("malformed", detail=str(error))
+    if slot == "tie" and not ties:
+        return Reading("malformed", detail="a tie, which was not among the choices")
+    return Reading("ok", slot)
+
+
+def _read_json(text: str, noun: str) -> Slot:
+    fenced = _FENCE.match(text)
+    try:
+        answer = json.loads(fenced.group(1) if fenced else text, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise _Unreadable(f"not JSON: {error}") from None
+    if not isinstance(answer, dict) or not isinstance(answer.get(JSON_VERDICT), str):
+        raise _Unreadable(f"JSON without a {JSON_VERDICT!r} of type text")
+    slot = _slot(answer[JSON_VERDICT], noun)
+    if slot is None:
+        raise _Unreadable(f"{JSON_VERDICT} is {_shorten(answer[JSON_VERDICT])!r}")
+    return slot
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise _Unreadable(f"a key comes twice: {keys}")
+    return dict(pairs)
+
+
+def _read_text(text: str, label: str, noun: str) -> Slot:
+    """The verdict of the labelled line (or of the line below a bare label); without one, of a last line that holds a
+    verdict and nothing else.
+
+    Several labelled lines must agree: a judge may quote one from the texts it compares.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    labelled = re.compile(
+        rf"[\W_]*{re.escape(label)}[{re.escape(_DECORATION)}]*:(?P<verdict>.*)", re.IGNORECASE
+    )
+    verdicts = []
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        if match := labelled.fullmatch(line):
+            verdicts.append(match.group("verdict").strip(_DECORATION) or below)
+    if not verdicts:
+        slot = _slot(lines[-1], noun)
+        if slot is None:
+            raise _Unreadable(f"no line {label!r}, and the last line is {_shorten(lines[-1])!r}")
+        return slot
+    slots = {_slot(verdict, noun) for verdict in verdicts}
+    if len(slots) > 1:
+        raise _Unreadable(f"several different verdicts: {[_shorten(v) for v in verdicts]}")
+    slot = slots.pop()
+    if slot is None:
+        raise _Unreadable(f"{label} is {_shorten(verdicts[0])!r}")
+    return slot
+
+
+def _slot(verdict: str, noun: str) -> Slot | None:
+    """`**"A".**`, `summary a` -> first; anything that is more than the name of a slot -> None."""
+    bare = verdict.strip(_DECORATION + ".,;:!").lower()
+    named = re.fullmatch(rf"(?:{re.escape(noun.lower())}|response)[{re.escape(_DECORATION)}]*(a|b)", bare)
+    return _SLOTS.get(named.group(1) if named else bare)
+
+
+def _shorten(text: str, length: int = 120) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"

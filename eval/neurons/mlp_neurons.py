@@ -1,0 +1,138 @@
+"""MLP neurons: where they write (value vectors) and how active they are while a policy generates.
+
+Neuron i of a layer is entry i of what enters the MLP's output projection: after the nonlinearity, and after the
+gate where there is one. With activation a_i it adds a_i v_i to the MLP's output; v_i is its value vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from drpo.config import ConfigError
+from drpo.models.scoring import model_inputs, unwrap_peft
+from drpo.tensors import PaddedBatch, pad_batch
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], Tensor | None]
+
+
+def mlp_output_projections(model: nn.Module) -> list[nn.Module]:
+    """The output projection of every layer's MLP, first layer first: nn.Linear or GPT-2's Conv1D.
+
+    Raises ConfigError, naming the architecture, where the MLPs are not known to be one such projection a layer,
+    and for projections with an adapter or quantised weights, whose value vectors cannot be read off.
+    """
+    causal_lm = unwrap_peft(model)
+    config, backbone = causal_lm.config, causal_lm.base_model
+    match config.model_type:
+        case "gpt_neox":
+            found = [layer.mlp.dense_4h_to_h for layer in backbone.layers]
+        case "gpt2":
+            found = [block.mlp.c_proj for block in backbone.h]
+        case "llama" | "mistral" | "qwen2" | "qwen3" | "gemma" | "gemma2":
+            found = [layer.mlp.down_proj for layer in backbone.layers]
+        case "opt":
+            found = [layer.fc2 for layer in backbone.decoder.layers]
+        case "bloom" if not (
+            config.slow_but_exact and config.pretraining_tp > 1
+        ):  # which calls no projection
+            found = [block.mlp.dense_4h_to_h for block in backbone.h]
+        case other:
+            raise ConfigError(
+                f"the MLP neurons of architecture {other!r} ({type(causal_lm).__name__}) are not known; name its "
+                "output projections in mlp_output_projections (eval/neurons/mlp_neurons.py)"
+            )
+    for layer, projection in enumerate(found):
+        plain = isinstance(projection, nn.Linear | Conv1D) and projection.weight.is_floating_point()
+        if not plain:
+            raise ConfigError(
+                f"the MLP output projection of layer {layer} of {config.model_type!r} is {type(projection).__name__}, "
+                "not a plain linear layer; merge the adapter, or load the model unquantised"
+            )
+    return found
+
+
+def value_vectors(projection: nn.Module) -> Tensor:
+    """What each neuron writes per unit of activation, (d_mlp, d): W^T of nn.Linear (d, d_mlp), W of Conv1D."""
+    weight = projection.weight.detach()
+    return weight if isinstance(projection, Conv1D) else weight.T
+
+
+def num_neurons(model: nn.Module) -> tuple[int, int]:
+    """(number of layers L, neurons d_mlp of a layer)."""
+    projections = mlp_output_projections(model)
+    return len(projections), len(value_vectors(projections[0]))
+
+
+@torch.no_grad()
+def mean_activations(
+    model: nn.Module,
+    query_ids: Sequence[Sequence[int]],
+    response_ids: Sequence[Sequence[int]],
+    batch_size: int,
+) -> Tensor:
+    """Mean activation of every neuron over the positions that emit the response tokens, (L, d_mlp) float64.
+
+    a[l, i] = sum_{b, t} a_{l,i}(position before response token t of row b) / number of response tokens: the last
+    prompt token and all response tokens but the last, which is what cached generation computes one by one. Every
+    response token counts the same, the stop token too; padding and the rest of the prompt do not count. Sums are
+    float64 whatever the model's precision. The model should be in evaluation mode.
+
+    Raises ValueError on unequal numbers of rows, an empty query, or no response token at all.
+    """
+    if len(query_ids) != len(response_ids):
+        raise ValueError(
+            f"{len(query_ids)} queries but {len(response_ids)} responses; give one of each per row"
+        )
+    num_tokens = sum(map(len, response_ids))
+    if num_tokens == 0:
+        raise ValueError(f"no token in any of the {len(response_ids)} responses: no position to record")
+    backbone = unwrap_peft(model).base_model
+    device = backbone.get_input_embeddings().weight.device
+    projections = mlp_output_projections(model)
+    sums = torch.zeros(num_neurons(model), dtype=torch.float64, device=device)
+    longest_first = sorted(
+        range(len(query_ids)), key=lambda row: len(query_ids[row]) + len(response_ids[row]), reverse=True
+    )
+    for start in range(0, len(longest_first), batch_size):
+        rows = longest_first[start : start + batch_size]
+        queries, responses = [query_ids[row] for row in rows], [response_ids[row] for row in rows]
+        batch = pad_batch(queries, responses, pad_id=0).to(device)
+        mask = emitting_mask(batch)
+        with pre_hooks((module, _summing(sums[layer], mask)) for layer, module in enumerate(projections)):
+            inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
+            backbone(**inputs, use_cache=False)
+    return (sums / num_tokens).cpu()
+
+
+def _summing(sums: Tensor, mask: Tensor) -> Hook:
+    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        activations = inputs[0].reshape(*mask.shape, -1)  # OPT flattens rows and positions
+        sums.add_(activations[mask].sum(dim=0, dtype=torch.float64))
+
+    return add
+
+
+def emitting_mask(batch: PaddedBatch) -> Tensor:
+    """Columns (B, Q+R) whose output is a response token: the last prompt token, all response tokens but the last."""
+    mask = torch.zeros_like(batch.attention_mask)
+    first, length = batch.queries.shape[1] - 1, batch.responses.shape[1]
+    mask[:, first : first + length] = batch.response_mask
+    return mask
+
+
+@contextmanager
+def pre_hooks(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
+    """Forward pre-hooks that exist within this context only, also when it, or making them, ends with an error."""
+    handles = []
+    try:
+        for module, hook in hooks:
+            handles.append(module.register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

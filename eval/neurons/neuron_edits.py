@@ -1,0 +1,147 @@
+"""Changing MLP activations for a while: patching to given values, scaling, and the factors of tuning-free editing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from drpo.models.scoring import unwrap_peft
+from eval.neurons.mlp_neurons import Hook, mlp_output_projections, num_neurons, pre_hooks
+from eval.neurons.neuron_shift import kind_masks
+
+Positions = Literal["all", "last"] | Tensor
+
+
+@contextmanager
+def patched(
+    model: nn.Module, values: Tensor, neuron_mask: Tensor, positions: Positions = "all"
+) -> Iterator[None]:
+    """Within this context the neurons of `neuron_mask` have the activations `values`, both (L, d_mlp).
+
+    Which positions, in every forward of the context, of an input (B, T):
+
+    - "all": all T columns, the prompt and padding too;
+    - "last": column T-1 only. In cached generation these are the last prompt token and then each new token:
+      the positions over which `mean_activations` averages;
+    - a bool tensor (B, T), True = patched. Forwards of another shape are refused.
+
+    A patched neuron has the same value in every row and position; the other activations are as they come. The
+    hooks are gone afterwards, whatever happened. Raises ValueError on wrong shapes or a mask that is not bool.
+    """
+    _check(model, positions, values=values, neuron_mask=neuron_mask)
+    if neuron_mask.dtype != torch.bool:
+        raise ValueError(f"neuron_mask must be bool (True = patched), got {neuron_mask.dtype}")
+
+    def patch(layer: int, activations: Tensor) -> Tensor:
+        constant = values[layer].to(activations)
+        return torch.where(neuron_mask[layer].to(activations.device), constant, activations)
+
+    changed = [layer for layer in range(len(neuron_mask)) if neuron_mask[layer].any()]
+    with _changing(model, changed, patch, positions):
+        yield
+
+
+@contextmanager
+def scaled(model: nn.Module, factors: Tensor, positions: Positions = "all") -> Iterator[None]:
+    """Within this context each activation is multiplied by its neuron's entry of `factors` (L, d_mlp).
+
+    `positions` as for `patched`. The hooks are gone afterwards, whatever happened. Raises ValueError on wrong
+    shapes or a mask that is not bool.
+    """
+    _check(model, positions, factors=factors)
+    changed = [layer for layer in range(len(factors)) if (factors[layer] != 1).any()]
+    with _changing(
+        model, changed, lambda layer, activations: activations * factors[layer].to(activations), positions
+    ):
+        yield
+
+
+def tuning_free_factors(
+    cosines: Tensor,
+    activations: Tensor,
+    alpha: float = 0.05,
+    fraction: float = 0.5,
+    skip_most_active: float = 0.0,
+) -> Tensor:
+    """Factors (L, d_mlp) for `scaled` that push a policy away from the probe direction without any training.
+
+    With the kinds TP, TN, AP, AN of `neuron_shift.kind_masks`: the `fraction` of TP and of AN with the largest
+    |cos| gets 1 - alpha, the `fraction` of AP and of TN with the smallest |cos| gets 1 + alpha, all others 1; each
+    kind is cut by itself, over all layers. `skip_most_active`: this share of all neurons, those with the largest
+    |activation|, is left at 1 and out of the cut.
+
+    Yang et al. 2024 (arXiv 2411.06424), tuning-free editing: alpha 0.05, half of each kind; for GPT-2 the top 20% by
+    activation are left out first. Raises ValueError when the shapes differ or a share lies outside [0, 1].
+    """
+    for name, share in (("alpha", alpha), ("fraction", fraction), ("skip_most_active", skip_most_active)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {share}")
+    kinds = kind_masks(cosines, activations)
+    by_activation = activations.abs().flatten().argsort(descending=True, stable=True)
+    kept_mask = torch.ones(activations.numel(), dtype=torch.bool)
+    kept_mask[by_activation[: int(skip_most_active * activations.numel())]] = False
+    factors = torch.ones(activations.numel(), dtype=torch.float64)
+    for kind, mask in kinds.items():
+        dampened = kind in ("TP", "AN")
+        neurons = (mask.flatten() & kept_mask).nonzero().squeeze(1)
+        order = cosines.flatten()[neurons].abs().argsort(descending=dampened, stable=True)
+        chosen = neurons[order[: int(fraction * len(neurons))]]
+        factors[chosen] = 1 - alpha if dampened else 1 + alpha
+    return factors.view_as(activations)
+
+
+@contextmanager
+def _changing(
+    model: nn.Module, layers: list[int], change: Callable[[int, Tensor], Tensor], positions: Positions
+) -> Iterator[None]:
+    shape: list[int] = []  # (B, T) of the forward that is running: OPT's MLPs see (B * T, d_mlp)
+
+    def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        shape[:] = inputs[0].shape
+
+    def hook_of(layer: int) -> Hook:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+            activations = inputs[0].reshape(*shape, -1)
+            mask = _position_mask(positions, shape).to(activations.device).unsqueeze(-1)
+            return torch.where(mask, change(layer, activations), activations).view_as(inputs[0])
+
+        return hook
+
+    projections = mlp_output_projections(model)
+    embedding = unwrap_peft(model).get_input_embeddings()
+    with pre_hooks([(embedding, remember), *((projections[layer], hook_of(layer)) for layer in layers)]):
+        yield
+
+
+def _position_mask(positions: Positions, shape: list[int]) -> Tensor:
+    if isinstance(positions, Tensor):
+        if list(positions.shape) != shape:
+            raise ValueError(
+                f"positions cover {tuple(positions.shape)} (rows, columns), but this forward has {tuple(shape)}; give "
+                "positions of its shape, or 'all' or 'last'"
+            )
+        return positions
+    mask = torch.ones(shape, dtype=torch.bool)
+    if positions == "last":
+        mask[:, :-1] = False
+    return mask
+
+
+def _check(model: nn.Module, positions: Positions, **arrays: Tensor) -> None:
+    expected = num_neurons(model)
+    for name, array in arrays.items():
+        if tuple(array.shape) != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(array.shape)}; this model has {expected} (layers, neurons of a layer)"
+            )
+    if isinstance(positions, Tensor):
+        if positions.dtype != torch.bool or positions.dim() != 2:
+            raise ValueError(
+                f"positions must be bool (rows, columns), got {positions.dtype} {tuple(positions.shape)}"
+            )
+    elif positions not in ("all", "last"):
+        raise ValueError(f"positions must be 'all', 'last' or a bool mask, got {positions!r}")

@@ -1,0 +1,96 @@
+"""Does a group of neurons do what its sum says? Continuations of the policy before training with neurons changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from eval.neurons.neuron_edits import patched, scaled, tuning_free_factors
+from eval.neurons.neuron_shift import NeuronShift
+
+BEFORE = "before"
+EDITED = "before, edited without training"
+
+Continuations = list[list[int]]
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """Tuning-free editing (section `edit` of a recipe)."""
+
+    alpha: float = 0.05
+    """Neurons toward the probe direction are scaled by 1 - alpha, those away from it by 1 + alpha."""
+    fraction: float = 0.5
+    """Share of each kind of neuron that is scaled: largest |cosine| where dampened, smallest where strengthened."""
+    skip_most_active: float = 0.0
+    """Share of all neurons, those of the largest |mean activation|, that is left alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "fraction", "skip_most_active"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"edit.{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+def intervene(
+    model: nn.Module, shift: NeuronShift, edit: EditConfig, continue_prompts: Callable[[], Continuations]
+) -> dict[str, Continuations]:
+    """Continuations by the policy before training with each group, and all four, at their mean activations after
+    training, and with tuning-free editing; by name. A group without neurons is left out.
+
+    Changed are the positions that emit the continuation: the last prompt token and every new token.
+    """
+    groups = {name: mask for name, mask in shift.group_masks().items() if mask.any()}
+    if groups:
+        groups["all four"] = sum(groups.values()) > 0
+    continuations = {}
+    for name, mask in groups.items():
+        with patched(model, shift.after, mask, "last"):
+            continuations[f"{BEFORE}, {name} patched"] = continue_prompts()
+    factors = tuning_free_factors(
+        shift.cosines, shift.before, edit.alpha, edit.fraction, edit.skip_most_active
+    )
+    with scaled(model, factors):
+        continuations[EDITED] = continue_prompts()
+    return continuations
+
+
+def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of the values that are not nan, and the half-width 1.96 s / sqrt(n) of its 95% interval."""
+    known = np.array(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    if len(known) < 2:
+        return (float(known[0]) if len(known) else float("nan")), float("nan")
+    return float(known.mean()), float(1.96 * known.std(ddof=1) / np.sqrt(len(known)))
+
+
+def written_summary(
+    measured: Mapping[str, Mapping[str, Sequence[float]]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """policy -> measurement -> mean, and the mean change from `before` on the same prompts with its half-width.
+
+    `measured` holds one number a prompt, nan where there is none.
+    """
+    base = measured[BEFORE]
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for policy, columns in measured.items():
+        summary[policy] = {}
+        for name, values in columns.items():
+            change, half = mean_and_half(np.subtract(values, base[name]))
+            summary[policy][name] = {"mean": mean_and_half(values)[0], "change": change, "half_width": half}
+    return summary
+
+
+def written_markdown(summary: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The summary as a table: mean, and change from `before` with its 95% interval."""
+    names = list(summary[BEFORE])
+    lines = ["| policy | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
+    for policy, columns in summary.items():
+        cells = []
+        for cell in columns.values():
+            change = f" ({cell['change']:+.3f} ± {cell['half_width']:.3f})" if policy != BEFORE else ""
+            cells.append(f"{cell['mean']:.3f}{change}")
+        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

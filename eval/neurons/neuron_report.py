@@ -1,0 +1,143 @@
+"""A neuron shift on disk and on the page: arrays by neuron, the summary as JSON and Markdown, a plot by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eval.neurons.neuron_interventions import written_markdown
+from eval.neurons.neuron_shift import NeuronShift
+
+
+def save_arrays(shift: NeuronShift, path: Path) -> None:
+    """Everything by neuron as an .npz: arrays (L, d_mlp); `group` holds "TP-", ..., or "" for the others."""
+    group = np.full(tuple(shift.before.shape), "", dtype="<U3")
+    for name, mask in shift.group_masks().items():
+        group[mask.numpy()] = name
+    names = (
+        *("cosines", "alignments", "alignments_after", "before", "after"),
+        *("projections_before", "projections_after", "reductions", "value_reductions"),
+    )
+    np.savez_compressed(path, group=group, **{name: getattr(shift, name).numpy() for name in names})
+
+
+def load_arrays(path: Path) -> NeuronShift:
+    """The NeuronShift of a file by `save_arrays`."""
+    with np.load(path) as arrays:
+        return NeuronShift(*(torch.from_numpy(arrays[name]) for name in NeuronShift.__dataclass_fields__))
+
+
+def save_summary(summary: dict[str, Any], path: Path) -> None:
+    """Write JSON; nan and infinities become null."""
+    path.write_text(json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list():
+            return [_finite(item) for item in value]
+        case float() if not np.isfinite(value):
+            return None
+    return value
+
+
+def _percent(share: float) -> str:
+    return "-" if np.isnan(share) else f"{share:.1%}"
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The summary as tables: groups and their total, then layers, then the neurons that moved most."""
+    lines = [
+        "| group | neurons of the kind | moved away | gross | share of gross | moved toward | opposing | net |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    total = {"share": sum(group["share"] for group in summary["groups"].values()), **summary["total"]}
+    for name, row in (*summary["groups"].items(), ("all", total)):
+        lines.append(
+            f"| {name} | {row['neurons']} | {row['count']} | {row['gross']:.4g} | {_percent(row['share'])} | "
+            f"{row['opposing_count']} | {row['opposing']:.4g} | {row['net']:.4g} |"
+        )
+    lines += [
+        "",
+        f"Net over gross: {total['balance']:.3f}. The changed value vectors add {total['value_vectors']:.4g} to the "
+        "net.",
+        "",
+        "| layer | gross | opposing | net | " + " | ".join(summary["groups"]) + " |",
+        "| --- " * (4 + len(summary["groups"])) + "|",
+    ]
+    layers = summary["layers"]
+    for layer in range(summary["shape"][0]):
+        cells = [f"{layers[name][layer]:.4g}" for name in ("gross", "opposing", "net", *summary["groups"])]
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    for direction, rows in summary["top"].items():
+        lines += [
+            "",
+            f"Neurons that moved most {direction} the probe direction:",
+            "",
+            "| layer | neuron | kind | cosine | activation before | after | reduction |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in rows:
+            lines.append(
+                f"| {row['layer']} | {row['neuron']} | {row['kind']} | {row['cosine']:.3f} | {row['before']:.4g} | "
+                f"{row['after']:.4g} | {row['reduction']:.4g} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def page(summary: dict[str, Any], reports: list[str]) -> str:
+    """The Markdown page of a whole analysis: what was compared, the tables, what the policies write, the data."""
+    positions, probe = summary["num_positions"], summary["probe"]
+    recorded_on = (
+        "what each policy writes" if summary["recorded_on"] == "own" else "what the policy before writes"
+    )
+    parts = [
+        f"# Neurons of {summary['policies']['after']} against {summary['policies']['before']}\n",
+        f"{summary['num_prompts']} prompts, recorded on {recorded_on}; {positions['before']} positions before, "
+        f"{positions['after']} after.",
+    ]
+    if probe is not None:
+        parts.append(
+            f"Probe on {probe['num_texts']} texts held out: accuracy {probe['accuracy']:.3f} (always the commoner "
+            f"label: {probe['commoner_label']:.3f}), AUC {probe['auc']:.3f}."
+        )
+    noise = summary["total"]["noise_gross"]
+    parts += [
+        f"Two samples of the policy before would show a gross sum of about {noise:.4g} by chance.\n",
+        markdown(summary),
+    ]
+    parts += ["## What the policies write\n", written_markdown(summary["written"])]
+    return "\n".join([*parts, "## Data\n", *reports]) + "\n"
+
+
+def plot_layers(summary: dict[str, Any], path: Path) -> None:
+    """Layer by layer: gross stacked by group, opposing and net. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers = summary["layers"]
+    places = range(summary["shape"][0])
+    figure, axis = pyplot.subplots(figsize=(7, 4))
+    bottom = [0.0] * len(places)
+    for group in summary["groups"]:
+        axis.bar(places, layers[group], bottom=bottom, label=group)
+        bottom = [low + height for low, height in zip(bottom, layers[group], strict=True)]
+    axis.bar(places, layers["opposing"], color="lightgrey", label="opposing")
+    axis.plot(places, layers["net"], color="black", marker="o", label="net")
+    axis.axhline(0, color="black", linewidth=0.5)
+    if len(places) <= 16:
+        axis.set_xticks(list(places))
+    axis.set_xlabel("layer")
+    axis.set_ylabel("reduction of the projection")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
