@@ -110,6 +110,7 @@ class Policy:
             len(ids),
             request.seed,
             best_response(record),
+            {"response_ids": ids},  # the text may be encoded otherwise
         )
 
 

@@ -10,18 +10,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import stats
-from torch import nn
 
-from drpo.data.encode import encode_queries, encode_responses
 from drpo.data.records import DataError
-from drpo.models.scoring import response_logprobs
-from drpo.tensors import masked_sum, pad_batch
 from eval.completions import REFERENCE, CompletionRow
 from eval.intervals import (
     BATCH_ELEMENTS,
@@ -58,8 +52,8 @@ def measure(rows: Sequence[CompletionRow], nlls: tuple[NDArray, NDArray] | None 
     """The metrics of one system's rows; means over prompts with 95% intervals that take the prompt as the unit.
 
     ROUGE is measured against the rows' references, over the prompts that have one with a word in it (its `num_prompts`
-    says how many), and not of the references themselves. `nlls` are those of `response_nlls`, for the same rows. Raises
-    DataError for no rows or rows of several systems.
+    says how many), and not of the references themselves. `nlls` are those of `response_scores.response_nlls`, for the
+    same rows. Raises DataError for no rows or rows of several systems.
     """
     systems = sorted({row.system for row in rows})
     if len(systems) != 1:
@@ -155,49 +149,6 @@ def distinct_n(texts: Sequence[str], n: int) -> float | None:
 
 
 # --- under a policy -------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def response_nlls(
-    policy: nn.Module, tokenizer: Any, rows: Sequence[CompletionRow], batch_size: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Negative log-likelihood of each response given its prompt (n,), in nats, and its number of tokens (n,).
-
-        nll = - sum_t log pi(y_t | x, y_<t)
-
-    Texts are encoded by the policy's own tokenizer, and the stop token counts where the response ended; an empty one
-    that did not end has 0 tokens. Prompts are taken as they are, without a limit. Raises DataError when a prompt and
-    its response are longer than the policy's positions.
-    """
-    queries = encode_queries(tokenizer, [row.prompt for row in rows])
-    responses = encode_responses(tokenizer, [row.response for row in rows])
-    responses = [ids if row.ended else ids[:-1] for row, ids in zip(rows, responses, strict=True)]
-    _check_positions(policy, queries, responses)
-    device = next(policy.parameters()).device
-    nlls = np.zeros(len(rows))
-    order = sorted(
-        (row for row, ids in enumerate(responses) if ids), key=lambda row: len(queries[row] + responses[row])
-    )
-    for first in range(0, len(order), batch_size):
-        part = order[first : first + batch_size]
-        batch = pad_batch(
-            [queries[row] for row in part], [responses[row] for row in part], tokenizer.pad_token_id
-        )
-        batch = batch.to(device)
-        logprobs = response_logprobs(policy, batch).logprobs.double()
-        nlls[part] = -masked_sum(logprobs, batch.response_mask, dim=1).cpu().numpy()
-    return nlls, np.array([len(ids) for ids in responses], dtype=np.int64)
-
-
-def _check_positions(policy: nn.Module, queries: list[list[int]], responses: list[list[int]]) -> None:
-    limit = getattr(policy.config, "max_position_embeddings", None)
-    lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
-    too_long = sum(length > limit for length in lengths) if limit is not None else 0
-    if too_long:
-        raise DataError(
-            f"{too_long} of {len(lengths)} prompts with their responses are longer than the {limit} positions of the "
-            "policy that perplexity is measured under; choose another one, or cut the prompts"
-        )
 
 
 def perplexity_interval(

@@ -59,7 +59,8 @@ from eval.completions import (
     reference_rows,
 )
 from eval.import_completions import ImportConfig, file_sha256, import_rows
-from eval.text_metrics import TextMetrics, measure, response_nlls
+from eval.response_scores import response_nlls
+from eval.text_metrics import TextMetrics, measure
 from eval.text_metrics_table import save_text_metrics, text_metrics_table
 from launch.command_line import main
 from launch.demo_inputs import make_demo_inputs
@@ -151,11 +152,10 @@ def run(recipe: CompleteRecipe) -> Path:
     folder = Path(recipe.run_dir)
     config = EngineConfig(mixed_precision=recipe.mixed_precision, trackers=[])
     engine = Engine(config, folder, recipe.seed, max_grad_norm=None)
-    path = folder / "completions.jsonl"
     if importing:
-        _import(recipe, engine, path)
+        path = _import(recipe, engine)
     else:
-        _complete(recipe, engine, path)
+        path = complete_policy(recipe, engine)
     rows = read_completions(path)
     nlls = _nlls(recipe, engine, rows)
     if engine.is_main:
@@ -166,7 +166,9 @@ def run(recipe: CompleteRecipe) -> Path:
     return path
 
 
-def _complete(recipe: CompleteRecipe, engine: Engine, path: Path) -> None:
+def complete_policy(recipe: CompleteRecipe, engine: Engine) -> Path:
+    """Ask the policy for the responses that the file does not have yet; all processes together."""
+    path = Path(recipe.run_dir) / "completions.jsonl"
     tokenizer = load_tokenizer(recipe.policy)
     splits = load_examples(recipe.data, tokenizer, "prompts")
     examples = splits.train if recipe.split == "train" else splits.eval
@@ -198,6 +200,7 @@ def _complete(recipe: CompleteRecipe, engine: Engine, path: Path) -> None:
         raise RunStopped(f"stopped; {path} is kept, and the same command goes on from there") from None
     _add_systems(recipe, writer, path, tokenizer)
     engine.barrier()
+    return path
 
 
 def _load(recipe: CompleteRecipe, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -275,7 +278,8 @@ def _add_systems(
     writer.write(made if tokenizer is None else with_num_tokens(made, tokenizer))
 
 
-def _import(recipe: CompleteRecipe, engine: Engine, path: Path) -> None:
+def _import(recipe: CompleteRecipe, engine: Engine) -> Path:
+    path = Path(recipe.run_dir) / "completions.jsonl"
     rows = import_rows(recipe.imported, recipe.system)
     meta = {"imported.sha256": file_sha256(recipe.imported.path), "system": recipe.system}
     meta |= {f"imported.{name}": value for name, value in asdict(recipe.imported).items()}
@@ -284,6 +288,7 @@ def _import(recipe: CompleteRecipe, engine: Engine, path: Path) -> None:
     writer.write([row for row in rows if row.key not in done])
     _add_systems(recipe, writer, path, None)
     print(f"{path}: {len(rows)} responses from {recipe.imported.path}", flush=True)
+    return path
 
 
 # --- metrics --------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drpo.data.records import DataError
 from eval.completions import REFERENCE, CompletionRow, prompt_id_of
@@ -16,7 +14,6 @@ from eval.text_metrics import (
     measure,
     num_words,
     perplexity_interval,
-    response_nlls,
     rouge_f1,
     words,
 )
@@ -133,57 +130,6 @@ def test_one_prompt_has_a_mean_and_no_limits(tmp_path):
 
 
 # --- perplexity -----------------------------------------------------------------------------------------
-
-ROWS = [
-    row(" rope soap tent", "POST: we need rope soap tent\nTL;DR:", seed=0),
-    row(" rope", "POST: we need rope soap tent\nTL;DR:", ended=False, seed=1),
-    row("", "POST: a very much longer post, for padding on the left of the others\nTL;DR:"),
-    row("", "POST: nothing\nTL;DR:", ended=False),
-]
-
-
-@pytest.fixture(scope="module")
-def policy(policy_folder):
-    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
-    return AutoModelForCausalLM.from_pretrained(policy_folder).eval(), tokenizer
-
-
-@torch.no_grad()
-def test_nlls_are_those_of_a_loop_over_tokens(policy):
-    model, tokenizer = policy
-    expected, counts = [], []
-    for each in ROWS:
-        ids = tokenizer(each.prompt).input_ids
-        response = tokenizer(each.response).input_ids + [tokenizer.eos_token_id] * each.ended
-        nll = 0.0
-        for token in response:
-            logits = model(torch.tensor([ids])).logits[0, -1].double()
-            nll -= float(logits[token] - logits.exp().sum().log())
-            ids = [*ids, token]
-        expected.append(nll)
-        counts.append(len(response))
-    assert counts[2:] == [1, 0]
-    for batch_size in (1, 3, 8):
-        nlls, num_tokens = response_nlls(model, tokenizer, ROWS, batch_size)
-        assert num_tokens.tolist() == counts
-        assert nlls == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_policy_that_knows_nothing_has_the_size_of_its_vocabulary(policy_folder, policy):
-    _, tokenizer = policy
-    model = AutoModelForCausalLM.from_pretrained(policy_folder).eval()
-    model.get_output_embeddings().weight.data.zero_()
-    nlls, counts = response_nlls(model, tokenizer, ROWS, 2)
-    metrics = measure(ROWS, (nlls, counts))
-    assert metrics.perplexity.value == pytest.approx(model.config.vocab_size, rel=1e-5)
-    assert metrics.perplexity.num_prompts == 2  # the response of no tokens says nothing
-
-
-def test_texts_that_the_policy_has_no_positions_for_are_counted(policy):
-    with pytest.raises(
-        DataError, match="1 of 2 prompts with their responses are longer than the 256 positions"
-    ):
-        response_nlls(*policy, [row("a", "p"), row("a " * 300, "q")], 2)
 
 
 def test_perplexity_weighs_tokens_and_resamples_prompts():

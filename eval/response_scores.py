@@ -1,0 +1,116 @@
+"""Numbers of single responses that need a model: their log-ratio to the reference policy, and their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from drpo.data.encode import encode_queries, encode_responses
+from drpo.data.records import DataError, Record
+from drpo.models.scoring import response_logprobs
+from drpo.rewards import Completion, RewardFn
+from drpo.tensors import PaddedBatch, masked_sum, pad_batch
+from eval.completions import CompletionRow
+from eval.frontier import sequence_kls
+
+
+@torch.no_grad()
+def response_nlls(
+    policy: nn.Module, tokenizer: Any, rows: Sequence[CompletionRow], batch_size: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Negative log-likelihood of each response given its prompt (n,), in nats, and its number of tokens (n,).
+
+        nll = - sum_t log pi(y_t | x, y_<t)
+
+    Texts are encoded by the policy's own tokenizer, and the stop token counts where the response ended; an empty one
+    that did not end has 0 tokens. Prompts are taken as they are, without a limit. Raises DataError when a prompt and
+    its response are longer than the policy's positions.
+    """
+    responses = _encoded(tokenizer, rows)
+    nlls = np.zeros(len(rows))
+    for part, batch in _batches([policy], tokenizer, rows, responses, batch_size):
+        logprobs = response_logprobs(policy, batch).logprobs.double()
+        nlls[part] = -masked_sum(logprobs, batch.response_mask, dim=1).cpu().numpy()
+    return nlls, np.array([len(ids) for ids in responses], dtype=np.int64)
+
+
+@torch.no_grad()
+def response_kls(
+    policy: nn.Module, reference: nn.Module, tokenizer: Any, rows: Sequence[CompletionRow], batch_size: int
+) -> NDArray[np.float64]:
+    """One estimate (n,) per response of KL(policy || reference), in nats, over the whole response.
+
+        k1 = sum_t log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)
+
+    The mean is unbiased for responses that the policy sampled at temperature 1 from its whole vocabulary. The tokens
+    are those that were sampled, where the rows kept them, else those of the text. `tokenizer` is that of both
+    policies. Raises DataError as `response_nlls` does. Source: Schulman 2020; `eval.frontier.sequence_kls`.
+    """
+    responses = [row.meta.get("response_ids") for row in rows]
+    encoded = _encoded(tokenizer, rows)
+    responses = [ids if kept is None else kept for kept, ids in zip(responses, encoded, strict=True)]
+    kls = np.zeros(len(rows))
+    for part, batch in _batches([policy, reference], tokenizer, rows, responses, batch_size):
+        own, other = (response_logprobs(model, batch).logprobs.cpu().numpy() for model in (policy, reference))
+        kls[part] = sequence_kls(own, other, batch.response_mask.cpu().numpy())
+    return kls
+
+
+def _encoded(tokenizer: Any, rows: Sequence[CompletionRow]) -> list[list[int]]:
+    """Token ids of the responses; the stop token is there where one was sampled."""
+    encoded = encode_responses(tokenizer, [row.response for row in rows])
+    return [ids if row.ended else ids[:-1] for row, ids in zip(rows, encoded, strict=True)]
+
+
+def _batches(
+    models: Sequence[nn.Module],
+    tokenizer: Any,
+    rows: Sequence[CompletionRow],
+    responses: Sequence[list[int]],
+    batch_size: int,
+) -> Iterator[tuple[list[int], PaddedBatch]]:
+    """The places of some rows and their tokens on the models' device, by length; empty responses are left out."""
+    queries = encode_queries(tokenizer, [row.prompt for row in rows])
+    for model in models:
+        _check_positions(model, queries, responses)
+    device = next(models[0].parameters()).device
+    filled = [place for place, ids in enumerate(responses) if ids]
+    order = sorted(filled, key=lambda place: len(queries[place]) + len(responses[place]))
+    for first in range(0, len(order), batch_size):
+        part = order[first : first + batch_size]
+        batch = pad_batch([queries[i] for i in part], [responses[i] for i in part], tokenizer.pad_token_id)
+        yield part, batch.to(device)
+
+
+def _check_positions(model: nn.Module, queries: Sequence[list[int]], responses: Sequence[list[int]]) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
+    too_long = sum(length > limit for length in lengths) if limit is not None else 0
+    if too_long:
+        raise DataError(
+            f"{too_long} of {len(lengths)} prompts with their responses are longer than the {limit} positions of the "
+            "policy that measures them; choose another one, or cut the prompts"
+        )
+
+
+def reward_scores(reward_fn: RewardFn, rows: Sequence[CompletionRow]) -> NDArray[np.float64]:
+    """The reward of each response (n,), from texts. Raises ValueError unless there is one finite number for each."""
+    completions = [
+        Completion(row.prompt, row.response, row.ended, [], [], Record(row.prompt, completion=row.reference))
+        for row in rows
+    ]
+    scores = np.array([float(score) for score in reward_fn(completions)])
+    if len(scores) != len(rows):
+        raise ValueError(f"the reward function returned {len(scores)} scores for {len(rows)} responses")
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        raise ValueError(
+            f"the reward function gave {len(bad)} scores that are not finite, the first to prompt "
+            f"{rows[bad[0]].prompt_id}"
+        )
+    return scores
