@@ -150,8 +150,8 @@ def paired_test(
 
 def _sign_flip_p_value(differences: NDArray[np.float64], num_resamples: int, seed: int) -> float:
     """Zeros do not change under a flip, so only the others are given."""
-    if len(differences) == 0:
-        return 1.0
+    if len(differences) < 2:
+        return 1.0  # of one, both flips are as far from 0
     test = stats.permutation_test(
         (differences,),
         lambda x, axis: x.sum(axis=axis),

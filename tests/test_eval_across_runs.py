@@ -1,4 +1,4 @@
-"""One number from several runs: hand values, the functions for one run, and what several runs must do to an interval."""
+"""One number from several runs: hand values, the functions for one run, what several runs do to an interval."""
 
 from __future__ import annotations
 

@@ -229,3 +229,8 @@ def test_holm_equals_a_plain_loop():
 def test_bad_p_values_are_refused(p_values):
     with pytest.raises(ValueError, match="p_values must be"):
         holm(p_values)
+
+
+def test_one_prompt_that_differs_proves_nothing():
+    result = paired_test([1, 0, 1], [1, 0, 0])
+    assert (result.p_value, result.better, result.equal) == (1.0, 1, 2)
