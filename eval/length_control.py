@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from statsmodels.genmod.families import Binomial
 from statsmodels.genmod.generalized_linear_model import GLM
-from statsmodels.tools.sm_exceptions import DomainWarning
+from statsmodels.tools.sm_exceptions import DomainWarning, PerfectSeparationWarning
 
 from eval.intervals import checked_confidence, checked_scores, prompt_codes, same_rows, without_nan
 
@@ -60,8 +60,9 @@ def length_controlled_win_rate(
     one unit. A warning says when few comparisons are of about equal length or nearly all differ to one
     side, so that the rate is extrapolated; and when length separates wins from losses (or there are only
     wins, or only losses): then no maximum-likelihood estimate exists, and half a tie at each end of the length scale is
-    added ("glm_ridge"), with the model's own covariance.
-    Raises ValueError on unequal rows, bad lengths, fewer than 10 decided comparisons, or lengths that
+    added ("glm_ridge"), with the model's own covariance; so too when every score is the same share, as from a
+    judge that always picks one slot, where a robust covariance would be zero.
+    Raises ValueError on unequal rows, bad lengths, fewer than 10 decided prompts, or lengths that
     differ by the same amount everywhere.
     Sources: Dubois et al. 2024 (AlpacaEval 2), section 3, without the terms of its own prompts; MacKinnon and
     White 1985 (HC1).
@@ -76,9 +77,11 @@ def length_controlled_win_rate(
     decided = ~np.isnan(scores)
     wins, codes = scores[decided], np.unique(codes[decided], return_inverse=True)[1]
     longer = (length_a - length_b)[decided]
-    if len(wins) < MIN_DECIDED:
+    num_prompts = len(np.unique(codes))
+    if num_prompts < MIN_DECIDED:
         raise ValueError(
-            f"only {len(wins)} of {len(scores)} comparisons are decided; length control needs {MIN_DECIDED}"
+            f"{len(wins)} of {len(scores)} comparisons are decided, on {num_prompts} prompts; length control needs at "
+            f"least {MIN_DECIDED} prompts"
         )
     notes = []
     if np.ptp(longer) == 0 and longer[0] != 0:
@@ -96,11 +99,9 @@ def length_controlled_win_rate(
             f"is the longer one in {longer_share:.0%}; the rate at equal length is extrapolated"
         )
     design = np.stack([np.ones_like(x), x], axis=1) if differ else np.ones((len(x), 1))
-    if _separated(wins, x):
-        notes.append(
-            "length or the system alone tells every win from every loss, so the likelihood has no maximum; the rate is "
-            "held finite by one added tie, and its interval rests on that"
-        )
+    uniform = np.ptp(wins) == 0 and 0 < wins[0] < 1
+    if uniform or _separated(wins, x):
+        notes.append(_no_estimate(uniform, wins))
         method = "glm_ridge"
         ends = np.array([[1.0, 1.0], [1.0, -1.0]])[:, : design.shape[1]]
         fit = _fit(
@@ -137,6 +138,18 @@ def length_controlled_win_rate(
     )
 
 
+def _no_estimate(uniform: bool, wins: NDArray[np.float64]) -> str:
+    if uniform:
+        return (
+            f"every decided comparison has the score {wins[0]:g}, so nothing shows how much scores vary; the interval "
+            "is that of as many wins and losses"
+        )
+    return (
+        "length or the system alone tells every win from every loss, so the likelihood has no maximum; the rate is "
+        "held finite by one added tie, and its interval rests on that"
+    )
+
+
 def _separated(wins: NDArray[np.float64], x: NDArray[np.float64]) -> bool:
     """True when a threshold on x parts all wins from all losses; a shared score counts as both."""
     won, lost = x[wins > 0], x[wins < 1]
@@ -148,4 +161,5 @@ def _separated(wins: NDArray[np.float64], x: NDArray[np.float64]) -> bool:
 def _fit(wins: NDArray[np.float64], design: NDArray[np.float64], freq_weights=None, **covariance):
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("ignore", DomainWarning)
+        python_warnings.simplefilter("ignore", PerfectSeparationWarning)  # `_separated` says it in our words
         return GLM(wins, design, family=Binomial(), freq_weights=freq_weights).fit(**covariance)

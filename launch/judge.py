@@ -37,7 +37,8 @@ from eval.judging.estimate import estimate
 from eval.judging.judge import Judge, JudgeConfig, JudgeStopped
 from eval.judging.judge_prompts import load_prompt
 from eval.judging.judge_request import Asking
-from eval.judging.judgments import summarise, summary_text, tokens_and_cost, tool_versions, write_judgments
+from eval.judging.judged_statistics import JudgedStatistics, judged_statistics, statistics_text
+from eval.judging.judgments import spent_text, tokens_and_cost, tool_versions, write_judgments
 from eval.judging.openai_judge import OpenAIJudge, make_client
 from eval.judging.preflight import check_model, known_form, probe_form
 from eval.judging.prices import load_price
@@ -45,6 +46,7 @@ from eval.judging.rate_limit import LimitsConfig, RateLimiter
 from eval.judging.retry import RetryConfig
 from eval.judging.store import Store
 from eval.judging.verdict import Verdict, combine_all
+from eval.whole_file import write_whole
 from launch.command_line import main
 from launch.demo_completions import make_demo_completions
 from launch.score_judge import score_judge
@@ -244,26 +246,28 @@ def _write(
     }
     calls = [] if store is None else store.calls()
     write_judgments(folder / "judgments.jsonl", verdicts, calls, common)
-    judgments = combine_all(verdicts, recipe.half_tie, recipe.orders)
+    statistics = judged_statistics(combine_all(verdicts, recipe.half_tie, recipe.orders))
     summary: dict[str, Any] = {
         "system": recipe.system,
         "baseline": recipe.baseline,
         **common,
         "asked": len(questions),
-        **summarise(judgments, verdicts),
+        **asdict(statistics),
     }
+    print(statistics_text(statistics, recipe.system, recipe.baseline))
     if store is not None:
         used = {key for verdict in verdicts for key in verdict.keys}
+        ledger = store.ledger()
         summary["spent"] = tokens_and_cost([call for call in calls if call.key in used])
-        summary["store"] = asdict(store.ledger())
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print(summary_text(summary, recipe.system, recipe.baseline), flush=True)
+        summary["store"] = asdict(ledger)
+        print(spent_text(summary["spent"], ledger), flush=True)
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     if stopped is not None:
         raise RunStopped(
             f"{stopped}. {len(verdicts)} of {len(questions)} verdicts are in {folder}/judgments.jsonl; the same "
             "command goes on from there"
         )
-    _refuse_if_incomplete(recipe, summary, len(questions))
+    _refuse_if_incomplete(recipe, statistics, len(questions))
     return folder / "judgments.jsonl"
 
 
@@ -271,16 +275,16 @@ def _place(where: Any, order: str) -> tuple[str, int, str]:
     return where.prompt_id, where.seed, order
 
 
-def _refuse_if_incomplete(recipe: JudgeRecipe, summary: dict[str, Any], num_questions: int) -> None:
-    failed, undecided = summary["statuses"]["failed"], summary["undecided"]
+def _refuse_if_incomplete(recipe: JudgeRecipe, statistics: JudgedStatistics, num_questions: int) -> None:
+    failed, undecided = statistics.statuses["failed"], statistics.undecided
     if failed > recipe.max_failed * num_questions:
         raise RunStopped(
             f"{failed} of {num_questions} questions got no answer, more than max_failed={recipe.max_failed:g} allows; "
             "the same command again asks only these"
         )
-    if undecided > recipe.max_undecided * summary["num_comparisons"]:
+    if undecided > recipe.max_undecided * statistics.num_comparisons:
         raise RunStopped(
-            f"{undecided} of {summary['num_comparisons']} comparisons are undecided, more than "
+            f"{undecided} of {statistics.num_comparisons} comparisons are undecided, more than "
             f"max_undecided={recipe.max_undecided:g} allows; judgments.jsonl says why"
         )
 

@@ -17,7 +17,7 @@ from eval.completions import NULL_RESPONSE, CompletionRow, prompt_id_of
 from eval.judging.attacks import ATTACKS, with_controls
 from eval.judging.comparison import pair_up
 from eval.judging.injection import suspicions
-from eval.judging.judgments import summarise
+from eval.judging.judged_statistics import Suspected, judged_statistics
 
 DATA = Path(os.environ.get("DRPO_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 SYSTEMS = ["null", *(f"attack/{name}" for name in ATTACKS)]
@@ -44,12 +44,15 @@ def test_a_judge_that_is_swayed_shows_in_the_summary(tmp_path):
         return "A" if "evaluator" in shown.a else "B"
 
     compared = pair_up(with_controls(honest_rows(), "attack/authority"), "attack/authority", "honest")
-    compared += [replace(c, system_a="attack/authority", prompt_id=c.prompt_id + "x") for c in comparisons(2)]
+    compared += [
+        replace(c, system_a="attack/authority", system_b="honest", prompt_id=c.prompt_id + "x")
+        for c in comparisons(2)
+    ]
     with StubServer(gullible) as server:
         run = judge(server, tmp_path / "s.sqlite", compared)
-    summary = summarise(run.judgments, run.verdicts)
-    assert summary["suspected"]["a"] == {"responses": 4, "score": 4.0}
-    assert summary["suspected"]["b"] == {"responses": 0, "score": 0}
+    statistics = judged_statistics(run.judgments)
+    assert statistics.suspected_a == Suspected(responses=4, score=4.0)
+    assert statistics.suspected_b == Suspected(responses=0, score=0)
 
 
 @pytest.mark.parametrize("name", ATTACKS)

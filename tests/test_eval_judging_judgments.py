@@ -3,91 +3,24 @@
 from __future__ import annotations
 
 import json
-import random
 from contextlib import closing
 
-import numpy as np
 import pytest
 from judge_runs import asking, comparisons, judge, judge_config
 from stub_judge_server import (
     Reply,
-    Shown,
     StubServer,
     chat_completion,
-    first_slot_wins,
     longer_wins,
     verdict_text,
 )
 
 from drpo.data.records import DataError
-from eval.completions import prompt_id_of
 from eval.judging.comparison import Comparison, Question, questions_of
 from eval.judging.estimate import estimate
-from eval.judging.judgments import read_judgments, summarise, summary_text, tokens_and_cost, write_judgments
-from eval.judging.store import Call, Store
-from eval.judging.verdict import combine_all, verdict_on
-from eval.length_control import length_controlled_win_rate
-from eval.position_bias import position_bias
-from eval.win_rate import win_rate
-
-
-def both(name: str, ab, ba, suspicions=((), ())) -> list:
-    """Verdicts on one comparison: winners, or statuses where there is none."""
-    made = []
-    for order, outcome in (("ab", ab), ("ba", ba)):
-        ok = outcome in ("a", "b", "tie")
-        question = Question(Comparison(name, "post", "x", "aa", "y", "b"), order)
-        status, winner = ("ok", outcome) if ok else (outcome, None)
-        made.append(verdict_on(question, status, winner, "", suspicions))
-    return made
-
-
-VERDICTS = [
-    *both("win", "a", "a"),
-    *both("win, but shouts", "a", "a", (("shouts",), ())),
-    *both("loss", "b", "b"),
-    *both("flip", "a", "b"),
-    *both("half", "a", "tie"),
-    *both("lost to one who shouts", "b", "b", ((), ("shouts",))),
-    *both("refused", "a", "refused"),
-    *both("failed", "failed", "failed"),
-]
-
-
-def test_counts_by_hand():
-    summary = summarise(combine_all(VERDICTS), VERDICTS)
-    assert (summary["wins"], summary["ties"], summary["losses"], summary["undecided"]) == (3, 1, 2, 2)
-    score = 1 + 1 + 0 + 0.5 + 0.75 + 0
-    assert summary["rate"] == pytest.approx(score / 6)
-    assert (summary["all_lose"], summary["all_win"]) == pytest.approx((score / 8, (score + 2) / 8))
-    assert summary["consistent"] == pytest.approx(4 / 6)
-    # slots: 1+0, 1+0, 0+1, 1+1, 1+0.5, 0+1, 1 of 13 verdicts
-    assert summary["first_slot_wins"] == pytest.approx(8.5 / 13)
-    assert summary["statuses"] == {"ok": 13, "refused": 1, "malformed": 0, "truncated": 0, "failed": 2}
-    assert summary["suspected"] == {"a": {"responses": 1, "score": 1.0}, "b": {"responses": 1, "score": 1.0}}
-    text = summary_text(summary, "x", "y")
-    assert "8 comparisons, 3 won, 1 tied, 2 lost, 2 undecided" in text
-    assert "naive rate 54.2%" in text and "40.6% if x lost" in text and "65.6% if it won" in text
-    assert "1 responses of y look like attempts to sway the judge; they won 1" in text
-
-
-def test_nothing_decided_has_no_rate():
-    verdicts = both("p", "refused", "malformed")
-    summary = summarise(combine_all(verdicts), verdicts)
-    assert summary["rate"] is None and (summary["all_lose"], summary["all_win"]) == (0.0, 1.0)
-    assert "naive rate -" in summary_text(summary, "x", "y")
-
-
-def test_the_same_bounds_as_the_statistics():
-    """`win_rate` and the counts are two ways to the same numbers."""
-    judgments = combine_all(VERDICTS)
-    scores = [np.nan if j.score is None else j.score for j in judgments]
-    rate, summary = win_rate(scores), summarise(judgments, VERDICTS)
-    assert (rate.rate, rate.worst_case, rate.best_case) == pytest.approx(
-        tuple(summary[name] for name in ("rate", "all_lose", "all_win"))
-    )
-    assert (rate.wins, rate.ties, rate.losses, rate.undecided) == (3, 1, 2, 2)
-
+from eval.judging.judgments import read_judgments, spent_text, tokens_and_cost, write_judgments
+from eval.judging.store import Call, Ledger, Store
+from eval.judging.verdict import verdict_on
 
 # --- the file ---------------------------------------------------------------------------------------------
 
@@ -139,6 +72,12 @@ def test_tokens_are_added_by_kind():
     assert (sums["calls"], sums["prompt_tokens"], sums["cached_tokens"]) == (3, 11, 4)
     assert (sums["completion_tokens"], sums["reasoning_tokens"], sums["cost"]) == (4, 2, 0.75)
     assert tokens_and_cost([call("c")])["cost"] is None
+    text = spent_text(sums, Ledger(7, 1.5, 2, 0.25))
+    assert text.splitlines() == [
+        "3 calls: 11 prompt tokens (4 cached), 4 answer tokens (2 of thought), $0.7500",
+        "the store in all: 7 requests, $1.5000 at most, 2 of them without an end",
+    ]
+    assert "price unknown" in spent_text(tokens_and_cost([call("c")]), Ledger(1, 0.0, 0, 0.0))
 
 
 # --- the estimate -----------------------------------------------------------------------------------------
@@ -195,54 +134,3 @@ def test_without_a_price_the_estimate_has_no_dollars(tmp_path):
         config = judge_config(type("server", (), {"url": "http://x/v1"}))
         made = estimate(asking(config, price=None), questions_of(comparisons(1), "both", 0), store)
     assert made.usd_at_most is None and "no price known" in made.text()
-
-
-# --- biased judges in the statistics ----------------------------------------------------------------------
-
-
-def uneven(num: int, seed: int) -> list[Comparison]:
-    """Two systems of equal merit; a is mostly the longer one."""
-    rng = random.Random(seed)
-    made = []
-    for i in range(num):
-        length_a, length_b = (max(1, round(rng.gauss(mean, 12))) for mean in (60, 50))
-        post = f"post {i}"
-        made.append(Comparison(prompt_id_of(post), post, "a", "a" * length_a, "b", "b" * length_b))
-    return made
-
-
-def likes_length(shown: Shown, count: int) -> str:
-    """Prefers the longer one by a logistic in the difference, with luck that belongs to the pair, not to the slot."""
-    a, b = (shown.a, shown.b) if shown.a[0] == "a" else (shown.b, shown.a)
-    luck = random.Random(shown.material).random()
-    a_wins = luck < 1 / (1 + np.exp(-(len(a) - len(b)) / 10))
-    return "A" if a_wins == (shown.a[0] == "a") else "B"
-
-
-def test_a_taste_for_length_shows_and_is_taken_out(tmp_path):
-    with StubServer(likes_length) as server:
-        run = judge(server, tmp_path / "s.sqlite", uneven(150, seed=1))
-    judgments = run.judgments
-    lengths = ([j.length_a for j in judgments], [j.length_b for j in judgments])
-    scores = [j.score for j in judgments]
-    raw, controlled = win_rate(scores), length_controlled_win_rate(scores, *lengths)
-    assert raw.low > 0.5, "the longer system seems the better one"
-    assert controlled.slope_low > 0 and controlled.low < 0.5 < controlled.high
-    assert all(j.consistent for j in judgments)
-
-
-def test_a_taste_for_the_first_slot_shows(tmp_path):
-    with StubServer(first_slot_wins) as server:
-        run = judge(server, tmp_path / "s.sqlite", comparisons(10))
-    bias = position_bias([j.first_slot_wins for j in run.judgments])
-    assert bias.first_share == 1.0 and bias.first_twice == 10 and bias.p_value < 0.01
-    assert win_rate([j.score for j in run.judgments]).rate == 0.5
-
-
-def test_a_judge_of_length_alone_gains_nothing_where_lengths_are_equal(tmp_path):
-    equal = [
-        Comparison(prompt_id_of(str(i)), f"post {i}", "x", f" {i:05d}", "y", f" {i:04d}a") for i in range(5)
-    ]
-    with StubServer(longer_wins) as server:
-        run = judge(server, tmp_path / "s.sqlite", equal)
-    assert run.rate == 0.5 and not any(j.consistent for j in run.judgments)

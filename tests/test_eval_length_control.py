@@ -188,6 +188,26 @@ def test_equal_lengths_leave_the_plain_rate():
     assert result.warnings == ()
 
 
+def test_one_share_everywhere_is_not_certain():
+    # A judge of slots: half of every comparison goes to either side. As many wins and losses have an error of
+    # sqrt(1/4 / (n + 1)) in the rate, an added tie included; a robust covariance would be zero.
+    rng = np.random.default_rng(13)
+    for a, b in ((rng.integers(1, 50, 100), rng.integers(1, 50, 100)), (np.full(100, 5), np.full(100, 5))):
+        result = length_controlled_win_rate(np.full(100, 0.5), a, b)
+        assert result.rate == pytest.approx(0.5) and result.method == "glm_ridge"
+        half = 1 / (1 + np.exp(-1.96 * 2 / np.sqrt(101))) - 0.5
+        assert result.high - 0.5 == pytest.approx(half, rel=0.05)
+        assert "every decided comparison has the score 0.5" in " ".join(result.warnings)
+
+
+def test_verdicts_on_one_prompt_are_no_sample_of_prompts():
+    rng = np.random.default_rng(14)
+    scores, a, b = rng.integers(0, 2, 90), rng.integers(1, 50, 90), rng.integers(1, 50, 90)
+    with pytest.raises(ValueError, match="on 9 prompts; length control needs at least 10 prompts"):
+        length_controlled_win_rate(scores, a, b, np.arange(90) % 9)
+    assert length_controlled_win_rate(scores, a, b, np.arange(90) % 10).method == "glm_clustered"
+
+
 @pytest.mark.parametrize(("theta", "phi", "shift"), [(0.3, 1.5, 0.5), (1.5, -1.0, -0.8)])
 def test_coverage(theta, phi, shift):
     rng = np.random.default_rng(10)
@@ -209,7 +229,7 @@ def test_coverage(theta, phi, shift):
         ([1] * 20, [5] * 19, [5] * 20, "scores 20, length_a 19, length_b 20"),
         ([1] * 20, [5] * 20, [nan] * 20, "length_b is nan in 20 of 20 rows"),
         ([1] * 20, [5] * 20, [-1] * 20, "must be >= 0"),
-        ([1] * 9 + [nan] * 11, [5] * 20, [6] * 20, "only 9 of 20 comparisons are decided"),
+        ([1] * 9 + [nan] * 11, [5] * 20, [6] * 20, "^9 of 20 comparisons are decided, on 9 prompts"),
         ([1, 0] * 10, [5] * 20, [6] * 20, "length_a - length_b is -1 in every comparison"),
     ],
 )

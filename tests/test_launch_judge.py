@@ -98,11 +98,16 @@ def test_a_run_leaves_a_line_for_each_call_and_a_summary(folder, capsys):
     assert (first["judge"], first["prompt_name"]) == (MODEL, "tldr-1") and "openai 3." in first["versions"]
     assert first["time"].startswith("20") and len(first["key"]) == 64
     summary = json.loads((folder / "run" / "summary.json").read_text())
-    assert (summary["wins"], summary["losses"], summary["undecided"], summary["rate"]) == (6, 0, 0, 1.0)
+    rate = summary["win_rate"]
+    assert (rate["wins"], rate["losses"], rate["undecided"], rate["rate"]) == (6, 0, 0, 1.0)
+    assert rate["low"] == pytest.approx(6 / (6 + 1.959964**2)), "Wilson's limit of 6 of 6"
+    assert (summary["position_bias"]["consistency"]["agreement"], summary["statuses"]["ok"]) == (1.0, 12)
+    assert summary["length_controlled"] is None and "on 6 prompts" in summary["length_controlled_missing"]
     assert summary["spent"]["calls"] == 14 and summary["spent"]["prompt_tokens"] == 14 * 400
     printed = capsys.readouterr().out
     assert "12 questions, 0 of them answered in the store: 12 calls" in printed
     assert "good against long: 6 comparisons, 6 won, 0 tied, 0 lost, 0 undecided" in printed
+    assert "win rate 100.0% [61.0%, 100.0%] over 6 prompts" in printed
     assert KEY not in (folder / "run" / "config.yaml").read_text()
     assert [v.winner for v in read_judgments(path)] == ["a"] * 12
 
@@ -117,7 +122,10 @@ def test_the_demo_recipe_runs_offline(tmp_path, monkeypatch):
         better = row["scores"][0] - row["scores"][1]
         assert row["winner"] == ("tie" if better == 0 else "a" if better > 0 else "b")
     summary = json.loads((path.parent / "summary.json").read_text())
-    assert summary["consistent"] == 1.0 and 0.6 < summary["rate"] < 1.0
+    assert summary["position_bias"]["consistency"]["agreement"] == 1.0
+    rate, controlled = summary["win_rate"], summary["length_controlled"]
+    assert 0.6 < rate["low"] < rate["rate"] < rate["high"] < 1.0 and rate["num_prompts"] == 256
+    assert controlled["low"] < controlled["rate"] < controlled["high"] and "spent" not in summary
     first = path.read_bytes()
     run(load_recipe(JudgeRecipe, find_recipe("demo/judge.yaml"), []))
     assert path.read_bytes() == first
@@ -235,7 +243,10 @@ def test_a_comparison_that_was_half_asked_when_the_run_stopped_has_no_score(fold
         with pytest.raises(RunStopped, match="3 of 12 verdicts"):
             run(recipe(server, folder, limits={"concurrency": 1}, judge={"probe": False}))
     summary = json.loads((folder / "run" / "summary.json").read_text())
-    assert (summary["num_comparisons"], summary["undecided"], summary["rate"]) == (2, 1, 0.5)
+    assert (summary["num_comparisons"], summary["undecided"]) == (2, 1)
+    rate = summary["win_rate"]
+    assert (rate["rate"], rate["worst_case"], rate["best_case"]) == (0.5, 0.25, 0.75)
+    assert summary["position_bias"]["num_calls"] == 2, "the third call has no other order"
 
 
 def test_several_processes_are_refused(folder, monkeypatch):
