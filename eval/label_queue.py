@@ -1,0 +1,208 @@
+"""Who has still to label what: every annotator's own order of the comparisons, what is done, and undoing it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from drpo.data.records import BadRows, DataError
+from eval.judging.comparison import Comparison, Order
+from eval.judging.judge_prompts import JudgePrompt
+from eval.judging.verdict import winner_of
+from eval.labels import Key, Label, LabelsWriter, checked_annotator, current_labels, label_of, text_hash
+
+Choice = Literal["first", "second", "tie", "skip"]
+MAX_SECONDS = 1e6
+
+
+class LabelRefused(Exception):
+    """Somebody asked for what cannot be done; `code` is the HTTP status that says so."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class LabelQueue:
+    """The comparisons of one labels file, for several annotators at a time; each labels all of them.
+
+    Nothing that leaves it names a system: `state` shows a comparison under a number that is drawn anew for each
+    queue, its responses as first and second. Both the order of the comparisons and which response stands first are
+    functions of (seed, annotator, comparison) alone.
+    """
+
+    def __init__(
+        self,
+        comparisons: Sequence[Comparison],
+        writer: LabelsWriter,
+        prompt: JudgePrompt,
+        ties: bool,
+        annotators: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        """`annotators` are the only ones who may label; empty: whoever gives a name.
+
+        Raises DataError when the file holds labels of other texts or of another question.
+        """
+        self.prompt, self.ties, self.seed = prompt, ties, seed
+        self._writer = writer
+        self._lock = threading.Lock()
+        self._allowed = tuple(annotators)
+        self._by_id = {secrets.token_hex(8): comparison for comparison in comparisons}
+        self._id_of = {_key(comparison): pair for pair, comparison in self._by_id.items()}
+        self._orders: dict[str, list[str]] = {}
+        self._done: dict[str, dict[str, Label]] = {}  # annotator -> pair -> label, the latest last
+        self._refuse_other(writer.labels)
+        for label in current_labels(writer.labels):
+            pair = self._id_of.get(label.key)
+            if pair is not None:
+                self._done.setdefault(label.annotator, {})[pair] = label
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def progress(self) -> dict[str, int]:
+        """How many comparisons each known annotator is through with."""
+        with self._lock:
+            return {
+                name: len(self._done.get(name, {})) for name in dict.fromkeys((*self._allowed, *self._done))
+            }
+
+    def state(self, name: Any) -> dict[str, Any]:
+        """What the page shows an annotator: the next comparison, or none, and how far they are.
+
+        Raises LabelRefused for a name that may not label.
+        """
+        with self._lock:
+            return self._state(self._annotator(name))
+
+    def choose(self, name: Any, pair: Any, choice: Any, seconds: Any) -> dict[str, Any]:
+        """Store what an annotator says of a comparison, and return the new state.
+
+        Raises LabelRefused for anything that is not a first verdict on one of the comparisons; nothing is stored.
+        """
+        with self._lock:
+            annotator = self._annotator(name)
+            if choice not in get_args(Choice):
+                raise LabelRefused(400, f"choice must be one of {', '.join(get_args(Choice))}")
+            if choice == "tie" and not self.ties:
+                raise LabelRefused(400, "ties are not allowed here: choose one of the two, or skip")
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+                raise LabelRefused(400, "seconds must be a number")
+            if not 0 <= seconds <= MAX_SECONDS:
+                raise LabelRefused(400, f"seconds must be between 0 and {MAX_SECONDS:g}")
+            if not isinstance(pair, str) or pair not in self._by_id:
+                raise LabelRefused(404, "there is no such pair")
+            if pair in self._done.get(annotator, {}):
+                raise LabelRefused(409, "this pair is labelled already, perhaps in another window")
+            comparison = self._by_id[pair]
+            order = self._slots(annotator, comparison)
+            winner = None if choice == "skip" else winner_of(choice, order)
+            status = "skipped" if choice == "skip" else "labelled"
+            label = label_of(
+                comparison, annotator, status, winner, order, self.prompt.name, round(float(seconds), 2)
+            )
+            self._writer.append([label])
+            self._done.setdefault(annotator, {})[pair] = label
+            return self._state(annotator)
+
+    def undo(self, name: Any, pair: Any) -> dict[str, Any]:
+        """Take back an annotator's last label, which must be that of `pair`, and return the new state."""
+        with self._lock:
+            annotator = self._annotator(name)
+            done = self._done.get(annotator, {})
+            if not done:
+                raise LabelRefused(409, "there is nothing to undo")
+            if not isinstance(pair, str) or pair != next(reversed(done)):
+                raise LabelRefused(409, "this is not the last label, perhaps because of another window")
+            comparison, label = self._by_id[pair], done[pair]
+            self._writer.append(
+                [label_of(comparison, annotator, "undone", None, label.order, self.prompt.name)]
+            )
+            del done[pair]
+            return self._state(annotator, pair)
+
+    # --- what an annotator sees ---------------------------------------------------------------------------
+
+    def _state(self, annotator: str, shown: str | None = None) -> dict[str, Any]:
+        """`shown` is the pair to show, by default the first one in the annotator's order that has no label."""
+        done = self._done.get(annotator, {})
+        left = (pair for pair in self._order(annotator) if pair not in done)
+        pair = shown or next(left, None)
+        counts = Counter(label.winner or label.status for label in done.values())
+        return {
+            "annotator": annotator,
+            "question": self.prompt.question,
+            "material": self.prompt.material,
+            "noun": self.prompt.noun,
+            "ties": self.ties,
+            "total": len(self._by_id),
+            "done": len(done),
+            "tied": counts["tie"],
+            "skipped": counts["skipped"],
+            "undo": next(reversed(done), None),
+            "pair": None if pair is None else self._shown(annotator, pair),
+        }
+
+    def _shown(self, annotator: str, pair: str) -> dict[str, str]:
+        comparison = self._by_id[pair]
+        first, second = comparison.shown(self._slots(annotator, comparison))
+        return {"id": pair, "prompt": comparison.prompt, "first": first, "second": second}
+
+    def _order(self, annotator: str) -> list[str]:
+        if annotator not in self._orders:
+            drawn = {
+                pair: _hash(self.seed, "order", annotator.casefold(), *_key(c))
+                for pair, c in self._by_id.items()
+            }
+            self._orders[annotator] = sorted(drawn, key=drawn.__getitem__)
+        return self._orders[annotator]
+
+    def _slots(self, annotator: str, comparison: Comparison) -> Order:
+        return "ab" if _hash(self.seed, "slots", annotator.casefold(), *_key(comparison))[0] % 2 else "ba"
+
+    def _annotator(self, name: Any) -> str:
+        try:
+            name = checked_annotator(name)
+        except ValueError as error:
+            raise LabelRefused(400, str(error)) from None
+        for known in self._allowed or self._done:  # Anna and anna are one person
+            if known.casefold() == name.casefold():
+                return known
+        if self._allowed:
+            raise LabelRefused(403, f"{name} is not among the annotators of this run")
+        return name
+
+    def _refuse_other(self, labels: Sequence[Label]) -> None:
+        bad = BadRows("labels")
+        for label in current_labels(labels):
+            pair = self._id_of.get(label.key)
+            if pair is None:
+                continue
+            comparison = self._by_id[pair]
+            where = f"{label.annotator} on prompt {label.prompt_id}"
+            if label.question != self.prompt.name:
+                bad.add(f"answer to {label.question}, not to {self.prompt.name}", where)
+            elif (label.hash_a, label.hash_b) != (
+                text_hash(comparison.response_a),
+                text_hash(comparison.response_b),
+            ):
+                bad.add("label of other texts", where)
+        if bad:
+            raise DataError(
+                f"{self._writer.path} holds other labels of the same comparisons:\n{bad.summary()}\n"
+                "Choose another run_dir, or give the completions and the prompt that they were made with."
+            )
+
+
+def _key(comparison: Comparison) -> Key:
+    return comparison.prompt_id, comparison.system_a, comparison.system_b, comparison.seed
+
+
+def _hash(*drawn: Any) -> bytes:
+    return hashlib.sha256(json.dumps(drawn).encode()).digest()

@@ -1,0 +1,278 @@
+"""What people said of comparisons, on disk: one JSON line for each keystroke, only ever appended.
+
+    {"prompt_id": "9c1185a5c5e9fc54", "system_a": "drpo", "system_b": "ppo", "seed": 0, "annotator": "anna",
+     "order": "ba", "status": "labelled", "winner": "a", "hash_a": "...", "hash_b": "...", "length_a": 88,
+     "length_b": 120, "question": "tldr-1", "seconds": 11.2, "confidence": null, "time": "2026-11-21T09:00:00+00:00"}
+
+The last row of an annotator on a comparison counts. The hashes are those of the two texts that were shown, so a
+label never passes for one of other texts.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+from drpo.data.records import BadRows, DataError, RowError
+from eval.judging.comparison import Comparison, Order
+from eval.judging.verdict import Winner
+
+Status = Literal["labelled", "skipped", "undone"]
+"""labelled: there is a winner or a tie. skipped: the annotator gave no verdict. undone: what they said before of
+this comparison is taken back."""
+Key = tuple[str, str, str, int]
+"prompt_id, system_a, system_b, seed: what names a comparison."
+
+MAX_NAME = 40
+_SCORE = {"a": 1.0, "tie": 0.5, "b": 0.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What one annotator said of one comparison; `winner` is in terms of the systems, the order undone."""
+
+    prompt_id: str
+    system_a: str
+    system_b: str
+    seed: int
+    annotator: str
+    order: Order | None
+    "Whose response was shown first; None where the data does not say."
+    status: Status
+    winner: Winner | None
+    "None unless status is labelled."
+    hash_a: str
+    "First 16 hex digits of the sha256 of system a's response."
+    hash_b: str
+    length_a: int
+    "Characters of system a's response."
+    length_b: int
+    question: str | None
+    "Name of what was asked, such as tldr-1; None where nobody knows."
+    seconds: float | None
+    "From the moment the comparison was shown."
+    confidence: float | None
+    "How sure the annotator was, on the data's own scale."
+    time: str
+
+    def __post_init__(self) -> None:
+        if (self.status == "labelled") != (self.winner is not None):
+            raise ValueError(f"a label that is {self.status} cannot have the winner {self.winner}")
+
+    @property
+    def key(self) -> Key:
+        """The comparison that it is about."""
+        return self.prompt_id, self.system_a, self.system_b, self.seed
+
+    @property
+    def score(self) -> float | None:
+        """Share of the win that goes to system a: 1, 0.5, 0; None without a verdict."""
+        return None if self.winner is None else _SCORE[self.winner]
+
+    @property
+    def first_slot_won(self) -> float | None:
+        """1 if the response that was shown first won, 0.5 for a tie; None without a verdict or a known order."""
+        if self.winner is None or self.order is None:
+            return None
+        return self.score if self.order == "ab" else 1 - self.score
+
+
+def text_hash(text: str) -> str:
+    """First 16 hex digits of the sha256 of a response."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def label_of(
+    comparison: Comparison,
+    annotator: str,
+    status: Status,
+    winner: Winner | None,
+    order: Order | None,
+    question: str | None = None,
+    seconds: float | None = None,
+    confidence: float | None = None,
+) -> Label:
+    """A label on a comparison, made now, with what it takes over from the comparison."""
+    c = comparison
+    return Label(
+        *(c.prompt_id, c.system_a, c.system_b, c.seed, annotator, order, status, winner),
+        *(text_hash(c.response_a), text_hash(c.response_b), len(c.response_a), len(c.response_b)),
+        *(question, seconds, confidence, datetime.now(timezone.utc).isoformat(timespec="seconds")),
+    )
+
+
+def checked_annotator(name: Any) -> str:
+    """An annotator's name in the one form in which it is kept. Raises ValueError for what is no name."""
+    if not isinstance(name, str):
+        raise ValueError("the annotator's name must be text")
+    name = " ".join(unicodedata.normalize("NFC", name).split())
+    if not name:
+        raise ValueError("the annotator's name is empty; give a name of 1 to 40 letters or digits")
+    if len(name) > MAX_NAME or not all(c.isalnum() or c in " ._-" for c in name) or not name[0].isalnum():
+        raise ValueError(
+            f"{name[:MAX_NAME]!r} is not an annotator's name: 1 to {MAX_NAME} letters, digits, spaces and . _ -, "
+            "a letter or digit first"
+        )
+    return name
+
+
+# --- reading --------------------------------------------------------------------------------------------
+
+
+def read_labels(path: Path | str) -> list[Label]:
+    """All rows of a labels file, in their order; `current_labels` says which count.
+
+    Raises DataError for a missing file, an unfinished last line, and for bad rows, all counted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no labels file {path}; launch/label.py makes one")
+    lines = path.read_bytes().split(b"\n")
+    if lines.pop().strip():
+        raise DataError(
+            f"{path} ends in an unfinished line: the server that wrote it was killed. That label did not count; "
+            "start launch/label.py on it again, which cuts the line off"
+        )
+    bad, labels = BadRows(), []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            labels.append(_label_of_line(line))
+        except RowError as error:
+            bad.add(error.kind, f"{path.name}:{number}", error.detail)
+    if bad:
+        raise DataError(f"{path} cannot be used, {len(bad)} rows are bad:\n{bad.summary()}")
+    return labels
+
+
+def current_labels(labels: Iterable[Label]) -> list[Label]:
+    """What counts: of each annotator and comparison the last row, unless that one takes the label back."""
+    last: dict[tuple[str, Key], Label] = {}
+    for label in labels:
+        last.pop((label.annotator, label.key), None)  # so that the order is that of the last rows
+        last[label.annotator, label.key] = label
+    return [label for label in last.values() if label.status != "undone"]
+
+
+def load_labels(paths: Sequence[Path | str]) -> list[Label]:
+    """The current labels of several files. Raises DataError when two files have one annotator's on a comparison."""
+    seen: dict[tuple[str, Key], Path | str] = {}
+    labels = []
+    for path in paths:
+        for label in current_labels(read_labels(path)):
+            place = label.annotator, label.key
+            if place in seen:
+                raise DataError(
+                    f"{path} and {seen[place]} both hold what {label.annotator} said of prompt {label.prompt_id}, "
+                    f"{label.system_a} against {label.system_b}; give each label once"
+                )
+            seen[place] = path
+            labels.append(label)
+    return labels
+
+
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("prompt_id", "system_a", "system_b", "annotator", "status", "hash_a", "hash_b"), (str,)),
+    **dict.fromkeys(("seed", "length_a", "length_b"), (int,)),
+    **dict.fromkeys(("order", "winner", "question"), (str, type(None))),
+    **dict.fromkeys(("seconds", "confidence"), (*_NUMBER, type(None))),
+    "time": (str,),
+}
+_ALLOWED = {
+    "order": (*get_args(Order), None),
+    "status": get_args(Status),
+    "winner": (*get_args(Winner), None),
+}
+
+
+def _label_of_line(line: bytes) -> Label:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise RowError("invalid JSON", str(error)) from None
+    if not isinstance(values, dict):
+        raise RowError("wrong type", f"a row is an object, not {type(values).__name__}")
+    for name, types in _TYPES.items():
+        if name not in values:
+            raise RowError("missing field", f"no {name}")
+        value = values[name]
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise RowError("wrong type", f"{name} is {type(value).__name__}")
+        if name in _ALLOWED and value not in _ALLOWED[name]:
+            raise RowError("unknown value", f"{name} is {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RowError("number not finite", f"{name} is {value}")
+    if extra := values.keys() - _TYPES.keys():
+        raise RowError("unknown field", ", ".join(sorted(extra)))
+    try:
+        return Label(**values)
+    except ValueError as error:
+        raise RowError("status and winner differ", str(error)) from None
+
+
+# --- writing --------------------------------------------------------------------------------------------
+
+
+class LabelsWriter:
+    """A labels file to append to: a label is on disk when `append` returns.
+
+    `labels` holds the rows that were there; what a kill left unfinished is cut off. The file is locked while it is
+    open, for two servers on it would not know of each other's labels. Raises DataError when it is locked already.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._cut_unfinished_line()
+            self.labels = read_labels(self.path)
+        except BlockingIOError:
+            self._file.close()
+            raise DataError(f"{self.path} is open in another run of launch/label.py: stop that one") from None
+        except DataError:
+            self._file.close()
+            raise
+
+    def append(self, labels: Sequence[Label]) -> None:
+        """Write rows. Raises OSError, with the file as it was before, when they cannot be written."""
+        lines = "".join(json.dumps(asdict(label), ensure_ascii=False) + "\n" for label in labels).encode()
+        file = self._file.fileno()
+        size = os.fstat(file).st_size
+        try:
+            if self._file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, "only a part was written", str(self.path))
+            os.fsync(file)
+        except OSError:
+            os.ftruncate(file, size)  # half a line would spoil the next one
+            raise
+
+    def close(self) -> None:
+        """Release the file."""
+        self._file.close()
+
+    def __enter__(self) -> LabelsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _cut_unfinished_line(self) -> None:
+        whole, newline, _ = self.path.read_bytes().rpartition(b"\n")
+        os.truncate(self.path, len(whole) + len(newline))
