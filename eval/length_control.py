@@ -15,6 +15,7 @@ from eval.intervals import checked_confidence, checked_scores, prompt_codes, sam
 
 MIN_DECIDED = 10
 NEAR = 0.25  # |tanh(d / sd)| up to this is about equal length
+FAR = 2.0  # standard deviations from which tanh(d / sd) is 1 and the same for all
 MIN_NEAR_SHARE = 0.10
 MIN_SIDE_SHARE = 0.05
 
@@ -62,8 +63,8 @@ def length_controlled_win_rate(
     wins, or only losses): then no maximum-likelihood estimate exists, and half a tie at each end of the length scale is
     added ("glm_ridge"), with the model's own covariance; so too when every score is the same share, as from a
     judge that always picks one slot, where a robust covariance would be zero.
-    Raises ValueError on unequal rows, bad lengths, fewer than 10 decided prompts, or lengths that
-    differ by the same amount everywhere.
+    Raises ValueError when every d is beyond 2 standard deviations on one side; on unequal rows, bad lengths,
+    fewer than 10 decided prompts, or lengths that differ by the same amount everywhere.
     Sources: Dubois et al. 2024 (AlpacaEval 2), section 3, without the terms of its own prompts; MacKinnon and
     White 1985 (HC1).
     """
@@ -90,6 +91,11 @@ def length_controlled_win_rate(
             "from that of the system; report the plain win rate"
         )
     differ = np.ptp(longer) > 0
+    if differ and max(longer.min(), -longer.max()) > FAR * longer.std():
+        raise ValueError(
+            f"length_a - length_b runs from {longer.min():g} to {longer.max():g}, so equal length is more than {FAR:g} "
+            "standard deviations away from every comparison; nothing tells the rate there, report the plain win rate"
+        )
     x = np.tanh(longer / longer.std()) if differ else np.zeros(len(longer))
     near_share = float((np.abs(x) <= NEAR).mean())
     longer_share = float(((x > 0) + 0.5 * (x == 0)).mean())

@@ -236,3 +236,15 @@ def test_coverage(theta, phi, shift):
 def test_bad_input_is_refused(scores, a, b, message):
     with pytest.raises(ValueError, match=message):
         length_controlled_win_rate(scores, a, b)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_lengths_that_are_far_apart_everywhere_have_no_rate_at_equal_length(sign):
+    """d runs from 34 to 38 with a deviation near 1: tanh(d / sd) is 1 everywhere, and nothing is known at d = 0."""
+    far = np.tile([34, 36, 36, 36, 38], 8)
+    longer, shorter = (100 + far, np.full(40, 100))[::sign]
+    scores = np.tile([1, 0, 0, 0, 0, 1, 1, 0], 5)
+    with pytest.raises(ValueError, match="more than 2 standard deviations away"):
+        length_controlled_win_rate(scores, longer, shorter)
+    near = np.where(np.arange(40) < 4, longer, shorter + sign)
+    assert 0 < length_controlled_win_rate(scores, near, shorter).rate < 1
