@@ -1,0 +1,158 @@
+"""The report of a comparison: one HTML file that needs nothing else, and the same tables as Markdown.
+
+Everything in a comparison is untrusted: systems wrote it. The template escapes it, the examples travel as JSON that
+cannot end its own element, the page's script puts text into text nodes alone, and its Content-Security-Policy lets
+nothing run but that script, by its hash, and no connection be made.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from drpo.data.records import DataError
+from eval.report_markdown import markdown_page
+from eval.report_plots import Figure, figures
+from eval.report_schema import check_comparison
+from eval.report_tables import Table, judge_table, number_text, ranking_table, results_table, tests_table
+
+PAGE = Path(__file__).with_name("report_page")
+_UNSAFE_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+
+
+def read_comparison(path: Path) -> dict[str, Any]:
+    """A comparison.json, or the one in a folder. Raises DataError when there is none or it is not JSON."""
+    path = Path(path)
+    file = path / "comparison.json" if path.is_dir() else path
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"no comparison at {file}: {error.strerror}; launch/compare.py writes one") from None
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON ({error}); launch/compare.py writes it anew") from None
+
+
+def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
+    """Write report.html and report.md into `folder`; the path of report.html.
+
+    Raises DataError, with the path of the field, for a comparison that lacks one or has a wrong type there.
+    """
+    check_comparison(comparison)
+    made = {
+        "results": results_table(comparison),
+        "judge": judge_table(comparison),
+        "tests": tests_table(comparison),
+        "ranking": ranking_table(comparison),
+    }
+    tables = [table for table in made.values() if table is not None]
+    plots = figures(comparison)
+    facts = headline(comparison)
+    html = _page(comparison, facts, made, plots)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("report.md", markdown_page(comparison, facts, tables, plots)),
+        ("report.html", html),
+    ):
+        # Half of a surrogate pair has no bytes: a question mark stands for it.
+        (folder / name).write_bytes(text.encode("utf-8", errors="replace"))
+    return folder / "report.html"
+
+
+def headline(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and text of what stands at the top: judge, what it cost, baseline, prompts, date, commit."""
+    facts = [("task", comparison["task"]), ("baseline", comparison["baseline"])]
+    sizes = sorted({system["num_prompts"] for system in comparison["systems"]})
+    if sizes:
+        facts.append(
+            ("prompts", str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}, by system")
+        )
+    judge = comparison["judge"]
+    facts.append(("judge", "none" if judge is None else judge_text(judge)))
+    if judge is not None and judge["spent"]:
+        facts.append(("spent on the judge", spent_text(judge["spent"])))
+    facts.append(
+        ("written", re.sub(r"^(\S{10})T(\d\d:\d\d)\S*?(Z|\+00:00)$", r"\1 \2 UTC", comparison["created"]))
+    )
+    facts.append(("commit", comparison["commit"] or "unknown"))
+    return facts
+
+
+def judge_text(judge: Mapping[str, Any]) -> str:
+    """The judge in words."""
+    parts = [judge["name"], judge["kind"].replace("_", " ")]
+    if judge["prompt"] is not None:
+        parts.append(f"prompt {judge['prompt']}")
+    parts.append("both orders" if judge["orders"] == "both" else "one order")
+    parts.append("ties allowed" if judge["ties"] else "no ties")
+    return ", ".join(dict.fromkeys(parts))
+
+
+def spent_text(spent: Mapping[str, float | None]) -> str:
+    """Calls, tokens and dollars."""
+    parts = []
+    for key, number in spent.items():
+        if key == "cost":
+            parts.append("cost unknown" if number is None else f"${number:,.2f}")
+        elif number is not None:
+            parts.append(f"{number:,.0f} {key.replace('_', ' ')}")
+    return ", ".join(parts)
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand in a script element: no character of it can end the element or open a comment.
+
+    >>> script_json("</script>")
+    '"\\\\u003c/script\\\\u003e"'
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _UNSAFE_IN_SCRIPT.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _page(
+    comparison: Mapping[str, Any],
+    facts: list[tuple[str, str]],
+    tables: Mapping[str, Table | None],
+    plots: list[Figure],
+) -> str:
+    style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
+    shown = {
+        "measures": comparison["measures"],
+        "systems": [{key: system[key] for key in ("name", "method")} for system in comparison["systems"]],
+        "examples": comparison["examples"],
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number_text
+    return environment.get_template("page.html.j2").render(
+        comparison=comparison,
+        facts=facts,
+        tables=tables,
+        plots=plots,
+        style=Markup(style),
+        script=Markup(script),
+        policy=_security_policy(style, script),
+        data=Markup(script_json(shown)),
+    )
+
+
+def _security_policy(style: str, script: str) -> str:
+    """Nothing may load or connect; the page's own style and script run, known by their hashes."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    return (
+        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        "img-src data:; connect-src 'none'; base-uri 'none'; form-action 'none'"
+    )

@@ -1,0 +1,60 @@
+"""The report as GitHub Markdown: the tables of the page, with every text escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eval.report_plots import Figure
+from eval.report_tables import Cell, Table
+
+_SPECIAL = re.compile(r"[\\`*\[\]<>|~&#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+
+
+def escaped(text: str) -> str:
+    """The text on one line, shown as it is: nothing in it is markup, and a `|` ends no cell.
+
+    The underscore within a word stays, since it is none.
+    """
+    return _SPECIAL.sub(lambda found: "\\" + found[0], " ".join(text.split()))
+
+
+def markdown_table(table: Table) -> str:
+    """A Markdown table; notes and warnings of a cell stand in it on lines of their own."""
+    lines = ["| " + " | ".join(escaped(column.name) for column in table.columns) + " |"]
+    lines.append("|" + "|".join(" ---: " if column.numeric else " --- " for column in table.columns) + "|")
+    lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
+    if table.notes:
+        lines += ["", " ".join(escaped(note) for note in table.notes)]
+    return "\n".join(lines)
+
+
+def _cell(cell: Cell) -> str:
+    text = f"**{escaped(cell.text)}**" if cell.strong else escaped(cell.text)
+    warnings = [f"**Warning:** {escaped(warning)}" for warning in cell.warnings]
+    return "<br>".join([text, *map(escaped, cell.notes), *warnings])
+
+
+def markdown_page(
+    comparison: Mapping[str, Any],
+    facts: Sequence[tuple[str, str]],
+    tables: Sequence[Table],
+    plots: Sequence[Figure],
+) -> str:
+    """The page: facts of the headline, tables, what each measure is, the numbers of the plots, hashes, versions."""
+    parts = [f"# {escaped(comparison['title'])}", _list(facts)]
+    parts += [f"## {escaped(table.title)}\n\n{markdown_table(table)}" for table in tables]
+    if comparison["measures"]:
+        meanings = [(measure["name"], measure["help"]) for measure in comparison["measures"]]
+        parts.append(f"## What the numbers are\n\n{_list(meanings)}")
+    parts += [f"## {escaped(plot.title)}\n\n{markdown_table(plot.table)}" for plot in plots]
+    for name, hashes in comparison["hashes"].items():
+        parts.append(f"## Hashes of {escaped(name)}\n\n{_list(list(hashes.items()))}")
+    if comparison["versions"]:
+        parts.append(f"## Versions\n\n{_list(list(comparison['versions'].items()))}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _list(pairs: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"- **{escaped(name)}**: {escaped(text)}" for name, text in pairs)

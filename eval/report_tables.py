@@ -1,0 +1,260 @@
+"""The tables of a report as plain cells, which the HTML page and the Markdown page both show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.report_schema import STATUSES
+
+NOTHING = "–"
+SIGNIFICANT = 0.05
+NAMED_AT_MOST = 3
+"So many systems are named in a note; beyond that they are counted."
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text, smaller notes below it, and warnings below these."""
+
+    text: str
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    help: str = ""
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first cell of a row names it."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+# --- numbers ----------------------------------------------------------------------------------------------
+
+
+def number_text(value: float | None, digits: int, unit: str = "") -> str:
+    """The value in decimals, times 100 if its unit is %, without a sign before zero; a dash for None."""
+    if value is None:
+        return NOTHING
+    text = f"{value * (100 if unit == '%' else 1):.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def interval_text(
+    value: float | None, low: float | None, high: float | None, digits: int, unit: str = ""
+) -> str:
+    """value [low, high]; the value alone where there is no interval."""
+    text = number_text(value, digits, unit)
+    if value is None or low is None or high is None:
+        return text
+    return f"{text} [{number_text(low, digits, unit)}, {number_text(high, digits, unit)}]"
+
+
+def estimate_text(estimate: Mapping[str, Any] | None, measure: Mapping[str, Any]) -> str:
+    """A value with its interval, in the digits and the unit of its measure."""
+    if estimate is None:
+        return NOTHING
+    limits = (estimate["low"], estimate["high"])
+    return interval_text(estimate["value"], *limits, measure["digits"], measure["unit"])
+
+
+def p_text(p: float | None) -> str:
+    """A p-value to three decimals."""
+    if p is None:
+        return NOTHING
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def measure_title(measure: Mapping[str, Any]) -> str:
+    """Its name with the unit behind it."""
+    return f"{measure['name']} ({measure['unit']})" if measure["unit"] else measure["name"]
+
+
+def setting_text(setting: float) -> str:
+    return f"{setting:g}"
+
+
+# --- tests ------------------------------------------------------------------------------------------------
+
+
+def resolved(test: Mapping[str, Any]) -> bool:
+    """Whether the interval of the difference leaves out 0 and the p-value holds after Holm's correction."""
+    if None in (test["difference"], test["low"], test["high"], test["p_holm"]):
+        return False
+    return not test["low"] <= 0 <= test["high"] and test["p_holm"] < SIGNIFICANT
+
+
+def better_system(test: Mapping[str, Any], measure: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The better system of a resolved test and the other one; None where neither is, or better has no meaning."""
+    if measure["better"] is None or not resolved(test):
+        return None
+    pair = (test["system_1"], test["system_2"])
+    return pair if (test["difference"] > 0) == (measure["better"] == "high") else pair[::-1]
+
+
+def reading(test: Mapping[str, Any], measure: Mapping[str, Any]) -> str:
+    """A test in words."""
+    if None in (test["difference"], test["low"], test["high"]):
+        return "no test"
+    if test["low"] <= 0 <= test["high"]:
+        return "not resolved at this n"
+    if not resolved(test):
+        return "not resolved once every test is counted (Holm)"
+    better = better_system(test, measure)
+    if better is not None:
+        return f"{better[0]} is better"
+    return f"{test['system_1']} is {'higher' if test['difference'] > 0 else 'lower'}"
+
+
+def tests_table(comparison: Mapping[str, Any]) -> Table | None:
+    """Every paired test, with the difference in the measure's unit."""
+    if not comparison["tests"]:
+        return None
+    measures = {measure["key"]: measure for measure in comparison["measures"]}
+    columns = (
+        Column("systems", numeric=False),
+        Column("measure", numeric=False),
+        Column("difference", "The first system minus the second, on the same prompts."),
+        Column("p", "How often chance alone would show such a difference, if there were none."),
+        Column("p (Holm)", "The same, corrected for the number of tests."),
+        Column("prompts"),
+        Column("reading", numeric=False),
+    )
+    rows = []
+    for test in comparison["tests"]:
+        measure = measures[test["measure"]]
+        estimate = {"value": test["difference"], "low": test["low"], "high": test["high"]}
+        rows.append(
+            (
+                Cell(f"{test['system_1']} - {test['system_2']}"),
+                Cell(measure_title(measure)),
+                Cell(estimate_text(estimate, measure)),
+                Cell(p_text(test["p_value"])),
+                Cell(p_text(test["p_holm"])),
+                Cell(str(test["num_prompts"])),
+                Cell(reading(test, measure), strong=resolved(test)),
+            )
+        )
+    notes = (
+        "Not resolved: the interval holds 0, so this many prompts cannot tell which system is ahead. "
+        "It does not mean that they are equal.",
+    )
+    return Table("Differences between systems", columns, tuple(rows), notes)
+
+
+# --- systems ----------------------------------------------------------------------------------------------
+
+
+def results_table(comparison: Mapping[str, Any]) -> Table | None:
+    """One row per system, one column per measure: value, interval, each run's value, whom it beats."""
+    if not comparison["systems"]:
+        return None
+    measures = comparison["measures"]
+    columns = [Column("system", numeric=False)]
+    columns += [Column(measure_title(measure), measure["help"]) for measure in measures]
+    rows = []
+    for system in comparison["systems"]:
+        cells = [Cell(system["name"], _system_notes(system), tuple(system["warnings"]))]
+        for measure in measures:
+            estimate = system["values"][measure["key"]]
+            beaten = _beaten_by(system["name"], measure, comparison["tests"])
+            notes = _runs_note(estimate, measure) + beaten
+            cells.append(Cell(estimate_text(estimate, measure), notes, strong=bool(beaten)))
+        rows.append(tuple(cells))
+    notes = ["Brackets hold the 95% interval."]
+    if any(cell.strong for row in rows for cell in row):
+        notes.append("Better than: a paired test on the same prompts, p < 0.05 after Holm's correction.")
+    return Table("Results", tuple(columns), tuple(rows), tuple(notes))
+
+
+def _system_notes(system: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = [] if system["method"] == system["name"] else [system["method"]]
+    if system["setting"] is not None:
+        notes.append(f"setting {setting_text(system['setting'])}")
+    if system["num_runs"] > 1:
+        notes.append(f"{system['num_runs']} runs")
+    return (", ".join(notes),) if notes else ()
+
+
+def _runs_note(estimate: Mapping[str, Any] | None, measure: Mapping[str, Any]) -> tuple[str, ...]:
+    if estimate is None or len(estimate["runs"]) < 2:
+        return ()
+    return (
+        "runs " + ", ".join(number_text(run, measure["digits"], measure["unit"]) for run in estimate["runs"]),
+    )
+
+
+def _beaten_by(name: str, measure: Mapping[str, Any], tests: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    pairs = [better_system(test, measure) for test in tests if test["measure"] == measure["key"]]
+    beaten = [pair[1] for pair in pairs if pair is not None and pair[0] == name]
+    if not beaten:
+        return ()
+    return (f"better than {', '.join(beaten) if len(beaten) <= NAMED_AT_MOST else f'{len(beaten)} systems'}",)
+
+
+def judge_table(comparison: Mapping[str, Any]) -> Table | None:
+    """How each system was judged: counts, failures, bounds, consistency, the share of the first slot."""
+    judged = [system for system in comparison["systems"] if system["judged"] is not None]
+    if not judged:
+        return None
+    columns = (
+        Column("system", numeric=False),
+        Column("wins"),
+        Column("ties"),
+        Column("losses"),
+        Column("undecided", "Comparisons without a score. They count neither way."),
+        Column("failed verdicts", "Answers of the judge that held no verdict, by what went wrong."),
+        Column("all undecided lost (%)", "The win rate if every undecided comparison were lost."),
+        Column("all undecided won (%)", "The win rate if every undecided comparison were won."),
+        Column("consistent (%)", "How often both orders of the two responses gave the same verdict."),
+        Column("first slot (%)", "How often the response shown first won. p: whether that differs from 50%."),
+    )
+    rows = []
+    for system in judged:
+        row = system["judged"]
+        failures = [f"{row['statuses'][s]} {s}" for s in STATUSES[1:] if row["statuses"][s]]
+        limits = (row["consistent_low"], row["consistent_high"])
+        first_p = row["first_slot_p"]
+        p_note = () if first_p is None else (f"p {'' if first_p < 0.001 else '= '}{p_text(first_p)}",)
+        rows.append(
+            (
+                Cell(system["name"]),
+                *(Cell(str(row[key])) for key in ("wins", "ties", "losses", "undecided")),
+                Cell(", ".join(failures) or "0"),
+                Cell(number_text(row["worst_case"], 1, "%")),
+                Cell(number_text(row["best_case"], 1, "%")),
+                Cell(interval_text(row["consistent"], *limits, 1, "%")),
+                Cell(number_text(row["first_slot_wins"], 1, "%"), p_note),
+            )
+        )
+    return Table(f"Judged against {comparison['baseline']}", columns, tuple(rows))
+
+
+def ranking_table(comparison: Mapping[str, Any]) -> Table | None:
+    """All systems on one scale, with the interval."""
+    ranking = comparison["ranking"]
+    if ranking is None or not ranking["systems"]:
+        return None
+    columns = (
+        Column("system", numeric=False),
+        Column("Elo", "400 points are odds of ten to one (Bradley-Terry, a tie is half a win)."),
+    )
+    rows = [
+        (Cell(system["name"]), Cell(interval_text(system["elo"], system["low"], system["high"], 0)))
+        for system in ranking["systems"]
+    ]
+    zero = "the mean of all systems" if ranking["anchor"] is None else ranking["anchor"]
+    notes = (f"From {ranking['num_comparisons']} comparisons, relative to {zero}.", *ranking["warnings"])
+    return Table("Ranking", columns, tuple(rows), notes)

@@ -1,0 +1,36 @@
+"""Writes the pages of a comparison anew, from its comparison.json alone.
+
+    python launch/report.py <comparison.json, or the folder that holds it>
+
+Leaves report.html and report.md beside it and prints the path of the page. Nothing is measured or asked again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parent)
+
+from drpo.data.records import DataError
+from eval.report import read_comparison, write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, write the pages, print the path of report.html as the last line."""
+    parser = argparse.ArgumentParser(description="Write the pages of a comparison anew.")
+    parser.add_argument("comparison", type=Path, help="comparison.json, or the folder that holds it")
+    path = parser.parse_args(arguments).comparison
+    try:
+        page = write_report(read_comparison(path), path if path.is_dir() else path.parent)
+    except DataError as error:
+        raise SystemExit(f"{parser.prog}: {error}") from None
+    print(page.resolve())
+
+
+if __name__ == "__main__":
+    main()
