@@ -15,7 +15,8 @@ from eval.intervals import checked_confidence, checked_scores, prompt_codes, sam
 
 MIN_DECIDED = 10
 NEAR = 0.25  # |tanh(d / sd)| up to this is about equal length
-FAR = 2.0  # standard deviations from which tanh(d / sd) is 1 and the same for all
+FAR = 2.0  # deviations from which tanh(d / sd) is 1 and the same for all
+MIN_REACH = 0.05
 MIN_NEAR_SHARE = 0.10
 MIN_SIDE_SHARE = 0.05
 
@@ -63,7 +64,7 @@ def length_controlled_win_rate(
     wins, or only losses): then no maximum-likelihood estimate exists, and half a tie at each end of the length scale is
     added ("glm_ridge"), with the model's own covariance; so too when every score is the same share, as from a
     judge that always picks one slot, where a robust covariance would be zero.
-    Raises ValueError when every d is beyond 2 standard deviations on one side; on unequal rows, bad lengths,
+    Raises ValueError when 95% of the d are farther than 2 sd(d) from 0; on unequal rows, bad lengths,
     fewer than 10 decided prompts, or lengths that differ by the same amount everywhere.
     Sources: Dubois et al. 2024 (AlpacaEval 2), section 3, without the terms of its own prompts; MacKinnon and
     White 1985 (HC1).
@@ -91,10 +92,12 @@ def length_controlled_win_rate(
             "from that of the system; report the plain win rate"
         )
     differ = np.ptp(longer) > 0
-    if differ and max(longer.min(), -longer.max()) > FAR * longer.std():
+    reach = (np.abs(longer) <= FAR * longer.std()).mean()
+    if differ and reach < MIN_REACH:
         raise ValueError(
-            f"length_a - length_b runs from {longer.min():g} to {longer.max():g}, so equal length is more than {FAR:g} "
-            "standard deviations away from every comparison; nothing tells the rate there, report the plain win rate"
+            f"length_a - length_b is {longer.mean():.3g} on average and varies by {longer.std():.3g}, so equal length "
+            f"is {FAR:g} deviations or more away from {1 - reach:.0%} of the comparisons; nothing tells the rate there, "
+            "report the plain win rate"
         )
     x = np.tanh(longer / longer.std()) if differ else np.zeros(len(longer))
     near_share = float((np.abs(x) <= NEAR).mean())
@@ -125,6 +128,8 @@ def length_controlled_win_rate(
         fit = _fit(wins, design, cov_type="cluster", cov_kwds={"groups": codes})
     equal_length = fit.get_prediction(np.eye(1, design.shape[1]))
     low, high = equal_length.conf_int(alpha=1 - confidence)[0]
+    if not np.isfinite([low, high]).all():
+        raise ValueError("the regression on length has no finite solution here; report the plain win rate")
     slope = fit.params[1] if differ else np.nan
     slope_low, slope_high = fit.conf_int(alpha=1 - confidence)[1] if differ else (np.nan, np.nan)
     return LengthControlled(

@@ -170,7 +170,7 @@ def complete_policy(recipe: CompleteRecipe, engine: Engine) -> Path:
     """Ask the policy for the responses that the file does not have yet; all processes together."""
     path = Path(recipe.run_dir) / "completions.jsonl"
     tokenizer = load_tokenizer(recipe.policy)
-    splits = load_examples(recipe.data, tokenizer, "prompts")
+    splits = load_examples(recipe.data, tokenizer, "prompts", held_out_only=recipe.split == "eval")
     examples = splits.train if recipe.split == "train" else splits.eval
     if not examples:
         raise ConfigError(f"split={recipe.split} has no prompts; see data.eval_split and data.eval_fraction")
@@ -181,7 +181,7 @@ def complete_policy(recipe: CompleteRecipe, engine: Engine) -> Path:
         raise ConfigError(
             f"reference=true: {without} of {len(requests)} requests have no response in the data"
         )
-    model = _load(recipe, recipe.policy, tokenizer)
+    model = load_to_read(recipe, recipe.policy, tokenizer)
     check_positions(model, requests, recipe.max_response_length)
     writer, done = open_file(engine, path, _meta(recipe, engine, model, requests))
     there = sum((recipe.system, request.prompt_id, request.seed) in done for request in requests)
@@ -203,7 +203,8 @@ def complete_policy(recipe: CompleteRecipe, engine: Engine) -> Path:
     return path
 
 
-def _load(recipe: CompleteRecipe, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_to_read(recipe: CompleteRecipe, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A policy in the precision of the recipe, not to be trained."""
     config = ModelConfig(path=path, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
     return load_policy(config, tokenizer).eval()
 
@@ -301,7 +302,7 @@ def _nlls(
     if recipe.perplexity_policy is None:
         return None
     tokenizer = load_tokenizer(recipe.perplexity_policy)
-    policy = engine.place(_load(recipe, recipe.perplexity_policy, tokenizer), as_trained=False)
+    policy = engine.place(load_to_read(recipe, recipe.perplexity_policy, tokenizer), as_trained=False)
     mine = range(engine.rank, len(rows), engine.world_size)
     with torch.no_grad(), engine.autocast():
         nlls, counts = response_nlls(policy, tokenizer, [rows[i] for i in mine], recipe.batch_size)

@@ -27,12 +27,18 @@ class RewardModelScorer:
 
     @classmethod
     def load(
-        cls, path: str, engine: Engine, batch_size: int, dtype: str, policy_tokenizer_path: str
+        cls, path: str, engine: Engine, batch_size: int, dtype: str, policy_tokenizer_path: str | None
     ) -> RewardModelScorer:
-        """From a folder that reward_models.train wrote, or any *ForSequenceClassification with one label."""
+        """From a folder that reward_models.train wrote, or any *ForSequenceClassification with one label.
+
+        Without the path of the policy's tokenizer it scores texts, whoever wrote them.
+        """
         model = load_scalar_model(path, ModelConfig(dtype=dtype), RewardModel, key="reward.path")
         tokenizer = load_tokenizer(path)
-        shared = tokenizer.get_vocab() == load_tokenizer(policy_tokenizer_path).get_vocab()
+        shared = (
+            policy_tokenizer_path is not None
+            and tokenizer.get_vocab() == load_tokenizer(policy_tokenizer_path).get_vocab()
+        )
         return cls(engine.place(model, as_trained=False), tokenizer, engine, batch_size, shared)
 
     @torch.no_grad()

@@ -244,7 +244,10 @@ def test_lengths_that_are_far_apart_everywhere_have_no_rate_at_equal_length(sign
     far = np.tile([34, 36, 36, 36, 38], 8)
     longer, shorter = (100 + far, np.full(40, 100))[::sign]
     scores = np.tile([1, 0, 0, 0, 0, 1, 1, 0], 5)
-    with pytest.raises(ValueError, match="more than 2 standard deviations away"):
+    with pytest.raises(ValueError, match="2 deviations or more away from 100%"):
         length_controlled_win_rate(scores, longer, shorter)
-    near = np.where(np.arange(40) < 4, longer, shorter + sign)
-    assert 0 < length_controlled_win_rate(scores, near, shorter).rate < 1
+    one_near = np.where(np.arange(40) < 1, shorter + sign, longer)
+    with pytest.raises(ValueError, match="away from 98%"):
+        length_controlled_win_rate(scores, one_near, shorter)
+    many_near = np.where(np.arange(40) < 36, shorter + sign, longer)
+    assert 0 < length_controlled_win_rate(scores, many_near, shorter).rate < 1

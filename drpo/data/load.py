@@ -139,13 +139,16 @@ class Splits:
     report: str
 
 
-def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: View) -> Splits:
+def load_examples(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: View, held_out_only: bool = False
+) -> Splits:
     """Read, split and encode the data of a recipe.
 
     Demonstrations and unpaired responses have `completion_ids`, pairs `chosen_ids` and `rejected_ids`,
     ranked rows `ranked_ids`, prompts (each distinct one once) whatever responses the data has. No prompt is
     in both splits. Noise is put on the train split's pairs, after everything that cannot be used has been
-    left out. Raises DataError for data that is not there, for noise in another view, and when more than
+    left out. `held_out_only` leaves `train` empty, and its split unread where it can: whoever trains on nothing need
+    not wait for it. Raises DataError for data that is not there, for noise in another view, and when more than
     `max_bad_fraction` of the rows, or of the examples made from them, are bad.
     """
     if config.noise.on and view != "pairs":
@@ -155,12 +158,16 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: 
         )
     chat = ChatTemplate(tokenizer) if config.chat_template else None
     bad, report, what = BadRows("examples"), [], view_name(view)
-    train = _read_view(config, config.train_split, view, chat, bad, report)
     eval_split = "eval" if config.task == "demo" else config.eval_split
+    train = []
+    if eval_split is None or not held_out_only:
+        train = _read_view(config, config.train_split, view, chat, bad, report)
     if eval_split is not None:
         held_out = _read_view(config, eval_split, view, chat, bad, report)
     else:
         train, held_out = hold_out(train, config.held_out_fraction, config.split_seed)
+    if held_out_only:
+        train = []
     num_examples = len(train) + len(held_out) + len(bad)
     eval_examples = _encode(held_out, config, tokenizer, view, bad, report)
     eval_prompts = {example.record.prompt for example in eval_examples}
@@ -171,12 +178,13 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: 
         report.append(f"{len(examples) - len(train_examples)} {what} left out of train: prompt held out")
     if len(bad):
         report.append(f"{len(bad)} of {num_examples} {what} left out:\n{bad.summary()}")
-    if not train_examples:
+    if not train_examples and not held_out_only:
         raise DataError("\n".join(["no examples are left to train on", *report]))
     if config.noise.on:
         train_examples, notes = _with_noise(train_examples, config, tokenizer)
         report += notes
-    for name, part in (("train", train_examples), ("eval", eval_examples)):
+    parts = {"eval": eval_examples} if held_out_only else {"train": train_examples, "eval": eval_examples}
+    for name, part in parts.items():
         num_prompts = len({example.record.prompt for example in part})
         report.append(f"{name}: {len(part)} {what}, {num_prompts} distinct prompts")
     return Splits(train_examples, eval_examples, "\n".join(report))

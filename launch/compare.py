@@ -1,0 +1,291 @@
+"""The papers' Table 1 for one's own checkpoints: who wins against whom, at what KL, with intervals; and a report.
+
+    python launch/compare.py [recipe.yaml] [key=value ...]
+    accelerate launch launch/compare.py [recipe.yaml] [key=value ...]
+
+Leaves comparison.json, report.html, report.md, config.yaml, the completions and the judgments in `run_dir`. The same
+command again completes, and pays, only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parent)
+
+from rich.console import Console
+
+from drpo.config import ConfigError, git_commit, package_versions, save_resolved
+from drpo.engine import Engine, EngineConfig
+from drpo.rewards import RewardFn
+from drpo.run_folder import RunStopped
+from eval.comparison_result import compare_systems
+from eval.comparison_table import comparison_table
+from eval.completions import REFERENCE
+from eval.judging.judgments import tokens_and_cost
+from eval.judging.store import Store
+from eval.judging.verdict import Judgment
+from eval.report import write_report
+from eval.system_runs import KL, Measure, Run, System, measures_of
+from launch.command_line import main
+from launch.compare_systems import (
+    COMPLETIONS,
+    SystemConfig,
+    judge_run,
+    run_of_file,
+    run_of_policy,
+    run_of_references,
+)
+from launch.complete import CompleteRecipe
+from launch.demo_inputs import make_demo_inputs
+from launch.judge import JudgeRecipe
+from launch.rewards import import_functions
+from reward_models.score import RewardModelScorer
+
+REWARD_MODEL = "reward_model"
+OWN_COMPLETE_KEYS = (
+    "run_dir",
+    "policy",
+    "system",
+    "reference",
+    "null_response",
+    "perplexity_policy",
+    "imported",
+)
+OWN_JUDGE_KEYS = ("run_dir", "completions", "system", "baseline", "num_prompts", "store")
+TABLE_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class CompareRecipe:
+    """Several systems on the same held-out prompts."""
+
+    run_dir: str = "runs/compare"
+    """Folder of the results."""
+    title: str | None = None
+    """Headline of the report; null: made from the task and the systems."""
+    systems: list[SystemConfig] = field(default_factory=list)
+    """The rows of the table; each has name, policies (one for each training seed) or completions (files), and may have
+    method, setting and kl_references."""
+    baseline: str = REFERENCE
+    """What every system is judged against: reference (the dataset's own responses), or the name of a system."""
+    complete: CompleteRecipe = field(default_factory=CompleteRecipe)
+    """How the policies are asked: the keys of launch/complete.py."""
+    kl_reference: str | None = None
+    """The policy that KL is measured to, folder or hub id; null: no KL."""
+    reward_model: str | None = None
+    """Folder or hub id of a reward model that scores all responses; null: none."""
+    reward_functions: dict[str, str] = field(default_factory=dict)
+    """Further scores of the responses: name -> module:function."""
+    pairs: Literal["baseline", "all", "none"] = "baseline"
+    """What is judged: every system against the baseline; also every two systems against each other, for the ranking;
+    or nothing."""
+    judging: JudgeRecipe = field(default_factory=JudgeRecipe)
+    """How it is judged: the keys of launch/judge.py."""
+    setting_name: str = "setting"
+    """What the systems' `setting` is: beta, learning rate, step, ..."""
+    num_examples: int = 500
+    """The report shows the responses to so many prompts; all are in the completions."""
+
+    def __post_init__(self) -> None:
+        names = [system.name for system in self.systems]
+        for name in names:
+            if not name or name in ("reference", "null") or "attack/" in name:
+                raise ValueError(f"systems: {name!r} cannot be the name of a system; choose another")
+            if names.count(name) > 1:
+                raise ValueError(f"systems: two are called {name!r}; tell them apart")
+        if self.systems and self.baseline not in (*names, REFERENCE):
+            raise ValueError(
+                f"baseline must be {REFERENCE} or one of {', '.join(names)}, got {self.baseline}"
+            )
+        if self.num_examples < 0:
+            raise ValueError(f"num_examples must be >= 0, got {self.num_examples}")
+        _refuse_own("complete", self.complete, CompleteRecipe(), OWN_COMPLETE_KEYS)
+        _refuse_own("judging", self.judging, JudgeRecipe(), OWN_JUDGE_KEYS)
+        if self.pairs == "none" and self.judging != JudgeRecipe():
+            raise ValueError("judging does not apply to pairs=none")
+        clash = {REWARD_MODEL, KL} & self.reward_functions.keys()
+        if clash:
+            raise ValueError(f"reward_functions.{clash.pop()} is the name of a column; choose another")
+        if len({_slug(name) for name in names}) < len(names):
+            raise ValueError(f"systems: {', '.join(names)} are too much alike for the names of folders")
+
+    def folder_of(self, name: str, index: int) -> Path:
+        """Where the completions of a run are."""
+        return Path(self.run_dir) / "completions" / f"{_slug(name)}_{index}"
+
+    @property
+    def store(self) -> Path:
+        """The answers of a judge that is paid, to all questions of the comparison."""
+        return Path(self.run_dir) / "verdicts.sqlite"
+
+
+def _refuse_own(section: str, given: Any, plain: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(given, name) != getattr(plain, name):
+            raise ValueError(f"{section}.{name} is set by the comparison itself; leave it out")
+
+
+def run(recipe: CompareRecipe) -> Path:
+    """Complete, measure, judge, then put it all into one table."""
+    if not recipe.systems:
+        raise ConfigError(
+            "systems must name what is compared, such as {name: PPO, policies: [runs/ppo/policy]}"
+        )
+    policies = [policy for system in recipe.systems for policy in system.policies]
+    make_demo_inputs(*policies, recipe.kl_reference, recipe.reward_model)
+    folder = Path(recipe.run_dir)
+    config = EngineConfig(mixed_precision=recipe.complete.mixed_precision, trackers=[])
+    engine = Engine(config, folder, recipe.complete.seed, max_grad_norm=None)
+    systems = _measured_systems(recipe, engine)
+    is_main = engine.is_main
+    engine.close()  # judging takes long, and only one process asks
+    if not is_main:
+        return folder
+    save_resolved(recipe, folder / "config.yaml")
+    more: list[Judgment] = []
+    if recipe.pairs != "none":
+        systems, more = _judged_systems(recipe, systems)
+    result = _description(recipe) | compare_systems(
+        systems, _measures(recipe, systems), recipe.baseline, recipe.setting_name, more, recipe.num_examples
+    )
+    path = folder / "comparison.json"
+    path.write_text(json.dumps(result, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    report = write_report(result, folder)
+    Console(width=TABLE_WIDTH).print(comparison_table(result))
+    return report
+
+
+# --- the systems ----------------------------------------------------------------------------------------
+
+
+def _measured_systems(recipe: CompareRecipe, engine: Engine) -> list[System]:
+    """Every run of every system with its answers and what was measured of them; all processes together."""
+    rewards: dict[str, RewardFn] = {}
+    if recipe.reward_model is not None:
+        batch_size, dtype = recipe.complete.batch_size, recipe.complete.dtype
+        rewards[REWARD_MODEL] = RewardModelScorer.load(recipe.reward_model, engine, batch_size, dtype, None)
+    rewards |= import_functions(recipe.reward_functions, "reward_functions")
+    systems = []
+    for config in recipe.systems:
+        runs = []
+        for index, path in enumerate(config.completions):
+            runs.append(run_of_file(path, config.name, recipe.folder_of(config.name, index), engine, rewards))
+        for index, policy in enumerate(config.policies):
+            folder = str(recipe.folder_of(config.name, index))
+            complete = replace(recipe.complete, policy=policy, system=config.name, run_dir=folder)
+            kl_reference = config.kl_references[index] if config.kl_references else recipe.kl_reference
+            runs.append(run_of_policy(complete, engine, kl_reference, rewards))
+        systems.append(System(config.name, config.method or config.name, config.setting, tuple(runs)))
+    if recipe.baseline == REFERENCE:
+        policy = next((policy for system in recipe.systems for policy in system.policies), None)
+        runs, folder = [run for system in systems for run in system.runs], recipe.folder_of(REFERENCE, 0)
+        references = run_of_references(runs, policy, folder, engine, rewards)
+        systems.append(System(REFERENCE, REFERENCE, None, (references,)))
+    return systems
+
+
+def _judged_systems(recipe: CompareRecipe, systems: Sequence[System]) -> tuple[list[System], list[Judgment]]:
+    """The systems with the verdicts on each of their runs, and the judgments of systems against each other."""
+    (baseline,) = (system for system in systems if system.name == recipe.baseline)
+    rivals = [system for system in systems if system is not baseline]
+    meetings = [(one, baseline, index) for one in rivals for index in range(len(one.runs))]
+    if recipe.pairs == "all":
+        for one, other in combinations(rivals, 2):
+            meetings += [(one, other, index) for index in range(max(len(one.runs), len(other.runs)))]
+    judged: dict[str, list[Run]] = {}
+    more: list[Judgment] = []
+    for number, (one, other, index) in enumerate(meetings, 1):
+        print(
+            f"judging {number} of {len(meetings)}: {one.name} against {other.name}, run {index}", flush=True
+        )
+        own, rival = index % len(one.runs), index % len(other.runs)
+        run = _judge(recipe, one, own, other, rival)
+        if run is None:
+            continue
+        if other is baseline:
+            judged.setdefault(one.name, []).append(run)
+        else:
+            more += run.judgments
+    if recipe.judging.budget.dry_run:
+        raise RunStopped("judging.budget.dry_run: nothing was asked; each comparison has its line above")
+    return [replace(system, runs=tuple(judged.get(system.name, system.runs))) for system in systems], more
+
+
+def _judge(recipe: CompareRecipe, one: System, own: int, other: System, rival: int) -> Run | None:
+    """One run of `one` with the verdicts on it beside one of `other`; None in a dry run."""
+    files = [recipe.folder_of(one.name, own) / COMPLETIONS, recipe.folder_of(other.name, rival) / COMPLETIONS]
+    name = f"{_slug(one.name)}_{own}_{_slug(other.name)}_{rival}"
+    asked = replace(
+        recipe.judging,
+        run_dir=str(Path(recipe.run_dir) / "judgments" / name),
+        completions=[str(file) for file in files],
+        system=one.name,
+        baseline=other.name,
+        store=str(recipe.store) if recipe.judging.judge.kind == "openai" else None,
+    )
+    try:
+        return judge_run(asked, one.runs[own])
+    except RunStopped as stopped:
+        if not recipe.judging.budget.dry_run:
+            raise
+        print(stopped)
+        return None
+
+
+def _slug(name: str) -> str:
+    """A name that any file system takes."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.") or "_"
+
+
+# --- the result -----------------------------------------------------------------------------------------
+
+
+def _measures(recipe: CompareRecipe, systems: Sequence[System]) -> list[Measure]:
+    has_kl = any(system.values(KL) for system in systems)
+    rewards = [REWARD_MODEL] * (recipe.reward_model is not None) + list(recipe.reward_functions)
+    return measures_of(recipe.baseline, recipe.pairs != "none", has_kl, rewards)
+
+
+def _description(recipe: CompareRecipe) -> dict[str, Any]:
+    """What was compared, by whom it was judged, and with what it was made."""
+    task = recipe.complete.data.task
+    names = ", ".join(system.name for system in recipe.systems)
+    return {
+        "title": recipe.title or f"{task}: {names} against {recipe.baseline}",
+        "task": task,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "versions": package_versions(),
+        "judge": _judge_description(recipe) if recipe.pairs != "none" else None,
+    }
+
+
+def _judge_description(recipe: CompareRecipe) -> dict[str, Any]:
+    judging, judge, spent = recipe.judging, recipe.judging.judge, None
+    if judge.kind == "openai":
+        with closing(Store(recipe.store)) as store:
+            spent = tokens_and_cost(store.calls())
+    return {
+        "kind": judge.kind,
+        "name": judge.model or judge.path or judge.function,
+        "prompt": judging.prompt,
+        "orders": judging.orders,
+        "ties": judging.ties,
+        "spent": spent,
+    }
+
+
+if __name__ == "__main__":
+    main(CompareRecipe, "demo/compare.yaml", run)

@@ -1,0 +1,199 @@
+"""What launch/compare.py does with each checkpoint: complete, measure, judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drpo.config import ConfigError
+from drpo.data.records import DataError
+from drpo.engine import Engine
+from drpo.metrics import read_metrics
+from drpo.models.tokenizer import load_tokenizer
+from drpo.rewards import RewardFn
+from drpo.rollout.sampler import SamplingConfig
+from eval.across_runs import Values
+from eval.complete import open_file, with_num_tokens
+from eval.completions import (
+    REFERENCE,
+    CompletionRow,
+    load_completions,
+    read_completions,
+    read_meta,
+    reference_rows,
+)
+from eval.import_completions import file_sha256
+from eval.judging.judgments import read_judgments
+from eval.judging.verdict import combine_all
+from eval.response_scores import response_kls, reward_scores
+from eval.system_runs import KL, WIN_RATE, Run, judged_values, text_values
+from launch.complete import CompleteRecipe, complete_policy, load_to_read
+from launch.judge import JudgeRecipe
+from launch.judge import run as judge
+
+SAMPLED = SamplingConfig(temperature=1.0)
+NUM_ROLLOUTS = 8
+COMPLETIONS = "completions.jsonl"
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """A row of the table: a method, a setting of it or a step of its training, with one checkpoint for each seed."""
+
+    name: str = ""
+    """Its name in tables."""
+    policies: list[str] = field(default_factory=list)
+    """Folders or hub ids of the policies, one for each training seed."""
+    completions: list[str] = field(default_factory=list)
+    """In place of policies: files with responses of a system of this name, one for each run."""
+    method: str | None = None
+    """Rows of one method are joined by a line in plots; null: the name."""
+    setting: float | None = None
+    """A number that was varied, such as beta: rows of one method with different ones become a curve."""
+    kl_references: list[str] = field(default_factory=list)
+    """In place of kl_reference: the reference of each of the policies, in their order."""
+
+    def __post_init__(self) -> None:
+        if bool(self.policies) == bool(self.completions):
+            raise ValueError(f"systems: {self.name or 'a row'} must have either policies or completions")
+        if self.kl_references and len(self.kl_references) != len(self.policies):
+            raise ValueError(
+                f"systems: {self.name} has {len(self.policies)} policies but {len(self.kl_references)} kl_references"
+            )
+
+
+# --- answers and what is measured of them ---------------------------------------------------------------
+
+
+def run_of_policy(
+    recipe: CompleteRecipe, engine: Engine, kl_reference: str | None, rewards: dict[str, RewardFn]
+) -> Run:
+    """Let the policy of `recipe` answer, and measure its answers; all processes together."""
+    path = complete_policy(recipe, engine)
+    rows = read_completions(path)
+    sampled = recipe.sampling == SAMPLED
+    values = measured_values(engine, rows, rewards)
+    if kl_reference is not None:
+        samples = rows if sampled else read_completions(_sample(recipe, engine))
+        values[KL] = _kls(recipe, engine, samples, kl_reference)
+    meta = read_meta(path)
+    hashes = {name: value for name, value in meta.items() if name.endswith("_sha256") and value}
+    config, rollouts = _training_run(recipe.policy)
+    return Run(recipe.policy, rows, values, sampled=sampled, hashes=hashes, config=config, rollouts=rollouts)
+
+
+def run_of_file(path: str, name: str, folder: Path, engine: Engine, rewards: dict[str, RewardFn]) -> Run:
+    """The responses of system `name` in a file made before, copied to `folder`."""
+    everything = load_completions([path])
+    rows = [row for row in everything if row.system == name]
+    if not rows:
+        known = ", ".join(sorted({row.system for row in everything}))
+        raise DataError(f"{path} has no responses of system {name!r}; there are: {known}")
+    digest = file_sha256(path)
+    keep_rows(engine, rows, folder, {"file_sha256": digest, "system": name})
+    values = measured_values(engine, rows, rewards)
+    return Run(path, rows, values, sampled=False, hashes={"file_sha256": digest})
+
+
+def run_of_references(
+    runs: Sequence[Run], policy: str | None, folder: Path, engine: Engine, rewards: dict[str, RewardFn]
+) -> Run:
+    """The dataset's own responses to the prompts of all `runs`, counted in tokens of `policy`."""
+    rows = reference_rows([row for run in runs for row in run.rows])
+    if policy is not None:
+        rows = with_num_tokens(rows, load_tokenizer(policy))
+    keep_rows(engine, rows, folder, {"system": REFERENCE, "policy": policy, "num_prompts": len(rows)})
+    return Run("the dataset", rows, measured_values(engine, rows, rewards, is_reference=True), sampled=False)
+
+
+def keep_rows(engine: Engine, rows: Sequence[CompletionRow], folder: Path, meta: dict[str, Any]) -> None:
+    """Write rows that come from elsewhere to `folder`, where the judge finds those of every run."""
+    writer, done = open_file(engine, folder / COMPLETIONS, meta)
+    if writer is not None:
+        writer.write([row for row in rows if row.key not in done])
+    engine.barrier()
+
+
+def measured_values(
+    engine: Engine, rows: Sequence[CompletionRow], rewards: dict[str, RewardFn], is_reference: bool = False
+) -> dict[str, Values]:
+    """Rewards and what the texts show; the processes share the rewards' rows."""
+    prompt_ids = tuple(row.prompt_id for row in rows)
+    values = text_values(rows, is_reference)
+    for name, reward in rewards.items():
+        values[name] = Values(
+            prompt_ids, _shared(engine, rows, lambda own, fn=reward: reward_scores(fn, own))
+        )
+    return values
+
+
+def _sample(recipe: CompleteRecipe, engine: Engine) -> Path:
+    """Responses at temperature 1, which a KL can be measured on."""
+    folder = str(Path(recipe.run_dir) / "sampled")
+    return complete_policy(replace(recipe, run_dir=folder, sampling=SAMPLED, num_responses=1), engine)
+
+
+def _kls(recipe: CompleteRecipe, engine: Engine, rows: Sequence[CompletionRow], kl_reference: str) -> Values:
+    tokenizer, other = load_tokenizer(recipe.policy), load_tokenizer(kl_reference)
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise ConfigError(f"no KL of {recipe.policy} to {kl_reference}: their tokenizers differ")
+    policy, reference = (
+        engine.place(load_to_read(recipe, path, tokenizer), as_trained=False)
+        for path in (recipe.policy, kl_reference)
+    )
+    with engine.autocast():
+        kls = _shared(
+            engine, rows, lambda own: response_kls(policy, reference, tokenizer, own, recipe.batch_size)
+        )
+    return Values(tuple(row.prompt_id for row in rows), kls)
+
+
+def _shared(
+    engine: Engine, rows: Sequence[CompletionRow], measure: Callable[[list[CompletionRow]], NDArray]
+) -> NDArray[np.float64]:
+    """One number for each row (n,); every process measures its share, and all get all."""
+    mine = range(engine.rank, len(rows), engine.world_size)
+    numbers = measure([rows[i] for i in mine]).tolist() if mine else []
+    gathered = sorted(engine.gather_objects(list(zip(mine, numbers, strict=True))))
+    return np.array([number for _, number in gathered], dtype=np.float64)
+
+
+def _training_run(policy: str) -> tuple[str | None, list[dict[str, Any]]]:
+    """The recipe and the last rollouts of the run whose result this is, where they stand beside it."""
+    folder = Path(policy).parent
+    if not (Path(policy).is_dir() and (folder / "metrics.jsonl").is_file()):
+        return None, []
+    config, samples = folder / "config.yaml", folder / "completions.jsonl"
+    rollouts = []
+    if samples.is_file():
+        rollouts = [row for row in read_metrics(samples) if row.get("split") == "rollout"]
+        last = max((row["step"] for row in rollouts), default=None)
+        names = ("step", "prompt", "prefix", "continuation", "ended", "scores")
+        rollouts = [{name: row[name] for name in names} for row in rollouts if row["step"] == last][
+            :NUM_ROLLOUTS
+        ]
+    return (config.read_text(encoding="utf-8") if config.is_file() else None), rollouts
+
+
+# --- the judge ------------------------------------------------------------------------------------------
+
+
+def judge_run(recipe: JudgeRecipe, run: Run) -> Run:
+    """`run` with the verdicts of the judge's recipe, which is about its system."""
+    path = judge(recipe)
+    verdicts = read_judgments(path)
+    judgments = combine_all(verdicts, recipe.half_tie, recipe.orders)
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    answers = {
+        (line["prompt_id"], line["seed"], line["order"]): line["text"]
+        for line in lines
+        if line["final"] and line.get("text") is not None
+    }
+    values = {**run.values, WIN_RATE: judged_values(judgments)}
+    return replace(run, values=values, verdicts=verdicts, judgments=judgments, answers=answers)
