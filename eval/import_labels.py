@@ -1,0 +1,91 @@
+"""Labels that come with data: pairs of responses of which a person chose one, as completions and labels.
+
+    prompt with pairs 0, 1, ...:   system text_1 with seed i: one response of pair i,   text_2: the other one
+
+Which response is text_1 is settled by the hashes of the two, and so is the number of a pair, so neither the order of
+the data nor the label decides it, and the same pair labelled by several people is one comparison.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from drpo.data.records import BadRows, Record, RowError
+from eval.completions import CompletionRow, prompt_id_of
+from eval.judging.comparison import Comparison
+from eval.labels import Label, checked_annotator, label_of, text_hash
+
+SYSTEMS = ("text_1", "text_2")
+UNKNOWN = "data"
+"Annotator of labels that do not say whose they are."
+
+
+def labels_from_pairs(
+    records: Sequence[Record], bad: BadRows
+) -> tuple[list[CompletionRow], list[Label], list[str]]:
+    """Completions of the systems text_1 and text_2, the labels on them, and notes on what the data said of people.
+
+    A record has `chosen` and `rejected`; `extra` may have `worker`, and `confidence` in itself or in its own `extra`
+    (openai/summarize_from_feedback). Which response was shown first is not known. Records that cannot be used are
+    added to `bad`: an annotator's name or a confidence of another kind.
+    """
+    pairs: dict[str, dict[tuple[str, str], list[tuple[Record, str, float | None]]]] = {}
+    for record in records:
+        try:
+            annotator, confidence = _annotator(record.extra), _confidence(record.extra)
+        except RowError as error:
+            bad.add(error.kind, record.origin, error.detail)
+            continue
+        texts = tuple(sorted((record.chosen, record.rejected), key=text_hash))
+        pairs.setdefault(record.prompt, {}).setdefault(texts, []).append((record, annotator, confidence))
+    rows, labels = [], []
+    num_labels: Counter[int] = Counter()
+    for prompt, by_texts in pairs.items():
+        for seed, texts in enumerate(sorted(by_texts, key=lambda texts: [text_hash(text) for text in texts])):
+            comparison = Comparison(
+                prompt_id_of(prompt), prompt, SYSTEMS[0], texts[0], SYSTEMS[1], texts[1], seed
+            )
+            rows += [
+                CompletionRow(system, comparison.prompt_id, prompt, text, True, None, seed)
+                for system, text in zip(SYSTEMS, texts, strict=True)
+            ]
+            said = by_texts[texts]
+            num_labels[len({annotator for _, annotator, _ in said})] += 1
+            for record, annotator, confidence in said:
+                winner = "a" if record.chosen == texts[0] else "b"
+                labels.append(
+                    label_of(comparison, annotator, "labelled", winner, None, confidence=confidence)
+                )
+    num_pairs, num_places = sum(num_labels.values()), sum(n * count for n, count in num_labels.items())
+    several = num_pairs - num_labels[1]
+    notes = [
+        f"{len(labels)} labels by {len({label.annotator for label in labels})} annotators on {num_pairs} pairs of "
+        f"{len(pairs)} prompts; {several} pairs have labels by several annotators"
+    ]
+    if len(labels) > num_places:
+        notes.append(
+            f"{len(labels) - num_places} labels are an annotator's second on a pair: the last one counts"
+        )
+    return rows, labels, notes
+
+
+def _annotator(extra: Any) -> str:
+    worker = extra.get("worker")
+    if worker is None:
+        return UNKNOWN
+    try:
+        return checked_annotator(worker)
+    except ValueError as error:
+        raise RowError("bad annotator", str(error)) from None
+
+
+def _confidence(extra: Any) -> float | None:
+    inner = extra.get("extra")
+    value = extra.get("confidence", inner.get("confidence") if isinstance(inner, dict) else None)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RowError("wrong type", f"confidence is {value!r}, not a number")
+    return float(value)
