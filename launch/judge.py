@@ -11,11 +11,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
+import sqlite3
 import sys
-import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,24 +33,23 @@ from eval.judging.batch_api import BatchConfig, BatchJudge
 from eval.judging.budget import Budget, BudgetConfig
 from eval.judging.comparison import Question, first_prompts, pair_up, questions_of
 from eval.judging.estimate import estimate
-from eval.judging.judge import Judge, JudgeConfig, JudgeStopped
+from eval.judging.judge import JudgeConfig, JudgeStopped
 from eval.judging.judge_prompts import load_prompt
-from eval.judging.judge_request import Asking
+from eval.judging.judge_request import Asking, stored_verdicts
 from eval.judging.judged_statistics import JudgedStatistics, judged_statistics, statistics_text
 from eval.judging.judgments import spent_text, tokens_and_cost, tool_versions, write_judgments
 from eval.judging.openai_judge import OpenAIJudge, make_client
 from eval.judging.preflight import check_model, known_form, probe_form
 from eval.judging.prices import load_price
-from eval.judging.rate_limit import LimitsConfig, RateLimiter
+from eval.judging.rate_limit import WINDOW, LimitsConfig, RateLimiter
 from eval.judging.retry import RetryConfig
 from eval.judging.store import Store
 from eval.judging.verdict import Verdict, combine_all
 from eval.whole_file import write_whole
+from launch.collect_verdicts import collect_verdicts
 from launch.command_line import main
 from launch.demo_completions import make_demo_completions
 from launch.score_judge import score_judge
-
-PROGRESS_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -136,13 +134,28 @@ def run(recipe: JudgeRecipe) -> Path:
         comparisons = first_prompts(comparisons, recipe.num_prompts)
     questions = questions_of(comparisons, recipe.orders, recipe.seed)
     folder = Path(recipe.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_resolved(recipe, folder / "config.yaml")
+    with _disk_trouble_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_resolved(recipe, folder / "config.yaml")
     if recipe.judge.kind == "openai":
-        return _run_openai(recipe, questions)
+        with _disk_trouble_explained(folder):
+            return _run_openai(recipe, questions)
     judge = score_judge(recipe.judge, folder)
-    verdicts, stopped = asyncio.run(_collect(judge, questions))
-    return _write(recipe, questions, verdicts, None, stopped)
+    verdicts, stopped = asyncio.run(collect_verdicts(judge, questions))
+    with _disk_trouble_explained(folder):
+        return _write(recipe, questions, verdicts, None, stopped)
+
+
+@contextmanager
+def _disk_trouble_explained(folder: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written becomes a RunStopped."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise RunStopped(
+            f"the run cannot write its files ({error}). Answers that the store took are kept; make room in {folder}, "
+            "and the same command goes on from there"
+        ) from error
 
 
 def _run_openai(recipe: JudgeRecipe, questions: Sequence[Question]) -> Path:
@@ -168,12 +181,16 @@ def _run_openai(recipe: JudgeRecipe, questions: Sequence[Question]) -> Path:
                 f"{ledger.num_open} requests had no end when an earlier run was killed: they may have been paid, and "
                 f"count against the budget with ${ledger.open_usd:.4f}"
             )
+        asking = replace(asking, form=known_form(asking, store) or form)
         if recipe.budget.dry_run:
-            asking = replace(asking, form=known_form(asking, store) or form)
             print(estimate(asking, questions, store).text())
             raise RunStopped("budget.dry_run: nothing was asked")
-        client = make_client(config, recipe.retry)
-        verdicts, stopped = asyncio.run(_ask_openai(recipe, client, asking, store, questions))
+        verdicts, stopped = stored_verdicts(asking, questions, store), None
+        if len(verdicts) < len(questions) or store.open_batches():
+            client = make_client(config, recipe.retry)
+            verdicts, stopped = asyncio.run(_ask_openai(recipe, client, asking, store, questions))
+        else:  # neither a key nor a network is needed, nor that the model is still there
+            print(estimate(asking, questions, store).text(), flush=True)
         return _write(recipe, questions, verdicts, store, stopped)
 
 
@@ -181,7 +198,8 @@ async def _ask_openai(
     recipe: JudgeRecipe, client: AsyncOpenAI, asking: Asking, store: Store, questions: Sequence[Question]
 ) -> tuple[list[Verdict], JudgeStopped | None]:
     async with client:
-        budget, limiter = Budget(store, recipe.budget), RateLimiter(recipe.limits)
+        budget = Budget(store, recipe.budget)
+        limiter = RateLimiter(recipe.limits, store.recent_requests(WINDOW))
 
         def live(asking: Asking) -> OpenAIJudge:
             concurrency = recipe.limits.concurrency
@@ -192,38 +210,12 @@ async def _ask_openai(
             if recipe.judge.probe:
                 asking = replace(asking, form=await probe_form(live, asking, store, print))
         except JudgeStopped as stopped:
-            return [], stopped
+            return stored_verdicts(asking, questions, store), stopped
         print(estimate(asking, questions, store).text(), flush=True)
         if recipe.judge.backend == "live":
-            return await _collect(live(asking), questions)
+            return await collect_verdicts(live(asking), questions)
         judge = BatchJudge(client, asking, store, budget, recipe.batch, recipe.retry, print)
-        return await _collect(judge, questions)
-
-
-async def _collect(judge: Judge, questions: Sequence[Question]) -> tuple[list[Verdict], JudgeStopped | None]:
-    """All verdicts, and why there are no more if that is so. The first SIGINT or SIGTERM ends the asking in order."""
-    loop = asyncio.get_running_loop()
-
-    def stop(number: signal.Signals) -> None:
-        loop.remove_signal_handler(number)  # the second one ends the process at once
-        judge.stop(f"{number.name}: stopped; what was under way is kept")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
-    verdicts: list[Verdict] = []
-    shown = time.monotonic()
-    try:
-        async for verdict in judge.verdicts(questions):
-            verdicts.append(verdict)
-            if time.monotonic() - shown > PROGRESS_SECONDS:
-                shown = time.monotonic()
-                print(f"{len(verdicts)} of {len(questions)} verdicts", flush=True)
-    except JudgeStopped as stopped:
-        return verdicts, stopped
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-    return verdicts, None
+        return await collect_verdicts(judge, questions)
 
 
 def _write(

@@ -26,7 +26,7 @@ class Clock:
 def starts_of(tokens: list[float], **limits) -> list[tuple[float, float]]:
     """(start, tokens) of requests that are all there at once."""
     clock = Clock()
-    limiter = RateLimiter(LimitsConfig(**limits), clock, clock.sleep)
+    limiter = RateLimiter(LimitsConfig(**limits), clock=clock, sleep=clock.sleep)
 
     async def all_of_them():
         return [(await limiter.wait(size)).time for size in tokens]
@@ -70,7 +70,7 @@ def test_a_request_larger_than_the_limit_goes_alone():
 
 def test_a_request_waits_for_the_oldest_ones_only():
     clock = Clock()
-    limiter = RateLimiter(LimitsConfig(tokens_per_minute=1000), clock, clock.sleep)
+    limiter = RateLimiter(LimitsConfig(tokens_per_minute=1000), clock=clock, sleep=clock.sleep)
 
     async def in_turn():
         starts = []
@@ -85,7 +85,7 @@ def test_a_request_waits_for_the_oldest_ones_only():
 
 def test_an_answer_shorter_than_feared_makes_room():
     clock = Clock()
-    limiter = RateLimiter(LimitsConfig(tokens_per_minute=1000), clock, clock.sleep)
+    limiter = RateLimiter(LimitsConfig(tokens_per_minute=1000), clock=clock, sleep=clock.sleep)
 
     async def two():
         first = await limiter.wait(900)
@@ -95,6 +95,18 @@ def test_an_answer_shorter_than_feared_makes_room():
     assert asyncio.run(two()) == 1000.0
 
 
+def test_requests_of_an_earlier_run_count():
+    """Two of three places are taken until 60 seconds after they were; 700 of 1000 tokens until then."""
+    clock = Clock()
+    limits = LimitsConfig(requests_per_minute=3, tokens_per_minute=1000)
+    limiter = RateLimiter(limits, [(50.0, 700.0), (20.0, 0.0)], clock=clock, sleep=clock.sleep)
+
+    async def in_turn():
+        return [(await limiter.wait(size)).time - 1000 for size in (200, 200, 200)]
+
+    assert asyncio.run(in_turn()) == pytest.approx([0.0, 10.0, 40.0])
+
+
 def test_without_limits_nothing_waits():
     assert {time for time, _ in starts_of([1e9] * 20)} == {1000.0}
 
@@ -102,7 +114,7 @@ def test_without_limits_nothing_waits():
 def after(limiter_does) -> float:
     """Seconds that the next request waits after something happened to the limiter."""
     clock = Clock()
-    limiter = RateLimiter(LimitsConfig(), clock, clock.sleep)
+    limiter = RateLimiter(LimitsConfig(), clock=clock, sleep=clock.sleep)
     limiter_does(limiter)
     return asyncio.run(limiter.wait(1.0)).time - 1000
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,6 +185,12 @@ class Asking:
             if self.price is not None and model == self.config.model
             else None,
         }
+
+
+def stored_verdicts(asking: Asking, questions: Iterable[Question], store: Store) -> list[Verdict]:
+    """The verdicts of the questions that the store settles."""
+    found = ((question, *asking.unanswered(question, store)) for question in questions)
+    return [asking.verdict(question, calls) for question, request, calls in found if request is None]
 
 
 def _clean(text: Any) -> str | None:

@@ -6,6 +6,7 @@ agree by construction.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
 
@@ -36,7 +37,7 @@ class ScoreJudge:
             if self._stopped is not None:
                 raise self._stopped
             chunk = questions[first : first + CHUNK]
-            scores = self._score([question.comparison for question in chunk])
+            scores = await asyncio.to_thread(self._score, [question.comparison for question in chunk])
             for question in chunk:
                 yield self._verdict(question, scores)
 

@@ -21,7 +21,7 @@ from drpo.config import ConfigError
 from eval.judging.budget import Budget, BudgetReached, Reservation
 from eval.judging.comparison import Question
 from eval.judging.judge import JudgeConfig, JudgeStopped
-from eval.judging.judge_request import Asking, Request
+from eval.judging.judge_request import Asking, Request, stored_verdicts
 from eval.judging.rate_limit import RateLimiter, Start
 from eval.judging.retry import Failure, NotAnAnswer, RetryConfig, classify, delay_before_retry
 from eval.judging.store import Call, Store
@@ -104,10 +104,9 @@ class OpenAIJudge:
                 if isinstance(result, BaseException) and not isinstance(result, JudgeStopped):
                     raise result
             if self._stopped is not None:
-                for question in questions:  # what needs no asking is still to be had
-                    request, calls = self._asking.unanswered(question, self._store)
-                    if request is None and question not in yielded:
-                        yield self._asking.verdict(question, calls)
+                left = [question for question in questions if question not in yielded]
+                for verdict in stored_verdicts(self._asking, left, self._store):  # needs no asking
+                    yield verdict
                 raise self._stopped
         finally:
             tasks = [*workers, *self._under_way.values()]

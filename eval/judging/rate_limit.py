@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 WINDOW = 60.0
@@ -47,16 +47,20 @@ class Start:
 
 
 class RateLimiter:
-    """Lets requests through so that no window of 60 seconds has more than the limits, first come first served."""
+    """Lets requests through so that no window of 60 seconds has more than the limits, first come first served.
+
+    `earlier` are (seconds ago, tokens) of requests that earlier runs started, oldest first: they count, too.
+    """
 
     def __init__(
         self,
         config: LimitsConfig,
+        earlier: Iterable[tuple[float, float]] = (),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         self._config, self._clock, self._sleep = config, clock, sleep
-        self._starts: deque[Start] = deque()
+        self._starts = deque(Start(clock() - age, tokens) for age, tokens in earlier)
         self._not_before = 0.0
         self._turn = asyncio.Lock()
 

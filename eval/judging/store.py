@@ -82,6 +82,9 @@ PRAGMA user_version = {SCHEMA_VERSION};
 """
 
 
+_TABLES = {"calls", "requests", "batches", "facts"}
+
+
 def call_key(parts: Mapping[str, Any]) -> str:
     """sha256 of everything that could change an answer, as 64 hex digits."""
     canonical = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
@@ -109,21 +112,34 @@ class Ledger:
 class Store:
     """The store in one file, for one process at a time.
 
-    Raises DataError when another process has it open, or it is not a store of this version.
+    Raises DataError when another process has it open, it cannot be written, or it is not a store of this version.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self.path.with_name(self.path.name + ".lock").open("w")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self.path.with_name(self.path.name + ".lock").open("w")
+        except OSError as error:
+            raise DataError(f"no store of verdicts can be kept at {self.path}: {error}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
             raise DataError(f"{self.path} is in use by another run; wait for it or stop it") from None
-        self._db = sqlite3.connect(self.path, isolation_level=None)
+        try:
+            self._db = sqlite3.connect(self.path, isolation_level=None)
+        except sqlite3.Error as error:
+            self._lock.close()
+            raise DataError(f"no store of verdicts can be kept at {self.path}: {error}") from None
         try:
             self._open()
+        except DataError:
+            self.close()
+            raise
+        except sqlite3.OperationalError as error:  # a full disk, a file that may not be written
+            self.close()
+            raise DataError(f"no store of verdicts can be kept at {self.path}: {error}") from None
         except sqlite3.DatabaseError as error:
             self.close()
             raise DataError(f"{self.path} is not a store of verdicts: {error}") from None
@@ -132,12 +148,24 @@ class Store:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # a commit is on disk, not only with the system
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if tables == 0:
+        tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables:
             self._db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        elif not tables >= _TABLES:
+            raise DataError(
+                f"{self.path} is not a store of verdicts: its tables are {', '.join(sorted(tables))}"
+            )
         elif version != SCHEMA_VERSION:
-            self.close()
-            raise DataError(f"{self.path} has layout {version}, this code writes {SCHEMA_VERSION}")
+            raise DataError(
+                f"{self.path} has layout {version}, this version reads and writes {SCHEMA_VERSION}; keep it for the "
+                "version that made it, and name another file with store="
+            )
+        (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise DataError(
+                f"{self.path} is damaged ({found}); put a copy of it in its place, or save what is left by "
+                f"`sqlite3 {self.path} .recover`"
+            )
 
     def close(self) -> None:
         self._db.close()
@@ -211,6 +239,20 @@ class Store:
         ).fetchone()
         return Ledger(*row)
 
+    def recent_requests(self, seconds: float) -> list[tuple[float, float]]:
+        """(seconds ago, tokens) of the last `seconds`' live requests, oldest first; 0 tokens without an answer."""
+        rows = self._db.execute(
+            "SELECT started, coalesce(prompt_tokens + completion_tokens, 0) FROM requests LEFT JOIN calls ON "
+            "calls.key = requests.key AND status != 'failed' WHERE batch IS NULL ORDER BY requests.id DESC"
+        )
+        recent, today = [], datetime.now(timezone.utc)
+        for started, tokens in rows:
+            age = (today - datetime.fromisoformat(started)).total_seconds()
+            if age > seconds:
+                break
+            recent.append((max(age, 0.0), float(tokens)))
+        return recent[::-1]
+
     # --- batches and facts ------------------------------------------------------------------------------
 
     def put_batch(
@@ -257,4 +299,9 @@ class _Transaction:
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
+        try:
+            if kind is None:
+                self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:  # SQLite itself takes back what a full disk would not take
+                self._db.execute("ROLLBACK")
