@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,40 @@ from drpo.models.export import save_policy
 from drpo.run_folder import RunFolder
 
 
-def write_result(
-    recipe: Any,
-    engine: Engine,
-    run: RunFolder,
-    trained: nn.Module,
-    model,
-    tokenizer,
-    data_report: str,
-    name: str,
-) -> Path:
-    """Save `model`, a part of the prepared module `trained`, to `<run_dir>/<name>`, and close the run."""
-    folder = run.path / name
-    with engine.whole_weights(trained):
-        if engine.is_main:
-            save_policy(model, tokenizer, folder, model_card(recipe, data_report, run.metrics.path))
-    engine.barrier()
-    run.close()
-    return folder
+@dataclass(frozen=True)
+class Result:
+    """Where the model of a run goes: `<run_dir>/<name>` at the end, `<run_dir>/<name>_step_<n>` where asked before."""
+
+    recipe: Any
+    engine: Engine
+    run: RunFolder
+    trained: nn.Module
+    "The prepared module that `model` is a part of."
+    model: Any
+    tokenizer: Any
+    data_report: str
+    name: str
+
+    def at_step(self, step: int) -> None:
+        """Write the model as it is now, if `checkpoint.model_every` says so."""
+        every = self.recipe.checkpoint.model_every
+        if every and step % every == 0:
+            self._write(f"{self.name}_step_{step}")
+
+    def finish(self) -> Path:
+        """Write the model, close the run, return the folder."""
+        folder = self._write(self.name)
+        self.run.close()
+        return folder
+
+    def _write(self, name: str) -> Path:
+        folder = self.run.path / name
+        with self.engine.whole_weights(self.trained):
+            if self.engine.is_main:
+                card = model_card(self.recipe, self.data_report, self.run.metrics.path)
+                save_policy(self.model, self.tokenizer, folder, card)
+        self.engine.barrier()
+        return folder
 
 
 def model_card(recipe: Any, data_report: str, metrics_path: Path) -> str:

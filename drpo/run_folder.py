@@ -51,10 +51,14 @@ class CheckpointConfig:
     """Save after every so many steps; 0 saves at the end only."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+    model_every: int = 0
+    """Write the model as it is after every so many steps, as a folder of its own (policy_step_20, ...) that stays and
+    that launch/compare.py can put on a curve; 0 for the end only."""
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"checkpoint.every must be >= 0, got {self.every}")
+        for name in ("every", "model_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"checkpoint.{name} must be >= 0, got {getattr(self, name)}")
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep must be >= 1, got {self.keep}")
 

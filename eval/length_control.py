@@ -95,7 +95,7 @@ def length_controlled_win_rate(
     reach = (np.abs(longer) <= FAR * longer.std()).mean()
     if differ and reach < MIN_REACH:
         raise ValueError(
-            f"length_a - length_b is {longer.mean():.3g} on average and varies by {longer.std():.3g}, so equal length "
+            f"length_a - length_b is {longer.mean():.3g} on average and varies by {longer.std():.3g}, equal length "
             f"is {FAR:g} deviations or more away from {1 - reach:.0%} of the comparisons; nothing tells the rate there, "
             "report the plain win rate"
         )

@@ -15,7 +15,7 @@ from drpo.data.noise import NoiseConfig
 from drpo.data.records import DataError
 from drpo.engine import Engine
 from drpo.models.loading import load_policy
-from drpo.result import write_result
+from drpo.result import Result
 from drpo.run_folder import RunFolder
 from drpo.tensors import PaddedBatch, pad_batch
 from drpo.trainers.offline import BatchConfig, OfflineRecipe, RowObjective, Rows, fit
@@ -98,13 +98,14 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
     model = RewardModel.from_causal_lm(policy, recipe.seed)
     model.config.aggregation = recipe.score.aggregation
     objective = PairObjective(model, tokenizer.pad_token_id, recipe.score.penalty, engine.device)
-    fit(recipe, engine, run, objective, [splits.train], splits.eval, name="reward model")
+    result = Result(recipe, engine, run, objective, model, tokenizer, splits.report, "reward_model")
+    fit(recipe, engine, run, objective, [splits.train], splits.eval, name="reward model", result=result)
     if references:
         with engine.whole_weights(objective):
             mean = reference_mean(engine, model, references, tokenizer.pad_token_id, recipe.batch)
         model.config.centre = mean
         run.say(f"mean score of {len(references)} references was {mean:.4f}; they now score 0 on average")
-    return write_result(recipe, engine, run, objective, model, tokenizer, splits.report, "reward_model")
+    return result.finish()
 
 
 def load_references(recipe: RewardModelRecipe, tokenizer) -> list[Example]:

@@ -85,6 +85,7 @@ def test_flatten_gives_dotted_keys_and_json_values(recipe):
         "log.num_samples": 4,
         "checkpoint.every": 2,
         "checkpoint.keep": 2,
+        "checkpoint.model_every": 0,
         "engine.mixed_precision": None,
         "engine.trackers": [],
         "engine.project": "drpo",

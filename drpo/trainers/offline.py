@@ -18,6 +18,7 @@ from drpo.engine import Engine, EngineConfig
 from drpo.metrics import Phases
 from drpo.models.loading import ModelConfig
 from drpo.optim import OptimConfig, build_optimizer, scheduled_rate, set_learning_rates
+from drpo.result import Result
 from drpo.run_folder import CheckpointConfig, LogConfig, Resume, RunFolder, finite_or_stop
 
 Rows = dict[str, Tensor]
@@ -132,6 +133,7 @@ def fit(
     held_out: Sequence[Any],
     *,
     name: str,
+    result: Result | None = None,
     sample: Callable[[], tuple[dict[str, float], list[dict[str, Any]]]] | None = None,
     after_step: Callable[[int, bool], None] | None = None,
 ) -> None:
@@ -139,7 +141,8 @@ def fit(
 
         loss of a step = sum over targets of all micro-batches and processes / number of those targets
 
-    Every stage has its own `num_steps` (or passes) and its own learning-rate schedule. `sample` gives further
+    Every stage has its own `num_steps` (or passes) and its own learning-rate schedule. `result` is written at the
+    steps that the recipe asks for. `sample` gives further
     metrics and sample rows at every evaluation; `after_step(step, stage_ended)` may change what the losses depend
     on between steps. Raises ConfigError when batch.size does not divide over the processes, or a stage is no
     longer than the warm-up; FloatingPointError on inf or nan.
@@ -191,6 +194,8 @@ def fit(
         run.write_samples(step, rows)
         run.record(step, metrics, ("train/loss", "train/accuracy", "eval/loss", "eval/accuracy", "time/step"))
         run.advance()
+        if result is not None:
+            result.at_step(step)
         run.save(step, num_steps, {})
 
 

@@ -25,7 +25,7 @@ from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import adapter_disabled, response_logprobs
 from drpo.models.tokenizer import load_tokenizer
 from drpo.optim import build_optimizer, scheduled_rate, set_learning_rates
-from drpo.result import write_result
+from drpo.result import Result
 from drpo.rewards import RewardFn, RunningMoments
 from drpo.rollout.collect import collect, draw_starts, vocabulary_of
 from drpo.rollout.evaluate import evaluate
@@ -110,6 +110,7 @@ def train(
             "rolled_back": rolled_back,
         }
 
+    result = Result(recipe, engine, run, actor_critic, policy, tokenizer, splits.report, "policy")
     run.start_progress("DR-PO" if recipe.reset.proportion else "PPO", start_step, recipe.num_steps)
     if state is None and recipe.eval.every:
         metrics, rows = evaluate_now()
@@ -168,9 +169,10 @@ def train(
         run.write_samples(step, rows)
         run.record(step, metrics, SHOWN)
         run.advance()
+        result.at_step(step)
         run.save(step, recipe.num_steps, trainer_state(num_rollbacks, rolled_back))
 
-    return write_result(recipe, engine, run, actor_critic, policy, tokenizer, splits.report, "policy")
+    return result.finish()
 
 
 def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits) -> None:

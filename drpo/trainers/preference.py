@@ -12,7 +12,7 @@ from drpo.data.load import load_examples
 from drpo.engine import Engine
 from drpo.models.loading import load_policy
 from drpo.models.scoring import response_logprobs
-from drpo.result import write_result
+from drpo.result import Result
 from drpo.rewards import RewardFn
 from drpo.run_folder import RunFolder
 from drpo.tensors import PaddedBatch
@@ -68,6 +68,7 @@ def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, Reward
         seed=recipe.seed,
         reference_logprobs=None if recipe.reference_moves else _sample_scorer(reference),
     )
+    result = Result(recipe, engine, run, objective, policy, tokenizer, data.report, "policy")
     fit(
         recipe,
         engine,
@@ -76,10 +77,11 @@ def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, Reward
         data.stages,
         data.held_out,
         name=recipe.loss.name.upper(),
+        result=result,
         sample=sample,
         after_step=functools.partial(_after_step, recipe, engine, objective, policy, reference),
     )
-    return write_result(recipe, engine, run, objective, policy, tokenizer, data.report, "policy")
+    return result.finish()
 
 
 def _after_step(

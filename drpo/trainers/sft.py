@@ -17,7 +17,7 @@ from drpo.engine import Engine
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.scoring import response_logprobs
 from drpo.models.tokenizer import load_tokenizer, train_tokenizer
-from drpo.result import write_result
+from drpo.result import Result
 from drpo.rewards import RewardFn
 from drpo.run_folder import RunFolder
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
@@ -79,8 +79,9 @@ def train(recipe: SFTRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) ->
         model=recipe.model,
         seed=recipe.seed,
     )
-    fit(recipe, engine, run, objective, [splits.train], splits.eval, name="SFT", sample=sample)
-    return write_result(recipe, engine, run, objective, policy, tokenizer, splits.report, "policy")
+    result = Result(recipe, engine, run, objective, policy, tokenizer, splits.report, "policy")
+    fit(recipe, engine, run, objective, [splits.train], splits.eval, name="SFT", result=result, sample=sample)
+    return result.finish()
 
 
 def tokenizer_for(model: ModelConfig, data: DataConfig):
