@@ -9,15 +9,18 @@ the hashes of model, data and settings; a file is only ever continued with the s
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from drpo.data.records import BadRows, DataError, RowError, require_text
+from eval.whole_file import write_whole
 
 REFERENCE = "reference"
 "System of the dataset's own responses."
@@ -201,30 +204,51 @@ def _row_of_alpaca_eval(item: Any) -> CompletionRow:
 class CompletionsWriter:
     """A completions file to append to; every row is on disk when `write` returns.
 
-    `done` holds the keys of the rows that an earlier run wrote; what a kill left unfinished is cut off.
-    Raises DataError when the file was made with another `meta`.
+    `done` holds the keys of the rows that an earlier run wrote; what a kill left unfinished is cut off. The file is
+    locked until `close`, or until the writer is gone.
+    Raises DataError when another writer has the file, or when it was made with another `meta`.
     """
 
     def __init__(self, path: Path | str, meta: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        meta = json.loads(json.dumps(meta))
-        if self.path.exists():
-            self._refuse_other(meta)
-            self._cut_unfinished_line()
-        self.done = {row.key for row in read_completions(self.path)} if _has_rows(self.path) else set()
-        meta_path(self.path).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise DataError(f"completions cannot be written to {self.path}: {error}") from None
+        self.close = weakref.finalize(self, self._file.close)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise DataError(f"{self.path} is being written by another run; wait for it or stop it") from None
+        try:
+            meta = json.loads(json.dumps(meta))
+            if _has_rows(self.path):
+                self._refuse_other(meta)
+                self._cut_unfinished_line()
+            self.done = {row.key for row in read_completions(self.path)} if _has_rows(self.path) else set()
+            write_whole(meta_path(self.path), json.dumps(meta, indent=1) + "\n")
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, rows: Sequence[CompletionRow]) -> None:
-        """Append rows. Raises DataError for one that is there already."""
+        """Append rows, or none of them where the disk does not take all. Raises DataError for one that is there."""
         for row in rows:
             if row.key in self.done:
                 raise DataError(f"{self.path} already has {_named(row)}")
             self.done.add(row.key)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+        lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        left, size = memoryview(lines.encode()), os.fstat(self._file.fileno()).st_size
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(size)
+            self.done -= {row.key for row in rows}
+            raise
 
     def _refuse_other(self, meta: Mapping[str, Any]) -> None:
         then = read_meta(self.path)
@@ -237,11 +261,11 @@ class CompletionsWriter:
 
     def _cut_unfinished_line(self) -> None:
         whole, newline, _ = self.path.read_bytes().rpartition(b"\n")
-        os.truncate(self.path, len(whole) + len(newline))
+        self._file.truncate(len(whole) + len(newline))
 
 
 def _has_rows(path: Path) -> bool:
-    return path.exists() and path.stat().st_size > 0
+    return path.stat().st_size > 0
 
 
 def meta_path(path: Path | str) -> Path:
@@ -250,9 +274,17 @@ def meta_path(path: Path | str) -> Path:
 
 
 def read_meta(path: Path | str) -> dict[str, Any]:
-    """The facts about a completions file; empty when nobody wrote any."""
+    """The facts about a completions file; empty when nobody wrote any. Raises DataError when they cannot be read."""
     path = meta_path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    if not isinstance(meta, dict):
+        raise DataError(f"{path} must hold a JSON object")
+    return meta
 
 
 # --- systems that need no model -------------------------------------------------------------------------

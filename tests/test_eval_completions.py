@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
+from tiny_runs import CLEAN, ROOT
 
 from drpo.data.records import DataError
 from eval.completions import (
@@ -89,6 +92,65 @@ def test_a_file_is_not_continued_by_another_model(tmp_path):
     CompletionsWriter(path, {"model": "abc", "data": "x"}).write([row()])
     with pytest.raises(DataError, match="model: 'abc' -> 'def'"):
         CompletionsWriter(path, {"model": "def", "data": "x"})
+
+
+WRITER = """
+import resource, sys
+from eval.completions import CompletionRow, CompletionsWriter, prompt_id_of
+writer = CompletionsWriter(sys.argv[1], {"model": "abc"})
+print("open", flush=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # a full disk: no file may grow beyond that
+for seed in range(100):
+    rows = [CompletionRow("sft", prompt_id_of("post"), "post", "x" * 100, True, 2, s) for s in (2 * seed, 2 * seed + 1)]
+    try:
+        writer.write(rows)
+    except OSError as error:
+        print(error, len(writer.done), flush=True)
+        break
+sys.stdin.readline()
+"""
+
+
+def test_one_writer_at_a_time_and_a_full_disk_leaves_the_file_whole(tmp_path):
+    """Another process has the file; it ends, and the file holds the pairs of rows that fitted."""
+    path = tmp_path / "c.jsonl"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], cwd=ROOT, env=CLEAN, **pipes)
+    assert process.stdout.readline() == "open\n"
+    full = process.stdout.readline()
+    with pytest.raises(DataError, match="is being written by another run"):
+        CompletionsWriter(path, {"model": "abc"})
+    process.communicate("\n", timeout=60)
+    assert "File too large 6" in full.replace("[Errno 27] ", "")
+    writer = CompletionsWriter(path, {"model": "abc"})
+    assert len(writer.done) == 6 and [r.seed for r in read_completions(path)] == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(DataError, match="is being written by another run"):
+        CompletionsWriter(path, {"model": "abc"})
+    writer.close()
+    CompletionsWriter(path, {"model": "abc"}).write([row()])
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="completions cannot be written to .*file/c.jsonl"):
+        CompletionsWriter(tmp_path / "file" / "c.jsonl", {})
+
+
+def test_a_file_without_rows_binds_nobody(tmp_path):
+    """A run that was killed before its first row leaves nothing that another one would continue."""
+    path = tmp_path / "c.jsonl"
+    CompletionsWriter(path, {"model": "abc"})
+    CompletionsWriter(path, {"model": "def"}).write([row()])
+    assert read_meta(path) == {"model": "def"} and len(read_completions(path)) == 1
+
+
+def test_facts_that_cannot_be_read_are_told(tmp_path):
+    path = tmp_path / "c.jsonl"
+    CompletionsWriter(path, {"model": "abc"}).write([row()])
+    for text, message in (('{"mo', "c.meta.json is not JSON"), ("[]", "must hold a JSON object")):
+        (tmp_path / "c.meta.json").write_text(text)
+        with pytest.raises(DataError, match=message):
+            CompletionsWriter(path, {"model": "abc"})
 
 
 BAD = {
