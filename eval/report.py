@@ -22,7 +22,14 @@ from drpo.data.records import DataError
 from eval.report_markdown import markdown_page
 from eval.report_plots import Figure, figures
 from eval.report_schema import check_comparison
-from eval.report_tables import Table, judge_table, number_text, ranking_table, results_table, tests_table
+from eval.report_tables import (
+    Table,
+    differences_table,
+    judge_table,
+    number_text,
+    ranking_table,
+    results_table,
+)
 
 PAGE = Path(__file__).with_name("report_page")
 _UNSAFE_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
@@ -49,7 +56,7 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     made = {
         "results": results_table(comparison),
         "judge": judge_table(comparison),
-        "tests": tests_table(comparison),
+        "tests": differences_table(comparison),
         "ranking": ranking_table(comparison),
     }
     tables = [table for table in made.values() if table is not None]

@@ -118,7 +118,7 @@ def reading(test: Mapping[str, Any], measure: Mapping[str, Any]) -> str:
     return f"{test['system_1']} is {'higher' if test['difference'] > 0 else 'lower'}"
 
 
-def tests_table(comparison: Mapping[str, Any]) -> Table | None:
+def differences_table(comparison: Mapping[str, Any]) -> Table | None:
     """Every paired test, with the difference in the measure's unit."""
     if not comparison["tests"]:
         return None
@@ -138,7 +138,7 @@ def tests_table(comparison: Mapping[str, Any]) -> Table | None:
         estimate = {"value": test["difference"], "low": test["low"], "high": test["high"]}
         rows.append(
             (
-                Cell(f"{test['system_1']} - {test['system_2']}"),
+                Cell(f"{test['system_1']} minus {test['system_2']}"),
                 Cell(measure_title(measure)),
                 Cell(estimate_text(estimate, measure)),
                 Cell(p_text(test["p_value"])),

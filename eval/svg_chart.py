@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from eval.chart_scale import Limits, Scale, padded, rounded_ticks, settings_scale, span, tick_text
+
 WIDTH = 460
 NUM_COLOURS = 8
 NUM_SHAPES = 6
 CHARACTER = 6.3
 "Width of an average character of a label."
 LABEL_LENGTH = 20
-LOG_SPAN = 20
-"A scale of positive settings is logarithmic when the largest is this many times the smallest."
+TICK_ROOM = 26
+"Pixels between the middles of two numbers below an axis; one that comes closer is left out."
 
 Segment = tuple[float, float, float, float]
 "Of a line: x1, y1, x2, y2. Of a box: left, top, right, bottom."
@@ -45,49 +47,10 @@ class Point:
     label: str
     style: int
     group: str
-    x: tuple[float, float | None, float | None]
-    y: tuple[float, float | None, float | None]
+    x: Limits
+    y: Limits
     ring: bool
     text: str
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Places a number between two pixels, linearly or by its logarithm."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def place(self, value: float) -> float:
-        low, high, value = (math.log(x) if self.log else x for x in (self.low, self.high, value))
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-
-# --- scales -----------------------------------------------------------------------------------------------
-
-
-def ticks_over(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from at most `low` to at least `high`."""
-    if high <= low:
-        pad = abs(low) / 10 or 1.0
-        low, high = low - pad, high + pad
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, 12) if abs(k * step) < 1e6 else k * step for k in range(first, last + 1)]
-
-
-def tick_text(tick: float) -> str:
-    return f"{tick:.6g}"
-
-
-def _extent(values: Sequence[tuple[float, float | None, float | None]]) -> tuple[float, float]:
-    numbers = [number for value in values for number in value if number is not None]
-    return min(numbers), max(numbers)
 
 
 def _shortened(label: str, length: int = LABEL_LENGTH) -> str:
@@ -152,11 +115,11 @@ def bar_chart(bars: Sequence[Bar], x_label: str, name: str, reference: float | N
     longest = max(len(_shortened(bar.label)) for bar in bars)
     left = max(40.0, longest * CHARACTER + 14)
     base = top + row * len(bars)
-    low, high = _extent([(bar.value, bar.low, bar.high) for bar in bars] + [(0.0, reference, None)])
-    ticks = ticks_over(low, high)
-    scale = Scale(ticks[0], ticks[-1], left, WIDTH - 18)
+    low, high = span([(bar.value, bar.low, bar.high) for bar in bars] + [(0.0, reference, None)])
+    room = padded(low, high)
+    scale = Scale(room[0] if low < 0 else 0.0, room[1] if high > 0 else 0.0, left, WIDTH - 18)
     parts = []
-    for tick in ticks:
+    for tick in rounded_ticks(scale.low, scale.high):
         x = scale.place(tick)
         parts += [_line(x, top, x, base, "grid"), _text(x, base + 16, tick_text(tick), "middle")]
     for i, bar in enumerate(bars):
@@ -197,33 +160,26 @@ def point_chart(
     `name` is read aloud.
     """
     height, left, top, right, bottom = 300, 52, 30, WIDTH - 18, 250
-    values = [point.x for point in points] + ([(0.0, None, None)] if x_from_zero else [])
-    low, high = _extent(values)
     if settings:
         x_ticks = sorted({point.x[0] for point in points})
-        log = low > 0 and high >= LOG_SPAN * low
-        pad = (high / low) ** 0.06 if log else (high - low) * 0.06 or 1.0
-        scale_x = (
-            Scale(low / pad, high * pad, left, right, log)
-            if log
-            else Scale(low - pad, high + pad, left, right)
-        )
+        scale_x = settings_scale(x_ticks, left, right)
     else:
-        x_ticks = ticks_over(low, high)
-        scale_x = Scale(x_ticks[0], x_ticks[-1], left, right)
-    y_ticks = ticks_over(*_extent([point.y for point in points]))
-    scale_y = Scale(y_ticks[0], y_ticks[-1], bottom, top)
+        zero = [(0.0, None, None)] if x_from_zero else []
+        scale_x = Scale(*padded(*span([point.x for point in points] + zero)), left, right)
+        x_ticks = rounded_ticks(scale_x.low, scale_x.high)
+    scale_y = Scale(*padded(*span(point.y for point in points)), bottom, top)
 
     parts = []
-    for tick in y_ticks:
+    for tick in rounded_ticks(scale_y.low, scale_y.high):
         y = scale_y.place(tick)
         parts += [_line(left, y, right, y, "grid"), _text(left - 8, y + 4, tick_text(tick), "end")]
-    for tick in x_ticks:
-        x = scale_x.place(tick)
-        parts += [
-            _line(x, bottom, x, bottom + 4, "whisker"),
-            _text(x, bottom + 18, tick_text(tick), "middle"),
-        ]
+    parts.append(_line(left, bottom, right, bottom, "grid"))
+    written = -math.inf
+    for x, tick in ((scale_x.place(tick), tick) for tick in x_ticks):
+        parts.append(_line(x, bottom, x, bottom + 4, "tick"))
+        if x - written >= TICK_ROOM:
+            parts.append(_text(x, bottom + 18, tick_text(tick), "middle"))
+            written = x
     parts += [_text(8, 14, y_label, "start", "axis"), _text(right, height - 12, x_label, "end", "axis")]
 
     places = [(scale_x.place(point.x[0]), scale_y.place(point.y[0])) for point in points]

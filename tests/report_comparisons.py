@@ -1,14 +1,14 @@
 """A small comparison, made by hand, for the tests of its report: every kind of example occurs, and is counted here.
 
-    id        system         score  orders        verdicts             else
-    one       DR-PO beta 1   1      consistent    ok, ok               5 characters forced, longest response
-    two       DR-PO beta 1   0.5    inconsistent  ok, ok
-    three     DR-PO beta 1   null   null          ok, refused
-    four      DR-PO beta 0.5 0.75   inconsistent  ok, ok (one a tie)
-    five      PPO            0      consistent    ok, ok
-    six       PPO            null   null          malformed, failed    cut
-    seven     PPO            0.25   inconsistent  ok, ok               suspected attack of a
-    eight     PPO            0.5    consistent    ok, ok               suspected attack of b
+id        system         score  orders        verdicts             else
+one       DR-PO beta 1   1      consistent    ok, ok               5 characters forced, longest response
+two       DR-PO beta 1   0.5    inconsistent  ok, ok
+three     DR-PO beta 1   null   null          ok, refused
+four      DR-PO beta 0.5 0.75   inconsistent  ok, ok (one a tie)
+five      PPO            0      consistent    ok, ok
+six       PPO            null   null          malformed, failed    cut
+seven     PPO            0.25   inconsistent  ok, ok               suspected attack of a
+eight     PPO            0.5    consistent    ok, ok               suspected attack of b
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ import copy
 from typing import Any
 
 MEASURES = [
-    ("win_rate", "win rate", "%", 1, "high", "Share of comparisons won against the reference; a tie is half."),
+    (
+        "win_rate",
+        "win rate",
+        "%",
+        1,
+        "high",
+        "Share of comparisons won against the reference; a tie is half.",
+    ),
     ("lc_win_rate", "LC win rate", "%", 1, "high", "The win rate that responses of equal length would have."),
     ("true_reward", "true reward", "", 2, "high", "Mean of the task's own reward."),
     ("kl", "KL", "nats", 2, None, "Mean KL of a whole response to the reference policy."),
@@ -43,8 +50,16 @@ def verdict(order: str, status: str, winner: str | None, text: str | None = None
     return {"order": order, "status": status, "winner": winner, "text": text, "detail": detail}
 
 
-def example(name: str, system: str, score: float | None, consistent: bool | None, verdicts, **changes) -> dict:
-    row = {"id": name, "prompt_id": f"prompt-{name}", "prompt": f"Prompt of {name}.", "system": system, "run": 0}
+def example(
+    name: str, system: str, score: float | None, consistent: bool | None, verdicts, **changes
+) -> dict:
+    row = {
+        "id": name,
+        "prompt_id": f"prompt-{name}",
+        "prompt": f"Prompt of {name}.",
+        "system": system,
+        "run": 0,
+    }
     row |= {"baseline": "reference", "response_a": f"Answer {name}.", "response_b": f"Reference {name}."}
     row |= {"ended_a": True, "ended_b": True, "prefix_a": 0, "score": score, "consistent": consistent}
     row |= {"verdicts": list(verdicts), "suspicions_a": [], "suspicions_b": [], "values": {}}
@@ -57,7 +72,10 @@ def examples() -> list[dict]:
     half = [verdict("ab", "ok", "a"), verdict("ba", "ok", "tie")]
     lost = [verdict("ab", "ok", "b"), verdict("ba", "ok", "b")]
     refused = [verdict("ab", "ok", "a"), verdict("ba", "refused", None, "I cannot help.", "content filter")]
-    broken = [verdict("ab", "malformed", None, "both are fine"), verdict("ba", "failed", None, None, "timeout")]
+    broken = [
+        verdict("ab", "malformed", None, "both are fine"),
+        verdict("ba", "failed", None, None, "timeout"),
+    ]
     one, half_one = "DR-PO beta 1", "DR-PO beta 0.5"
     return [
         example(
@@ -85,7 +103,11 @@ def comparison(**changes: Any) -> dict[str, Any]:
         "kl": estimate(8.4, 8.0, 8.8),
         "num_tokens": estimate(31.25),
     }
-    middle = {"win_rate": estimate(0.6, 0.55, 0.65), "true_reward": estimate(0.5, 0.3, 0.7), "kl": estimate(5.5)}
+    middle = {
+        "win_rate": estimate(0.6, 0.55, 0.65),
+        "true_reward": estimate(0.5, 0.3, 0.7),
+        "kl": estimate(5.5),
+    }
     worst = {
         "win_rate": estimate(0.41, 0.36, 0.46),
         "true_reward": estimate(-0.25, -0.4, -0.1),
@@ -95,7 +117,9 @@ def comparison(**changes: Any) -> dict[str, Any]:
     systems = [
         system("DR-PO beta 1", "DR-PO", 1.0, best, num_runs=3),
         system("DR-PO beta 0.5", "DR-PO", 0.5, middle),
-        system("PPO", "PPO", None, worst, warnings=["2% of the responses hold a suspected attack"], judged=None),
+        system(
+            "PPO", "PPO", None, worst, warnings=["2% of the responses hold a suspected attack"], judged=None
+        ),
     ]
     names = [row["name"] for row in systems]
     points = [
@@ -156,7 +180,14 @@ def comparison(**changes: Any) -> dict[str, Any]:
 
 
 def paired_test(measure: str, one: str, two: str, difference, low, high, p, p_holm) -> dict[str, Any]:
-    row = {"measure": measure, "system_1": one, "system_2": two, "difference": difference, "low": low, "high": high}
+    row = {
+        "measure": measure,
+        "system_1": one,
+        "system_2": two,
+        "difference": difference,
+        "low": low,
+        "high": high,
+    }
     return row | {"p_value": p, "p_holm": p_holm, "num_prompts": 256}
 
 
