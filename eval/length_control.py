@@ -170,7 +170,7 @@ def _separated(wins: NDArray[np.float64], x: NDArray[np.float64]) -> bool:
 
 
 def _fit(wins: NDArray[np.float64], design: NDArray[np.float64], freq_weights=None, **covariance):
-    with python_warnings.catch_warnings():
+    with python_warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         python_warnings.simplefilter("ignore", DomainWarning)
         python_warnings.simplefilter("ignore", PerfectSeparationWarning)  # `_separated` says it in our words
         return GLM(wins, design, family=Binomial(), freq_weights=freq_weights).fit(**covariance)

@@ -1,0 +1,257 @@
+"""launch/compare.py: several policies and seeds in this process, two processes, a judge behind a real HTTP server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from online_runs import DEMO, forget_precision, save_tiny_policy
+from stub_judge_server import KEY, MODEL, StubServer, first_slot_wins, longer_wins
+from tiny_runs import ddp, run, write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from drpo.config import ConfigError, load_recipe
+from drpo.data.records import DataError
+from drpo.run_folder import RunStopped
+from eval.completions import read_completions
+from launch.compare import CompareRecipe
+from launch.compare import run as compare
+
+SCORES = {"true_reward": "drpo.data.demo:true_rewards"}
+NUM = DEMO["num_eval"]
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory) -> Path:
+    """runs/{base,a_0,a_1}/policy: a policy, and two that were moved from it at random."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("policies")
+    base = folder / "runs" / "base" / "policy"
+    base.mkdir(parents=True)
+    save_tiny_policy(base)
+    for seed in (0, 1):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        generator = torch.Generator().manual_seed(seed)
+        for weight in model.parameters():
+            weight.data += 0.02 * torch.randn(weight.shape, generator=generator)
+        other = folder / "runs" / f"a_{seed}" / "policy"
+        model.save_pretrained(other)
+        AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    run_folder = folder / "runs" / "a_0"
+    (run_folder / "config.yaml").write_text("num_steps: 7\n")
+    (run_folder / "metrics.jsonl").write_text("{}\n")
+    rollout = {
+        "split": "rollout",
+        "origin": "x",
+        "prompt": "post",
+        "prefix": " rope",
+        "continuation": " soap",
+    }
+    rows = [{**rollout, "step": step, "ended": True, "scores": {"score": 0.5}} for step in (1, 7)]
+    (run_folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def folder(policies, tmp_path, monkeypatch) -> Path:
+    """A user's folder with the policies under runs/."""
+    (tmp_path / "runs").symlink_to(policies / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STUB_KEY", KEY)
+    forget_precision()
+    yield tmp_path
+    forget_precision()
+
+
+RECIPE = {
+    "run_dir": "out",
+    "systems": [
+        {"name": "base", "policies": ["runs/base/policy"]},
+        {"name": "A, moved", "policies": ["runs/a_0/policy", "runs/a_1/policy"], "setting": 1.0},
+    ],
+    "complete": {
+        "mixed_precision": "no",
+        "data": {"task": "demo", "demo": DEMO},
+        "max_response_length": 8,
+        "sampling": {"temperature": 1.0},
+        "batch_size": 4,
+    },
+    "kl_reference": "runs/base/policy",
+    "reward_functions": SCORES,
+    "judging": {"judge": {"kind": "function", "function": "drpo.data.demo:true_rewards"}},
+}
+
+
+def recipe(folder: Path, **changes) -> CompareRecipe:
+    return load_recipe(CompareRecipe, write_recipe(folder / "compare.yaml", {**RECIPE, **changes}), [])
+
+
+def result_of(path: Path) -> dict:
+    return json.loads((path.parent / "comparison.json").read_text())
+
+
+def row(result: dict, name: str) -> dict:
+    (found,) = (system for system in result["systems"] if system["name"] == name)
+    return found
+
+
+def against_stub(server: StubServer, **changes) -> dict:
+    judge = {
+        "model": MODEL,
+        "base_url": server.url,
+        "api_key_env": "STUB_KEY",
+        "form": "json",
+        "probe": False,
+    }
+    return {"prompt": "tldr-1", "judge": judge, "retry": {"base_delay": 0.01}, **changes}
+
+
+def test_a_comparison_from_policies_to_report(folder, capsys):
+    path = compare(recipe(folder, pairs="all"))
+    assert path == Path("out/report.html") and path.stat().st_size > 10_000
+    assert (folder / "out" / "report.md").is_file() and (folder / "out" / "config.yaml").is_file()
+    result = result_of(path)
+    assert [system["name"] for system in result["systems"]] == ["base", "A, moved", "reference"]
+    base, moved, reference = result["systems"]
+    assert base["values"]["kl"]["value"] == 0 and abs(moved["values"]["kl"]["value"]) > 0.01
+    assert (moved["num_runs"], len(moved["values"]["true_reward"]["runs"])) == (2, 2)
+    assert moved["values"]["true_reward"]["method"] == "seeds"
+    assert reference["values"]["true_reward"]["value"] == 4 and reference["values"]["num_tokens"]["value"] > 5
+    assert base["judged"]["wins"] == 0 and base["judged"]["losses"] == NUM
+    assert len(result["examples"]) == 3 * NUM
+    assert result["configs"] == {"A, moved/0": "num_steps: 7\n"}
+    assert [(each["step"], each["prefix"]) for each in result["rollouts"]] == [(7, " rope")]
+    assert {"base/0", "A, moved/0", "A, moved/1"} <= result["hashes"].keys()
+    # 3 runs against the reference and 2 against each other, of NUM prompts
+    assert result["ranking"]["num_comparisons"] == 5 * NUM
+    assert "A, moved (2 seeds)" in capsys.readouterr().out
+
+
+def test_again_it_samples_nothing_and_finds_the_same(folder):
+    first = result_of(compare(recipe(folder)))
+    forget_precision()
+    again = result_of(compare(recipe(folder)))
+    first.pop("created"), again.pop("created")
+    assert first == again
+    texts = folder / "out" / "completions" / "A_moved_1" / "completions.jsonl"
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    texts.write_text("".join(json.dumps({**each, "response": " mine"}) + "\n" for each in rows))
+    forget_precision()
+    result = result_of(compare(recipe(folder)))
+    shown = [each for each in result["examples"] if each["system"] == "A, moved" and each["run"] == 1]
+    assert {each["response_a"] for each in shown} == {" mine"}, "what is there is not sampled again"
+
+
+def test_the_kl_of_greedy_answers_is_measured_on_samples(folder):
+    complete = {**RECIPE["complete"], "sampling": {"temperature": 0.0}}
+    result = result_of(compare(recipe(folder, complete=complete, pairs="none", judging={})))
+    assert result["judge"] is None and "win_rate" not in row(result, "base")["values"]
+    assert abs(row(result, "A, moved")["values"]["kl"]["value"]) > 0.01
+    assert all("kl" not in example["values"] for example in result["examples"])
+    sampled = read_completions(folder / "out/completions/A_moved_0/sampled/completions.jsonl")
+    greedy = read_completions(folder / "out/completions/A_moved_0/completions.jsonl")
+    assert [each.prompt_id for each in sampled] == [each.prompt_id for each in greedy]
+    assert [each.response for each in sampled] != [each.response for each in greedy]
+
+
+def test_one_store_serves_all_and_a_rerun_pays_nothing(folder):
+    with StubServer(longer_wins) as server:
+        first = result_of(compare(recipe(folder, judging=against_stub(server))))
+        asked = len(server.chats)
+        forget_precision()
+        again = result_of(compare(recipe(folder, judging=against_stub(server))))
+        assert len(server.chats) == asked <= 3 * NUM * 2
+    assert first["systems"] == again["systems"]
+    assert first["judge"]["name"] == MODEL and first["judge"]["spent"]["calls"] == asked
+    assert {path.name for path in (folder / "out").glob("*.sqlite")} == {"verdicts.sqlite"}
+    answers = [each["text"] for example in first["examples"] for each in example["verdicts"]]
+    assert all(answers)
+
+
+def test_a_judge_that_takes_the_first_slot_finds_no_difference(folder):
+    with StubServer(first_slot_wins) as server:
+        result = result_of(compare(recipe(folder, judging=against_stub(server))))
+    for name in ("base", "A, moved"):
+        assert row(result, name)["values"]["win_rate"]["value"] == 0.5
+        assert row(result, name)["judged"]["consistent"] == 0.0
+    assert all(test["p_value"] == 1.0 for test in result["tests"])
+
+
+def test_a_dry_run_asks_nothing_and_estimates_every_comparison(folder, capsys):
+    with StubServer(longer_wins) as server:
+        with pytest.raises(RunStopped, match="judging.budget.dry_run: nothing was asked"):
+            compare(recipe(folder, judging=against_stub(server, budget={"dry_run": True})))
+        assert server.chats == []
+    out = capsys.readouterr().out
+    assert out.count("calls, about") == 3 and "judging 3 of 3" in out
+
+
+def test_responses_made_elsewhere_are_a_system(folder):
+    compare(recipe(folder))
+    forget_precision()
+    files = ["out/completions/base_0/completions.jsonl"]
+    systems = [RECIPE["systems"][1], {"name": "base", "completions": files}]
+    result = result_of(compare(recipe(folder, systems=systems, run_dir="out2", baseline="base")))
+    assert row(result, "base")["values"]["win_rate"] is None and row(result, "base")["values"]["kl"] is None
+    assert row(result, "A, moved")["num_runs"] == 2 and "file_sha256" in result["hashes"]["base/0"]
+    assert {example["baseline"] for example in result["examples"]} == {"base"}
+
+
+def test_two_processes_find_what_one_finds(folder):
+    alone = result_of(compare(recipe(folder)))
+    file = write_recipe(folder / "two.yaml", {**RECIPE, "run_dir": "two"})
+    out = run(ddp("compare"), str(file), cwd=folder)
+    assert out.splitlines()[-1].endswith("two/report.html") and out.count("A, moved (2 seeds)") == 1
+    both = json.loads((folder / "two" / "comparison.json").read_text())
+    assert [system["judged"] for system in both["systems"]] == [
+        system["judged"] for system in alone["systems"]
+    ]
+    for one, other in zip(alone["systems"], both["systems"], strict=True):
+        for key, value in one["values"].items():
+            if value is not None:
+                assert other["values"][key]["value"] == pytest.approx(value["value"], abs=1e-5), key
+
+
+WRONG = {
+    "systems must name what is compared": {"systems": []},
+    "must have either policies or completions": {"systems": [{"name": "x"}]},
+    "has 1 policies but 2 kl_references": {
+        "systems": [{"name": "x", "policies": ["p"], "kl_references": ["a", "b"]}]
+    },
+    "two are called 'x'": {"systems": [{"name": "x", "policies": ["p"]}] * 2},
+    "too much alike": {"systems": [{"name": "x y", "policies": ["p"]}, {"name": "x_y", "policies": ["p"]}]},
+    "'reference' cannot be the name": {"systems": [{"name": "reference", "policies": ["p"]}]},
+    "baseline must be reference or one of base, A, moved, got B": {"baseline": "B"},
+    "complete.policy is set by the comparison itself": {"complete": {"policy": "p"}},
+    "judging.system is set by the comparison itself": {"judging": {"system": "x"}},
+    "judging does not apply to pairs=none": {"pairs": "none"},
+    "reward_functions.kl is the name of a column": {"reward_functions": {"kl": "a:b"}},
+    "num_examples must be >= 0": {"num_examples": -1},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_cannot_work_is_refused_before_anything_is_sampled(folder, message):
+    with pytest.raises(ConfigError, match=message):
+        compare(recipe(folder, **WRONG[message]))
+    assert not (folder / "out" / "completions").exists()
+
+
+def test_a_file_without_the_system_is_refused_by_name(folder):
+    compare(recipe(folder, pairs="none", judging={}))
+    forget_precision()
+    files = ["out/completions/base_0/completions.jsonl"]
+    with pytest.raises(DataError, match="no responses of system 'gpt'; there are: base"):
+        compare(recipe(folder, systems=[{"name": "gpt", "completions": files}], run_dir="out2"))
+
+
+def test_policies_with_other_tokenizers_have_no_kl(folder):
+    other = folder / "other"
+    AutoModelForCausalLM.from_pretrained("runs/base/policy").save_pretrained(other)
+    tokenizer = AutoTokenizer.from_pretrained("runs/base/policy")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ConfigError, match="their tokenizers differ"):
+        compare(recipe(folder, kl_reference=str(other)))
