@@ -133,6 +133,8 @@
     return element;
   }
 
+  const badge = (text, kind = "") => [" ", el("span", `badge ${kind}`.trim(), text)];
+
   function textBox(text, prefix = 0) {
     const box = el("div", "text");
     box.dir = "auto";
@@ -149,8 +151,8 @@
   }
 
   function panel(name, text, ended, suspicions, prefix, won) {
-    const head = el("h4", "", el("bdi", "", name), won ? el("span", "badge good", "won") : null);
-    if (ended !== null) head.append(el("span", ended ? "badge" : "badge bad", ended ? "ended" : "cut at its length limit"));
+    const head = el("h4", "", el("bdi", "", name), ...(won ? badge("won", "good") : []));
+    if (ended !== null) head.append(...(ended ? badge("ended") : badge("cut at its length limit", "bad")));
     const box = el("section", won ? "panel winner" : "panel", head);
     if (prefix) box.append(el("p", "note", el("mark", "", "Marked"), ": the forced prefix, not written by the policy"));
     for (const suspicion of suspicions) box.append(el("p", "warning", el("b", "", "Suspected attack: "), suspicion));
@@ -162,8 +164,8 @@
     const first = verdict.order === "ab" ? e.system : e.baseline;
     const winner = { a: e.system, b: e.baseline, tie: "tie" }[verdict.winner];
     const outcome = verdict.status !== "ok" ? verdict.status : verdict.winner === "tie" ? "tie" : `${winner} won`;
-    const badge = el("span", verdict.status === "ok" ? "badge" : "badge bad", outcome);
-    const box = el("section", "panel", el("h4", "", el("bdi", "", `${first} shown first`), badge));
+    const kind = verdict.status === "ok" ? "" : "bad";
+    const box = el("section", "panel", el("h4", "", el("bdi", "", `${first} shown first`), ...badge(outcome, kind)));
     if (verdict.detail) box.append(el("p", "note", verdict.detail));
     if (verdict.text !== null) box.append(textBox(verdict.text));
     return box;
@@ -200,9 +202,9 @@
     const e = examples[matches[position]];
     const all = number === examples.length ? "" : ` (${examples.length} in all)`;
     byId("count").textContent = `Example ${position + 1} of ${number}${all}`;
-    const result = el("span", "badge " + { won: "good", lost: "bad" }[verdictOf(e)], resultText(e));
-    const title = el("h3", "", el("bdi", "", e.system), " against ", el("bdi", "", e.baseline), result);
-    if (e.consistent === false) title.append(el("span", "badge bad", "inconsistent"));
+    const result = badge(resultText(e), { won: "good", lost: "bad" }[verdictOf(e)]);
+    const title = el("h3", "", el("bdi", "", e.system), " against ", el("bdi", "", e.baseline), ...result);
+    if (e.consistent === false) title.append(...badge("inconsistent", "bad"));
     const origin = el("p", "note", `run ${e.run}, `, el("code", "", e.id));
     const pair = el(
       "div",

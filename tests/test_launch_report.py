@@ -1,0 +1,46 @@
+"""launch/report.py as a user runs it: the pages anew from comparison.json, and errors in one message."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from report_comparisons import comparison
+from tiny_runs import CLEAN, ROOT
+
+from launch.report import main
+
+
+def test_writes_the_pages_anew_from_the_file_alone(tmp_path):
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison()), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "launch" / "report.py"), str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=CLEAN, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = Path(done.stdout.strip().splitlines()[-1])
+    assert page == (tmp_path / "report.html").resolve()
+    assert {path.name for path in tmp_path.iterdir()} == {"comparison.json", "report.html", "report.md"}
+    first = [(tmp_path / name).read_bytes() for name in ("report.html", "report.md")]
+    main([str(tmp_path / "comparison.json")])
+    assert [(tmp_path / name).read_bytes() for name in ("report.html", "report.md")] == first
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no comparison at .*comparison.json: No such file or directory; launch/compare.py writes one"),
+        ("{", "comparison.json is not JSON"),
+        (b"\xff", "comparison.json is not JSON"),
+        ("{}", "title is missing"),
+        ('{"title": NaN}', "title must be text, got nan"),
+    ],
+)
+def test_what_cannot_be_read_is_one_message(content, message, tmp_path):
+    if content is not None:
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / "comparison.json").write_bytes(data)
+    with pytest.raises(SystemExit, match=message):
+        main([str(tmp_path)])
+    assert not (tmp_path / "report.html").exists()
