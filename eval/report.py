@@ -89,7 +89,7 @@ def headline(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts.append(
         ("written", re.sub(r"^(\S{10})T(\d\d:\d\d)\S*?(Z|\+00:00)$", r"\1 \2 UTC", comparison["created"]))
     )
-    facts.append(("commit", comparison["commit"] or "unknown"))
+    facts.append(("commit", re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", comparison["commit"] or "unknown")))
     return facts
 
 

@@ -139,6 +139,12 @@ def test_the_whole_browser_works_from_the_keyboard(show):
     ):
         press(key)
         assert shown_id(page) == expected
+    press("?")
+    assert page.locator("#help").is_visible()
+    press("j")
+    assert shown_id(page) == "one"
+    press("Escape")
+    assert not page.locator("#help").is_visible()
     press("/")
     page.keyboard.type("jk/?")
     wait_for_count(page, "No example of 8 matches")  # letters are text here
@@ -151,12 +157,6 @@ def test_the_whole_browser_works_from_the_keyboard(show):
     assert shown_id(page) == "eight"
     press("Escape")
     assert page.evaluate("document.activeElement.id") != "filter-search"
-    press("?")
-    assert page.locator("#help").is_visible()
-    press("j")
-    assert shown_id(page) == "eight"
-    press("Escape")
-    assert not page.locator("#help").is_visible()
 
 
 def test_focus_can_be_seen_and_every_control_has_a_name(show):

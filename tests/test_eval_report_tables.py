@@ -144,6 +144,10 @@ def test_the_headline():
     assert facts["spent on the judge"] == "1,536 calls, 812,345 prompt tokens, $1.23"
     assert facts["written"] == "2026-11-21 09:00 UTC"
     assert facts["prompts"] == "256"
+    assert facts["commit"] == "abc1234"
+    assert dict(headline(comparison(commit="0123456789abcdef" * 2 + "01234567+changes")))["commit"] == (
+        "0123456789ab+changes"
+    )
     facts = dict(headline(empty_comparison()))
     assert facts["judge"] == "none" and facts["commit"] == "unknown"
 

@@ -212,8 +212,9 @@
       panel(e.system, e.response_a, e.ended_a, e.suspicions_a, e.prefix_a, e.score > 0.5),
       panel(e.baseline, e.response_b, e.ended_b, e.suspicions_b, 0, e.score !== null && e.score < 0.5),
     );
-    const prompt = el("section", "panel prompt", el("h4", "", "Prompt"), textBox(e.prompt));
-    article.replaceChildren(title, origin, prompt, pair);
+    const prompt = textBox(e.prompt);
+    article.replaceChildren(title, origin, el("section", "panel prompt", el("h4", "", "Prompt"), prompt), pair);
+    if (prompt.scrollHeight > prompt.clientHeight) prompt.tabIndex = 0; // so that keys can scroll it
     if (Object.keys(e.values).length) article.append(el("h4", "", "Values of ", el("bdi", "", e.system)), valuesOf(e));
     if (e.verdicts.length) {
       article.append(el("h4", "", "Verdicts"), el("div", "pair", ...e.verdicts.map((v) => verdictPanel(e, v))));
