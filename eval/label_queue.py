@@ -66,6 +66,11 @@ class LabelQueue:
     def __len__(self) -> int:
         return len(self._by_id)
 
+    def close(self) -> None:
+        """Let go of the labels file; what is chosen afterwards is not stored, and fails."""
+        with self._lock:
+            self._writer.close()
+
     def progress(self) -> dict[str, int]:
         """How many comparisons each known annotator is through with."""
         with self._lock:
@@ -175,7 +180,7 @@ class LabelQueue:
             if known.casefold() == name.casefold():
                 return known
         if self._allowed:
-            raise LabelRefused(403, f"{name} is not among the annotators of this run")
+            raise LabelRefused(403, f"this run has no annotator {name}")
         return name
 
     def _refuse_other(self, labels: Sequence[Label]) -> None:

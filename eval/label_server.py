@@ -135,11 +135,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._check_host()
             content, kind = respond()
         except (_Refused, LabelRefused) as error:
-            self.send_error(error.code, str(error))
+            self._refuse(error.code, str(error))
         except OSError as error:
             if isinstance(error, ConnectionError | TimeoutError):
                 raise
-            self.send_error(500, f"the label could not be written: {error}")
+            self._refuse(500, f"the label could not be written: {error}")
         else:
             self._send(200, content, kind)
 
@@ -191,12 +191,16 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
+    def _refuse(self, code: int, message: str) -> None:
+        self._send(code, *_as_json({"error": message}))
+
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Every refusal as JSON, also those of the base class, which calls an unknown method a fault of the server."""
-        if code == HTTPStatus.NOT_IMPLEMENTED:
+        """What the base class cannot read, or not answer: as JSON, and the connection ends, for more may follow."""
+        self.close_connection = True
+        self.request_version = self.protocol_version  # else a request without a version gets no status line
+        if code == HTTPStatus.NOT_IMPLEMENTED:  # an unknown method is no fault of the server
             code, message = HTTPStatus.METHOD_NOT_ALLOWED, f"no method {self.command} here"
-            self.close_connection = True  # its body, if any, is not read
-        self._send(code, *_as_json({"error": message or HTTPStatus(code).phrase}))
+        self._refuse(code, message or HTTPStatus(code).phrase)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the terminal is for the address and the progress."""

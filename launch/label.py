@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import closing
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -96,17 +97,16 @@ def run(recipe: LabelRecipe) -> Path:
     folder = Path(recipe.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "labels.jsonl"
-    with LabelsWriter(path) as writer:
-        queue = LabelQueue(comparisons, writer, prompt, recipe.ties, recipe.annotators, recipe.seed)
-        save_resolved(recipe, folder / "config.yaml")
-        try:
-            server = LabelServer(queue, recipe.host, recipe.port)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {recipe.host}, port {recipe.port}: {error}") from None
-        with server:
-            _announce(recipe, queue, server.url)
-            _serve(server)
-        _show_progress(queue)
+    queue = LabelQueue(comparisons, LabelsWriter(path), prompt, recipe.ties, recipe.annotators, recipe.seed)
+    save_resolved(recipe, folder / "config.yaml")
+    try:
+        server = LabelServer(queue, recipe.host, recipe.port)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {recipe.host}, port {recipe.port}: {error}") from None
+    with server, closing(queue):
+        _announce(recipe, queue, server.url)
+        _serve(server)
+    _show_progress(queue)
     return path
 
 
