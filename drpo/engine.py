@@ -37,9 +37,13 @@ class Engine:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, with a warning
         handlers = []
-        if "WORLD_SIZE" in os.environ and not torch.cuda.is_available():
+        several_on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
+        if several_on_cpu:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         self._accelerator = Accelerator(
+            # Without it accelerate would take several processes on CPU for one; with it it would leave DeepSpeed out.
+            cpu=several_on_cpu and not with_deepspeed,
             mixed_precision=config.mixed_precision,
             log_with=config.trackers or None,
             project_dir=str(run_dir),

@@ -34,8 +34,7 @@ from eval.judging.verdict import combine_all
 from eval.response_scores import response_kls, reward_scores
 from eval.system_runs import KL, WIN_RATE, Run, judged_values, text_values
 from launch.complete import CompleteRecipe, complete_policy, load_to_read
-from launch.judge import JudgeRecipe
-from launch.judge import run as judge
+from launch.judge import JudgeRecipe, judge
 
 SAMPLED = SamplingConfig(temperature=1.0)
 NUM_ROLLOUTS = 8

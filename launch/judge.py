@@ -122,9 +122,14 @@ def _refuse(given: bool, name: str, where: str) -> None:
 
 
 def run(recipe: JudgeRecipe) -> Path:
-    """Pair the responses up, ask the judge, write what it said."""
+    """Judge, in the one process that there is."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("judge.py runs in one process: start it with python")
+    return judge(recipe)
+
+
+def judge(recipe: JudgeRecipe) -> Path:
+    """Pair the responses up, ask the judge, write what it said. Returns the path of judgments.jsonl."""
     if not recipe.completions or recipe.system is None:
         raise ConfigError("completions must name files with completions, and system one of their systems")
     make_demo_completions(*recipe.completions)
@@ -140,8 +145,8 @@ def run(recipe: JudgeRecipe) -> Path:
     if recipe.judge.kind == "openai":
         with _disk_trouble_explained(folder):
             return _run_openai(recipe, questions)
-    judge = score_judge(recipe.judge, folder)
-    verdicts, stopped = asyncio.run(collect_verdicts(judge, questions))
+    scoring = score_judge(recipe.judge, folder)
+    verdicts, stopped = asyncio.run(collect_verdicts(scoring, questions))
     with _disk_trouble_explained(folder):
         return _write(recipe, questions, verdicts, None, stopped)
 

@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 import yaml
 from online_runs import forget_precision, merged
-from tiny_runs import CLEAN, ONLINE, ROOT, SFT, accelerate, metrics_of, plain, run, write_recipe
+from tiny_runs import (
+    CLEAN,
+    ONLINE,
+    ROOT,
+    SFT,
+    accelerate,
+    ddp,
+    deepspeed,
+    metrics_of,
+    plain,
+    run,
+    write_recipe,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drpo.config import load_recipe
@@ -42,6 +54,10 @@ KEYS = {
     "benchmark": ("share_prompts", "num_repeats"),
     "complete": ("policy", "imported.columns"),
     "judge": ("half_tie", "max_undecided"),
+    "compare": ("kl_reference", "judging.budget.max_usd"),
+    "agreement": ("judgments", "labels"),
+    "label": ("baseline", "port"),
+    "import_labels": ("split", "data.task"),
 }
 PAIRS = {k: SFT[k] for k in ("num_steps", "data", "model", "batch", "optim", "eval", "log", "engine")}
 MY_REWARDS = """
@@ -93,6 +109,27 @@ def test_help_lists_the_keys_from_any_folder(script, tmp_path):
 def test_accelerate_launch_imports_the_package_and_not_the_script(arguments, where, tmp_path):
     out = run([*accelerate(), "--cpu", "--num_processes", "1", *arguments], "--help", cwd=where or tmp_path)
     assert "usage: drpo.py" in out and "reset.proportion" in out
+
+
+WHO = """
+from pathlib import Path
+from drpo.engine import Engine, EngineConfig
+
+engine = Engine(EngineConfig(trackers=[]), Path("."), seed=0, max_grad_norm=None)
+print(engine.world_size, engine.gather_objects([engine.rank]), engine.precision, flush=True)
+engine.close()
+"""
+
+
+@pytest.mark.parametrize("launcher", [lambda: ddp("sft"), lambda: deepspeed("sft", 2)], ids=["cpu", "zero2"])
+def test_the_configs_of_several_processes_start_several_that_know_each_other(launcher, tmp_path):
+    """accelerate takes MULTI_CPU for one process, and two without a word about the CPU for two times one."""
+    (tmp_path / "who.py").write_text(WHO)
+    command = [*launcher()[:-1], "who.py"]
+    env = CLEAN | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 [0, 1] no") == 2
 
 
 def test_a_script_that_is_started_in_its_own_folder_imports_the_package():
