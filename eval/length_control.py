@@ -96,7 +96,7 @@ def length_controlled_win_rate(
     if differ and reach < MIN_REACH:
         raise ValueError(
             f"length_a - length_b is {longer.mean():.3g} on average and varies by {longer.std():.3g}, equal length "
-            f"is {FAR:g} deviations or more away from {1 - reach:.0%} of the comparisons; nothing tells the rate there, "
+            f"is {FAR:g} deviations or more away from {1 - reach:.0%} of the comparisons; nothing tells the rate, "
             "report the plain win rate"
         )
     x = np.tanh(longer / longer.std()) if differ else np.zeros(len(longer))

@@ -64,7 +64,7 @@ OWN_COMPLETE_KEYS = (
     "imported",
 )
 OWN_JUDGE_KEYS = ("run_dir", "completions", "system", "baseline", "num_prompts", "store")
-TABLE_WIDTH = 160
+TABLE_WIDTH = 180
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded demo: SFT, reward model, PPO and DR-PO, then two tables and a plot.
+"""The whole pipeline on the embedded demo: SFT, reward model, PPO and DR-PO, their curves, and how they compare.
 
 python launch/demo.py
 """
@@ -28,14 +28,9 @@ from launch.demo_inputs import DEMO_RUNS
 from reward_models.score import RewardModelScorer
 
 STAGES = ("sft", "reward_model", "ppo", "drpo")
+REPORT = DEMO_RUNS / "compare" / "report.html"
 
-COLUMNS = {
-    "true reward": "eval/true_reward",
-    "reward-model score": "eval/score",
-    "KL to SFT (nats)": "eval/kl",
-    "length (tokens)": "eval/length",
-    "ended": "eval/ended",
-}
+CURVES = {"true reward": "eval/true_reward", "reward-model score": "eval/score"}
 
 
 def main() -> None:
@@ -44,32 +39,25 @@ def main() -> None:
         raise SystemExit(f"{__doc__.strip()}\n\nIt takes no arguments; the stages do: launch/drpo.py --help")
     quieten_libraries()
     for stage in STAGES:
-        print(f"\n=== {stage}: launch/{stage}.py demo/{stage}.yaml", flush=True)
-        subprocess.run([sys.executable, str(HERE / f"{stage}.py"), f"demo/{stage}.yaml"], check=True)
+        launch(stage)
     ppo, drpo = (evaluations(DEMO_RUNS / stage) for stage in ("ppo", "drpo"))
-    rows = {"SFT": drpo[0], "PPO": ppo[-1], "DR-PO": drpo[-1]}
     Console().print(error_table(DEMO_RUNS / "reward_model" / "reward_model"))
-    Console().print(table(rows))
     plot({"PPO": ppo, "DR-PO": drpo}, DEMO_RUNS / "curves.png")
-    print("policies, metrics and sample completions:")
-    for path in (*(DEMO_RUNS / stage for stage in STAGES), DEMO_RUNS / "curves.png"):
+    launch("compare")
+    print("policies, metrics and sample completions, curves, and the report to open in a browser:")
+    for path in (*(DEMO_RUNS / stage for stage in STAGES), DEMO_RUNS / "curves.png", REPORT):
         print(f"  {path}")
+
+
+def launch(stage: str) -> None:
+    """Run a script on its demo recipe, as a user would."""
+    print(f"\n=== {stage}: launch/{stage}.py demo/{stage}.yaml", flush=True)
+    subprocess.run([sys.executable, str(HERE / f"{stage}.py"), f"demo/{stage}.yaml"], check=True)
 
 
 def evaluations(run: Path) -> list[dict[str, float]]:
     """The rows of a run's metrics that hold an evaluation, first to last."""
     return [row for row in read_metrics(run / "metrics.jsonl") if "eval/score" in row]
-
-
-def table(rows: dict[str, dict[str, float]]) -> Table:
-    """Policies x measurements on the same held-out prompts, sampled at temperature 1."""
-    result = Table(title="held-out prompts, temperature 1 (one seed; docs/experiments.md has intervals)")
-    result.add_column("policy")
-    for name in COLUMNS:
-        result.add_column(name, justify="right")
-    for policy, row in rows.items():
-        result.add_row(policy, *(f"{row[key]:.2f}" for key in COLUMNS.values()))
-    return result
 
 
 def error_table(reward_model: Path) -> Table:
@@ -108,7 +96,7 @@ def plot(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharex=True)
-    for axis, (name, key) in zip(axes, list(COLUMNS.items())[:2], strict=True):
+    for axis, (name, key) in zip(axes, CURVES.items(), strict=True):
         for policy, rows in runs.items():
             axis.plot([row["step"] for row in rows], [row[key] for row in rows], marker="o", label=policy)
         axis.set_xlabel("step")

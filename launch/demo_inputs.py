@@ -17,6 +17,8 @@ STAGES = {
     DEMO_RUNS / "sft_often" / "policy": ("sft.py", "demo/sft_often.yaml"),
     DEMO_RUNS / "reward_model" / "reward_model": ("reward_model.py", "demo/reward_model.yaml"),
     DEMO_RUNS / "dpo" / "policy": ("dpo.py", "demo/dpo.yaml"),
+    DEMO_RUNS / "ppo" / "policy": ("ppo.py", "demo/ppo.yaml"),
+    DEMO_RUNS / "drpo" / "policy": ("drpo.py", "demo/drpo.yaml"),
 }
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")

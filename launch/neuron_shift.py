@@ -248,10 +248,7 @@ def _write(
     text = page(summary, reports)
     (folder / "summary.md").write_text(text, encoding="utf-8")
     print(text)
-    try:
-        plot_layers(summary, folder / "layers.png")
-    except ImportError as error:
-        print(f"no layers.png: {error}; pip install 'drpo[plots]'")
+    plot_layers(summary, folder / "layers.png")
     return folder / "summary.md"
 
 

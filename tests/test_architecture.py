@@ -39,6 +39,16 @@ PURE = (
     "drpo.rewards",
     "drpo.rollout.trajectory",
     "reward_models.losses",
+    "eval.intervals",
+    "eval.win_rate",
+    "eval.position_bias",
+    "eval.length_control",
+    "eval.agreement",
+    "eval.ranking",
+    "eval.seeds",
+    "eval.across_runs",
+    "eval.frontier",
+    "eval.planning",
 )
 INFRASTRUCTURE = ("transformers", "accelerate", "deepspeed", "peft", "datasets", "omegaconf", "drpo.config")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -19,9 +20,24 @@ def test_the_demo_makes_what_it_lacks_and_resets_raise_the_true_reward(tmp_path)
     assert out.splitlines()[-1] == str(tmp_path / "runs/demo/drpo/policy")
 
     out = run([sys.executable, str(ROOT / "launch" / "demo.py")], cwd=tmp_path, timeout=1200)
-    for word in ("SFT", "PPO", "DR-PO", "true reward", "incomplete", "no_stop", "runs/demo/curves.png"):
+    for word in (
+        "SFT",
+        "PPO",
+        "DR-PO",
+        "true reward",
+        "incomplete",
+        "no_stop",
+        "runs/demo/curves.png",
+        "LC win rate",
+    ):
         assert word in out, word
     assert (tmp_path / "runs/demo/curves.png").stat().st_size > 5000
+    compared = json.loads((tmp_path / "runs/demo/compare/comparison.json").read_text())
+    wins = {system["name"]: system["values"]["win_rate"] for system in compared["systems"]}
+    assert wins["DR-PO"]["low"] > max(wins["PPO"]["high"], wins["SFT"]["high"]), (
+        "a tie is the best there is: 50%"
+    )
+    assert (tmp_path / "runs/demo/compare/report.html").stat().st_size > 100_000
 
     last = {name: metrics_of(tmp_path / "runs/demo" / name)[-1] for name in ("ppo", "drpo")}
     sft = metrics_of(tmp_path / "runs/demo/drpo")[0]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pytest
 import torch
 
 from eval.neurons.neuron_report import load_arrays, markdown, page, plot_layers, save_arrays, save_summary
@@ -76,6 +75,5 @@ def test_the_page_says_what_was_compared(tmp_path):
 
 
 def test_the_plot_is_a_picture(tmp_path):
-    pytest.importorskip("matplotlib")
     plot_layers(summarise(SHIFT), tmp_path / "layers.png")
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")

@@ -117,7 +117,7 @@ def page(summary: dict[str, Any], reports: list[str]) -> str:
 
 
 def plot_layers(summary: dict[str, Any], path: Path) -> None:
-    """Layer by layer: gross stacked by group, opposing and net. Raises ImportError without matplotlib."""
+    """Layer by layer: gross stacked by group, opposing and net."""
     import matplotlib
 
     matplotlib.use("Agg")
