@@ -15,10 +15,15 @@ from drpo.run_folder import flatten
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.preference_recipe import PreferenceRecipe
 from drpo.trainers.sft import SFTRecipe
+from launch.agreement import AgreementRecipe
 from launch.benchmark import BenchmarkRecipe
 from launch.command_line import RECIPES, find_recipe
+from launch.compare import CompareRecipe
 from launch.complete import CompleteRecipe
+from launch.demo_inputs import STAGES as DEMO_STAGES
+from launch.import_labels import ImportLabelsRecipe
 from launch.judge import JudgeRecipe
+from launch.label import LabelRecipe
 from launch.neuron_shift import NeuronShiftRecipe
 from launch.preference_experiment import PreferenceExperimentRecipe
 from launch.reset_experiment import ExperimentRecipe
@@ -35,6 +40,10 @@ STAGES: dict[str, type] = {
     "neuron_shift": NeuronShiftRecipe,
     "judge": JudgeRecipe,
     "complete": CompleteRecipe,
+    "compare": CompareRecipe,
+    "label": LabelRecipe,
+    "import_labels": ImportLabelsRecipe,
+    "agreement": AgreementRecipe,
     "benchmark": BenchmarkRecipe,
 }
 SIZES = ("1b", "2.8b", "6.9b")
@@ -118,13 +127,39 @@ def test_ppo_is_drpo_without_resets(ppo_name, drpo_name):
     assert loaded(ppo_name).reset.proportion == 0 < loaded(drpo_name).reset.proportion
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if re.search(r"_[\d.]+b\.yaml$", name)])
+TRAINED_ON_GPUS = [
+    name for name in NAMES if re.search(r"_[\d.]+b\.yaml$", name) and stage_of(name) != "compare"
+]
+
+
+@pytest.mark.parametrize("name", TRAINED_ON_GPUS)
 def test_gpu_recipes_divide_over_eight_processes(name):
     recipe = loaded(name)
     if isinstance(recipe, OnlineRecipe):
         assert recipe.rollout.batch_size // recipe.ppo.num_minibatches % 8 == 0
     else:
         assert recipe.batch.size % 8 == 0
+
+
+@pytest.mark.parametrize("name", ["tldr/compare_1b.yaml", "tldr/compare_2.8b.yaml", "hh/compare_1b.yaml"])
+def test_what_is_compared_is_what_the_recipes_leave(name):
+    recipe, (task, size) = loaded(name), re.fullmatch(r"(\w+)/compare_(.*)\.yaml", name).groups()
+    made = {
+        f"runs/{task}/{stage}_{size}/policy" for stage in ("sft", "ppo", "drpo", *PREFERENCE_STAGES[task])
+    }
+    assert {policy for system in recipe.systems for policy in system.policies} <= made
+    assert recipe.kl_reference == f"runs/{task}/sft_{size}/policy"
+    assert recipe.reward_model == f"{loaded(f'{task}/reward_model_{size}.yaml').run_dir}/reward_model"
+    complete = loaded(f"{task}/complete.yaml")
+    for key in ("max_response_length", "sampling", "dtype"):
+        assert getattr(recipe.complete, key) == getattr(complete, key)
+
+
+def test_the_demo_ends_with_what_the_demo_made():
+    recipe = loaded("demo/compare.yaml")
+    policies = [policy for system in recipe.systems for policy in system.policies]
+    assert policies == [f"{loaded(f'demo/{stage}.yaml').run_dir}/policy" for stage in ("sft", "ppo", "drpo")]
+    assert all(Path(path) in DEMO_STAGES for path in (*policies, recipe.kl_reference, recipe.reward_model))
 
 
 # --- published settings ---------------------------------------------------------------------------------
