@@ -60,13 +60,17 @@ def labels_from_pairs(
                 )
     num_pairs, num_places = sum(num_labels.values()), sum(n * count for n, count in num_labels.items())
     several = num_pairs - num_labels[1]
-    notes = [
-        f"{len(labels)} labels by {len({label.annotator for label in labels})} annotators on {num_pairs} pairs of "
-        f"{len(pairs)} prompts; {several} pairs have labels by several annotators"
-    ]
+    counts = {
+        "labels": len(labels),
+        "annotators": len({label.annotator for label in labels}),
+        "prompts": len(pairs),
+        "pairs": num_pairs,
+        "pairs with labels by several annotators": several,
+    }
+    notes = [", ".join(f"{name}: {count}" for name, count in counts.items())]
     if len(labels) > num_places:
         notes.append(
-            f"{len(labels) - num_places} labels are an annotator's second on a pair: the last one counts"
+            f"an annotator's second labels of a pair, of which the last one counts: {len(labels) - num_places}"
         )
     return rows, labels, notes
 

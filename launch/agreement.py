@@ -135,7 +135,7 @@ def _print(found: dict[str, Any]) -> None:
     people = found["people_together"]
     if people is not None:
         together.append(("any two people", people.num_pairs, _percent(people.agreement), _kappa(people)))
-    _table(console, "agreement of", ("", "comparisons", "agreement", "kappa"), together)
+    _table(console, "agreement", ("", "comparisons", "agreement", "kappa"), together)
     rows = [
         (
             x.judge,

@@ -44,7 +44,7 @@ def test_each_pair_is_a_comparison_and_its_label_prefers_the_chosen_response():
     assert {label.annotator for label in labels} == {"data"} and {label.order for label in labels} == {None}
     assert {label.winner for label in labels} == {"a", "b"}, "which one is text_1 does not tell who won"
     assert notes == [
-        "30 labels by 1 annotators on 30 pairs of 10 prompts; 0 pairs have labels by several annotators"
+        "labels: 30, annotators: 1, prompts: 10, pairs: 30, pairs with labels by several annotators: 0"
     ]
 
 
@@ -68,7 +68,7 @@ def test_several_workers_on_one_pair_are_several_labels_of_one_comparison():
     ]
     rows, labels, notes, _ = made(records)
     assert len(rows) == 6 and notes == [
-        "4 labels by 2 annotators on 3 pairs of 2 prompts; 1 pairs have labels by several annotators"
+        "labels: 4, annotators: 2, prompts: 2, pairs: 3, pairs with labels by several annotators: 1"
     ]
     one, two = labels[:2] if labels[0].key == labels[1].key else labels[1:3]
     assert one.key == two.key and {one.score, two.score} == {0, 1}
@@ -81,7 +81,7 @@ def test_a_second_label_of_the_same_worker_replaces_the_first_and_is_told():
     rows, labels, notes, _ = made([pair("p", " x", " y", worker="w"), pair("p", " y", " x", worker="w")])
     (last,) = current_labels(labels)
     assert winner_text(rows, last) == " y"
-    assert notes[1] == "1 labels are an annotator's second on a pair: the last one counts"
+    assert notes[1] == "an annotator's second labels of a pair, of which the last one counts: 1"
 
 
 def test_bad_annotators_and_confidences_are_counted():
@@ -132,9 +132,7 @@ def test_tldr_comparisons_with_their_workers(tldr, capsys):
     path = run(recipe())
     assert path == Path("run/labels.jsonl")
     out = capsys.readouterr().out
-    assert (
-        "3 labels by 2 annotators on 2 pairs of 2 prompts; 1 pairs have labels by several annotators" in out
-    )
+    assert "labels: 3, annotators: 2, prompts: 2, pairs: 2, pairs with labels by several annotators: 1" in out
     rows = read_completions("run/completions.jsonl")
     assert {row.prompt for row in rows} == {
         f"SUBREDDIT: r/advice\n\nTITLE: A title\n\nPOST: {post}\n\nTL;DR:" for post in ("one", "two")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from drpo.data.records import DataError
 from eval.judging.judge_prompts import PROMPTS
 from eval.judging.judgments import write_judgments
 from eval.judging.verdict import Verdict
+from eval.label_agreement import everybodys_habits
 from eval.label_queue import LabelQueue
 from eval.labels import LabelsWriter, label_of
+from eval.ratings import side_by_side
 from launch.agreement import AgreementRecipe, run
 from launch.command_line import find_recipe
 from launch.judge import JudgeRecipe
@@ -141,6 +144,18 @@ def test_habits_and_win_rates(folder):
     assert rates["by_judge"]["rate"] == pytest.approx(5.5 / 10)
     assert rates["by_people"]["rate"] == pytest.approx(4 / 10)  # 1 1 .5 0 0 0 0 0 1 .5
     assert rates["difference"]["difference"] == pytest.approx(0.15)
+
+
+def test_the_longer_response_may_be_either_and_equal_lengths_say_nothing():
+    """a longer and wins, a shorter and wins, b longer and wins, a tie, equal lengths: 1, 0, 1 and 0.5 of four."""
+    lengths, winners = [(3, 2), (2, 3), (2, 3), (3, 2), (2, 2)], ["a", "a", "b", "tie", "a"]
+    said = [
+        label_of(replace(c, response_a="x" * a, response_b="y" * b), "anna", "labelled", winner, None)
+        for c, (a, b), winner in zip(COMPARED, lengths, winners, strict=False)
+    ]
+    (anna,) = everybodys_habits(side_by_side([], said))
+    assert (anna.num_verdicts, anna.position) == (5, None)
+    assert anna.longer_wins.rate == pytest.approx(2.5 / 4) and anna.longer_wins.undecided == 1
 
 
 def test_by_confidence(folder):
