@@ -226,22 +226,25 @@ def _frontiers(rows: Sequence[Mapping[str, Any]], measures: Sequence[Measure]) -
 def _curves(
     rows: Sequence[Mapping[str, Any]], measures: Sequence[Measure], setting_name: str
 ) -> list[dict[str, Any]]:
-    """Each reward and the KL over the setting, for methods with several settings."""
+    """Each reward and the KL over the setting, for the methods that have several settings."""
     curves = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method and row["setting"] is not None]
-        for measure in measures:
-            placed = [row for row in own if row["values"][measure.key]]
-            if len(placed) < 2 or not (measure.is_reward or measure.key == KL):
-                continue
-            points = [
-                {"system": row["name"], "setting": row["setting"], **_limits(row["values"][measure.key])}
-                for row in sorted(placed, key=lambda row: row["setting"])
-            ]
-            curves.append(
-                {"setting": setting_name, "method": method, "measure": measure.key, "points": points}
-            )
+    for measure in measures:
+        if not (measure.is_reward or measure.key == KL):
+            continue
+        placed = [row for row in rows if row["setting"] is not None and row["values"][measure.key]]
+        points = []
+        for method in dict.fromkeys(row["method"] for row in placed):
+            own = sorted((row for row in placed if row["method"] == method), key=lambda row: row["setting"])
+            if len(own) > 1:
+                points += [_point(row, measure.key) for row in own]
+        if points:
+            curves.append({"setting": setting_name, "measure": measure.key, "points": points})
     return curves
+
+
+def _point(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    where = {"system": row["name"], "method": row["method"], "setting": row["setting"]}
+    return where | _limits(row["values"][key])
 
 
 def _limits(value: Mapping[str, Any]) -> dict[str, Any]:

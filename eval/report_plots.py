@@ -36,7 +36,7 @@ def figures(comparison: Mapping[str, Any]) -> list[Figure]:
     lengths = [measure for measure in comparison["measures"] if measure["unit"] == "tokens"]
     if "win_rate" in measures and lengths:
         found.append(_against_length(comparison, measures["win_rate"], lengths[0], styles))
-    found += [_curve(curve, measures[curve["measure"]]) for curve in comparison["curves"]]
+    found += [_curve(curve, measures[curve["measure"]], styles) for curve in comparison["curves"]]
     return [figure for figure in found if figure is not None]
 
 
@@ -164,7 +164,7 @@ def _against_length(
     return Figure(title, drawing, _legend(points), caption, Table(title, columns, tuple(rows)))
 
 
-def _curve(curve: Mapping[str, Any], measure: Mapping[str, Any]) -> Figure | None:
+def _curve(curve: Mapping[str, Any], measure: Mapping[str, Any], styles: Mapping[str, int]) -> Figure | None:
     points, rows = [], []
     for point in curve["points"]:
         if not _has_value(point):
@@ -173,14 +173,16 @@ def _curve(curve: Mapping[str, Any], measure: Mapping[str, Any]) -> Figure | Non
         setting = setting_text(point["setting"])
         text = f"{curve['setting']} {setting}: {shown}"
         position = ((point["setting"], None, None), _scaled(point, measure))
-        points.append(Point(point["system"], 0, "", *position, False, text))
-        rows.append((Cell(point["system"]), Cell(setting), Cell(shown)))
+        method = point["method"]
+        points.append(Point(point["system"], styles[method], method, *position, False, text))
+        rows.append((Cell(point["system"]), Cell(method), Cell(setting), Cell(shown)))
     if not points:
         return None
     title = f"{_capital(measure['name'])} over {curve['setting']}"
-    columns = (Column("system", numeric=False), Column(curve["setting"]), Column(measure_title(measure)))
+    names = [Column(name, numeric=False) for name in ("system", "method")]
+    columns = (*names, Column(curve["setting"]), Column(measure_title(measure)))
     drawing = point_chart(
         points, curve["setting"], measure_title(measure), _name(title, points), settings=True
     )
     caption = "Lines are 95% intervals."
-    return Figure(title, drawing, (), caption, Table(title, columns, tuple(rows)))
+    return Figure(title, drawing, _legend(points), caption, Table(title, columns, tuple(rows)))

@@ -111,7 +111,7 @@ COMPARISON: dict[str, Any] = {
         {
             "setting": str,
             "measure": str,
-            "points": [{"system": str, "setting": float, **_ESTIMATE}],
+            "points": [{"system": str, "method": str, "setting": float, **_ESTIMATE}],
         }
     ],
     "examples": [

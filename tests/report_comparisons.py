@@ -161,8 +161,22 @@ def comparison(**changes: Any) -> dict[str, Any]:
                 "setting": "beta",
                 "measure": "win_rate",
                 "points": [
-                    {"system": names[1], "setting": 0.5, "value": 0.6, "low": 0.55, "high": 0.65},
-                    {"system": names[0], "setting": 1.0, "value": 0.702, "low": 0.661, "high": 0.74},
+                    {
+                        "system": names[1],
+                        "method": "DR-PO",
+                        "setting": 0.5,
+                        "value": 0.6,
+                        "low": 0.55,
+                        "high": 0.65,
+                    },
+                    {
+                        "system": names[0],
+                        "method": "DR-PO",
+                        "setting": 1.0,
+                        "value": 0.702,
+                        "low": 0.661,
+                        "high": 0.74,
+                    },
                 ],
             }
         ],

@@ -194,7 +194,7 @@ def test_the_frontier_keeps_whom_nobody_beats(result):
 def test_settings_of_one_method_become_curves(result):
     curves = {curve["measure"]: curve for curve in result["curves"]}
     assert set(curves) == {"win_rate", "reward", "kl"}
-    assert curves["kl"]["setting"] == "beta" and curves["kl"]["method"] == "m"
+    assert curves["kl"]["setting"] == "beta" and {p["method"] for p in curves["kl"]["points"]} == {"m"}
     assert [(p["system"], p["setting"]) for p in curves["reward"]["points"]] == [("poor", 0.5), ("good", 1.0)]
 
 
