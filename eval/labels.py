@@ -251,6 +251,8 @@ class LabelsWriter:
     def append(self, labels: Sequence[Label]) -> None:
         """Write rows. Raises OSError, with the file as it was before, when they cannot be written."""
         lines = "".join(json.dumps(asdict(label), ensure_ascii=False) + "\n" for label in labels).encode()
+        if self._file.closed:
+            raise OSError(errno.EBADF, "the server has ended", str(self.path))
         file = self._file.fileno()
         size = os.fstat(file).st_size
         try:

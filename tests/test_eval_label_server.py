@@ -212,6 +212,17 @@ def test_a_label_that_cannot_be_written_is_told_and_not_counted(client, path):
     assert client.label(pair, "tie")[0] == 200
 
 
+def test_a_server_that_is_ending_takes_no_label(path):
+    full = queue(path)
+    with serving(full) as server:
+        client = Client(server.url)
+        pair = client.state()["pair"]["id"]
+        full.close()
+        status, error = client.label(pair, "tie")
+        assert status == 500 and "the server has ended" in error["error"] and client.state()["done"] == 0
+    assert path.read_bytes() == b""
+
+
 # --- several at a time ------------------------------------------------------------------------------------
 
 
