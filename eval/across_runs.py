@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from eval.intervals import Interval, mean_interval, prompt_codes, prompt_means, rate_interval
+from eval.planning import detectable_difference
 from eval.seeds import seed_difference, seed_interval
 from eval.win_rate import paired_test
 
@@ -123,6 +124,8 @@ class Difference:
     p_value: float
     num_prompts: int
     over: str
+    detectable: float | None
+    "The smallest true difference that so many prompts show with a probability of 0.8; None where seeds count, too."
 
 
 def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference:
@@ -140,10 +143,15 @@ def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference
     matrix_2 = matrix_2[:, np.isin(prompts_2, shared)]
     if len(runs_1) > 1 and len(runs_2) > 1:
         result = seed_difference(matrix_1, matrix_2)
-        over = "seeds and prompts"
+        over, detectable = "seeds and prompts", None
     else:
-        result, over = paired_test(_over_runs(matrix_1), _over_runs(matrix_2)), "prompts"
-    return Difference(result.difference, result.low, result.high, result.p_value, result.num_prompts, over)
+        scores_1, scores_2 = _over_runs(matrix_1), _over_runs(matrix_2)
+        result, over = paired_test(scores_1, scores_2), "prompts"
+        sd = float(np.nanstd(scores_1 - scores_2, ddof=1)) if result.num_prompts > 1 else 0.0
+        detectable = detectable_difference(result.num_prompts, sd) if sd > 0 else None
+    return Difference(
+        result.difference, result.low, result.high, result.p_value, result.num_prompts, over, detectable
+    )
 
 
 def _over_runs(matrix: ArrayLike) -> NDArray[np.float64]:

@@ -89,6 +89,7 @@ COMPARISON: dict[str, Any] = {
             **dict.fromkeys(("measure", "system_1", "system_2"), str),
             **dict.fromkeys(("difference", "low", "high", "p_value", "p_holm"), Maybe(float)),
             "num_prompts": int,
+            "detectable": Maybe(float),
         }
     ],
     "ranking": Maybe(

@@ -109,7 +109,10 @@ def reading(test: Mapping[str, Any], measure: Mapping[str, Any]) -> str:
     if None in (test["difference"], test["low"], test["high"]):
         return "no test"
     if test["low"] <= 0 <= test["high"]:
-        return "not resolved at this n"
+        if test["detectable"] is None:
+            return "not resolved at this n"
+        scale = 100 if measure["unit"] == "%" else 1
+        return f"not resolved at this n, which can show {test['detectable'] * scale:.{measure['digits']}f} or more"
     if not resolved(test):
         return "not resolved once every test is counted (Holm)"
     better = better_system(test, measure)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import t as student
+from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
 from eval.across_runs import Values, difference, measured, run_matrix, widened_by_runs
@@ -86,6 +87,9 @@ def test_a_difference_is_taken_on_shared_prompts_only():
     result, expected = difference([one], [two]), paired_test([1.0, 0.0], [0.0, 0.0])
     assert (result.difference, result.p_value) == (expected.difference, expected.p_value) == (0.5, 1.0)
     assert result.num_prompts == 2 and result.over == "prompts"
+    # Differences 1 and 0, two prompts: the test of mean d / (sd / sqrt 2) with power 0.8 and one degree of freedom.
+    shift = TTestPower().solve_power(nobs=2, alpha=0.05, power=0.8)
+    assert result.detectable == pytest.approx(shift * math.sqrt(0.5))
     with pytest.raises(ValueError, match="share no prompts"):
         difference([one], [Values(("y",), np.array([1.0]))])
 
@@ -100,7 +104,7 @@ def test_the_difference_of_two_methods_with_seeds():
         expected.low,
         expected.p_value,
     )
-    assert result.over == "seeds and prompts"
+    assert result.over == "seeds and prompts" and result.detectable is None
 
 
 def test_against_one_run_the_means_of_the_prompts_are_compared():

@@ -48,7 +48,7 @@ def test_the_page_holds_every_section(show):
         "The win rate that responses of equal length would have."
         in page.locator(".meanings").first.inner_text()
     )
-    assert page.get_by_text("not resolved at this n", exact=True).count() == 1
+    assert page.get_by_text("not resolved at this n, which can show 8.5 or more", exact=True).count() == 1
     assert page.locator("#plots svg[role=img]").count() == 5
     page.get_by_text("Settings of compare").click()
     assert page.locator("pre").first.inner_text() == "task: demo\nsystems: 3\n"

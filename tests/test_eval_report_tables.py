@@ -108,20 +108,31 @@ def test_beating_many_systems_is_counted_not_listed():
         ((0.08, 0.02, 0.14), 0.03, "low", "two is better"),
         ((-0.08, -0.14, -0.02), 0.03, "high", "two is better"),
         ((-0.08, -0.14, -0.02), 0.03, None, "one is lower"),
-        ((0.08, -0.01, 0.17), 0.2, "high", "not resolved at this n"),
-        ((0.08, 0.0, 0.16), 0.049, "high", "not resolved at this n"),
+        ((0.08, -0.01, 0.17), 0.2, "high", "not resolved at this n, which can show 0.09 or more"),
+        ((0.08, 0.0, 0.16), 0.049, "high", "not resolved at this n, which can show 0.09 or more"),
         ((0.08, 0.02, 0.14), 0.05, "high", "not resolved once every test is counted (Holm)"),
         ((None, None, None), None, "high", "no test"),
     ],
 )
 def test_a_test_in_words(limits, p_holm, better, words):
-    assert reading(paired_test("m", "one", "two", *limits, 0.01, p_holm), {"better": better}) == words
+    assert (
+        reading(
+            paired_test("m", "one", "two", *limits, 0.01, p_holm), {"better": better, "unit": "", "digits": 2}
+        )
+        == words
+    )
+
+
+def test_over_seeds_nobody_says_what_could_be_shown():
+    test = {**paired_test("m", "one", "two", 0.08, -0.01, 0.17, 0.1, 0.2), "detectable": None}
+    assert reading(test, {"better": "high", "unit": "", "digits": 2}) == "not resolved at this n"
 
 
 def test_the_tests_and_how_each_system_was_judged():
     assert texts(differences_table(comparison()))[1] == [
         "DR-PO beta 1 minus DR-PO beta 0.5",
-        *("win rate (%)", "5.0 [-1.0, 11.0]", "0.100", "0.200", "256", "not resolved at this n"),
+        *("win rate (%)", "5.0 [-1.0, 11.0]", "0.100", "0.200", "256"),
+        "not resolved at this n, which can show 8.5 or more",
     ]
     rows = judge_table(comparison()).rows
     assert [row[0].text for row in rows] == ["DR-PO beta 1", "DR-PO beta 0.5"]  # nobody judged PPO
