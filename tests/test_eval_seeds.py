@@ -29,19 +29,16 @@ def test_by_hand():
     # Rows 1 0 1 0, 1 1 1 0, 1 0 0 1: means 2/4, 3/4, 2/4. mean 7/12; V_seed = 2 (1/12)^2 + (1/6)^2 over 3 x 2 = 1/144.
     # Columns 1, 1/3, 2/3, 1/3: V_prompt = (25 + 9 + 1 + 9) / 144 / (4 x 3) = 11 / 432.
     # Total of squares about the mean 7 (5/12)^2 + 5 (7/12)^2 = 35/12; less rows 4 x 1/24 = 1/6, less columns
-    # 3 x 11/36 = 11/12, leaves 11/6 over 2 x 3 x 12: V_cell = 11/432 = 0.02546 > V_seed, so seeds add nothing.
+    # 3 x 11/36 = 11/12, leaves 11/6 over 2 x 3 x 12: V_cell = 11/432 = V_prompt, so prompts add nothing to V_seed.
+    # The limits of the cells alone, on 6 degrees, are the wider ones: 2.446912^2 x 11/432 > 4.302653^2 / 144.
     scores = [[1, 0, 1, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
     result = seed_interval(scores, bounds=None)
-    variance = 11 / 432
-    df = variance**2 / (variance**2 / 3 + variance**2 / 6)
-    half = student.isf(0.025, df) * math.sqrt(variance)
+    half = 2.446912 * math.sqrt(11 / 432)
     assert result.value == pytest.approx(7 / 12)
     assert result.seed_means == pytest.approx((0.5, 0.75, 0.5))
     assert result.seed_sd == pytest.approx(math.sqrt(1 / 48))
-    assert result.df == pytest.approx(df)
     assert (result.low, result.high) == pytest.approx((7 / 12 - half, 7 / 12 + half))
-    cut = seed_interval(scores)
-    assert (cut.low, cut.high) == (0, 1)  # beyond the scale on both sides
+    assert seed_interval(scores, confidence=0.99).high == 1, "cut at the end of the scale"
 
 
 def test_seeds_that_differ_by_loops():
@@ -58,16 +55,11 @@ def test_seeds_that_differ_by_loops():
     v_cell = rest / ((num_seeds - 1) * (num_prompts - 1)) / scores.size
     v_seed = sum((r - mean) ** 2 for r in rows) / (num_seeds - 1) / num_seeds
     v_prompt = sum((c - mean) ** 2 for c in columns) / (num_prompts - 1) / num_prompts
-    assert v_seed > v_cell
-    variance = v_seed - v_cell + max(v_prompt, v_cell)
-    df = variance**2 / (
-        v_seed**2 / (num_seeds - 1)
-        + v_prompt**2 / (num_prompts - 1)
-        + v_cell**2 / ((num_seeds - 1) * (num_prompts - 1))
-    )
+    assert v_prompt > v_cell
+    square = student.isf(0.025, 3) ** 2 * v_seed + student.isf(0.025, 11) ** 2 * (v_prompt - v_cell)
     result = seed_interval(scores, bounds=None)
-    half = student.isf(0.025, df) * math.sqrt(variance)
-    assert (result.low, result.high, result.df) == pytest.approx((mean - half, mean + half, df))
+    half = math.sqrt(square)
+    assert (result.low, result.high) == pytest.approx((mean - half, mean + half))
 
 
 def test_seeds_alone_give_the_t_interval_of_their_means():
@@ -76,7 +68,6 @@ def test_seeds_alone_give_the_t_interval_of_their_means():
     result = seed_interval(scores)
     half = 4.302653 * 0.3 / math.sqrt(3)
     assert (result.low, result.high) == pytest.approx((max(0, 0.5 - half), min(1, 0.5 + half)), abs=1e-4)
-    assert result.df == pytest.approx(2, abs=1e-3)
 
 
 def test_missing_scores_are_left_out_and_counted():
@@ -107,10 +98,8 @@ def test_missing_scores_by_loops():
     cell_df = 45 - 7 - 3 - 15 + 1
     v_cell *= sum(1 / len(row) for row in there) / 9 / cell_df
     v_seed = sum((m - sum(means) / 3) ** 2 for m in means) / 2 / 3
-    assert v_seed > v_cell < v_prompt
-    variance = v_seed - v_cell + v_prompt
-    df = variance**2 / (v_seed**2 / 2 + v_prompt**2 / 14 + v_cell**2 / cell_df)
-    half = student.isf(0.025, df) * math.sqrt(variance)
+    assert v_prompt > v_cell
+    half = math.sqrt(student.isf(0.025, 2) ** 2 * v_seed + student.isf(0.025, 14) ** 2 * (v_prompt - v_cell))
     result = seed_interval(scores, bounds=None)
     assert (result.low, result.high) == pytest.approx((sum(means) / 3 - half, sum(means) / 3 + half))
 
@@ -118,7 +107,6 @@ def test_missing_scores_by_loops():
 def test_equal_prompts_leave_the_error_of_the_cells():
     # Every column and row has mean 0.5: V_seed = V_prompt = 0, V_cell = 8 x 0.25 / 3 / 8 = 1/12 on 3 degrees.
     result = seed_interval([[1, 0, 1, 0], [0, 1, 0, 1]], bounds=None)
-    assert result.df == pytest.approx(3)
     assert result.high - 0.5 == pytest.approx(3.182446 * math.sqrt(1 / 12), rel=1e-6)
 
 
@@ -136,24 +124,42 @@ def test_no_variation_is_not_certainty():
     result = seed_interval(np.ones((3, 50)))
     assert result.low == pytest.approx(0.025 ** (1 / 50))
     assert result.high == 1
-    assert math.isnan(result.df)
     unbounded = seed_interval(np.zeros((3, 50)), bounds=None)
     assert (unbounded.low, unbounded.high) == (0, 0)
 
 
-@pytest.mark.parametrize("num_seeds", [5, 10])
+# Spreads of seeds, prompts and cells: seeds that do not matter, that matter as much as the prompts, that decide.
+SPREADS = [
+    (seed, prompt, cell)
+    for seed in (0.0, 0.01, 0.03, 0.1)
+    for prompt, cell in ((0.05, 0.45), (0.3, 0.3), (0.2, 0.1))
+]
+
+
+def coverage(
+    num_seeds: int, sds: tuple[float, float, float], num_prompts: int, times: int, seed: int
+) -> float:
+    rng = np.random.default_rng(seed)
+    draws = (runs(rng, num_seeds, num_prompts, *sds) for _ in range(times))
+    return float(np.mean([covers(seed_interval(scores, bounds=None), 0.5) for scores in draws]))
+
+
 @pytest.mark.parametrize("sds", [(0.0, 0.3, 0.3), (0.03, 0.3, 0.3), (0.1, 0.2, 0.3)])
-def test_coverage(num_seeds, sds):
-    rng = np.random.default_rng(4)
-    covered = [covers(seed_interval(runs(rng, num_seeds, 200, *sds), bounds=None), 0.5) for _ in range(1500)]
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+@pytest.mark.parametrize(("num_seeds", "most"), [(2, 0.995), (3, 0.985), (5, 0.975)])
+def test_coverage(num_seeds, most, sds):
+    """Never below what is promised; above it where few seeds have to stand for all."""
+    assert 0.935 <= coverage(num_seeds, sds, 100, 1200, seed=4) <= most
 
 
-@pytest.mark.parametrize("sds", [(0.0, 0.3, 0.3), (0.03, 0.3, 0.3)])
-def test_coverage_at_three_seeds(sds):
-    rng = np.random.default_rng(5)
-    covered = [covers(seed_interval(runs(rng, 3, 100, *sds), bounds=None), 0.5) for _ in range(1500)]
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+@pytest.mark.slow
+@pytest.mark.parametrize("sds", SPREADS, ids=str)
+@pytest.mark.parametrize("num_prompts", [20, 200])
+@pytest.mark.parametrize(("num_seeds", "most"), [(2, 0.99), (3, 0.98), (5, 0.972), (10, 0.965)])
+def test_coverage_over_all_spreads(num_seeds, most, num_prompts, sds):
+    """The figures of the docstring; 5000 draws have a standard error of 0.3 points."""
+    covered = coverage(num_seeds, sds, num_prompts, 5000, seed=1)
+    print(f"seeds {num_seeds}, prompts {num_prompts}, spreads {sds}: {covered:.1%}")
+    assert 0.94 <= covered <= most + 0.005
 
 
 def test_the_hierarchical_bootstrap_is_too_narrow_when_runs_differ():
@@ -166,7 +172,7 @@ def test_the_hierarchical_bootstrap_is_too_narrow_when_runs_differ():
         prompts = rng.multinomial(100, np.full(100, 0.01), size=300) / 100
         low, high = np.quantile(((seeds @ scores) * prompts).sum(axis=1), [0.025, 0.975])
         bootstrap.append(low <= 0.5 <= high)
-    assert np.mean(covered) > 0.92
+    assert np.mean(covered) > 0.935
     assert np.mean(bootstrap) < 0.88
 
 
@@ -213,18 +219,33 @@ def test_the_p_value_is_the_level_at_which_the_interval_reaches_zero():
     assert min(abs(edge.low), abs(edge.high)) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("seed_sd", [0.0, 0.05])
-def test_level_and_coverage_of_the_difference(seed_sd):
+def level_and_coverage(num_seeds: tuple[int, int], seed_sd: float, times: int) -> tuple[float, float]:
+    """Share of draws with p <= 0.05 where the methods are equal, and of intervals that hold a difference of 0.2."""
     rng = np.random.default_rng(10)
     alarms, covered = [], []
-    for _ in range(1200):
+    for _ in range(times):
         prompts = 0.3 * rng.normal(size=120)
-        a, b = (runs(rng, 4, 120, seed_sd, 0, 0.3, prompts) for _ in range(2))
+        a, b = (runs(rng, seeds, 120, seed_sd, 0, 0.3, prompts) for seeds in num_seeds)
         b = b + 0.15 * rng.normal(size=120)  # the methods find different prompts hard
         alarms.append(seed_difference(a, b).p_value <= 0.05)
         covered.append(covers(seed_difference(a + 0.2, b), 0.2))
-    assert np.mean(alarms) == pytest.approx(0.05, abs=0.02)
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+    return float(np.mean(alarms)), float(np.mean(covered))
+
+
+@pytest.mark.parametrize("seed_sd", [0.0, 0.05])
+def test_level_and_coverage_of_the_difference(seed_sd):
+    """A t for each method's seeds: fewer false alarms than allowed, never more."""
+    alarms, covered = level_and_coverage((4, 4), seed_sd, 800)
+    assert 0.005 < alarms < 0.065 and 0.935 < covered < 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed_sd", [0.0, 0.02, 0.05, 0.2])
+@pytest.mark.parametrize("num_seeds", [(2, 2), (2, 5), (3, 3), (5, 5), (10, 10)], ids=str)
+def test_level_and_coverage_of_the_difference_over_all_spreads(num_seeds, seed_sd):
+    alarms, covered = level_and_coverage(num_seeds, seed_sd, 3000)
+    print(f"seeds {num_seeds}, spread {seed_sd}: level {alarms:.1%}, coverage {covered:.1%}")
+    assert alarms <= 0.06 and covered >= 0.94
 
 
 def test_prompts_that_one_method_lacks_are_left_out():
@@ -259,3 +280,11 @@ def test_methods_that_cannot_be_compared_are_refused():
         seed_difference(np.eye(3), np.ones((1, 3)))
     with pytest.raises(ValueError, match="no score varies"):
         seed_difference(np.ones((2, 3)), np.zeros((2, 3)))
+
+
+def test_p_values_at_the_ends():
+    rng = np.random.default_rng(15)
+    a = runs(rng, 3, 40, 0.1, 0.2, 0.2)
+    assert seed_difference(a, a).p_value == 1.0
+    far = seed_difference(a + 1e9, a)
+    assert 0 < far.p_value < 1e-12 and far.difference == pytest.approx(1e9)
