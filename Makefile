@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make setup      install into $(VENV)"
-	@echo "make demo       SFT, reward model, PPO and DR-PO on generated data, with a table at the end"
+	@echo "make demo       SFT, reward model, PPO and DR-PO on generated data, then their comparison"
 	@echo "make test       the test suite (offline, CPU)"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff check and format check"
