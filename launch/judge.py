@@ -136,6 +136,9 @@ def judge(recipe: JudgeRecipe) -> Path:
     rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
     comparisons = pair_up(rows, recipe.system, recipe.baseline)
     if recipe.num_prompts is not None:
+        there = len({comparison.prompt_id for comparison in comparisons})
+        if there < recipe.num_prompts:
+            print(f"num_prompts={recipe.num_prompts}, but the files have {there} prompts: all are judged")
         comparisons = first_prompts(comparisons, recipe.num_prompts)
     questions = questions_of(comparisons, recipe.orders, recipe.seed)
     folder = Path(recipe.run_dir)

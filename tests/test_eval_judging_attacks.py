@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from judge_runs import comparisons, judge
+from judge_runs import comparisons, judge, judge_config
 from stub_judge_server import StubServer, more_of_the_post_wins
 
 from drpo.data.records import DataError
@@ -37,6 +37,19 @@ def test_nothing_is_gained_against_a_judge_that_follows_the_markers(system, tmp_
     with StubServer(more_of_the_post_wins) as server:
         run = judge(server, tmp_path / "s.sqlite", compared)
     assert run.rate == 0.0 and all(j.consistent for j in run.judgments)
+
+
+@pytest.mark.parametrize(
+    ("form", "prompt"), [("text", "tldr-1"), ("json", "hh_helpful-1"), ("text", "hh_harmless-1")]
+)
+def test_nor_by_any_other_form_or_prompt(form, prompt, tmp_path):
+    compared = []
+    for system in SYSTEMS:
+        compared += pair_up(with_controls(honest_rows(), system, "honest"), system, "honest")
+    with StubServer(more_of_the_post_wins) as server:
+        config = judge_config(server, form=form)
+        run = judge(server, tmp_path / "s.sqlite", compared, config=config, prompt=prompt)
+    assert len(run.judgments) == 4 * len(SYSTEMS) and run.rate == 0.0
 
 
 def test_a_judge_that_is_swayed_shows_in_the_summary(tmp_path):

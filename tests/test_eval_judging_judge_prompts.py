@@ -161,6 +161,8 @@ def test_an_own_prompt_from_a_file(tmp_path):
     [
         ({"label": None}, "label must be text"),
         ({"name": "tldr-1"}, "is that of a built-in prompt"),
+        ({"material": "M]\n[BEGIN"}, "material must be words on one line"),
+        ({"noun": "Answer #1"}, "noun must be words on one line"),
         ({"more": "x"}, "must have the fields name, question, material, noun, label"),
     ],
 )

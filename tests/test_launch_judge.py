@@ -316,6 +316,12 @@ WRONG = [
     ({}, {"seed": 3}, "seed does not apply to orders=both"),
     ({}, {"max_undecided": 2.0}, "max_undecided must be in"),
     ({"temperature": 3.0}, {}, "judge.temperature must be in"),
+    ({"temperature": float("nan")}, {}, "judge.temperature must be in"),
+    ({"base_url": ""}, {}, "judge.base_url must begin with http"),
+    ({"base_url": "localhost:8000/v1"}, {}, "judge.base_url must begin with http"),
+    ({"model": " "}, {}, "judge.model must be a name or null"),
+    ({"reasoning_effort": ""}, {}, "judge.reasoning_effort must be a name or null"),
+    ({}, {"budget": {"max_usd": float("nan")}}, "budget.max_usd must be >= 0"),
 ]
 
 
@@ -325,6 +331,22 @@ def test_options_that_do_not_apply_are_refused(tmp_path, judge, rest, message):
     path.write_text(yaml.safe_dump({"judge": judge, **rest}))
     with pytest.raises(ConfigError, match=message):
         load_recipe(JudgeRecipe, path, [])
+
+
+def test_a_key_that_can_be_none_is_told_without_being_shown(folder, monkeypatch):
+    monkeypatch.setenv("STUB_KEY", "sk-sécret\nx")
+    with StubServer() as server:
+        with pytest.raises(ConfigError, match="STUB_KEY holds no API key") as told:
+            run(recipe(server, folder))
+    assert "sk-" not in str(told.value) and server.paths == []
+
+
+def test_fewer_prompts_than_asked_for_are_said(folder, capsys):
+    with StubServer(longer_wins) as server:
+        run(recipe(server, folder, num_prompts=1000))
+        assert "num_prompts=1000, but the files have 6 prompts" in capsys.readouterr().out
+        run(recipe(server, folder, num_prompts=2))
+    assert json.loads((folder / "run" / "summary.json").read_text())["num_comparisons"] == 2
 
 
 def test_two_runs_on_one_store_are_refused(folder):

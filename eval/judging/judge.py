@@ -101,6 +101,12 @@ class JudgeConfig:
         for field in dataclasses.fields(self):
             if field.name not in applies and getattr(self, field.name) != field.default:
                 raise ValueError(f"judge.{field.name} does not apply to judge.kind={self.kind}")
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"judge.base_url must begin with http:// or https://, got {self.base_url!r}")
+        for name in ("model", "reasoning_effort"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ValueError(f"judge.{name} must be a name or null, got {value!r}")
         if self.max_output_tokens < 1:
             raise ValueError(f"judge.max_output_tokens must be >= 1, got {self.max_output_tokens}")
         if self.max_reasks < 0:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,14 @@ def load_prompt(name: str) -> JudgePrompt:
         raise ConfigError(f"prompt={name} must have the fields {', '.join(expected)} and no others")
     if wrong := [key for key, value in values.items() if not (isinstance(value, str) and value.strip())]:
         raise ConfigError(f"prompt={name}: {', '.join(wrong)} must be text")
+    for field in (
+        "name",
+        "material",
+        "noun",
+        "label",
+    ):  # they stand in markers, headings and the verdict's line
+        if not re.fullmatch(r"[\w'./-]+( [\w'./-]+)*", values[field]):
+            raise ConfigError(f"prompt={name}: {field} must be words on one line, got {values[field]!r}")
     if values["name"] in PROMPTS:
         raise ConfigError(f"prompt={name}: the name {values['name']} is that of a built-in prompt")
     return JudgePrompt(**values)

@@ -132,6 +132,8 @@ def _suspected(scores: Sequence[float | None]) -> Suspected:
 
 def statistics_text(statistics: JudgedStatistics, system: str, baseline: str) -> str:
     """The numbers on a few lines."""
+    if statistics.num_comparisons == 0:
+        return f"{system} against {baseline}: no verdicts"
     rate, length, bias = statistics.win_rate, statistics.length_controlled, statistics.position_bias
     counts = "" if rate is None else f"{rate.wins} won, {rate.ties} tied, {rate.losses} lost, "
     lines = [

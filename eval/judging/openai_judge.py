@@ -39,6 +39,10 @@ def make_client(config: JudgeConfig, retry: RetryConfig) -> AsyncOpenAI:
     key = "none" if name is None else os.environ.get(name, "").strip()
     if not key:
         raise ConfigError(f"the environment variable {name} with the API key is not set (judge.api_key_env)")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"the environment variable {name} holds no API key: letters or signs that no key has"
+        )
     return AsyncOpenAI(api_key=key, base_url=config.url, max_retries=0, timeout=retry.timeout)
 
 
