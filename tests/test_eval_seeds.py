@@ -154,12 +154,12 @@ def test_coverage(num_seeds, most, sds):
 @pytest.mark.slow
 @pytest.mark.parametrize("sds", SPREADS, ids=str)
 @pytest.mark.parametrize("num_prompts", [20, 200])
-@pytest.mark.parametrize(("num_seeds", "most"), [(2, 0.99), (3, 0.98), (5, 0.972), (10, 0.965)])
+@pytest.mark.parametrize(("num_seeds", "most"), [(2, 0.99), (3, 0.985), (5, 0.98), (10, 0.97)])
 def test_coverage_over_all_spreads(num_seeds, most, num_prompts, sds):
     """The figures of the docstring; 5000 draws have a standard error of 0.3 points."""
     covered = coverage(num_seeds, sds, num_prompts, 5000, seed=1)
     print(f"seeds {num_seeds}, prompts {num_prompts}, spreads {sds}: {covered:.1%}")
-    assert 0.94 <= covered <= most + 0.005
+    assert 0.94 <= covered <= most + 0.01
 
 
 def test_the_hierarchical_bootstrap_is_too_narrow_when_runs_differ():
@@ -234,7 +234,7 @@ def level_and_coverage(num_seeds: tuple[int, int], seed_sd: float, times: int) -
 
 @pytest.mark.parametrize("seed_sd", [0.0, 0.05])
 def test_level_and_coverage_of_the_difference(seed_sd):
-    """A t for each method's seeds: fewer false alarms than allowed, never more."""
+    """Fewer false alarms than allowed, never more: no method has less than the t of its own seeds."""
     alarms, covered = level_and_coverage((4, 4), seed_sd, 800)
     assert 0.005 < alarms < 0.065 and 0.935 < covered < 0.99
 
@@ -246,6 +246,20 @@ def test_level_and_coverage_of_the_difference_over_all_spreads(num_seeds, seed_s
     alarms, covered = level_and_coverage(num_seeds, seed_sd, 3000)
     print(f"seeds {num_seeds}, spread {seed_sd}: level {alarms:.1%}, coverage {covered:.1%}")
     assert alarms <= 0.06 and covered >= 0.94
+
+
+def test_the_difference_by_hand():
+    """Seeds that differ over prompts and cells that hardly do; 2 seeds beside 4. t: 12.706205 (1), 3.182446 (3)."""
+    noise = 1e-7 * np.random.default_rng(16).normal(size=(4, 30))
+    few, many = np.array([[0.0], [1.0]]) + noise[:2], np.array([[0.0], [2.0], [0.0], [2.0]]) + noise
+    v_few, v_many = 0.5 / 2, (4 / 3) / 4
+    welch_df = (v_few + v_many) ** 2 / (v_few**2 / 1 + v_many**2 / 3)
+    welch = student.isf(0.025, welch_df) ** 2 * (v_few + v_many)
+    square = max(welch, 12.706205**2 * v_few, 3.182446**2 * v_many)
+    assert square > 1.5 * welch, "the two seeds decide"
+    result = seed_difference(few, many)
+    assert result.high - result.difference == pytest.approx(math.sqrt(square), rel=1e-5)
+    assert result.difference == pytest.approx(-0.5)
 
 
 def test_prompts_that_one_method_lacks_are_left_out():
