@@ -151,9 +151,9 @@ def statistics_text(statistics: JudgedStatistics, system: str, baseline: str) ->
                 else ""
             )
         )
-    if length is None:
+    if length is None and rate is not None:
         lines.append(f"no win rate at equal length: {statistics.length_controlled_missing}")
-    else:
+    if length is not None:
         lines.append(f"win rate at equal length {_interval(length.rate, length.low, length.high)}")
         lines += [f"  but: {warning}" for warning in length.warnings]
     if statistics.mean_length_a is not None:
@@ -161,9 +161,7 @@ def statistics_text(statistics: JudgedStatistics, system: str, baseline: str) ->
             f"mean length in characters: {system} {statistics.mean_length_a:.0f}, "
             f"{baseline} {statistics.mean_length_b:.0f}"
         )
-    if bias is None:
-        lines.append(f"nothing known of the slots: {statistics.position_bias_missing}")
-    else:
+    if bias is not None:
         same = bias.consistency
         if same is not None:
             lines.append(f"same verdict in both orders: {_interval(same.agreement, same.low, same.high)}")
