@@ -20,7 +20,8 @@ def rival_run(baseline: System, index: int) -> Run:
 def examples_of(systems: Sequence[System], baseline: System, num_prompts: int | None) -> list[dict[str, Any]]:
     """The responses of each system beside the baseline's, with what was said and measured of them.
 
-    `num_prompts` takes the prompts of the smallest ids, the same for every system; None takes all.
+    Prompts that the baseline did not answer have none. `num_prompts` takes the prompts of the smallest ids, the same
+    for every system; None takes all.
     """
     prompt_ids = sorted({row.prompt_id for system in systems for run in system.runs for row in run.rows})
     chosen = set(prompt_ids[:num_prompts])
@@ -45,10 +46,10 @@ def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[
     numbers = _numbers_of_responses(run)
     examples = []
     for place, row in enumerate(run.rows):
-        if row.prompt_id not in chosen:
+        theirs = by_prompt.get(row.prompt_id)
+        if row.prompt_id not in chosen or theirs is None:
             continue
         key = row.prompt_id, row.seed
-        theirs = by_prompt[row.prompt_id]
         rival = theirs.get(row.seed) or next(iter(theirs.values()))
         examples.append(
             {

@@ -21,7 +21,7 @@ from drpo.data.encode import Example, decode_response, encode_responses
 from drpo.data.records import DataError
 from drpo.data.views import best_response
 from drpo.engine import Engine
-from drpo.rollout.collect import Vocabulary
+from drpo.rollout.collect import RolloutConfig, Vocabulary, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
 from eval.completions import CompletionRow, CompletionsWriter, prompt_id_of
 
@@ -67,6 +67,17 @@ def check_positions(policy: nn.Module, requests: Sequence[Request], max_response
             f"max_response_length: {max_response_length} tokens behind the longest prompt ({longest}) are more "
             f"than the {limit} positions of the policy; lower it, or set data.max_prompt_length"
         )
+
+
+def vocabulary_with(
+    stop_tokens: Sequence[str], bad_tokens: Sequence[str], tokenizer: Any, num_logits: int
+) -> Vocabulary:
+    """The ids that end a response, and those that are never sampled. Raises ConfigError as `vocabulary_of` does."""
+    rollout = RolloutConfig(stop_tokens=list(stop_tokens), bad_tokens=list(bad_tokens))
+    try:
+        return vocabulary_of(rollout, tokenizer, num_logits)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("rollout.", "")) from None
 
 
 @dataclass(frozen=True)

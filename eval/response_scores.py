@@ -41,22 +41,31 @@ def response_nlls(
 
 @torch.no_grad()
 def response_kls(
-    policy: nn.Module, reference: nn.Module, tokenizer: Any, rows: Sequence[CompletionRow], batch_size: int
+    policy: nn.Module,
+    reference: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[CompletionRow],
+    batch_size: int,
+    suppressed_ids: Sequence[int] = (),
 ) -> NDArray[np.float64]:
     """One estimate (n,) per response of KL(policy || reference), in nats, over the whole response.
 
         k1 = sum_t log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)
 
-    The mean is unbiased for responses that the policy sampled at temperature 1 from its whole vocabulary. The tokens
-    are those that were sampled, where the rows kept them, else those of the text. `tokenizer` is that of both
-    policies. Raises DataError as `response_nlls` does. Source: Schulman 2020; `eval.frontier.sequence_kls`.
+    The mean is unbiased for responses that the policy sampled at temperature 1 from all ids but `suppressed_ids`, which
+    both policies are taken never to say. The tokens are those that were sampled, where the rows kept them, else those
+    of the text. `tokenizer` is that of both policies. Raises DataError as `response_nlls` does. Source: Schulman 2020;
+    `eval.frontier.sequence_kls`.
     """
     responses = [row.meta.get("response_ids") for row in rows]
     encoded = _encoded(tokenizer, rows)
     responses = [ids if kept is None else kept for kept, ids in zip(responses, encoded, strict=True)]
     kls = np.zeros(len(rows))
     for part, batch in _batches([policy, reference], tokenizer, rows, responses, batch_size):
-        own, other = (response_logprobs(model, batch).logprobs.cpu().numpy() for model in (policy, reference))
+        own, other = (
+            response_logprobs(model, batch, suppressed_ids=suppressed_ids).logprobs.cpu().numpy()
+            for model in (policy, reference)
+        )
         kls[part] = sequence_kls(own, other, batch.response_mask.cpu().numpy())
     return kls
 

@@ -63,7 +63,7 @@ OWN_COMPLETE_KEYS = (
     "perplexity_policy",
     "imported",
 )
-OWN_JUDGE_KEYS = ("run_dir", "completions", "system", "baseline", "num_prompts", "store")
+OWN_JUDGE_KEYS = ("run_dir", "completions", "system", "baseline", "num_prompts")
 TABLE_WIDTH = 180
 
 
@@ -90,9 +90,10 @@ class CompareRecipe:
     """Further scores of the responses: name -> module:function."""
     pairs: Literal["baseline", "all", "none"] = "baseline"
     """What is judged: every system against the baseline; also every two systems against each other, for the ranking;
-    or nothing."""
+    or nothing, whatever `judging` says."""
     judging: JudgeRecipe = field(default_factory=JudgeRecipe)
-    """How it is judged: the keys of launch/judge.py."""
+    """How it is judged: the keys of launch/judge.py. Its store is verdicts.sqlite in run_dir, or the one of another
+    comparison whose answers are to count here."""
     setting_name: str = "setting"
     """What the systems' `setting` is: beta, learning rate, step, ..."""
     num_examples: int = 500
@@ -113,13 +114,24 @@ class CompareRecipe:
             raise ValueError(f"num_examples must be >= 0, got {self.num_examples}")
         _refuse_own("complete", self.complete, CompleteRecipe(), OWN_COMPLETE_KEYS)
         _refuse_own("judging", self.judging, JudgeRecipe(), OWN_JUDGE_KEYS)
-        if self.pairs == "none" and self.judging != JudgeRecipe():
-            raise ValueError("judging does not apply to pairs=none")
+        if self.pairs != "none":
+            self._refuse_unequal_rivals()
         clash = {REWARD_MODEL, KL} & self.reward_functions.keys()
         if clash:
             raise ValueError(f"reward_functions.{clash.pop()} is the name of a column; choose another")
         if len({_slug(name) for name in names}) < len(names):
             raise ValueError(f"systems: {', '.join(names)} are too much alike for the names of folders")
+
+    def _refuse_unequal_rivals(self) -> None:
+        """Each run meets the baseline's run of its number, and systems that met other runs of it do not compare."""
+        num_runs = {system.name: len(system.policies or system.completions) for system in self.systems}
+        rivals = num_runs.pop(self.baseline, 1)
+        for name, number in num_runs.items():
+            if rivals > 1 and number != rivals:
+                raise ValueError(
+                    f"baseline: {self.baseline} has {rivals} runs and {name} has {number}, so the systems would not "
+                    "meet the same baseline; give each as many, or the baseline one"
+                )
 
     def folder_of(self, name: str, index: int) -> Path:
         """Where the completions of a run are."""
@@ -128,7 +140,7 @@ class CompareRecipe:
     @property
     def store(self) -> Path:
         """The answers of a judge that is paid, to all questions of the comparison."""
-        return Path(self.run_dir) / "verdicts.sqlite"
+        return Path(self.judging.store or Path(self.run_dir) / "verdicts.sqlite")
 
 
 def _refuse_own(section: str, given: Any, plain: Any, names: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from drpo.models.tokenizer import load_tokenizer
 from drpo.rewards import RewardFn
 from drpo.rollout.sampler import SamplingConfig
 from eval.across_runs import Values
-from eval.complete import open_file, with_num_tokens
+from eval.complete import open_file, vocabulary_with, with_num_tokens
 from eval.completions import (
     REFERENCE,
     CompletionRow,
@@ -103,10 +103,15 @@ def run_of_file(path: str, name: str, folder: Path, engine: Engine, rewards: dic
 def run_of_references(
     runs: Sequence[Run], policy: str | None, folder: Path, engine: Engine, rewards: dict[str, RewardFn]
 ) -> Run:
-    """The dataset's own responses to the prompts of all `runs`, counted in tokens of `policy`."""
+    """The dataset's own responses to the prompts of all `runs`, counted in tokens of `policy`.
+
+    Their file is written anew: another system, or another text of the dataset, must not meet earlier ones.
+    """
     rows = reference_rows([row for run in runs for row in run.rows])
     if policy is not None:
         rows = with_num_tokens(rows, load_tokenizer(policy))
+    if engine.is_main:
+        (folder / COMPLETIONS).unlink(missing_ok=True)
     keep_rows(engine, rows, folder, {"system": REFERENCE, "policy": policy, "num_prompts": len(rows)})
     return Run("the dataset", rows, measured_values(engine, rows, rewards, is_reference=True), sampled=False)
 
@@ -146,9 +151,14 @@ def _kls(recipe: CompleteRecipe, engine: Engine, rows: Sequence[CompletionRow], 
         engine.place(load_to_read(recipe, path, tokenizer), as_trained=False)
         for path in (recipe.policy, kl_reference)
     )
+    never = vocabulary_with(
+        recipe.stop_tokens, recipe.bad_tokens, tokenizer, policy.config.vocab_size
+    ).suppressed_ids
     with engine.autocast():
         kls = _shared(
-            engine, rows, lambda own: response_kls(policy, reference, tokenizer, own, recipe.batch_size)
+            engine,
+            rows,
+            lambda own: response_kls(policy, reference, tokenizer, own, recipe.batch_size, never),
         )
     return Values(tuple(row.prompt_id for row in rows), kls)
 

@@ -33,7 +33,6 @@ from drpo.data.views import best_response
 from drpo.engine import Engine, EngineConfig
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.tokenizer import load_tokenizer
-from drpo.rollout.collect import RolloutConfig, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig
 from drpo.run_folder import RunStopped, flatten
 from eval.complete import (
@@ -45,6 +44,7 @@ from eval.complete import (
     open_file,
     requests_sha256,
     sha256_of,
+    vocabulary_with,
     weights_sha256,
     with_num_tokens,
 )
@@ -212,11 +212,7 @@ def load_to_read(recipe: CompleteRecipe, path: str, tokenizer: PreTrainedTokeniz
 def _policy(
     recipe: CompleteRecipe, engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Policy:
-    rollout = RolloutConfig(stop_tokens=recipe.stop_tokens, bad_tokens=recipe.bad_tokens)
-    try:
-        vocabulary = vocabulary_of(rollout, tokenizer, model.config.vocab_size)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("rollout.", "")) from None
+    vocabulary = vocabulary_with(recipe.stop_tokens, recipe.bad_tokens, tokenizer, model.config.vocab_size)
     placed = engine.place(model, as_trained=False)
     return Policy(recipe.system, placed, tokenizer, vocabulary, recipe.sampling, recipe.max_response_length)
 

@@ -108,6 +108,15 @@ def test_a_log_ratio_by_hand(policy_folder, policy):
     assert kls == pytest.approx([2 * on_zero + elsewhere, elsewhere, 0.0], abs=1e-5)
 
 
+def test_what_is_never_sampled_is_in_no_policy(policy_folder, policy):
+    """Token 0 takes e^2 of the weight of one policy alone; where neither can say it, both are uniform over V - 1."""
+    _, tokenizer = policy
+    uniform, tilted = with_bias(policy_folder, 0.0), with_bias(policy_folder, 2.0)
+    rows = [row("", meta={"response_ids": [5, 7]})]
+    assert response_kls(tilted, uniform, tokenizer, rows, 8, [0]).item() == pytest.approx(0, abs=1e-5)
+    assert abs(response_kls(tilted, uniform, tokenizer, rows, 8).item()) > 0.01
+
+
 def test_tokens_that_were_sampled_count_and_not_those_of_the_text(policy_folder, policy):
     _, tokenizer = policy
     uniform, tilted = with_bias(policy_folder, 0.0), with_bias(policy_folder, 2.0)

@@ -188,6 +188,74 @@ def test_a_dry_run_asks_nothing_and_estimates_every_comparison(folder, capsys):
     assert out.count("calls, about") == 3 and "judging 3 of 3" in out
 
 
+def test_another_system_may_stand_in_front(folder):
+    compare(recipe(folder, systems=RECIPE["systems"][1:], pairs="none"))
+    forget_precision()
+    result = result_of(compare(recipe(folder, pairs="none")))
+    assert [system["name"] for system in result["systems"]] == ["base", "A, moved", "reference"]
+
+
+def test_without_pairs_a_recipe_needs_no_judge(folder):
+    with StubServer(longer_wins) as server:
+        result = result_of(compare(recipe(folder, judging=against_stub(server), pairs="none")))
+        assert server.chats == []
+    assert result["judge"] is None and row(result, "base")["judged"] is None
+
+
+def test_what_a_pilot_paid_is_not_paid_again(folder):
+    pilot = {**RECIPE["complete"], "num_prompts": 4}
+    with StubServer(longer_wins) as server:
+        compare(recipe(folder, run_dir="pilot", complete=pilot, judging=against_stub(server)))
+        of_pilot, store = len(server.chats), "pilot/verdicts.sqlite"
+        forget_precision()
+        result = result_of(compare(recipe(folder, judging=against_stub(server, store=store))))
+        asked = {chat.text for chat in server.chats}
+        assert len(server.chats) == len(asked) > of_pilot > 0
+    assert result["judge"]["spent"]["calls"] == len(asked)
+    assert not (folder / "out" / "verdicts.sqlite").exists()
+
+
+def test_references_are_those_of_the_systems_at_hand(folder):
+    """The responses that are judged, and the ones that the report shows, after the references have changed."""
+    compare(recipe(folder, pairs="none", run_dir="first"))
+    lines = (folder / "first/completions/base_0/completions.jsonl").read_text().splitlines()
+    for reference in ("rope", "soap"):
+        rows = [{**json.loads(line), "system": reference, "reference": f" {reference}"} for line in lines]
+        (folder / f"{reference}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        forget_precision()
+        system = {"name": reference, "completions": [f"{reference}.jsonl"]}
+        compare(recipe(folder, systems=[system], kl_reference=None))
+        judged = read_completions(folder / "out/completions/reference_0/completions.jsonl")
+        assert {each.response for each in judged} == {f" {reference}"} and len(judged) == NUM
+
+
+def test_prompts_that_the_baseline_did_not_answer_have_no_example(folder):
+    compare(recipe(folder, pairs="none", run_dir="first"))
+    lines = (folder / "first/completions/base_0/completions.jsonl").read_text().splitlines(keepends=True)
+    (folder / "some.jsonl").write_text("".join(lines[:-1]))
+    forget_precision()
+    systems = [RECIPE["systems"][1], {"name": "base", "completions": ["some.jsonl"]}]
+    result = result_of(compare(recipe(folder, systems=systems, baseline="base", pairs="none")))
+    assert len(result["examples"]) == 2 * (NUM - 1) and row(result, "A, moved")["num_prompts"] == NUM
+
+
+def test_the_kl_is_that_of_the_policies_without_the_tokens_that_are_never_sampled(folder):
+    """The policies differ in a token that no response can hold, so as they were sampled they are one."""
+    reference = AutoModelForCausalLM.from_pretrained("runs/base/policy")
+    tokenizer = AutoTokenizer.from_pretrained("runs/base/policy")
+    never = tokenizer(" rope").input_ids[-1]
+    reference.get_output_embeddings().weight.data[never] *= -5
+    reference.save_pretrained(folder / "reference")
+    tokenizer.save_pretrained(folder / "reference")
+    complete = {**RECIPE["complete"], "bad_tokens": tokenizer.convert_ids_to_tokens([never])}
+    changes = {"systems": RECIPE["systems"][:1], "kl_reference": "reference", "pairs": "none"}
+    free = result_of(compare(recipe(folder, run_dir="free", **changes)))
+    forget_precision()
+    kept = result_of(compare(recipe(folder, complete=complete, **changes)))
+    assert abs(row(free, "base")["values"]["kl"]["value"]) > 0.01
+    assert row(kept, "base")["values"]["kl"]["value"] == pytest.approx(0, abs=1e-5)
+
+
 def test_responses_made_elsewhere_are_a_system(folder):
     compare(recipe(folder))
     forget_precision()
@@ -226,7 +294,7 @@ WRONG = {
     "baseline must be reference or one of base, A, moved, got B": {"baseline": "B"},
     "complete.policy is set by the comparison itself": {"complete": {"policy": "p"}},
     "judging.system is set by the comparison itself": {"judging": {"system": "x"}},
-    "judging does not apply to pairs=none": {"pairs": "none"},
+    "baseline: A, moved has 2 runs and base has 1": {"baseline": "A, moved"},
     "reward_functions.kl is the name of a column": {"reward_functions": {"kl": "a:b"}},
     "num_examples must be >= 0": {"num_examples": -1},
 }
