@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +18,7 @@ from drpo.config import ConfigError
 from drpo.data.records import DataError
 from drpo.engine import Engine
 from drpo.metrics import read_metrics
+from drpo.models.saved import read_config
 from drpo.models.tokenizer import load_tokenizer
 from drpo.rewards import RewardFn
 from drpo.rollout.sampler import SamplingConfig
@@ -65,6 +69,39 @@ class SystemConfig:
             raise ValueError(
                 f"systems: {self.name} has {len(self.policies)} policies but {len(self.kl_references)} kl_references"
             )
+        for path in (*self.policies, *self.completions):
+            if (self.policies or self.completions).count(path) > 1:
+                raise ValueError(
+                    f"systems: {self.name} names {path} twice; each is to be a run of its own, with a training seed"
+                )
+        if self.setting is not None and not math.isfinite(self.setting):
+            raise ValueError(f"systems: {self.name}: setting must be a finite number, got {self.setting}")
+
+
+def check_systems(systems: Sequence[SystemConfig], kl_reference: str | None) -> None:
+    """Raise ConfigError or DataError, naming the key, for what cannot be read: before hours of sampling, not after."""
+    for place, system in enumerate(systems):
+        for path in system.completions:
+            _rows_of(path, system.name)
+        for index, policy in enumerate(system.policies):
+            vocabulary = _vocabulary(policy, f"systems[{place}].policies[{index}]")
+            key, reference = "kl_reference", kl_reference
+            if system.kl_references:
+                key, reference = f"systems[{place}].kl_references[{index}]", system.kl_references[index]
+            if reference is not None and _vocabulary(reference, key) != vocabulary:
+                raise ConfigError(
+                    f"no KL of {policy} to {key}={reference}: their tokenizers differ; leave it out, or name a reference "
+                    "with the same tokenizer"
+                )
+
+
+def _vocabulary(path: str, key: str) -> dict[str, int]:
+    """What the tokenizer at a folder or hub id knows, where there is a model beside it."""
+    read_config(path, key)
+    try:
+        return load_tokenizer(path).get_vocab()
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.tokenizer", key, 1)) from None
 
 
 # --- answers and what is measured of them ---------------------------------------------------------------
@@ -89,15 +126,20 @@ def run_of_policy(
 
 def run_of_file(path: str, name: str, folder: Path, engine: Engine, rewards: dict[str, RewardFn]) -> Run:
     """The responses of system `name` in a file made before, copied to `folder`."""
+    rows = _rows_of(path, name)
+    digest = file_sha256(path)
+    keep_rows(engine, rows, folder, {"file_sha256": digest, "system": name})
+    values = measured_values(engine, rows, rewards)
+    return Run(path, rows, values, sampled=False, hashes={"file_sha256": digest})
+
+
+def _rows_of(path: str, name: str) -> list[CompletionRow]:
     everything = load_completions([path])
     rows = [row for row in everything if row.system == name]
     if not rows:
         known = ", ".join(sorted({row.system for row in everything}))
         raise DataError(f"{path} has no responses of system {name!r}; there are: {known}")
-    digest = file_sha256(path)
-    keep_rows(engine, rows, folder, {"file_sha256": digest, "system": name})
-    values = measured_values(engine, rows, rewards)
-    return Run(path, rows, values, sampled=False, hashes={"file_sha256": digest})
+    return rows
 
 
 def run_of_references(
@@ -131,9 +173,11 @@ def measured_values(
     prompt_ids = tuple(row.prompt_id for row in rows)
     values = text_values(rows, is_reference)
     for name, reward in rewards.items():
-        values[name] = Values(
-            prompt_ids, _shared(engine, rows, lambda own, fn=reward: reward_scores(fn, own))
-        )
+        try:
+            scores = _shared(engine, rows, lambda own, fn=reward: reward_scores(fn, own))
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
+        values[name] = Values(prompt_ids, scores)
     return values
 
 
@@ -144,9 +188,7 @@ def _sample(recipe: CompleteRecipe, engine: Engine) -> Path:
 
 
 def _kls(recipe: CompleteRecipe, engine: Engine, rows: Sequence[CompletionRow], kl_reference: str) -> Values:
-    tokenizer, other = load_tokenizer(recipe.policy), load_tokenizer(kl_reference)
-    if tokenizer.get_vocab() != other.get_vocab():
-        raise ConfigError(f"no KL of {recipe.policy} to {kl_reference}: their tokenizers differ")
+    tokenizer = load_tokenizer(recipe.policy)
     policy, reference = (
         engine.place(load_to_read(recipe, path, tokenizer), as_trained=False)
         for path in (recipe.policy, kl_reference)
@@ -174,14 +216,18 @@ def _shared(
 
 
 def _training_run(policy: str) -> tuple[str | None, list[dict[str, Any]]]:
-    """The recipe and the last rollouts of the run whose result this is, where they stand beside it."""
+    """The recipe, and the last rollouts before it, of the run whose result this is, where they stand beside it."""
     folder = Path(policy).parent
     if not (Path(policy).is_dir() and (folder / "metrics.jsonl").is_file()):
         return None, []
     config, samples = folder / "config.yaml", folder / "completions.jsonl"
     rollouts = []
     if samples.is_file():
-        rollouts = [row for row in read_metrics(samples) if row.get("split") == "rollout"]
+        on_the_way = re.search(r"_step_(\d+)$", Path(policy).name)  # written by checkpoint.model_every
+        until = int(on_the_way[1]) if on_the_way else math.inf
+        rollouts = [
+            row for row in read_metrics(samples) if row.get("split") == "rollout" and row["step"] <= until
+        ]
         last = max((row["step"] for row in rollouts), default=None)
         names = ("step", "prompt", "prefix", "continuation", "ended", "scores")
         rollouts = [{name: row[name] for name in names} for row in rollouts if row["step"] == last][

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,19 @@ def test_a_comparison_from_policies_to_report(folder, capsys):
     # 3 runs against the reference and 2 against each other, of NUM prompts
     assert result["ranking"]["num_comparisons"] == 5 * NUM
     assert "A, moved (2 seeds)" in capsys.readouterr().out
+
+
+def test_a_policy_on_the_way_has_no_rollouts_of_later_steps(folder):
+    for place in ("policies/policy_step_3", "policies/policy"):
+        shutil.copytree("runs/a_0/policy", place)
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        shutil.copy(f"runs/a_0/{name}", "policies")
+    systems = [
+        {"name": "early", "policies": ["policies/policy_step_3"]},
+        {"name": "late", "policies": ["policies/policy"]},
+    ]
+    result = result_of(compare(recipe(folder, systems=systems, pairs="none")))
+    assert [(each["system"], each["step"]) for each in result["rollouts"]] == [("early", 1), ("late", 7)]
 
 
 def test_again_it_samples_nothing_and_finds_the_same(folder):
