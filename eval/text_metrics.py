@@ -18,7 +18,6 @@ from scipy import stats
 from drpo.data.records import DataError
 from eval.completions import REFERENCE, CompletionRow
 from eval.intervals import (
-    BATCH_ELEMENTS,
     Interval,
     checked_confidence,
     mean_interval,
@@ -156,40 +155,27 @@ def perplexity_interval(
     num_tokens: NDArray[np.int64],
     prompt_ids: Sequence[str],
     confidence: float = 0.95,
-    num_resamples: int = 9999,
-    seed: int = 0,
 ) -> Interval | None:
-    """exp(all nats / all tokens): perplexity per token over all responses; BCa bootstrap interval over prompts.
+    """exp(all nats / all tokens): perplexity per token over all responses, with an interval over prompts.
 
-        ppl = exp( sum_i nll_i / sum_i n_i )
+        ppl = exp(R),   R = sum_i nll_i / sum_i n_i,   limits = exp(R +- t_{P-1} se),
+        se^2 = P / (P - 1) sum_p (nll_p - R n_p)^2 / (sum_p n_p)^2
 
-    `nlls`, `num_tokens`, `prompt_ids` (n,). The ratio is taken anew in every resample. Responses of no tokens do not
-    count; None when there are no others. One prompt, or the same ratio everywhere, has no interval of its own.
+    nll_p, n_p are sums over the responses to prompt p, P of them; a response that is long counts for more. `nlls`,
+    `num_tokens`, `prompt_ids` (n,). Responses of no tokens do not count; None when there are no others. One
+    prompt has no interval. Source: Cochran 1977, section 6.3 (ratio estimate), on the logarithm's scale.
     """
     confidence = checked_confidence(confidence)
     codes = prompt_codes(np.asarray(prompt_ids), len(nlls))
     sums, counts = np.bincount(codes, weights=nlls), np.bincount(codes, weights=num_tokens)
     sums, counts = sums[counts > 0], counts[counts > 0]
-    if len(counts) == 0:
+    size = len(counts)
+    if size == 0:
         return None
-    value = float(_perplexity(sums, counts))
-    if len(counts) == 1:
-        return Interval(value, math.nan, math.nan, 1, "one prompt")
-    ratios = sums / counts
-    if np.ptp(ratios) <= 1e-12 * max(1.0, float(np.abs(ratios).max())):
-        return Interval(value, value, value, len(counts), "constant")
-    limits = stats.bootstrap(
-        (sums, counts),
-        _perplexity,
-        paired=True,
-        n_resamples=num_resamples,
-        batch=max(1, BATCH_ELEMENTS // len(counts)),
-        confidence_level=confidence,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(value, float(limits.low), float(limits.high), len(counts), "bca")
-
-
-def _perplexity(sums: NDArray[np.float64], counts: NDArray[np.float64], axis: int = -1) -> NDArray:
-    return np.exp(sums.sum(axis=axis) / counts.sum(axis=axis))
+    ratio = float(sums.sum() / counts.sum())
+    if size == 1:
+        return Interval(math.exp(ratio), math.nan, math.nan, 1, "one prompt")
+    error = math.sqrt(size / (size - 1) * float(((sums - ratio * counts) ** 2).sum())) / float(counts.sum())
+    half = float(stats.t.isf((1 - confidence) / 2, size - 1)) * error
+    low = max(1.0, math.exp(ratio - half))  # no perplexity is less
+    return Interval(math.exp(ratio), low, math.exp(ratio + half), size, "ratio")

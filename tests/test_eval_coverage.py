@@ -73,7 +73,7 @@ def coverages(num_prompts: int, per_prompt: int, times: int) -> dict[str, float]
 @pytest.mark.parametrize(("num_prompts", "per_prompt"), [(120, 1), (80, 3)])
 def test_every_number_of_a_judged_system_covers(num_prompts, per_prompt):
     covered = coverages(num_prompts, per_prompt, 600)
-    assert covered == pytest.approx(dict.fromkeys(covered, 0.95), abs=0.025), covered
+    assert covered == pytest.approx(dict.fromkeys(covered, 0.95), abs=0.02), covered
 
 
 @pytest.mark.slow
@@ -92,10 +92,9 @@ def test_every_number_of_a_judged_system_covers_for_few_prompts_and_many(num_pro
 
 
 def test_perplexity_covers():
-    """A ratio of sums: long responses count more, and are the more surprising ones here. At 100 prompts such skewed
-    data are covered in 92-93% of draws."""
+    """A ratio of sums: long responses count more, and are the more surprising ones here."""
     rng = np.random.default_rng(3)
-    size, per_prompt = 400, 2
+    size, per_prompt = 100, 2
     prompts = np.repeat(np.arange(size), per_prompt)
 
     def draw(num: int):
@@ -104,8 +103,8 @@ def test_perplexity_covers():
         return hard * counts * rng.gamma(20, 1 / 20, len(counts)), counts
 
     nlls, counts = draw(400_000)
-    truth, times, covered = np.exp(nlls.sum() / counts.sum()), 500, 0
+    truth, times, covered = np.exp(nlls.sum() / counts.sum()), 4000, 0
     for _ in range(times):
-        interval = perplexity_interval(*draw(size), prompts, num_resamples=699)
+        interval = perplexity_interval(*draw(size), prompts)
         covered += interval.low <= truth <= interval.high
     assert covered / times == pytest.approx(0.95, abs=0.025)

@@ -132,12 +132,13 @@ def test_one_prompt_has_a_mean_and_no_limits(tmp_path):
 # --- perplexity -----------------------------------------------------------------------------------------
 
 
-def test_perplexity_weighs_tokens_and_resamples_prompts():
+def test_perplexity_weighs_tokens_and_counts_prompts():
     nlls, counts = np.array([2.0, 4.0, 0.0]), np.array([1, 3, 0])
     interval = perplexity_interval(nlls, counts, ["p", "q", "r"])
     assert interval.value == pytest.approx(math.exp(6 / 4))
     assert interval.num_prompts == 2
-    assert math.exp(4 / 3) <= interval.low <= interval.value <= interval.high <= math.exp(2)
+    # Residuals 2 - 1.5 and 4 - 3 x 1.5: se = sqrt(2 (0.25 + 0.25)) / 4; t with one degree of freedom is 12.706.
+    assert (interval.low, interval.high) == pytest.approx((1.0, math.exp(1.5 + 12.706 / 4)), rel=1e-3)
     assert perplexity_interval(np.zeros(1), np.zeros(1, dtype=int), ["p"]) is None
     assert math.isnan(perplexity_interval(nlls[:1], counts[:1], ["p"]).low)
 
