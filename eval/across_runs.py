@@ -131,8 +131,9 @@ class Difference:
 def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference:
     """Difference of two systems' scores in [0, 1] on the prompts that both have.
 
-    Both with several runs: `seed_difference`. Otherwise `paired_test` of the means over runs, which is about
-    these checkpoints and no others. Raises ValueError as these two do.
+    Both with several runs: `seed_difference`. Otherwise, and where every run of each has one and the same score
+    throughout, `paired_test` of the means over runs, which is about these checkpoints and no others. Raises
+    ValueError as these two do.
     """
     prompts_1, matrix_1 = run_matrix(runs_1)
     prompts_2, matrix_2 = run_matrix(runs_2)
@@ -141,7 +142,7 @@ def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference
         raise ValueError("the two systems share no prompts")
     matrix_1 = matrix_1[:, np.isin(prompts_1, shared)]  # columns are in the order of the ids
     matrix_2 = matrix_2[:, np.isin(prompts_2, shared)]
-    if len(runs_1) > 1 and len(runs_2) > 1:
+    if len(runs_1) > 1 and len(runs_2) > 1 and (_varies(matrix_1) or _varies(matrix_2)):
         result = seed_difference(matrix_1, matrix_2)
         over, detectable = "seeds and prompts", None
     else:
@@ -152,6 +153,11 @@ def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference
     return Difference(
         result.difference, result.low, result.high, result.p_value, result.num_prompts, over, detectable
     )
+
+
+def _varies(matrix: NDArray[np.float64]) -> bool:
+    decided = matrix[~np.isnan(matrix)]
+    return len(decided) == 0 or float(np.ptp(decided)) > 1e-12
 
 
 def _over_runs(matrix: ArrayLike) -> NDArray[np.float64]:

@@ -107,6 +107,15 @@ def test_the_difference_of_two_methods_with_seeds():
     assert result.over == "seeds and prompts" and result.detectable is None
 
 
+def test_who_wins_everything_differs_from_who_loses_everything():
+    """Neither seeds nor prompts vary: of the sign flips of 12 prompts, 2 are as far from 0."""
+    always, never = [values([1.0] * 12)] * 2, [values([0.0] * 12)] * 3
+    result = difference(always, never)
+    assert (result.difference, result.p_value) == (1.0, pytest.approx(2 / 2**12))
+    assert 0 < result.low < result.high == 1 and result.over == "prompts"
+    assert difference(always, always).p_value == 1.0
+
+
 def test_against_one_run_the_means_of_the_prompts_are_compared():
     runs = [values([1, 0, 1, 1]), values([1, 1, 0, 1])]
     result = difference(runs, [values([0, 0, 0, 0])])
