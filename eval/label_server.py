@@ -139,7 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError as error:
             if isinstance(error, ConnectionError | TimeoutError):
                 raise
-            self._refuse(500, f"the label could not be written: {error}")
+            reason = error.strerror or error
+            self._refuse(500, f"the label could not be written, so nothing was stored: {reason}")
         else:
             self._send(200, content, kind)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,7 +117,7 @@ from pathlib import Path
 from drpo.engine import Engine, EngineConfig
 
 engine = Engine(EngineConfig(trackers=[]), Path("."), seed=0, max_grad_norm=None)
-print(engine.world_size, engine.gather_objects([engine.rank]), engine.precision, flush=True)
+print(f"{engine.world_size} {engine.gather_objects([engine.rank])} {engine.precision}\\n", end="", flush=True)
 engine.close()
 """
 
@@ -272,6 +273,22 @@ def test_an_error_is_one_message_on_standard_error(folder, script, arguments, me
     assert done.stderr.startswith(message), done.stderr
     assert "Traceback" not in done.stderr and "Traceback" not in done.stdout
     assert not (folder / "failed").exists()
+
+
+def test_a_disk_that_refuses_and_ctrl_c_are_one_message(monkeypatch, capsys, tmp_path):
+    def write(recipe):
+        (tmp_path / "none" / "x").write_text("")
+
+    def interrupt(recipe):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit, match=r"script.py: .*No such file or directory.*none/x"):
+        main(OnlineRecipe, "demo/drpo.yaml", write)
+    with pytest.raises(SystemExit) as left:
+        main(OnlineRecipe, "demo/drpo.yaml", interrupt)
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "script.py: stopped; what is on disk is kept\n"
 
 
 @pytest.fixture
