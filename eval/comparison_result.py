@@ -17,6 +17,10 @@ from eval.ranking import bradley_terry
 from eval.system_runs import KL, LC_WIN_RATE, WIN_RATE, Measure, System
 from eval.win_rate import holm
 
+NO_DIFFERENCE = dict.fromkeys(("difference", "low", "high", "p_value", "over", "detectable")) | {
+    "num_prompts": 0
+}
+
 
 def compare_systems(
     systems: Sequence[System],
@@ -153,17 +157,17 @@ def _judged_row(statistics: JudgedStatistics) -> dict[str, Any]:
 
 def _tests(systems: Sequence[System]) -> list[dict[str, Any]]:
     """Every two systems by their win rates against the same baseline; p-values adjusted for their number."""
-    found = []
+    tests = []
     for one, other in combinations(systems, 2):
+        names = {"measure": WIN_RATE, "system_1": one.name, "system_2": other.name}
         try:
             result = difference(one.values(WIN_RATE), other.values(WIN_RATE))
-        except ValueError:  # nothing varies, or nothing is decided: the table says so already
-            continue
-        found.append({"measure": WIN_RATE, "system_1": one.name, "system_2": other.name, **asdict(result)})
-    if not found:
-        return []
-    adjusted = holm([test["p_value"] for test in found])
-    return [{**test, "p_holm": float(p_value)} for test, p_value in zip(found, adjusted, strict=True)]
+            tests.append({**names, **asdict(result), "reason": None})
+        except ValueError as error:
+            tests.append({**names, **NO_DIFFERENCE, "reason": str(error)})
+    done = [test for test in tests if test["p_value"] is not None]
+    adjusted = iter(holm([test["p_value"] for test in done])) if done else iter(())
+    return [{**t, "p_holm": None if t["p_value"] is None else float(next(adjusted))} for t in tests]
 
 
 def _ranking(
@@ -173,13 +177,17 @@ def _ranking(
     decided = [judgment for judgment in judgments if judgment.score is not None]
     if len({judgment.system_a for judgment in decided}) < 2 or len({j.prompt_id for j in decided}) < 2:
         return None
-    result = bradley_terry(
-        [judgment.system_a for judgment in decided],
-        [judgment.system_b for judgment in decided],
-        [judgment.score for judgment in decided],
-        [judgment.prompt_id for judgment in decided],
-        anchor=baseline,
-    )
+    try:
+        result = bradley_terry(
+            [judgment.system_a for judgment in decided],
+            [judgment.system_b for judgment in decided],
+            [judgment.score for judgment in decided],
+            [judgment.prompt_id for judgment in decided],
+            anchor=baseline,
+        )
+    except ValueError as error:  # such as two groups of systems that never met
+        none = {"systems": [], "anchor": baseline, "num_comparisons": len(decided)}
+        return none | {"warnings": [f"no ranking: {error}"]}
     columns = (result.systems, result.elo, result.elo_low, result.elo_high)
     return {
         "systems": [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,9 @@ class OneOf:
     choices: tuple[str, ...]
 
 
+MAX_NUMBER = sys.float_info.max
+MAX_DIGITS = 15
+"No double has more."
 STATUSES = ("ok", "refused", "malformed", "truncated", "failed")
 _SHARE = Maybe(float)
 _ESTIMATE = {"value": Maybe(float), "low": Maybe(float), "high": Maybe(float)}
@@ -90,6 +93,8 @@ COMPARISON: dict[str, Any] = {
             **dict.fromkeys(("difference", "low", "high", "p_value", "p_holm"), Maybe(float)),
             "num_prompts": int,
             "detectable": Maybe(float),
+            "over": Maybe(str),
+            "reason": Maybe(str),
         }
     ],
     "ranking": Maybe(
@@ -160,6 +165,9 @@ def check_comparison(comparison: Any) -> None:
     (or null) for every measure, and what names a measure names one of them. Fields beyond the shape are ignored.
     """
     _check(comparison, COMPARISON, "")
+    for i, measure in enumerate(comparison["measures"]):
+        if measure["digits"] > MAX_DIGITS:
+            _refuse(f"measures[{i}].digits must be at most {MAX_DIGITS}, got {_short(measure['digits'])}")
     measures = [measure["key"] for measure in comparison["measures"]]
     _refuse_repeats(measures, "measures", "key")
     _refuse_repeats([system["name"] for system in comparison["systems"]], "systems", "name")
@@ -227,7 +235,7 @@ def _fits(value: Any, kind: type) -> tuple[bool, str]:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and number and value >= 0, "a whole number >= 0"
-    return number and math.isfinite(value), "a finite number"
+    return number and -MAX_NUMBER <= value <= MAX_NUMBER, "a finite number"
 
 
 def _require(fits: bool, expected: str, value: Any, path: str) -> None:

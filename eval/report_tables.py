@@ -107,7 +107,7 @@ def better_system(test: Mapping[str, Any], measure: Mapping[str, Any]) -> tuple[
 def reading(test: Mapping[str, Any], measure: Mapping[str, Any]) -> str:
     """A test in words."""
     if None in (test["difference"], test["low"], test["high"]):
-        return "no test"
+        return f"no test: {test['reason']}"
     if test["low"] <= 0 <= test["high"]:
         if test["detectable"] is None:
             return "not resolved at this n"
@@ -133,6 +133,11 @@ def differences_table(comparison: Mapping[str, Any]) -> Table | None:
         Column("p", "How often chance alone would show such a difference, if there were none."),
         Column("p (Holm)", "The same, corrected for the number of tests."),
         Column("prompts"),
+        Column(
+            "over",
+            "What was drawn at random: a test over prompts is about these runs and no others.",
+            numeric=False,
+        ),
         Column("reading", numeric=False),
     )
     rows = []
@@ -147,6 +152,7 @@ def differences_table(comparison: Mapping[str, Any]) -> Table | None:
                 Cell(p_text(test["p_value"])),
                 Cell(p_text(test["p_holm"])),
                 Cell(str(test["num_prompts"])),
+                Cell(test["over"] or NOTHING),
                 Cell(reading(test, measure), strong=resolved(test)),
             )
         )
@@ -248,7 +254,7 @@ def judge_table(comparison: Mapping[str, Any]) -> Table | None:
 def ranking_table(comparison: Mapping[str, Any]) -> Table | None:
     """All systems on one scale, with the interval."""
     ranking = comparison["ranking"]
-    if ranking is None or not ranking["systems"]:
+    if ranking is None or not (ranking["systems"] or ranking["warnings"]):
         return None
     columns = (
         Column("system", numeric=False),

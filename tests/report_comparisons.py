@@ -202,7 +202,14 @@ def paired_test(measure: str, one: str, two: str, difference, low, high, p, p_ho
         "low": low,
         "high": high,
     }
-    return row | {"p_value": p, "p_holm": p_holm, "num_prompts": 256, "detectable": 0.085}
+    return (
+        row
+        | {"p_value": p, "p_holm": p_holm, "num_prompts": 256, "detectable": 0.085}
+        | {
+            "over": "prompts",
+            "reason": None if difference is not None else "nothing is decided",
+        }
+    )
 
 
 def empty_comparison() -> dict[str, Any]:

@@ -223,6 +223,23 @@ def test_what_cannot_be_told_is_said_and_not_made_up():
     assert found["judged"]["consistent"] is None
 
 
+def test_a_pair_without_a_test_says_why_and_takes_no_part_in_the_correction():
+    undecided = System("u", "u", None, (judged("u", "xxxxxxxxxxxx"),))
+    tests = compare(undecided, GOOD, FREE)["tests"]
+    by_pair = {(test["system_1"], test["system_2"]): test for test in tests}
+    none = by_pair["u", "good"]
+    assert (none["difference"], none["p_value"], none["p_holm"], none["num_prompts"]) == (None, None, None, 0)
+    assert "none of 12 rows is decided for both" in none["reason"]
+    alone = by_pair["good", "free"]
+    assert alone["p_holm"] == alone["p_value"] and alone["reason"] is None, "one test needs no correction"
+
+
+def test_systems_that_never_met_have_no_ranking_and_a_reason():
+    apart = combine_all(verdicts_of("x", "abababababab", baseline="y"))
+    result = compare(GOOD, FREE, more_judgments=apart)
+    assert result["ranking"]["systems"] == [] and "no ranking" in result["ranking"]["warnings"][0]
+
+
 def test_examples_stand_beside_the_baseline(result):
     assert len(result["examples"]) == 3 * 12
     first = next(

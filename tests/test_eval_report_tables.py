@@ -111,7 +111,7 @@ def test_beating_many_systems_is_counted_not_listed():
         ((0.08, -0.01, 0.17), 0.2, "high", "not resolved at this n, which can show 0.09 or more"),
         ((0.08, 0.0, 0.16), 0.049, "high", "not resolved at this n, which can show 0.09 or more"),
         ((0.08, 0.02, 0.14), 0.05, "high", "not resolved once every test is counted (Holm)"),
-        ((None, None, None), None, "high", "no test"),
+        ((None, None, None), None, "high", "no test: nothing is decided"),
     ],
 )
 def test_a_test_in_words(limits, p_holm, better, words):
@@ -131,7 +131,7 @@ def test_over_seeds_nobody_says_what_could_be_shown():
 def test_the_tests_and_how_each_system_was_judged():
     assert texts(differences_table(comparison()))[1] == [
         "DR-PO beta 1 minus DR-PO beta 0.5",
-        *("win rate (%)", "5.0 [-1.0, 11.0]", "0.100", "0.200", "256"),
+        *("win rate (%)", "5.0 [-1.0, 11.0]", "0.100", "0.200", "256", "prompts"),
         "not resolved at this n, which can show 8.5 or more",
     ]
     rows = judge_table(comparison()).rows
@@ -197,7 +197,7 @@ def test_the_markdown_page_has_every_table_and_no_example(tmp_path):
     ]
     assert "Answer two" not in page
     cells = [line.replace(r"\|", "").count("|") for line in page.splitlines() if line.startswith("| PPO")]
-    assert cells == [7, 8, 3, 6, 4]
+    assert cells == [7, 9, 3, 6, 4]
 
 
 # --- what cannot be shown ---------------------------------------------------------------------------------
@@ -223,6 +223,11 @@ def broken(path: list, value: object = None, remove: bool = False) -> dict:
         (broken(["systems", 0, "values", "kl"], remove=True), r"systems\[0\]\.values\.kl is missing; null"),
         (broken(["title"], 3), r"title must be text, got 3"),
         (broken(["systems"], {}), r"systems must be a list, got {}"),
+        (broken(["measures", 0, "digits"], 10**6), r"measures\[0\]\.digits must be at most 15, got 1000000"),
+        (
+            broken(["systems", 0, "values", "kl", "value"], 10**400),
+            r"systems\[0\]\.values\.kl\.value must be a finite number, got int 1000",
+        ),
         (broken(["measures", 0, "digits"], -1), r"measures\[0\]\.digits must be a whole number >= 0, got -1"),
         (
             broken(["measures", 0, "better"], "most"),
