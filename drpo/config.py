@@ -71,8 +71,31 @@ def _check_kinds(given, defaults, prefix: str = "") -> None:
             raise ConfigError(
                 f"{key} is a list, written {key}=[a,b], found keys: {', '.join(map(str, value))}"
             )
+        elif OmegaConf.is_list(default) and OmegaConf.is_list(value):
+            _check_items(value, default._metadata.element_type, key)
+        elif OmegaConf.is_list(default) and not (value._is_none() or value._is_interpolation()):
+            raise ConfigError(f"{key} is a list, written {key}=[a,b], found {given[name]!r}")
         elif OmegaConf.is_dict(default) and OmegaConf.is_list(value):
             raise ConfigError(f"{key} is a mapping, written {key}.name=value, found a list: {value}")
+
+
+def _check_items(items, item_class: type, key: str) -> None:
+    """Merging the whole list would name neither the item nor its keys, and turn a section into text."""
+    for index in range(len(items)):
+        item, place = items._get_node(index), f"{key}[{index}]"
+        if dataclasses.is_dataclass(item_class):
+            if not OmegaConf.is_dict(item):
+                known = ", ".join(field.name for field in dataclasses.fields(item_class))
+                raise ConfigError(f"{place} is a section, found {items[index]!r}; known keys there: {known}")
+            defaults = OmegaConf.structured(item_class)
+            _unlock(defaults)
+            _check_kinds(item, defaults, f"{place}.")
+            try:
+                OmegaConf.merge(defaults, item)
+            except OmegaConfBaseException as error:
+                raise ConfigError(f"{place}.{_explain(error, item_class, None)}") from None
+        elif item_class in (str, int, float, bool) and OmegaConf.is_config(item):
+            raise ConfigError(f"{place} must be one value, found {item}")
 
 
 def _unlock(node) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -15,14 +16,14 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
         for measure in result["measures"]
         if any(system["values"][measure["key"]] for system in result["systems"])
     ]
-    table = Table(title=result["title"])
+    table = Table(title=escape(result["title"]))
     table.add_column("")
     for measure in shown:
-        table.add_column(f"{measure['name']} {measure['unit']}".strip(), justify="right")
+        table.add_column(escape(f"{measure['name']} {measure['unit']}".strip()), justify="right")
     for system in result["systems"]:
         cells = [_cell(system["values"][measure["key"]], measure) for measure in shown]
         runs = f" ({system['num_runs']} seeds)" if system["num_runs"] > 1 else ""
-        table.add_row(system["name"] + runs, *cells)
+        table.add_row(escape(system["name"]) + runs, *cells)
     return table
 
 

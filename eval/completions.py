@@ -27,6 +27,7 @@ REFERENCE = "reference"
 NULL = "null"
 "System that says the same to every prompt."
 NULL_RESPONSE = "This is my response, and there is nothing to add to it."
+MAX_INT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def import_alpaca_eval(path: Path | str) -> list[CompletionRow]:
     path = _existing(path)
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(items, list):
         raise DataError(f"{path} must hold a JSON list of objects with instruction, output, generator")
@@ -158,7 +159,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def _row_of_line(line: bytes) -> CompletionRow:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError("invalid JSON", str(error)) from None
     if not isinstance(values, dict):
         raise RowError("wrong type", f"a row is an object, not {type(values).__name__}")
@@ -168,6 +169,8 @@ def _row_of_line(line: bytes) -> CompletionRow:
         value = values[name]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise RowError("wrong type", f"{name} is {type(value).__name__}")
+        if isinstance(value, int) and not 0 <= value <= MAX_INT:
+            raise RowError("number out of range", f"{name} must be in [0, 2^63)")
     for name in ("system", "prompt"):
         require_text(values[name], name)
     for name in ("response", "reference"):
@@ -240,7 +243,11 @@ class CompletionsWriter:
                 raise DataError(f"{self.path} already has {_named(row)}")
             self.done.add(row.key)
         lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-        left, size = memoryview(lines.encode()), os.fstat(self._file.fileno()).st_size
+        # Half of a surrogate pair, which meta may hold, becomes the escape that JSON has for it.
+        left, size = (
+            memoryview(lines.encode(errors="backslashreplace")),
+            os.fstat(self._file.fileno()).st_size,
+        )
         try:
             while left:
                 left = left[self._file.write(left) :]
@@ -280,7 +287,7 @@ def read_meta(path: Path | str) -> dict[str, Any]:
         return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(meta, dict):
         raise DataError(f"{path} must hold a JSON object")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from drpo.data.files import Row, read_table
 from drpo.data.records import BadRows, DataError, RowError, require_text
-from eval.completions import CompletionRow, import_alpaca_eval, prompt_id_of
+from eval.completions import MAX_INT, CompletionRow, import_alpaca_eval, prompt_id_of
 
 FIELDS = ("prompt", "response", "system", "reference", "ended", "seed", "num_tokens")
 
@@ -113,10 +113,10 @@ def _bool(value: Any, name: str) -> bool:
 
 def _int(value: Any, name: str) -> int:
     """A CSV file has only text."""
-    if isinstance(value, str) and value.strip().isdecimal():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise RowError("wrong type", f"{name} is {value!r}, not a whole number from 0 on")
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 25:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_INT:
+        raise RowError("wrong type", f"{name} is {value!r:.30}, not a whole number from 0 on, below 2^63")
     return value
 
 

@@ -8,6 +8,7 @@ the data nor the label decides it, and the same pair labelled by several people 
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -92,4 +93,6 @@ def _confidence(extra: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RowError("wrong type", f"confidence is {value!r}, not a number")
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        raise RowError("number out of range", f"confidence is {str(value)[:20]}")
     return float(value)

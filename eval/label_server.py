@@ -18,7 +18,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from socketserver import TCPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from eval.label_queue import LabelQueue, LabelRefused
 
@@ -102,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def _get(self) -> tuple[bytes, str]:
-        address = urlsplit(self.path)
+        address = self._address()
         if address.path in FILES:
             name, kind = FILES[address.path]
             text = (PAGE / name).read_text(encoding="utf-8")
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _post(self) -> tuple[bytes, str]:
         body = self._body()
-        path = urlsplit(self.path).path
+        path = self._address().path
         if path not in ("/api/label", "/api/undo"):
             raise _not_here(path, (*FILES, "/api/state"), "GET")
         self._check_token()
@@ -129,6 +129,12 @@ class _Handler(BaseHTTPRequestHandler):
         return _as_json(
             queue.choose(values["annotator"], values["pair"], values["choice"], values["seconds"])
         )
+
+    def _address(self) -> SplitResult:
+        try:
+            return urlsplit(self.path)
+        except ValueError as error:
+            raise _Refused(400, f"the address cannot be read: {error}") from None
 
     def _answer(self, respond: Callable[[], tuple[bytes, str]]) -> None:
         try:

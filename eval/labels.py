@@ -14,8 +14,8 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +35,8 @@ Key = tuple[str, str, str, int]
 "prompt_id, system_a, system_b, seed: what names a comparison."
 
 MAX_NAME = 40
+_LINE_START = b'{"prompt_id": "'
+"Every row that was ever written begins so, also one that a kill cut."
 _SCORE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
@@ -201,7 +203,7 @@ _ALLOWED = {
 def _label_of_line(line: bytes) -> Label:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError("invalid JSON", str(error)) from None
     if not isinstance(values, dict):
         raise RowError("wrong type", f"a row is an object, not {type(values).__name__}")
@@ -213,14 +215,38 @@ def _label_of_line(line: bytes) -> Label:
             raise RowError("wrong type", f"{name} is {type(value).__name__}")
         if name in _ALLOWED and value not in _ALLOWED[name]:
             raise RowError("unknown value", f"{name} is {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RowError("number not finite", f"{name} is {value}")
+        if isinstance(value, _NUMBER) and not _in_range(name, value):
+            raise RowError("number out of range", f"{name} is {str(value)[:20]}")
+        if isinstance(value, str):
+            _require_encodable(value, name)
     if extra := values.keys() - _TYPES.keys():
         raise RowError("unknown field", ", ".join(sorted(extra)))
+    if values["annotator"] != _annotator(values["annotator"]):
+        raise RowError("bad annotator", f"{values['annotator']!r} is not how launch/label.py writes a name")
     try:
         return Label(**values)
     except ValueError as error:
         raise RowError("status and winner differ", str(error)) from None
+
+
+def _require_encodable(value: str, name: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowError("invalid text", f"{name} holds half of a surrogate pair") from None
+
+
+def _in_range(name: str, value: float) -> bool:
+    if name in ("seconds", "confidence"):
+        return -sys.float_info.max <= value <= sys.float_info.max
+    return 0 <= value < 2**63
+
+
+def _annotator(name: str) -> str:
+    try:
+        return checked_annotator(name)
+    except ValueError as error:
+        raise RowError("bad annotator", str(error)) from None
 
 
 # --- writing --------------------------------------------------------------------------------------------
@@ -229,8 +255,9 @@ def _label_of_line(line: bytes) -> Label:
 class LabelsWriter:
     """A labels file to append to: a label is on disk when `append` returns.
 
-    `labels` holds the rows that were there; what a kill left unfinished is cut off. The file is locked while it is
-    open, for two servers on it would not know of each other's labels. Raises DataError when it is locked already.
+    `labels` holds the rows that were there. What a kill left unfinished is cut off, and `num_cut` says how many bytes
+    of it there were. The file is locked while it is open, for two servers on it would not know of each other's labels.
+    Raises DataError when it is locked already, and for an end that no kill can have left.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -276,5 +303,13 @@ class LabelsWriter:
         self.close()
 
     def _cut_unfinished_line(self) -> None:
-        whole, newline, _ = self.path.read_bytes().rpartition(b"\n")
+        whole, newline, rest = self.path.read_bytes().rpartition(b"\n")
+        if rest and not (rest.startswith(_LINE_START) or _LINE_START.startswith(rest)):
+            raise DataError(f"{self.path} does not end in a label, but in {rest[:40]!r}; it is left as it is")
+        if rest.endswith(b"}"):
+            raise DataError(
+                f"{self.path} ends in a whole label without a line break: was it edited? Add the line break if the "
+                "label is to count, or remove the line"
+            )
+        self.num_cut = len(rest)
         os.truncate(self.path, len(whole) + len(newline))

@@ -43,7 +43,7 @@ def read_comparison(path: Path) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"no comparison at {file}: {error.strerror}; launch/compare.py writes one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON ({error}); launch/compare.py writes it anew") from None
 
 

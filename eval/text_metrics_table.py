@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from eval.intervals import Interval
@@ -26,7 +27,7 @@ def text_metrics_table(measured: Sequence[TextMetrics]) -> Table:
     table = Table(title="text metrics; [95% intervals] over prompts")
     table.add_column("")
     for metrics in measured:
-        table.add_column(metrics.system, justify="right")
+        table.add_column(escape(metrics.system), justify="right")
     for name in (field.name for field in fields(TextMetrics)):
         cells = [getattr(metrics, name) for metrics in measured]
         if name != "system" and any(cell is not None for cell in cells):

@@ -53,6 +53,13 @@ class AgreementRecipe:
     half_tie: Literal["half", "tie"] = "half"
     """What a judge's win in one order and tie in the other count: 0.75, a win here, or 0.5 (tie), a tie."""
 
+    def __post_init__(self) -> None:
+        for path in self.judgments:
+            if self.judgments.count(path) > 1:
+                raise ValueError(
+                    f"judgments names {path} twice, and a judge agrees with itself; give each file once"
+                )
+
 
 def run(recipe: AgreementRecipe) -> Path:
     """Lay all files side by side, measure, write and print."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ def main(
     """Read the command line, run the recipe, print the path of the result as the last line.
 
     Without a recipe the embedded one named `default_recipe` is used. `forced` overrides come last. What a user
-    can mend (recipe, data, checkpoint) is shown as one message without a traceback, exit code 1.
+    can mend (recipe, data, checkpoint, disk) is shown as one message without a traceback, exit code 1; 130 after
+    Ctrl-C.
     """
     arguments = sys.argv[1:]
     script = Path(sys.argv[0]).name
@@ -40,8 +42,11 @@ def main(
         path, overrides = split_arguments(arguments)
         recipe = load_recipe(recipe_class, find_recipe(path or default_recipe), [*overrides, *forced])
         result = run(recipe)
-    except (ConfigError, DataError, CheckpointError, RunStopped, FloatingPointError) as error:
+    except (ConfigError, DataError, CheckpointError, RunStopped, FloatingPointError, OSError) as error:
         raise SystemExit(f"{script}: {error}") from None
+    except KeyboardInterrupt:
+        print(f"{script}: stopped; what is on disk is kept", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     if int(os.environ.get("RANK", 0)) == 0:
         print(result.resolve(), flush=True)
 

@@ -33,6 +33,7 @@ from drpo.run_folder import RunStopped
 from eval.comparison_result import compare_systems
 from eval.comparison_table import comparison_table
 from eval.completions import REFERENCE
+from eval.judging.comparison import pair_up
 from eval.judging.judgments import tokens_and_cost
 from eval.judging.store import Store
 from eval.judging.verdict import Judgment
@@ -42,6 +43,7 @@ from launch.command_line import main
 from launch.compare_systems import (
     COMPLETIONS,
     SystemConfig,
+    check_systems,
     judge_run,
     run_of_file,
     run_of_policy,
@@ -65,6 +67,8 @@ OWN_COMPLETE_KEYS = (
 )
 OWN_JUDGE_KEYS = ("run_dir", "completions", "system", "baseline", "num_prompts")
 TABLE_WIDTH = 180
+MAX_NAME = 200
+"Bytes: the names of folders have at most 255."
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,12 @@ class CompareRecipe:
     def __post_init__(self) -> None:
         names = [system.name for system in self.systems]
         for name in names:
-            if not name or name in ("reference", "null") or "attack/" in name:
+            if not name.strip() or name in ("reference", "null") or "attack/" in name:
                 raise ValueError(f"systems: {name!r} cannot be the name of a system; choose another")
+            if not name.isprintable() or len(name.encode()) > MAX_NAME:
+                raise ValueError(
+                    f"systems: {name[:40]!r} cannot be the name of a system: at most {MAX_NAME} bytes, all visible"
+                )
             if names.count(name) > 1:
                 raise ValueError(f"systems: two are called {name!r}; tell them apart")
         if self.systems and self.baseline not in (*names, REFERENCE):
@@ -116,11 +124,15 @@ class CompareRecipe:
         _refuse_own("judging", self.judging, JudgeRecipe(), OWN_JUDGE_KEYS)
         if self.pairs != "none":
             self._refuse_unequal_rivals()
-        clash = {REWARD_MODEL, KL} & self.reward_functions.keys()
-        if clash:
-            raise ValueError(f"reward_functions.{clash.pop()} is the name of a column; choose another")
-        if len({_slug(name) for name in names}) < len(names):
-            raise ValueError(f"systems: {', '.join(names)} are too much alike for the names of folders")
+        columns = {REWARD_MODEL} | {measure.key for measure in measures_of(self.baseline, True, True, ())}
+        for name in self.reward_functions:
+            if name in columns or not name.strip():
+                raise ValueError(f"reward_functions.{name} is the name of a column, or none; choose another")
+        # A file system may know no upper and lower case.
+        if len({_slug(name).casefold() for name in (*names, REFERENCE)}) < len(names) + 1:
+            raise ValueError(
+                f"systems: {', '.join(names)} are too much alike, or like {REFERENCE}, for the names of folders"
+            )
 
     def _refuse_unequal_rivals(self) -> None:
         """Each run meets the baseline's run of its number, and systems that met other runs of it do not compare."""
@@ -157,6 +169,7 @@ def run(recipe: CompareRecipe) -> Path:
         )
     policies = [policy for system in recipe.systems for policy in system.policies]
     make_demo_inputs(*policies, recipe.kl_reference, recipe.reward_model)
+    check_systems(recipe.systems, recipe.kl_reference)
     folder = Path(recipe.run_dir)
     config = EngineConfig(mixed_precision=recipe.complete.mixed_precision, trackers=[])
     engine = Engine(config, folder, recipe.complete.seed, max_grad_norm=None)
@@ -216,6 +229,9 @@ def _judged_systems(recipe: CompareRecipe, systems: Sequence[System]) -> tuple[l
     if recipe.pairs == "all":
         for one, other in combinations(rivals, 2):
             meetings += [(one, other, index) for index in range(max(len(one.runs), len(other.runs)))]
+    for one, other, index in meetings:  # before any of them is paid
+        rows = [*one.runs[index % len(one.runs)].rows, *other.runs[index % len(other.runs)].rows]
+        pair_up(rows, one.name, other.name)
     judged: dict[str, list[Run]] = {}
     more: list[Judgment] = []
     for number, (one, other, index) in enumerate(meetings, 1):
@@ -238,10 +254,10 @@ def _judged_systems(recipe: CompareRecipe, systems: Sequence[System]) -> tuple[l
 def _judge(recipe: CompareRecipe, one: System, own: int, other: System, rival: int) -> Run | None:
     """One run of `one` with the verdicts on it beside one of `other`; None in a dry run."""
     files = [recipe.folder_of(one.name, own) / COMPLETIONS, recipe.folder_of(other.name, rival) / COMPLETIONS]
-    name = f"{_slug(one.name)}_{own}_{_slug(other.name)}_{rival}"
+    folder = Path(recipe.run_dir) / "judgments" / f"{_slug(one.name)}_{own}" / f"{_slug(other.name)}_{rival}"
     asked = replace(
         recipe.judging,
-        run_dir=str(Path(recipe.run_dir) / "judgments" / name),
+        run_dir=str(folder),
         completions=[str(file) for file in files],
         system=one.name,
         baseline=other.name,
@@ -258,7 +274,7 @@ def _judge(recipe: CompareRecipe, one: System, own: int, other: System, rival: i
 
 def _slug(name: str) -> str:
     """A name that any file system takes."""
-    return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.") or "_"
+    return re.sub(r"[^\w.]+", "_", name).strip("_.") or "_"
 
 
 # --- the result -----------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -90,8 +89,8 @@ def check_systems(systems: Sequence[SystemConfig], kl_reference: str | None) -> 
                 key, reference = f"systems[{place}].kl_references[{index}]", system.kl_references[index]
             if reference is not None and _vocabulary(reference, key) != vocabulary:
                 raise ConfigError(
-                    f"no KL of {policy} to {key}={reference}: their tokenizers differ; leave it out, or name a reference "
-                    "with the same tokenizer"
+                    f"no KL of {policy} to {key}={reference}: their tokenizers differ; leave it out, or name a "
+                    "reference with the same tokenizer"
                 )
 
 

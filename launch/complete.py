@@ -25,6 +25,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drpo.config import ConfigError, package_versions, save_resolved
@@ -120,8 +121,8 @@ class CompleteRecipe:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.num_prompts is not None and self.num_prompts < 1:
             raise ValueError(f"num_prompts must be >= 1 or null, got {self.num_prompts}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if not 0 <= self.seed < 2**63 - self.num_responses:
+            raise ValueError(f"seed must be in [0, 2^63 - num_responses), got {self.seed}")
         if self.num_responses > 1 and self.sampling.temperature == 0:
             raise ValueError("num_responses > 1 does not apply to sampling.temperature=0: all would be alike")
         if self.system is not None and (self.system in (REFERENCE, NULL) or "attack/" in self.system):
@@ -204,9 +205,14 @@ def complete_policy(recipe: CompleteRecipe, engine: Engine) -> Path:
 
 
 def load_to_read(recipe: CompleteRecipe, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A policy in the precision of the recipe, not to be trained."""
+    """A policy in the precision of the recipe, not to be trained. Raises ConfigError for one that is damaged."""
     config = ModelConfig(path=path, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
-    return load_policy(config, tokenizer).eval()
+    try:
+        return load_policy(config, tokenizer).eval()
+    except ConfigError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"the policy {path!r} cannot be loaded: {error}") from error
 
 
 def _policy(

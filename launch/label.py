@@ -97,7 +97,12 @@ def run(recipe: LabelRecipe) -> Path:
     folder = Path(recipe.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "labels.jsonl"
-    queue = LabelQueue(comparisons, LabelsWriter(path), prompt, recipe.ties, recipe.annotators, recipe.seed)
+    writer = LabelsWriter(path)
+    if writer.num_cut:
+        print(
+            f"{path}: {writer.num_cut} bytes of a label are cut off, which a kill left unfinished; it did not count"
+        )
+    queue = LabelQueue(comparisons, writer, prompt, recipe.ties, recipe.annotators, recipe.seed)
     save_resolved(recipe, folder / "config.yaml")
     try:
         server = LabelServer(queue, recipe.host, recipe.port)

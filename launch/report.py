@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = parser.parse_args(arguments).comparison
     try:
         page = write_report(read_comparison(path), path if path.is_dir() else path.parent)
-    except DataError as error:
+    except (DataError, OSError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from None
     print(page.resolve())
 

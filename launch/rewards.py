@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from drpo.config import ConfigError
 from drpo.engine import Engine
-from drpo.rewards import RewardFn
+from drpo.rewards import Completion, RewardFn
 from drpo.trainers.online_recipe import RewardConfig
 from reward_models.score import RewardModelScorer
 
@@ -25,16 +26,37 @@ def reward_from(config: RewardConfig, engine: Engine, tokenizer_path: str) -> Re
 
 def import_functions(functions: Mapping[str, str], key: str) -> dict[str, RewardFn]:
     """name -> module:function, imported."""
-    return {name: import_function(spec, f"{key}.{name}") for name, spec in functions.items()}
+    return {
+        name: _explained(import_function(spec, f"{key}.{name}"), f"{key}.{name}={spec!r}")
+        for name, spec in functions.items()
+    }
+
+
+def _explained(function: RewardFn, where: str) -> RewardFn:
+    """`function`, whatever goes wrong in it being told as a mistake of the recipe's."""
+
+    def score(completions: Sequence[Completion]) -> list[float]:
+        try:
+            return [float(score) for score in function(completions)]
+        except Exception as error:
+            raise ConfigError(f"{where} does not score the responses: {_told(error)}") from error
+
+    return score
+
+
+def _told(error: Exception) -> str:
+    """The kind of an error, where it was raised, and its message."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {place.filename}:{place.lineno}: {error}"
 
 
 def import_function(spec: str, key: str) -> RewardFn:
     """The callable `module:function`; modules in the working directory are found too.
 
-    Raises ConfigError naming the key when the module or the function is not there.
+    Raises ConfigError naming the key when the module or the function is not there, or the module fails.
     """
     module_name, colon, function_name = spec.partition(":")
-    if not colon or not function_name:
+    if not colon or not function_name or not module_name or module_name.startswith("."):
         raise ConfigError(f"{key}={spec!r} must be written module:function")
     working_directory = str(Path.cwd())
     if working_directory not in sys.path:
@@ -43,6 +65,10 @@ def import_function(spec: str, key: str) -> RewardFn:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ConfigError(f"{key}={spec!r}: {error}; looked on sys.path and in {working_directory}") from None
+    except Exception as error:  # a user's module may do anything
+        raise ConfigError(
+            f"{key}={spec!r}: {module_name} fails when it is imported: {_told(error)}"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         known = [

@@ -23,6 +23,28 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Item:
+    """A section of which a recipe has a list."""
+
+    name: str = ""
+    """What it is called."""
+    paths: list[str] = field(default_factory=list)
+    """Where it is."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("items: each must have a name")
+
+
+@dataclass(frozen=True)
+class ListRecipe:
+    """A recipe with a list of sections."""
+
+    items: list[Item] = field(default_factory=list)
+    """The sections."""
+
+
+@dataclass(frozen=True)
 class Section:
     """A section with one field of every kind that recipes use."""
 
@@ -166,6 +188,32 @@ def test_a_message_about_a_file_names_the_file(tmp_path):
 )
 def test_a_wrong_type_is_refused_naming_the_full_key(override, key):
     assert re.match(rf"{re.escape(key)}[ :]", refusal(None, override))
+
+
+@pytest.mark.parametrize(
+    "items, message",
+    [
+        ("SFT", "items is a list, written items=[a,b], found 'SFT'"),
+        ("[SFT]", "items[0] is a section, found 'SFT'; known keys there: name, paths"),
+        ("[{name: a}, null]", "items[1] is a section, found None; known keys there: name, paths"),
+        ("[{name: a}, {name: b, path: c}]", "items[1].path: Key 'path' not in 'Item'"),
+        ("[{name: a, paths: b}]", "items[0].paths is a list, written items[0].paths=[a,b], found 'b'"),
+        ("[{name: a, paths: [{b: c}]}]", "items[0].paths[0] must be one value, found {'b': 'c'}"),
+        ("[{name: null}]", "items[0].name: "),
+        ("[{}]", "items: each must have a name"),
+    ],
+)
+def test_a_list_of_sections_names_the_item_and_its_key(tmp_path, items, message):
+    path = written(tmp_path, f"items: {items}\n")
+    with pytest.raises(ConfigError) as refused:
+        load_recipe(ListRecipe, path, [])
+    assert str(refused.value).startswith(message)
+    assert "run_dir" not in str(refused.value)
+
+
+def test_a_list_of_sections_is_read(tmp_path):
+    path = written(tmp_path, "items: [{name: a, paths: [x, 1]}, {name: '${items[0].name}'}]\n")
+    assert load_recipe(ListRecipe, path, []).items == [Item("a", ["x", "1"]), Item("a")]
 
 
 def test_a_wrong_choice_lists_the_right_ones():

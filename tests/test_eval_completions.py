@@ -63,6 +63,12 @@ def test_rows_come_back_as_they_were(tmp_path):
     assert (tmp_path / "new" / "c.meta.json").exists()
 
 
+def test_meta_may_hold_what_utf_8_does_not(tmp_path):
+    rows = [row(meta={"half \ud800": "\udfff", "whole": "\U0001f600"})]
+    CompletionsWriter(tmp_path / "c.jsonl", {}).write(rows)
+    assert read_completions(tmp_path / "c.jsonl") == rows
+
+
 def test_the_format_is_the_documented_one(tmp_path):
     path = tmp_path / "c.jsonl"
     CompletionsWriter(path, {}).write([row()])
@@ -147,7 +153,8 @@ def test_a_file_without_rows_binds_nobody(tmp_path):
 def test_facts_that_cannot_be_read_are_told(tmp_path):
     path = tmp_path / "c.jsonl"
     CompletionsWriter(path, {"model": "abc"}).write([row()])
-    for text, message in (('{"mo', "c.meta.json is not JSON"), ("[]", "must hold a JSON object")):
+    told = {'{"mo': "c.meta.json is not JSON", "[" * 100_000: "is not JSON", "[]": "must hold a JSON object"}
+    for text, message in told.items():
         (tmp_path / "c.meta.json").write_text(text)
         with pytest.raises(DataError, match=message):
             CompletionsWriter(path, {"model": "abc"})
@@ -162,6 +169,10 @@ BAD = {
     "unknown field": (as_dict(score=1.0), "1 x unknown field"),
     "half a character": (as_dict(response="\ud800"), "1 x invalid text"),
     "no JSON": ("{not json}\n", "1 x invalid JSON"),
+    "too deep": ("[" * 100_000 + "\n", "1 x invalid JSON"),
+    "negative seed": (as_dict(seed=-1), "1 x number out of range"),
+    "negative length": (as_dict(num_tokens=-5), "1 x number out of range"),
+    "length without end": (as_dict(num_tokens=10**400), "1 x number out of range"),
     "no object": ("[1]\n", "1 x wrong type"),
     "repeated": (as_dict(), "1 x repeated row"),
 }

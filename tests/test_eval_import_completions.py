@@ -107,3 +107,19 @@ def test_wrong_settings_are_refused():
         ImportConfig(path="x", columns={"answer": "a"})
     with pytest.raises(DataError, match="no file /nowhere.jsonl"):
         import_rows(ImportConfig(path="/nowhere.jsonl"), "x")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "number"),
+    [("csv", "9" * 5000), ("csv", "-1"), ("csv", str(2**63)), ("jsonl", "-1"), ("jsonl", str(2**63))],
+    ids=["CSV, long", "CSV, negative", "CSV, out of range", "JSON, negative", "JSON, out of range"],
+)
+def test_numbers_that_the_file_could_not_hold_are_refused(tmp_path, suffix, number):
+    path = tmp_path / f"a.{suffix}"
+    rows = {
+        "csv": f"prompt,response,seed\np,r,{number}\n",
+        "jsonl": f'{{"prompt": "p", "response": "r", "seed": {number}}}\n',
+    }
+    path.write_text(rows[suffix])
+    with pytest.raises(DataError, match="1 x wrong type"):
+        import_rows(ImportConfig(path=str(path)), "x")

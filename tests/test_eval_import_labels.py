@@ -91,9 +91,11 @@ def test_bad_annotators_and_confidences_are_counted():
             pair("p", " x", " y", worker=3),
             pair("p", " x", " y", confidence="high"),
             pair("p", " x", " y", extra={"confidence": True}),
+            pair("p", " x", " y", confidence=float("nan")),
+            pair("p", " x", " y", confidence=10**400),
         ]
     )
-    assert bad.counts == {"bad annotator": 2, "wrong type": 2}
+    assert bad.counts == {"bad annotator": 2, "wrong type": 2, "number out of range": 2}
 
 
 # --- the script -------------------------------------------------------------------------------------------

@@ -177,6 +177,14 @@ def test_other_kinds_of_requests_are_refused(client, server, path):
     assert path.read_bytes() == b"" and client.state()["done"] == 0
 
 
+def test_an_address_that_is_none_is_refused(server, capfd):
+    for method in (b"GET", b"POST"):
+        head = f" http://[x HTTP/1.1\r\nHost: {server.url[7:-1]}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        answer = raw(server, method + head.encode())
+        assert answer.startswith(b"HTTP/1.1 400") and b"the address cannot be read" in answer
+    assert capfd.readouterr().err == ""
+
+
 def test_names_in_the_address(client):
     for query, status in (
         ("?annotator=anna", 200),

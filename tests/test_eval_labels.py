@@ -160,20 +160,31 @@ def test_bad_rows_are_counted_and_named(path):
         {**good, "status": "maybe"},
         {**good, "winner": None},
         {**good, "seconds": float("nan")},
+        {**good, "confidence": 10**400},
+        {**good, "length_a": -1},
+        {**good, "annotator": "<b>"},
+        {**good, "time": "\ud800"},
         {**good, "length_a": True},
         {**good, "seed": "0"},
         {**good, "colour": "red"},
         {name: value for name, value in good.items() if name != "hash_b"},
     ]
-    write(path, json.dumps(good), *map(json.dumps, bad), "{", "[]")
+    write(path, json.dumps(good), *map(json.dumps, bad), "{", "[" * 100_000, "[]")
     with pytest.raises(DataError) as error:
         read_labels(path)
     message = str(error.value)
-    assert "11 rows are bad" in message and "labels.jsonl:11" in message
+    assert "16 rows are bad" in message and "labels.jsonl:15" in message
     for told in (
         *("3 x unknown value", "winner is 'c'", "order is 'first'", "status is 'maybe'", "colour"),
-        *("1 x status and winner differ", "1 x number not finite", "3 x wrong type", "length_a is bool"),
-        *("1 x missing field", "no hash_b", "1 x invalid JSON", "a row is an object, not list"),
+        *("1 x status and winner differ", "3 x number out of range", "3 x wrong type", "length_a is bool"),
+        *(
+            "1 x missing field",
+            "no hash_b",
+            "2 x invalid JSON",
+            "1 x bad annotator",
+            "1 x invalid text",
+            "a row is an object, not list",
+        ),
     ):
         assert told in message, told
 
@@ -186,15 +197,29 @@ def test_a_missing_file_is_an_error(path):
 def test_an_unfinished_line_is_told_by_the_reader_and_cut_off_by_the_writer(path):
     good_row(path)
     whole = path.read_bytes()
-    for length in (1, 40, len(whole) - 1):
+    for length in (1, 40, len(whole) - 2):
         path.write_bytes(whole + whole[:length])
         with pytest.raises(DataError, match="unfinished line"):
             read_labels(path)
         with LabelsWriter(path) as writer:
-            assert len(writer.labels) == 1
+            assert len(writer.labels) == 1 and writer.num_cut == length
             writer.append([label(SECOND)])
         assert [said.prompt_id for said in read_labels(path)] == [FIRST.prompt_id, SECOND.prompt_id]
         path.write_bytes(whole)
+
+
+def test_an_end_that_no_kill_leaves_is_refused_and_kept(path):
+    """A last line that an editor left without its line break, and a file that holds no labels at all."""
+    good_row(path)
+    whole = path.read_bytes()
+    for content, message in (
+        (whole[:-1], "a whole label without a line break"),
+        (b"my notes", "b'my notes'"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            LabelsWriter(path)
+        assert path.read_bytes() == content
 
 
 # --- writing ----------------------------------------------------------------------------------------------

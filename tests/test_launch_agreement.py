@@ -234,6 +234,8 @@ def test_nothing_in_common_is_an_error_that_says_what_there_is(folder):
         measure(judgments=judgments, labels=labels)
     with pytest.raises(DataError, match="one rater only"):
         measure(judgments=judgments)
+    with pytest.raises(ValueError, match="judgments names j.jsonl twice"):
+        measure(judgments=judgments * 2)
     with pytest.raises(ConfigError, match="must name files"):
         measure()
     with pytest.raises(DataError, match="no labels file"):

@@ -309,7 +309,21 @@ WRONG = {
     "complete.policy is set by the comparison itself": {"complete": {"policy": "p"}},
     "judging.system is set by the comparison itself": {"judging": {"system": "x"}},
     "baseline: A, moved has 2 runs and base has 1": {"baseline": "A, moved"},
+    "systems: x names p twice": {"systems": [{"name": "x", "policies": ["p", "p"]}]},
+    "setting must be a finite number": {
+        "systems": [{"name": "x", "policies": ["p"], "setting": float("nan")}]
+    },
+    "'a.nb' cannot be the name": {"systems": [{"name": "a\nb", "policies": ["p"]}]},
+    "at most 200 bytes": {"systems": [{"name": "x" * 201, "policies": ["p"]}]},
+    "X, x are too much alike": {"systems": [{"name": name, "policies": ["p"]} for name in ("X", "x")]},
+    "too much alike, or like reference": {"systems": [{"name": "Reference!", "policies": ["p"]}]},
+    r"systems\[1\].policies\[0\]: no folder './none'": {
+        "systems": [{"name": "a", "policies": ["runs/base/policy"]}, {"name": "b", "policies": ["./none"]}]
+    },
+    "kl_reference: no folder './none'": {"kl_reference": "./none"},
     "reward_functions.kl is the name of a column": {"reward_functions": {"kl": "a:b"}},
+    "reward_functions.win_rate is the name of a column": {"reward_functions": {"win_rate": "a:b"}},
+    "reward_functions.f='.a:b' must be written module:function": {"reward_functions": {"f": ".a:b"}},
     "num_examples must be >= 0": {"num_examples": -1},
 }
 
@@ -319,6 +333,70 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(folder, message)
     with pytest.raises(ConfigError, match=message):
         compare(recipe(folder, **WRONG[message]))
     assert not (folder / "out" / "completions").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            "raises",
+            "reward_functions.f='bad_rewards:raises' does not score.*RuntimeError at .*bad_rewards.py:1: boom",
+        ),
+        (
+            "no_python:score",
+            "reward_functions.f='no_python:score': no_python fails when it is imported: SyntaxError",
+        ),
+        ("nothing", "reward_functions.f='bad_rewards:nothing' does not score the responses: TypeError"),
+        ("few", f"f: the reward function returned 1 scores for {NUM} responses"),
+        ("no_number", f"f: the reward function gave {NUM} scores that are not finite"),
+    ],
+)
+def test_a_reward_function_that_fails_is_named(folder, function, message):
+    (folder / "bad_rewards.py").write_text(
+        "def raises(completions): raise RuntimeError('boom')\n"
+        "def nothing(completions): return None\n"
+        "def few(completions): return [1.0]\n"
+        "def no_number(completions): return [float('nan')] * len(completions)\n"
+    )
+    (folder / "no_python.py").write_text("def score(:")
+    functions = {"f": function if ":" in function else f"bad_rewards:{function}"}
+    with pytest.raises(ValueError, match=message) as failed:
+        compare(recipe(folder, pairs="none", reward_functions=functions, systems=RECIPE["systems"][:1]))
+    assert isinstance(failed.value, ConfigError | DataError)
+
+
+def test_names_of_any_script_and_with_markup_are_shown_as_they_are(folder, capsys):
+    names = ["[/red] 基準", "[bold] 学習"]
+    systems = [
+        {"name": name, "policies": [f"runs/{run}/policy"]}
+        for name, run in zip(names, ("base", "a_0"), strict=True)
+    ]
+    result = result_of(compare(recipe(folder, systems=systems, pairs="all", title="[/x]")))
+    assert [system["name"] for system in result["systems"]] == [*names, "reference"]
+    assert "[/x]" in capsys.readouterr().out
+        result, names[0]
+    )
+    assert len(list((folder / "out" / "judgments").glob("*/*/judgments.jsonl"))) == 3
+
+
+def test_systems_of_other_prompts_are_refused_before_the_judge_is_asked(folder):
+    compare(recipe(folder, pairs="none", run_dir="first"))
+    lines = (folder / "first/completions/base_0/completions.jsonl").read_text().splitlines(keepends=True)
+    (folder / "some.jsonl").write_text("".join(lines[1:]))
+    forget_precision()
+    systems = [*RECIPE["systems"][1:], {"name": "base", "completions": ["some.jsonl"]}]
+    with StubServer(longer_wins) as server:
+        with pytest.raises(DataError, match="not given the same prompts"):
+            compare(recipe(folder, systems=systems, pairs="all", judging=against_stub(server)))
+        assert server.chats == []
+
+
+def test_damaged_weights_are_told(folder):
+    shutil.copytree("runs/a_0/policy", "cut")
+    with open("cut/model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ConfigError, match="the policy 'cut' cannot be loaded: "):
+        compare(recipe(folder, systems=[{"name": "cut", "policies": ["cut"]}], pairs="none"))
 
 
 def test_a_file_without_the_system_is_refused_by_name(folder):

@@ -210,7 +210,8 @@ def test_the_samples_of_a_training_run_are_not_overwritten(policy_folder, tmp_pa
         ({"imported": {"columns": {"prompt": "q"}}}, "need imported.path"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
         ({"num_prompts": 0}, "num_prompts must be >= 1 or null, got 0"),
-        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"seed": -1}, "seed must be in .*, got -1"),
+        ({"seed": 2**63 - 1}, "seed must be in .*, got 9223372036854775807"),
     ],
 )
 def test_what_does_not_apply_is_refused(policy_folder, tmp_path, changes, message):

@@ -33,6 +33,7 @@ def test_writes_the_pages_anew_from_the_file_alone(tmp_path):
         (None, "no comparison at .*comparison.json: No such file or directory; launch/compare.py writes one"),
         ("{", "comparison.json is not JSON"),
         (b"\xff", "comparison.json is not JSON"),
+        ("[" * 100_000, "comparison.json is not JSON"),
         ("{}", "title is missing"),
         ('{"title": NaN}', "title must be text, got nan"),
     ],
@@ -44,3 +45,10 @@ def test_what_cannot_be_read_is_one_message(content, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         main([str(tmp_path)])
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison()), encoding="utf-8")
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(SystemExit, match="Is a directory.*report.html"):
+        main([str(tmp_path)])
