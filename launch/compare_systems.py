@@ -174,6 +174,8 @@ def measured_values(
     for name, reward in rewards.items():
         try:
             scores = _shared(engine, rows, lambda own, fn=reward: reward_scores(fn, own))
+        except ConfigError:
+            raise
         except ValueError as error:
             raise DataError(f"{name}: {error}") from error
         values[name] = Values(prompt_ids, scores)

@@ -374,8 +374,6 @@ def test_names_of_any_script_and_with_markup_are_shown_as_they_are(folder, capsy
     result = result_of(compare(recipe(folder, systems=systems, pairs="all", title="[/x]")))
     assert [system["name"] for system in result["systems"]] == [*names, "reference"]
     assert "[/x]" in capsys.readouterr().out
-        result, names[0]
-    )
     assert len(list((folder / "out" / "judgments").glob("*/*/judgments.jsonl"))) == 3
 
 
