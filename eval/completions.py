@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo.data.records import BadRows, DataError, RowError, require_text
+from eval.json_rows import fields_of_line, require_encodable
 from eval.whole_file import write_whole
 
 REFERENCE = "reference"
@@ -27,7 +28,6 @@ REFERENCE = "reference"
 NULL = "null"
 "System that says the same to every prompt."
 NULL_RESPONSE = "This is my response, and there is nothing to add to it."
-MAX_INT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,35 +157,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _row_of_line(line: bytes) -> CompletionRow:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RowError("invalid JSON", str(error)) from None
-    if not isinstance(values, dict):
-        raise RowError("wrong type", f"a row is an object, not {type(values).__name__}")
-    for name, types in _TYPES.items():
-        if name not in values:
-            raise RowError("missing field", f"no {name}")
-        value = values[name]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise RowError("wrong type", f"{name} is {type(value).__name__}")
-        if isinstance(value, int) and not 0 <= value <= MAX_INT:
-            raise RowError("number out of range", f"{name} must be in [0, 2^63)")
+    values = fields_of_line(line, _TYPES)
     for name in ("system", "prompt"):
         require_text(values[name], name)
-    for name in ("response", "reference"):
-        _require_encodable(values[name], name)
-    if extra := values.keys() - _TYPES.keys():
-        raise RowError("unknown field", f"{', '.join(sorted(extra))}; further values belong into meta")
     if values["prompt_id"] != prompt_id_of(values["prompt"]):
         raise RowError("prompt_id is not of this prompt", values["prompt_id"])
     return CompletionRow(**values)
-
-
-def _require_encodable(text: str | None, name: str) -> None:
-    """A response may be empty, but what is there must be text."""
-    if text and text.strip():
-        require_text(text, name)
 
 
 def _row_of_alpaca_eval(item: Any) -> CompletionRow:
@@ -196,7 +173,7 @@ def _row_of_alpaca_eval(item: Any) -> CompletionRow:
     response = item.get("output")
     if not isinstance(response, str):
         raise RowError("missing field" if response is None else "wrong type", "output")
-    _require_encodable(response, "output")
+    require_encodable(response, "output")
     meta = {name: value for name, value in item.items() if name not in ("instruction", "output", "generator")}
     return CompletionRow(system, prompt_id_of(prompt), prompt, response, True, None, 0, meta=meta)
 

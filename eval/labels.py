@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 
 from drpo.data.records import BadRows, DataError, RowError
+from eval.json_rows import fields_of_line
 from eval.judging.comparison import Comparison, Order
 from eval.judging.verdict import Winner
 
@@ -185,12 +186,12 @@ def load_labels(paths: Sequence[Path | str]) -> list[Label]:
     return labels
 
 
-_NUMBER = (int, float)
+MAX_NUMBER = sys.float_info.max
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("prompt_id", "system_a", "system_b", "annotator", "status", "hash_a", "hash_b"), (str,)),
     **dict.fromkeys(("seed", "length_a", "length_b"), (int,)),
     **dict.fromkeys(("order", "winner", "question"), (str, type(None))),
-    **dict.fromkeys(("seconds", "confidence"), (*_NUMBER, type(None))),
+    **dict.fromkeys(("seconds", "confidence"), (int, float, type(None))),
     "time": (str,),
 }
 _ALLOWED = {
@@ -201,45 +202,19 @@ _ALLOWED = {
 
 
 def _label_of_line(line: bytes) -> Label:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RowError("invalid JSON", str(error)) from None
-    if not isinstance(values, dict):
-        raise RowError("wrong type", f"a row is an object, not {type(values).__name__}")
-    for name, types in _TYPES.items():
-        if name not in values:
-            raise RowError("missing field", f"no {name}")
-        value = values[name]
-        if not isinstance(value, types) or isinstance(value, bool):
-            raise RowError("wrong type", f"{name} is {type(value).__name__}")
-        if name in _ALLOWED and value not in _ALLOWED[name]:
-            raise RowError("unknown value", f"{name} is {value!r}")
-        if isinstance(value, _NUMBER) and not _in_range(name, value):
-            raise RowError("number out of range", f"{name} is {str(value)[:20]}")
-        if isinstance(value, str):
-            _require_encodable(value, name)
-    if extra := values.keys() - _TYPES.keys():
-        raise RowError("unknown field", ", ".join(sorted(extra)))
+    values = fields_of_line(line, _TYPES)
+    for name, allowed in _ALLOWED.items():
+        if values[name] not in allowed:
+            raise RowError("unknown value", f"{name} is {values[name]!r}")
+    for name in ("seconds", "confidence"):
+        if values[name] is not None and not -MAX_NUMBER <= values[name] <= MAX_NUMBER:
+            raise RowError("number out of range", f"{name} is {str(values[name])[:20]}")
     if values["annotator"] != _annotator(values["annotator"]):
         raise RowError("bad annotator", f"{values['annotator']!r} is not how launch/label.py writes a name")
     try:
         return Label(**values)
     except ValueError as error:
         raise RowError("status and winner differ", str(error)) from None
-
-
-def _require_encodable(value: str, name: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError("invalid text", f"{name} holds half of a surrogate pair") from None
-
-
-def _in_range(name: str, value: float) -> bool:
-    if name in ("seconds", "confidence"):
-        return -sys.float_info.max <= value <= sys.float_info.max
-    return 0 <= value < 2**63
 
 
 def _annotator(name: str) -> str:

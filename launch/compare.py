@@ -43,6 +43,7 @@ from launch.command_line import main
 from launch.compare_systems import (
     COMPLETIONS,
     SystemConfig,
+    check_runs_differ,
     check_systems,
     judge_run,
     run_of_file,
@@ -212,6 +213,7 @@ def _measured_systems(recipe: CompareRecipe, engine: Engine) -> list[System]:
             complete = replace(recipe.complete, policy=policy, system=config.name, run_dir=folder)
             kl_reference = config.kl_references[index] if config.kl_references else recipe.kl_reference
             runs.append(run_of_policy(complete, engine, kl_reference, rewards))
+        check_runs_differ(config.name, runs)
         systems.append(System(config.name, config.method or config.name, config.setting, tuple(runs)))
     if recipe.baseline == REFERENCE:
         policy = next((policy for system in recipe.systems for policy in system.policies), None)

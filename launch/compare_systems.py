@@ -103,6 +103,17 @@ def _vocabulary(path: str, key: str) -> dict[str, int]:
         raise ConfigError(str(error).replace("model.tokenizer", key, 1)) from None
 
 
+def check_runs_differ(name: str, runs: Sequence[Run]) -> None:
+    """Raise ConfigError when two runs of a system have the same weights: they would count as two training seeds."""
+    seen: dict[Any, str] = {}
+    for run in runs:
+        weights = run.hashes.get("weights_sha256")
+        if weights is not None and seen.setdefault(weights, run.source) != run.source:
+            raise ConfigError(
+                f"systems: {name}: {seen[weights]} and {run.source} hold the same weights; name each run once"
+            )
+
+
 # --- answers and what is measured of them ---------------------------------------------------------------
 
 

@@ -37,9 +37,12 @@ def _explained(function: RewardFn, where: str) -> RewardFn:
 
     def score(completions: Sequence[Completion]) -> list[float]:
         try:
-            return [float(score) for score in function(completions)]
+            scores = [float(score) for score in function(completions)]
         except Exception as error:
             raise ConfigError(f"{where} does not score the responses: {_told(error)}") from error
+        if len(scores) != len(completions):
+            raise ConfigError(f"{where} returned {len(scores)} scores for {len(completions)} responses")
+        return scores
 
     return score
 

@@ -10,7 +10,7 @@ from drpo.models.loading import ModelConfig, load_scalar_model
 from drpo.models.tokenizer import load_tokenizer
 from eval.judging.judge import JudgeConfig
 from eval.judging.offline_judges import ScoreJudge
-from launch.rewards import import_function
+from launch.rewards import import_functions
 from reward_models.model import RewardModel
 from reward_models.score import RewardModelScorer
 
@@ -20,7 +20,8 @@ def score_judge(config: JudgeConfig, run_dir: Path) -> ScoreJudge:
     if config.kind == "function":
         if config.function is None:
             raise ConfigError("judge.function must name a callable, as module:function")
-        return ScoreJudge(import_function(config.function, "judge.function"), config.tie_margin)
+        function = import_functions({"function": config.function}, "judge")["function"]
+        return ScoreJudge(function, config.tie_margin)
     if config.path is None:
         raise ConfigError("judge.path must name a reward model")
     return ScoreJudge(_reward_model(config, run_dir), config.tie_margin)

@@ -50,6 +50,18 @@ def test_gzipped_json_lines_without_a_last_newline_and_with_blank_lines(tmp_path
     assert [row.origin for row in table.rows] == ["rows.jsonl.gz:2", "rows.jsonl.gz:4", "rows.jsonl.gz:6"]
 
 
+@pytest.mark.parametrize("nonsense", ["[" * 100_000, "1" * 5000], ids=["nested", "long number"])
+def test_json_that_python_cannot_take_is_a_bad_row_or_a_bad_file(tmp_path, nonsense):
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text('{"a": 1}\n{"a": ' + nonsense + "}\n")
+    bad = BadRows()
+    assert len(list(read_table(str(lines), "train", bad).rows)) == 1 and len(bad) == 1
+    array = tmp_path / "rows.json"
+    array.write_text(f"[{nonsense}]")
+    with pytest.raises(DataError, match="is not valid JSON"):
+        list(read_table(str(array), "train", BadRows()).rows)
+
+
 def test_a_json_array(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")

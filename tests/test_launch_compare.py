@@ -413,3 +413,11 @@ def test_policies_with_other_tokenizers_have_no_kl(folder):
     tokenizer.save_pretrained(other)
     with pytest.raises(ConfigError, match="their tokenizers differ"):
         compare(recipe(folder, kl_reference=str(other)))
+
+
+def test_a_copy_of_a_policy_is_no_second_seed(folder):
+    copy = folder / "copy"
+    copy.symlink_to(folder / "runs" / "a_0" / "policy")
+    system = {"name": "A", "policies": ["runs/a_0/policy", str(copy)]}
+    with pytest.raises(ConfigError, match="hold the same weights; name each run once"):
+        compare(recipe(folder, systems=[system], pairs="none", judging={}))

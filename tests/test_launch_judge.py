@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -110,6 +111,20 @@ def test_a_run_leaves_a_line_for_each_call_and_a_summary(folder, capsys):
     assert "win rate 100.0% [61.0%, 100.0%] over 6 prompts" in printed
     assert KEY not in (folder / "run" / "config.yaml").read_text()
     assert [v.winner for v in read_judgments(path)] == ["a"] * 12
+
+
+@pytest.mark.parametrize("body", ["return 1 / 0", "return [1.0]", "return None", 'return ["x" for _ in c]'])
+def test_a_function_that_does_not_score_is_told_in_one_line(folder, monkeypatch, body):
+    (folder / "my_judge.py").write_text(f"def score(c):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "my_judge", raising=False)
+    judge = {"kind": "function", "function": "my_judge:score"}
+    known = {"run_dir": "run", "completions": ["completions.jsonl"], "system": "good", "baseline": "long"}
+    (folder / "judge.yaml").write_text(yaml.safe_dump({**known, "judge": judge}))
+    with pytest.raises(
+        ConfigError, match="judge.function='my_judge:score' does not score|returned 1 scores for 12"
+    ):
+        run(load_recipe(JudgeRecipe, folder / "judge.yaml", []))
 
 
 def test_the_demo_recipe_runs_offline(tmp_path, monkeypatch):

@@ -188,6 +188,8 @@ def _json_lines(file: Path) -> Iterator[RawRow]:
             yield number, RowError("not UTF-8", str(error))
         except json.JSONDecodeError as error:
             yield number, RowError("invalid JSON", f"{error.msg} at column {error.colno}")
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+            yield number, RowError("invalid JSON", str(error))
 
 
 def _starts_with_bracket(file: Path) -> bool:
@@ -200,7 +202,7 @@ def _json_array(file: Path) -> Iterator[RawRow]:
         yield from enumerate(json.loads(content.decode()), start=1)
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8: {error}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}") from None
 
 
