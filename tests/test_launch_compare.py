@@ -347,7 +347,7 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(folder, message)
             "reward_functions.f='no_python:score': no_python fails when it is imported: SyntaxError",
         ),
         ("nothing", "reward_functions.f='bad_rewards:nothing' does not score the responses: TypeError"),
-        ("few", f"f: the reward function returned 1 scores for {NUM} responses"),
+        ("few", f"reward_functions.f='bad_rewards:few' returned 1 scores for {NUM} responses"),
         ("no_number", f"f: the reward function gave {NUM} scores that are not finite"),
     ],
 )
