@@ -25,7 +25,7 @@ from rich.table import Table
 
 from drpo.config import ConfigError, save_resolved
 from drpo.data.records import DataError
-from eval.label_agreement import (
+from eval.labelling.label_agreement import (
     by_confidence,
     ceilings,
     everybody_together,
@@ -33,8 +33,8 @@ from eval.label_agreement import (
     people_together,
     win_rates,
 )
-from eval.labels import load_labels
-from eval.ratings import Ratings, read_judge_file, side_by_side
+from eval.labelling.labels import load_labels
+from eval.labelling.ratings import Ratings, read_judge_file, side_by_side
 from launch.command_line import main
 
 MAX_ROWS = 24

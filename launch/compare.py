@@ -37,7 +37,7 @@ from eval.judging.comparison import pair_up
 from eval.judging.judgments import tokens_and_cost
 from eval.judging.store import Store
 from eval.judging.verdict import Judgment
-from eval.report import write_report
+from eval.reporting.report import write_report
 from eval.system_runs import KL, Measure, Run, System, measures_of
 from launch.command_line import main
 from launch.compare_systems import (

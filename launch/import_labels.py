@@ -22,8 +22,8 @@ from drpo.data.load import DataConfig, read_records
 from drpo.data.records import BadRows, DataError
 from drpo.data.views import view_records
 from eval.completions import CompletionsWriter
-from eval.import_labels import labels_from_pairs
-from eval.labels import LabelsWriter
+from eval.labelling.import_labels import labels_from_pairs
+from eval.labelling.labels import LabelsWriter
 from launch.command_line import main
 
 APPLIES = ("task", "path", "subset", "limit", "columns", "max_bad_fraction", "demo")

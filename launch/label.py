@@ -28,9 +28,9 @@ from eval.completions import load_completions
 from eval.judging.attacks import with_controls
 from eval.judging.comparison import Comparison, first_prompts, pair_up
 from eval.judging.judge_prompts import load_prompt
-from eval.label_queue import LabelQueue
-from eval.label_server import LabelServer, is_loopback
-from eval.labels import LabelsWriter, checked_annotator
+from eval.labelling.label_queue import LabelQueue
+from eval.labelling.label_server import LabelServer, is_loopback
+from eval.labelling.labels import LabelsWriter, checked_annotator
 from launch.command_line import main
 from launch.demo_completions import make_demo_completions
 

@@ -17,7 +17,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 from drpo.data.records import DataError
-from eval.report import read_comparison, write_report
+from eval.reporting.report import read_comparison, write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

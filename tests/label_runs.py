@@ -14,9 +14,9 @@ from typing import Any
 from eval.completions import prompt_id_of
 from eval.judging.comparison import Comparison
 from eval.judging.judge_prompts import PROMPTS
-from eval.label_queue import LabelQueue
-from eval.label_server import LabelServer
-from eval.labels import LabelsWriter
+from eval.labelling.label_queue import LabelQueue
+from eval.labelling.label_server import LabelServer
+from eval.labelling.labels import LabelsWriter
 
 BETTER, WORSE = "zebra-policy", "walrus-policy"
 "Names that no text of the pages holds by chance."

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from eval.report import write_report
+from eval.reporting.report import write_report
 
 WAIT = 10_000  # ms, for a busy machine
 

@@ -16,10 +16,10 @@ from drpo.data.records import DataError
 from eval.judging.judge_prompts import PROMPTS
 from eval.judging.judgments import write_judgments
 from eval.judging.verdict import Verdict
-from eval.label_agreement import everybodys_habits
-from eval.label_queue import LabelQueue
-from eval.labels import LabelsWriter, label_of
-from eval.ratings import side_by_side
+from eval.labelling.label_agreement import everybodys_habits
+from eval.labelling.label_queue import LabelQueue
+from eval.labelling.labels import LabelsWriter, label_of
+from eval.labelling.ratings import side_by_side
 from launch.agreement import AgreementRecipe, run
 from launch.command_line import find_recipe
 from launch.judge import JudgeRecipe

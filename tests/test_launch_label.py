@@ -16,7 +16,7 @@ from tiny_runs import CLEAN, plain
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
 from eval.completions import CompletionRow, CompletionsWriter
-from eval.labels import read_labels
+from eval.labelling.labels import read_labels
 from launch.command_line import find_recipe
 from launch.label import LabelRecipe, comparisons_to_label, run
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.report_plots import Figure
-from eval.report_tables import Cell, Table
+from eval.reporting.report_plots import Figure
+from eval.reporting.report_tables import Cell, Table
 
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~&#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 

@@ -19,10 +19,10 @@ import jinja2
 from markupsafe import Markup
 
 from drpo.data.records import DataError
-from eval.report_markdown import markdown_page
-from eval.report_plots import Figure, figures
-from eval.report_schema import check_comparison
-from eval.report_tables import (
+from eval.reporting.report_markdown import markdown_page
+from eval.reporting.report_plots import Figure, figures
+from eval.reporting.report_schema import check_comparison
+from eval.reporting.report_tables import (
     Table,
     differences_table,
     judge_table,

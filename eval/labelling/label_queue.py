@@ -14,7 +14,15 @@ from drpo.data.records import BadRows, DataError
 from eval.judging.comparison import Comparison, Order
 from eval.judging.judge_prompts import JudgePrompt
 from eval.judging.verdict import winner_of
-from eval.labels import Key, Label, LabelsWriter, checked_annotator, current_labels, label_of, text_hash
+from eval.labelling.labels import (
+    Key,
+    Label,
+    LabelsWriter,
+    checked_annotator,
+    current_labels,
+    label_of,
+    text_hash,
+)
 
 Choice = Literal["first", "second", "tie", "skip"]
 MAX_SECONDS = 1e6

@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from report_comparisons import comparison, empty_comparison, estimate
 
-from eval.chart_scale import Scale, padded, rounded_ticks, settings_scale
-from eval.report_plots import figures
-from eval.svg_chart import NUM_COLOURS, NUM_SHAPES, Bar, Point, bar_chart, mark, point_chart
+from eval.reporting.chart_scale import Scale, padded, rounded_ticks, settings_scale
+from eval.reporting.report_plots import figures
+from eval.reporting.svg_chart import NUM_COLOURS, NUM_SHAPES, Bar, Point, bar_chart, mark, point_chart
 
 
 def parsed(drawing) -> ElementTree.Element:

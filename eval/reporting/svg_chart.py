@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from eval.chart_scale import Limits, Scale, padded, rounded_ticks, settings_scale, span, tick_text
+from eval.reporting.chart_scale import Limits, Scale, padded, rounded_ticks, settings_scale, span, tick_text
 
 WIDTH = 460
 NUM_COLOURS = 8

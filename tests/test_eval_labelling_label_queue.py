@@ -10,8 +10,8 @@ import pytest
 from label_runs import BETTER, WORSE, better_slot, comparisons, queue
 
 from drpo.data.records import DataError
-from eval.label_queue import LabelRefused
-from eval.labels import current_labels, read_labels
+from eval.labelling.label_queue import LabelRefused
+from eval.labelling.labels import current_labels, read_labels
 
 
 @pytest.fixture

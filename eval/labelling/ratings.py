@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from eval.judging.judgments import read_judgments
 from eval.judging.verdict import HalfTie, Judgment, combine_all
-from eval.labels import Key, Label
+from eval.labelling.labels import Key, Label
 
 Scores = NDArray[np.float64]
 
@@ -130,7 +130,7 @@ class _Rows:
 
 
 def side_by_side(judges: Sequence[JudgeFile], labels: Iterable[Label]) -> Ratings:
-    """Judgments and current labels (`eval.labels.load_labels`) side by side. Judges of one name get numbers."""
+    """Judgments and current labels (of `load_labels`) side by side. Judges of one name get numbers."""
     rows, left_out = _Rows(), Counter()
     by_judge: dict[str, _Said] = {}
     for judge in judges:

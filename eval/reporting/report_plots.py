@@ -8,8 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from eval.report_tables import Cell, Column, Table, estimate_text, measure_title, setting_text
-from eval.svg_chart import Bar, Point, bar_chart, legend_mark, point_chart
+from eval.reporting.report_tables import Cell, Column, Table, estimate_text, measure_title, setting_text
+from eval.reporting.svg_chart import Bar, Point, bar_chart, legend_mark, point_chart
 
 WIN_RATES = ("win_rate", "lc_win_rate")
 EVEN = 50.0

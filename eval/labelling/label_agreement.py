@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from eval.agreement import Agreement, HumanCeiling, agreement, human_ceiling
 from eval.intervals import Interval
+from eval.labelling.ratings import Ratings, Scores
 from eval.position_bias import PositionBias, position_bias
-from eval.ratings import Ratings, Scores
 from eval.win_rate import PairedTest, WinRate, paired_test, win_rate
 
 MAJORITY = "majority"

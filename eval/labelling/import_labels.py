@@ -16,7 +16,7 @@ from typing import Any
 from drpo.data.records import BadRows, Record, RowError
 from eval.completions import CompletionRow, prompt_id_of
 from eval.judging.comparison import Comparison
-from eval.labels import Label, checked_annotator, label_of, text_hash
+from eval.labelling.labels import Label, checked_annotator, label_of, text_hash
 
 SYSTEMS = ("text_1", "text_2")
 UNKNOWN = "data"

@@ -12,8 +12,8 @@ from label_runs import BETTER, WORSE, comparisons
 from drpo.data.records import DataError
 from eval.judging.judgments import write_judgments
 from eval.judging.verdict import Verdict, combine_all
-from eval.labels import label_of
-from eval.ratings import JudgeFile, read_judge_file, side_by_side
+from eval.labelling.labels import label_of
+from eval.labelling.ratings import JudgeFile, read_judge_file, side_by_side
 
 NAN = np.nan
 COMPARED = comparisons(4)

@@ -8,7 +8,7 @@ import pytest
 from label_runs import BETTER, WORSE, comparisons, queue, serving
 
 from eval.judging.comparison import Comparison
-from eval.labels import current_labels, read_labels
+from eval.labelling.labels import current_labels, read_labels
 
 PAIR = "document.body.dataset.pair"
 

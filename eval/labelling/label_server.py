@@ -20,7 +20,7 @@ from socketserver import TCPServer
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
-from eval.label_queue import LabelQueue, LabelRefused
+from eval.labelling.label_queue import LabelQueue, LabelRefused
 
 PAGE = Path(__file__).resolve().parent / "label_page"
 FILES = {

@@ -11,7 +11,7 @@ import pytest
 from label_runs import BETTER, WORSE, comparisons
 
 from drpo.data.records import DataError
-from eval.labels import (
+from eval.labelling.labels import (
     LabelsWriter,
     checked_annotator,
     current_labels,

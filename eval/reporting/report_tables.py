@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.report_schema import STATUSES
+from eval.reporting.report_schema import STATUSES
 
 NOTHING = "–"
 SIGNIFICANT = 0.05

@@ -8,10 +8,10 @@ import pytest
 from report_comparisons import comparison, empty_comparison, estimate, paired_test
 
 from drpo.data.records import DataError
-from eval.report import headline, script_json, write_report
-from eval.report_markdown import escaped, markdown_table
-from eval.report_schema import check_comparison
-from eval.report_tables import (
+from eval.reporting.report import headline, script_json, write_report
+from eval.reporting.report_markdown import escaped, markdown_table
+from eval.reporting.report_schema import check_comparison
+from eval.reporting.report_tables import (
     Cell,
     Column,
     Table,

@@ -8,7 +8,7 @@ import pytest
 from report_comparisons import comparison, empty_comparison, example, verdict
 from report_pages import count, report_viewer, response, wait_for_count
 
-from eval.report import write_report
+from eval.reporting.report import write_report
 
 ATTACKS = (
     "</script><script>window.pwned=1</script>",

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from label_runs import BETTER, WORSE, Client, better_slot, comparisons, queue, serving
 
-from eval.label_server import MAX_BODY, LabelServer, is_loopback
-from eval.labels import read_labels
+from eval.labelling.label_server import MAX_BODY, LabelServer, is_loopback
+from eval.labelling.labels import read_labels
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from drpo.config import load_recipe
 from drpo.data.load import DataConfig
 from drpo.data.records import BadRows, DataError, Record
 from eval.completions import read_completions
-from eval.import_labels import SYSTEMS, labels_from_pairs
 from eval.judging.comparison import pair_up
-from eval.labels import current_labels, read_labels
-from eval.ratings import side_by_side
+from eval.labelling.import_labels import SYSTEMS, labels_from_pairs
+from eval.labelling.labels import current_labels, read_labels
+from eval.labelling.ratings import side_by_side
 from launch.command_line import find_recipe
 from launch.import_labels import ImportLabelsRecipe, run
 
