@@ -10,15 +10,14 @@ command again completes, and pays, only what is missing.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
@@ -40,9 +39,9 @@ from eval.judging.verdict import Judgment
 from eval.reporting.report import write_report
 from eval.system_runs import KL, Measure, Run, System, measures_of
 from launch.command_line import main
+from launch.compare_recipe import REWARD_MODEL, CompareRecipe, slug
 from launch.compare_systems import (
     COMPLETIONS,
-    SystemConfig,
     check_runs_differ,
     check_systems,
     judge_run,
@@ -50,116 +49,11 @@ from launch.compare_systems import (
     run_of_policy,
     run_of_references,
 )
-from launch.complete import CompleteRecipe
 from launch.demo_inputs import make_demo_inputs
-from launch.judge import JudgeRecipe
 from launch.rewards import import_functions
 from reward_models.score import RewardModelScorer
 
-REWARD_MODEL = "reward_model"
-OWN_COMPLETE_KEYS = (
-    "run_dir",
-    "policy",
-    "system",
-    "reference",
-    "null_response",
-    "perplexity_policy",
-    "imported",
-)
-OWN_JUDGE_KEYS = ("run_dir", "completions", "system", "baseline", "num_prompts")
 TABLE_WIDTH = 180
-MAX_NAME = 200
-"Bytes: the names of folders have at most 255."
-
-
-@dataclass(frozen=True)
-class CompareRecipe:
-    """Several systems on the same held-out prompts."""
-
-    run_dir: str = "runs/compare"
-    """Folder of the results."""
-    title: str | None = None
-    """Headline of the report; null: made from the task and the systems."""
-    systems: list[SystemConfig] = field(default_factory=list)
-    """The rows of the table; each has name, policies (one for each training seed) or completions (files), and may have
-    method, setting and kl_references."""
-    baseline: str = REFERENCE
-    """What every system is judged against: reference (the dataset's own responses), or the name of a system."""
-    complete: CompleteRecipe = field(default_factory=CompleteRecipe)
-    """How the policies are asked: the keys of launch/complete.py."""
-    kl_reference: str | None = None
-    """The policy that KL is measured to, folder or hub id; null: no KL."""
-    reward_model: str | None = None
-    """Folder or hub id of a reward model that scores all responses; null: none."""
-    reward_functions: dict[str, str] = field(default_factory=dict)
-    """Further scores of the responses: name -> module:function."""
-    pairs: Literal["baseline", "all", "none"] = "baseline"
-    """What is judged: every system against the baseline; also every two systems against each other, for the ranking;
-    or nothing, whatever `judging` says."""
-    judging: JudgeRecipe = field(default_factory=JudgeRecipe)
-    """How it is judged: the keys of launch/judge.py. Its store is verdicts.sqlite in run_dir, or the one of another
-    comparison whose answers are to count here."""
-    setting_name: str = "setting"
-    """What the systems' `setting` is: beta, learning rate, step, ..."""
-    num_examples: int = 500
-    """The report shows the responses to so many prompts; all are in the completions."""
-
-    def __post_init__(self) -> None:
-        names = [system.name for system in self.systems]
-        for name in names:
-            if not name.strip() or name in ("reference", "null") or "attack/" in name:
-                raise ValueError(f"systems: {name!r} cannot be the name of a system; choose another")
-            if not name.isprintable() or len(name.encode()) > MAX_NAME:
-                raise ValueError(
-                    f"systems: {name[:40]!r} cannot be the name of a system: at most {MAX_NAME} bytes, all visible"
-                )
-            if names.count(name) > 1:
-                raise ValueError(f"systems: two are called {name!r}; tell them apart")
-        if self.systems and self.baseline not in (*names, REFERENCE):
-            raise ValueError(
-                f"baseline must be {REFERENCE} or one of {', '.join(names)}, got {self.baseline}"
-            )
-        if self.num_examples < 0:
-            raise ValueError(f"num_examples must be >= 0, got {self.num_examples}")
-        _refuse_own("complete", self.complete, CompleteRecipe(), OWN_COMPLETE_KEYS)
-        _refuse_own("judging", self.judging, JudgeRecipe(), OWN_JUDGE_KEYS)
-        if self.pairs != "none":
-            self._refuse_unequal_rivals()
-        columns = {REWARD_MODEL} | {measure.key for measure in measures_of(self.baseline, True, True, ())}
-        for name in self.reward_functions:
-            if name in columns or not name.strip():
-                raise ValueError(f"reward_functions.{name} is the name of a column, or none; choose another")
-        # A file system may know no upper and lower case.
-        if len({_slug(name).casefold() for name in (*names, REFERENCE)}) < len(names) + 1:
-            raise ValueError(
-                f"systems: {', '.join(names)} are too much alike, or like {REFERENCE}, for the names of folders"
-            )
-
-    def _refuse_unequal_rivals(self) -> None:
-        """Each run meets the baseline's run of its number, and systems that met other runs of it do not compare."""
-        num_runs = {system.name: len(system.policies or system.completions) for system in self.systems}
-        rivals = num_runs.pop(self.baseline, 1)
-        for name, number in num_runs.items():
-            if rivals > 1 and number != rivals:
-                raise ValueError(
-                    f"baseline: {self.baseline} has {rivals} runs and {name} has {number}, so the systems would not "
-                    "meet the same baseline; give each as many, or the baseline one"
-                )
-
-    def folder_of(self, name: str, index: int) -> Path:
-        """Where the completions of a run are."""
-        return Path(self.run_dir) / "completions" / f"{_slug(name)}_{index}"
-
-    @property
-    def store(self) -> Path:
-        """The answers of a judge that is paid, to all questions of the comparison."""
-        return Path(self.judging.store or Path(self.run_dir) / "verdicts.sqlite")
-
-
-def _refuse_own(section: str, given: Any, plain: Any, names: Sequence[str]) -> None:
-    for name in names:
-        if getattr(given, name) != getattr(plain, name):
-            raise ValueError(f"{section}.{name} is set by the comparison itself; leave it out")
 
 
 def run(recipe: CompareRecipe) -> Path:
@@ -256,7 +150,7 @@ def _judged_systems(recipe: CompareRecipe, systems: Sequence[System]) -> tuple[l
 def _judge(recipe: CompareRecipe, one: System, own: int, other: System, rival: int) -> Run | None:
     """One run of `one` with the verdicts on it beside one of `other`; None in a dry run."""
     files = [recipe.folder_of(one.name, own) / COMPLETIONS, recipe.folder_of(other.name, rival) / COMPLETIONS]
-    folder = Path(recipe.run_dir) / "judgments" / f"{_slug(one.name)}_{own}" / f"{_slug(other.name)}_{rival}"
+    folder = Path(recipe.run_dir) / "judgments" / f"{slug(one.name)}_{own}" / f"{slug(other.name)}_{rival}"
     asked = replace(
         recipe.judging,
         run_dir=str(folder),
@@ -272,11 +166,6 @@ def _judge(recipe: CompareRecipe, one: System, own: int, other: System, rival: i
             raise
         print(stopped)
         return None
-
-
-def _slug(name: str) -> str:
-    """A name that any file system takes."""
-    return re.sub(r"[^\w.]+", "_", name).strip("_.") or "_"
 
 
 # --- the result -----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,45 +36,13 @@ from eval.judging.judgments import read_judgments
 from eval.judging.verdict import combine_all
 from eval.response_scores import response_kls, reward_scores
 from eval.system_runs import KL, WIN_RATE, Run, judged_values, text_values
+from launch.compare_recipe import SystemConfig
 from launch.complete import CompleteRecipe, complete_policy, load_to_read
 from launch.judge import JudgeRecipe, judge
 
 SAMPLED = SamplingConfig(temperature=1.0)
 NUM_ROLLOUTS = 8
 COMPLETIONS = "completions.jsonl"
-
-
-@dataclass(frozen=True)
-class SystemConfig:
-    """A row of the table: a method, a setting of it or a step of its training, with one checkpoint for each seed."""
-
-    name: str = ""
-    """Its name in tables."""
-    policies: list[str] = field(default_factory=list)
-    """Folders or hub ids of the policies, one for each training seed."""
-    completions: list[str] = field(default_factory=list)
-    """In place of policies: files with responses of a system of this name, one for each run."""
-    method: str | None = None
-    """Rows of one method are joined by a line in plots; null: the name."""
-    setting: float | None = None
-    """A number that was varied, such as beta: rows of one method with different ones become a curve."""
-    kl_references: list[str] = field(default_factory=list)
-    """In place of kl_reference: the reference of each of the policies, in their order."""
-
-    def __post_init__(self) -> None:
-        if bool(self.policies) == bool(self.completions):
-            raise ValueError(f"systems: {self.name or 'a row'} must have either policies or completions")
-        if self.kl_references and len(self.kl_references) != len(self.policies):
-            raise ValueError(
-                f"systems: {self.name} has {len(self.policies)} policies but {len(self.kl_references)} kl_references"
-            )
-        for path in (*self.policies, *self.completions):
-            if (self.policies or self.completions).count(path) > 1:
-                raise ValueError(
-                    f"systems: {self.name} names {path} twice; each is to be a run of its own, with a training seed"
-                )
-        if self.setting is not None and not math.isfinite(self.setting):
-            raise ValueError(f"systems: {self.name}: setting must be a finite number, got {self.setting}")
 
 
 def check_systems(systems: Sequence[SystemConfig], kl_reference: str | None) -> None:
