@@ -42,6 +42,7 @@ from launch.command_line import main
 from launch.compare_recipe import REWARD_MODEL, CompareRecipe, slug
 from launch.compare_systems import (
     COMPLETIONS,
+    asked_prompts,
     check_runs_differ,
     check_systems,
     judge_run,
@@ -65,10 +66,11 @@ def run(recipe: CompareRecipe) -> Path:
     policies = [policy for system in recipe.systems for policy in system.policies]
     make_demo_inputs(*policies, recipe.kl_reference, recipe.reward_model)
     check_systems(recipe.systems, recipe.kl_reference)
+    prompt_ids = asked_prompts(recipe.complete, recipe.systems, recipe.baseline, recipe.pairs != "none")
     folder = Path(recipe.run_dir)
     config = EngineConfig(mixed_precision=recipe.complete.mixed_precision, trackers=[])
     engine = Engine(config, folder, recipe.complete.seed, max_grad_norm=None)
-    systems = _measured_systems(recipe, engine)
+    systems = _measured_systems(recipe, engine, prompt_ids)
     is_main = engine.is_main
     engine.close()  # judging takes long, and only one process asks
     if not is_main:
@@ -90,18 +92,21 @@ def run(recipe: CompareRecipe) -> Path:
 # --- the systems ----------------------------------------------------------------------------------------
 
 
-def _measured_systems(recipe: CompareRecipe, engine: Engine) -> list[System]:
+def _measured_systems(recipe: CompareRecipe, engine: Engine, prompt_ids: set[str] | None) -> list[System]:
     """Every run of every system with its answers and what was measured of them; all processes together."""
     rewards: dict[str, RewardFn] = {}
     if recipe.reward_model is not None:
         batch_size, dtype = recipe.complete.batch_size, recipe.complete.dtype
-        rewards[REWARD_MODEL] = RewardModelScorer.load(recipe.reward_model, engine, batch_size, dtype, None)
+        rewards[REWARD_MODEL] = RewardModelScorer.load(
+            recipe.reward_model, engine, batch_size, dtype, None, "reward_model"
+        )
     rewards |= import_functions(recipe.reward_functions, "reward_functions")
     systems = []
     for config in recipe.systems:
         runs = []
         for index, path in enumerate(config.completions):
-            runs.append(run_of_file(path, config.name, recipe.folder_of(config.name, index), engine, rewards))
+            folder = recipe.folder_of(config.name, index)
+            runs.append(run_of_file(path, config.name, folder, engine, rewards, prompt_ids))
         for index, policy in enumerate(config.policies):
             folder = str(recipe.folder_of(config.name, index))
             complete = replace(recipe.complete, policy=policy, system=config.name, run_dir=folder)

@@ -37,7 +37,7 @@ from eval.judging.verdict import combine_all
 from eval.response_scores import response_kls, reward_scores
 from eval.system_runs import KL, WIN_RATE, Run, judged_values, text_values
 from launch.compare_recipe import SystemConfig
-from launch.complete import CompleteRecipe, complete_policy, load_to_read
+from launch.complete import CompleteRecipe, check_references, complete_policy, load_to_read, requests_of
 from launch.judge import JudgeRecipe, judge
 
 SAMPLED = SamplingConfig(temperature=1.0)
@@ -60,6 +60,32 @@ def check_systems(systems: Sequence[SystemConfig], kl_reference: str | None) -> 
                     f"no KL of {policy} to {key}={reference}: their tokenizers differ; leave it out, or name a "
                     "reference with the same tokenizer"
                 )
+
+
+def asked_prompts(
+    recipe: CompleteRecipe, systems: Sequence[SystemConfig], baseline: str, judged: bool
+) -> set[str] | None:
+    """The ids of the prompts that the policies will be asked; None where there are none.
+
+    Raises ConfigError where the baseline is the dataset's responses and it has none, DataError for a file of
+    responses that lacks prompts and is to be judged: before anything is sampled.
+    """
+    policy = next((policy for system in systems for policy in system.policies), None)
+    if policy is None:
+        return None
+    requests, _ = requests_of(replace(recipe, policy=policy), load_tokenizer(policy))
+    if baseline == REFERENCE:
+        check_references(requests, f"baseline={REFERENCE}")
+    prompt_ids = {request.prompt_id for request in requests}
+    for system in systems:
+        for path in system.completions:
+            lacking = len(prompt_ids - {row.prompt_id for row in _rows_of(path, system.name)})
+            if judged and lacking:
+                raise DataError(
+                    f"{path} has no response of {system.name} to {lacking} of the {len(prompt_ids)} prompts that the "
+                    "policies are asked (complete.data, complete.num_prompts)"
+                )
+    return prompt_ids
 
 
 def _vocabulary(path: str, key: str) -> dict[str, int]:
@@ -102,9 +128,22 @@ def run_of_policy(
     return Run(recipe.policy, rows, values, sampled=sampled, hashes=hashes, config=config, rollouts=rollouts)
 
 
-def run_of_file(path: str, name: str, folder: Path, engine: Engine, rewards: dict[str, RewardFn]) -> Run:
-    """The responses of system `name` in a file made before, copied to `folder`."""
-    rows = _rows_of(path, name)
+def run_of_file(
+    path: str,
+    name: str,
+    folder: Path,
+    engine: Engine,
+    rewards: dict[str, RewardFn],
+    prompt_ids: set[str] | None,
+) -> Run:
+    """The responses of system `name` in a file made before, copied to `folder`; those to other prompts are left out."""
+    everything = _rows_of(path, name)
+    rows = [row for row in everything if prompt_ids is None or row.prompt_id in prompt_ids]
+    if engine.is_main and len(rows) < len(everything):
+        left_out = len(everything) - len(rows)
+        print(
+            f"{path}: {left_out} of {len(everything)} responses are to prompts that the policies are not asked"
+        )
     digest = file_sha256(path)
     keep_rows(engine, rows, folder, {"file_sha256": digest, "system": name})
     values = measured_values(engine, rows, rewards)
@@ -123,24 +162,24 @@ def _rows_of(path: str, name: str) -> list[CompletionRow]:
 def run_of_references(
     runs: Sequence[Run], policy: str | None, folder: Path, engine: Engine, rewards: dict[str, RewardFn]
 ) -> Run:
-    """The dataset's own responses to the prompts of all `runs`, counted in tokens of `policy`.
-
-    Their file is written anew: another system, or another text of the dataset, must not meet earlier ones.
-    """
+    """The dataset's own responses to the prompts of all `runs`, counted in tokens of `policy`."""
     rows = reference_rows([row for run in runs for row in run.rows])
     if policy is not None:
         rows = with_num_tokens(rows, load_tokenizer(policy))
-    if engine.is_main:
-        (folder / COMPLETIONS).unlink(missing_ok=True)
     keep_rows(engine, rows, folder, {"system": REFERENCE, "policy": policy, "num_prompts": len(rows)})
     return Run("the dataset", rows, measured_values(engine, rows, rewards, is_reference=True), sampled=False)
 
 
 def keep_rows(engine: Engine, rows: Sequence[CompletionRow], folder: Path, meta: dict[str, Any]) -> None:
-    """Write rows that come from elsewhere to `folder`, where the judge finds those of every run."""
-    writer, done = open_file(engine, folder / COMPLETIONS, meta)
+    """Write rows that come from elsewhere to `folder`, where the judge finds those of every run.
+
+    The file is written anew: another file, or another text of the dataset, must not meet earlier ones.
+    """
+    if engine.is_main:
+        (folder / COMPLETIONS).unlink(missing_ok=True)
+    writer, _ = open_file(engine, folder / COMPLETIONS, meta)
     if writer is not None:
-        writer.write([row for row in rows if row.key not in done])
+        writer.write(rows)
     engine.barrier()
 
 

@@ -13,10 +13,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
@@ -29,12 +29,11 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drpo.config import ConfigError, package_versions, save_resolved
-from drpo.data.load import DataConfig, load_examples
+from drpo.data.load import load_examples
 from drpo.data.views import best_response
 from drpo.engine import Engine, EngineConfig
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.tokenizer import load_tokenizer
-from drpo.rollout.sampler import SamplingConfig
 from drpo.run_folder import RunStopped, flatten
 from eval.complete import (
     Policy,
@@ -59,87 +58,18 @@ from eval.completions import (
     read_completions,
     reference_rows,
 )
-from eval.import_completions import ImportConfig, file_sha256, import_rows
+from eval.import_completions import file_sha256, import_rows
 from eval.response_scores import response_nlls
 from eval.text_metrics import TextMetrics, measure
 from eval.text_metrics_table import save_text_metrics, text_metrics_table
 from launch.command_line import main
+from launch.complete_recipe import CompleteRecipe
 from launch.demo_inputs import make_demo_inputs
 
 # What changes no text: it may differ between a run and its resumption.
 FREE_ON_RESUME = ("run_dir", "batch_size", "reference", "null_response", "perplexity_policy")
 PROGRESS_SECONDS = 15.0
 TABLE_WIDTH = 120
-
-
-@dataclass(frozen=True)
-class CompleteRecipe:
-    """A policy's responses to prompts."""
-
-    run_dir: str = "runs/complete"
-    """Folder of the results."""
-    policy: str | None = None
-    """The policy: folder or hub id."""
-    system: str | None = None
-    """The name of the policy in tables: sft, drpo_seed1, ... For a file made elsewhere null keeps its own names."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Precision of the weights; auto: as saved."""
-    attn_implementation: str | None = None
-    """eager, sdpa, flash_attention_2, ...; null: transformers' choice."""
-    mixed_precision: Literal["no", "bf16"] | None = None
-    """Autocast precision; null takes what `accelerate launch --mixed_precision` or its config file says."""
-    data: DataConfig = field(default_factory=DataConfig)
-    split: Literal["train", "eval"] = "eval"
-    """Which split of the data the prompts are from; eval are the held-out ones."""
-    num_prompts: int | None = None
-    """So many of the prompts, chosen by their hashes; null for all."""
-    num_responses: int = 1
-    """Responses to each prompt, with the seeds seed, seed + 1, ..."""
-    seed: int = 0
-    """With the prompt, all that a response's random numbers depend on."""
-    max_response_length: int = 53
-    """The most tokens of a response, stop token included."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
-    """Temperature (0 is greedy), top_k, top_p."""
-    stop_tokens: list[str] = field(default_factory=list)
-    """Tokens that end a response; [] means the tokenizer's end-of-text token."""
-    bad_tokens: list[str] = field(default_factory=list)
-    """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
-    batch_size: int = 32
-    """Responses sampled together on one device; the file is written after each batch."""
-    reference: bool = False
-    """Add the dataset's own responses as the system "reference"."""
-    null_response: bool = False
-    """Add a constant response as the system "null": a judge that prefers it is no judge."""
-    perplexity_policy: str | None = None
-    """Measure the responses' perplexity under this policy, a folder or hub id; null: do not."""
-    imported: ImportConfig = field(default_factory=ImportConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("num_responses", "max_response_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.num_prompts is not None and self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be >= 1 or null, got {self.num_prompts}")
-        if not 0 <= self.seed < 2**63 - self.num_responses:
-            raise ValueError(f"seed must be in [0, 2^63 - num_responses), got {self.seed}")
-        if self.num_responses > 1 and self.sampling.temperature == 0:
-            raise ValueError("num_responses > 1 does not apply to sampling.temperature=0: all would be alike")
-        if self.system is not None and (self.system in (REFERENCE, NULL) or "attack/" in self.system):
-            raise ValueError(f"system={self.system} is the name of a built-in system; choose another")
-        if self.imported.path is not None:
-            self._refuse_beside_import()
-        elif self.imported != ImportConfig():
-            raise ValueError("imported.format and imported.columns need imported.path")
-
-    def _refuse_beside_import(self) -> None:
-        """A file made elsewhere has its texts already."""
-        taken = {"run_dir", "system", "dtype", "attn_implementation", "mixed_precision", "batch_size"}
-        taken |= {"reference", "null_response", "perplexity_policy", "imported"}
-        plain = CompleteRecipe()
-        for name in sorted(vars(self).keys() - taken):
-            if getattr(self, name) != getattr(plain, name):
-                raise ValueError(f"{name} does not apply to imported.path={self.imported.path}")
 
 
 def run(recipe: CompleteRecipe) -> Path:
@@ -167,21 +97,34 @@ def run(recipe: CompleteRecipe) -> Path:
     return path
 
 
-def complete_policy(recipe: CompleteRecipe, engine: Engine) -> Path:
-    """Ask the policy for the responses that the file does not have yet; all processes together."""
-    path = Path(recipe.run_dir) / "completions.jsonl"
-    tokenizer = load_tokenizer(recipe.policy)
+def requests_of(recipe: CompleteRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], str]:
+    """What a policy of this tokenizer is asked, and the report on the data."""
     splits = load_examples(recipe.data, tokenizer, "prompts", held_out_only=recipe.split == "eval")
     examples = splits.train if recipe.split == "train" else splits.eval
     if not examples:
         raise ConfigError(f"split={recipe.split} has no prompts; see data.eval_split and data.eval_fraction")
     seeds = range(recipe.seed, recipe.seed + recipe.num_responses)
-    requests = make_requests(examples, recipe.num_prompts, seeds)
-    without = sum(best_response(request.example.record) is None for request in requests)
-    if recipe.reference and without:
+    return make_requests(examples, recipe.num_prompts, seeds), splits.report
+
+
+def check_references(requests: Sequence[Request], setting: str) -> None:
+    """Raise ConfigError when prompts have no response in the data, which `setting` needs."""
+    prompts = {request.prompt_id: best_response(request.example.record) for request in requests}
+    without = sum(response is None for response in prompts.values())
+    if without:
         raise ConfigError(
-            f"reference=true: {without} of {len(requests)} requests have no response in the data"
+            f"{setting} needs the dataset's own responses, and {without} of {len(prompts)} prompts have none: the data "
+            "needs a column completion, chosen, or responses with scores"
         )
+
+
+def complete_policy(recipe: CompleteRecipe, engine: Engine) -> Path:
+    """Ask the policy for the responses that the file does not have yet; all processes together."""
+    path = Path(recipe.run_dir) / "completions.jsonl"
+    tokenizer = load_tokenizer(recipe.policy)
+    requests, report = requests_of(recipe, tokenizer)
+    if recipe.reference:
+        check_references(requests, "reference=true")
     model = load_to_read(recipe, recipe.policy, tokenizer)
     check_positions(model, requests, recipe.max_response_length)
     writer, done = open_file(engine, path, _meta(recipe, engine, model, requests))
@@ -190,7 +133,7 @@ def complete_policy(recipe: CompleteRecipe, engine: Engine) -> Path:
     progress = _Progress(len(requests), there)
     if engine.is_main:
         save_resolved(recipe, path.with_name("config.yaml"))
-        print(splits.report, f"{path}: {there} of {len(requests)} responses are there", sep="\n", flush=True)
+        print(report, f"{path}: {there} of {len(requests)} responses are there", sep="\n", flush=True)
     try:
         with engine.autocast():
             for rows in complete(engine, policy, requests, done, recipe.batch_size):
@@ -286,6 +229,8 @@ def _import(recipe: CompleteRecipe, engine: Engine) -> Path:
     rows = import_rows(recipe.imported, recipe.system)
     meta = {"imported.sha256": file_sha256(recipe.imported.path), "system": recipe.system}
     meta |= {f"imported.{name}": value for name, value in asdict(recipe.imported).items()}
+    if recipe.reference:
+        reference_rows(rows)  # says so if there are none, before a file is bound to these rows
     writer, done = open_file(engine, path, meta)
     save_resolved(recipe, path.with_name("config.yaml"))
     writer.write([row for row in rows if row.key not in done])

@@ -27,13 +27,19 @@ class RewardModelScorer:
 
     @classmethod
     def load(
-        cls, path: str, engine: Engine, batch_size: int, dtype: str, policy_tokenizer_path: str | None
+        cls,
+        path: str,
+        engine: Engine,
+        batch_size: int,
+        dtype: str,
+        policy_tokenizer_path: str | None,
+        key: str = "reward.path",
     ) -> RewardModelScorer:
         """From a folder that reward_models.train wrote, or any *ForSequenceClassification with one label.
 
         Without the path of the policy's tokenizer it scores texts, whoever wrote them.
         """
-        model = load_scalar_model(path, ModelConfig(dtype=dtype), RewardModel, key="reward.path")
+        model = load_scalar_model(path, ModelConfig(dtype=dtype), RewardModel, key=key)
         tokenizer = load_tokenizer(path)
         shared = (
             policy_tokenizer_path is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -280,7 +279,7 @@ def test_a_disk_that_refuses_and_ctrl_c_are_one_message(monkeypatch, capsys, tmp
         (tmp_path / "none" / "x").write_text("")
 
     def interrupt(recipe):
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(SystemExit, match=r"script.py: .*No such file or directory.*none/x"):

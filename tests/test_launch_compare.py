@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
 from drpo.run_folder import RunStopped
-from eval.completions import read_completions
+from eval.completions import CompletionRow, CompletionsWriter, prompt_id_of, read_completions
 from launch.compare import CompareRecipe
 from launch.compare import run as compare
 
@@ -384,7 +385,9 @@ def test_systems_of_other_prompts_are_refused_before_the_judge_is_asked(folder):
     forget_precision()
     systems = [*RECIPE["systems"][1:], {"name": "base", "completions": ["some.jsonl"]}]
     with StubServer(longer_wins) as server:
-        with pytest.raises(DataError, match="not given the same prompts"):
+        with pytest.raises(
+            DataError, match="no response of base to 1 of the 6 prompts that the policies are asked"
+        ):
             compare(recipe(folder, systems=systems, pairs="all", judging=against_stub(server)))
         assert server.chats == []
 
@@ -421,3 +424,42 @@ def test_a_copy_of_a_policy_is_no_second_seed(folder):
     system = {"name": "A", "policies": ["runs/a_0/policy", str(copy)]}
     with pytest.raises(ConfigError, match="hold the same weights; name each run once"):
         compare(recipe(folder, systems=[system], pairs="none", judging={}))
+
+
+def own_prompts(folder: Path, num: int, **columns) -> dict:
+    rows = [{"prompt": f"post number {i}", **columns} for i in range(num)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"task": "own", "path": "own.jsonl", "eval_fraction": 0.5}
+    return {**RECIPE["complete"], "data": data}
+
+
+def test_prompts_without_references_are_refused_before_anything_is_sampled(folder):
+    with pytest.raises(
+        ConfigError, match="baseline=reference needs the dataset's own responses, and .* have none"
+    ):
+        compare(recipe(folder, complete=own_prompts(folder, 8), reward_functions={}))
+    assert not (folder / "out" / "completions").exists()
+
+
+def test_a_file_may_answer_more_prompts_than_are_asked_and_they_are_counted(folder, capsys):
+    complete = own_prompts(folder, 12, completion=" rope")
+    rows = [
+        CompletionRow("gpt", prompt_id_of(f"post number {i}"), f"post number {i}", " soap", True, None, 0)
+        for i in range(12)
+    ]
+    CompletionsWriter(folder / "gpt.jsonl", {}).write(rows)
+    systems = [RECIPE["systems"][0], {"name": "gpt", "completions": ["gpt.jsonl"]}]
+    result = result_of(compare(recipe(folder, complete=complete, systems=systems, pairs="none", judging={})))
+    base, gpt, _ = result["systems"]
+    assert base["num_prompts"] == gpt["num_prompts"] < 12
+    left_out = 12 - base["num_prompts"]
+    assert (
+        f"gpt.jsonl: {left_out} of 12 responses are to prompts that the policies are not asked"
+        in capsys.readouterr().out
+    )
+    # A file that was mended is read anew, and does not meet what was read of it before.
+    forget_precision()
+    (folder / "gpt.jsonl").unlink()
+    CompletionsWriter(folder / "gpt.jsonl", {}).write([replace(row, response=" mended") for row in rows])
+    again = result_of(compare(recipe(folder, complete=complete, systems=systems, pairs="none", judging={})))
+    assert {each["response_a"] for each in again["examples"] if each["system"] == "gpt"} == {" mended"}

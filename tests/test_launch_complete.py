@@ -163,7 +163,9 @@ def test_own_prompts_need_no_responses(policy_folder, tmp_path):
     own = {"data": data, "num_responses": 1, "sampling": {"temperature": 0.0}, "num_prompts": 2}
     rows = read_completions(complete(policy_folder, tmp_path / "run", **own))
     assert len(rows) == 2 and {row.reference for row in rows} == {None}
-    with pytest.raises(ConfigError, match="reference=true: 2 of 2 requests have no response"):
+    with pytest.raises(
+        ConfigError, match="reference=true needs the dataset's own responses, and 2 of 2 prompts have none"
+    ):
         complete(policy_folder, tmp_path / "more", **own, reference=True)
     with pytest.raises(ConfigError, match="split=eval has no prompts"):
         complete(policy_folder, tmp_path / "more", **own | {"split": "eval"})
