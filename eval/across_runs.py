@@ -69,10 +69,13 @@ def run_matrix(runs: Sequence[Values]) -> tuple[tuple[str, ...], NDArray[np.floa
     return prompt_ids, matrix
 
 
-def measured(runs: Sequence[Values], bounds: tuple[float, float] | None = None) -> Measured:
+def measured(
+    runs: Sequence[Values], bounds: tuple[float, float] | None = None, floor: float = -math.inf
+) -> Measured:
     """Mean over runs and prompts, with an interval over prompts for one run, over seeds and prompts for several.
 
-    `bounds` are the limits of the scale; (0, 1) takes Wilson's form for one run. Raises ValueError when a run has no
+    `bounds` are the limits of the scale; (0, 1) takes Wilson's form for one run. The lower limit is never below
+    `floor`, such as 0 for a KL, unless the value itself is. Raises ValueError when a run has no
     number at all.
     """
     _, matrix = run_matrix(runs)
@@ -84,7 +87,8 @@ def measured(runs: Sequence[Values], bounds: tuple[float, float] | None = None) 
         return Measured(float(np.mean(means)), None, None, means, "one prompt")
     if len(runs) > 1:
         result = seed_interval(matrix, bounds)
-        return Measured(result.value, result.low, result.high, means, "seeds")
+        low = max(result.low, min(floor, result.value))
+        return Measured(result.value, low, result.high, means, "seeds")
     numbers, codes = (
         np.asarray(runs[0].numbers, dtype=np.float64),
         prompt_codes(runs[0].prompt_ids, len(runs[0].numbers)),
@@ -93,7 +97,8 @@ def measured(runs: Sequence[Values], bounds: tuple[float, float] | None = None) 
         interval = rate_interval(numbers, codes)
     else:
         interval = mean_interval(prompt_means(numbers, codes), bounds=bounds)
-    return Measured(interval.value, interval.low, interval.high, means, interval.method)
+    low = max(interval.low, min(floor, interval.value))
+    return Measured(interval.value, low, interval.high, means, interval.method)
 
 
 def widened_by_runs(

@@ -113,7 +113,7 @@ def _value(
     if measure.key == LC_WIN_RATE:
         return None if statistics is None else _length_controlled(system, statistics, warnings)
     values = system.values(measure.key)
-    return measured(values, measure.bounds) if values else None
+    return measured(values, measure.bounds, measure.floor) if values else None
 
 
 def _length_controlled(system: System, statistics: JudgedStatistics, warnings: list[str]) -> Measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,6 +31,8 @@ class Measure:
     bounds: tuple[float, float] | None = None
     is_reward: bool = False
     "Whether it goes on the frontier, against the KL."
+    floor: float = -math.inf
+    "What the true value cannot fall below, where the scale has no upper limit."
 
 
 def measures_of(baseline: str, judged: bool, has_kl: bool, rewards: Sequence[str]) -> list[Measure]:
@@ -71,6 +74,7 @@ def measures_of(baseline: str, judged: bool, has_kl: bool, rewards: Sequence[str
                 None,
                 "KL of the policy to its reference over whole responses: the mean of log pi(y|x) - log pi_ref(y|x) "
                 "over responses sampled at temperature 1.",
+                floor=0.0,
             )
         )
     for name, shown in zip(ROUGES, ("ROUGE-1", "ROUGE-2", "ROUGE-L"), strict=True):
@@ -78,7 +82,7 @@ def measures_of(baseline: str, judged: bool, has_kl: bool, rewards: Sequence[str
         measures.append(Measure(name, shown, "%", 1, "high", text, (0.0, 1.0)))
     length = "Tokens of a response, the stop token included."
     ended = "Share of the responses that came to their end and were not cut at the length limit."
-    measures.append(Measure("num_tokens", "length", "tokens", 1, None, length))
+    measures.append(Measure("num_tokens", "length", "tokens", 1, None, length, floor=0.0))
     measures.append(Measure("ended", "ended", "%", 1, None, ended, (0.0, 1.0)))
     return measures
 

@@ -121,3 +121,13 @@ def test_against_one_run_the_means_of_the_prompts_are_compared():
     result = difference(runs, [values([0, 0, 0, 0])])
     assert result.over == "prompts"
     assert result.difference == pytest.approx(paired_test([1, 0.5, 0.5, 1], [0] * 4).difference)
+
+
+def test_a_limit_stops_at_what_cannot_be_less():
+    apart = [values([0.1, 0.2, 0.1, 0.3]), values([5.0, 6.0, 4.0, 5.5])]
+    free, cut = measured(apart), measured(apart, floor=0.0)
+    assert free.low < 0 == cut.low and (cut.value, cut.high) == (free.value, free.high)
+    below = measured([values([-0.2, -0.1, 0.05, -0.1])], floor=0.0)
+    assert below.low == below.value < 0, (
+        "an estimate of a KL may fall below 0, and its limit then goes no further"
+    )

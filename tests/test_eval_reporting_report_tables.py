@@ -123,6 +123,12 @@ def test_a_test_in_words(limits, p_holm, better, words):
     )
 
 
+def test_an_interval_without_0_proves_nothing_where_p_does_not():
+    test = paired_test("m", "one", "two", 0.008, 0.002, 0.02, 0.125, 0.125)
+    words = reading(test, {"better": "high", "unit": "%", "digits": 1})
+    assert words == "not resolved at this n, which can show 8.5 or more"
+
+
 def test_over_seeds_nobody_says_what_could_be_shown():
     test = {**paired_test("m", "one", "two", 0.08, -0.01, 0.17, 0.1, 0.2), "detectable": None}
     assert reading(test, {"better": "high", "unit": "", "digits": 2}) == "not resolved at this n"

@@ -449,7 +449,11 @@ def test_a_file_may_answer_more_prompts_than_are_asked_and_they_are_counted(fold
     ]
     CompletionsWriter(folder / "gpt.jsonl", {}).write(rows)
     systems = [RECIPE["systems"][0], {"name": "gpt", "completions": ["gpt.jsonl"]}]
-    result = result_of(compare(recipe(folder, complete=complete, systems=systems, pairs="none", judging={})))
+    result = result_of(
+        compare(
+            recipe(folder, complete=complete, systems=systems, pairs="none", judging={}, reward_functions={})
+        )
+    )
     base, gpt, _ = result["systems"]
     assert base["num_prompts"] == gpt["num_prompts"] < 12
     left_out = 12 - base["num_prompts"]
@@ -461,5 +465,9 @@ def test_a_file_may_answer_more_prompts_than_are_asked_and_they_are_counted(fold
     forget_precision()
     (folder / "gpt.jsonl").unlink()
     CompletionsWriter(folder / "gpt.jsonl", {}).write([replace(row, response=" mended") for row in rows])
-    again = result_of(compare(recipe(folder, complete=complete, systems=systems, pairs="none", judging={})))
+    again = result_of(
+        compare(
+            recipe(folder, complete=complete, systems=systems, pairs="none", judging={}, reward_functions={})
+        )
+    )
     assert {each["response_a"] for each in again["examples"] if each["system"] == "gpt"} == {" mended"}

@@ -108,7 +108,7 @@ def reading(test: Mapping[str, Any], measure: Mapping[str, Any]) -> str:
     """A test in words."""
     if None in (test["difference"], test["low"], test["high"]):
         return f"no test: {test['reason']}"
-    if test["low"] <= 0 <= test["high"]:
+    if test["low"] <= 0 <= test["high"] or (test["p_value"] or 0) >= SIGNIFICANT:
         if test["detectable"] is None:
             return "not resolved at this n"
         scale = 100 if measure["unit"] == "%" else 1
@@ -157,7 +157,7 @@ def differences_table(comparison: Mapping[str, Any]) -> Table | None:
             )
         )
     notes = (
-        "Not resolved: the interval holds 0, so this many prompts cannot tell which system is ahead. "
+        "Not resolved: the interval holds 0, or p is not below 0.05, so this many prompts cannot tell who is ahead. "
         "It does not mean that they are equal.",
     )
     return Table("Differences between systems", columns, tuple(rows), notes)
