@@ -41,6 +41,7 @@ def compare_systems(
         "measures": [_measure_row(measure) for measure in measures],
         "systems": rows,
         "tests": _tests([system for system in systems if system.values(WIN_RATE)]),
+        "matches": _matches(more_judgments),
         "ranking": _ranking(systems, baseline, more_judgments),
         "frontiers": _frontiers(rows, measures),
         "curves": _curves(rows, measures, setting_name),
@@ -168,6 +169,30 @@ def _tests(systems: Sequence[System]) -> list[dict[str, Any]]:
     done = [test for test in tests if test["p_value"] is not None]
     adjusted = iter(holm([test["p_value"] for test in done])) if done else iter(())
     return [{**t, "p_holm": None if t["p_value"] is None else float(next(adjusted))} for t in tests]
+
+
+def _matches(judgments: Sequence[Judgment]) -> list[dict[str, Any]]:
+    """Systems that were judged against each other: the win rate of the first one over all their runs."""
+    pairs: dict[tuple[str, str], list[Judgment]] = {}
+    for judgment in judgments:
+        pairs.setdefault((judgment.system_a, judgment.system_b), []).append(judgment)
+    matches = []
+    for (one, other), own in pairs.items():
+        rate = judged_statistics(own).win_rate
+        counts = ("wins", "ties", "losses", "undecided", "num_prompts")
+        found = (
+            dict.fromkeys(("value", "low", "high"))
+            if rate is None
+            else {
+                "value": rate.rate,
+                "low": rate.low,
+                "high": rate.high,
+                **{name: getattr(rate, name) for name in counts},
+            }
+        )
+        none = dict.fromkeys(counts, 0) | {"undecided": len(own)}
+        matches.append({"system_1": one, "system_2": other, **none, **found})
+    return matches
 
 
 def _ranking(

@@ -33,6 +33,7 @@ from eval.comparison_result import compare_systems
 from eval.comparison_table import comparison_table
 from eval.completions import REFERENCE
 from eval.judging.comparison import pair_up
+from eval.judging.estimate import Estimate, total_text
 from eval.judging.judgments import tokens_and_cost
 from eval.judging.store import Store
 from eval.judging.verdict import Judgment
@@ -51,6 +52,7 @@ from launch.compare_systems import (
     run_of_references,
 )
 from launch.demo_inputs import make_demo_inputs
+from launch.judge import DryRun
 from launch.rewards import import_functions
 from reward_models.score import RewardModelScorer
 
@@ -135,25 +137,27 @@ def _judged_systems(recipe: CompareRecipe, systems: Sequence[System]) -> tuple[l
         pair_up(rows, one.name, other.name)
     judged: dict[str, list[Run]] = {}
     more: list[Judgment] = []
+    estimates: list[Estimate] = []
     for number, (one, other, index) in enumerate(meetings, 1):
         print(
             f"judging {number} of {len(meetings)}: {one.name} against {other.name}, run {index}", flush=True
         )
         own, rival = index % len(one.runs), index % len(other.runs)
         run = _judge(recipe, one, own, other, rival)
-        if run is None:
+        if isinstance(run, Estimate):
+            estimates.append(run)
             continue
         if other is baseline:
             judged.setdefault(one.name, []).append(run)
         else:
             more += run.judgments
-    if recipe.judging.budget.dry_run:
-        raise RunStopped("judging.budget.dry_run: nothing was asked; each comparison has its line above")
+    if estimates:
+        raise RunStopped(f"judging.budget.dry_run: nothing was asked. In all {total_text(estimates)}")
     return [replace(system, runs=tuple(judged.get(system.name, system.runs))) for system in systems], more
 
 
-def _judge(recipe: CompareRecipe, one: System, own: int, other: System, rival: int) -> Run | None:
-    """One run of `one` with the verdicts on it beside one of `other`; None in a dry run."""
+def _judge(recipe: CompareRecipe, one: System, own: int, other: System, rival: int) -> Run | Estimate:
+    """One run of `one` with the verdicts on it beside one of `other`; in a dry run what these would take."""
     files = [recipe.folder_of(one.name, own) / COMPLETIONS, recipe.folder_of(other.name, rival) / COMPLETIONS]
     folder = Path(recipe.run_dir) / "judgments" / f"{slug(one.name)}_{own}" / f"{slug(other.name)}_{rival}"
     asked = replace(
@@ -166,11 +170,8 @@ def _judge(recipe: CompareRecipe, one: System, own: int, other: System, rival: i
     )
     try:
         return judge_run(asked, one.runs[own])
-    except RunStopped as stopped:
-        if not recipe.judging.budget.dry_run:
-            raise
-        print(stopped)
-        return None
+    except DryRun as stopped:
+        return stopped.estimate
 
 
 # --- the result -----------------------------------------------------------------------------------------

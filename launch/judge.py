@@ -32,7 +32,7 @@ from eval.judging.attacks import with_controls
 from eval.judging.batch_api import BatchConfig, BatchJudge
 from eval.judging.budget import Budget, BudgetConfig
 from eval.judging.comparison import Question, first_prompts, pair_up, questions_of
-from eval.judging.estimate import estimate
+from eval.judging.estimate import Estimate, estimate
 from eval.judging.judge import JudgeConfig, JudgeStopped
 from eval.judging.judge_prompts import load_prompt
 from eval.judging.judge_request import Asking, stored_verdicts
@@ -61,7 +61,7 @@ class JudgeRecipe:
     completions: list[str] = field(default_factory=list)
     """Files of completions: completions.jsonl, or .json in alpaca_eval's shape."""
     system: str | None = None
-    """The system to judge. Beside those of the files there are reference (the dataset's responses), null (a constant)
+    """The system to judge. Beside those of the files there are reference (the dataset's responses), "null" (a constant)
     and attack/<name> (eval/judging/attacks.py)."""
     baseline: str = "reference"
     """The system that it is compared with."""
@@ -121,6 +121,14 @@ def _refuse(given: bool, name: str, where: str) -> None:
         raise ValueError(f"{name} does not apply to {where}")
 
 
+class DryRun(RunStopped):
+    """Nothing was asked, as the recipe says; `estimate` is what asking would take."""
+
+    def __init__(self, estimate: Estimate) -> None:
+        super().__init__("budget.dry_run: nothing was asked")
+        self.estimate = estimate
+
+
 def run(recipe: JudgeRecipe) -> Path:
     """Judge, in the one process that there is."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -131,7 +139,10 @@ def run(recipe: JudgeRecipe) -> Path:
 def judge(recipe: JudgeRecipe) -> Path:
     """Pair the responses up, ask the judge, write what it said. Returns the path of judgments.jsonl."""
     if not recipe.completions or recipe.system is None:
-        raise ConfigError("completions must name files with completions, and system one of their systems")
+        raise ConfigError(
+            "completions must name files with completions, and system one of their systems (bare null means none: the "
+            "constant one is written 'system=\"null\"')"
+        )
     make_demo_completions(*recipe.completions)
     rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
     comparisons = pair_up(rows, recipe.system, recipe.baseline)
@@ -191,8 +202,9 @@ def _run_openai(recipe: JudgeRecipe, questions: Sequence[Question]) -> Path:
             )
         asking = replace(asking, form=known_form(asking, store) or form)
         if recipe.budget.dry_run:
-            print(estimate(asking, questions, store).text())
-            raise RunStopped("budget.dry_run: nothing was asked")
+            estimated = estimate(asking, questions, store)
+            print(estimated.text())
+            raise DryRun(estimated)
         verdicts, stopped = stored_verdicts(asking, questions, store), None
         if len(verdicts) < len(questions) or store.open_batches():
             client = make_client(config, recipe.retry)
@@ -264,8 +276,8 @@ def _write(
     write_whole(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     if stopped is not None:
         raise RunStopped(
-            f"{stopped}. {len(verdicts)} of {len(questions)} verdicts are in {folder}/judgments.jsonl; the same "
-            "command goes on from there"
+            f"{stopped}. {len(verdicts)} of {len(questions)} verdicts are in {folder}/judgments.jsonl; the command "
+            "goes on from there"
         )
     _refuse_if_incomplete(recipe, statistics, len(questions))
     return folder / "judgments.jsonl"

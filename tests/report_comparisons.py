@@ -148,6 +148,12 @@ def comparison(**changes: Any) -> dict[str, Any]:
             paired_test("win_rate", names[1], names[2], 0.04, 0.001, 0.08, 0.04, 0.12),
             paired_test("kl", names[0], names[2], 2.4, 2.0, 2.8, 0.0001, 0.0004),
         ],
+        "matches": [
+            {
+                **{"system_1": names[0], "system_2": names[1], "value": 0.55, "low": 0.5, "high": 0.6},
+                **{"wins": 140, "ties": 2, "losses": 113, "undecided": 1, "num_prompts": 255},
+            }
+        ],
         "ranking": {
             "systems": [
                 {"name": names[0], "elo": 1148.7, "low": 1116.0, "high": 1181.6},
@@ -214,7 +220,15 @@ def paired_test(measure: str, one: str, two: str, difference, low, high, p, p_ho
 
 def empty_comparison() -> dict[str, Any]:
     """One system, nothing measured, nothing judged, no list that holds anything."""
-    nothing = {"judge": None, "tests": [], "ranking": None, "frontiers": [], "curves": [], "examples": []}
+    nothing = {
+        "judge": None,
+        "tests": [],
+        "matches": [],
+        "ranking": None,
+        "frontiers": [],
+        "curves": [],
+        "examples": [],
+    }
     alone = system("SFT", "SFT", None, {}, judged=None, policies=[], num_prompts=0)
     return comparison(
         systems=[alone], commit=None, versions={}, rollouts=[], configs={}, hashes={}, **nothing

@@ -175,7 +175,11 @@ def test_judgments_between_systems_count_in_the_ranking_alone():
     verdicts = verdicts_of("free", "aaaaaaaaaaab", baseline="good")
     more = compare(GOOD, POOR, FREE, more_judgments=combine_all(verdicts))
     plain = compare(GOOD, POOR, FREE)
-    assert more["systems"] == plain["systems"]
+    assert more["systems"] == plain["systems"] and plain["matches"] == []
+    (match,) = more["matches"]
+    assert (match["system_1"], match["system_2"]) == ("free", "good")
+    assert (match["wins"], match["losses"], match["num_prompts"]) == (11, 1, 12)
+    assert match["value"] == pytest.approx(11 / 12)
     assert more["ranking"]["num_comparisons"] == plain["ranking"]["num_comparisons"] + 12
     assert not any("free" in warning for warning in more["ranking"]["warnings"])
 

@@ -74,7 +74,7 @@ def test_tokens_are_added_by_kind():
     assert tokens_and_cost([call("c")])["cost"] is None
     text = spent_text(sums, Ledger(7, 1.5, 2, 0.25))
     assert text.splitlines() == [
-        "3 calls: 11 prompt tokens (4 cached), 4 answer tokens (2 of thought), $0.7500",
+        "all answers used: 3 calls, 11 prompt tokens (4 cached), 4 answer tokens (2 of thought), $0.7500",
         "the store in all: 7 requests, $1.5000 at most, 2 of them without an end",
     ]
     assert "price unknown" in spent_text(tokens_and_cost([call("c")]), Ledger(1, 0.0, 0, 0.0))

@@ -18,6 +18,7 @@ from eval.reporting.report_tables import (
     differences_table,
     interval_text,
     judge_table,
+    matches_table,
     number_text,
     p_text,
     ranking_table,
@@ -148,10 +149,20 @@ def test_the_tests_and_how_each_system_was_judged():
     assert rows[0][-1].notes == ("p = 0.310",)
 
 
+def test_systems_that_met_each_other():
+    assert texts(matches_table(comparison())) == [
+        ["DR-PO beta 1 against DR-PO beta 0.5", "55.0 [50.0, 60.0]", "140", "2", "113", "1", "255"]
+    ]
+    assert matches_table(comparison(matches=[])) is None
+
+
 def test_the_ranking():
     table = ranking_table(comparison())
     assert texts(table) == [["DR-PO beta 1", "1149 [1116, 1182]"], ["reference", "1000"]]
-    assert table.notes == ("From 768 comparisons, relative to reference.", "PPO never met DR-PO")
+    assert table.notes == (
+        "From 768 comparisons with the baseline and of systems with each other, relative to reference.",
+        "PPO never met DR-PO",
+    )
     assert ranking_table(comparison(ranking=None)) is None
 
 
@@ -196,7 +207,8 @@ def test_the_markdown_page_has_every_table_and_no_example(tmp_path):
     assert page.startswith("# a \\| b \\# c\n")
     titles = [line[3:] for line in page.splitlines() if line.startswith("## ")]
     assert titles == [
-        *("Results", "Judged against reference", "Differences between systems", "Ranking"),
+        *("Results", "Judged against reference", "Differences between systems"),
+        *("Judged against each other", "Ranking"),
         *("What the numbers are", "Win rate against reference", "LC win rate against reference"),
         *("True reward against KL", "Win rate against length", "Win rate over beta"),
         *("Hashes of DR-PO beta 1/0", "Versions"),

@@ -196,7 +196,9 @@ def test_a_judge_that_takes_the_first_slot_finds_no_difference(folder):
 
 def test_a_dry_run_asks_nothing_and_estimates_every_comparison(folder, capsys):
     with StubServer(longer_wins) as server:
-        with pytest.raises(RunStopped, match="judging.budget.dry_run: nothing was asked"):
+        with pytest.raises(
+            RunStopped, match=r"judging.budget.dry_run: nothing was asked. In all at most \d+ calls"
+        ):
             compare(recipe(folder, judging=against_stub(server, budget={"dry_run": True})))
         assert server.chats == []
     out = capsys.readouterr().out

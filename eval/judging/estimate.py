@@ -52,6 +52,18 @@ class Estimate:
         return ", ".join(parts) + "; retries and questions asked again come on top"
 
 
+def total_text(estimates: Sequence[Estimate]) -> str:
+    """Several of them, added up; questions that two of them share count twice."""
+    calls = sum(each.num_calls for each in estimates)
+    tokens = sum(each.prompt_tokens_about for each in estimates)
+    parts = [f"at most {calls} calls, about {tokens:,.0f} prompt tokens"]
+    for name, word in (("usd_about", "about"), ("usd_at_most", "at most")):
+        dollars = [getattr(each, name) for each in estimates]
+        if None not in dollars:
+            parts.append(f"{word} ${sum(dollars):.2f}")
+    return ", ".join(parts)
+
+
 def estimate(asking: Asking, questions: Sequence[Question], store: Store) -> Estimate:
     """What asking these questions will take; those that the store settles cost nothing."""
     unanswered = [asking.unanswered(question, store)[0] for question in questions]

@@ -100,9 +100,11 @@ def tokens_and_cost(calls: Sequence[Call]) -> dict[str, Any]:
 def spent_text(spent: Mapping[str, Any], ledger: Ledger) -> str:
     """What `tokens_and_cost` gave for a run, and what the store holds in all, on two lines."""
     cost = "price unknown" if spent["cost"] is None else f"${spent['cost']:.4f}"
+    paid = "" if spent["cost"] is None else f", ${ledger.usd:.4f} at most"
     return (
-        f"{spent['calls']} calls: {spent['prompt_tokens']:,} prompt tokens ({spent['cached_tokens']:,} cached), "
+        f"all answers used: {spent['calls']} calls, {spent['prompt_tokens']:,} prompt tokens "
+        f"({spent['cached_tokens']:,} cached), "
         f"{spent['completion_tokens']:,} answer tokens ({spent['reasoning_tokens']:,} of thought), {cost}\n"
-        f"the store in all: {ledger.num_requests} requests, ${ledger.usd:.4f} at most"
+        f"the store in all: {ledger.num_requests} requests{paid}"
         + (f", {ledger.num_open} of them without an end" if ledger.num_open else "")
     )

@@ -26,6 +26,7 @@ from eval.reporting.report_tables import (
     Table,
     differences_table,
     judge_table,
+    matches_table,
     number_text,
     ranking_table,
     results_table,
@@ -57,6 +58,7 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
         "results": results_table(comparison),
         "judge": judge_table(comparison),
         "tests": differences_table(comparison),
+        "matches": matches_table(comparison),
         "ranking": ranking_table(comparison),
     }
     tables = [table for table in made.values() if table is not None]

@@ -97,6 +97,13 @@ COMPARISON: dict[str, Any] = {
             "reason": Maybe(str),
         }
     ],
+    "matches": [
+        {
+            **dict.fromkeys(("system_1", "system_2"), str),
+            **_ESTIMATE,
+            **dict.fromkeys(("wins", "ties", "losses", "undecided", "num_prompts"), int),
+        }
+    ],
     "ranking": Maybe(
         {
             "systems": [{"name": str, "elo": float, "low": Maybe(float), "high": Maybe(float)}],

@@ -251,6 +251,29 @@ def judge_table(comparison: Mapping[str, Any]) -> Table | None:
     return Table(f"Judged against {comparison['baseline']}", columns, tuple(rows))
 
 
+def matches_table(comparison: Mapping[str, Any]) -> Table | None:
+    """Systems judged against each other, and not through the baseline."""
+    if not comparison["matches"]:
+        return None
+    share = {"unit": "%", "digits": 1}
+    columns = (
+        Column("systems", numeric=False),
+        Column(
+            "win rate of the first (%)", "Over prompts; several runs are pooled, and their seeds left out."
+        ),
+        *(Column(name) for name in ("wins", "ties", "losses", "undecided", "prompts")),
+    )
+    rows = [
+        (
+            Cell(f"{match['system_1']} against {match['system_2']}"),
+            Cell(estimate_text(match, share)),
+            *(Cell(str(match[name])) for name in ("wins", "ties", "losses", "undecided", "num_prompts")),
+        )
+        for match in comparison["matches"]
+    ]
+    return Table("Judged against each other", columns, tuple(rows), ())
+
+
 def ranking_table(comparison: Mapping[str, Any]) -> Table | None:
     """All systems on one scale, with the interval."""
     ranking = comparison["ranking"]
@@ -265,5 +288,11 @@ def ranking_table(comparison: Mapping[str, Any]) -> Table | None:
         for system in ranking["systems"]
     ]
     zero = "the mean of all systems" if ranking["anchor"] is None else ranking["anchor"]
-    notes = (f"From {ranking['num_comparisons']} comparisons, relative to {zero}.", *ranking["warnings"])
+    source = (
+        "with the baseline and of systems with each other" if comparison["matches"] else "with the baseline"
+    )
+    notes = (
+        f"From {ranking['num_comparisons']} comparisons {source}, relative to {zero}.",
+        *ranking["warnings"],
+    )
     return Table("Ranking", columns, tuple(rows), notes)
