@@ -95,9 +95,8 @@ def length_controlled_win_rate(
     reach = (np.abs(longer) <= FAR * longer.std()).mean()
     if differ and reach < MIN_REACH:
         raise ValueError(
-            f"length_a - length_b is {longer.mean():.3g} on average and varies by {longer.std():.3g}, equal length "
-            f"is {FAR:g} deviations or more away from {1 - reach:.0%} of the comparisons; nothing tells the rate, "
-            "report the plain win rate"
+            f"responses differ in length by {longer.mean():.3g} on average (sd {longer.std():.3g}): equal length is "
+            f"{FAR:g} deviations or more away from {1 - reach:.0%} of them, so nothing tells the rate there"
         )
     x = np.tanh(longer / longer.std()) if differ else np.zeros(len(longer))
     near_share = float((np.abs(x) <= NEAR).mean())
