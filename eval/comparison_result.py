@@ -234,8 +234,8 @@ def _frontiers(rows: Sequence[Mapping[str, Any]], measures: Sequence[Measure]) -
             continue
         points = frontier(
             [row["name"] for row in placed],
-            [_interval(row["values"][KL]) for row in placed],
-            [_interval(row["values"][measure.key]) for row in placed],
+            [Measured(**row["values"][KL]).interval for row in placed],
+            [Measured(**row["values"][measure.key]).interval for row in placed],
         )
         by_name = {point.system: point for point in points}
         frontiers.append(
@@ -282,8 +282,3 @@ def _point(row: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _limits(value: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value[name] for name in ("value", "low", "high")}
-
-
-def _interval(value: Mapping[str, Any]) -> Interval:
-    low, high = (value["value"] if value[name] is None else value[name] for name in ("low", "high"))
-    return Interval(value["value"], low, high, 0, value["method"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from eval.completions import (
     reference_rows,
 )
 from eval.import_completions import file_sha256
-from eval.judging.judgments import read_judgments
+from eval.judging.judgments import read_answers, read_judgments
 from eval.judging.verdict import combine_all
 from eval.response_scores import response_kls, reward_scores
 from eval.system_runs import KL, WIN_RATE, Run, judged_values, text_values
@@ -263,11 +262,5 @@ def judge_run(recipe: JudgeRecipe, run: Run) -> Run:
     path = judge(recipe)
     verdicts = read_judgments(path)
     judgments = combine_all(verdicts, recipe.half_tie, recipe.orders)
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    answers = {
-        (line["prompt_id"], line["seed"], line["order"]): line["text"]
-        for line in lines
-        if line["final"] and line.get("text") is not None
-    }
     values = {**run.values, WIN_RATE: judged_values(judgments)}
-    return replace(run, values=values, verdicts=verdicts, judgments=judgments, answers=answers)
+    return replace(run, values=values, verdicts=verdicts, judgments=judgments, answers=read_answers(path))

@@ -6,12 +6,9 @@ from pathlib import Path
 
 from drpo.config import ConfigError
 from drpo.engine import Engine, EngineConfig
-from drpo.models.loading import ModelConfig, load_scalar_model
-from drpo.models.tokenizer import load_tokenizer
 from eval.judging.judge import JudgeConfig
 from eval.judging.offline_judges import ScoreJudge
 from launch.rewards import import_functions
-from reward_models.model import RewardModel
 from reward_models.score import RewardModelScorer
 
 
@@ -30,7 +27,4 @@ def score_judge(config: JudgeConfig, run_dir: Path) -> ScoreJudge:
 def _reward_model(config: JudgeConfig, run_dir: Path) -> RewardModelScorer:
     """The reward model on texts: the responses come from anywhere, so there are no token ids to share."""
     engine = Engine(EngineConfig(trackers=[]), run_dir, seed=0, max_grad_norm=None)
-    model = load_scalar_model(config.path, ModelConfig(dtype=config.dtype), RewardModel, key="judge.path")
-    tokenizer = load_tokenizer(config.path)
-    model = engine.place(model, as_trained=False)
-    return RewardModelScorer(model, tokenizer, engine, config.batch_size, shares_tokenizer=False)
+    return RewardModelScorer.load(config.path, engine, config.batch_size, config.dtype, None, "judge.path")

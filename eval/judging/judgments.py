@@ -65,6 +65,16 @@ def write_judgments(
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_answers(path: Path) -> dict[tuple[str, int, str], str]:
+    """The judge's own words in a judgments file, by (prompt_id, seed, order); none of a judge that is not called."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {
+        (row["prompt_id"], row["seed"], row["order"]): row["text"]
+        for row in rows
+        if row["final"] and row.get("text") is not None
+    }
+
+
 def read_judgments(path: Path | str) -> list[Verdict]:
     """The verdicts of a judgments file. Raises DataError for a missing file or a line that is no judgment."""
     path = Path(path)
