@@ -122,10 +122,14 @@ class Engine:
         self._module, self._optimizer = self._accelerator.prepare(module, optimizer)
         return self._module
 
+    @property
+    def casts_weights(self) -> bool:
+        """Whether `prepare` turns the trained weights to bf16, as DeepSpeed does."""
+        return self._deepspeed and self.precision == "bf16"
+
     def place(self, module: nn.Module, as_trained: bool) -> nn.Module:
         """Move a frozen model to the device; `as_trained` gives it the precision that training gives its weights."""
-        in_bf16 = as_trained and self._deepspeed and self.precision == "bf16"
-        dtype = torch.bfloat16 if in_bf16 else None
+        dtype = torch.bfloat16 if as_trained and self.casts_weights else None
         return module.to(self.device, dtype=dtype).eval().requires_grad_(False)
 
     def autocast(self):

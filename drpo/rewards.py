@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from drpo.data.records import Record
+    from drpo.tensors import PaddedBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,21 @@ class RewardFn(Protocol):
     """Anything that scores completions: one float each, higher is better."""
 
     def __call__(self, completions: Sequence[Completion]) -> Sequence[float] | Tensor: ...
+
+
+@runtime_checkable
+class TrunkRewardFn(RewardFn, Protocol):
+    """A RewardFn that may stand on the policy's frozen trunk (drpo.models.trunk), whose output it is then given."""
+
+    def share_trunk(self, policy: Any) -> bool:
+        """Use the policy's trunk in place of its own, where they are the same; whether it does."""
+        ...
+
+    def score_from_trunk(
+        self, completions: Sequence[Completion], parts: Sequence[PaddedBatch], trunks: Sequence[Tensor]
+    ) -> Tensor:
+        """(B,) scores of the completions, whose tokens are in `parts`, from the trunk's output (b, Q+R, H) of each."""
+        ...
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:

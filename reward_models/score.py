@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drpo.data.encode import encode_query, encode_response
 from drpo.engine import Engine
 from drpo.models.loading import ModelConfig, load_scalar_model
 from drpo.models.tokenizer import load_tokenizer
+from drpo.models.trunk import has_trunk, resumed_from, same_trunk, share_trunk
 from drpo.rewards import Completion
-from drpo.tensors import pad_batch
+from drpo.tensors import PaddedBatch, pad_batch
 from reward_models.model import RewardModel
 
 
@@ -46,6 +47,37 @@ class RewardModelScorer:
             and tokenizer.get_vocab() == load_tokenizer(policy_tokenizer_path).get_vocab()
         )
         return cls(engine.place(model, as_trained=False), tokenizer, engine, batch_size, shared)
+
+    def share_trunk(self, policy: nn.Module) -> bool:
+        """Use the policy's frozen trunk in place of an equal one of its own; whether it does.
+
+        It does not where training casts the policy's weights to bf16, which would change the scores.
+        """
+        if (
+            not has_trunk(policy)
+            or not self._shares_tokenizer
+            or self._engine.casts_weights
+            or not same_trunk(self._model, policy)
+        ):
+            return False
+        share_trunk(self._model, policy)
+        return True
+
+    @torch.no_grad()
+    def score_from_trunk(
+        self, completions: Sequence[Completion], parts: Sequence[PaddedBatch], trunks: Sequence[Tensor]
+    ) -> Tensor:
+        """(B,) float32: the scores of `__call__`, from what the shared trunk made of the same tokens.
+
+        Should the model see other tokens than those of `parts` (it has a stop token of its own), the trunk runs anew.
+        """
+        if any(self._ids(c) != (list(c.query_ids), list(c.response_ids)) for c in completions):
+            return self(completions)
+        scores = []
+        for part, trunk in zip(parts, trunks, strict=True):
+            with self._engine.autocast(), resumed_from(trunk, self._model):
+                scores.append(self._model.score(part).float().cpu())
+        return torch.cat(scores)
 
     @torch.no_grad()
     def __call__(self, completions: Sequence[Completion]) -> Tensor:

@@ -15,6 +15,7 @@ from drpo.data.noise import NoiseConfig
 from drpo.data.records import DataError
 from drpo.engine import Engine
 from drpo.models.loading import load_policy
+from drpo.models.trunk import freeze_trunk
 from drpo.result import Result
 from drpo.run_folder import RunFolder
 from drpo.tensors import PaddedBatch, pad_batch
@@ -96,6 +97,8 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
     references = load_references(recipe, tokenizer)
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     model = RewardModel.from_causal_lm(policy, recipe.seed)
+    if recipe.model.trainable_layers is not None:
+        freeze_trunk(model, recipe.model.trainable_layers)
     model.config.aggregation = recipe.score.aggregation
     objective = PairObjective(model, tokenizer.pad_token_id, recipe.score.penalty, engine.device)
     result = Result(recipe, engine, run, objective, model, tokenizer, splits.report, "reward_model")

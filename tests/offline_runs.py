@@ -52,10 +52,11 @@ def run_sft(run_dir: Path, **changes) -> tuple[sft.SFTRecipe, list[dict[str, flo
 
 
 def run_reward_model(
-    run_dir: Path, **changes
+    run_dir: Path, policy: Path | None = None, **changes
 ) -> tuple[reward_model.RewardModelRecipe, list[dict[str, float]]]:
-    """The resolved recipe and the metrics of a reward-model run."""
-    return _run(reward_model.RewardModelRecipe, reward_model.train, run_dir, merged(RECIPE, changes))
+    """The resolved recipe and the metrics of a reward-model run, from scratch or from the policy of a folder."""
+    recipe = RECIPE if policy is None else {**RECIPE, "model": {"path": str(policy)}}
+    return _run(reward_model.RewardModelRecipe, reward_model.train, run_dir, merged(recipe, changes))
 
 
 def run_preference(

@@ -35,10 +35,16 @@ def folders(tmp_path_factory):
     return root
 
 
-def actor_critic(folders, tokenizer, name="llama", **settings) -> ActorCritic:
+def actor_critic(folders, tokenizer, name="llama", entropy_gradient=True, **settings) -> ActorCritic:
     config = ModelConfig(path=str(folders / name), **settings)
     critic = load_scalar_model(folders / f"{name}_critic", config)
-    return ActorCritic(load_policy(config, tokenizer), critic, temperature=0.7, suppressed_ids=[1])
+    return ActorCritic(
+        load_policy(config, tokenizer),
+        critic,
+        temperature=0.7,
+        suppressed_ids=[1],
+        entropy_gradient=entropy_gradient,
+    )
 
 
 def batch(**lengths) -> PaddedBatch:
@@ -68,8 +74,17 @@ def test_forward_gives_the_scores_of_its_parts(folders, tokenizer):
     expected = response_logprobs(model.policy, batch(), temperature=0.7, suppressed_ids=[1], entropy=True)
     assert torch.equal(logprobs, expected.logprobs) and torch.equal(entropy, expected.entropy)
     assert torch.equal(values, token_values(model.critic, batch()))
-    assert model(**fields(batch()), entropy=False)[1] is None
+    assert entropy.requires_grad
     assert model.config is model.policy.config
+
+
+def test_an_entropy_without_a_bonus_has_the_same_value_and_no_graph(folders, tokenizer):
+    wanted, only_shown = (
+        actor_critic(folders, tokenizer, entropy_gradient=wanted) for wanted in (True, False)
+    )
+    logprobs, entropy, _ = only_shown(**fields(batch()))
+    assert torch.equal(entropy, wanted(**fields(batch()))[1])
+    assert logprobs.requires_grad and not entropy.requires_grad
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from drpo.models.scalar_head import token_values
 from drpo.models.scoring import response_logprobs
+from drpo.models.trunk import resumed_from
 from drpo.tensors import PaddedBatch
 
 
@@ -22,12 +23,14 @@ class ActorCritic(nn.Module):
         *,
         temperature: float = 1.0,
         suppressed_ids: Sequence[int] = (),
+        entropy_gradient: bool = True,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
         self._temperature = temperature
         self._suppressed_ids = tuple(suppressed_ids)
+        self._entropy_gradient = entropy_gradient
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -40,19 +43,23 @@ class ActorCritic(nn.Module):
         query_mask: Tensor,
         responses: Tensor,
         response_mask: Tensor,
-        entropy: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(logprobs, entropy or None, values), each (B, R) float32, from the four tensors of a PaddedBatch.
+        trunk: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprobs, entropy, values), each (B, R) float32, from the four tensors of a PaddedBatch.
+
+        `trunk` (B, Q+R, H) is the output of the frozen layers that policy and critic share (drpo.models.trunk); with
+        it only the layers above run.
 
         Rollout and training both come through here, so that under autocast too the old log-probs are those of
         the first training forward.
         """
         batch = PaddedBatch(queries, query_mask, responses, response_mask)
-        scores = response_logprobs(
-            self.policy,
-            batch,
-            temperature=self._temperature,
-            suppressed_ids=self._suppressed_ids,
-            entropy=entropy,
-        )
-        return scores.logprobs, scores.entropy, token_values(self.critic, batch)
+        with resumed_from(trunk, self.policy, self.critic):
+            scores = response_logprobs(
+                self.policy,
+                batch,
+                temperature=self._temperature,
+                suppressed_ids=self._suppressed_ids,
+                entropy=True if self._entropy_gradient else "detached",
+            )
+            return scores.logprobs, scores.entropy, token_values(self.critic, batch)

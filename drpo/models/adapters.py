@@ -18,11 +18,13 @@ def add_lora(
     target_modules: list[str] | None,
     seed: int,
     trained_whole: tuple[str, ...] = (),
+    within: tuple[str, ...] = (),
 ) -> nn.Module:
     """The model in a PEFT wrapper with a fresh LoRA adapter, which starts as the identity: W + (alpha / r) B A.
 
-    `target_modules` None takes every linear layer but the output embedding; modules named in `trained_whole`
-    are trained in full beside the adapter. Raises ImportError without peft, ConfigError when no module matches.
+    `target_modules` None takes every linear layer but the output embedding, `within` only those whose names begin
+    so; modules named in `trained_whole` are trained in full beside the adapter. Raises ImportError without peft,
+    ConfigError when no module matches.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -35,6 +37,7 @@ def add_lora(
         if isinstance(module, nn.Linear | Conv1D)
         and module is not output_embedding
         and name.split(".")[0] not in trained_whole
+        and (not within or name.startswith(within))
     ]
     if target_modules is not None:
         endings = tuple(f".{target}" for target in target_modules)

@@ -25,6 +25,7 @@ from drpo.models.adapters import add_lora
 from drpo.models.saved import check_complete, read_config
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import SMALLEST_VOCABULARY
+from drpo.models.trunk import freeze_trunk, has_trunk, same_trunk, share_trunk, trained_layer_names
 
 Scalar = TypeVar("Scalar", bound=ScalarModel)
 
@@ -69,6 +70,9 @@ class ModelConfig:
     """eager, sdpa, flash_attention_2, ...; null: transformers' choice."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    trainable_layers: int | None = None
+    """Train this many of the top layers (in full or with LoRA) and freeze what is below: policy, reference, critic and,
+    if it was trained so from the same weights, the reward model share it, and it runs once for a batch of rollouts."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
@@ -90,6 +94,15 @@ class ModelConfig:
                 raise ValueError(
                     f"model.vocab_size must be at least {SMALLEST_VOCABULARY} (all bytes, stop and pad), "
                     f"got {self.vocab_size}"
+                )
+        if self.trainable_layers is not None:
+            if self.trainable_layers < 1:
+                raise ValueError(
+                    f"model.trainable_layers must be >= 1, or null to train all layers, got {self.trainable_layers}"
+                )
+            if self.architecture:
+                raise ValueError(
+                    "model.trainable_layers freezes trained layers; set it to null for a model from scratch"
                 )
         if self.lora.r and self.architecture:
             raise ValueError("model.lora trains an adapter beside a trained model; set lora.r=0 from scratch")
@@ -145,10 +158,13 @@ def load_scalar_model(
     return _prepare(_read_scalar(str(path), config, model_class, key), config, seed, trained_whole=("head",))
 
 
-def load_critic(path: str, config: ModelConfig, seed: int = 0) -> ScalarModel:
+def load_critic(
+    path: str, config: ModelConfig, seed: int = 0, policy: nn.Module | None = None
+) -> ScalarModel:
     """A critic that starts from a saved scalar model; a reward model's centre goes into its bias, so V has its zero.
 
-    Raises ConfigError for a reward model that sums its head over the tokens: its outputs are no values.
+    Raises ConfigError for a reward model that sums its head over the tokens: its outputs are no values; and for one
+    that does not stand on the frozen trunk of `policy`, if that has one.
     """
     saved = read_config(path, "critic.path")
     if saved.get("aggregation", "last") != "last":
@@ -158,6 +174,14 @@ def load_critic(path: str, config: ModelConfig, seed: int = 0) -> ScalarModel:
     critic = _read_scalar(path, config, ScalarModel, "critic.path")
     with torch.no_grad():
         critic.head.bias -= saved.get("centre", 0.0)
+    if policy is not None and has_trunk(policy):
+        if not same_trunk(critic, policy):
+            raise ConfigError(
+                f"critic.path: with model.trainable_layers policy and critic share the layers below, but those of "
+                f"{path!r} are not the policy's; give a model that was trained with model.trainable_layers from the "
+                "same weights, or null for a critic that starts from the policy"
+            )
+        share_trunk(critic, policy)
     return _prepare(critic, config, seed, trained_whole=("head",))
 
 
@@ -188,6 +212,8 @@ def fresh_critic(policy: nn.Module, config: ModelConfig, seed: int = 0) -> Scala
     A random head would start with values of size 1, which value clipping then takes many updates to undo.
     """
     critic = ScalarModel.from_causal_lm(policy, seed)
+    if has_trunk(policy):
+        share_trunk(critic, policy)
     nn.init.zeros_(critic.head.weight)
     return _prepare(critic, config, seed, trained_whole=("head",))
 
@@ -207,6 +233,8 @@ def _prepare(
     model: PreTrainedModel, config: ModelConfig, seed: int, trained_whole: tuple[str, ...] = ()
 ) -> PreTrainedModel:
     disable_dropout(model)
+    if config.trainable_layers is not None:
+        freeze_trunk(model, config.trainable_layers)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora.r:
@@ -217,6 +245,7 @@ def _prepare(
             target_modules=config.lora.target_modules,
             seed=seed,
             trained_whole=trained_whole,
+            within=() if config.trainable_layers is None else trained_layer_names(model),
         )
     # Layers recompute activations in training mode only, and from_pretrained leaves a model in evaluation mode.
     return model.train()

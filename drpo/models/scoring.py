@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from drpo.tensors import PaddedBatch, entropy_from_logits, gather_logprobs, position_ids
+
+Entropy = bool | Literal["detached"]
+"""Whether the entropy is computed too; detached: without a graph, which would hold a softmax over the vocabulary."""
 
 
 class ResponseScores(NamedTuple):
@@ -33,7 +36,7 @@ def response_logprobs(
     *,
     temperature: float = 1.0,
     suppressed_ids: Sequence[int] = (),
-    entropy: bool = False,
+    entropy: Entropy = False,
     chunk_size: int = 1024,
 ) -> ResponseScores:
     """Log-probability of each response token given all before it: log softmax(logits / temperature)[token].
@@ -77,7 +80,7 @@ def chunked_scores(
     chunk_size: int,
     temperature: float = 1.0,
     suppressed_ids: tuple[int, ...] = (),
-    entropy: bool = False,
+    entropy: Entropy = False,
 ) -> ResponseScores:
     """Scores (N,) of `ids` (N,) under the logits that `head` gives for `hidden` (N, H), a chunk at a time.
 
@@ -121,11 +124,14 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 def _score(
-    logits: Tensor, ids: Tensor, temperature: float, suppressed_ids: tuple[int, ...], entropy: bool
+    logits: Tensor, ids: Tensor, temperature: float, suppressed_ids: tuple[int, ...], entropy: Entropy
 ) -> ResponseScores:
     logits = logits.float() if temperature == 1.0 else logits.float() / temperature
     logits = suppress(logits, suppressed_ids)
-    return ResponseScores(gather_logprobs(logits, ids), entropy_from_logits(logits) if entropy else None)
+    logprobs = gather_logprobs(logits, ids)
+    if not entropy:
+        return ResponseScores(logprobs, None)
+    return ResponseScores(logprobs, entropy_from_logits(logits.detach() if entropy == "detached" else logits))
 
 
 def suppress(logits: Tensor, ids: Sequence[int]) -> Tensor:

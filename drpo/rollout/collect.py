@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from drpo.config import ConfigError
 from drpo.data.encode import Example
 from drpo.data.order import item_at
 from drpo.metrics import Phases
+from drpo.models.trunk import has_trunk, trunk_output
 from drpo.rewards import Completion, RewardFn
 from drpo.rollout.resets import ResetConfig, draw_reset_length, prefix_boundaries, reset_response
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
@@ -136,8 +138,8 @@ def collect(
     starts: Sequence[Start],
     *,
     policy,
-    measure: Callable[[PaddedBatch], tuple[Tensor, Tensor, Tensor]],
-    reference_logprobs: Callable[[PaddedBatch], Tensor],
+    measure: Callable[[PaddedBatch, Tensor | None], tuple[Tensor, Tensor, Tensor]],
+    reference_logprobs: Callable[[PaddedBatch, Tensor | None], Tensor],
     reward_fn: RewardFn,
     tokenizer,
     vocabulary: Vocabulary,
@@ -149,12 +151,14 @@ def collect(
     device: torch.device,
     seed: int,
     phases: Phases,
+    reward_from_trunk: bool = False,
 ) -> tuple[Trajectory, list[Completion]]:
     """Roll out from the given starts and measure the result.
 
     `measure` gives (logprobs, entropy, values) by the same forward as training, on micro-batches of the same
     size and padding, so that the first ratio is 1. `common_length` turns this process's longest response into
-    the padded length that all processes share.
+    the padded length that all processes share. A frozen trunk (drpo.models.trunk) is computed once, for all of them;
+    with `reward_from_trunk` the reward function (a TrunkRewardFn) stands on it too.
     """
     with phases("generate"), autocast():
         continuations = generate(
@@ -169,8 +173,6 @@ def collect(
         )
     responses = [[*start.prefix, *new] for start, new in zip(starts, continuations, strict=True)]
     completions = completions_of(starts, responses, vocabulary, tokenizer)
-    with phases("reward"):
-        scores = call_reward_fn(reward_fn, completions)
     response_length = common_length(max(map(len, responses)))
     batch = pad_batch(
         [start.example.query_ids for start in starts],
@@ -179,16 +181,25 @@ def collect(
         query_length,
         response_length,
     ).to(device)
+    parts = [batch.select(rows) for rows in torch.arange(len(starts), device=device).split(microbatch_size)]
+    trunks: list[Tensor | None] = [None] * len(parts)
+    if has_trunk(policy):
+        with phases("trunk"), autocast():
+            trunks = [trunk_output(policy, part) for part in parts]
+    with phases("reward"):
+        score = reward_fn
+        if reward_from_trunk:
+            score = functools.partial(reward_fn.score_from_trunk, parts=parts, trunks=trunks)
+        scores = call_reward_fn(score, completions)
     logprobs, entropy, values, ref_logprobs = [], [], [], []
     with phases("score"):
-        for rows in torch.arange(len(starts), device=device).split(microbatch_size):
-            part = batch.select(rows)
-            measured = measure(part)
+        for part, trunk in zip(parts, trunks, strict=True):
+            measured = measure(part, trunk)
             logprobs.append(measured[0])
             entropy.append(measured[1])
             values.append(measured[2])
             with autocast():
-                ref_logprobs.append(reference_logprobs(part))
+                ref_logprobs.append(reference_logprobs(part, trunk))
     trajectory = Trajectory(
         queries=batch.queries,
         query_mask=batch.query_mask,
@@ -202,6 +213,7 @@ def collect(
         ref_logprobs=torch.cat(ref_logprobs).float(),
         values=torch.cat(values).float(),
         entropy=torch.cat(entropy).float(),
+        trunk=torch.cat(trunks) if has_trunk(policy) else None,
     )
     return trajectory, completions
 

@@ -44,6 +44,8 @@ class Trajectory:
     """(B, R) float32, V before each response token."""
     entropy: Tensor
     """(B, R) float32, of the policy that sampled, in nats."""
+    trunk: Tensor | None = None
+    """(B, Q+R, H), output of the frozen layers that all models share (drpo.models.trunk); None where there are none."""
 
     @property
     def batch(self) -> PaddedBatch:
@@ -66,5 +68,6 @@ class Trajectory:
         return self.response_mask.sum(dim=1)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Trajectory:
-        """The same function on every field."""
-        return Trajectory(**{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        """The same function on every field that is there."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Trajectory(**{n: value if value is None else function(value) for n, value in values.items()})

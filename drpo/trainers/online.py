@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import adapter_disabled, response_logprobs
 from drpo.models.tokenizer import load_tokenizer
+from drpo.models.trunk import has_trunk, resumed_from, share_trunk
 from drpo.optim import build_optimizer, scheduled_rate, set_learning_rates
 from drpo.result import Result
-from drpo.rewards import RewardFn, RunningMoments
+from drpo.rewards import RewardFn, RunningMoments, TrunkRewardFn
 from drpo.rollout.collect import collect, draw_starts, vocabulary_of
 from drpo.rollout.evaluate import evaluate
 from drpo.rollout.resets import reset_response
@@ -61,7 +63,9 @@ def train(
         _load_critic(recipe, policy),
         temperature=recipe.rollout.sampling.temperature,
         suppressed_ids=vocabulary.suppressed_ids,
+        entropy_gradient=recipe.ppo.entropy_coef > 0,
     )
+    reward_from_trunk = isinstance(reward_fn, TrunkRewardFn) and reward_fn.share_trunk(policy)
     optimizer = build_optimizer([policy.parameters(), actor_critic.critic.parameters()], recipe.optim)
     model = engine.prepare(actor_critic, optimizer)
     reference_logprobs = _reference(recipe, engine, tokenizer, policy, vocabulary.suppressed_ids)
@@ -74,9 +78,9 @@ def train(
         running.load_state_dict(state["running"])
 
     @torch.no_grad()
-    def measure(batch: PaddedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def measure(batch: PaddedBatch, trunk: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         with engine.autocast():
-            return actor_critic(batch.queries, batch.query_mask, batch.responses, batch.response_mask)
+            return actor_critic(batch.queries, batch.query_mask, batch.responses, batch.response_mask, trunk)
 
     sampling = {
         "policy": policy,
@@ -90,6 +94,7 @@ def train(
         collect,
         measure=measure,
         reward_fn=reward_fn,
+        reward_from_trunk=reward_from_trunk,
         microbatch_size=recipe.ppo.microbatch_size,
         common_length=lambda longest: int(engine.max(longest)),
         autocast=engine.autocast,
@@ -191,25 +196,32 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits) -> None:
 def _load_critic(recipe: OnlineRecipe, policy) -> ScalarModel:
     if recipe.critic.path is None:
         return fresh_critic(policy, recipe.model, recipe.seed)
-    return load_critic(recipe.critic.path, recipe.model, recipe.seed)
+    return load_critic(recipe.critic.path, recipe.model, recipe.seed, policy)
 
 
 def _reference(
     recipe: OnlineRecipe, engine: Engine, tokenizer, policy, suppressed_ids: tuple[int, ...]
-) -> Callable[[PaddedBatch], Tensor]:
-    """Log-probs under the policy as it was: the base weights under LoRA, else a frozen second copy."""
+) -> Callable[..., Tensor]:
+    """Log-probs under the policy as it was: the base weights under LoRA, else a frozen second copy.
+
+    A function of a batch and, where it is at hand, the output of the frozen trunk, which the copy shares.
+    """
     score = functools.partial(
         response_logprobs, temperature=recipe.rollout.sampling.temperature, suppressed_ids=suppressed_ids
     )
     if recipe.model.lora.r:
+        reference, as_it_was = policy, adapter_disabled
+    else:
+        reference = engine.place(load_policy(recipe.model, tokenizer, recipe.seed), as_trained=True)
+        as_it_was = nullcontext
+        if has_trunk(policy):
+            share_trunk(reference, policy)
 
-        def with_adapter_off(batch: PaddedBatch) -> Tensor:
-            with adapter_disabled(policy):
-                return score(policy, batch).logprobs
+    def logprobs(batch: PaddedBatch, trunk: Tensor | None = None) -> Tensor:
+        with as_it_was(reference), resumed_from(trunk, reference):
+            return score(reference, batch).logprobs
 
-        return with_adapter_off
-    frozen = engine.place(load_policy(recipe.model, tokenizer, recipe.seed), as_trained=True)
-    return lambda batch: score(frozen, batch).logprobs
+    return logprobs
 
 
 def _learning_rates(recipe: OnlineRecipe, step: int) -> tuple[float, float]:

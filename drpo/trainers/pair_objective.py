@@ -16,7 +16,7 @@ from drpo.tensors import PaddedBatch, masked_sum
 from drpo.trainers.offline import Rows
 from drpo.trainers.pairs import Pair, PairBatch, collate_pairs
 from drpo.trainers.preference_recipe import LENGTH_AVERAGED, LossConfig
-from drpo.trainers.reference import Reference
+from drpo.trainers.reference import Reference, policy_and_reference
 
 QUANTILES = (0.1, 0.5, 0.9)
 
@@ -62,8 +62,7 @@ class PairObjective(nn.Module):
         return log_mean_exp(exponents).float().to(self._device)
 
     def forward(self, batch: PairBatch, context: Tensor | None = None) -> tuple[Tensor, Rows]:
-        logprobs = self._score(self.model, batch.rows)
-        reference = self._reference_logprobs(batch)
+        logprobs, reference = self._logprobs(batch)
         scores = PairScores(*self._reduce(logprobs, batch), *self._reduce(reference, batch))
         pair_losses = pair_loss(self._loss, scores, batch.offsets)
         rows = self._rows(logprobs, reference, scores, batch) | {"pair_loss": pair_losses}
@@ -76,11 +75,11 @@ class PairObjective(nn.Module):
         weights = len(batch) * losses.dr_dpo_weights(pair_losses, beta_prime)
         return losses.dr_dpo_loss(pair_losses, beta_prime).expand(len(batch)), rows | {"weight": weights}
 
-    def _reference_logprobs(self, batch: PairBatch) -> Tensor | None:
+    def _logprobs(self, batch: PairBatch) -> tuple[Tensor, Tensor | None]:
+        """Of the policy and, where the loss needs them, of the reference: per token (2B, R)."""
         if not self._loss.needs_reference or batch.reference_logprobs is not None:
-            return batch.reference_logprobs
-        with torch.no_grad():
-            return self._reference.apply(self._score, batch.rows)
+            return self._score(self.model, batch.rows), batch.reference_logprobs
+        return policy_and_reference(self.model, self._reference, self._score, batch.rows)
 
     def _reduce(self, logprobs: Tensor | None, batch: PairBatch) -> tuple[Tensor | None, Tensor | None]:
         """Per-token log-probs (2B, R) -> numbers of the chosen and the rejected responses (B,)."""

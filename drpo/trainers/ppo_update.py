@@ -100,7 +100,11 @@ def ppo_update(
             policy_mask, value_mask = credit.policy_mask[part], credit.value_mask[part]
             with engine.accumulating(last):
                 logprobs, entropy, values = model(
-                    batch.queries, batch.query_mask, batch.responses, batch.response_mask
+                    batch.queries,
+                    batch.query_mask,
+                    batch.responses,
+                    batch.response_mask,
+                    None if trajectory.trunk is None else trajectory.trunk[part],
                 )
                 policy = ppo_policy_loss(
                     logprobs, trajectory.logprobs[part], credit.advantages[part], config.clip_range

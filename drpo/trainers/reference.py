@@ -14,6 +14,7 @@ from drpo.engine import Engine
 from drpo.models.adapters import merged_state_dict
 from drpo.models.loading import LoraConfig, load_policy
 from drpo.models.scoring import adapter_disabled
+from drpo.models.trunk import has_trunk, recorded_trunk, resumed_from, share_trunk
 from drpo.trainers.preference_recipe import PreferenceRecipe
 
 Score = Callable[..., Tensor]
@@ -21,9 +22,22 @@ Score = Callable[..., Tensor]
 
 
 class Reference(Protocol):
-    """Scores with the reference policy's weights: score(model, *arguments)."""
+    """Scores with the reference policy's weights: score(model, *arguments).
 
-    def apply(self, score: Score, *arguments: Any) -> Tensor: ...
+    `trunk` is the policy's frozen trunk's output for what is scored (drpo.models.trunk), where it is at hand.
+    """
+
+    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Tensor: ...
+
+
+def policy_and_reference(
+    policy: nn.Module, reference: Reference, score: Score, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """Scores of the policy, and without gradients of the reference; a trunk that both stand on runs once."""
+    with recorded_trunk(policy) as trunks:
+        scores = score(policy, *arguments)
+    with torch.no_grad():
+        return scores, reference.apply(score, *arguments, trunk=trunks[-1] if trunks else None)
 
 
 class AdapterOff:
@@ -32,19 +46,20 @@ class AdapterOff:
     def __init__(self, policy: nn.Module) -> None:
         self._policy = policy
 
-    def apply(self, score: Score, *arguments: Any) -> Tensor:
-        with adapter_disabled(self._policy):
+    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Tensor:
+        with adapter_disabled(self._policy), resumed_from(trunk, self._policy):
             return score(self._policy, *arguments)
 
 
 class FrozenCopy:
-    """A second model without gradients."""
+    """A second model without gradients; with `shares_trunk` it stands on the policy's frozen trunk."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, shares_trunk: bool = False) -> None:
+        self.module, self._shares_trunk = module, shares_trunk
 
-    def apply(self, score: Score, *arguments: Any) -> Tensor:
-        return score(self.module, *arguments)
+    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Tensor:
+        with resumed_from(trunk if self._shares_trunk else None, self.module):
+            return score(self.module, *arguments)
 
     @torch.no_grad()
     def move_towards(self, policy: nn.Module, mix: float) -> None:
@@ -86,4 +101,8 @@ def starting_reference(
         copy = load_policy(source, tokenizer, recipe.seed)
     except ConfigError as error:
         raise error if path is None else ConfigError(f"reference.path: {error}") from None
-    return FrozenCopy(engine.place(copy, as_trained=not takes_small_steps))
+    copy = engine.place(copy, as_trained=not takes_small_steps)
+    shares_trunk = has_trunk(policy) and path is None and not (takes_small_steps and engine.casts_weights)
+    if shares_trunk:
+        share_trunk(copy, policy)
+    return FrozenCopy(copy, shares_trunk)

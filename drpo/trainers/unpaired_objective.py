@@ -15,7 +15,7 @@ from drpo.preference_losses import kto_loss
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
 from drpo.trainers.offline import Rows
 from drpo.trainers.preference_recipe import LossConfig
-from drpo.trainers.reference import Reference
+from drpo.trainers.reference import Reference, policy_and_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +115,8 @@ class UnpairedObjective(nn.Module):
 
     def _logratios(self, rows: PaddedBatch) -> Tensor:
         """log pi/pi_ref of each response (b,)."""
-        with torch.no_grad():
-            reference = self._reference.apply(_score, rows)
-        return masked_sum(_score(self.model, rows) - reference, rows.response_mask, dim=1)
+        logprobs, reference = policy_and_reference(self.model, self._reference, _score, rows)
+        return masked_sum(logprobs - reference, rows.response_mask, dim=1)
 
     def summarise(self, losses: Tensor, rows: Rows) -> dict[str, float]:
         """Means of the numbers, and the mean reward of desirable and of undesirable responses."""

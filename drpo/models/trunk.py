@@ -1,0 +1,268 @@
+"""A frozen trunk: the lowest layers of a model, which stay as they are, run once for all that stands on them.
+
+With `model.trainable_layers = k` of n layers only the k top layers (and what comes after them) learn. Whatever the
+policy, its reference, the critic and a reward model compute of the same tokens is then the same up to layer n - k:
+
+    trunk = trunk_output(policy, batch)              # (B, T, H), without gradients, once
+    with resumed_from(trunk, policy): ...            # every call of `policy` here starts at layer n - k
+
+Nothing is approximated: the layers see what they would have seen. `share_trunk` lets several models hold the same
+trunk in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drpo.config import ConfigError
+from drpo.models.scoring import head_is_plain, model_inputs, unwrap_peft
+from drpo.models.shared_prompt import can_share_prompt
+from drpo.tensors import PaddedBatch, pad_batch
+
+FIRST_TRAINED = "drpo_first_trained_layer"  # set on the backbone, so that copies of a model know it too
+
+
+def has_trunk(model: nn.Module) -> bool:
+    """Whether the model's lowest layers are frozen."""
+    return hasattr(_backbone(model), FIRST_TRAINED)
+
+
+def freeze_trunk(model: nn.Module, trainable_layers: int) -> None:
+    """Freeze all that is computed before the `trainable_layers` top layers; the rest stays as it is.
+
+    Tied embeddings are the trunk's input, so they are frozen with it. Raises ConfigError when the model has no
+    more layers than that, and when its layers cannot be cut: a probe compares both ways of computing.
+    """
+    backbone = _backbone(model)
+    owner, name = _layer_list(backbone)
+    num_layers = len(getattr(owner, name))
+    if not trainable_layers < num_layers:
+        raise ConfigError(
+            f"model.trainable_layers is {trainable_layers}, but the model has {num_layers} layers; give fewer, or "
+            "null to train all of them"
+        )
+    setattr(backbone, FIRST_TRAINED, num_layers - trainable_layers)
+    _run_probes(model)
+    if not _can_be_cut(model):
+        raise ConfigError(
+            f"model.trainable_layers: the layers of {type(backbone).__name__} take or give back more than hidden "
+            "states, so they cannot be cut; set it to null"
+        )
+    for module in _modules_before(model, num_layers - trainable_layers).values():
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
+def trained_layer_names(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the names of the top layers, as `model.named_modules()` has them."""
+    layers = getattr(*_layer_list(_backbone(model)))
+    top = set(layers[_first_trained(model) :])
+    return tuple(f"{name}." for name, module in model.named_modules() if module in top)
+
+
+@torch.no_grad()
+def trunk_output(model: nn.Module, batch: PaddedBatch) -> Tensor:
+    """What enters layer n - k, (B, Q+R, H); the layers above do not run."""
+    backbone = _backbone(model)
+    first = _first_trained(model)
+    with _layers_replaced(backbone) as layers:
+        for index in range(first, len(layers)):
+            layers[index] = _Skipped(layers[index])
+        with _caught_at(layers, first) as caught:
+            inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
+            backbone(**inputs, use_cache=False)
+    return caught[-1]
+
+
+@contextmanager
+def recorded_trunk(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within this context calls of `model` leave their trunk's output in the list, the last call's at its end.
+
+    The list stays empty for a model without a trunk.
+    """
+    if not has_trunk(model):
+        yield []
+        return
+    with _caught_at(getattr(*_layer_list(_backbone(model))), _first_trained(model)) as caught:
+        yield caught
+
+
+@contextmanager
+def resumed_from(trunk: Tensor | None, *models: nn.Module) -> Iterator[None]:
+    """Within this context calls of `models` start with `trunk` (B, T, H) in place of their lower layers' output.
+
+    The calls must be on the tokens that `trunk` was computed from. None changes nothing.
+    """
+    with ExitStack() as stack:
+        for model in models if trunk is not None else ():
+            backbone, first = _backbone(model), _first_trained(model)
+            layers = stack.enter_context(_layers_replaced(backbone))
+            for index in range(first):
+                layers[index] = _Skipped(layers[index])
+            layers[first - 1].output = trunk
+        yield
+
+
+def share_trunk(model: nn.Module, source: nn.Module) -> None:
+    """Let `model` use the embedding and lower layers of `source`: the same modules, so they are in memory once."""
+    own, given = _backbone(model), _backbone(source)
+    first = _first_trained(source)
+    own_layers, given_layers = (getattr(*_layer_list(backbone)) for backbone in (own, given))
+    for index in range(first):
+        own_layers[index] = given_layers[index]
+    causal_lm = unwrap_peft(model)
+    head = causal_lm.get_output_embeddings()
+    tied = head is not None and head.weight is own.get_input_embeddings().weight
+    own.set_input_embeddings(given.get_input_embeddings())
+    if tied:
+        head.weight = given.get_input_embeddings().weight
+    setattr(own, FIRST_TRAINED, first)
+    _run_probes(model)
+
+
+def same_trunk(model: nn.Module, source: nn.Module) -> bool:
+    """Whether `model` has the layers and weights of `source`, bit for bit, up to where the latter's trunk ends."""
+    own, given = _backbone(model), _backbone(source)
+    if type(own) is not type(given) or len(getattr(*_layer_list(own))) != len(getattr(*_layer_list(given))):
+        return False
+    ours, theirs = (_trunk_weights(backbone, _first_trained(source)) for backbone in (own, given))
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name].to(ours[name].device))
+        for name in ours
+    )
+
+
+def _trunk_weights(backbone: nn.Module, first: int) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": weight
+        for name, module in _modules_before(backbone, first).items()
+        for key, weight in module.named_parameters(recurse=False)
+    }
+
+
+class _Skipped(nn.Module):
+    """Stands where a layer stood: gives on what it is given, or `output`; looks to the model like that layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.output: Tensor | None = None
+        for name, value in vars(layer).items():  # attention_type, layer_idx, ...
+            if isinstance(value, int | float | str) and name != "training":
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states if self.output is None else self.output
+
+
+@contextmanager
+def _layers_replaced(backbone: nn.Module) -> Iterator[nn.ModuleList]:
+    """Within this context the backbone has a list of layers of its own, which may be changed."""
+    owner, name = _layer_list(backbone)
+    layers = getattr(owner, name)
+    replacement = nn.ModuleList(layers)
+    setattr(owner, name, replacement)
+    try:
+        yield replacement
+    finally:
+        setattr(owner, name, layers)
+
+
+@contextmanager
+def _caught_at(layers: nn.ModuleList, index: int) -> Iterator[list[Tensor]]:
+    """Within this context the input of each call of `layers[index]` is appended to the list."""
+    caught: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        caught.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    hook = layers[index].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield caught
+    finally:
+        hook.remove()
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    return unwrap_peft(model).base_model
+
+
+def _first_trained(model: nn.Module) -> int:
+    return getattr(_backbone(model), FIRST_TRAINED)
+
+
+def _layer_list(backbone: nn.Module) -> tuple[nn.Module, str]:
+    """The module that holds the list of layers, and the list's name there."""
+    num_layers = backbone.config.get_text_config().num_hidden_layers
+    found = [
+        (module, name)
+        for module in backbone.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers
+    ]
+    if len(found) != 1:
+        raise ConfigError(
+            f"model.trainable_layers: {type(backbone).__name__} has {len(found)} lists of {num_layers} layers, so it "
+            "is not known where to cut; set it to null"
+        )
+    return found[0]
+
+
+@torch.no_grad()
+def _modules_before(model: nn.Module, first: int) -> dict[str, nn.Module]:
+    """The modules that run before layer `first`, and those outside the layers that do not run at all, by name."""
+    layers = getattr(*_layer_list(_backbone(model)))
+    after: set[nn.Module] = {module for layer in layers[first:] for module in layer.modules()}
+    reached = False
+
+    def note(module: nn.Module, *args: Any) -> None:
+        nonlocal reached
+        reached = reached or module is layers[first]
+        if reached:
+            after.add(module)
+
+    hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
+    try:
+        _probe(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: module for name, module in model.named_modules() if module not in after}
+
+
+@torch.no_grad()
+def _can_be_cut(model: nn.Module) -> bool:
+    """Whether a small ragged batch comes out the same with the trunk's output put in as without."""
+    try:
+        whole = _probe(model)
+        with resumed_from(trunk_output(model, _probe_batch(model)), model):
+            resumed = _probe(model)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+        return False  # a layer that is given, or gives back, more than hidden states
+    return torch.allclose(whole, resumed, rtol=1e-4, atol=1e-5)
+
+
+def _probe(model: nn.Module) -> Tensor:
+    """The model's own output for the probe batch: scalar models give numbers, language models logits."""
+    whole, batch = unwrap_peft(model), _probe_batch(model)
+    output = whole(**model_inputs(whole, batch.query_responses, batch.attention_mask))
+    for name in ("logits", "last_hidden_state"):
+        output = getattr(output, name, output)
+    return output[batch.attention_mask].float()
+
+
+def _probe_batch(model: nn.Module) -> PaddedBatch:
+    device = _backbone(model).get_input_embeddings().weight.device
+    return pad_batch([[3, 4, 5], [6]], [[7, 8], [9]], 0).to(device)
+
+
+def _run_probes(model: nn.Module) -> None:
+    """Have the probes of a language model done, which must see the model as it is; they are done once."""
+    causal_lm = unwrap_peft(model)
+    if causal_lm.get_output_embeddings() is not None:
+        head_is_plain(causal_lm)
+        can_share_prompt(causal_lm)
