@@ -212,7 +212,7 @@ def measure_ours(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: in
         settings["reference"] = {"cache_dir": str(root / f"reference_{precision}")}
     path = root / f"ours_{precision}_{repeat}.yaml"
     path.write_text(yaml.safe_dump(settings))
-    call(recipe, [str(HERE / "dpo.py"), str(path)], root / f"ours_{precision}_{repeat}.log")
+    call(recipe.num_threads, [str(HERE / "dpo.py"), str(path)], root / f"ours_{precision}_{repeat}.log")
     steps = read_metrics(folder / "metrics.jsonl")
     return Measurement(
         [step["time/step"] for step in steps],
@@ -243,15 +243,19 @@ def measure_trl(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: int
         "max_grad_norm": optim.max_grad_norm,
     }
     (root / f"{name}.json").write_text(json.dumps(job, indent=1))
-    call(recipe, [str(HERE / "benchmark_trl.py"), str(root / f"{name}.json")], root / f"{name}.log")
+    call(
+        recipe.num_threads, [str(HERE / "benchmark_trl.py"), str(root / f"{name}.json")], root / f"{name}.log"
+    )
     return Measurement(**json.loads(Path(job["result"]).read_text()))
 
 
-def call(recipe: BenchmarkRecipe, command: list[str], log: Path) -> None:
-    """Run a script in a fresh process. Raises RuntimeError, naming the log, when it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(recipe.num_threads)}
+def call(num_threads: int, command: list[str], log: Path, folder: Path | None = None) -> None:
+    """Run a script in a fresh process, in `folder`. Raises RuntimeError, naming the log, when it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
     with log.open("w") as file:
-        done = subprocess.run([sys.executable, *command], stdout=file, stderr=file, env=environment)
+        done = subprocess.run(
+            [sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=folder
+        )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with code {done.returncode}; see {log}")
 
