@@ -12,12 +12,15 @@ from statistics import fmean
 import pytest
 
 from eval.judging.retry import (
+    ErrorInAnswer,
+    Failure,
     NotAnAnswer,
     RetryConfig,
     classify,
     classify_status,
     delay_before_retry,
     parse_retry_after,
+    retry_hint,
 )
 
 CONFIG = RetryConfig(base_delay=2.0, max_delay=10.0)
@@ -72,7 +75,9 @@ def test_retry_after_as_a_date():
         (500, {}, "retry", False),
         (504, {}, "retry", True),
         (401, {}, "stop", False),
-        (403, {}, "stop", False),
+        (403, {}, "give_up", False),
+        (403, {"code": "unsupported_country_region_territory"}, "stop", False),
+        (498, {"code": "capacity_exceeded"}, "retry", False),
         (404, {"code": "model_not_found"}, "stop", False),
         (400, {"code": "unsupported_value", "param": "temperature"}, "stop", False),
         (400, {"param": "response_format"}, "stop", False),
@@ -87,6 +92,46 @@ def test_what_follows_from_a_status(status, error, action, may_be_paid):
     assert (failure.action, failure.may_be_paid) == (action, may_be_paid)
     assert f"HTTP {status}" in failure.detail and "so it is" in failure.detail
     assert failure.param == (error.get("param") if action == "stop" else None)
+
+
+@pytest.mark.parametrize("status", [400, 409, 429, 500])
+@pytest.mark.parametrize(("asked", "action"), [("true", "retry"), ("false", "give_up")])
+def test_the_servers_own_word_on_trying_again_comes_before_its_status(status, asked, action):
+    """x-should-retry, as OpenAI's own client heeds it. What the body says comes before both."""
+    headers = {"x-should-retry": asked}
+    assert classify_status(status, {"message": "hm"}, headers).action == action
+    assert classify_status(status, {"code": "insufficient_quota"}, headers).action == "stop"
+
+
+@pytest.mark.parametrize(
+    ("message", "seconds"),
+    [
+        ("Rate limit reached on tokens per min. Please try again in 7m12.5s.", 432.5),
+        ("Please try again in 120ms. Visit the page.", 0.12),
+        ("have exceeded call rate limit of your tier. Please retry after 26 seconds.", 26.0),
+        ("limit: 10. Please retry in 45.578569677s.", 45.578569677),
+        ("try again later", None),
+        ("please try again in a while", None),
+        ("", None),
+    ],
+)
+def test_a_wait_in_the_words_of_a_message(message, seconds):
+    assert retry_hint(message) == seconds
+    assert classify_status(429, {"message": message}, {}).retry_after == seconds
+    assert classify_status(429, {"message": message}, {"retry-after": "3"}).retry_after == 3.0
+
+
+def test_an_error_inside_an_answer_is_read_by_its_own_code():
+    """OpenRouter's way: status 200, and the model broke down while it answered. It may be paid."""
+
+    def inside(error):
+        return classify(ErrorInAnswer({"error": error}))
+
+    assert inside({"code": 502, "message": "down"}) == Failure("retry", "HTTP 502: down", may_be_paid=True)
+    assert inside("overloaded").action == "retry" and inside({"code": "x"}).may_be_paid
+    assert inside({"code": 402, "message": "Insufficient credits"}).action == "stop"
+    assert inside({"code": 403, "message": "flagged"}).action == "refused"
+    assert inside({"message": "Insufficient Balance"}).cause == "money"
 
 
 def test_what_is_no_error_of_a_request_is_not_swallowed():

@@ -11,7 +11,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from openai import AsyncOpenAI
@@ -21,7 +21,7 @@ from eval.judging.budget import Budget, BudgetReached
 from eval.judging.comparison import Question
 from eval.judging.judge import JudgeStopped
 from eval.judging.judge_request import Asking, Request
-from eval.judging.retry import Failure, NotAnAnswer, RetryConfig, classify, classify_status
+from eval.judging.retry import Failure, NotAnAnswer, RetryConfig, classify, classify_status, unclear_text
 from eval.judging.store import Call, Store
 from eval.judging.verdict import Verdict
 
@@ -225,13 +225,15 @@ class BatchJudge:
             try:
                 call = self._asking.answered(request, body, "batch", 1, None, response.get("request_id"))
             except NotAnAnswer as error:
-                failure = Failure("retry", f"no chat completion: {error}", may_be_paid=True)
+                failure = classify(error)
             else:
                 paid = reserved if call.cost is None else call.cost
                 self._budget.settle_one(number, reserved, paid, "answered", call)
                 return None
         else:
-            failure = classify_status(status or 500, row.get("error") or body.get("error") or {}, {})
+            failure = classify_status(status or 500, row.get("error") or body, {})
+        if failure.unclear and not self._store.answered_by(request.body["model"]):
+            failure = replace(failure, action="stop", detail=unclear_text(failure))
         call = None
         if failure.action == "refused":
             call = self._asking.unanswerable(request, "batch", "refused", failure.detail, 1)

@@ -42,7 +42,8 @@ _SIGNS = {
         r"|^\W*(summary|response|output|assistant|model)\s*\(?[ab12]\)?\s*:"
         rf"|(^|\[)\s*(begin|end) {_MARKED}( [ab])?\b"
     ),
-    "holds chat control tokens": r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|</?(system|user|assistant)>",
+    "holds chat control tokens": r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|</?(system|user|assistant|think(ing)?|seed:think)>"
+    r"|\[/?THINK\]|◁/?think▷",
     "holds template placeholders": rf"\{{\{{?\s*{_MARKED}[ _]?\w*\s*\}}?\}}",
 }
 _PATTERNS = {

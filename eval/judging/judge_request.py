@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from eval.judging.answer_body import said_in
 from eval.judging.comparison import Question
 from eval.judging.injection import suspicions
 from eval.judging.judge import JudgeConfig
 from eval.judging.judge_prompts import JudgePrompt, messages_for, response_format
 from eval.judging.prices import Price, Tokens, prompt_tokens_about, prompt_tokens_at_most
-from eval.judging.retry import NotAnAnswer
 from eval.judging.store import Call, Store, call_key, now
 from eval.judging.verdict import Verdict, verdict_on, winner_of
 from eval.judging.verdict_parser import Answer, Form, Reading, read_answer
@@ -115,27 +115,22 @@ class Asking:
         latency: float | None,
         request_id: str | None,
     ) -> Call:
-        """The record of an answer: the JSON of a chat completion.
-
-        Raises NotAnAnswer for JSON that is not a chat completion (some servers send errors with status 200).
-        """
-        if not isinstance(payload, Mapping) or not isinstance(payload.get("choices"), list):
-            raise NotAnAnswer(json.dumps(payload)[:200])
-        choice = payload["choices"][0] if payload["choices"] else {}
-        message = choice.get("message") or {}
+        """The record of an answer: the JSON of a chat completion. Raises what `said_in` raises."""
+        said = said_in(payload, "" if self.form == "json" else "\n")
+        there = said.finish_reason is not None
         call = self._record(
             request,
             backend,
-            text=_clean(message.get("content")),
-            refusal=_clean(message.get("refusal")),
-            finish_reason=choice.get("finish_reason") or ("stop" if choice else None),
+            text=said.text,
+            refusal=said.refusal,
+            finish_reason=said.finish_reason,
             model_returned=payload.get("model"),
             fingerprint=payload.get("system_fingerprint"),
             request_id=request_id,
             num_attempts=num_attempts,
             latency=latency,
-            detail="" if choice else "an answer without choices",
-            status="ok" if choice else "malformed",
+            detail="" if there else "an answer without choices",
+            status="ok" if there else "malformed",
             **self._usage(payload.get("usage"), request.body["model"]),
         )
         reading = self.read(call)
@@ -164,16 +159,17 @@ class Asking:
         return Call(**{**empty, **known, **values})
 
     def _usage(self, usage: Any, model: str) -> dict[str, Any]:
-        if not isinstance(usage, Mapping):
+        """Tokens and dollars; nothing where the server does not count both sides, so that the bound is booked."""
+        prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        if prompt is None or completion is None:
             return {}
-        prompt_details = usage.get("prompt_tokens_details") or {}
-        completion_details = usage.get("completion_tokens_details") or {}
+        prompt_details = usage.get("prompt_tokens_details")
         tokens = Tokens(
-            usage.get("prompt_tokens") or 0,
-            prompt_details.get("cached_tokens") or 0,
-            prompt_details.get("cache_write_tokens") or 0,
-            usage.get("completion_tokens") or 0,
-            completion_details.get("reasoning_tokens") or 0,
+            prompt,
+            _count(prompt_details, "cached_tokens") or 0,
+            _count(prompt_details, "cache_write_tokens") or 0,
+            completion,
+            _count(usage.get("completion_tokens_details"), "reasoning_tokens") or 0,
         )
         return {
             "prompt_tokens": tokens.prompt,
@@ -193,8 +189,6 @@ def stored_verdicts(asking: Asking, questions: Iterable[Question], store: Store)
     return [asking.verdict(question, calls) for question, request, calls in found if request is None]
 
 
-def _clean(text: Any) -> str | None:
-    """Text that can be stored: half of a surrogate pair becomes a replacement character."""
-    if not isinstance(text, str):
-        return None
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _count(usage: Any, name: str) -> int | None:
+    value = usage.get(name) if isinstance(usage, Mapping) else None
+    return value if isinstance(value, int) and value >= 0 else None

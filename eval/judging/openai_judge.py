@@ -8,7 +8,6 @@ every answer is in the store before the next question is taken.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import time
@@ -18,12 +17,13 @@ from typing import Any, TypeVar
 from openai import AsyncOpenAI
 
 from drpo.config import ConfigError
+from eval.judging.answer_body import decoded
 from eval.judging.budget import Budget, BudgetReached, Reservation
 from eval.judging.comparison import Question
 from eval.judging.judge import JudgeConfig, JudgeStopped
 from eval.judging.judge_request import Asking, Request, stored_verdicts
 from eval.judging.rate_limit import RateLimiter, Start
-from eval.judging.retry import Failure, NotAnAnswer, RetryConfig, classify, delay_before_retry
+from eval.judging.retry import Failure, RetryConfig, classify, delay_before_retry, unclear_text
 from eval.judging.store import Call, Store
 from eval.judging.verdict import Verdict
 
@@ -162,10 +162,14 @@ class OpenAIJudge:
                 await self._budget.settle(reservation, paid, failure.detail)
                 if failure.action == "stop":
                     raise self._halt(JudgeStopped(failure.detail, failure.param)) from None
+                if failure.unclear and not self._store.answered_by(request.body["model"]):
+                    raise self._halt(JudgeStopped(unclear_text(failure))) from None
                 if failure.action == "give_up" or attempt == self._retry.max_attempts:
                     return self._failed(request, failure, attempt)
                 delay = delay_before_retry(self._retry, attempt, failure.retry_after, self._rng)
                 if time.monotonic() - first_sent + delay > self._retry.max_elapsed:
+                    if failure.cause == "day":  # and so it is for all
+                        raise self._halt(JudgeStopped(failure.detail)) from None
                     return self._failed(request, failure, attempt)
                 if failure.retry_after is not None:
                     self._limiter.pause(failure.retry_after)
@@ -195,14 +199,11 @@ class OpenAIJudge:
         return reservation, start
 
     async def _send(self, body: Mapping[str, Any]) -> tuple[Any, Mapping[str, str]]:
-        """The JSON of an answer, and its headers. Any exception of the client, or json.JSONDecodeError."""
+        """The JSON of an answer, and its headers. Any exception of the client, or NotAnAnswer."""
         raw = await asyncio.wait_for(
             self._client.chat.completions.with_raw_response.create(**body), self._retry.timeout
         )
-        try:
-            return json.loads(raw.text), raw.headers
-        except json.JSONDecodeError:
-            raise NotAnAnswer(raw.text[:80]) from None
+        return decoded(raw.text), raw.headers
 
     def _failed(self, request: Request, failure: Failure, num_attempts: int) -> Call:
         call = self._asking.unanswerable(request, "live", "failed", failure.detail, num_attempts)

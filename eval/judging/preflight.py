@@ -14,7 +14,7 @@ from eval.judging.comparison import Comparison, Question
 from eval.judging.judge import JudgeStopped
 from eval.judging.judge_request import Asking
 from eval.judging.openai_judge import OpenAIJudge
-from eval.judging.retry import classify
+from eval.judging.retry import NotAnAnswer, classify
 from eval.judging.store import Call, Store, call_key
 from eval.judging.verdict_parser import Form, Reading
 
@@ -45,8 +45,9 @@ async def check_model(
 ) -> None:
     """See that the model exists and is not shut down; say when it will be.
 
-    Raises JudgeStopped when OpenAI does not have it, it is shut down, the key is not accepted or nobody listens. What
-    may pass, and other servers that cannot tell, are only reported.
+    Raises JudgeStopped when OpenAI does not have it, it is shut down, the key is not accepted, its money is used up or
+    nobody listens. What may pass, other servers that cannot tell and keys that may ask but not look up are only
+    reported.
     """
     config = asking.config
     try:
@@ -56,7 +57,8 @@ async def check_model(
         return
     except Exception as error:
         failure = classify(error)
-        if failure.action == "stop" or isinstance(error, openai.APIConnectionError):
+        stops = failure.action == "stop" and failure.cause != "key"
+        if stops or isinstance(error, openai.APIConnectionError):
             raise JudgeStopped(f"{config.url}: {failure.detail}") from None
         say(f"could not look up {config.model}: {failure.detail}")
         return
@@ -77,9 +79,14 @@ async def _check_listed(client: AsyncOpenAI, asking: Asking, say: Callable[[str]
     does not list, so there the first call decides."""
     config = asking.config
     try:
-        names = [model.id for model in (await client.models.list()).data]
+        listed = await client.models.list()
+        if not isinstance(getattr(listed, "data", None), list):  # the client passes any page on
+            raise NotAnAnswer(str(listed)[:80])
+        names = [model.id for model in listed.data]
     except Exception as error:
         failure = classify(error)
+        if failure.action == "stop" and failure.cause in ("money", "day", "place"):
+            raise JudgeStopped(f"{config.url}: {failure.detail}") from None
         if config.base_url is None:
             raise JudgeStopped(f"no model {config.model}: {failure.detail}") from None
         say(f"{config.base_url} does not tell which models it has: {failure.detail}")

@@ -6,27 +6,30 @@ import asyncio
 import email.utils
 import json
 import random
+import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import openai
+
+from eval.judging.error_causes import Cause, cause_of, read_error
+from eval.judging.rate_limit import parse_duration
 
 Action = Literal["retry", "refused", "give_up", "stop"]
 """retry: it may pass. refused: the API would not have this text judged. give_up: this request cannot work, others may.
 stop: no request can work until somebody acts."""
 
-QUOTA_CODES = frozenset(
-    {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated"}
-)
 SETTING_CODES = frozenset(
     {"unsupported_parameter", "unsupported_value", "unknown_parameter", "model_not_found"}
 )
 SETTINGS = frozenset(
     {"temperature", "response_format", "reasoning_effort", "max_tokens", "max_completion_tokens", "model"}
 )
-FILTER_CODES = frozenset({"content_filter", "content_policy_violation", "cyber_policy_violation"})
+_HINT = re.compile(
+    r"(?:try again|retry) (?:in|after) ([\d.hms]*\d(?:ms|[hms])?)( seconds?| secs?)?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ class NotAnAnswer(Exception):
     """The server said 200, but with something that is no chat completion: a page of a proxy, say."""
 
 
+class ErrorInAnswer(NotAnAnswer):
+    """The server said 200, and the body is an error all the same. `payload` is the body."""
+
+    def __init__(self, payload: Any) -> None:
+        super().__init__(json.dumps(payload)[:200])
+        self.payload = payload
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why a request got no answer and what follows."""
@@ -71,47 +82,90 @@ class Failure:
     "The request reached the API and nobody knows whether it was worked on."
     param: str | None = None
     "The setting that the API complained about."
+    cause: Cause | None = None
+    "What the API says it is about, if it says so."
+    unclear: bool = False
+    "Whether the key or the text is refused, nobody knows, unless the key has brought an answer before."
 
 
 def classify(error: Exception) -> Failure:
     """What follows from an error of the client. Re-raises what is not an error of a request."""
     match error:
         case openai.APIStatusError():
-            body = error.body if isinstance(error.body, Mapping) else {}
-            return classify_status(
-                error.status_code, {"message": error.message, **body}, error.response.headers
-            )
+            return classify_status(error.status_code, error.response.text, error.response.headers)
         case openai.APITimeoutError() | openai.APIConnectionError():
             sent = type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout")
             what = "no answer in time" if isinstance(error, openai.APITimeoutError) else "connection failed"
             return Failure("retry", f"{what}: {error.__cause__ or error}", may_be_paid=sent)
         case asyncio.TimeoutError():
             return Failure("retry", "no answer in time", may_be_paid=True)
+        case ErrorInAnswer():
+            return _classify_inside(error.payload)
         case NotAnAnswer() | json.JSONDecodeError():
             return Failure("retry", f"the answer is not that of the API: {error}", may_be_paid=True)
     raise error
 
 
-def classify_status(status: int, error: Mapping[str, Any], headers: Mapping[str, str]) -> Failure:
-    """What follows from an HTTP status, the `error` object of the body and the headers."""
-    code, param = str(error.get("code") or ""), error.get("param")
-    detail = f"HTTP {status}{f' {code}' if code else ''}: {_shorten(str(error.get('message', '')))}"
-    if code in QUOTA_CODES:
-        return Failure("stop", f"the account's quota is used up ({detail})")
-    if code in FILTER_CODES:
-        return Failure("refused", detail)
+def classify_status(status: int | None, body: Any, headers: Mapping[str, str]) -> Failure:
+    """What follows from an HTTP status, a body and the headers. `status` None: the error came inside an answer.
+
+    What the body says comes first, then the server's own word on trying again (x-should-retry), then the status.
+    """
+    error = read_error(body)
+    cause = cause_of(status, error)
+    code = "" if error.code == str(status) else error.code
+    said = _shorten(error.message) + (f" ({error.flagged})" if error.flagged else "")
+    where = f"HTTP {status}" if status else "an error inside an answer"
+    detail = f"{where}{f' {code}' if code else ''}: {said}"
+    match cause:
+        case "money":
+            return Failure("stop", f"the account's money or quota is used up ({detail})", cause=cause)
+        case "text":
+            return Failure("refused", detail, cause=cause)
+        case "place":
+            return Failure("stop", f"the API key may not do this from here or at all ({detail})", cause=cause)
+        case "key":
+            return Failure("stop", f"the API key may not do this ({detail})", cause=cause)
     if status == 401:
         return Failure("stop", f"the API key is not accepted ({detail})")
-    if status == 403:
-        return Failure("stop", f"the API key may not do this ({detail})")
     if status == 404:
         return Failure("stop", f"there is no such model or address ({detail})")
-    if code in SETTING_CODES or param in SETTINGS:
-        return Failure("stop", f"the model does not take a setting of the recipe ({detail})", param=param)
-    if status in (408, 409, 429) or status >= 500:
-        unknown = status in (408, 502, 504) or status >= 520  # said by something in front of the API
-        return Failure("retry", detail, parse_retry_after(headers), may_be_paid=unknown)
-    return Failure("give_up", detail)
+    if SETTING_CODES.intersection(error.codes) or error.param in SETTINGS:
+        return Failure(
+            "stop", f"the model does not take a setting of the recipe ({detail})", param=error.param
+        )
+    wait = parse_retry_after(headers)
+    if wait is None:
+        wait = retry_hint(error.message)
+    known = (
+        wait is not None and "resource_exhausted" not in error.codes
+    )  # Gemini's seconds are those of a minute
+    if cause == "day" and not known:
+        return Failure("stop", f"the quota of the day is used up ({detail})", cause=cause)
+    asked = headers.get("x-should-retry")
+    passes = status is None or status in (402, 408, 409, 429, 498) or status >= 500
+    if asked == "true" or (passes and asked != "false"):
+        # said by something in front of the API, or after the API began
+        unknown = status is None or status in (408, 502, 504) or status >= 520
+        return Failure("retry", detail, wait, may_be_paid=unknown, cause=cause)
+    return Failure("give_up", detail, cause=cause, unclear=status in (403, 451) and cause is None)
+
+
+def _classify_inside(payload: Mapping[str, Any]) -> Failure:
+    """What follows from a body that is an error though the status was 200: its own code is the status."""
+    inner = payload.get("error")
+    code = inner.get("code") if isinstance(inner, Mapping) else None
+    status = code if isinstance(code, int) and 400 <= code < 600 else None
+    failure = classify_status(status, payload, {})
+    return replace(failure, may_be_paid=failure.action in ("retry", "refused"))  # a model may have been at it
+
+
+def unclear_text(failure: Failure) -> str:
+    """Why a run stops that was refused, nobody knows why, before the model gave it any answer."""
+    return (
+        f"the API refuses to answer, without saying whether it is about the key, the place or the text "
+        f"({failure.detail}); nothing was answered so far"
+    )
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:
@@ -125,6 +179,12 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
             return seconds
     date = email.utils.parsedate_tz(headers.get("retry-after", ""))
     return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+
+
+def retry_hint(message: str) -> float | None:
+    """Seconds that a message asks to wait: "try again in 7m12s", "retry after 20 seconds". None if it names none."""
+    found = _HINT.search(message)
+    return None if found is None else parse_duration(found.group(1) + ("s" if found.group(2) else ""))
 
 
 def delay_before_retry(

@@ -186,6 +186,11 @@ class Store:
         ).fetchone()
         return None if row is None else Call(*row)
 
+    def answered_by(self, model: str) -> bool:
+        """Whether a model has given any answer that holds a verdict."""
+        row = self._db.execute("SELECT 1 FROM calls WHERE model = ? AND status = 'ok' LIMIT 1", (model,))
+        return row.fetchone() is not None
+
     def calls(self) -> list[Call]:
         """Every call, failures included, in the order in which they ended."""
         rows = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM calls ORDER BY id")

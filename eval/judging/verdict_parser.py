@@ -7,11 +7,12 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from eval.judging.thoughts import after_thoughts
 from eval.judging.verdict import Slot, Status
 
 Form = Literal["json", "text"]
 
-PARSER_VERSION = 1
+PARSER_VERSION = 2
 """Goes up when an answer may be read in another way than before. Answers are stored as they came, so stored ones are
 then read anew, and nothing is asked again."""
 
@@ -20,7 +21,12 @@ JSON_VERDICT = "preferred"
 
 _SLOTS: dict[str, Slot] = {"a": "first", "b": "second", "tie": "tie"}
 _DECORATION = "*_`~#>\"'\u201c\u201d\u2018\u2019\u00ab\u00bb()[]{}<>- \t"
-_THINKING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_CUT = frozenset({"length", "max_tokens", "model_length", "model_context_window_exceeded"})
+"Names of the length limit: OpenAI's, Gemini's and Anthropic's, Mistral's, Anthropic's for the context."
+_FILTERED = frozenset(
+    {"content_filter", "refusal", "sensitive", "guardrail_intervened"}  # OpenAI, Anthropic, GLM, Bedrock
+    | {"safety", "recitation", "blocklist", "prohibited_content", "spii"}  # Gemini
+)
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL | re.IGNORECASE)
 _REFUSAL = re.compile(
     r"\A\W*(i['\u2019]?m (very |really |so )?sorry|sorry|my apologies|i apologi[sz]e|i can(['\u2019]?t|not| not)\b"
@@ -60,13 +66,18 @@ def read_answer(answer: Answer, form: Form, label: str, noun: str, ties: bool) -
     """
     if answer.refusal:
         return Reading("refused", detail=_shorten(answer.refusal))
-    if answer.finish_reason == "content_filter":
-        return Reading("refused", detail="stopped by the content filter")
-    if answer.finish_reason == "length":
+    reason = (answer.finish_reason or "").lower()
+    if reason.partition(":")[0] in _FILTERED:  # Gemini adds its own word: content_filter: PROHIBITED_CONTENT
+        why = "" if reason == "content_filter" else f" ({answer.finish_reason})"
+        return Reading("refused", detail=f"stopped by the content filter{why}")
+    if reason in _CUT:
         return Reading("truncated", detail="the answer reached its length limit")
-    text = _THINKING.sub("", answer.text or "").strip()
-    if not text or text.startswith("<think>"):  # thoughts without an end: a verdict in them is a draft
-        return Reading("malformed", detail="thoughts without an end" if text else "empty answer")
+    whole = (answer.text or "").strip()
+    text = whole if form == "json" and _is_json(whole) else after_thoughts(whole)
+    if text is None:  # a verdict in thoughts is a draft
+        return Reading("malformed", detail="thoughts without an end")
+    if not text:
+        return Reading("malformed", detail=_nothing_said(whole, reason))
     try:
         slot = _read_json(text, noun) if form == "json" else _read_text(text, label, noun)
     except _Unreadable as error:
@@ -78,10 +89,32 @@ def read_answer(answer: Answer, form: Form, label: str, noun: str, ties: bool) -
     return Reading("ok", slot)
 
 
-def _read_json(text: str, noun: str) -> Slot:
+def _nothing_said(whole: str, reason: str) -> str:
+    if whole:
+        return "thoughts and no answer"
+    return (
+        "a call of a tool in place of an answer"
+        if reason in ("tool_calls", "function_call")
+        else "empty answer"
+    )
+
+
+def _without_fence(text: str) -> str:
     fenced = _FENCE.match(text)
+    return fenced.group(1) if fenced else text
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is one JSON object: no thoughts stand before it, and markers inside it are quoted."""
     try:
-        answer = json.loads(fenced.group(1) if fenced else text, object_pairs_hook=_unique)
+        return isinstance(json.loads(_without_fence(text)), dict)
+    except ValueError:
+        return False
+
+
+def _read_json(text: str, noun: str) -> Slot:
+    try:
+        answer = json.loads(_without_fence(text), object_pairs_hook=_unique)
     except ValueError as error:
         raise _Unreadable(f"not JSON: {error}") from None
     if not isinstance(answer, dict) or not isinstance(answer.get(JSON_VERDICT), str):

@@ -1,0 +1,228 @@
+"""What an API's error is about, read out of its body: money, the text of one question, the place, the key, the size.
+
+OpenAI-compatible servers agree neither on statuses nor on codes: used-up money comes as 400, 402, 403, 412 and 429, and
+403 can mean the key, the country or one flagged prompt. One table says what counts as what. Each line names whose
+words it holds (as documented or reported in 2026); codes decide at any status, words at the statuses beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Cause = Literal["money", "day", "text", "size", "place", "key"]
+"""money: credit, spending limit or plan is used up. day: so is a daily quota. text: a filter would not have this text
+judged. size: this text is too long. place: country, network or account are refused altogether. key: it may not do
+this."""
+
+_WRAPS = ("error", "errors", "detail", "innererror", "metadata", "raw", "details", "violations", "base_resp")
+_READ = 300
+"Characters of a message that are looked at: what follows may quote the prompt, and a prompt may speak of money."
+
+
+@dataclass(frozen=True, slots=True)
+class ApiError:
+    """An error's parts, wherever its body has them."""
+
+    message: str = ""
+    code: str = ""
+    "The first code of its own, as it was written."
+    codes: tuple[str, ...] = ()
+    "Codes, types and limits, in lower case."
+    param: str | None = None
+    flagged: str = ""
+    "What a filter says it found; without words of its own, that it found something."
+
+
+@dataclass(frozen=True, slots=True)
+class _Sign:
+    cause: Cause
+    codes: frozenset[str]
+    statuses: frozenset[int]
+    words: re.Pattern[str]
+
+
+def _sign(cause: Cause, codes: str, statuses: tuple[int, ...], *words: str) -> _Sign:
+    return _Sign(cause, frozenset(codes.split()), frozenset(statuses), re.compile("|".join(words), re.I))
+
+
+_SIGNS = (
+    _sign(
+        "money",
+        "insufficient_quota billing_hard_limit_reached billing_not_active credit_balance_exhausted "  # OpenAI
+        "organization_usage_limit_exceeded organization_spend_limit_exceeded project_spend_limit_exceeded "
+        "billing_error enforced_spend_limit_reached "  # Anthropic
+        "openrouter_credits openrouter_key_limit openrouter_guardrail_budget openrouter_workspace_budget "
+        "blocked_api_access "  # Groq's spend limits, with 400
+        "arrearage allocationquota.freetieronly accountoverdueerror "  # DashScope, Volcengine
+        "exceeded_current_quota_error insufficient_user_quota pre_consume_token_quota_failed "  # Kimi, one-api
+        "insufficient_balance not_enough_balance billing_balance_not_enough "  # Novita
+        "insufficient_credit insufficient_credits reject_no_credit quote_exceeded spend_limit_exceeded",  # ZenMux
+        (400, 401, 403, 412, 429),
+        r"credit balance is too low|specified (workspace )?api usage limits",  # Anthropic, with 400
+        r"used all available credits|(run )?out of credits|requires more credits",  # xAI (403, 429), OpenRouter
+        r"spend(ing)? limit|key limit exceeded|budget (limit )?exceeded",  # Fireworks (412), OpenRouter (403)
+        r"insufficient (account )?(balance|credits?|funds|quota)|(balance|funds?) (is |are )?(insufficient|not enough)",
+        r"(credits?|balance) (is |are |has been |have been )?(depleted|exhausted|used up)",  # Gemini's prepaid credits
+        r"exceeded your (current quota|monthly included credits)|quota is not enough",  # OpenAI, Hugging Face, one-api
+        r"account is in good standing|overdue account|in arrears",  # DashScope, with 400; Volcengine
+        r"余额不足|额度不足|欠费",  # GLM (429), SiliconFlow (403), new-api (403)
+    ),
+    _sign(
+        "text",
+        "content_filter content_policy_violation cyber_policy_violation responsibleaipolicyviolation "  # OpenAI, Azure
+        "moderation_blocked safety_check_failed prohibited_content contentpolicyviolation "
+        "data_inspection_failed datainspectionfailed "  # DashScope
+        "inputtextsensitivecontentdetected outputtextsensitivecontentdetected",  # Volcengine
+        (400, 403, 422, 451),
+        r"\bflagged\b|\bmoderation\b",  # OpenRouter (403), OpenAI's invalid_prompt
+        r"content (management|policy|filter|moderation)|contentpolicyviolation",  # Azure, LiteLLM
+        r"(usage|safety) (policy|policies|guidelines)|safety (system|filter|check)",  # OpenAI, xAI (403)
+        r"content exists risk|considered high risk",  # DeepSeek, Kimi
+        r"(sensitive|inappropriate|unsafe|prohibited|harmful) (content|information|words?)|敏感",  # DashScope, GLM
+        r"guardrail.{0,30}(blocked|triggered|intervened)|(blocked|rejected) by .{0,30}guardrail",
+    ),
+    _sign(
+        "size",
+        "context_length_exceeded string_above_max_length",
+        (400, 403, 413, 422),
+        r"context (length|window)|token count|too many tokens|(input|prompt).{0,20} too long",  # Together: 403
+    ),
+    _sign(
+        "place",
+        "unsupported_country_region_territory ip_not_authorized account_deactivated access_terminated",
+        (400, 401, 403, 429, 451),
+        r"(country|region|territory|location)\b.{0,40}\b(not|un)[ -]?(supported|available|allowed)",
+        r"not (supported|available|allowed) in your (country|region|territory|location)",
+        r"\bip( address)?\b.{0,20}not (authorized|allowed)",
+        r"(account|organization).{0,40}(suspended|locked|deactivated|disabled|terminated|restricted|banned)",
+    ),
+    _sign(
+        "key",
+        "permission_error insufficient_permissions",
+        (403,),
+        r"api[ _-]?key|permissions?\b|scopes?\b|not (allowed|authorized|permitted)|(have|has|had|no|not) access",
+        r"access (to|denied)|must be verified|subscription|unauthorized|no authorization",
+    ),
+)
+_OF_A_DAY = re.compile(r"(per|by)[ _-]?day|\bdaily\b|\b[rt]pd\b|limit: 0\b", re.I)
+"A limit of 0 is what Gemini gives to a plan that does not have the model."
+
+
+def cause_of(status: int | None, error: ApiError) -> Cause | None:
+    """What an error is about, None if its status is all there is. `status` None: it came inside an answer."""
+    message = error.message[:_READ]
+    if "resource_exhausted" in error.codes and status in (429, None):  # Gemini says "quota" of every limit
+        if _OF_A_DAY.search(" ".join([message, *error.codes])):
+            return "day"
+        return "money" if _SIGNS[0].words.search(re.sub("exceeded your current quota", "", message)) else None
+    for sign in _SIGNS:
+        if sign.codes.intersection(error.codes):
+            return sign.cause
+    if "openrouter_in_flight_budget" in error.codes:  # passes as soon as requests under way are booked
+        return None
+    if status == 402:
+        return "money"
+    if error.flagged:
+        return "text"
+    if message.lstrip().startswith(
+        "<"
+    ):  # a page of something in front of the API, which knows nothing of these
+        return None
+    for sign in _SIGNS:
+        if (status is None or status in sign.statuses) and sign.words.search(message):
+            return sign.cause
+    if status == 429 and _OF_A_DAY.search(message):
+        return "day"
+    return None
+
+
+# --- bodies ---------------------------------------------------------------------------------------------
+
+
+def read_error(body: Any) -> ApiError:
+    """The parts of an error's body: JSON of any server, or text. Raises nothing."""
+    messages: list[str] = []
+    codes: list[str] = []
+    named: list[str] = []
+    params: list[str] = []
+    flagged: list[str] = []
+    for part in _parts(body, 10):
+        if isinstance(part, str):
+            messages.append(part)
+            continue
+        for name in ("message", "detail", "error", "status_msg", "msg"):
+            if isinstance(part.get(name), str):
+                messages.append(part[name])
+        for name in (
+            "code",
+            "type",
+            "status",
+            "error_type",
+            "error_code",
+            "reason",
+            "limit_source",
+            "quotaId",
+        ):
+            value = part.get(name)
+            if isinstance(value, str | int) and not isinstance(value, bool):
+                codes.append(str(value).lower())
+                if name == "code":
+                    named.append(str(value))
+        if isinstance(part.get("param"), str):
+            params.append(part["param"])
+        if isinstance(part.get("reasons"), list) or "flagged_input" in part:
+            flagged.append(", ".join(map(str, part.get("reasons") or [])) or "flagged")
+        found = part.get("content_filter_result")
+        if isinstance(found, Mapping):
+            hits = [
+                k
+                for k, v in found.items()
+                if isinstance(v, Mapping) and (v.get("filtered") or v.get("detected"))
+            ]
+            flagged.append(", ".join(hits) or "flagged")
+    return ApiError(
+        ". ".join(dict.fromkeys(messages)),
+        next(iter(named), ""),
+        tuple(codes),
+        next(iter(params), None),
+        "; ".join(flagged),
+    )
+
+
+def _parts(body: Any, depth: int) -> Iterator[Mapping[str, Any] | str]:
+    """The body and what it wraps, outermost first: Gemini puts errors into a list, gateways the one of the server
+    behind them into metadata, as text."""
+    if depth == 0:
+        return
+    if isinstance(body, str):
+        try:
+            inner = json.loads(body) if body.lstrip().startswith(("{", "[")) else None
+        except ValueError:
+            inner = None
+        if inner is None:
+            yield body
+        else:
+            yield from _parts(inner, depth - 1)
+    elif isinstance(body, list):
+        for item in body[:5]:
+            yield from _parts(item, depth - 1)
+    elif isinstance(body, Mapping):
+        yield body
+        for name in (
+            "error",
+            "errors",
+            "detail",
+            "innererror",
+            "metadata",
+            "raw",
+            "details",
+            "violations",
+            "base_resp",
+        ):
+            value = body.get(name)
+            if isinstance(value, Mapping | list) or (name == "raw" and isinstance(value, str)):
+                yield from _parts(value, depth - 1)

@@ -1,0 +1,145 @@
+"""Bodies of answers as servers send them: parts, streams, errors inside, shapes that are none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from eval.judging.answer_body import Said, decoded, said_in
+from eval.judging.retry import ErrorInAnswer, NotAnAnswer
+
+
+def completion(content=None, finish_reason: str | None = "stop", **message) -> dict:
+    return {"choices": [{"message": {"content": content, **message}, "finish_reason": finish_reason}]}
+
+
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "A? No."}]}  # Mistral
+TEXT = {"type": "text", "text": "B"}
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "refusal"),
+    [
+        ("B", "B", None),
+        (None, None, None),
+        ([], None, None),
+        ([TEXT], "B", None),
+        (TEXT, "B", None),
+        ([THOUGHT, TEXT], "B", None),
+        (
+            [{"type": "reasoning", "text": "A"}, {"type": "output_text", "text": "B", "annotations": []}],
+            "B",
+            None,
+        ),
+        (
+            [{"type": "redacted_thinking", "data": "A"}, TEXT, {"type": "reference", "reference_ids": [1]}],
+            "B",
+            None,
+        ),
+        ([{"text": "A", "thought": True}, {"text": "B"}], "B", None),
+        ([{"type": "text", "text": {"value": "B", "annotations": []}}], "B", None),
+        ([TEXT, THOUGHT, {"type": "text", "text": "C"}], "B|C", None),
+        (["B", "C"], "B|C", None),
+        ([THOUGHT], None, None),
+        ([{"type": "refusal", "refusal": "I will not."}], None, "I will not."),
+        ([None, 3, {"type": "image_url"}], None, None),
+    ],
+)
+def test_the_texts_of_a_content_in_parts_are_the_answer_and_the_thoughts_are_not(content, text, refusal):
+    assert said_in(completion(content), "|") == Said(text, refusal, "stop")
+
+
+def test_thoughts_in_a_field_of_their_own_are_not_read():
+    for field in ("reasoning", "reasoning_content"):
+        assert said_in(completion(None, "length", **{field: "Preferred: A"}), "") == Said(
+            None, None, "length"
+        )
+
+
+def test_the_fields_of_a_message():
+    assert said_in(completion(None, refusal="no"), "") == Said(None, "no", "stop")
+    assert said_in(completion("B", None), "") == Said("B", None, "stop")
+    assert said_in(completion(None, "tool_calls", tool_calls=[{}]), "") == Said(None, None, "tool_calls")
+    assert said_in({"choices": [], "error": None}, "") == Said(None, None, None)
+    assert said_in({"choices": [{"message": None}]}, "") == Said(None, None, "stop")
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        *(None, 3, "text", [], {}),
+        *({"choices": None}, {"choices": {}}, {"choices": ["B"]}, {"choices": [None]}),
+        {"choices": [{"message": "B"}]},
+        *(completion("B", reason) for reason in ("error", "insufficient_system_resource", "network_error")),
+    ],
+    ids=str,
+)
+def test_what_is_no_answer(payload):
+    with pytest.raises(NotAnAnswer) as raised:
+        said_in(payload, "")
+    assert not isinstance(raised.value, ErrorInAnswer)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"error": {"code": 502, "message": "down"}},
+        {"error": "down", "choices": []},
+        {**completion("Half an ans"), "error": {"code": 502}},
+        {
+            "choices": [
+                {"message": {"content": "Half an ans"}, "error": {"code": 502}, "finish_reason": "error"}
+            ]
+        },
+        {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}},
+    ],
+    ids=str,
+)
+def test_an_error_with_status_200_is_an_error(payload):
+    with pytest.raises(ErrorInAnswer):
+        said_in(payload, "")
+
+
+def test_an_answer_with_a_note_that_all_went_well_is_one():
+    assert said_in({**completion("B"), "base_resp": {"status_code": 0}, "error": None}, "").text == "B"
+
+
+# --- text -------------------------------------------------------------------------------------------------
+
+
+def events(*chunks) -> str:
+    lines = [": keep-alive", *(f"data: {json.dumps(chunk)}" for chunk in chunks), "data: [DONE]"]
+    return "\n\n".join(lines) + "\n"
+
+
+def delta(finish_reason=None, **fields) -> dict:
+    return {"model": "m", "choices": [{"delta": fields, "finish_reason": finish_reason}], "usage": None}
+
+
+def test_a_stream_that_nobody_asked_for_is_put_together():
+    """It was paid, and it holds an answer."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 2}
+    parts = [delta(role="assistant"), delta(reasoning="A?"), delta(content='{"a'), delta(content='": 1}')]
+    text = events(*parts, delta("stop"), {"choices": [], "usage": usage})
+    payload = decoded(text)
+    assert said_in(payload, "") == Said('{"a": 1}', None, "stop")
+    assert payload["usage"] == usage and payload["model"] == "m"
+
+
+def test_an_error_in_a_stream_is_an_error():
+    with pytest.raises(ErrorInAnswer):
+        said_in(decoded(events(delta(content="Half"), {"error": {"code": 502, "message": "down"}})), "")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<html>", "data: [DONE]", "data: x\n", events(3), events(delta(content="B"))]
+)
+def test_other_texts_are_no_answers(text):
+    with pytest.raises(NotAnAnswer):
+        decoded(text)
+
+
+def test_space_around_json_does_not_matter():
+    """Servers send empty lines while they wait."""
+    assert decoded("\n\n \n" + json.dumps(completion("B")) + "\n") == completion("B")
