@@ -147,10 +147,12 @@ class StubServer:
         tells_models: bool = True,
         batch_plan: Callable[[int, list[dict]], dict[str, Any]] | None = None,
         headers: dict[str, str] | None = None,
+        replies: dict[str, Reply] | None = None,
     ) -> None:
         self.behaviour, self.key, self.unsupported = behaviour, key, unsupported
         self.models = {MODEL: None} if models is None else models
         self.tells_models, self.batch_plan, self.headers = tells_models, batch_plan, headers or {}
+        self.replies = replies or {}  # to other paths than questions
         self.chats: list[Chat] = []
         self.paths: list[str] = []
         self.files: dict[str, str] = {}
@@ -285,6 +287,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _other(self, path: str, content: bytes) -> Reply:
         stub, parts = self.stub, path.removeprefix("/v1/").split("/")
+        if path in stub.replies:
+            return stub.replies[path]
         match (self.command, *parts):
             case ("GET", "models") if stub.models:
                 return Reply(body={"object": "list", "data": [_model(m, d) for m, d in stub.models.items()]})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date, datetime, timezone
+from typing import Any
 
 import openai
 from openai import AsyncOpenAI
 
 from eval.completions import prompt_id_of
+from eval.judging.answer_body import decoded
 from eval.judging.comparison import Comparison, Question
 from eval.judging.judge import JudgeStopped
 from eval.judging.judge_request import Asking
@@ -79,10 +82,8 @@ async def _check_listed(client: AsyncOpenAI, asking: Asking, say: Callable[[str]
     does not list, so there the first call decides."""
     config = asking.config
     try:
-        listed = await client.models.list()
-        if not isinstance(getattr(listed, "data", None), list):  # the client passes any page on
-            raise NotAnAnswer(str(listed)[:80])
-        names = [model.id for model in listed.data]
+        raw = await client.models.with_raw_response.list()  # the client itself trips over a page of a proxy
+        names = _names(decoded(raw.text))
     except Exception as error:
         failure = classify(error)
         if failure.action == "stop" and failure.cause in ("money", "day", "place"):
@@ -97,6 +98,14 @@ async def _check_listed(client: AsyncOpenAI, asking: Asking, say: Callable[[str]
         if config.base_url is None:
             raise JudgeStopped(message)
         say(message)
+
+
+def _names(listed: Any) -> list[str]:
+    """The models of a list. Raises NotAnAnswer for what is none."""
+    models = listed.get("data") if isinstance(listed, Mapping) else None
+    if not isinstance(models, list):
+        raise NotAnAnswer(json.dumps(listed)[:80])
+    return [str(model.get("id")) for model in models if isinstance(model, Mapping)]
 
 
 def _date(text: object) -> date | None:
