@@ -37,7 +37,14 @@ from eval.judging.judge import JudgeConfig, JudgeStopped
 from eval.judging.judge_prompts import load_prompt
 from eval.judging.judge_request import Asking, stored_verdicts
 from eval.judging.judged_statistics import JudgedStatistics, judged_statistics, statistics_text
-from eval.judging.judgments import spent_text, tokens_and_cost, tool_versions, write_judgments
+from eval.judging.judgments import (
+    reasons,
+    reasons_text,
+    spent_text,
+    tokens_and_cost,
+    tool_versions,
+    write_judgments,
+)
 from eval.judging.openai_judge import OpenAIJudge, make_client
 from eval.judging.preflight import check_model, known_form, probe_form
 from eval.judging.prices import load_price
@@ -265,8 +272,11 @@ def _write(
         **common,
         "asked": len(questions),
         **asdict(statistics),
+        "reasons": reasons(verdicts),
     }
     print(statistics_text(statistics, recipe.system, recipe.baseline))
+    if summary["reasons"]:
+        print(reasons_text(summary["reasons"]))
     if store is not None:
         used = {key for verdict in verdicts for key in verdict.keys}
         ledger = store.ledger()

@@ -1,4 +1,4 @@
-"""Bodies of answers as servers send them: parts, streams, errors inside, shapes that are none."""
+"""Response bodies: content in parts, event streams, errors with status 200, malformed bodies."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ TEXT = {"type": "text", "text": "B"}
         ([None, 3, {"type": "image_url"}], None, None),
     ],
 )
-def test_the_texts_of_a_content_in_parts_are_the_answer_and_the_thoughts_are_not(content, text, refusal):
+def test_content_parts_give_text_and_refusal(content, text, refusal):
     assert said_in(completion(content), "|") == Said(text, refusal, "stop")
 
 
-def test_thoughts_in_a_field_of_their_own_are_not_read():
+def test_reasoning_fields_are_not_read():
     for field in ("reasoning", "reasoning_content"):
         assert said_in(completion(None, "length", **{field: "Preferred: A"}), "") == Said(
             None, None, "length"
         )
 
 
-def test_the_fields_of_a_message():
+def test_message_fields():
     assert said_in(completion(None, refusal="no"), "") == Said(None, "no", "stop")
     assert said_in(completion("B", None), "") == Said("B", None, "stop")
     assert said_in(completion(None, "tool_calls", tool_calls=[{}]), "") == Said(None, None, "tool_calls")
@@ -75,7 +75,7 @@ def test_the_fields_of_a_message():
     ],
     ids=str,
 )
-def test_what_is_no_answer(payload):
+def test_malformed_completion_raises(payload):
     with pytest.raises(NotAnAnswer) as raised:
         said_in(payload, "")
     assert not isinstance(raised.value, ErrorInAnswer)
@@ -96,12 +96,12 @@ def test_what_is_no_answer(payload):
     ],
     ids=str,
 )
-def test_an_error_with_status_200_is_an_error(payload):
+def test_error_with_status_200_raises(payload):
     with pytest.raises(ErrorInAnswer):
         said_in(payload, "")
 
 
-def test_an_answer_with_a_note_that_all_went_well_is_one():
+def test_success_status_of_minimax_is_accepted():
     assert said_in({**completion("B"), "base_resp": {"status_code": 0}, "error": None}, "").text == "B"
 
 
@@ -117,8 +117,8 @@ def delta(finish_reason=None, **fields) -> dict:
     return {"model": "m", "choices": [{"delta": fields, "finish_reason": finish_reason}], "usage": None}
 
 
-def test_a_stream_that_nobody_asked_for_is_put_together():
-    """It was paid, and it holds an answer."""
+def test_event_stream_is_assembled():
+    """It was paid and contains an answer."""
     usage = {"prompt_tokens": 3, "completion_tokens": 2}
     parts = [delta(role="assistant"), delta(reasoning="A?"), delta(content='{"a'), delta(content='": 1}')]
     text = events(*parts, delta("stop"), {"choices": [], "usage": usage})
@@ -127,7 +127,7 @@ def test_a_stream_that_nobody_asked_for_is_put_together():
     assert payload["usage"] == usage and payload["model"] == "m"
 
 
-def test_an_error_in_a_stream_is_an_error():
+def test_error_in_an_event_stream_raises():
     with pytest.raises(ErrorInAnswer):
         said_in(decoded(events(delta(content="Half"), {"error": {"code": 502, "message": "down"}})), "")
 
@@ -135,11 +135,11 @@ def test_an_error_in_a_stream_is_an_error():
 @pytest.mark.parametrize(
     "text", ["", "<html>", "data: [DONE]", "data: x\n", events(3), events(delta(content="B"))]
 )
-def test_other_texts_are_no_answers(text):
+def test_other_texts_raise(text):
     with pytest.raises(NotAnAnswer):
         decoded(text)
 
 
-def test_space_around_json_does_not_matter():
-    """Servers send empty lines while they wait."""
+def test_whitespace_around_json_is_ignored():
+    """DeepSeek sends empty lines to keep the connection alive."""
     assert decoded("\n\n \n" + json.dumps(completion("B")) + "\n") == completion("B")

@@ -1,5 +1,4 @@
-"""What errors are about, in the words of the servers (2024 to 2026): their documentation, or reports of users where it
-is silent. The source of each stands beside it."""
+"""Error bodies of real providers (2024 to 2026), from their documentation or from user reports; sources in comments."""
 
 from __future__ import annotations
 
@@ -138,7 +137,7 @@ MONEY = {
 
 
 @pytest.mark.parametrize(("status", "body"), MONEY.values(), ids=MONEY)
-def test_every_way_to_say_that_the_money_is_used_up_stops_the_run(status, body):
+def test_exhausted_credit_in_every_format_stops_the_run(status, body):
     for given in (body, json.dumps(body), json.dumps(body, ensure_ascii=False)):
         failure = classify_status(status, given, {"retry-after": "1"})
         assert (failure.action, failure.cause) == ("stop", "money"), failure
@@ -183,12 +182,12 @@ PASSING = {
 
 
 @pytest.mark.parametrize("body", PASSING.values(), ids=PASSING)
-def test_a_rate_limit_is_not_used_up_money_though_it_may_speak_of_both(body):
+def test_rate_limit_that_mentions_billing_is_retried(body):
     failure = classify_status(429, body, {})
     assert failure.action == "retry" and failure.cause is None
 
 
-def test_a_budget_of_requests_under_way_passes():
+def test_in_flight_budget_is_retried():
     """openrouter.ai/docs, limits: 402 with Retry-After until earlier requests are booked."""
     error = {"message": "In-flight", "code": 402, "metadata": {"limit_source": "openrouter_in_flight_budget"}}
     failure = classify_status(402, {"error": error}, {"retry-after": "5"})
@@ -217,12 +216,12 @@ DAILY = {
 
 
 @pytest.mark.parametrize("body", DAILY.values(), ids=DAILY)
-def test_a_daily_quota_that_is_used_up_stops_the_run(body):
+def test_exhausted_daily_quota_stops_the_run(body):
     failure = classify_status(429, body, {})
     assert (failure.action, failure.cause) == ("stop", "day") and "quota of the day" in failure.detail
 
 
-def test_a_daily_limit_that_lets_go_soon_is_waited_for():
+def test_daily_limit_with_a_short_delay_is_retried():
     message = "Rate limit reached on tokens per day (TPD): Limit 100000. Please try again in 7m12s."
     assert classify_status(429, openai(message), {}).action == "retry"
 
@@ -283,13 +282,13 @@ TEXT = {
 
 
 @pytest.mark.parametrize(("status", "body"), TEXT.values(), ids=TEXT)
-def test_a_filter_refuses_one_text_and_not_the_run(status, body):
+def test_content_filter_refuses_one_question(status, body):
     failure = classify_status(status, body, {})
     assert (failure.action, failure.cause) == ("refused", "text"), failure
     assert f"HTTP {status}" in failure.detail
 
 
-def test_what_a_filter_found_is_told():
+def test_categories_of_a_filter_are_reported():
     assert "(violence)" in classify_status(*TEXT["openrouter"], {}).detail
     assert "(violence)" in classify_status(*TEXT["azure"], {}).detail
 
@@ -311,12 +310,12 @@ def test_what_a_filter_found_is_told():
         (403, openai("Project p does not have access to model m", "model_not_found"), "key"),
     ],
 )
-def test_the_place_or_the_key_stop_the_run(status, body, cause):
+def test_refused_place_or_key_stops_the_run(status, body, cause):
     failure = classify_status(status, body, {})
     assert (failure.action, failure.cause) == ("stop", cause)
 
 
-def test_a_text_that_is_too_long_fails_alone_also_where_that_is_called_forbidden():
+def test_too_long_prompt_with_403_fails_one_question():
     """docs.together.ai/docs/error-codes: 403 for too many tokens."""
     body = openai(
         "Input token count + max_tokens parameter must be less than the context length of the model"
@@ -328,18 +327,18 @@ def test_a_text_that_is_too_long_fails_alone_also_where_that_is_called_forbidden
 @pytest.mark.parametrize(
     "body", ["", "Forbidden", {}, {"error": None}, openai("Forbidden"), None, 7, [[[[[["x"]]]]]]]
 )
-def test_a_403_that_says_nothing_is_unclear(body):
+def test_403_without_a_cause_is_unclear(body):
     failure = classify_status(403, body, {})
     assert failure.action == "give_up" and failure.unclear
 
 
-def test_a_page_of_something_in_front_of_the_api_is_unclear_whatever_it_says():
+def test_403_with_an_html_page_is_unclear():
     page = "<html><title>Access denied</title>You do not have permission: your API key, your country</html>"
     assert classify_status(403, page, {}).unclear
 
 
 @pytest.mark.parametrize("status", [400, 422])
-def test_a_prompt_that_is_quoted_back_says_nothing_about_the_cause(status):
+def test_quoted_prompt_does_not_decide_the_cause(status):
     """Servers that check a request quote what they got; the posts here are about people's money."""
     post = (
         "My credit balance is too low, I have insufficient funds and was flagged. They sell harmful content."
@@ -352,7 +351,7 @@ def test_a_prompt_that_is_quoted_back_says_nothing_about_the_cause(status):
     assert classify_status(status, as_text, {}).action == "give_up"
 
 
-def test_the_parts_of_an_error_are_found_wherever_they_are():
+def test_fields_are_found_in_nested_bodies():
     nested = [
         {"error": {"message": "m", "code": 400, "metadata": {"raw": '{"message": "inner", "param": "p"}'}}}
     ]

@@ -1,4 +1,4 @@
-"""What real endpoints do beside the documented: on a real socket, live, by batch and before the first question."""
+"""Behaviour of real endpoints, against a server on a real socket: live, by batch, and in the preflight checks."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def store(tmp_path):
 
 
 def only(word: str, reply: Reply):
-    """A judge that gives a reply to the questions with this word, and verdicts to the others."""
+    """Return a judge that gives `reply` to questions with this word, and verdicts to the others."""
     return lambda shown, count: reply if word in shown.material else longer_wins(shown, count)
 
 
 # --- refused ----------------------------------------------------------------------------------------------
 
 
-def test_a_flagged_prompt_is_refused_and_the_others_are_judged(store):
+def test_flagged_prompt_is_refused_and_others_judged(store):
     with StubServer(only("rabbit001", FLAGGED)) as server:
         run = judge(server, store, comparisons(4))
         assert run.stopped is None and run.statuses() == {"ok": 6, "refused": 2}
@@ -85,7 +85,7 @@ def test_a_flagged_prompt_is_refused_and_the_others_are_judged(store):
     assert run.ledger.usd == pytest.approx(sum(paid)) and len(paid) == 6
 
 
-def test_a_403_that_says_nothing_fails_alone_where_the_key_has_brought_answers(store):
+def test_unclear_403_after_answers_fails_one_question(store):
     with StubServer(only("rabbit003", UNCLEAR)) as server:
         run = judge(server, store, comparisons(4), limits=ONE_WORKER)
         assert run.stopped is None and run.statuses() == {"ok": 6, "failed": 2} and len(server.chats) == 8
@@ -95,23 +95,23 @@ def test_a_403_that_says_nothing_fails_alone_where_the_key_has_brought_answers(s
     assert again.statuses() == {"ok": 8} and len(server.chats) == 10
 
 
-def test_a_403_that_says_nothing_stops_a_run_that_nobody_has_answered(store):
+def test_unclear_403_before_any_answer_stops_the_run(store):
     with StubServer(lambda shown, count: UNCLEAR) as server:
         run = judge(server, store, comparisons(20), limits=ONE_WORKER)
         assert len(server.chats) == 1 and run.verdicts == [] and run.ledger.usd == 0.0
-        assert "about the key, the place or the text (HTTP 403: <html>Sorry" in str(run.stopped)
+        assert "because of the key, the place or the text (HTTP 403: <html>Sorry" in str(run.stopped)
         server.behaviour = longer_wins
         assert judge(server, store, comparisons(20)).statuses() == {"ok": 40}
 
 
-def test_a_403_for_everything_from_some_moment_on_stops_the_run(store):
+def test_unclear_403s_in_a_row_stop_the_run(store):
     patience = RetryConfig(max_failures_in_a_row=3)
     with StubServer(in_turn(longer_wins, UNCLEAR)) as server:
         run = judge(server, store, comparisons(20), limits=ONE_WORKER, retry=patience)
     assert len(server.chats) == 4 and "3 questions in a row got no answer: HTTP 403" in str(run.stopped)
 
 
-def test_other_names_of_a_filter_and_of_a_limit_are_known(store):
+def test_finish_reasons_of_other_providers_are_known(store):
     reasons = {
         "rabbit000": "SAFETY",
         "rabbit001": "content_filter: PROHIBITED_CONTENT",
@@ -132,7 +132,7 @@ def test_other_names_of_a_filter_and_of_a_limit_are_known(store):
 
 
 @pytest.mark.parametrize("reply", BROKE.values(), ids=BROKE)
-def test_used_up_money_stops_the_run_at_once_and_loses_nothing(store, reply):
+def test_exhausted_credit_stops_the_run_and_loses_nothing(store, reply):
     with StubServer(in_turn(longer_wins, longer_wins, reply)) as server:
         run = judge(server, store, comparisons(5), limits=ONE_WORKER)
         assert "money or quota is used up" in str(run.stopped)
@@ -143,7 +143,7 @@ def test_used_up_money_stops_the_run_at_once_and_loses_nothing(store, reply):
     assert rest.statuses() == {"ok": 10} and len(server.chats) == 11
 
 
-def test_a_daily_limit_beyond_patience_stops_the_run_at_the_first_question(store):
+def test_daily_limit_beyond_max_elapsed_stops_the_run(store):
     limit = error(429, "Rate limit of 50 per 86400s exceeded for UserByModelByDay", Retry_After="39404")
     with StubServer(in_turn(longer_wins, limit)) as server:
         run = judge(server, store, comparisons(20), limits=ONE_WORKER)
@@ -176,7 +176,7 @@ def as_text(shown, text):
 @pytest.mark.parametrize("form", ["json", "text"])
 @pytest.mark.parametrize("shape", [in_parts, after_an_orphan_tag, as_a_stream, as_text])
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", "text/event-stream"])
-def test_a_verdict_that_was_paid_is_read_whatever_it_comes_in(store, form, shape, kind):
+def test_paid_verdict_is_read_in_every_body_format(store, form, shape, kind):
     def behave(shown, count):
         body = shape(shown, verdict_text(shown.body, longer_wins(shown, count)))
         return Reply(200, body, {"Content-Type": kind})
@@ -186,7 +186,7 @@ def test_a_verdict_that_was_paid_is_read_whatever_it_comes_in(store, form, shape
     assert run.statuses() == {"ok": 4} and run.rate == 0.0 and len(server.chats) == 4
 
 
-def test_an_answer_that_broke_off_is_asked_again(store):
+def test_interrupted_answer_is_retried(store):
     half = Reply(body=chat_completion('{"preferred"', finish_reason="error"))
     with StubServer(at_first(half, then=longer_wins)) as server:
         run = judge(server, store, comparisons(1))
@@ -196,7 +196,7 @@ def test_an_answer_that_broke_off_is_asked_again(store):
 @pytest.mark.parametrize(
     "usage", [{"total_tokens": 430}, {"prompt_tokens": "400", "completion_tokens": "30"}, "none"]
 )
-def test_a_count_of_tokens_that_is_none_is_booked_at_the_bound(store, usage):
+def test_unreadable_usage_is_charged_at_the_bound(store, usage):
     """It must not be free: the cap would not hold."""
     body = {**chat_completion(json.dumps({"comparison": "", "preferred": "B"})), "usage": usage}
     with StubServer(lambda shown, count: Reply(body=body)) as server:
@@ -207,7 +207,7 @@ def test_a_count_of_tokens_that_is_none_is_booked_at_the_bound(store, usage):
 # --- by batch ---------------------------------------------------------------------------------------------
 
 
-def test_in_a_batch_a_flagged_prompt_is_refused_and_an_unclear_one_fails(store):
+def test_batch_with_flagged_and_unclear_rows_keeps_the_rest(store):
     replies = {"rabbit000": FLAGGED, "rabbit001": Reply(403, {"error": None})}
 
     def behave(shown, count):
@@ -220,7 +220,7 @@ def test_in_a_batch_a_flagged_prompt_is_refused_and_an_unclear_one_fails(store):
     assert len(server.chats) == 8 + 2, "only what failed is submitted by a rerun"
 
 
-def test_a_batch_of_nothing_but_unclear_refusals_stops_the_run(store):
+def test_batch_of_unclear_refusals_stops_the_run(store):
     with StubServer(lambda shown, count: Reply(403, {"error": None})) as server:
         run = judge_by_batch(server, store)
         assert "the key, the place or the text" in str(run.stopped) and len(server.batches) == 1
@@ -229,7 +229,7 @@ def test_a_batch_of_nothing_but_unclear_refusals_stops_the_run(store):
 
 
 @pytest.mark.parametrize("name", ["402", "400", "200", "403, a text for an error"])
-def test_used_up_money_inside_a_batch_stops_the_run_and_keeps_the_answers(store, name):
+def test_exhausted_credit_in_a_batch_keeps_the_answers(store, name):
     with StubServer(only("rabbit003", BROKE[name])) as server:
         run = judge_by_batch(server, store)
         assert "money or quota is used up" in str(run.stopped) and run.statuses() == {"ok": 6}
@@ -238,7 +238,7 @@ def test_used_up_money_inside_a_batch_stops_the_run_and_keeps_the_answers(store,
     assert len(server.chats) == 10
 
 
-def test_answers_in_parts_are_read_in_a_batch_too(store):
+def test_batch_answers_in_parts_are_read(store):
     def behave(shown, count):
         return Reply(body=in_parts(shown, verdict_text(shown.body, longer_wins(shown, count))))
 
@@ -257,11 +257,14 @@ LOOK_UP = f"/v1/models/{MODEL}"
     [
         (BROKE["402"], "money or quota is used up"),
         (BROKE["400"], "money or quota is used up"),
-        (error(403, "Country not supported", "unsupported_country_region_territory"), "from here or at all"),
+        (
+            error(403, "Country not supported", "unsupported_country_region_territory"),
+            "account or from this location",
+        ),
         (error(429, "You exceeded your limit, requests per day"), "quota of the day"),
     ],
 )
-def test_what_no_question_can_pass_stops_before_the_first(reply, message):
+def test_look_up_reports_fatal_errors_before_any_question(reply, message):
     with StubServer(replies={LOOK_UP: reply}) as server, pytest.raises(JudgeStopped, match=message):
         check(server)
 
@@ -274,13 +277,13 @@ def test_what_no_question_can_pass_stops_before_the_first(reply, message):
         error(503, "busy"),
     ],
 )
-def test_a_key_that_may_only_ask_is_not_stopped_by_a_look_up(reply):
+def test_key_without_look_up_permission_is_only_reported(reply):
     with StubServer(replies={LOOK_UP: reply}) as server:
         (said,) = check(server)
         assert said.startswith("could not look up stub-judge: ") and server.chats == []
 
 
-def test_a_page_in_place_of_a_list_of_models_is_only_reported():
+def test_html_page_instead_of_models_is_only_reported():
     page = Reply(200, "<html>Hello</html>")
     with StubServer(models={}, replies={"/v1/models": page}) as server:
         (said,) = check(server)
@@ -288,7 +291,7 @@ def test_a_page_in_place_of_a_list_of_models_is_only_reported():
 
 
 @pytest.mark.parametrize("reply", [BROKE["402"], BROKE["200"], error(403, "no access to model m"), UNCLEAR])
-def test_the_probe_tells_the_cause_and_nothing_else_is_asked(store, reply):
+def test_probe_reports_the_cause_and_asks_nothing_else(store, reply):
     with StubServer(lambda shown, count: reply) as server:
         with pytest.raises(JudgeStopped, match="used up|API key may not|the key, the place or the text"):
             probe(server, store, judge_config(server, form="auto"), PATIENT)

@@ -96,8 +96,8 @@ def test_what_follows_from_a_status(status, error, action, may_be_paid):
 
 @pytest.mark.parametrize("status", [400, 409, 429, 500])
 @pytest.mark.parametrize(("asked", "action"), [("true", "retry"), ("false", "give_up")])
-def test_the_servers_own_word_on_trying_again_comes_before_its_status(status, asked, action):
-    """x-should-retry, as OpenAI's own client heeds it. What the body says comes before both."""
+def test_x_should_retry_overrides_the_status(status, asked, action):
+    """As in OpenAI's client; the cause in the body has priority over both."""
     headers = {"x-should-retry": asked}
     assert classify_status(status, {"message": "hm"}, headers).action == action
     assert classify_status(status, {"code": "insufficient_quota"}, headers).action == "stop"
@@ -115,14 +115,14 @@ def test_the_servers_own_word_on_trying_again_comes_before_its_status(status, as
         ("", None),
     ],
 )
-def test_a_wait_in_the_words_of_a_message(message, seconds):
+def test_delay_in_an_error_message_is_used(message, seconds):
     assert retry_hint(message) == seconds
     assert classify_status(429, {"message": message}, {}).retry_after == seconds
     assert classify_status(429, {"message": message}, {"retry-after": "3"}).retry_after == 3.0
 
 
-def test_an_error_inside_an_answer_is_read_by_its_own_code():
-    """OpenRouter's way: status 200, and the model broke down while it answered. It may be paid."""
+def test_error_inside_a_200_is_classified_by_its_code():
+    """OpenRouter: the model failed during generation, which may be charged."""
 
     def inside(error):
         return classify(ErrorInAnswer({"error": error}))

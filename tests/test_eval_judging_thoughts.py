@@ -1,4 +1,4 @@
-"""Where thoughts end, by the markers of the models themselves (their chat templates, vLLM's and SGLang's parsers)."""
+"""Chains of thought of all model families (markers from chat templates and the parsers of vLLM and SGLang)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read(text: str, form: str = "text"):
 
 
 @pytest.mark.parametrize(("begin", "end"), MARKERS.values(), ids=MARKERS)
-def test_only_what_follows_the_thoughts_is_read(begin, end):
+def test_only_text_after_the_thoughts_is_read(begin, end):
     for answer in ("Preferred: B", "B", "Comparison: The second says more.\nPreferred: **B**"):
         for ending in ENDINGS:
             assert read(f"{begin}{DRAFT}{end}{answer}{ending}").slot == "second"
@@ -51,33 +51,33 @@ def test_only_what_follows_the_thoughts_is_read(begin, end):
 
 
 @pytest.mark.parametrize(("begin", "end"), MARKERS.values(), ids=MARKERS)
-def test_an_end_needs_no_beginning(begin, end):
-    """Templates that write the opening marker into the prompt."""
+def test_closing_marker_needs_no_opening_one(begin, end):
+    """Some chat templates write the opening marker into the prompt."""
     assert read(f"{DRAFT}{end}Preferred: B").slot == "second"
     assert read(f"{DRAFT}{end}B").slot == "second"
 
 
 @pytest.mark.parametrize(("begin", "end"), MARKERS.values(), ids=MARKERS)
-def test_thoughts_without_an_end_hold_no_verdict(begin, end):
-    """Cut by a server that does not say so."""
+def test_unclosed_thoughts_contain_no_verdict(begin, end):
+    """Truncated by a server that reports finish_reason stop."""
     for text in (f"{begin}Well.\n{DRAFT}", f"{begin}one{end}\n{begin}Two.\n{DRAFT}"):
         assert after_thoughts(text) is None
         assert (read(text).status, read(text).detail) == ("malformed", "thoughts without an end")
         assert read(text, "json").status == "malformed"
 
 
-def test_several_thoughts_and_thoughts_that_quote_an_end():
+def test_interleaved_thoughts_and_quoted_markers():
     assert read("<think>a</think>Hm.\n<think>Preferred: A</think>\nPreferred: B").slot == "second"
     assert read('<think>It says "</think>\nPreferred: A", a trick.\n</think>\nPreferred: B').slot == "second"
 
 
-def test_an_answer_without_thoughts_is_whole():
+def test_answer_without_thoughts_is_unchanged():
     plain = "Comparison: The first is an analysis, its tag <think> is odd.\nPreferred: A"
     assert after_thoughts(f" {plain}\n") == plain and read(plain).slot == "first"
     assert read("analysis of both: fine\nPreferred: A").slot == "first"
 
 
 @pytest.mark.parametrize("fence", ["", "```json\n"])
-def test_markers_inside_a_json_answer_are_quotes(fence):
+def test_markers_inside_json_are_quotes(fence):
     answer = json.dumps({"comparison": "A ends with </think> and\n<think>, odd.", "preferred": "B"})
     assert read(f"{fence}{answer}{fence and chr(10) + '```'}", "json").slot == "second"

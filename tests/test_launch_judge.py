@@ -286,6 +286,25 @@ def test_failures_and_undecided_comparisons_beyond_what_is_allowed_fail_the_run(
         run(recipe(server, folder, max_undecided=0.2))
 
 
+def test_reasons_for_missing_verdicts_are_reported(folder, capsys):
+    flagged = Reply(403, {"error": {"message": "Input flagged", "metadata": {"reasons": ["violence"]}}})
+
+    def behave(shown, count):
+        if "rabbit000" in shown.material:
+            return flagged
+        return "Hm." if "rabbit001" in shown.material else longer_wins(shown, count)
+
+    with StubServer(behave) as server:
+        run(recipe(server, folder, max_undecided=0.5))
+    said = capsys.readouterr().out
+    assert "  2 refused: HTTP 403: Input flagged (violence)\n" in said and "  2 malformed: not JSON" in said
+    found = json.loads((folder / "run" / "summary.json").read_text())["reasons"]
+    assert [(row["status"], row["count"]) for row in found] in (
+        [("refused", 2), ("malformed", 2)],
+        [("malformed", 2), ("refused", 2)],
+    )
+
+
 # --- before the run ---------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The body of an answer in the shapes that servers give it: a JSON, a stream of events, parts of text, an error."""
+"""Read response bodies: JSON, event streams, content in parts, errors with status 200."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from eval.judging.retry import ErrorInAnswer, NotAnAnswer
 
 _BROKEN = frozenset({"error", "insufficient_system_resource", "network_error", "abort"})
-"Reasons of OpenRouter, DeepSeek, GLM and vLLM to stop in the middle, through no fault of the question."
+"Finish reasons of answers interrupted by the server: OpenRouter, DeepSeek, GLM, vLLM."
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a model answered."""
+    """Content of one answer."""
 
     text: str | None
     refusal: str | None
     finish_reason: str | None
-    "None when there are no choices at all."
+    "None if the completion has no choices."
 
 
 def decoded(text: str) -> Any:
-    """The JSON of a body. A stream that nobody asked for is put together. Raises NotAnAnswer for anything else."""
+    """Parse a body as JSON, or as an event stream (sent by some gateways unasked). Raises NotAnAnswer for others."""
     try:
         return json.loads(text)
     except ValueError:
@@ -43,7 +43,7 @@ def decoded(text: str) -> Any:
 
 
 def _joined(chunks: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """One chat completion from the events of a stream, which is not whole without a reason to finish."""
+    """Merge stream events into one chat completion. Raises NotAnAnswer for a stream without a finish reason."""
     whole: dict[str, Any] = {}
     texts: dict[str, list[str]] = {"content": [], "refusal": []}
     finish_reason = None
@@ -56,16 +56,16 @@ def _joined(chunks: list[Mapping[str, Any]]) -> dict[str, Any]:
                     parts.append(delta[name])
             finish_reason = choice.get("finish_reason") or finish_reason
     if finish_reason is None and not whole.get("error"):
-        raise NotAnAnswer("a stream of events without an end")
+        raise NotAnAnswer("an event stream without a finish reason")
     message = {name: "".join(parts) or None for name, parts in texts.items()}
     return {**whole, "choices": [{"message": message, "finish_reason": finish_reason}]}
 
 
 def said_in(payload: Any, joint: str) -> Said:
-    """What a chat completion says in its first choice; texts in parts are joined by `joint`.
+    """Read the first choice of a chat completion, joining text parts with `joint`.
 
-    Raises NotAnAnswer for JSON that is no chat completion, ErrorInAnswer where it holds an error in place of an answer
-    or beside it: such an answer breaks off.
+    Raises NotAnAnswer for JSON that is not a chat completion, and ErrorInAnswer if it contains an error, also beside an
+    answer, which is then incomplete.
     """
     if not isinstance(payload, Mapping):
         raise NotAnAnswer(json.dumps(payload)[:200])
@@ -84,21 +84,21 @@ def said_in(payload: Any, joint: str) -> Said:
         raise ErrorInAnswer({"error": choice["error"]})
     reason = str(choice.get("finish_reason") or "stop")
     if reason.lower() in _BROKEN:
-        raise NotAnAnswer(f"the answer broke off with finish_reason {reason}")
+        raise NotAnAnswer(f"the answer was interrupted with finish_reason {reason}")
     text, refusal = _texts((message or {}).get("content"), joint)
     return Said(_clean(text), _clean((message or {}).get("refusal")) or _clean(refusal), reason)
 
 
 def _failed(base_resp: Any) -> bool:
-    """MiniMax's way to say that there is no answer, with status 200."""
+    """Whether MiniMax reports an error (with status 200)."""
     return isinstance(base_resp, Mapping) and base_resp.get("status_code") not in (0, None)
 
 
 def _texts(content: Any, joint: str) -> tuple[str | None, str | None]:
-    """Text and refusal of a message's content: a text, or parts of which some are text.
+    """Return text and refusal of a message's content, which is a string or a list of parts.
 
-    Of {type: text | output_text, text} the text counts, of {type: refusal, refusal} the refusal. Thoughts ({type:
-    thinking | reasoning | ...}) and everything else are not part of the answer.
+    Parts of type text and output_text form the text, parts of type refusal the refusal. All others (thinking,
+    reasoning, reference, image_url, ...) are not part of the answer.
     """
     if not isinstance(content, list | Mapping):
         return content, None
@@ -117,7 +117,7 @@ def _texts(content: Any, joint: str) -> tuple[str | None, str | None]:
 
 
 def _clean(text: Any) -> str | None:
-    """Text that can be stored: half of a surrogate pair becomes a replacement character."""
+    """Replace unpaired surrogates, which cannot be stored; None for values other than strings."""
     if not isinstance(text, str):
         return None
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,8 +1,9 @@
-"""What an API's error is about, read out of its body: money, the text of one question, the place, the key, the size.
+"""Classify API errors by cause: billing, daily quota, content filter, length, location, permission.
 
-OpenAI-compatible servers agree neither on statuses nor on codes: used-up money comes as 400, 402, 403, 412 and 429, and
-403 can mean the key, the country or one flagged prompt. One table says what counts as what. Each line names whose
-words it holds (as documented or reported in 2026); codes decide at any status, words at the statuses beside them.
+OpenAI-compatible servers agree neither on status nor on code: exhausted credit is reported as 400, 402, 403, 412 or
+429, and 403 can mean the key, the country or one flagged prompt. The table below decides. Each line names the
+providers whose codes or messages it matches (documented or reported in 2026). Codes match at any status, messages only
+at the statuses listed with them.
 """
 
 from __future__ import annotations
@@ -14,27 +15,26 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Cause = Literal["money", "day", "text", "size", "place", "key"]
-"""money: credit, spending limit or plan is used up. day: so is a daily quota. text: a filter would not have this text
-judged. size: this text is too long. place: country, network or account are refused altogether. key: it may not do
-this."""
+"""money: credit, plan or spending limit exhausted. day: daily quota exhausted. text: content filter rejected this
+prompt. size: prompt too long. place: country, network or account refused. key: permission missing."""
 
 _WRAPS = ("error", "errors", "detail", "innererror", "metadata", "raw", "details", "violations", "base_resp")
 _READ = 300
-"Characters of a message that are looked at: what follows may quote the prompt, and a prompt may speak of money."
+"Characters of a message that are matched. Validation errors quote the prompt further on, and prompts mention money."
 
 
 @dataclass(frozen=True, slots=True)
 class ApiError:
-    """An error's parts, wherever its body has them."""
+    """Fields of an error body, independent of the server's format."""
 
     message: str = ""
     code: str = ""
-    "The first code of its own, as it was written."
+    "First `code` field, unchanged."
     codes: tuple[str, ...] = ()
-    "Codes, types and limits, in lower case."
+    "All code, type and limit fields, in lower case."
     param: str | None = None
     flagged: str = ""
-    "What a filter says it found; without words of its own, that it found something."
+    "Categories reported by a content filter; the word flagged if it reports none."
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,28 +109,29 @@ _SIGNS = (
     ),
 )
 _OF_A_DAY = re.compile(r"(per|by)[ _-]?day|\bdaily\b|\b[rt]pd\b|limit: 0\b", re.I)
-"A limit of 0 is what Gemini gives to a plan that does not have the model."
+"Gemini reports a limit of 0 where the plan does not include the model."
 
 
 def cause_of(status: int | None, error: ApiError) -> Cause | None:
-    """What an error is about, None if its status is all there is. `status` None: it came inside an answer."""
+    """Return the cause of an error, None if only its status is known. `status` is None for an error inside a 200."""
     message = error.message[:_READ]
-    if "resource_exhausted" in error.codes and status in (429, None):  # Gemini says "quota" of every limit
+    if "resource_exhausted" in error.codes and status in (
+        429,
+        None,
+    ):  # Gemini's message is the same for all limits
         if _OF_A_DAY.search(" ".join([message, *error.codes])):
             return "day"
         return "money" if _SIGNS[0].words.search(re.sub("exceeded your current quota", "", message)) else None
     for sign in _SIGNS:
         if sign.codes.intersection(error.codes):
             return sign.cause
-    if "openrouter_in_flight_budget" in error.codes:  # passes as soon as requests under way are booked
+    if "openrouter_in_flight_budget" in error.codes:  # transient: earlier requests are still being billed
         return None
     if status == 402:
         return "money"
     if error.flagged:
         return "text"
-    if message.lstrip().startswith(
-        "<"
-    ):  # a page of something in front of the API, which knows nothing of these
+    if message.lstrip().startswith("<"):  # an HTML page comes from a proxy, which does not know the cause
         return None
     for sign in _SIGNS:
         if (status is None or status in sign.statuses) and sign.words.search(message):
@@ -144,7 +145,7 @@ def cause_of(status: int | None, error: ApiError) -> Cause | None:
 
 
 def read_error(body: Any) -> ApiError:
-    """The parts of an error's body: JSON of any server, or text. Raises nothing."""
+    """Read the fields of an error body: parsed JSON, JSON as text, or plain text. Never raises."""
     messages: list[str] = []
     codes: list[str] = []
     named: list[str] = []
@@ -194,8 +195,10 @@ def read_error(body: Any) -> ApiError:
 
 
 def _parts(body: Any, depth: int) -> Iterator[Mapping[str, Any] | str]:
-    """The body and what it wraps, outermost first: Gemini puts errors into a list, gateways the one of the server
-    behind them into metadata, as text."""
+    """Yield the body and the objects nested in it, outermost first.
+
+    Gemini wraps errors in a list; gateways put the upstream error into `metadata.raw`, as text.
+    """
     if depth == 0:
         return
     if isinstance(body, str):

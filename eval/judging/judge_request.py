@@ -115,7 +115,7 @@ class Asking:
         latency: float | None,
         request_id: str | None,
     ) -> Call:
-        """The record of an answer: the JSON of a chat completion. Raises what `said_in` raises."""
+        """Record an answer, given as the JSON of a chat completion. Raises what `said_in` raises."""
         said = said_in(payload, "" if self.form == "json" else "\n")
         there = said.finish_reason is not None
         call = self._record(
@@ -159,7 +159,7 @@ class Asking:
         return Call(**{**empty, **known, **values})
 
     def _usage(self, usage: Any, model: str) -> dict[str, Any]:
-        """Tokens and dollars; nothing where the server does not count both sides, so that the bound is booked."""
+        """Return tokens and cost; empty if the server does not count both sides, so that the upper bound is charged."""
         prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
         if prompt is None or completion is None:
             return {}

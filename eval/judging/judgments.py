@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import metadata
@@ -14,6 +15,8 @@ from eval.judging.store import Call, Ledger
 from eval.judging.verdict import Verdict
 from eval.whole_file import write_whole
 
+NUM_REASONS = 5
+"Reasons for missing verdicts that are printed."
 _TUPLES = ("suspicions_a", "suspicions_b", "scores", "keys")
 _OF_CALL = (
     *(
@@ -94,6 +97,19 @@ def read_judgments(path: Path | str) -> list[Verdict]:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}:{number} is not a judgment ({type(error).__name__}: {error})") from None
     return verdicts
+
+
+def reasons(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Count the reasons for missing verdicts by status and detail, most frequent first."""
+    counts = Counter((v.status, v.detail) for v in verdicts if v.status != "ok")
+    return [{"status": s, "detail": detail, "count": count} for (s, detail), count in counts.most_common()]
+
+
+def reasons_text(found: Sequence[Mapping[str, Any]]) -> str:
+    """Format the most frequent of `reasons`, one line each."""
+    lines = [f"  {row['count']} {row['status']}: {row['detail']}" for row in found[:NUM_REASONS]]
+    left = sum(row["count"] for row in found[NUM_REASONS:])
+    return "\n".join([*lines, *([f"  {left} for other reasons; judgments.jsonl has them"] if left else [])])
 
 
 # --- tokens and dollars ---------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ class OpenAIJudge:
                     return self._failed(request, failure, attempt)
                 delay = delay_before_retry(self._retry, attempt, failure.retry_after, self._rng)
                 if time.monotonic() - first_sent + delay > self._retry.max_elapsed:
-                    if failure.cause == "day":  # and so it is for all
+                    if failure.cause == "day":  # the same for all questions
                         raise self._halt(JudgeStopped(failure.detail)) from None
                     return self._failed(request, failure, attempt)
                 if failure.retry_after is not None:

@@ -49,8 +49,8 @@ async def check_model(
     """See that the model exists and is not shut down; say when it will be.
 
     Raises JudgeStopped when OpenAI does not have it, it is shut down, the key is not accepted, its money is used up or
-    nobody listens. What may pass, other servers that cannot tell and keys that may ask but not look up are only
-    reported.
+    nobody listens. Transient errors, other servers that cannot tell and keys without permission to look models up are
+    only reported.
     """
     config = asking.config
     try:
@@ -82,7 +82,9 @@ async def _check_listed(client: AsyncOpenAI, asking: Asking, say: Callable[[str]
     does not list, so there the first call decides."""
     config = asking.config
     try:
-        raw = await client.models.with_raw_response.list()  # the client itself trips over a page of a proxy
+        raw = (
+            await client.models.with_raw_response.list()
+        )  # the parsed call raises AttributeError on an HTML page
         names = _names(decoded(raw.text))
     except Exception as error:
         failure = classify(error)
@@ -101,7 +103,7 @@ async def _check_listed(client: AsyncOpenAI, asking: Asking, say: Callable[[str]
 
 
 def _names(listed: Any) -> list[str]:
-    """The models of a list. Raises NotAnAnswer for what is none."""
+    """Return the ids in a list of models. Raises NotAnAnswer for other JSON."""
     models = listed.get("data") if isinstance(listed, Mapping) else None
     if not isinstance(models, list):
         raise NotAnAnswer(json.dumps(listed)[:80])

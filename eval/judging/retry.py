@@ -63,7 +63,7 @@ class NotAnAnswer(Exception):
 
 
 class ErrorInAnswer(NotAnAnswer):
-    """The server said 200, and the body is an error all the same. `payload` is the body."""
+    """A body that contains an error, with status 200. `payload` is the body."""
 
     def __init__(self, payload: Any) -> None:
         super().__init__(json.dumps(payload)[:200])
@@ -83,9 +83,9 @@ class Failure:
     param: str | None = None
     "The setting that the API complained about."
     cause: Cause | None = None
-    "What the API says it is about, if it says so."
+    "Cause by the body, None if it does not say."
     unclear: bool = False
-    "Whether the key or the text is refused, nobody knows, unless the key has brought an answer before."
+    "Could concern the key or this prompt alone: fatal only if the model has not answered before."
 
 
 def classify(error: Exception) -> Failure:
@@ -107,9 +107,9 @@ def classify(error: Exception) -> Failure:
 
 
 def classify_status(status: int | None, body: Any, headers: Mapping[str, str]) -> Failure:
-    """What follows from an HTTP status, a body and the headers. `status` None: the error came inside an answer.
+    """Decide on an error by its body, then by the header x-should-retry, then by its status.
 
-    What the body says comes first, then the server's own word on trying again (x-should-retry), then the status.
+    `status` is None for an error inside a 200 that has no code of its own.
     """
     error = read_error(body)
     cause = cause_of(status, error)
@@ -123,7 +123,11 @@ def classify_status(status: int | None, body: Any, headers: Mapping[str, str]) -
         case "text":
             return Failure("refused", detail, cause=cause)
         case "place":
-            return Failure("stop", f"the API key may not do this from here or at all ({detail})", cause=cause)
+            return Failure(
+                "stop",
+                f"the API key may not do this with this account or from this location ({detail})",
+                cause=cause,
+            )
         case "key":
             return Failure("stop", f"the API key may not do this ({detail})", cause=cause)
     if status == 401:
@@ -139,32 +143,32 @@ def classify_status(status: int | None, body: Any, headers: Mapping[str, str]) -
         wait = retry_hint(error.message)
     known = (
         wait is not None and "resource_exhausted" not in error.codes
-    )  # Gemini's seconds are those of a minute
+    )  # Gemini's delay ignores the daily quota
     if cause == "day" and not known:
         return Failure("stop", f"the quota of the day is used up ({detail})", cause=cause)
     asked = headers.get("x-should-retry")
     passes = status is None or status in (402, 408, 409, 429, 498) or status >= 500
     if asked == "true" or (passes and asked != "false"):
-        # said by something in front of the API, or after the API began
+        # sent by a proxy, or after generation has started
         unknown = status is None or status in (408, 502, 504) or status >= 520
         return Failure("retry", detail, wait, may_be_paid=unknown, cause=cause)
     return Failure("give_up", detail, cause=cause, unclear=status in (403, 451) and cause is None)
 
 
 def _classify_inside(payload: Mapping[str, Any]) -> Failure:
-    """What follows from a body that is an error though the status was 200: its own code is the status."""
+    """Classify an error sent with status 200 by the code in its body (OpenRouter)."""
     inner = payload.get("error")
     code = inner.get("code") if isinstance(inner, Mapping) else None
     status = code if isinstance(code, int) and 400 <= code < 600 else None
     failure = classify_status(status, payload, {})
-    return replace(failure, may_be_paid=failure.action in ("retry", "refused"))  # a model may have been at it
+    return replace(failure, may_be_paid=failure.action in ("retry", "refused"))  # generation may have started
 
 
 def unclear_text(failure: Failure) -> str:
-    """Why a run stops that was refused, nobody knows why, before the model gave it any answer."""
+    """Format the reason for stopping at an unclear refusal before any answer."""
     return (
-        f"the API refuses to answer, without saying whether it is about the key, the place or the text "
-        f"({failure.detail}); nothing was answered so far"
+        f"the API refuses requests without saying whether because of the key, the place or the text "
+        f"({failure.detail}), and the model has answered nothing so far: check the key's permissions"
     )
 
 
@@ -182,7 +186,7 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def retry_hint(message: str) -> float | None:
-    """Seconds that a message asks to wait: "try again in 7m12s", "retry after 20 seconds". None if it names none."""
+    """Return the seconds that an error message asks to wait ("try again in 7m12s"), None if it names none."""
     found = _HINT.search(message)
     return None if found is None else parse_duration(found.group(1) + ("s" if found.group(2) else ""))
 

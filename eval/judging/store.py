@@ -187,7 +187,7 @@ class Store:
         return None if row is None else Call(*row)
 
     def answered_by(self, model: str) -> bool:
-        """Whether a model has given any answer that holds a verdict."""
+        """Whether the store has any verdict of this model."""
         row = self._db.execute("SELECT 1 FROM calls WHERE model = ? AND status = 'ok' LIMIT 1", (model,))
         return row.fetchone() is not None
 

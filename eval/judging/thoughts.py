@@ -1,7 +1,8 @@
-"""Where a model's thoughts end and its answer begins, in a text that holds both.
+"""Separate a reasoning model's answer from its chain of thought.
 
-A server that knows its model sends the thoughts apart. One that does not leaves them in the text: whole, or without
-their opening marker where the chat template wrote it, or without an end where the model ran out of tokens.
+Servers with a reasoning parser return the chain of thought in its own field. Others leave it in the text: complete,
+without its opening marker (if the chat template wrote that into the prompt), or without its end (if the model ran out
+of tokens).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 
 _TAGS = "think|thinking|thought|reasoning|seed:think"
 """<think>: DeepSeek R1, Qwen3, QwQ, GLM 4.5, Kimi K2 Thinking, MiniMax M2, Nemotron, OLMo 3, SmolLM3, Phi 4. <thought>:
-Gemini, EXAONE. <seed:think>: Seed-OSS. <thinking>, <reasoning>: models that were asked for them."""
+Gemini, EXAONE. <seed:think>: Seed-OSS. <thinking>, <reasoning>: models prompted for them."""
 
 _BEGINS = re.compile(
     rf"^[ \t]*(?:(?i:<(?:{_TAGS})>)"
@@ -20,7 +21,7 @@ _BEGINS = re.compile(
     r"|<\|channel>thought|<unused94>"  # Gemma 4, MedGemma
     r"|<\|START_THINKING\|>"  # Command A Reasoning
     r"|<\|begin_of_thought\|>|<\|inner_prefix\|>)"  # OpenThinker, Apertus
-    r"|\A\s*(?:(?:assistant)?(?:analysis|commentary)(?=[A-Z])|Here(?:'s| is) my thought process:)",  # below
+    r"|\A\s*(?:(?:assistant)?(?:analysis|commentary)(?=[A-Z])|Here(?:'s| is) my thought process:)",  # gpt-oss, Granite
     re.MULTILINE,
 )
 _ENDS = re.compile(
@@ -28,7 +29,7 @@ _ENDS = re.compile(
     r"|\[/THINK\]"
     r"|◁/think▷"
     r"|<\|channel\|>\s*final[^<\n]*(?:<\|constrain\|>[^<\n]*)?<\|message\|>"
-    r"|assistantfinal"  # gpt-oss, its special tokens left out
+    r"|assistantfinal"  # gpt-oss, decoded without special tokens
     r"|<channel\|>|<unused95>"
     r"|<\|END_THINKING\|>"
     r"|<\|end_of_thought\|>|<\|inner_suffix\|>"
@@ -39,13 +40,13 @@ _WRAPPERS = re.compile(
     r"\A\s*(?:<answer>|<response>|<\|START_RESPONSE\|>|<\|begin_of_solution\|>|<\|begin_of_box\|>)"
     r"|(?:\s*(?:</answer>|</response>|<\|END_RESPONSE\|>|<\|end_of_solution\|>|<\|end_of_box\|>|<\|return\|>|<\|end\|>))+\s*\Z"
 )
-"What Hunyuan, ERNIE, Command A, OpenThinker, GLM-V and gpt-oss put around the answer itself."
+"Markers around the answer itself: Hunyuan, ERNIE, Command A, OpenThinker, GLM-V, gpt-oss."
 
 
 def after_thoughts(text: str) -> str | None:
-    """The answer: what follows the last end of a thought. None where thoughts have begun that do not end.
+    """Return the text after the last closing marker, None if a chain of thought is not closed.
 
-    A marker of an end needs no beginning. What stands before it is never looked at: a verdict there is a draft.
+    A closing marker needs no opening one. Text before it is never read: a verdict there is a draft.
     """
     start = 0
     for end in _ENDS.finditer(text):

@@ -22,7 +22,7 @@ JSON_VERDICT = "preferred"
 _SLOTS: dict[str, Slot] = {"a": "first", "b": "second", "tie": "tie"}
 _DECORATION = "*_`~#>\"'\u201c\u201d\u2018\u2019\u00ab\u00bb()[]{}<>- \t"
 _CUT = frozenset({"length", "max_tokens", "model_length", "model_context_window_exceeded"})
-"Names of the length limit: OpenAI's, Gemini's and Anthropic's, Mistral's, Anthropic's for the context."
+"Finish reasons at the length limit: OpenAI, Gemini and Anthropic, Mistral, Anthropic (context window)."
 _FILTERED = frozenset(
     {"content_filter", "refusal", "sensitive", "guardrail_intervened"}  # OpenAI, Anthropic, GLM, Bedrock
     | {"safety", "recitation", "blocklist", "prohibited_content", "spii"}  # Gemini
@@ -67,7 +67,7 @@ def read_answer(answer: Answer, form: Form, label: str, noun: str, ties: bool) -
     if answer.refusal:
         return Reading("refused", detail=_shorten(answer.refusal))
     reason = (answer.finish_reason or "").lower()
-    if reason.partition(":")[0] in _FILTERED:  # Gemini adds its own word: content_filter: PROHIBITED_CONTENT
+    if reason.partition(":")[0] in _FILTERED:  # Gemini: "content_filter: PROHIBITED_CONTENT"
         why = "" if reason == "content_filter" else f" ({answer.finish_reason})"
         return Reading("refused", detail=f"stopped by the content filter{why}")
     if reason in _CUT:
@@ -105,7 +105,7 @@ def _without_fence(text: str) -> str:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a text is one JSON object: no thoughts stand before it, and markers inside it are quoted."""
+    """Whether the text is one JSON object. Markers inside it are then quotes, not a chain of thought."""
     try:
         return isinstance(json.loads(_without_fence(text)), dict)
     except ValueError:
