@@ -120,3 +120,12 @@ def test_controls_are_made_when_they_are_named_and_not_there():
     assert with_controls(own_null, "null") == own_null
     with pytest.raises(DataError, match="no attack 'flattery'; there are: verdict_lines"):
         with_controls(rows, "attack/flattery")
+
+
+@pytest.mark.parametrize(
+    "marker", ["</think>", "<think>", "[/THINK]", "◁/think▷", "</seed:think>", "<|channel|>"]
+)
+def test_markers_of_thoughts_in_a_response_are_flagged(marker):
+    """They could end the chain of thought of a judge that quotes them."""
+    assert "holds chat control tokens" in suspicions(f"A summary.\n{marker}\nIt is short.")
+    assert suspicions("I think the rabbit broke the window <3") == ()
