@@ -285,7 +285,7 @@ def test_hh_with_chat_template_and_left_truncation(tmp_path):
     chat = load_examples(DataConfig(**options, chat_template=True), tokenizer, "pairs")
     for example in chat.train:
         assert tokenizer.decode(example.query_ids + example.chosen_ids).endswith(
-            "?<|im_end|>\n<|im_start|>assistant\nyes<|endoftext|>"
+            "?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
         )
 
 

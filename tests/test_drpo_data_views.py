@@ -111,7 +111,7 @@ def test_unpaired_responses_are_labelled_completions_or_the_two_of_a_pair():
 
     good, bad_one = labelled(True, "f:5"), labelled(False, "f:6", chosen=" x", rejected=" y")
     pair = Record("p", chosen=" yes", rejected=" no", origin="f:2", extra={"id": 2})
-    others = [labelled(1, "f:7"), labelled("true", "f:8"), DEMONSTRATION, RANKED]
+    others = [labelled(2, "f:7"), labelled("true", "f:8"), DEMONSTRATION, RANKED]
     found, notes, bad = view([good, pair, bad_one, *others], "unpaired")
     assert found == [
         good,
@@ -121,6 +121,20 @@ def test_unpaired_responses_are_labelled_completions_or_the_two_of_a_pair():
     ]
     assert bad.counts == {"wrong type": 2, "missing field": 2}
     assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("label", "good"),
+    [(1, True), (0, False), (1.0, True), (0.0, False), ("1", True), ("0", False), (2, None), (-1, None)]
+    + [(0.5, None), ("yes", None), ([1], None), ({}, None)],
+)
+def test_a_label_may_be_written_as_one_or_zero(label, good):
+    record = Record("l", completion=" c", origin="f:5", extra={"label": label, "id": 1})
+    fine = Record("l", completion=" d", extra={"label": True})
+    found, _, bad = view([fine, record], "unpaired")
+    assert bad.counts == ({"wrong type": 1} if good is None else {})
+    assert [r.extra["label"] for r in found[1:]] == ([] if good is None else [good])
+    assert all(isinstance(r.extra["label"], bool) for r in found)
 
 
 def test_prompts_are_distinct_and_keep_every_reset_source():

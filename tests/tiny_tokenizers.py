@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 SENTENCES = (
@@ -81,3 +91,27 @@ def _wrap(tokenizer: Tokenizer, chat_template: str | None) -> PreTrainedTokenize
     )
     wrapped.chat_template = chat_template
     return wrapped
+
+
+def with_markup(chat_template: str) -> PreTrainedTokenizerFast:
+    """Bytes in words of Qwen's and Llama's kind, and whatever a chat template writes in angle brackets as a token."""
+    words = r"\p{N}|[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "[PAD]", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*SENTENCES, "\n\n\n\n. \n\n.\n\n \n .\n"] * 3, trainer)
+    markup = sorted(set(re.findall(r"\[gMASK\]|<[^<>\s'\"{}]+>|<｜[^<>]+｜>", chat_template)))
+    tokenizer.add_special_tokens([token for token in markup if "think" not in token])
+    tokenizer.add_tokens([token for token in markup if "think" in token])
+    return _wrap(tokenizer, chat_template)

@@ -3,18 +3,23 @@ it."""
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from drpo.data.records import DataError, RowError, require_text
+from drpo.data.markup import Span, find_special, special_tokens
+from drpo.data.records import Chat, DataError, Message, RowError, require_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, Any]
-PROBE = "(response)"
+QUESTION, REPLY = "(prompt)", "(response)"
+SHOWN = 60
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "tool_calls")
+"Keys of a reply that its text does not hold."
 
 
 def is_conversation(value: object) -> bool:
@@ -26,37 +31,68 @@ def is_conversation(value: object) -> bool:
     )
 
 
+def without_none(messages: Sequence[Message]) -> list[Message]:
+    """The messages without keys whose value is None: columnar files give every message the keys of any."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
 def split_conversation(messages: Sequence[Message]) -> tuple[list[Message], str]:
     """The messages before the last one, and the text of the last, which must be the assistant's."""
-    if messages[-1]["role"] != "assistant":
-        raise RowError("no assistant turn", f"the last message is by {messages[-1]['role']!r}")
-    return list(messages[:-1]), require_text(messages[-1].get("content"), "the assistant's message")
+    last = messages[-1]
+    if last["role"] != "assistant":
+        raise RowError("no assistant turn", f"the last message is by {last['role']!r}")
+    if unread := [key for key in THOUGHTS if last.get(key)]:
+        raise RowError(
+            "unread field", f"the assistant's message has {unread[0]}; only its content is a response"
+        )
+    return list(messages[:-1]), require_text(last.get("content"), "the assistant's message")
 
 
 class ChatTemplate:
-    """Renders prompts and responses so that prompt + response is the template's text of the whole
-    conversation, up to where the response ends: the template's own end-of-turn marker is left out, since a
-    stop token is added when a response is encoded. Raises DataError if the tokenizer has no template or one
-    that cannot be used."""
+    """Renders prompts and responses so that prompt + response + stop token is the template's text of the whole
+    conversation, up to the token that ends the assistant's turn.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    `arguments` are the template's own (enable_thinking: false). A template that renders no header for the
+    assistant gets the one that it writes before a reply as the end of the prompt. Raises DataError, saying which
+    property is missing, if the tokenizer has no template or one that cannot be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: Mapping[str, Any] | None = None,
+        stop_token: str | None = None,
+    ) -> None:
+        self._tokenizer, self._arguments, self._header = tokenizer, dict(arguments or {}), ""
         if not tokenizer.chat_template:
             raise DataError("data.chat_template=true, but the tokenizer has no chat template")
+        self._special = special_tokens(tokenizer)
+        question = {"role": "user", "content": QUESTION}
         try:
-            question = [{"role": "user", "content": "(prompt)"}]
-            following = self._following(self._prompt(question), question, PROBE)
+            prompt = self._prompt([question])
+            following = self._following(prompt, [question], REPLY)
+            asked = self._apply([question], add_generation_prompt=False)
         except RowError as error:
-            raise DataError(f"the tokenizer's chat template cannot be used: {error.detail}") from None
-        if PROBE not in following:
-            raise DataError("the tokenizer's chat template does not render the assistant's message")
-        self._closing = following.rpartition(PROBE)[2]
+            detail = f"{error.detail}. {self._remedy()}"
+            raise DataError(f"the tokenizer's chat template cannot be used: {detail}") from None
+        if QUESTION not in prompt or REPLY not in following:
+            who = "user" if QUESTION not in prompt else "assistant"
+            raise DataError(
+                f"the tokenizer's chat template does not render the {who}'s message, a text; templates of "
+                "models that see images want lists of parts. Give the tokenizer a template for texts"
+            )
+        self.opening, _, self._closing = following.rpartition(REPLY)
+        if asked == prompt and self.opening.strip():
+            # The header is not the model's to write; a space before the reply belongs to its first word.
+            self._header = self.opening.rstrip(" ")
+            self.opening = self.opening[len(self._header) :]
+        self.stop_token, self._tail = self._end_of_turn(question, stop_token)
 
     def render(self, messages: Sequence[Message], responses: Sequence[str]) -> tuple[str, list[str]]:
-        """The prompt as text and, for each response, the text that follows it.
+        """The prompt as text and, for each response, the text that follows it up to the stop token.
 
         Raises RowError when the prompt does not end with a message to answer, and when the template refuses
-        the conversation, renders its prompt otherwise once a response follows, or leaves no response text.
+        the conversation, renders its prompt otherwise once a response follows, or changes the response.
         """
         for message in messages:
             if not isinstance(message.get("content"), str):
@@ -64,29 +100,117 @@ class ChatTemplate:
         if not messages or messages[-1]["role"] == "assistant":
             raise RowError("missing field", "the conversation has no message to answer")
         prompt = self._prompt(messages)
-        texts = []
-        for response in responses:
-            following = self._following(prompt, messages, response)
-            if not following.endswith(self._closing):
-                raise RowError("chat template", "it ends this response in another way than others")
-            texts.append(following.removesuffix(self._closing))
-        return prompt, texts
+        return prompt, [self._response(prompt, messages, response) for response in responses]
+
+    def chat(self, messages: Sequence[Message], source: str) -> Chat:
+        """What a record keeps of the rendered conversation; `source` is the prompt as the data has it."""
+        kept = tuple(without_none(messages))
+        return Chat(kept, source, self.opening, self._spelled(kept), self._arguments)
+
+    def _response(self, prompt: str, messages: Sequence[Message], response: str) -> str:
+        following = self._following(prompt, messages, response)
+        if not following.endswith(self._closing):
+            raise RowError("chat template", "it ends this response in another way than others")
+        body = following.removesuffix(self._closing)
+        said = response if body.endswith(response) else response.strip()
+        # A thought that the prompt has begun is part of a response that has it whole.
+        if not (prompt + body).endswith(said):
+            raise RowError(
+                "chat template", f"it leaves out or rearranges a part of the response {response[:SHOWN]!r}"
+            )
+        opening = body[: max(len(body) - len(said), 0)]
+        if opening.strip() and opening != self.opening:
+            raise RowError(
+                "chat template", f"it opens this response with {opening!r}, others with {self.opening!r}"
+            )
+        return body + self._tail
+
+    def _end_of_turn(self, question: Message, asked: str | None) -> tuple[str | None, str]:
+        """The token that ends the assistant's turn, and what stands before it.
+
+        It is the first special token behind a reply: at the end of a conversation or, where a turn ends without
+        one, before the next user's. None without one, or the one that was asked for.
+        """
+        place, token = find_special(self._closing, self._special)
+        if token is not None and asked in (None, token):
+            return token, self._closing[:place]
+        if asked is None and self._closing.strip():
+            raise DataError(
+                f"the tokenizer's chat template ends a reply with {self._closing!r}, which holds no special token of "
+                "this tokenizer, so nothing tells the model to stop: take the tokenizer that the template is made "
+                "for, or name the token that is to end a response, data.stop_token"
+            )
+        if asked is None:
+            asked = self._next_turn(question)
+        return asked, ""
+
+    def _next_turn(self, question: Message) -> str | None:
+        reply = {"role": "assistant", "content": REPLY}
+        try:
+            text = self._apply([question, reply, question], add_generation_prompt=False)
+        except RowError:
+            return None
+        following = text.rpartition(REPLY)[2].lstrip()
+        place, token = find_special(following, self._special)
+        return token if place == 0 and token != self._tokenizer.bos_token else None
+
+    def _spelled(self, messages: Sequence[Message]) -> tuple[Span, ...]:
+        """Where the prompt has special tokens that messages spell out, which are ordinary text: places in it."""
+        if not any(find_special(message["content"], self._special)[1] for message in messages):
+            return ()
+        stand_ins = {token: chr(0xF0000 + number) for number, token in enumerate(sorted(self._special))}
+        hidden = []
+        for message in messages:
+            content = message["content"]
+            for token in sorted(self._special, key=len, reverse=True):
+                content = content.replace(token, stand_ins[token])
+            hidden.append({**message, "content": content})
+        tokens = {stand_in: token for token, stand_in in stand_ins.items()}
+        text, spans = "", []
+        for character in self._prompt(hidden):
+            if character in tokens:
+                spans.append((len(text), len(text) + len(tokens[character])))
+            text += tokens.get(character, character)
+        if text != self._prompt(messages):
+            raise RowError("chat template", "it reads special tokens that a message spells out")
+        return tuple(spans)
 
     def _prompt(self, messages: Sequence[Message]) -> str:
-        return self._apply(list(messages), add_generation_prompt=True)
+        return self._apply(messages, add_generation_prompt=True) + self._header
 
     def _following(self, prompt: str, messages: Sequence[Message], response: str) -> str:
         text = self._apply(
             [*messages, {"role": "assistant", "content": response}], add_generation_prompt=False
         )
         if not text.startswith(prompt):
-            raise RowError("chat template", "it renders the prompt otherwise when a response follows")
+            place = len(os.path.commonprefix([prompt, text]))
+            raise RowError(
+                "chat template",
+                f"it renders the prompt otherwise when a response follows: {prompt[place:][:SHOWN]!r} becomes "
+                f"{text[place:][:SHOWN]!r}, so no training text is what the model sees when it answers",
+            )
         return text[len(prompt) :]
 
-    def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
+    def _remedy(self) -> str:
+        """The argument that makes the template usable, or that there is none."""
+        for name in THINKING_SWITCHES:
+            if name not in self._arguments:
+                try:
+                    ChatTemplate(self._tokenizer, {**self._arguments, name: False})
+                except DataError:
+                    continue
+                return f"data.chat_template_kwargs={{{name}: false}} makes it usable"
+        return "Give the tokenizer another template"
+
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                without_none(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._arguments,
             )
         except TemplateError as error:
             raise RowError("chat template", str(error)) from None
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise RowError("chat template", f"{type(error).__name__}: {error}") from None

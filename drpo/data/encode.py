@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from drpo.data.markup import Span, find_special, special_tokens
 from drpo.data.records import DataError, Record, RowError
 from drpo.data.views import View
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 1024
-ANCHOR = "\n"
+ANCHORS = ("\n", ".", "a", "\n.")
+"Texts to encode a response behind: the first that the tokenizer does not merge with it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,18 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return encode_responses(tokenizer, [text])[0]
 
 
-def encode_queries(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """`encode_query` of many prompts."""
+def encode_queries(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    literal: Mapping[str, Sequence[Span]] | None = None,
+) -> list[list[int]]:
+    """`encode_query` of many prompts; `literal` says, by prompt, where special tokens are ordinary text."""
     opening = _opening_ids(tokenizer)
-    return [_open(opening, ids) for ids in _encode(tokenizer, prompts)]
+    encoded = [_open(opening, ids) for ids in _encode(tokenizer, prompts)]
+    for place, prompt in enumerate(prompts):
+        if literal and literal.get(prompt):
+            encoded[place] = _open(opening, _encode_markup(tokenizer, prompt, literal[prompt], starts=True))
+    return encoded
 
 
 def query_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
@@ -56,32 +66,45 @@ def query_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
     return lambda prompt: len(_open(opening, _encode(tokenizer, [prompt])[0]))
 
 
-def encode_responses(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """`encode_response` of many texts. Raises DataError if the tokenizer has no EOS token."""
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], opening: str = ""
+) -> list[list[int]]:
+    """`encode_response` of many texts. Special tokens of the `opening` that a chat template wrote before some of
+    them stay special. Raises DataError if the tokenizer has no EOS token."""
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, which ends responses: set tokenizer.eos_token")
+    head, head_ids = _head(tokenizer, opening)
+    headed = [bool(head) and text.startswith(opening) for text in texts]
+    bodies = [text[len(head) :] if has else text for text, has in zip(texts, headed, strict=True)]
+    encoded = _encode_continuations(tokenizer, bodies)
     stop = [tokenizer.eos_token_id]
-    if _encodes_continuations(tokenizer):
-        return [ids + stop for ids in _encode(tokenizer, texts, split_special_tokens=True)]
-    # SentencePiece-like tokenizers put a space before any text: encode behind an anchor, then cut it off.
-    anchor = _encode(tokenizer, [ANCHOR])[0]
-    encoded = []
-    for text, ids in zip(
-        texts, _encode(tokenizer, [ANCHOR + text for text in texts], split_special_tokens=True), strict=True
-    ):
-        if ids[: len(anchor)] != anchor:
-            raise DataError(f"the tokenizer cannot encode this response apart from its prompt: {text[:60]!r}")
-        encoded.append(ids[len(anchor) :] + stop)
-    return encoded
+    return [(head_ids if has else []) + ids + stop for ids, has in zip(encoded, headed, strict=True)]
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text that response ids add to a prompt, as it is: with its leading space, which some tokenizers drop
     at the start of a text. Of a character that the ids hold only in part, "\ufffd" is left."""
-    anchor = _encode(tokenizer, [ANCHOR])[0]
+    anchor = _encode(tokenizer, ANCHORS[:1])[0]
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode([*anchor, *ids], **options)
     return text.removeprefix(tokenizer.decode(anchor, **options))
+
+
+def said_texts(
+    tokenizer: PreTrainedTokenizerBase, responses: Sequence[Sequence[int]], openings: Sequence[str]
+) -> list[str]:
+    """What sampled responses say, for readers other than the model: `decode_response` without special tokens, and
+    without the opening that the chat template has before a reply, where the model wrote it."""
+    tokens = special_tokens(tokenizer)
+    special = set(tokens.values())
+    plain = {opening: _without(opening, tokens) for opening in set(openings)}
+    heads = {opening: _head(tokenizer, opening)[1] for opening in plain}
+    texts = []
+    for ids, opening in zip(responses, openings, strict=True):
+        text = decode_response(tokenizer, [i for i in ids if i not in special])
+        head = heads[opening]
+        texts.append(text.removeprefix(plain[opening]) if list(ids[: len(head)]) == head else text)
+    return texts
 
 
 def encode_records(
@@ -99,11 +122,17 @@ def encode_records(
     with the same text share its list of ids.
     """
     texts = list(dict.fromkeys(text for record in records for text in _responses(record, view)))
-    ids_by_text = dict(zip(texts, encode_responses(tokenizer, texts), strict=True))
+    # One template made all of them, so its opening is the same.
+    opening = next((record.chat.opening for record in records if record.chat is not None), "")
+    ids_by_text = dict(zip(texts, encode_responses(tokenizer, texts, opening), strict=True))
+    stop_inside = {text for text, ids in ids_by_text.items() if tokenizer.eos_token_id in ids[:-1]}
     limit = max_response_length
     if view == "prompts":
         ids_by_text = {text: ids[:limit] for text, ids in ids_by_text.items()}
     for record in records:
+        if inside := stop_inside.intersection(_responses(record, view)):
+            yield RowError("stop token inside", f"{tokenizer.eos_token!r} in {min(inside)[:60]!r}")
+            continue
         query_ids = queries[record.prompt]
         longest = max((len(ids_by_text[text]) for text in _responses(record, view)), default=0)
         if limit is not None and longest > limit:
@@ -197,7 +226,64 @@ def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     raise DataError("the tokenizer encodes a text otherwise when it adds special tokens; it cannot be used")
 
 
-def _encodes_continuations(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts that go on from another; special tokens spelled out in them are ordinary text."""
+    if _joins(tokenizer):
+        return _encode(tokenizer, texts, split_special_tokens=True)
+    # SentencePiece-like tokenizers put a space before any text: encode behind an anchor, then cut it off.
+    encoded: dict[int, list[int]] = {}
+    for anchor in ANCHORS:
+        (cut,) = _encode(tokenizer, [anchor])
+        missing = [place for place in range(len(texts)) if place not in encoded]
+        anchored = _encode(tokenizer, [anchor + texts[place] for place in missing], split_special_tokens=True)
+        for place, ids in zip(missing, anchored, strict=True):
+            if ids[: len(cut)] == cut:
+                encoded[place] = ids[len(cut) :]
+    for place, text in enumerate(texts):
+        if place not in encoded:
+            raise DataError(f"the tokenizer cannot encode this response apart from its prompt: {text[:60]!r}")
+    return [encoded[place] for place in range(len(texts))]
+
+
+def _encode_markup(
+    tokenizer: PreTrainedTokenizerBase, text: str, literal: Sequence[Span], starts: bool
+) -> list[int]:
+    """Ids of a text whose special tokens are special but for those in `literal`; `starts` a text, or goes on."""
+    tokens = special_tokens(tokenizer)
+    ids: list[int] = []
+    begin = search = 0
+    while begin < len(text):
+        place, token = find_special(text, tokens, search)
+        span = next((span for span in literal if span[0] <= place < span[1]), None)
+        if token is not None and span is not None:
+            search = span[1]
+            continue
+        if piece := text[begin:place]:
+            encode = _encode if starts and not ids else _encode_continuations
+            options = {"split_special_tokens": True} if encode is _encode else {}
+            ids += encode(tokenizer, [piece], **options)[0]
+        if token is not None:
+            ids.append(tokens[token])
+        begin = search = place + len(token or "")
+    return ids
+
+
+def _head(tokenizer: PreTrainedTokenizerBase, opening: str) -> tuple[str, list[int]]:
+    """An opening up to its last special token, and its ids; what follows is read with the response."""
+    tokens = special_tokens(tokenizer) if opening else {}
+    end, (place, token) = 0, find_special(opening, tokens)
+    while token is not None:
+        end = place + len(token)
+        place, token = find_special(opening, tokens, end)
+    return opening[:end], _encode_markup(tokenizer, opening[:end], (), starts=False)
+
+
+def _without(text: str, tokens: Mapping[str, int]) -> str:
+    place, token = find_special(text, tokens)
+    return text if token is None else text[:place] + _without(text[place + len(token) :], tokens)
+
+
+def _joins(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether ids of texts encoded apart, joined, are the ids of the joined text."""
     first, spaced, plain = _encode(tokenizer, ["a", " b", "b"])
     decode = tokenizer.decode

@@ -4,13 +4,23 @@ JSONL files."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from drpo.data.chat import ChatTemplate
 from drpo.data.files import Row, Table, convert_rows
-from drpo.data.records import BadRows, DataError, Record, RowError, require_different, require_text
+from drpo.data.records import (
+    BadRows,
+    DataError,
+    Message,
+    Record,
+    RowError,
+    require_different,
+    require_text,
+)
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
+SYSTEM = "\n\nSystem:"
 ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
 
 
@@ -43,6 +53,28 @@ def parse_turns(prompt: str) -> list[dict[str, str]]:
     return turns
 
 
+def dialogue(messages: Sequence[Message]) -> str:
+    """The turns of a prompt as the text of a dialogue; a question by itself is its own text."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"]
+    return "".join(f"{_marker(m['role'])} {m['content']}" for m in messages) + ASSISTANT
+
+
+def parse_prompt(text: str) -> list[dict[str, str]]:
+    """The turns of `dialogue`: a text without a human turn is one question."""
+    before, marker, _ = text.partition(HUMAN)
+    system = before.strip().removeprefix(f"{SYSTEM.strip()} ") if before.startswith(SYSTEM) else None
+    if not marker or (before.strip() and system is None) or not text.endswith(ASSISTANT):
+        return [{"role": "user", "content": text}]
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return opening + parse_turns(text[len(before) :])
+
+
+def _marker(role: str) -> str:
+    """What stands before a turn: the roles of the data set by their names there, others by their own."""
+    return {role: marker for marker, role in ROLES.items()}.get(role, f"\n\n{role.capitalize()}:")
+
+
 def split_pair(chosen: str, rejected: str) -> tuple[str, str, str]:
     """Prompt, chosen and rejected response of two dialogues; RowError unless they share the prompt."""
     prompt, chosen = split_dialogue(chosen)
@@ -60,9 +92,12 @@ def hh_record(row: Row, chat: ChatTemplate | None) -> Record:
         require_text(extra.pop("chosen", None), "chosen"),
         require_text(extra.pop("rejected", None), "rejected"),
     )
+    rendered = None
     if chat is not None:
-        prompt, (chosen, rejected) = chat.render(parse_turns(prompt), [chosen.strip(), rejected.strip()])
-    return Record(prompt, chosen=chosen, rejected=rejected, origin=row.origin, extra=extra)
+        turns, source = parse_turns(prompt), prompt
+        prompt, (chosen, rejected) = chat.render(turns, [chosen.strip(), rejected.strip()])
+        rendered = chat.chat(turns, source)
+    return Record(prompt, chosen=chosen, rejected=rejected, origin=row.origin, extra=extra, chat=rendered)
 
 
 def hh_records(table: Table, bad: BadRows, chat: ChatTemplate | None = None) -> list[Record]:

@@ -20,10 +20,10 @@ def is_held_out(prompt: str, fraction: float, seed: int) -> bool:
 def hold_out(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
     """The records to train on, and those whose prompt is held out; DataError if a fraction > 0 holds out
     none."""
-    train = [record for record in records if not is_held_out(record.prompt, fraction, seed)]
-    held_out = [record for record in records if is_held_out(record.prompt, fraction, seed)]
+    train = [record for record in records if not is_held_out(record.shared_prompt, fraction, seed)]
+    held_out = [record for record in records if is_held_out(record.shared_prompt, fraction, seed)]
     if fraction > 0 and not held_out:
-        num_prompts = len({record.prompt for record in records})
+        num_prompts = len({record.shared_prompt for record in records})
         raise DataError(
             f"data.eval_fraction={fraction:g} of {num_prompts} distinct prompts held out none: "
             "raise it, or set it to 0 to hold out nothing"

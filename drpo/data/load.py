@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from drpo.data.chat import ChatTemplate
 from drpo.data.demo import DemoConfig, make_demo
@@ -16,6 +16,7 @@ from drpo.data.holdout import hold_out
 from drpo.data.noise import NoiseConfig, add_noise
 from drpo.data.own import FIELDS, own_records
 from drpo.data.records import BadRows, DataError, Record, RowError
+from drpo.data.stop import template_of, with_stop_token
 from drpo.data.tldr import keep_column, tldr_records
 from drpo.data.truncation import Truncation, shorten_prompts
 from drpo.data.views import View, distinct_prompts, view_name, view_records
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_EVAL_FRACTION = 0.05
+TEMPLATE_INPUTS = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class DataConfig:
     responses, scores, where it differs; for example data.columns.prompt=question."""
     chat_template: bool = False
     "For hh and own data: render the turns with the tokenizer's chat template. Conversations need it."
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    "Arguments of the chat template, for example data.chat_template_kwargs.enable_thinking=false."
+    stop_token: str | None = None
+    """The token that ends a response, in training and in sampling; null = the one that ends the assistant's
+    turn in the chat template, else the tokenizer's eos token."""
     max_prompt_length: int | None = None
     "The most tokens of a prompt; null = no limit."
     max_response_length: int | None = None
@@ -104,6 +111,11 @@ class DataConfig:
         for name in self.columns:
             if name not in FIELDS:
                 raise ValueError(f"data.columns.{name} is unknown; the fields are: {', '.join(FIELDS)}")
+        check(
+            self.chat_template or not self.chat_template_kwargs, "chat_template_kwargs", "needs chat_template"
+        )
+        if taken := TEMPLATE_INPUTS & set(self.chat_template_kwargs):
+            raise ValueError(f"data.chat_template_kwargs.{min(taken)} is set by DRPO; leave it out")
         if self.chat_template:
             check(self.task in ("hh", "own"), "chat_template", "applies to data.task=hh and own only")
             check(self.truncation != "left", "truncation", "must not cut the opening of a chat template")
@@ -156,7 +168,8 @@ def load_examples(
             f"data.noise applies to preference pairs, and this stage takes {view_name(view)}: "
             "set data.noise.flip_rate and data.noise.off_topic_rate to 0"
         )
-    chat = ChatTemplate(tokenizer) if config.chat_template else None
+    tokenizer = with_stop_token(tokenizer, config)
+    chat = template_of(config, tokenizer)
     bad, report, what = BadRows("examples"), [], view_name(view)
     eval_split = "eval" if config.task == "demo" else config.eval_split
     train = []
@@ -262,7 +275,8 @@ def _encode(
     report: list[str],
 ) -> list[Example]:
     prompts = list(dict.fromkeys(record.prompt for record in records))
-    queries = dict(zip(prompts, encode_queries(tokenizer, prompts), strict=True))
+    literal = {record.prompt: record.chat.literal for record in records if record.chat is not None}
+    queries = dict(zip(prompts, encode_queries(tokenizer, prompts, literal), strict=True))
     shortened = shorten_prompts(queries, config.max_prompt_length, config.prompt_truncation, tokenizer)
     new_prompts = [prompt for prompt in shortened.values() if isinstance(prompt, str)]
     queries |= dict(zip(new_prompts, encode_queries(tokenizer, new_prompts), strict=True))

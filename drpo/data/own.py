@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from drpo.data.chat import ChatTemplate, is_conversation, split_conversation
+from drpo.data.chat import ChatTemplate, is_conversation, split_conversation, without_none
 from drpo.data.files import Row, Table, convert_rows
-from drpo.data.hh import ASSISTANT, HUMAN, parse_turns, split_dialogue
+from drpo.data.hh import ASSISTANT, HUMAN, dialogue, parse_turns, split_dialogue
 from drpo.data.records import (
     BadRows,
     DataError,
@@ -79,8 +79,12 @@ def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) 
         contexts.append(context)
         texts.append(text.strip() if chat is not None else text)
     prompt = _agree(fields["prompt"], contexts)
+    rendered = None
     if chat is not None:
-        prompt, texts = chat.render(_as_messages(prompt, implicit), texts)
+        turns = _as_messages(prompt, implicit)
+        source = prompt if isinstance(prompt, str) else None
+        prompt, texts = chat.render(turns, texts)
+        rendered = chat.chat(turns, dialogue(turns) if source is None else source)
     elif not isinstance(prompt, str):
         raise DataError(f"{row.origin} holds a conversation: set data.chat_template=true to render it")
 
@@ -96,6 +100,7 @@ def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) 
         scores=require_scores(fields["scores"], "scores", len(ranked)) if ranked else (),
         origin=row.origin,
         extra={name: _json_value(value) for name, value in extra.items()},
+        chat=rendered,
     )
 
 
@@ -103,12 +108,12 @@ def _parse(field: str, value: Any) -> Any:
     """A CSV file has only text: lists and numbers are JSON there, a label is true or false."""
     if field == "label" and isinstance(value, str):
         return {"true": True, "false": False}.get(value.lower(), value)
-    if field not in JSON_FIELDS or not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise RowError("invalid JSON", f"{field}: {error.msg}") from None
+    if field in JSON_FIELDS and isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise RowError("invalid JSON", f"{field}: {error.msg}") from None
+    return without_none(value) if is_conversation(value) else value
 
 
 def _conversation(messages: Any) -> list:

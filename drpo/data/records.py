@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+Message = Mapping[str, Any]
 NUM_SHOWN = 3
 MAX_SCORE = sys.float_info.max
 
@@ -23,6 +24,22 @@ class RowError(Exception):
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind = kind
         self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """How a chat template made a record's texts, and what they were made of."""
+
+    messages: tuple[Message, ...]
+    "The turns of the prompt: a model with another template renders them anew."
+    source: str
+    "The prompt as the data has it, the same under every template."
+    opening: str = ""
+    "What the template writes between the prompt and a plain reply; the record's responses begin with it."
+    literal: tuple[tuple[int, int], ...] = ()
+    "Where the prompt has special tokens that a message spells out: ordinary text."
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    "The template's arguments."
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +66,17 @@ class Record:
     'Where the row stands, as "axis.jsonl:17".'
     extra: Mapping[str, Any] = field(default_factory=dict)
     "Everything else that the row carried, as JSON values."
+    chat: Chat | None = None
+    "How a chat template made these texts; None for texts of the data's own."
+
+    @property
+    def shared_prompt(self) -> str:
+        """The prompt as every model, judge and stage knows it, whatever chat template rendered `prompt`."""
+        return self.prompt if self.chat is None else self.chat.source
+
+    def said(self, response: str) -> str:
+        """A response of this record without what a chat template writes before it."""
+        return response if self.chat is None else response.removeprefix(self.chat.opening)
 
 
 class BadRows:

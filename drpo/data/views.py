@@ -130,6 +130,7 @@ def pair_of(record: Record, chosen: int, rejected: int) -> Record:
         rejected=record.responses[rejected],
         origin=record.origin,
         extra={**record.extra, **scores},
+        chat=record.chat,
     )
 
 
@@ -156,17 +157,27 @@ def unpaired(records: Sequence[Record], bad: BadRows) -> list[Record]:
     found = []
     for record in records:
         label = record.extra.get("label")
-        if record.completion is not None and isinstance(label, bool):
-            found.append(record)
+        good = _truth(label)
+        if record.completion is not None and good is not None:
+            found.append(record if good is label else replace(record, extra={**record.extra, "label": good}))
         elif record.completion is not None and label is not None:
-            bad.add("wrong type", record.origin, f"label is {label!r}, neither true nor false")
+            bad.add("wrong type", record.origin, f"label is {label!r}, not true or false, 1 or 0")
         elif record.chosen is not None and record.rejected is not None:
             for completion, good in ((record.chosen, True), (record.rejected, False)):
                 extra = {**record.extra, "label": good}
-                found.append(Record(record.prompt, completion, origin=record.origin, extra=extra))
+                found.append(
+                    Record(record.prompt, completion, origin=record.origin, extra=extra, chat=record.chat)
+                )
         else:
             bad.add("missing field", record.origin, "no completion with a label, and no pair")
     return _require_some(found, records, "unpaired")
+
+
+def _truth(label: object) -> bool | None:
+    """A label as true or false, also where it is written as 1 or 0, a number or (in CSV) a text."""
+    if isinstance(label, str):
+        return {"1": True, "0": False}.get(label.strip())
+    return bool(label) if isinstance(label, int | float) and label in (0, 1) else None
 
 
 def prompts(records: Sequence[Record]) -> tuple[list[Record], list[str]]:

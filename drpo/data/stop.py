@@ -1,0 +1,42 @@
+"""The token that ends a response: one for all stages, and the tokenizer's eos token from here on."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from drpo.data.chat import ChatTemplate
+from drpo.data.records import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from drpo.data.load import DataConfig
+
+
+def template_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """The tokenizer's chat template as the data asks for it; None for data without one."""
+    if not config.chat_template:
+        return None
+    return ChatTemplate(tokenizer, config.chat_template_kwargs, config.stop_token)
+
+
+def with_stop_token(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer whose eos token is the one that ends responses: a copy, if it was another.
+
+    It is `data.stop_token`; without one the end of turn of the chat template, or the tokenizer's own. Whatever
+    encodes, samples, scores or is saved with this tokenizer then agrees. Raises DataError for a token that the
+    tokenizer has not.
+    """
+    token = config.stop_token
+    if token is not None and token not in tokenizer.get_vocab():
+        raise DataError(f"data.stop_token: {token!r} is not a single token of this tokenizer")
+    if token is None and (chat := template_of(config, tokenizer)) is not None:
+        token = chat.stop_token
+    if token in (None, tokenizer.eos_token):
+        return tokenizer
+    if token == tokenizer.pad_token:
+        raise DataError(f"data.stop_token: {token!r} is the padding token, which is never sampled")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = token
+    return tokenizer
