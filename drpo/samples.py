@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from drpo.data.encode import said_texts
 from drpo.rewards import Completion
 from drpo.rollout.trajectory import Trajectory
 
@@ -22,14 +23,15 @@ def rollout_samples(
     for index in range(min(num_samples, len(completions))):
         completion = completions[index]
         forced = int(trajectory.reset_lengths[index])
-        prefix = tokenizer.decode(completion.response_ids[:forced])
+        forced_ids, sampled_ids = completion.response_ids[:forced], completion.response_ids[forced:]
+        prefix, continuation = said_texts(tokenizer, [forced_ids, sampled_ids], ["", ""])
         rows.append(
             {
                 "split": "rollout",
                 "origin": completion.record.origin,
                 "prompt": completion.prompt,
                 "prefix": prefix,
-                "continuation": tokenizer.decode(completion.response_ids[forced:], skip_special_tokens=True),
+                "continuation": continuation,
                 "ended": completion.ended,
                 "scores": {"score": float(trajectory.scores[index])},
             }

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from drpo.config import ConfigError
-from drpo.data.encode import Example, decode_response, encode_responses
+from drpo.data.encode import Example, encode_responses, said_texts
 from drpo.data.records import DataError
 from drpo.data.views import best_response
 from drpo.engine import Engine
+from drpo.models.stops import stop_ids
 from drpo.rollout.collect import RolloutConfig, Vocabulary, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
 from eval.completions import CompletionRow, CompletionsWriter, prompt_id_of
@@ -46,7 +47,7 @@ def make_requests(
     `num_prompts` takes the prompts of the smallest ids: the choice depends on no order of the data, and a smaller
     one is part of a larger one. None takes all.
     """
-    by_id = {prompt_id_of(example.record.prompt): example for example in examples}
+    by_id = {prompt_id_of(example.record.shared_prompt): example for example in examples}
     if len(by_id) < len(examples):
         raise DataError(f"{len(examples)} prompts, but only {len(by_id)} different ones")
     chosen = set(sorted(by_id)[:num_prompts])
@@ -69,13 +70,12 @@ def check_positions(policy: nn.Module, requests: Sequence[Request], max_response
         )
 
 
-def vocabulary_with(
-    stop_tokens: Sequence[str], bad_tokens: Sequence[str], tokenizer: Any, num_logits: int
-) -> Vocabulary:
-    """The ids that end a response, and those that are never sampled. Raises ConfigError as `vocabulary_of` does."""
-    rollout = RolloutConfig(stop_tokens=list(stop_tokens), bad_tokens=list(bad_tokens))
+def vocabulary_with(bad_tokens: Sequence[str], tokenizer: Any, policy: nn.Module) -> Vocabulary:
+    """The ids that end a policy's response, and those that it never says. Raises ConfigError as `vocabulary_of`
+    does."""
+    rollout = RolloutConfig(bad_tokens=list(bad_tokens))
     try:
-        return vocabulary_of(rollout, tokenizer, num_logits)
+        return vocabulary_of(rollout, tokenizer, policy.config.vocab_size, stop_ids(policy))
     except ConfigError as error:
         raise ConfigError(str(error).replace("rollout.", "")) from None
 
@@ -109,19 +109,21 @@ class Policy:
 
     def _row(self, request: Request, ids: list[int]) -> CompletionRow:
         ended = ids[-1] in self.vocabulary.stop_ids
-        special = set(self.tokenizer.all_special_ids)
-        body = [token for token in (ids[:-1] if ended else ids) if token not in special]
-        record = request.example.record
+        record, reference = request.example.record, best_response(request.example.record)
+        (text,) = said_texts(self.tokenizer, [ids[:-1] if ended else ids], [record.opening])
+        meta = {"response_ids": ids}  # the text may be encoded otherwise
+        if record.chat is not None:  # and the prompt's, by another template
+            meta["query_ids"] = list(request.example.query_ids)
         return CompletionRow(
             self.system,
             request.prompt_id,
-            record.prompt,
-            decode_response(self.tokenizer, body),
+            record.shared_prompt,
+            text,
             ended,
             len(ids),
             request.seed,
-            best_response(record),
-            {"response_ids": ids},  # the text may be encoded otherwise
+            None if reference is None else record.said(reference),
+            meta,
         )
 
 

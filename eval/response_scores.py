@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from drpo.data.chat import ChatTemplate
 from drpo.data.encode import encode_queries, encode_responses
+from drpo.data.in_template import encode_in_template
 from drpo.data.records import DataError, Record
 from drpo.models.scoring import response_logprobs
 from drpo.rewards import Completion, RewardFn
@@ -21,19 +23,32 @@ from eval.frontier import sequence_kls
 
 @torch.no_grad()
 def response_nlls(
-    policy: nn.Module, tokenizer: Any, rows: Sequence[CompletionRow], batch_size: int
+    policy: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[CompletionRow],
+    batch_size: int,
+    chat: ChatTemplate | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Negative log-likelihood of each response given its prompt (n,), in nats, and its number of tokens (n,).
 
         nll = - sum_t log pi(y_t | x, y_<t)
 
     Texts are encoded by the policy's own tokenizer, and the stop token counts where the response ended; an empty one
-    that did not end has 0 tokens. Prompts are taken as they are, without a limit. Raises DataError when a prompt and
-    its response are longer than the policy's positions.
+    that did not end has 0 tokens. Prompts are taken as they are, without a limit; with `chat`, the policy's own
+    template, as the turns that they hold. Raises DataError when a prompt and its response are longer than the policy's
+    positions, or when the template refuses one.
     """
-    responses = _encoded(tokenizer, rows)
+    if chat is None:
+        queries, responses = (
+            encode_queries(tokenizer, [row.prompt for row in rows]),
+            _encoded(tokenizer, rows),
+        )
+    else:
+        texts = [(row.prompt, row.response, row.ended) for row in rows]
+        pairs = [encode_in_template(tokenizer, chat, *text) for text in texts]
+        queries, responses = [query for query, _ in pairs], [response for _, response in pairs]
     nlls = np.zeros(len(rows))
-    for part, batch in _batches([policy], tokenizer, rows, responses, batch_size):
+    for part, batch in _batches([policy], tokenizer, queries, responses, batch_size):
         logprobs = response_logprobs(policy, batch).logprobs.double()
         nlls[part] = -masked_sum(logprobs, batch.response_mask, dim=1).cpu().numpy()
     return nlls, np.array([len(ids) for ids in responses], dtype=np.int64)
@@ -53,15 +68,18 @@ def response_kls(
         k1 = sum_t log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)
 
     The mean is unbiased for responses that the policy sampled at temperature 1 from all ids but `suppressed_ids`, which
-    both policies are taken never to say. The tokens are those that were sampled, where the rows kept them, else those
-    of the text. `tokenizer` is that of both policies. Raises DataError as `response_nlls` does. Source: Schulman 2020;
-    `eval.frontier.sequence_kls`.
+    both policies are taken never to say. The tokens are those that were read and sampled, where the rows kept them,
+    else those of the texts. `tokenizer` is that of both policies. Raises DataError as `response_nlls` does.
+    Source: Schulman 2020; `eval.frontier.sequence_kls`.
     """
     responses = [row.meta.get("response_ids") for row in rows]
     encoded = _encoded(tokenizer, rows)
     responses = [ids if kept is None else kept for kept, ids in zip(responses, encoded, strict=True)]
+    queries = [row.meta.get("query_ids") for row in rows]
+    from_text = encode_queries(tokenizer, [row.prompt for row in rows])
+    queries = [ids if kept is None else kept for kept, ids in zip(queries, from_text, strict=True)]
     kls = np.zeros(len(rows))
-    for part, batch in _batches([policy, reference], tokenizer, rows, responses, batch_size):
+    for part, batch in _batches([policy, reference], tokenizer, queries, responses, batch_size):
         own, other = (
             response_logprobs(model, batch, suppressed_ids=suppressed_ids).logprobs.cpu().numpy()
             for model in (policy, reference)
@@ -79,12 +97,11 @@ def _encoded(tokenizer: Any, rows: Sequence[CompletionRow]) -> list[list[int]]:
 def _batches(
     models: Sequence[nn.Module],
     tokenizer: Any,
-    rows: Sequence[CompletionRow],
+    queries: Sequence[list[int]],
     responses: Sequence[list[int]],
     batch_size: int,
 ) -> Iterator[tuple[list[int], PaddedBatch]]:
     """The places of some rows and their tokens on the models' device, by length; empty responses are left out."""
-    queries = encode_queries(tokenizer, [row.prompt for row in rows])
     for model in models:
         _check_positions(model, queries, responses)
     device = next(models[0].parameters()).device

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from drpo.config import ConfigError
 from drpo.data.records import DataError
+from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
 from drpo.metrics import read_metrics
 from drpo.models.saved import read_config
@@ -206,14 +207,12 @@ def _sample(recipe: CompleteRecipe, engine: Engine) -> Path:
 
 
 def _kls(recipe: CompleteRecipe, engine: Engine, rows: Sequence[CompletionRow], kl_reference: str) -> Values:
-    tokenizer = load_tokenizer(recipe.policy)
+    tokenizer = with_stop_token(load_tokenizer(recipe.policy), recipe.data)
     policy, reference = (
         engine.place(load_to_read(recipe, path, tokenizer), as_trained=False)
         for path in (recipe.policy, kl_reference)
     )
-    never = vocabulary_with(
-        recipe.stop_tokens, recipe.bad_tokens, tokenizer, policy.config.vocab_size
-    ).suppressed_ids
+    never = vocabulary_with(recipe.bad_tokens, tokenizer, policy).suppressed_ids
     with engine.autocast():
         kls = _shared(
             engine,

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drpo.config import ConfigError, package_versions, save_resolved
 from drpo.data.load import load_examples
+from drpo.data.stop import template_of, with_stop_token
 from drpo.data.views import best_response
 from drpo.engine import Engine, EngineConfig
 from drpo.models.loading import ModelConfig, load_policy
@@ -121,7 +122,7 @@ def check_references(requests: Sequence[Request], setting: str) -> None:
 def complete_policy(recipe: CompleteRecipe, engine: Engine) -> Path:
     """Ask the policy for the responses that the file does not have yet; all processes together."""
     path = Path(recipe.run_dir) / "completions.jsonl"
-    tokenizer = load_tokenizer(recipe.policy)
+    tokenizer = with_stop_token(load_tokenizer(recipe.policy), recipe.data)
     requests, report = requests_of(recipe, tokenizer)
     if recipe.reference:
         check_references(requests, "reference=true")
@@ -161,7 +162,7 @@ def load_to_read(recipe: CompleteRecipe, path: str, tokenizer: PreTrainedTokeniz
 def _policy(
     recipe: CompleteRecipe, engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Policy:
-    vocabulary = vocabulary_with(recipe.stop_tokens, recipe.bad_tokens, tokenizer, model.config.vocab_size)
+    vocabulary = vocabulary_with(recipe.bad_tokens, tokenizer, model)
     placed = engine.place(model, as_trained=False)
     return Policy(recipe.system, placed, tokenizer, vocabulary, recipe.sampling, recipe.max_response_length)
 
@@ -248,11 +249,13 @@ def _nlls(
     """Negative log-likelihoods under the reference policy and numbers of tokens; the processes share the rows."""
     if recipe.perplexity_policy is None:
         return None
-    tokenizer = load_tokenizer(recipe.perplexity_policy)
+    tokenizer = with_stop_token(load_tokenizer(recipe.perplexity_policy), recipe.data)
     policy = engine.place(load_to_read(recipe, recipe.perplexity_policy, tokenizer), as_trained=False)
     mine = range(engine.rank, len(rows), engine.world_size)
     with torch.no_grad(), engine.autocast():
-        nlls, counts = response_nlls(policy, tokenizer, [rows[i] for i in mine], recipe.batch_size)
+        nlls, counts = response_nlls(
+            policy, tokenizer, [rows[i] for i in mine], recipe.batch_size, template_of(recipe.data, tokenizer)
+        )
     measured = sorted(engine.gather_objects(list(zip(mine, nlls.tolist(), counts.tolist(), strict=True))))
     return np.array([nll for _, nll, _ in measured]), np.array([count for _, _, count in measured])
 

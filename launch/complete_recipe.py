@@ -40,8 +40,6 @@ class CompleteRecipe:
     """The most tokens of a response, stop token included."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
     """Temperature (0 is greedy), top_k, top_p."""
-    stop_tokens: list[str] = field(default_factory=list)
-    """Tokens that end a response; [] means the tokenizer's end-of-text token."""
     bad_tokens: list[str] = field(default_factory=list)
     """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
     batch_size: int = 32

@@ -24,8 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from drpo.config import ConfigError, save_resolved
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples
+from drpo.data.stop import with_stop_token
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.saved import read_config
+from drpo.models.stops import stop_ids
 from drpo.models.tokenizer import load_tokenizer
 from drpo.rewards import RewardFn
 from drpo.rollout.collect import (
@@ -115,7 +117,7 @@ def run(recipe: NeuronShiftRecipe) -> Path:
 
     policy = _load(recipe, recipe.before, tokenizer)
     shape = num_neurons(policy)
-    vocabulary = vocabulary_of(RolloutConfig(), tokenizer, policy.config.vocab_size)
+    vocabulary = vocabulary_of(RolloutConfig(), tokenizer, policy.config.vocab_size, stop_ids(policy))
     probe, quality, probe_report = _probe(recipe, policy, tokenizer)
     alignments, cosines = align(policy, probe.weight)
     written = {"before": _continue(recipe, policy, queries, vocabulary)}
@@ -169,7 +171,7 @@ def _check_start(recipe: NeuronShiftRecipe) -> None:
 
 
 def _shared_tokenizer(recipe: NeuronShiftRecipe) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(recipe.before)
+    tokenizer = with_stop_token(load_tokenizer(recipe.before), recipe.data)
     if load_tokenizer(recipe.after).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"after: {recipe.after!r} has another vocabulary than before={recipe.before!r}")
     return tokenizer

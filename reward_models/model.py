@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,16 +15,26 @@ Aggregation = Literal["last", "sum"]
 
 
 class RewardModelConfig(ScalarModelConfig):
-    """Adds how token outputs are aggregated and the score's zero."""
+    """Adds how token outputs are aggregated, the score's zero, and whether the texts that the model was trained on
+    went through the tokenizer's chat template (None: not known), with which arguments."""
 
     model_type = "drpo_reward_model"
 
-    def __init__(self, aggregation: Aggregation = "last", centre: float = 0.0, **kwargs) -> None:
+    def __init__(
+        self,
+        aggregation: Aggregation = "last",
+        centre: float = 0.0,
+        chat_template: bool | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__(**kwargs)
         if aggregation not in ("last", "sum"):
             raise ValueError(f"aggregation must be last or sum, got {aggregation!r}")
         self.aggregation = aggregation
         self.centre = centre
+        self.chat_template = chat_template
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
 
 class RewardModel(ScalarModel):

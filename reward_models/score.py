@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from drpo.config import ConfigError
+from drpo.data.chat import ChatTemplate
 from drpo.data.encode import encode_query, encode_response
+from drpo.data.in_template import encode_in_template
+from drpo.data.records import Chat
+from drpo.data.stop import ending_with
 from drpo.engine import Engine
 from drpo.models.loading import ModelConfig, load_scalar_model
 from drpo.models.tokenizer import load_tokenizer
@@ -18,13 +25,22 @@ from reward_models.model import RewardModel
 
 
 class RewardModelScorer:
-    """Scores completions with a reward model, on ids where it shares the policy's tokenizer, else on text."""
+    """Scores completions with a reward model: on ids where it shares the policy's tokenizer and chat template, else
+    on text, the turns of a conversation rendered by its own template."""
 
     def __init__(
-        self, model: RewardModel, tokenizer, engine: Engine, batch_size: int, shares_tokenizer: bool
+        self,
+        model: RewardModel,
+        tokenizer,
+        engine: Engine,
+        batch_size: int,
+        shares_tokenizer: bool,
+        shares_template: bool = True,
+        key: str = "reward.path",
     ) -> None:
         self._model, self._tokenizer, self._engine = model, tokenizer, engine
-        self._batch_size, self._shares_tokenizer = batch_size, shares_tokenizer
+        self._batch_size, self._shares_tokenizer, self._key = batch_size, shares_tokenizer, key
+        self._shares_template = shares_template
 
     @classmethod
     def load(
@@ -42,11 +58,13 @@ class RewardModelScorer:
         """
         model = load_scalar_model(path, ModelConfig(dtype=dtype), RewardModel, key=key)
         tokenizer = load_tokenizer(path)
-        shared = (
-            policy_tokenizer_path is not None
-            and tokenizer.get_vocab() == load_tokenizer(policy_tokenizer_path).get_vocab()
-        )
-        return cls(engine.place(model, as_trained=False), tokenizer, engine, batch_size, shared)
+        shared = same_template = False
+        if policy_tokenizer_path is not None:
+            policy_tokenizer = load_tokenizer(policy_tokenizer_path)
+            shared = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+            same_template = tokenizer.chat_template == policy_tokenizer.chat_template
+        placed = engine.place(model, as_trained=False)
+        return cls(placed, tokenizer, engine, batch_size, shared, same_template, key)
 
     def share_trunk(self, policy: nn.Module) -> bool:
         """Use the policy's frozen trunk in place of an equal one of its own; whether it does.
@@ -95,12 +113,58 @@ class RewardModelScorer:
         return scores
 
     def _ids(self, completion: Completion) -> tuple[list[int], list[int]]:
-        if self._shares_tokenizer:
+        chat = completion.record.chat
+        if not completion.query_ids:  # a text, from anywhere: the model's own way of reading decides
+            reads_chat = self._was_trained_on_chat or (
+                self._was_trained_on_chat is None and self._tokenizer.chat_template is not None
+            )
+        else:
+            reads_chat = chat is not None
+            self._check_trained_on(reads_chat)
+        if self._shares_tokenizer and (chat is None or self._shares_rendering(chat)):
             response = list(completion.response_ids)
             if completion.ended:  # whatever stopped it: the model was trained on this token
-                response[-1] = self._tokenizer.eos_token_id
+                response[-1] = (self._in_template[1] if reads_chat else self._tokenizer).eos_token_id
             return completion.query_ids, response
+        if reads_chat:
+            template, tokenizer = self._in_template
+            messages = None if chat is None else chat.messages
+            prompt, response = completion.record.shared_prompt, completion.response
+            return encode_in_template(tokenizer, template, prompt, response, completion.ended, messages)
         response = encode_response(self._tokenizer, completion.response)
         if not completion.ended:
             response = response[:-1]
         return encode_query(self._tokenizer, completion.prompt), response
+
+    @property
+    def _was_trained_on_chat(self) -> bool | None:
+        """Whether `reward_models.train` showed it a chat template; None for a model from elsewhere."""
+        return getattr(self._model.config, "chat_template", None)
+
+    def _check_trained_on(self, reads_chat: bool) -> None:
+        if self._was_trained_on_chat not in (None, reads_chat):
+            raise ConfigError(
+                f"{self._key}: this reward model was trained with data.chat_template={not reads_chat}, and the "
+                f"policy's prompts are made with {reads_chat}: give both the same"
+            )
+
+    def _shares_rendering(self, chat: Chat) -> bool:
+        arguments = self._model.config.chat_template_kwargs if self._was_trained_on_chat else chat.arguments
+        return self._shares_template and dict(chat.arguments) == arguments
+
+    @functools.cached_property
+    def _in_template(self) -> tuple[ChatTemplate, PreTrainedTokenizerBase]:
+        """The model's chat template, and its tokenizer with the stop token of the model's training: the saved eos
+        token, or for a model from elsewhere the template's end of turn."""
+        if not self._tokenizer.chat_template:
+            raise ConfigError(
+                f"{self._key}: the prompts are conversations, and this reward model's tokenizer has no chat template "
+                "to render them with; take a reward model that has one, or the policy's tokenizer"
+            )
+        if self._was_trained_on_chat:
+            eos, arguments = self._tokenizer.eos_token, self._model.config.chat_template_kwargs
+            return ChatTemplate(self._tokenizer, arguments, eos), self._tokenizer
+        template = ChatTemplate(self._tokenizer)
+        ending = template.stop_token
+        tokenizer = self._tokenizer if ending is None else ending_with(self._tokenizer, ending)
+        return template, tokenizer

@@ -100,6 +100,8 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
     if recipe.model.trainable_layers is not None:
         freeze_trunk(model, recipe.model.trainable_layers)
     model.config.aggregation = recipe.score.aggregation
+    model.config.chat_template = recipe.data.chat_template
+    model.config.chat_template_kwargs = dict(recipe.data.chat_template_kwargs)
     objective = PairObjective(model, tokenizer.pad_token_id, recipe.score.penalty, engine.device)
     result = Result(recipe, engine, run, objective, model, tokenizer, splits.report, "reward_model")
     fit(recipe, engine, run, objective, [splits.train], splits.eval, name="reward model", result=result)

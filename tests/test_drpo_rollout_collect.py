@@ -217,9 +217,10 @@ def test_a_reward_function_that_returns_another_number_of_scores_is_an_error(rol
 
 def test_stop_and_bad_tokens(tokenizer):
     ids = tokenizer.get_vocab()
-    config = RolloutConfig(stop_tokens=["!", "<|endoftext|>"], bad_tokens=["."])
-    vocabulary = vocabulary_of(config, tokenizer, len(tokenizer) + 2)
-    assert vocabulary.stop_ids == (ids["!"], tokenizer.eos_token_id)
+    config = RolloutConfig(bad_tokens=["."])
+    policy_stops = [ids["!"], tokenizer.pad_token_id, tokenizer.eos_token_id, ids["."], len(tokenizer) + 5]
+    vocabulary = vocabulary_of(config, tokenizer, len(tokenizer) + 2, policy_stops)
+    assert vocabulary.stop_ids == (tokenizer.eos_token_id, ids["!"])  # the others are never sampled
     assert set(vocabulary.suppressed_ids) == {
         tokenizer.pad_token_id,
         ids["."],
@@ -234,7 +235,6 @@ def test_stop_and_bad_tokens(tokenizer):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"stop_tokens": ["no such token"]}, r"rollout\.stop_tokens: \['no such token'\]"),
         ({"bad_tokens": ["no such token"]}, r"rollout\.bad_tokens: \['no such token'\]"),
         ({"bad_tokens": ["<|endoftext|>"]}, r"share the ids"),
     ],

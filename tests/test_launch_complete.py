@@ -225,5 +225,5 @@ def test_policy_and_system_must_be_named(policy_folder, tmp_path):
     for policy, system in ((None, "sft"), (policy_folder, None)):
         with pytest.raises(ConfigError, match="policy must name a policy"):
             complete(policy, tmp_path / "run", system=system)
-    with pytest.raises(ConfigError, match=r"^stop_tokens: \['</never>'\] are not single tokens"):
-        complete(policy_folder, tmp_path / "run", stop_tokens=["</never>"])
+    with pytest.raises(ConfigError, match=r"^bad_tokens: \['</never>'\] are not single tokens"):
+        complete(policy_folder, tmp_path / "run", bad_tokens=["</never>"])

@@ -123,7 +123,7 @@ def encode_records(
     """
     texts = list(dict.fromkeys(text for record in records for text in _responses(record, view)))
     # One template made all of them, so its opening is the same.
-    opening = next((record.chat.opening for record in records if record.chat is not None), "")
+    opening = next((record.opening for record in records), "")
     ids_by_text = dict(zip(texts, encode_responses(tokenizer, texts, opening), strict=True))
     stop_inside = {text for text, ids in ids_by_text.items() if tokenizer.eos_token_id in ids[:-1]}
     limit = max_response_length

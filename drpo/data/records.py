@@ -74,9 +74,14 @@ class Record:
         """The prompt as every model, judge and stage knows it, whatever chat template rendered `prompt`."""
         return self.prompt if self.chat is None else self.chat.source
 
+    @property
+    def opening(self) -> str:
+        """What a chat template writes between the prompt and a plain reply; "" without one."""
+        return "" if self.chat is None else self.chat.opening
+
     def said(self, response: str) -> str:
         """A response of this record without what a chat template writes before it."""
-        return response if self.chat is None else response.removeprefix(self.chat.opening)
+        return response.removeprefix(self.opening)
 
 
 class BadRows:

@@ -37,6 +37,11 @@ def with_stop_token(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> P
         return tokenizer
     if token == tokenizer.pad_token:
         raise DataError(f"data.stop_token: {token!r} is the padding token, which is never sampled")
+    return ending_with(tokenizer, token)
+
+
+def ending_with(tokenizer: PreTrainedTokenizerBase, token: str) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer whose eos token is `token`."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = token
     return tokenizer

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drpo.models.adapters import merged_state_dict
 from drpo.models.scoring import unwrap_peft
+from drpo.models.stops import write_stop_token
 
 
 def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, card: str) -> None:
@@ -23,6 +24,7 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
     partial = path.with_name(f".partial_{path.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    write_stop_token(unwrap_peft(model), tokenizer)
     unwrap_peft(model).save_pretrained(partial, state_dict=merged_state_dict(model))
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")

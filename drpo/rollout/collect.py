@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drpo.config import ConfigError
-from drpo.data.encode import Example
+from drpo.data.encode import Example, said_texts
 from drpo.data.order import item_at
 from drpo.metrics import Phases
 from drpo.models.trunk import has_trunk, trunk_output
@@ -34,8 +34,6 @@ class RolloutConfig:
     """Longest response in tokens, forced prefix and stop token included."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
     """Temperature, top_k, top_p."""
-    stop_tokens: list[str] = field(default_factory=list)
-    """Tokens that end a response; [] means the tokenizer's end-of-text token."""
     bad_tokens: list[str] = field(default_factory=list)
     """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
     generation_batch_size: int = 64
@@ -63,28 +61,26 @@ class Vocabulary:
     suppressed_ids: tuple[int, ...]
 
 
-def vocabulary_of(config: RolloutConfig, tokenizer, num_logits: int) -> Vocabulary:
-    """Resolve token strings to ids. Raises ConfigError for a string that is not one token of the tokenizer."""
+def vocabulary_of(
+    config: RolloutConfig, tokenizer, num_logits: int, policy_stops: Sequence[int] = ()
+) -> Vocabulary:
+    """The ids that end a response, the tokenizer's eos token before those of the policy (`drpo.models.stops`), and
+    the ids that are never sampled: the tokenizer may have none for some of the logits, at the end or in between.
 
-    def ids_of(tokens: Sequence[str], key: str) -> list[int]:
-        known = tokenizer.get_vocab()
-        missing = [token for token in tokens if token not in known]
-        if missing:
-            raise ConfigError(f"rollout.{key}: {missing} are not single tokens of this tokenizer")
-        return [known[token] for token in tokens]
-
-    stops = ids_of(config.stop_tokens, "stop_tokens") or [tokenizer.eos_token_id]
-    never = {
-        tokenizer.pad_token_id,
-        *ids_of(config.bad_tokens, "bad_tokens"),
-        *range(len(tokenizer), num_logits),
-    }
-    if clash := never & set(stops):
+    Raises ConfigError for a bad token that is not one token of the tokenizer, or that ends responses.
+    """
+    known = tokenizer.get_vocab()
+    if missing := [token for token in config.bad_tokens if token not in known]:
+        raise ConfigError(f"rollout.bad_tokens: {missing} are not single tokens of this tokenizer")
+    bad = {known[token] for token in config.bad_tokens}
+    never = {tokenizer.pad_token_id} | bad | set(range(num_logits)).difference(known.values())
+    if (stop := tokenizer.eos_token_id) in never:
         raise ConfigError(
-            f"rollout.bad_tokens or padding and rollout.stop_tokens share the ids {sorted(clash)}"
+            f"rollout.bad_tokens or padding and the token that ends responses (data.stop_token) share the ids [{stop}]"
         )
     suppressed = sorted(i for i in never if i < num_logits)
-    return Vocabulary(tokenizer.pad_token_id, tuple(stops), tuple(suppressed))
+    others = [i for i in policy_stops if i != stop and i < num_logits and i not in never]
+    return Vocabulary(tokenizer.pad_token_id, (stop, *others), tuple(suppressed))
 
 
 @dataclass(frozen=True)
@@ -224,7 +220,7 @@ def completions_of(
     """Finished rollouts as reward functions see them; `ended` when the last token is a stop token."""
     ended = [ids[-1] in vocabulary.stop_ids for ids in responses]
     bodies = [ids[:-1] if end else ids for ids, end in zip(responses, ended, strict=True)]
-    texts = tokenizer.batch_decode([list(body) for body in bodies], skip_special_tokens=True)
+    texts = said_texts(tokenizer, bodies, [start.example.record.opening for start in starts])
     return [
         Completion(
             prompt=start.example.record.prompt,

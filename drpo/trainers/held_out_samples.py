@@ -13,6 +13,7 @@ from drpo.data.encode import Example
 from drpo.engine import Engine
 from drpo.models.loading import LoraConfig, ModelConfig, load_policy
 from drpo.models.scoring import response_logprobs
+from drpo.models.stops import stop_ids
 from drpo.rewards import RewardFn
 from drpo.rollout.collect import RolloutConfig, vocabulary_of
 from drpo.rollout.evaluate import EvalConfig, evaluate
@@ -75,7 +76,7 @@ def held_out_sampler(
         frozen = engine.place(load_policy(source, tokenizer, seed), as_trained=True)
         reference_logprobs = functools.partial(_logprobs, frozen)
     prompts = list({example.record.prompt: example for example in reversed(examples)}.values())[::-1]
-    vocabulary = vocabulary_of(rollout, tokenizer, policy.config.vocab_size)
+    vocabulary = vocabulary_of(rollout, tokenizer, policy.config.vocab_size, stop_ids(policy))
     settings = EvalConfig(num_prompts=config.num_prompts, temperature=config.temperature)
 
     def sample() -> tuple[dict[str, float], list[dict[str, Any]]]:

@@ -18,12 +18,14 @@ from torch import Tensor
 from drpo.checkpoints import list_checkpoints, step_of
 from drpo.config import ConfigError
 from drpo.data.load import Splits, load_examples
+from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
 from drpo.metrics import Phases
 from drpo.models.actor_critic import ActorCritic
 from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import adapter_disabled, response_logprobs
+from drpo.models.stops import check_stop_token, stop_ids
 from drpo.models.tokenizer import load_tokenizer
 from drpo.models.trunk import has_trunk, resumed_from, share_trunk
 from drpo.optim import build_optimizer, scheduled_rate, set_learning_rates
@@ -51,13 +53,14 @@ def train(
     the KL passes kl.max with kl.on_max=stop.
     """
     run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
-    tokenizer = load_tokenizer(recipe.tokenizer_path)
+    tokenizer = with_stop_token(load_tokenizer(recipe.tokenizer_path), recipe.data)
     splits = load_examples(recipe.data, tokenizer, "prompts")
     run.say(splits.report)
     _check(recipe, engine, splits)
 
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
-    vocabulary = vocabulary_of(recipe.rollout, tokenizer, policy.config.vocab_size)
+    check_stop_token(policy, tokenizer)
+    vocabulary = vocabulary_of(recipe.rollout, tokenizer, policy.config.vocab_size, stop_ids(policy))
     actor_critic = ActorCritic(
         policy,
         _load_critic(recipe, policy),

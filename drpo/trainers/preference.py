@@ -12,6 +12,7 @@ from drpo.data.load import load_examples
 from drpo.engine import Engine
 from drpo.models.loading import load_policy
 from drpo.models.scoring import response_logprobs
+from drpo.models.stops import check_stop_token
 from drpo.result import Result
 from drpo.rewards import RewardFn
 from drpo.run_folder import RunFolder
@@ -36,6 +37,8 @@ def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, Reward
     tokenizer = tokenizer_for(recipe.model, recipe.data)
     splits = load_examples(recipe.data, tokenizer, recipe.view)
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
+    if recipe.loss.name != "orpo":  # which is SFT too
+        check_stop_token(policy, tokenizer)
     reference = None
     # What a run reports must not depend on who filled the cache: a reference that costs nothing is always there.
     at_hand = recipe.reference_is_adapter_off

@@ -13,6 +13,7 @@ from torch import Tensor
 from drpo.config import ConfigError
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples, load_texts
+from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.scoring import response_logprobs
@@ -85,9 +86,10 @@ def train(recipe: SFTRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) ->
 
 
 def tokenizer_for(model: ModelConfig, data: DataConfig):
-    """The model's tokenizer, or for a model from scratch one trained on the texts of the data."""
+    """The model's tokenizer, or for a model from scratch one trained on the texts of the data; its eos token is the
+    one that ends responses."""
     if model.tokenizer or model.path:
-        return load_tokenizer(model.tokenizer or model.path)
+        return with_stop_token(load_tokenizer(model.tokenizer or model.path), data)
     if not model.architecture:
         raise ConfigError("no model: give model.path, or model.architecture for one from scratch")
-    return train_tokenizer(load_texts(data), model.vocab_size)
+    return with_stop_token(train_tokenizer(load_texts(data), model.vocab_size), data)

@@ -1,0 +1,38 @@
+"""Texts that somebody wrote, as another model reads them: through its own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from drpo.data.chat import ChatTemplate
+from drpo.data.encode import encode_queries, encode_responses
+from drpo.data.hh import parse_prompt
+from drpo.data.records import DataError, Message, RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_in_template(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatTemplate,
+    prompt: str,
+    response: str,
+    ended: bool,
+    messages: Sequence[Message] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt and of a response to it, in the template's markup, with the stop token where it `ended`.
+
+    The turns are `messages` or those that the text of the prompt holds (`parse_prompt`). The response is taken as it
+    is, whatever the template would make of it. Raises DataError when the template refuses the turns.
+    """
+    turns = parse_prompt(prompt) if messages is None else list(messages)
+    try:
+        text, _ = chat.render(turns, [])
+        literal = {text: chat.chat(turns, prompt).literal}
+    except RowError as error:
+        raise DataError(f"a chat template refuses the prompt {prompt[:60]!r}: {error}") from None
+    (query_ids,) = encode_queries(tokenizer, [text], literal)
+    (response_ids,) = encode_responses(tokenizer, [chat.opening + response], chat.opening)
+    return query_ids, response_ids if ended else response_ids[:-1]

@@ -1,0 +1,46 @@
+"""What ends a policy's responses: the eos ids of its generation_config beside the stop token of its tokenizer."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from drpo.config import ConfigError
+from drpo.models.scoring import unwrap_peft
+
+
+def stop_ids(policy: nn.Module) -> tuple[int, ...]:
+    """The eos ids of the policy's generation_config; none if it has no file of its own, but only its config's
+    defaults, which may be another tokenizer's."""
+    config = getattr(unwrap_peft(policy), "generation_config", None)
+    if config is None or getattr(config, "_from_model_config", False) or config.eos_token_id is None:
+        return ()
+    ids = config.eos_token_id
+    return tuple(dict.fromkeys(ids if isinstance(ids, list | tuple) else [ids]))
+
+
+def check_stop_token(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError when the tokenizer's stop token is none that the policy says.
+
+    SFT may teach another one. A policy that is compared with a reference, or rewarded for what it says, would be
+    trained on a token that it never says.
+    """
+    own = stop_ids(policy)
+    if own and tokenizer.eos_token_id not in own:
+        said = [str(token) for token in tokenizer.convert_ids_to_tokens(list(own))]
+        raise ConfigError(
+            f"this policy ends its responses with {' or '.join(map(repr, said))} (eos_token_id in its "
+            f"generation_config.json), but the data's would end with {tokenizer.eos_token!r}: set data.stop_token to "
+            f"{said[0]!r} or data.chat_template to what the policy was trained with, or teach it the other one by SFT"
+        )
+
+
+def write_stop_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the stop token into the model's generation_config, before what ended its responses otherwise, so that
+    plain `generate` stops there. A model that generates nothing is left as it is."""
+    config = getattr(model, "generation_config", None)
+    if config is None or tokenizer.eos_token_id is None:
+        return
+    ids = list(dict.fromkeys([tokenizer.eos_token_id, *stop_ids(model)]))
+    config.eos_token_id = ids[0] if len(ids) == 1 else ids
+    config._from_model_config = False
