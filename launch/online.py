@@ -15,6 +15,6 @@ def run(recipe: OnlineRecipe) -> Path:
     """Make what the demo needs and lacks, load the reward, train."""
     make_demo_inputs(recipe.model.path, recipe.reward.path, recipe.critic.path)
     engine = Engine(recipe.engine, Path(recipe.run_dir), recipe.seed, recipe.optim.max_grad_norm)
-    reward_fn = reward_from(recipe.reward, engine, recipe.tokenizer_path)
+    reward_fn = reward_from(recipe.reward, engine, recipe.tokenizer_path, recipe.data.chat_template)
     eval_rewards = import_functions(recipe.eval.reward_functions, "eval.reward_functions")
     return train(recipe, engine, reward_fn, eval_rewards)

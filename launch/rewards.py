@@ -15,13 +15,18 @@ from drpo.trainers.online_recipe import RewardConfig
 from reward_models.score import RewardModelScorer
 
 
-def reward_from(config: RewardConfig, engine: Engine, tokenizer_path: str) -> RewardFn:
-    """The RewardFn that a recipe's `reward` section names. `tokenizer_path` is the policy's tokenizer."""
+def reward_from(
+    config: RewardConfig, engine: Engine, tokenizer_path: str, chat_template: bool = False
+) -> RewardFn:
+    """The RewardFn that a recipe's `reward` section names. `tokenizer_path` is the policy's tokenizer;
+    `chat_template` says whether the prompts are conversations, which a reward model must be able to read."""
     if config.function is not None:
         return import_function(config.function, "reward.function")
     if config.path is None:
         raise ConfigError("nothing scores the rollouts: give reward.path (a reward model) or reward.function")
-    return RewardModelScorer.load(config.path, engine, config.batch_size, config.dtype, tokenizer_path)
+    scorer = RewardModelScorer.load(config.path, engine, config.batch_size, config.dtype, tokenizer_path)
+    scorer.check_reads(chat_template)
+    return scorer
 
 
 def import_functions(functions: Mapping[str, str], key: str) -> dict[str, RewardFn]:

@@ -141,6 +141,12 @@ class RewardModelScorer:
         """Whether `reward_models.train` showed it a chat template; None for a model from elsewhere."""
         return getattr(self._model.config, "chat_template", None)
 
+    def check_reads(self, chat: bool) -> None:
+        """Raise ConfigError when the model cannot read prompts that are conversations, or that are none."""
+        self._check_trained_on(chat)
+        if chat:
+            _ = self._in_template
+
     def _check_trained_on(self, reads_chat: bool) -> None:
         if self._was_trained_on_chat not in (None, reads_chat):
             raise ConfigError(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from drpo.config import ConfigError
 from drpo.data.chat import ChatTemplate
+from drpo.data.encode import decode_response, encode_response, said_texts
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.records import DataError
 from drpo.data.stop import with_stop_token
@@ -199,10 +200,8 @@ def test_a_model_that_generates_nothing_is_saved_as_it_is():
 @pytest.mark.parametrize(
     "text", ["\nfirst", "\n\nfirst", "\n \nfirst", " first", "first", "\n", "- a\n- b\n", "a\n\n"]
 )
-@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, lambda: sentencepiece(newlines=True)])
 def test_responses_survive_whatever_they_begin_with(text, make):
-    from drpo.data.encode import decode_response, encode_response, said_texts
-
     tokenizer = make()
     ids = encode_response(tokenizer, text)
     assert ids[-1] == tokenizer.eos_token_id

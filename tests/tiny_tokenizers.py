@@ -63,12 +63,14 @@ def single_bytes(bos: bool = False) -> PreTrainedTokenizerFast:
     return byte_level(texts=(), vocab_size=len(SPECIAL) + 256, bos=bos)
 
 
-def sentencepiece() -> PreTrainedTokenizerFast:
-    """As Llama 2 and Mistral have it: a space is put before every text, and unknown characters become bytes."""
+def sentencepiece(newlines: bool = False) -> PreTrainedTokenizerFast:
+    """As Llama 2 and Mistral have it: a space is put before every text, and unknown characters become bytes; with
+    `newlines` it has tokens of several, and of newlines with what follows them."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=150, show_progress=False)
-    learner.train_from_iterator([sentence.replace("\n", " ") for sentence in SENTENCES], trainer)
+    texts = [sentence if newlines else sentence.replace("\n", " ") for sentence in SENTENCES]
+    learner.train_from_iterator([*texts, "a\n\nb\nc\n\n\nd" * newlines], trainer)
     learned = json.loads(learner.to_str())["model"]
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
     model = models.BPE(
