@@ -156,12 +156,20 @@ class Engine:
         return float(norm)
 
     @torch.no_grad()
-    def reset_optimizer(self) -> None:
-        """Forget the optimizer's moments: its next step is like its first."""
-        optimizer = self._optimizer.optimizer
+    def reset_optimizer(self, group: int | None = None) -> None:
+        """Forget the moments and the step count of one parameter group, or of all: the next step is like the first."""
+        outer = self._optimizer.optimizer
         # DeepSpeed's ZeRO wraps the one that was prepared.
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        for state in optimizer.state.values():
+        optimizer = getattr(outer, "optimizer", outer)
+        if group is None:
+            states = list(optimizer.state.values())
+        else:
+            parameters = optimizer.param_groups[group]["params"]
+            if hasattr(outer, "sub_group_to_group_id"):  # ZeRO-3 empties the groups but for its own step
+                flat = enumerate(outer.fp32_partitioned_groups_flat)
+                parameters = [part for i, part in flat if outer.sub_group_to_group_id[i] == group]
+            states = [optimizer.state[parameter] for parameter in parameters if parameter in optimizer.state]
+        for state in states:
             for name, value in state.items():
                 state[name] = value.zero_() if isinstance(value, Tensor) else 0
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
+from online_runs import forget_precision, run_online
 from safetensors.torch import load_file
 
-from drpo.metrics import read_metrics
+from drpo.metrics import read_metrics, reproducible
 
 
 def test_a_kl_above_its_limit_stops_the_run_and_says_so(online_run, tmp_path):
@@ -45,6 +47,48 @@ def test_the_policy_stands_still_while_the_critic_learns_alone(online_run, polic
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert rows[-1]["objective/kl_k3"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("pretrain_steps", [0, 1, 4])
+def test_first_policy_update_after_critic_pretraining_has_the_size_of_the_learning_rate(
+    online_run, policy_folder, pretrain_steps
+):
+    """Adam's first step is lr g / (|g| + eps). If 4 steps of gradient 0 counted, it would be
+    (0.1 / (1 - 0.9^5)) / sqrt(0.05 / (1 - 0.95^5)) = 0.52 of that, and over 1 in later ones."""
+    _, run = online_run(
+        num_steps=pretrain_steps + 1,
+        critic={"pretrain_steps": pretrain_steps},
+        ppo={"num_epochs": 1, "num_minibatches": 1},
+        optim={"eps": 1e-12, "betas": [0.9, 0.95]},
+    )
+    before = load_file(policy_folder / "model.safetensors")
+    after = load_file(run / "policy" / "model.safetensors")
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in before]).abs() / 1e-3
+    assert moved.max() == pytest.approx(1.0, abs=1e-2)
+    assert moved[moved > 0].median() == pytest.approx(1.0, abs=1e-2)
+
+
+def test_learning_rate_schedule_of_the_policy_begins_after_critic_pretraining(online_run):
+    """Linear with two steps of warm-up: 1/3, 2/3, then 1 - p with p = 0, 1/2; the critic's begins at once."""
+    rows, _ = online_run(num_steps=6, critic={"pretrain_steps": 2}, optim={"warmup_steps": 2})
+    policy = [row["optim/policy_learning_rate"] / 1e-3 for row in rows]
+    critic = [row["optim/critic_learning_rate"] / 1e-3 for row in rows]
+    assert policy == pytest.approx([0, 0, 1 / 3, 2 / 3, 1, 1 / 2])
+    assert critic == pytest.approx([1 / 3, 2 / 3, 1, 3 / 4, 1 / 2, 1 / 4])
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_run_resumed_around_the_end_of_critic_pretraining_is_the_same(policy_folder, tmp_path, last):
+    changes = {"num_steps": 4, "critic": {"pretrain_steps": 2}, "checkpoint": {"every": 1, "keep": 9}}
+    run = tmp_path / "run"
+    whole = list(map(reproducible, run_online(policy_folder, run, changes)))
+    weights = load_file(run / "policy" / "model.safetensors")
+    for later in range(last + 1, 5):
+        shutil.rmtree(run / "checkpoints" / f"step_{later}")
+    assert list(map(reproducible, run_online(policy_folder, run, changes))) == whole
+    forget_precision()
+    again = load_file(run / "policy" / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 def test_a_reward_that_is_not_finite_names_step_row_and_origin(online_run):

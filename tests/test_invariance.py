@@ -79,6 +79,24 @@ def test_two_deepspeed_processes_equal_one(folder, stage):
     assert_same_policy(folder / "whole", folder / f"zero{stage}", 2e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_deepspeed_processes_leave_critic_pretraining_as_one_does(folder, stage):
+    pretraining = ["critic.pretrain_steps=2", "kl.target=null", "kl.horizon=10000"]
+    run(plain("drpo"), "drpo.yaml", f"run_dir=alone{stage}", *pretraining, cwd=folder)
+    name = f"alone_zero{stage}"
+    run(
+        deepspeed("drpo", stage),
+        "drpo.yaml",
+        f"run_dir={name}",
+        "ppo.microbatch_size=2",
+        *pretraining,
+        cwd=folder,
+    )
+    assert_close(metrics_of(folder / f"alone{stage}"), metrics_of(folder / name), 2e-4)
+    assert_same_policy(folder / f"alone{stage}", folder / name, 2e-4)
+
+
 def test_ppo_is_drpo_without_resets_bit_for_bit(folder):
     run(plain("drpo"), "drpo.yaml", "run_dir=beta0", "reset.proportion=0", cwd=folder)
     run(plain("ppo"), "drpo.yaml", "run_dir=ppo", cwd=folder)

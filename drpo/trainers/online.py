@@ -42,6 +42,8 @@ from drpo.trainers.online_metrics import SHOWN, online_metrics
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.ppo_update import ppo_update
 
+POLICY_GROUP = 0  # the optimizer's parameter groups: policy, critic
+
 
 def train(
     recipe: OnlineRecipe, engine: Engine, reward_fn: RewardFn, eval_rewards: Mapping[str, RewardFn]
@@ -155,6 +157,9 @@ def train(
                 update = ppo_update(engine, model, trajectory, credit, recipe.ppo,
                                     train_policy=step > recipe.critic.pretrain_steps,
                                     seed=recipe.seed, step=step, check_finite=check_finite)  # fmt: skip
+            if step <= recipe.critic.pretrain_steps:
+                # Steps of size 0 count for Adam too: the policy's first real ones would be several times too large.
+                engine.reset_optimizer(group=POLICY_GROUP)
             metrics |= {f"ppo/{name}": value for name, value in update.items()}
             metrics |= {"optim/policy_learning_rate": rates[0], "optim/critic_learning_rate": rates[1]}
             controller.update(float(episode_kl(trajectory, recipe.kl.estimator).mean()), batch_size)
@@ -228,12 +233,19 @@ def _reference(
 
 
 def _learning_rates(recipe: OnlineRecipe, step: int) -> tuple[float, float]:
-    """Of the policy (0 while the critic alone learns) and the critic in step 1, 2, ..."""
+    """Learning rates of policy and critic at `step` (1-based).
+
+    The policy's is 0 during critic pretraining, and its schedule, warm-up included, runs over the steps after it.
+    """
     critic_peak = recipe.critic.learning_rate or recipe.optim.learning_rate
-    args = (recipe.optim, step - 1, recipe.num_steps)
-    policy_rate = scheduled_rate(recipe.optim.learning_rate, *args)
-    critic_rate = scheduled_rate(critic_peak, *args, warmup_steps=recipe.critic.warmup_steps)
-    return (policy_rate if step > recipe.critic.pretrain_steps else 0.0), critic_rate
+    critic_rate = scheduled_rate(
+        critic_peak, recipe.optim, step - 1, recipe.num_steps, warmup_steps=recipe.critic.warmup_steps
+    )
+    alone = recipe.critic.pretrain_steps
+    if step <= alone:
+        return 0.0, critic_rate
+    args = (recipe.optim, step - 1 - alone, recipe.num_steps - alone)
+    return scheduled_rate(recipe.optim.learning_rate, *args), critic_rate
 
 
 def _roll_back(

@@ -29,7 +29,7 @@ class CriticConfig:
     warmup_steps: int | None = None
     """Learning-rate warm-up of the critic; null takes optim.warmup_steps."""
     pretrain_steps: int = 0
-    """First steps in which the critic alone learns."""
+    """First steps in which the critic alone learns. The policy's learning-rate schedule begins after them."""
 
     def __post_init__(self) -> None:
         if self.learning_rate is not None and self.learning_rate <= 0:
@@ -92,13 +92,17 @@ class OnlineRecipe:
             raise ValueError(f"num_steps must be >= 1, got {self.num_steps}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+        alone = self.critic.pretrain_steps
+        if alone > self.num_steps:
+            raise ValueError(f"critic.pretrain_steps ({alone}) must not exceed num_steps ({self.num_steps})")
         for key in ("optim.warmup_steps", "critic.warmup_steps"):
             warmup = getattr(self, key.split(".")[0]).warmup_steps
             if warmup is not None and warmup >= self.num_steps:
                 raise ValueError(f"{key} is {warmup}, it must be below num_steps, {self.num_steps}")
-        if self.critic.pretrain_steps > self.num_steps:
+        if alone < self.num_steps <= alone + self.optim.warmup_steps:
             raise ValueError(
-                f"critic.pretrain_steps ({self.critic.pretrain_steps}) must not exceed num_steps ({self.num_steps})"
+                f"optim.warmup_steps is {self.optim.warmup_steps}, it must be below the steps in which the policy "
+                f"learns, num_steps - critic.pretrain_steps = {self.num_steps - alone}"
             )
         if self.rollout.batch_size % self.ppo.num_minibatches:
             raise ValueError(
