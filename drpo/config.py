@@ -60,6 +60,8 @@ def _check_kinds(given, defaults, prefix: str = "") -> None:
     """A section needs keys and a list needs a list: told here, since merging would not name the key."""
     for name in given:
         if name not in defaults:
+            if name in (retired := getattr(OmegaConf.get_type(defaults), "RETIRED", {})):
+                raise ConfigError(f"{prefix}{name} {retired[name]}")
             continue  # the merge names unknown keys
         key, value, default = f"{prefix}{name}", given._get_node(name), defaults._get_node(name)
         if OmegaConf.is_dict(default) and dataclasses.is_dataclass(OmegaConf.get_type(default)):

@@ -206,11 +206,12 @@ class FixedKL:
 
 
 class AdaptiveKL:
-    """A KL coefficient that steers the measured KL (nats per episode) to a target.
+    """A KL coefficient that steers the measured KL (nats per sampled token) to a target.
 
         error = clip(kl / target - 1, -0.2, 0.2);   coef <- coef (1 + error * num_episodes / horizon)
 
-    Feed it the KL of tokens that the policy sampled, never that of forced ones.
+    Feed it the KL of tokens that the policy sampled, never that of forced ones. Per token, not per episode as in
+    the source: episodes from resets have fewer sampled tokens than those from the prompt.
     Raises ValueError when an argument is not positive. Source: Ziegler et al. 2019, section 2.2.
     """
 

@@ -255,6 +255,7 @@ def test_running_moments_refuse_what_would_spoil_them():
 
 def test_adaptive_kl_by_hand():
     # coef 0.1, target 6, horizon 1000, 50 episodes an update: it moves by at most 0.2 * 50 / 1000 = 1%.
+    # (Whatever the unit: the loop gives nats per sampled token.)
     #   kl 12:  error clip(1, +-0.2)    =  0.2  ->  0.1    * 1.01  = 0.101
     #   kl 0:   error clip(-1, +-0.2)   = -0.2  ->  0.101  * 0.99  = 0.09999
     #   kl 6.6: error 0.1, within       =  0.1  ->  0.09999 * 1.005 = 0.10048995 (0.1 * 50 / 1000 = 0.5%)

@@ -20,6 +20,7 @@ from drpo.trainers.credit import (
     ShapingConfig,
     assign_credit,
     episode_kl,
+    kl_per_token,
 )
 
 PLAIN = ShapingConfig(missing_stop="none")
@@ -284,9 +285,32 @@ def test_total_reward_is_the_score_minus_the_weighted_kl(trajectory):
 
 
 def test_controllers():
-    fixed, adaptive = KLConfig(coef=0.2).controller(), KLConfig(coef=0.2, target=6.0).controller()
+    fixed, adaptive = KLConfig(coef=0.2).controller(), KLConfig(coef=0.2, target_per_token=0.5).controller()
     assert isinstance(fixed, FixedKL) and fixed.coef == 0.2
-    assert isinstance(adaptive, AdaptiveKL) and adaptive.coef == 0.2 and adaptive.target == 6.0
+    assert isinstance(adaptive, AdaptiveKL) and adaptive.coef == 0.2 and adaptive.target == 0.5
+
+
+@pytest.mark.parametrize("estimator, expected", [("k1", 3 / 5), ("k2", 3.5 / 5), ("k3", 2.58938 / 5)])
+def test_kl_per_token_is_that_of_all_policy_tokens_together(trajectory, estimator, expected):
+    """Log-ratios 1, 2 and 0, 1, -1; k3: 0.36788 + 1.13534 and 0 + 0.36788 + 0.71828."""
+    assert kl_per_token(trajectory, estimator).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_same_policy_moves_kl_controllers_of_ppo_and_drpo_alike():
+    """A policy 0.55 nats a token from its reference, responses of 8 tokens, of which DR-PO forces 6 and 2.
+
+    At a target of 0.5 the error is 0.55 / 0.5 - 1 = 0.1, the coefficient 0.1 (1 + 0.1 * 2 / 100) = 0.1002. Summed over
+    an episode, PPO has 4.4 nats and DR-PO 2.2: at a target of 4 the one would raise and the other lower it.
+    """
+    adapted = {}
+    for name, forced in (("ppo", [0, 0]), ("drpo", [6, 2])):
+        rows = hand_trajectory(lengths=[8, 8], forced=forced, width=8, log_ratios=[[0.55] * 8] * 2)
+        assert close(episode_kl(rows, "k1").mean(), 4.4 if name == "ppo" else 2.2)
+        controller = KLConfig(coef=0.1, target_per_token=0.5, horizon=100).controller()
+        controller.update(kl_per_token(rows, "k1").item(), num_episodes=2)
+        adapted[name] = controller.coef
+    assert adapted["ppo"] == pytest.approx(0.1002, rel=1e-6)
+    assert adapted["drpo"] == pytest.approx(0.1002, rel=1e-6)
 
 
 # --- nothing is changed in place --------------------------------------------------------------------------
@@ -304,10 +328,10 @@ def test_the_trajectory_is_not_changed(trajectory):
         (lambda: ShapingConfig(missing_stop_penalty=-1.0), "reward.shaping.missing_stop_penalty"),
         (lambda: ShapingConfig(clip=0.0), "reward.shaping.clip"),
         (lambda: KLConfig(coef=-0.1), "kl.coef"),
-        (lambda: KLConfig(target=0.0), "kl.target"),
-        (lambda: KLConfig(coef=0.0, target=6.0), "kl.coef"),
+        (lambda: KLConfig(target_per_token=0.0), "kl.target_per_token"),
+        (lambda: KLConfig(coef=0.0, target_per_token=0.1), "kl.coef"),
         (lambda: KLConfig(horizon=0.0), "kl.horizon"),
-        (lambda: KLConfig(max=0.0), "kl.max"),
+        (lambda: KLConfig(max_per_token=0.0), "kl.max_per_token"),
         (lambda: AdvantageConfig(gamma=1.1), "advantage.gamma"),
         (lambda: AdvantageConfig(lam=-0.1), "advantage.lam"),
     ],

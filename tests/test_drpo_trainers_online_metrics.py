@@ -89,6 +89,15 @@ def test_kl_is_summed_over_policy_tokens_alone(trajectory, estimator, masking):
     assert metrics_of(trajectory, masking)[f"objective/kl_{estimator}"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+@pytest.mark.parametrize("masking", ["paper", "release"])
+def test_kl_per_token_is_the_mean_over_policy_tokens_alone(trajectory, estimator, masking):
+    total = sum(row_kl(row, estimator) for row in range(6))
+    expected = total / sum(len(tokens(row)) for row in range(6))
+    measured = metrics_of(trajectory, masking)[f"objective/kl_{estimator}_per_token"]
+    assert measured == pytest.approx(expected, rel=1e-4)
+
+
 def test_entropy_is_the_mean_over_policy_tokens_alone(trajectory):
     """TRL sums log-probs over the row, padding included as +1 (reported 12.73 where the truth was 20.41)."""
     sampled = [ENTROPY[row][t] for row in range(6) for t in tokens(row)]
@@ -169,6 +178,9 @@ def test_groups_hold_the_means_of_their_rows(trajectory, group):
     assert metrics[f"{group}/kl_k3"] == pytest.approx(
         statistics.mean(row_kl(row, "k3") for row in members), rel=1e-4
     )
+    assert metrics[f"{group}/kl_k3_per_token"] == pytest.approx(
+        sum(row_kl(row, "k3") for row in members) / sum(len(tokens(row)) for row in members), rel=1e-4
+    )
 
 
 def test_an_empty_group_has_no_keys(trajectory):
@@ -235,4 +247,4 @@ def test_all_metrics_are_plain_finite_floats(trajectory):
 def test_shown_keys_are_reported_by_a_step(trajectory):
     # The others come from the update, the evaluation (test_peers holds its keys) and the clock.
     from_rollouts = {key for key in SHOWN if key.startswith("objective/")}
-    assert len(from_rollouts) == 4 and from_rollouts <= metrics_of(trajectory).keys()
+    assert len(from_rollouts) == 5 and from_rollouts <= metrics_of(trajectory).keys()

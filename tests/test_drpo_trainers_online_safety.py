@@ -15,22 +15,39 @@ from drpo.metrics import read_metrics, reproducible
 
 def test_a_kl_above_its_limit_stops_the_run_and_says_so(online_run, tmp_path):
     with pytest.raises(
-        RuntimeError, match=r"step 2: KL .* above kl\.max=0\.001\. Last checkpoint: .*step_1\."
+        RuntimeError, match=r"step 2: KL .* above kl\.max_per_token=0\.0001\. Last checkpoint: .*step_1\."
     ):
-        online_run(kl={"max": 0.001}, checkpoint={"every": 1})
+        online_run(kl={"max_per_token": 0.0001}, checkpoint={"every": 1})
     assert [row["step"] for row in read_metrics(tmp_path / "run1" / "metrics.jsonl")] == [1, 2]
 
 
 def test_rolling_back_skips_the_update_and_counts(online_run):
-    rows, _ = online_run(num_steps=2, kl={"max": 0.001, "on_max": "rollback"}, checkpoint={"every": 1})
+    rows, _ = online_run(
+        num_steps=2, kl={"max_per_token": 0.0001, "on_max": "rollback"}, checkpoint={"every": 1}
+    )
     assert [row["safety/num_rollbacks"] for row in rows] == [0.0, 1.0]
     assert ["ppo/ratio" in row for row in rows] == [True, False]
 
 
 def test_a_rollback_brings_the_kl_below_its_limit(online_run):
-    rows, _ = online_run(num_steps=4, kl={"max": 0.001, "on_max": "rollback"}, checkpoint={"every": 1})
+    rows, _ = online_run(
+        num_steps=4, kl={"max_per_token": 0.0001, "on_max": "rollback"}, checkpoint={"every": 1}
+    )
     assert rows[1]["safety/num_rollbacks"] == 1.0
-    assert rows[2]["objective/kl_k3"] < 0.001
+    assert rows[2]["objective/kl_k3_per_token"] < 0.0001
+
+
+def test_kl_limits_hold_for_a_token_not_an_episode(online_run):
+    """With about 5 sampled tokens an episode, a limit of twice the KL per token lies below the KL per episode."""
+    before, _ = online_run(num_steps=2)
+    per_token, per_episode = (before[1][f"objective/kl_k3{unit}"] for unit in ("_per_token", ""))
+    assert per_episode > 3 * per_token
+    kl = {"estimator": "k3", "horizon": 160, "target_per_token": 2 * per_token}
+    rows, _ = online_run(num_steps=3, kl={**kl, "max_per_token": 2 * per_token})
+    # KL 0 in step 1, half the target or so in step 2, 16 episodes: twice down by 0.2 * 16 / 160 = 2%.
+    assert [row["objective/kl_coef"] for row in rows] == pytest.approx([0.05, 0.05 * 0.98, 0.05 * 0.98**2])
+    with pytest.raises(RuntimeError, match=r"step 2: .* nats per sampled token, above kl\.max_per_token"):
+        online_run(kl={"max_per_token": per_token / 2})
 
 
 @pytest.mark.parametrize(

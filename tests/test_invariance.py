@@ -82,7 +82,7 @@ def test_two_deepspeed_processes_equal_one(folder, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_deepspeed_processes_leave_critic_pretraining_as_one_does(folder, stage):
-    pretraining = ["critic.pretrain_steps=2", "kl.target=null", "kl.horizon=10000"]
+    pretraining = ["critic.pretrain_steps=2", "kl.target_per_token=null", "kl.horizon=10000"]
     run(plain("drpo"), "drpo.yaml", f"run_dir=alone{stage}", *pretraining, cwd=folder)
     name = f"alone_zero{stage}"
     run(

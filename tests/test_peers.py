@@ -248,7 +248,7 @@ def metrics_page() -> str:
 
 
 def test_12_every_metric_of_a_run_is_explained(online_run):
-    rows, _ = online_run(eval={"every": 2, "num_prompts": 4}, kl={"target": 1.0})
+    rows, _ = online_run(eval={"every": 2, "num_prompts": 4}, kl={"target_per_token": 1.0})
     table = [line for line in metrics_page().splitlines() if line.startswith("| `")]
     documented = [set(re.findall(r"`([^`]+)`", line)) for line in table]
 

@@ -178,7 +178,7 @@ def test_drpo_on_tldr_has_the_settings_of_the_paper():
     assert (recipe.ppo.entropy_coef, recipe.ppo.target_kl) == (0.0, None)
     assert (recipe.advantage.gamma, recipe.advantage.lam) == (1.0, 0.95)
     assert recipe.advantage.whiten and recipe.advantage.whiten_rewards
-    assert (recipe.kl.coef, recipe.kl.target, recipe.kl.estimator) == (0.05, None, "k1")
+    assert (recipe.kl.coef, recipe.kl.target_per_token, recipe.kl.estimator) == (0.05, None, "k1")
     assert (recipe.optim.learning_rate, recipe.optim.schedule) == (3e-6, "linear")
     assert (recipe.optim.warmup_steps, recipe.optim.eps) == (0, 1e-5)
     assert (recipe.optim.betas, recipe.optim.weight_decay) == ([0.9, 0.999], 0.01)
@@ -219,7 +219,8 @@ def test_online_stages_on_hh_have_the_settings_of_trlx(size, optimizer_steps, ra
     assert recipe.rollout.batch_size == 8 * 64
     assert (recipe.optim.learning_rate, recipe.optim.schedule) == (rate, "constant")
     assert (recipe.optim.betas, recipe.optim.weight_decay) == ([0.9, 0.95], 1e-6)
-    assert (recipe.kl.coef, recipe.kl.target, recipe.kl.horizon) == (0.05, 6.0, 10_000)
+    assert (recipe.kl.coef, recipe.kl.horizon) == (0.05, 10_000)
+    assert recipe.kl.target_per_token == pytest.approx(6 / 128, abs=5e-4)  # 6 nats an episode of 128 tokens
     assert (recipe.ppo.value_coef, recipe.advantage.gamma, recipe.advantage.lam) == (1.0, 1.0, 0.95)
     assert (recipe.rollout.max_response_length, recipe.rollout.sampling.temperature) == (128, 1.0)
     assert (recipe.reward.shaping.normalise, recipe.reward.shaping.clip) == ("running", 10.0)
@@ -272,6 +273,8 @@ def test_recipes_are_frozen_all_the_way_down(recipe_class):
         ("tldr/drpo_2.8b.yaml", "reset.curriculum_end=0.3", "reset.curriculum_end"),
         ("tldr/drpo_2.8b.yaml", "data.columns.prompt=q", "data.columns"),
         ("hh/drpo_1b.yaml", "kl.coef=0", "kl.coef"),
+        ("hh/drpo_1b.yaml", "kl.target=6", "kl.target was a KL per episode"),
+        ("hh/drpo_1b.yaml", "kl.max=20", "write kl.max_per_token ="),
         ("hh/drpo_1b.yaml", "data.truncation=paragraph", "data.truncation"),
         ("tldr/reward_model_1b.yaml", "model.lora.r=8", "model.lora"),
         ("demo/sft.yaml", "model.path=gpt2", "model.path"),

@@ -120,13 +120,13 @@ def test_other_settings_are_refused_by_name(folder):
 
 @pytest.mark.parametrize("on_max", ["stop", "rollback"])
 def test_a_kl_above_the_guard_stops_or_rolls_back(folder, on_max):
-    arguments = ["drpo.yaml", f"run_dir=guard_{on_max}", "kl.max=1e-6", f"kl.on_max={on_max}"]
+    arguments = ["drpo.yaml", f"run_dir=guard_{on_max}", "kl.max_per_token=1e-6", f"kl.on_max={on_max}"]
     if on_max == "stop":
         done = subprocess.run(
             [*plain("drpo"), *arguments], cwd=folder, env=CLEAN, capture_output=True, text=True
         )
         assert done.returncode != 0
-        assert "kl.max=1e-06" in done.stderr and "guard_stop/checkpoints/step_1" in done.stderr
+        assert "kl.max_per_token=1e-06" in done.stderr and "guard_stop/checkpoints/step_1" in done.stderr
     else:
         run(plain("drpo"), *arguments, cwd=folder)
         rows = metrics_of(folder / "guard_rollback")[1:]

@@ -46,7 +46,7 @@ ONLINE = {
     "num_steps": 4,
     "data": {"task": "demo", "demo": {"num_train": 256, "num_eval": 8}},
     "reward": {"function": "drpo.data.demo:true_rewards", "shaping": {"missing_stop": "none"}},
-    "kl": {"coef": 0.1, "target": 1.0, "horizon": 100},
+    "kl": {"coef": 0.1, "target_per_token": 0.2, "horizon": 100},
     "rollout": {
         "batch_size": 16,
         "max_response_length": 8,

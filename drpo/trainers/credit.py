@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,31 +43,42 @@ class KLConfig:
     """The KL penalty to the reference, and its guard."""
 
     coef: float = 0.05
-    """Weight of the KL in the reward (the start value when `target` is set)."""
+    """Weight of the KL in the reward (the start value when `target_per_token` is set)."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """Estimator that enters the reward (Schulman 2020)."""
-    target: float | None = None
-    """KL per episode, in nats, that an adaptive coefficient steers to; null keeps `coef` fixed."""
+    target_per_token: float | None = None
+    """KL per sampled token, in nats, that an adaptive coefficient steers to, the same notion for PPO and DR-PO; null
+    keeps `coef` fixed. From a target per episode: divide by the sampled tokens of an episode (6 nats, 128 tokens:
+    0.047)."""
     horizon: float = 10_000
-    """Episodes over which the adaptive coefficient reacts; used with `target`."""
-    max: float | None = None
-    """Guard: KL per episode, in nats (k3), above which `on_max` happens; null for no guard."""
+    """Episodes over which the adaptive coefficient reacts; used with `target_per_token`."""
+    max_per_token: float | None = None
+    """Guard: KL per sampled token, in nats (k3), above which `on_max` happens; null for no guard."""
     on_max: Literal["stop", "rollback"] = "stop"
     """stop: end the run with an error that names the last checkpoint. rollback: go back to the weights of the
     last checkpoint and on with new prompts."""
 
+    RETIRED: ClassVar[dict[str, str]] = {
+        "target": "was a KL per episode, which is fewer sampled tokens under resets than without; write "
+        "kl.target_per_token = target / sampled tokens of an episode (6 nats, 128 tokens: 0.047)",
+        "max": "was a KL per episode, which is fewer sampled tokens under resets than without; write "
+        "kl.max_per_token = max / sampled tokens of an episode",
+    }
+
     def __post_init__(self) -> None:
         if self.coef < 0:
             raise ValueError(f"kl.coef must be >= 0, got {self.coef}")
-        if self.target is not None and (self.target <= 0 or self.coef <= 0):
-            raise ValueError("kl.target needs kl.target > 0 and kl.coef > 0")
+        if self.target_per_token is not None and (self.target_per_token <= 0 or self.coef <= 0):
+            raise ValueError("kl.target_per_token needs kl.target_per_token > 0 and kl.coef > 0")
         if self.horizon <= 0:
             raise ValueError(f"kl.horizon must be > 0, got {self.horizon}")
-        if self.max is not None and self.max <= 0:
-            raise ValueError(f"kl.max must be > 0 or null, got {self.max}")
+        if self.max_per_token is not None and self.max_per_token <= 0:
+            raise ValueError(f"kl.max_per_token must be > 0 or null, got {self.max_per_token}")
 
     def controller(self) -> FixedKL | AdaptiveKL:
-        return FixedKL(self.coef) if self.target is None else AdaptiveKL(self.coef, self.target, self.horizon)
+        if self.target_per_token is None:
+            return FixedKL(self.coef)
+        return AdaptiveKL(self.coef, self.target_per_token, self.horizon)
 
 
 @dataclass(frozen=True)
@@ -154,3 +165,14 @@ def episode_kl(trajectory: Trajectory, estimator: str) -> Tensor:
     """(B,) KL to the reference summed over each episode's policy tokens, in nats."""
     kl = kl_estimate(trajectory.logprobs, trajectory.ref_logprobs, estimator)
     return masked_sum(kl, trajectory.action_mask, dim=1)
+
+
+def kl_per_token(trajectory: Trajectory, estimator: str) -> Tensor:
+    """Mean KL to the reference over all tokens that the policy sampled, in nats: a scalar.
+
+        sum over rows and sampled tokens of KL_t / number of those tokens
+
+    Forced tokens are in neither sum, so the same policy has the same KL with and without resets. The sum over
+    an episode has not: a reset leaves fewer tokens to sum over.
+    """
+    return episode_kl(trajectory, estimator).sum() / trajectory.action_mask.sum()

@@ -37,7 +37,7 @@ from drpo.rollout.resets import reset_response
 from drpo.run_folder import RunFolder, RunStopped, finite_or_stop
 from drpo.samples import rollout_samples
 from drpo.tensors import PaddedBatch
-from drpo.trainers.credit import assign_credit, episode_kl
+from drpo.trainers.credit import assign_credit, kl_per_token
 from drpo.trainers.online_metrics import SHOWN, online_metrics
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.ppo_update import ppo_update
@@ -52,7 +52,7 @@ def train(
 
     `reward_fn` scores rollouts; `eval_rewards` are further scores of the held-out completions, by name.
     Raises CheckpointError when run_dir holds another run, FloatingPointError on inf or nan, RunStopped when
-    the KL passes kl.max with kl.on_max=stop.
+    the KL passes kl.max_per_token with kl.on_max=stop.
     """
     run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
     tokenizer = with_stop_token(load_tokenizer(recipe.tokenizer_path), recipe.data)
@@ -126,7 +126,7 @@ def train(
         metrics, rows = evaluate_now()
         run.record(0, metrics, SHOWN)
         run.write_samples(0, rows)
-    if state is None and recipe.kl.max is not None and recipe.kl.on_max == "rollback":
+    if state is None and recipe.kl.max_per_token is not None and recipe.kl.on_max == "rollback":
         run.save(0, recipe.num_steps, trainer_state(0, False), always=True)
     batch_size = recipe.rollout.batch_size
     for step in range(start_step + 1, recipe.num_steps + 1):
@@ -150,7 +150,8 @@ def train(
                                recipe.advantage, recipe.reset.masking, running)  # fmt: skip
         metrics = online_metrics(trajectory, credit, controller.coef)
 
-        if recipe.kl.max is None or metrics["objective/kl_k3"] <= recipe.kl.max:
+        limit = recipe.kl.max_per_token
+        if limit is None or metrics["objective/kl_k3_per_token"] <= limit:
             rates = _learning_rates(recipe, step)
             set_learning_rates(engine.optimizer, rates)
             with phases("update"):
@@ -162,7 +163,7 @@ def train(
                 engine.reset_optimizer(group=POLICY_GROUP)
             metrics |= {f"ppo/{name}": value for name, value in update.items()}
             metrics |= {"optim/policy_learning_rate": rates[0], "optim/critic_learning_rate": rates[1]}
-            controller.update(float(episode_kl(trajectory, recipe.kl.estimator).mean()), batch_size)
+            controller.update(float(kl_per_token(trajectory, recipe.kl.estimator)), batch_size)
             rolled_back = False
         else:
             _roll_back(recipe, engine, run, step, metrics, again=rolled_back)
@@ -256,8 +257,8 @@ def _roll_back(
     # The weights after step-1 are those found too far away: a checkpoint from before them is needed.
     earlier = [folder for folder in checkpoints if step_of(folder) < step - 1]
     message = (
-        f"step {step}: KL to the reference is {metrics['objective/kl_k3']:.3g} nats per episode, "
-        f"above kl.max={recipe.kl.max:g}"
+        f"step {step}: KL to the reference is {metrics['objective/kl_k3_per_token']:.3g} nats per sampled token, "
+        f"above kl.max_per_token={recipe.kl.max_per_token:g}"
     )
     if recipe.kl.on_max == "stop" or again or not earlier:
         run.record(step, metrics, SHOWN)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from drpo.rollout.trajectory import Trajectory
 from drpo.tensors import explained_variance, masked_mean, masked_var
-from drpo.trainers.credit import Credit, episode_kl
+from drpo.trainers.credit import Credit, episode_kl, kl_per_token
 
 SHOWN = (
     "objective/score",
     "objective/kl_k3",
+    "objective/kl_k3_per_token",
     "objective/ended",
     "objective/length",
     "ppo/value_loss",
@@ -44,6 +45,8 @@ def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> di
     metrics = {f"objective/{name}": float(values.mean()) for name, values in rows.items()}
     metrics["objective/score_std"] = float(trajectory.scores.std(correction=0))
     metrics["objective/length_max"] = float(trajectory.lengths.max())
+    for estimator in ("k1", "k3"):
+        metrics[f"objective/kl_{estimator}_per_token"] = float(kl_per_token(trajectory, estimator))
     metrics["objective/kl_coef"] = kl_coef
     metrics["objective/entropy"] = float(masked_mean(trajectory.entropy, mask))
     metrics |= _by_start(trajectory, rows)
@@ -72,4 +75,6 @@ def _by_start(trajectory: Trajectory, rows: dict[str, Tensor]) -> dict[str, floa
             continue  # a group without rollouts has no mean; its keys are absent in this step
         for name in ("score", "sampled_length", "kl_k3", "ended"):
             metrics[f"{group}/{name}"] = float(torch.mean(rows[name][members]))
+        tokens = rows["sampled_length"][members].sum()
+        metrics[f"{group}/kl_k3_per_token"] = float(rows["kl_k3"][members].sum() / tokens)
     return metrics
