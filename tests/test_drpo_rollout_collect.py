@@ -251,6 +251,14 @@ def test_tokens_that_make_no_sense_are_refused(tokenizer, settings, message):
         ({"batch_size": 10, "rollouts_per_prompt": 4}, "rollout.rollouts_per_prompt"),
         ({"max_response_length": 0}, "rollout.max_response_length"),
         ({"sampling": SamplingConfig(temperature=0.0)}, "rollout.sampling.temperature"),
+        (
+            {"sampling": SamplingConfig(top_k=50)},
+            r"rollout.sampling.top_k=50: .* narrower .* set rollout.sampling.top_k=0",
+        ),
+        (
+            {"sampling": SamplingConfig(top_p=0.9)},
+            r"rollout.sampling.top_p=0.9: .* set rollout.sampling.top_p=1",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_by_name(settings, key):
@@ -309,6 +317,17 @@ def test_kl_to_oneself_is_zero_and_absent_without_a_reference(evaluation, exampl
 
     assert evaluation(examples, reference_logprobs=own)[0]["eval/kl"] == pytest.approx(0.0, abs=1e-5)
     assert "eval/kl" not in evaluation(examples, reference_logprobs=None)[0]
+
+
+@pytest.mark.parametrize(
+    "temperature, name", [(0.8, "kl"), (0.01, "log_ratio"), (0.0, "log_ratio"), (1.0, "log_ratio")]
+)
+def test_log_ratio_is_called_kl_only_at_the_temperature_it_is_taken_at(
+    evaluation, examples, temperature, name
+):
+    metrics, rows = evaluation(examples, EvalConfig(temperature=temperature))  # rollouts: 0.8
+    assert {"eval/kl", "eval/log_ratio"} & metrics.keys() == {f"eval/{name}"}
+    assert name in rows[0]["scores"]
 
 
 def test_no_held_out_prompts_is_an_error_that_says_what_to_set(evaluation):

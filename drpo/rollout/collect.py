@@ -33,7 +33,7 @@ class RolloutConfig:
     max_response_length: int = 53
     """Longest response in tokens, forced prefix and stop token included."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
-    """Temperature, top_k, top_p."""
+    """Temperature. top_k and top_p are refused: log-probabilities are those of all tokens."""
     bad_tokens: list[str] = field(default_factory=list)
     """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
     generation_batch_size: int = 64
@@ -50,6 +50,13 @@ class RolloutConfig:
             )
         if self.sampling.temperature <= 0:
             raise ValueError("rollout.sampling.temperature must be > 0: greedy rollouts explore nothing")
+        for key, off in (("top_k", 0), ("top_p", 1)):
+            if (value := getattr(self.sampling, key)) != off:
+                raise ValueError(
+                    f"rollout.sampling.{key}={value:g}: rollouts would be drawn from a narrower distribution than the "
+                    "one whose log-probabilities are trained on, so ratios and KL would be wrong; set "
+                    f"rollout.sampling.{key}={off} and use rollout.sampling.temperature"
+                )
 
 
 @dataclass(frozen=True)

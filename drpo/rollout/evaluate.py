@@ -42,7 +42,7 @@ class EvalConfig:
             raise ValueError(f"eval.num_prompts must be >= 1, got {self.num_prompts}")
         if self.temperature < 0:
             raise ValueError(f"eval.temperature must be >= 0, got {self.temperature}")
-        if taken := {"score", "kl", "length", "ended"} & set(self.reward_functions):
+        if taken := {"score", "kl", "log_ratio", "length", "ended"} & set(self.reward_functions):
             raise ValueError(f"eval.reward_functions: {sorted(taken)} are names of other metrics")
 
 
@@ -62,10 +62,10 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics `eval/<name>` over the first `num_prompts` held-out prompts, and the completions as sample rows.
 
-    The random numbers depend on (seed, prompt) alone, so runs and steps are compared on the same draws. KL is
-    the mean over completions of sum_t k1 under the rollout temperature, the temperature at which the policy was
-    trained; it estimates a KL when `temperature` equals it, and is left out without a reference. Processes share
-    the prompts. Raises ConfigError when there are none.
+    The random numbers depend on (seed, prompt) alone, so runs and steps are compared on the same draws. With a
+    reference there is the mean over completions of sum_t log pi/pi_ref under the rollout temperature, the one at
+    which the policy was trained: `eval/kl` when the completions are drawn at it too, else `eval/log_ratio`, for
+    then it estimates no KL. Processes share the prompts. Raises ConfigError when there are none.
     """
     if not examples:
         raise ConfigError(
@@ -91,7 +91,8 @@ def evaluate(
         completions = completions_of(starts, responses, vocabulary, tokenizer)
         scores = {name: call_reward_fn(fn, completions).tolist() for name, fn in rewards.items()}
         if reference_logprobs is not None:
-            scores["kl"] = _kl(
+            name = "kl" if config.temperature == rollout.sampling.temperature else "log_ratio"
+            scores[name] = _log_ratio(
                 policy, reference_logprobs, starts, responses, vocabulary, rollout, engine.device
             )
         for row, (start, completion) in enumerate(zip(starts, completions, strict=True)):
@@ -108,7 +109,7 @@ def evaluate(
     return means, [row for _, _, row in everything]
 
 
-def _kl(
+def _log_ratio(
     policy,
     reference_logprobs: Callable[[PaddedBatch], Tensor],
     starts: Sequence[Start],

@@ -34,8 +34,8 @@ class SampleConfig:
     reward_functions: dict[str, str] = field(default_factory=dict)
     """Scores to report of them, name: module:function."""
     kl_reference: str | None = None
-    """Folder or hub id of a policy to measure eval/kl to, kept in memory besides; null: the reference of the loss, if
-    it is in memory and does not move, else no eval/kl."""
+    """Folder or hub id of a policy to measure eval/kl to (at other temperatures than 1: eval/log_ratio), kept in memory
+    besides; null: the reference of the loss, if it is in memory and does not move, else neither."""
 
     def __post_init__(self) -> None:
         if self.num_prompts < 0:
@@ -44,7 +44,7 @@ class SampleConfig:
             raise ValueError(f"sample.temperature must be >= 0, got {self.temperature}")
         if self.max_response_length < 1:
             raise ValueError(f"sample.max_response_length must be >= 1, got {self.max_response_length}")
-        if taken := {"loss", "kl", "length", "ended"} & set(self.reward_functions):
+        if taken := {"loss", "kl", "log_ratio", "length", "ended"} & set(self.reward_functions):
             raise ValueError(f"sample.reward_functions: {sorted(taken)} are names of other metrics")
 
 
@@ -63,8 +63,8 @@ def held_out_sampler(
     """A function that samples a completion of each distinct prompt and gives metrics and sample rows, or None.
 
     With `reference_logprobs`, or a policy at `config.kl_reference` (loaded as `model` says), the metrics have
-    `eval/kl`: the mean over completions of log pi/pi_ref in nats, which estimates KL(pi, pi_ref) when they are
-    sampled at temperature 1.
+    the mean over completions of log pi/pi_ref in nats: `eval/kl`, which estimates KL(pi, pi_ref), when they are
+    sampled at temperature 1, else `eval/log_ratio`, which does not.
     """
     if not config.num_prompts or not examples:
         return None

@@ -20,6 +20,7 @@ SHOWN = (
     "ppo/value_loss",
     "eval/score",
     "eval/kl",
+    "eval/log_ratio",
     "eval/length",
     "time/step",
 )
