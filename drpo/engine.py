@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,12 @@ class EngineConfig:
     """accelerate trackers by name (tensorboard, wandb, comet_ml, mlflow, ...); [] for none."""
     project: str = "drpo"
     """Project name given to the trackers."""
+    timeout_minutes: float = 60.0
+    """How long a process waits for the others (a checkpoint being written, a slow reward) before the run fails."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_minutes < float("inf"):
+            raise ValueError(f"engine.timeout_minutes must be > 0 and finite, got {self.timeout_minutes}")
 
 
 class Engine:
@@ -36,10 +43,10 @@ class Engine:
     def __init__(self, config: EngineConfig, run_dir: Path, seed: int, max_grad_norm: float | None) -> None:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, with a warning
-        handlers = []
         several_on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
+        group = {"timeout": timedelta(minutes=config.timeout_minutes)}
         if several_on_cpu:
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+            group["backend"] = "gloo"
         with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         self._accelerator = Accelerator(
             # Without it accelerate would take several processes on CPU for one; with it it would leave DeepSpeed out.
@@ -47,7 +54,7 @@ class Engine:
             mixed_precision=config.mixed_precision,
             log_with=config.trackers or None,
             project_dir=str(run_dir),
-            kwargs_handlers=handlers,
+            kwargs_handlers=[InitProcessGroupKwargs(**group)],
             step_scheduler_with_optimizer=False,
         )
         # Else backward would divide the loss by what the environment or an accelerate config says.
@@ -209,6 +216,10 @@ class Engine:
     def gather_objects(self, objects: Sequence[Any]) -> list[Any]:
         """Concatenate lists of picklable objects of all ranks, in rank order, on every rank."""
         return list(objects) if self.world_size == 1 else gather_object(list(objects))
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's `value`, which can be pickled, on every rank."""
+        return self.gather_objects([value])[0]
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""

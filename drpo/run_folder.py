@@ -37,10 +37,19 @@ from drpo.checkpoints import (
 from drpo.config import load_recipe, save_resolved
 from drpo.engine import Engine
 from drpo.metrics import JsonLines
+from drpo.same_view import require_same, require_shared_folder
 from drpo.samples import sample_table
 
 # Keys and sections that do not change what is computed: they may differ between a run and its resumption.
-FREE_ON_RESUME = ("run_dir", "resume", "log", "checkpoint", "engine.trackers", "engine.project")
+FREE_ON_RESUME = (
+    "run_dir",
+    "resume",
+    "log",
+    "checkpoint",
+    "engine.trackers",
+    "engine.project",
+    "engine.timeout_minutes",
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,10 @@ class RunStopped(RuntimeError):
 
 
 class RunFolder:
-    """The folder of one run, on every rank; only the main process writes outside `checkpoints/`."""
+    """The folder of one run, on every rank; only the main process writes outside `checkpoints/`.
+
+    Making one raises ConfigError when the processes have different settings, or do not share the folder.
+    """
 
     def __init__(self, recipe: Any, engine: Engine, checkpoint: CheckpointConfig, log: LogConfig) -> None:
         self.path = Path(recipe.run_dir)
@@ -102,6 +114,8 @@ class RunFolder:
         self._progress: Progress | None = None
         self._signal: int | None = None
         self._handlers_before: dict[int, Any] = {}
+        require_same(engine, {k: v for k, v in self._settings().items() if k != "run_dir"}, "settings")
+        require_shared_folder(engine, self.path, "run_dir")
 
     # --- opening ----------------------------------------------------------------------------------------
 
@@ -114,13 +128,18 @@ class RunFolder:
         if engine.is_main and self._recipe.resume == "restart":
             self._set_aside()
         engine.barrier()
-        checkpoints = list_checkpoints(self.path)
+        config = self.path / "config.yaml"
+        # The main process looks, for all: a network file system may show another one an older state.
+        found = [folder.name for folder in list_checkpoints(self.path)]
+        begun = config.exists() and _holds_something(self.metrics.path)
+        found, begun = engine.from_main((found, begun))
         state = None
-        if checkpoints:
-            self._refuse_other_settings(read_trainer_state(checkpoints[-1])["settings"])
-            state = load_checkpoint(engine, checkpoints[-1])
+        if found:
+            last = self.path / "checkpoints" / found[-1]
+            self._refuse_other_settings(read_trainer_state(last)["settings"])
+            state = load_checkpoint(engine, last)
             self.say(f"resuming {self.path} after step {state['step']}")
-        elif (config := self.path / "config.yaml").exists() and _holds_something(self.metrics.path):
+        elif begun:
             # Killed before its first checkpoint: the same run starts again. What failed at once may be mended.
             self._refuse_other_settings(flatten(load_recipe(type(self._recipe), config, [])))
         engine.barrier()  # every process has looked before the main one writes
@@ -217,6 +236,11 @@ class RunFolder:
     def advance(self, count: int = 1) -> None:
         if self._progress is not None:
             self._progress.advance(self._progress.task_ids[0], count)
+
+    def say_data(self, report: str) -> None:
+        """Show what was read. Raises ConfigError when the processes have read different data."""
+        require_same(self._engine, {"data": report}, "data")
+        self.say(report)
 
     def say(self, message: object) -> None:
         if self._engine.is_main:

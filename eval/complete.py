@@ -24,6 +24,7 @@ from drpo.engine import Engine
 from drpo.models.stops import stop_ids
 from drpo.rollout.collect import RolloutConfig, Vocabulary, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
+from drpo.same_view import require_shared_folder
 from eval.completions import CompletionRow, CompletionsWriter, prompt_id_of
 
 Key = tuple[str, str, int]
@@ -161,8 +162,10 @@ def open_file(
 ) -> tuple[CompletionsWriter | None, set[Key]]:
     """The file, to be written by the main process alone (None on the others), and the keys of its rows on every one.
 
-    Raises DataError on every process when the file was made in another way, or with rows but no account of how.
+    Raises DataError on every process when the file was made in another way, or with rows but no account of how;
+    ConfigError when the processes do not share its folder.
     """
+    require_shared_folder(engine, path.parent, "run_dir")
     writer, outcome = None, []
     if engine.is_main:
         try:

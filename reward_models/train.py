@@ -93,7 +93,7 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
     run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
     tokenizer = tokenizer_for(recipe.model, recipe.data)
     splits = load_examples(recipe.data, tokenizer, "pairs")
-    run.say(splits.report)
+    run.say_data(splits.report)
     references = load_references(recipe, tokenizer)
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     model = RewardModel.from_causal_lm(policy, recipe.seed)

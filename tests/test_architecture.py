@@ -26,7 +26,7 @@ LAYERS = (
         "rollout.resets",
     ),
     ("models", "engine", "metrics", "optim"),
-    ("checkpoints", "samples", "run_folder", "result", "rollout"),
+    ("checkpoints", "samples", "same_view", "run_folder", "result", "rollout"),
     ("trainers",),
 )
 

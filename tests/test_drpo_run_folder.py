@@ -89,6 +89,7 @@ def test_flatten_gives_dotted_keys_and_json_values(recipe):
         "engine.mixed_precision": None,
         "engine.trackers": [],
         "engine.project": "drpo",
+        "engine.timeout_minutes": 60.0,
     }
 
 

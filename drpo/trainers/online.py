@@ -57,7 +57,7 @@ def train(
     run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
     tokenizer = with_stop_token(load_tokenizer(recipe.tokenizer_path), recipe.data)
     splits = load_examples(recipe.data, tokenizer, "prompts")
-    run.say(splits.report)
+    run.say_data(splits.report)
     _check(recipe, engine, splits)
 
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
@@ -253,7 +253,7 @@ def _roll_back(
     recipe: OnlineRecipe, engine: Engine, run: RunFolder, step: int, metrics: dict[str, float], again: bool
 ) -> None:
     """Back to the last weights whose KL was below the limit; RunStopped when that is not wanted or did not help."""
-    checkpoints = list_checkpoints(run.path)
+    checkpoints = engine.from_main(list_checkpoints(run.path))
     # The weights after step-1 are those found too far away: a checkpoint from before them is needed.
     earlier = [folder for folder in checkpoints if step_of(folder) < step - 1]
     message = (

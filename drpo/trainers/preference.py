@@ -42,7 +42,9 @@ def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, Reward
     reference = None
     # What a run reports must not depend on who filled the cache: a reference that costs nothing is always there.
     at_hand = recipe.reference_is_adapter_off
-    if recipe.loss.needs_reference and (at_hand or recipe.orders_by_reference or not is_cached(recipe)):
+    if recipe.loss.needs_reference and (
+        at_hand or recipe.orders_by_reference or not is_cached(recipe, engine)
+    ):
         reference = starting_reference(recipe, engine, tokenizer, policy)
 
     options = {"pad_id": tokenizer.pad_token_id, "device": engine.device}
@@ -57,7 +59,7 @@ def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, Reward
         objective = PairObjective(
             policy, recipe.loss, reference=reference, share_prompts=recipe.share_prompts, **options
         )
-    run.say(data.report)
+    run.say_data(data.report)
     if recipe.reference_moves:
         engine.keep_in_state(reference.module)
     sample = held_out_sampler(

@@ -23,6 +23,7 @@ from drpo.config import ConfigError
 from drpo.engine import Engine
 from drpo.models.saved import is_local, read_config
 from drpo.run_folder import RunFolder
+from drpo.same_view import require_same, require_shared_folder
 from drpo.trainers.all_logprobs import all_logprobs
 from drpo.trainers.pair_objective import block_logprobs
 from drpo.trainers.pair_stages import PairStages
@@ -31,10 +32,17 @@ from drpo.trainers.preference_recipe import PreferenceRecipe
 from drpo.trainers.reference import Reference
 
 
-def is_cached(recipe: PreferenceRecipe) -> bool:
-    """Whether reference.cache_dir holds log-probs, be they the right ones or not."""
-    cache_dir = recipe.reference.cache_dir
-    return cache_dir is not None and (Path(cache_dir) / "key.json").exists()
+def is_cached(recipe: PreferenceRecipe, engine: Engine) -> bool:
+    """Whether reference.cache_dir holds log-probs, be they the right ones or not: what the main process sees.
+
+    Raises ConfigError when the processes do not share the folder.
+    """
+    if recipe.reference.cache_dir is None:
+        return False
+    folder = Path(recipe.reference.cache_dir)
+    # Beside it, not in it: another run may be about to put its own in this place.
+    require_shared_folder(engine, folder.absolute().parent, "reference.cache_dir")
+    return engine.from_main((folder / "key.json").exists())
 
 
 def with_cached_reference(
@@ -53,9 +61,10 @@ def with_cached_reference(
     folder = Path(recipe.reference.cache_dir)
     pairs = [pair for part in (*data.stages, data.held_out) for pair in part]
     key = _key(recipe, engine.precision, pairs)
-    if engine.max(float(is_cached(recipe))):  # another run may finish it while the processes look
+    require_same(engine, key, "reference or pairs")
+    if is_cached(recipe, engine):
         run.say(f"reference log-probs: read from {folder}")
-    elif folder.exists() and any(folder.iterdir()):
+    elif engine.from_main(folder.exists() and any(folder.iterdir())):
         raise ConfigError(f"reference.cache_dir: {folder} holds something else than reference log-probs")
     else:
         score = functools.partial(block_logprobs, share_prompts=recipe.share_prompts)

@@ -66,7 +66,7 @@ def train(recipe: SFTRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) ->
     run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
     tokenizer = tokenizer_for(recipe.model, recipe.data)
     splits = load_examples(recipe.data, tokenizer, "demonstrations")
-    run.say(splits.report)
+    run.say_data(splits.report)
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     objective = SFTObjective(policy, tokenizer.pad_token_id, recipe.loss_on, engine.device)
 

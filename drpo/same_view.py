@@ -1,0 +1,85 @@
+"""Checks that all processes see the same folder and have the same settings.
+
+On several machines nothing else makes sure of it: processes that each resume from their own disk, or train by their
+own recipe, run on together and end with weights of neither. Every check is collective, so all processes must make it,
+and raises on all of them.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from drpo.config import ConfigError
+from drpo.engine import Engine
+
+WAIT_SECONDS = 5.0  # a network file system may show a new file late
+
+
+def require_shared_folder(engine: Engine, folder: Path, key: str) -> None:
+    """Raise ConfigError naming `key` unless every process sees what the main one writes into `folder`.
+
+    What is made for the check, the folder included, is removed again.
+    """
+    if engine.world_size == 1:
+        return
+    made: list[Path] = []
+    name, problem = f".shared_{uuid.uuid4().hex}", ""
+    if engine.is_main:
+        try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        except OSError as error:
+            problem = str(error)
+    name, problem = engine.from_main((name, problem))
+    if problem:
+        raise ConfigError(f"{key}: {folder} cannot be written to: {problem}")
+    seen = engine.gather_objects([engine.is_main or _appears(folder / name)])
+    if engine.is_main:
+        (folder / name).unlink()
+        with suppress(OSError):  # another run may use them by now
+            for path in made:
+                path.rmdir()
+    engine.barrier()
+    if blind := [rank for rank, sees in enumerate(seen) if not sees]:
+        raise ConfigError(
+            f"{key}: process {_listed(blind)} of {engine.world_size} cannot see what process 0 writes to its "
+            f"{folder.absolute()}; all processes, on all machines, need the same folder: start them with the same "
+            f"{key} on a file system that the machines share"
+        )
+
+
+def require_same(engine: Engine, values: Mapping[str, Any], what: str) -> None:
+    """Raise ConfigError, naming the keys that differ, unless all processes have the same `values`, which are `what`."""
+    if engine.world_size == 1:
+        return
+    first, *others = engine.gather_objects([dict(values)])
+    for rank, theirs in enumerate(others, start=1):
+        differing = [key for key in sorted(first | theirs) if first.get(key) != theirs.get(key)]
+        if differing:
+            shown = "; ".join(f"{key}: {first.get(key)!r} and {theirs.get(key)!r}" for key in differing)
+            raise ConfigError(
+                f"processes 0 and {rank} have different {what}: {shown}. Start all processes, on all machines, with "
+                "the same recipe, overrides and files"
+            )
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, or comes within WAIT_SECONDS."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+        if path.parent.is_dir():
+            list(path.parent.iterdir())  # opening the folder makes NFS ask its server again
+    return True
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
