@@ -79,7 +79,7 @@ class LogConfig:
     every: int = 1
     """Show a line on the console after every so many steps (metrics.jsonl gets every step)."""
     samples_every: int = 20
-    """Online runs: write sample rollouts after the first step and then every so many steps; 0 for never. Every
+    """Online runs only: write sample rollouts after the first step and then every so many steps; 0 for never. Every
     evaluation writes its completions besides."""
     num_samples: int = 4
     """Rollouts a sample has, and completions shown on the console (completions.jsonl gets all of an evaluation)."""

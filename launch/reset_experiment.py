@@ -73,7 +73,9 @@ def run(recipe: ExperimentRecipe) -> Path:
                     f"reset.proportion={beta}",
                     f"reward.function={TRUE_REWARD}",
                     "reward.path=null",
+                    "reward.batch_size=32",  # the defaults: demo/drpo.yaml sets what a reward model needs
                     "reward.shaping.missing_stop=none",
+                    "reward.shaping.missing_stop_penalty=1",
                     "critic.path=null",
                     *recipe.online,
                 ]

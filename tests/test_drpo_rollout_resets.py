@@ -12,9 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from drpo.data.encode import Example
-from drpo.data.records import Record
+from drpo.data.records import DataError, Record
 from drpo.rollout.collect import RolloutConfig, Vocabulary, draw_starts
-from drpo.rollout.resets import ResetConfig, draw_reset_length, prefix_boundaries, reset_response
+from drpo.rollout.resets import (
+    ResetConfig,
+    check_resets,
+    draw_reset_length,
+    prefix_boundaries,
+    reset_response,
+)
 
 NO_CHANCE = 1e-4  # p-value below which a seeded sample is called not uniform
 
@@ -332,6 +338,26 @@ def test_rollouts_of_one_prompt_share_it_and_have_their_own_resets(examples):
     groups = [starts[i : i + 4] for i in range(0, 100, 4)]
     assert all(len({s.example.record.prompt for s in group}) == 1 for group in groups)
     assert any(len({len(s.prefix) for s in group}) > 1 for group in groups)
+
+
+@pytest.mark.parametrize(
+    "settings, limit",
+    [
+        ({"min_length": 8}, 50),  # responses of 4 to 8 tokens: the last one is never forced
+        ({"max_fraction": 0.1}, 50),
+        ({"min_length": 3}, 3),
+    ],
+)
+def test_settings_that_reset_no_response_are_refused(examples, settings, limit):
+    starts = starts_of(examples, range(50), ResetConfig(**settings), max_response_length=limit)
+    assert not any(start.prefix for start in starts)
+    with pytest.raises(DataError, match=r"none of 5 responses .* set reset\.proportion=0"):
+        check_resets(examples, ResetConfig(**settings), limit, None)
+
+
+def test_settings_that_reset_one_response_are_taken(examples):
+    check_resets(examples, ResetConfig(min_length=7), 50, None)
+    check_resets(examples, ResetConfig(), 2, None)
 
 
 def test_every_pass_sees_every_prompt_once(examples):

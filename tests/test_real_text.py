@@ -18,9 +18,9 @@ DATA = Path(os.environ.get("DRPO_DATA", ROOT.parent / "shared" / "data"))
 FILES = {"tldr": DATA / "tldr" / "axis.jsonl", "hh": DATA / "hh" / "harmless-base.jsonl.gz"}
 PROMPT_END = {"tldr": "\n\nTL;DR:", "hh": "\n\nAssistant:"}
 
-FEW_STEPS = ["num_steps=2", "optim.warmup_steps=0", "engine.trackers=[]", "log.samples_every=1"]
+FEW_STEPS = ["num_steps=2", "optim.warmup_steps=0", "engine.trackers=[]"]
 OFFLINE = [*FEW_STEPS, "batch.size=4", "batch.microbatch_size=2", "eval.every=2", "eval.num_examples=4"]
-ONLINE = [*FEW_STEPS, "rollout.batch_size=8", "eval.every=2", "eval.num_prompts=4"]
+ONLINE = [*FEW_STEPS, "log.samples_every=1", "rollout.batch_size=8", "eval.every=2", "eval.num_prompts=4"]
 
 
 def single(script: str) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from drpo.config import help_text, load_recipe, options, save_resolved
 from drpo.run_folder import flatten
-from drpo.trainers.online_recipe import OnlineRecipe
+from drpo.trainers.online_recipe import OnlineRecipe, RewardConfig
 from drpo.trainers.preference_recipe import PreferenceRecipe
 from drpo.trainers.sft import SFTRecipe
 from launch.agreement import AgreementRecipe
@@ -273,6 +273,21 @@ def test_recipes_are_frozen_all_the_way_down(recipe_class):
         ("tldr/drpo_2.8b.yaml", "reset.curriculum_end=0.3", "reset.curriculum_end"),
         ("tldr/drpo_2.8b.yaml", "data.columns.prompt=q", "data.columns"),
         ("hh/drpo_1b.yaml", "kl.coef=0", "kl.coef"),
+        ("tldr/drpo_1b.yaml", "kl.horizon=5000", "kl.horizon=5000 does nothing without kl.target_per_token"),
+        (
+            "tldr/drpo_1b.yaml",
+            "kl.on_max=rollback",
+            "kl.on_max=rollback does nothing without kl.max_per_token",
+        ),
+        (
+            "hh/drpo_1b.yaml",
+            "reward.shaping.missing_stop_penalty=2",
+            "does nothing with reward.shaping.missing_stop=none",
+        ),
+        ("tldr/drpo_1b.yaml", "rollout.sampling.top_p=0.9", "rollout.sampling.top_p=0.9"),
+        ("tldr/drpo_1b.yaml", "reset.min_length=53", "reset.min_length (53) must be below"),
+        ("demo/sft.yaml", "batch.num_epochs=2", "num_steps=600 and batch.num_epochs=2"),
+        ("demo/dpo.yaml", "log.samples_every=5", "log.samples_every is for online runs"),
         ("hh/drpo_1b.yaml", "kl.target=6", "kl.target was a KL per episode"),
         ("hh/drpo_1b.yaml", "kl.max=20", "write kl.max_per_token ="),
         ("hh/drpo_1b.yaml", "data.truncation=paragraph", "data.truncation"),
@@ -287,6 +302,21 @@ def test_recipes_are_frozen_all_the_way_down(recipe_class):
 def test_an_impossible_combination_is_refused_naming_the_key(name, override, key):
     with pytest.raises(ValueError, match=re.escape(key)):
         loaded(name, override)
+
+
+@pytest.mark.parametrize("key", ["batch_size=8", "dtype=bfloat16"])
+def test_key_of_reward_models_is_refused_beside_a_reward_function(key):
+    name, _, value = key.partition("=")
+    value = int(value) if value.isdigit() else value
+    with pytest.raises(
+        ValueError, match=rf"reward\.{name} is for a reward model .* drop it \(reward\.{name}="
+    ):
+        RewardConfig(function="a:b", **{name: value})
+    RewardConfig(path="runs/reward_model", **{name: value})
+
+
+def test_recipe_with_resets_that_is_run_as_ppo_may_keep_its_reset_section():
+    loaded("tldr/drpo_1b.yaml", "reset.proportion=0", "reset.min_length=53")
 
 
 def test_the_help_shows_the_choices_behind_an_alias():

@@ -87,6 +87,26 @@ def reset_response(example: Example, source: str) -> list[int]:
     return ids
 
 
+def check_resets(
+    examples: Sequence[Example], config: ResetConfig, max_response_length: int, tokenizer
+) -> None:
+    """Raise DataError when an example lacks the source, or none has a prefix that the settings allow.
+
+    Without any, every rollout would start from its prompt: PPO under the name of DR-PO.
+    """
+    sources = [reset_response(example, config.source) for example in examples]
+    for source in sources:
+        boundaries = prefix_boundaries(source, config.boundary, tokenizer)
+        if any(h > 0 for h in _allowed(config, boundaries, len(source), max_response_length)):
+            return
+    raise DataError(
+        f"reset: none of {len(sources)} responses has a prefix within reset.min_length={config.min_length}, "
+        f"reset.min_fraction={config.min_fraction:g}, reset.max_fraction={config.max_fraction:g}, "
+        f"reset.boundary={config.boundary} and rollout.max_response_length={max_response_length}, so nothing would be "
+        "reset; widen them, or set reset.proportion=0"
+    )
+
+
 def draw_reset_length(
     config: ResetConfig,
     boundaries: Sequence[int],
@@ -111,16 +131,23 @@ def draw_reset_length(
     position = generator.random()
     if not is_reset:
         return 0
-    low, high = (round(f * source_length, 9) for f in (config.min_fraction, config.max_fraction))
-    longest = min(math.floor(high), source_length - 1, max_response_length - 1)
-    shortest = max(config.min_length, math.ceil(low))  # rounded: 0.07 * 100 is 7.000000000000001
-    within = [h for h in boundaries if shortest <= h <= longest]
+    within = _allowed(config, boundaries, source_length, max_response_length)
     if not within:
         return 0
     if config.length == "curriculum":
         not_yet = math.floor(len(within) * max(0.0, 1.0 - progress / config.curriculum_end))
         within = within[min(not_yet, len(within) - 1) :]
     return within[int(position * len(within))]
+
+
+def _allowed(
+    config: ResetConfig, boundaries: Sequence[int], source_length: int, max_response_length: int
+) -> list[int]:
+    """The boundaries within the limits that `draw_reset_length` names."""
+    low, high = (round(f * source_length, 9) for f in (config.min_fraction, config.max_fraction))
+    longest = min(math.floor(high), source_length - 1, max_response_length - 1)
+    shortest = max(config.min_length, math.ceil(low))  # rounded: 0.07 * 100 is 7.000000000000001
+    return [h for h in boundaries if shortest <= h <= longest]
 
 
 def prefix_boundaries(response_ids: Sequence[int], boundary: str, tokenizer) -> list[int]:

@@ -34,6 +34,11 @@ class ShapingConfig:
             raise ValueError(
                 f"reward.shaping.missing_stop_penalty must be >= 0, got {self.missing_stop_penalty}"
             )
+        if self.missing_stop == "none" and self.missing_stop_penalty != ShapingConfig.missing_stop_penalty:
+            raise ValueError(
+                f"reward.shaping.missing_stop_penalty={self.missing_stop_penalty:g} does nothing with "
+                "reward.shaping.missing_stop=none; set that to replace or subtract, or drop the penalty (1)"
+            )
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"reward.shaping.clip must be > 0 or null, got {self.clip}")
 
@@ -72,6 +77,15 @@ class KLConfig:
             raise ValueError("kl.target_per_token needs kl.target_per_token > 0 and kl.coef > 0")
         if self.horizon <= 0:
             raise ValueError(f"kl.horizon must be > 0, got {self.horizon}")
+        if self.target_per_token is None and self.horizon != KLConfig.horizon:
+            raise ValueError(
+                f"kl.horizon={self.horizon:g} does nothing without kl.target_per_token; set that, or drop kl.horizon "
+                f"({KLConfig.horizon:g})"
+            )
+        if self.max_per_token is None and self.on_max != "stop":
+            raise ValueError(
+                "kl.on_max=rollback does nothing without kl.max_per_token; set that, or drop kl.on_max (stop)"
+            )
         if self.max_per_token is not None and self.max_per_token <= 0:
             raise ValueError(f"kl.max_per_token must be > 0 or null, got {self.max_per_token}")
 

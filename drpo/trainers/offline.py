@@ -122,6 +122,16 @@ class OfflineRecipe:
             raise ValueError(f"num_steps must be >= 1 or null, got {self.num_steps}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.num_steps is not None and self.batch.num_epochs != BatchConfig.num_epochs:
+            raise ValueError(
+                f"num_steps={self.num_steps} and batch.num_epochs={self.batch.num_epochs:g} both say how long to "
+                "train; set num_steps=null, or drop batch.num_epochs (1)"
+            )
+        if self.log.samples_every not in (0, LogConfig.samples_every):
+            raise ValueError(
+                "log.samples_every is for online runs; offline stages sample at every evaluation (eval.every): drop it "
+                f"({LogConfig.samples_every})"
+            )
 
 
 def fit(

@@ -33,7 +33,7 @@ from drpo.result import Result
 from drpo.rewards import RewardFn, RunningMoments, TrunkRewardFn
 from drpo.rollout.collect import collect, draw_starts, vocabulary_of
 from drpo.rollout.evaluate import evaluate
-from drpo.rollout.resets import reset_response
+from drpo.rollout.resets import check_resets
 from drpo.run_folder import RunFolder, RunStopped, finite_or_stop
 from drpo.samples import rollout_samples
 from drpo.tensors import PaddedBatch
@@ -58,7 +58,7 @@ def train(
     tokenizer = with_stop_token(load_tokenizer(recipe.tokenizer_path), recipe.data)
     splits = load_examples(recipe.data, tokenizer, "prompts")
     run.say_data(splits.report)
-    _check(recipe, engine, splits)
+    _check(recipe, engine, splits, tokenizer)
 
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     check_stop_token(policy, tokenizer)
@@ -189,7 +189,7 @@ def train(
     return result.finish()
 
 
-def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits) -> None:
+def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> None:
     """Refuse what could only fail later: rows that do not divide, or data without the reset source."""
     minibatch = recipe.rollout.batch_size // recipe.ppo.num_minibatches
     if minibatch % engine.world_size:
@@ -198,8 +198,7 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits) -> None:
             f"over {engine.world_size} processes"
         )
     if recipe.reset.proportion > 0:
-        for example in splits.train:
-            reset_response(example, recipe.reset.source)
+        check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)
 
 
 def _load_critic(recipe: OnlineRecipe, policy) -> ScalarModel:

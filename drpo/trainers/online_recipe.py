@@ -58,6 +58,13 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if self.path is not None and self.function is not None:
             raise ValueError("give reward.path or reward.function, not both")
+        for key in ("batch_size", "dtype"):
+            default = getattr(RewardConfig, key)
+            if self.function is not None and getattr(self, key) != default:
+                raise ValueError(
+                    f"reward.{key} is for a reward model (reward.path), and reward.function has none; drop it "
+                    f"(reward.{key}={default})"
+                )
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,11 @@ class OnlineRecipe:
             raise ValueError(
                 f"optim.warmup_steps is {self.optim.warmup_steps}, it must be below the steps in which the policy "
                 f"learns, num_steps - critic.pretrain_steps = {self.num_steps - alone}"
+            )
+        if self.reset.proportion > 0 and self.reset.min_length >= self.rollout.max_response_length:
+            raise ValueError(
+                f"reset.min_length ({self.reset.min_length}) must be below rollout.max_response_length "
+                f"({self.rollout.max_response_length}): no response could be reset"
             )
         if self.rollout.batch_size % self.ppo.num_minibatches:
             raise ValueError(
