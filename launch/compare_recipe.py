@@ -78,7 +78,7 @@ class CompareRecipe:
     complete: CompleteRecipe = field(default_factory=CompleteRecipe)
     """How the policies are asked: the keys of launch/complete.py."""
     kl_reference: str | None = None
-    """The policy that KL is measured to, folder or hub id; null: no KL."""
+    """The policy that KL is measured to, folder, hub id or GGUF file; null: no KL."""
     reward_model: str | None = None
     """Folder or hub id of a reward model that scores all responses; null: none."""
     reward_functions: dict[str, str] = field(default_factory=dict)

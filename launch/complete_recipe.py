@@ -18,7 +18,7 @@ class CompleteRecipe:
     run_dir: str = "runs/complete"
     """Folder of the results."""
     policy: str | None = None
-    """The policy: folder or hub id."""
+    """The policy: folder, hub id or GGUF file."""
     system: str | None = None
     """The name of the policy in tables: sft, drpo_seed1, ... For a file made elsewhere null keeps its own names."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -49,7 +49,7 @@ class CompleteRecipe:
     null_response: bool = False
     """Add a constant response as the system "null": a judge that prefers it is no judge."""
     perplexity_policy: str | None = None
-    """Measure the responses' perplexity under this policy, a folder or hub id; null: do not."""
+    """Measure the responses' perplexity under this policy, a folder, hub id or GGUF file; null: do not."""
     imported: ImportConfig = field(default_factory=ImportConfig)
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from drpo.config import ConfigError
 from drpo.models.adapters import add_lora
+from drpo.models.gguf import dense_weights, location
 from drpo.models.saved import check_complete, read_config
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import SMALLEST_VOCABULARY
@@ -57,11 +58,12 @@ class ModelConfig:
     """Which model, in which precision, and how it is trained."""
 
     path: str | None = None
-    """Folder or hub id of a causal language model; null: from scratch, by model.architecture."""
+    """Folder or hub id of a causal language model, a GGUF file, or smollm2; null: from scratch, by
+    model.architecture."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """From scratch: model_type and further keys of that transformers config (hidden_size, ...)."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer; null: the model's own, or one trained on the data if from scratch."""
+    """Folder, hub id or GGUF file of the tokenizer; null: the model's own, or from scratch one trained on the data."""
     vocab_size: int | None = None
     """Size of the byte-level BPE tokenizer that is trained on the data (from scratch without a tokenizer)."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
@@ -198,8 +200,9 @@ def _read_scalar(path: str, config: ModelConfig, model_class: type[Scalar], key:
         model = _from_sequence_classifier(path, options, model_class)
     else:
         raise ConfigError(
-            f"{key}: {path!r} holds {_kind(saved)}: neither a scalar model nor a *ForSequenceClassification; a "
-            "critic with a fresh head comes from the policy, without a path"
+            f"{key}: {path!r} holds {_kind(saved)}: neither a scalar model nor a *ForSequenceClassification; "
+            "launch/reward_model.py makes a reward model of a policy; a critic with a fresh head comes from the "
+            "policy, without a path"
         )
     if config.attn_implementation is not None:
         model.backbone.set_attn_implementation(config.attn_implementation)
@@ -260,7 +263,13 @@ def _load_causal_lm(config: ModelConfig) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": config.dtype}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    model, info = AutoModelForCausalLM.from_pretrained(config.path, **options, output_loading_info=True)
+    source, gguf = location(config.path, "model.path")
+    if gguf:
+        options["config"] = CONFIG_MAPPING[saved["model_type"]].from_dict(
+            saved
+        )  # it takes seconds to read again
+        options |= gguf | dense_weights(Path(source, gguf["gguf_file"]), "model.path")
+    model, info = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
     check_complete(info, config.path)
     return model
 
@@ -273,7 +282,8 @@ def _is_causal_lm(model_type: str | None, architectures: list[str] | None) -> bo
 
 
 def _kind(saved: dict[str, Any]) -> str:
-    return ", ".join(saved.get("architectures") or [saved.get("model_type", "a model of no known type")])
+    kind = f"a model of type {saved['model_type']}" if "model_type" in saved else "a model of no known type"
+    return ", ".join(saved.get("architectures") or [kind])
 
 
 def _fresh_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

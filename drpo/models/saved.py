@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from drpo.config import ConfigError
+from drpo.models.gguf import UNREADABLE, location
 
 
 def is_local(path: str) -> bool:
@@ -40,13 +41,19 @@ def _listing(folder: Path) -> str:
 
 
 def read_config(path: str, key: str) -> dict[str, Any]:
-    """The config.json at a folder or hub id, whatever kind of model it is of; ConfigError when there is none."""
-    if is_local(path):
+    """The config.json at a folder or hub id, or what a GGUF file has for it, whatever kind of model it is of.
+
+    Raises ConfigError when there is none, or it cannot be read.
+    """
+    source, gguf = location(path, key)
+    if is_local(path) and not gguf:
         check_folder(path, key, ("config.json",))
     try:
-        return PreTrainedConfig.get_config_dict(path)[0]
-    except (OSError, ValueError) as error:
+        return PreTrainedConfig.get_config_dict(source, **gguf)[0]
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0]
+        if gguf:
+            raise ConfigError(f"{key}: cannot read {source}/{gguf['gguf_file']}: {reason}") from error
         if is_local(path):
             raise ConfigError(f"{key}: cannot read {path}/config.json: {reason}") from error
         raise ConfigError(

