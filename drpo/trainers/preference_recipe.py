@@ -154,7 +154,7 @@ class ReferenceConfig:
     """The policy that the log-ratios are taken to."""
 
     path: str | None = None
-    """Folder, hub id or GGUF file; null: the policy as training starts (under LoRA its base weights, without a copy)."""
+    """Folder, hub id or GGUF file; null: the policy as training starts (under LoRA its base weights, not a copy)."""
     cache_dir: str | None = None
     """Folder for the log-probabilities of all responses, computed once before training and reused by every run with
     the same reference and data; null: computed in every step."""
