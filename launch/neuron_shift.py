@@ -61,7 +61,7 @@ class NeuronShiftRecipe:
     run_dir: str = "runs/neuron_shift"
     """Folder of the results."""
     before: str | None = None
-    """The policy before training: folder, hub id or GGUF file. Its value vectors and, if not given, its probe are used."""
+    """The policy before training: folder, hub id or GGUF file; its value vectors and, where none is given, probe."""
     after: str | None = None
     """The policy after training, of the same architecture, size and vocabulary."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
