@@ -65,7 +65,6 @@ def prompts_of(examples):
         ({"task": "own", "path": "x", "eval_split": "test", "split_seed": 1}, "data.split_seed"),
         ({"task": "own", "path": "x", "columns": {"text": "t"}}, "data.columns.text"),
         ({"task": "hh", "path": "x", "columns": {"prompt": "t"}}, "data.columns"),
-        ({"task": "tldr", "path": "x", "chat_template": True}, "data.chat_template"),
         ({"task": "own", "path": "x", "truncation": "left"}, "data.truncation"),
         ({"task": "own", "path": "x", "truncation": "paragraph", "max_prompt_length": 9}, "data.truncation"),
         (
@@ -87,6 +86,7 @@ def test_impossible_settings_name_the_full_key(options, key):
         ({"task": "tldr", "path": "x"}, "paragraph"),
         ({"task": "hh", "path": "x"}, "left"),
         ({"task": "hh", "path": "x", "chat_template": True}, "refuse"),
+        ({"task": "tldr", "path": "x", "chat_template": True}, "paragraph"),
         ({"task": "hh", "path": "x", "truncation": "refuse", "max_prompt_length": 9}, "refuse"),
     ],
 )

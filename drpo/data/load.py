@@ -54,7 +54,8 @@ class DataConfig:
     """For own data: the name of your column for each of prompt, completion, chosen, rejected, messages,
     responses, scores, where it differs; for example data.columns.prompt=question."""
     chat_template: bool = False
-    "For hh and own data: render the turns with the tokenizer's chat template. Conversations need it."
+    """Render the turns with the tokenizer's chat template; a post of tldr becomes a message that asks for its summary.
+    Conversations need it. Not for the demo."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     "Arguments of the chat template, for example data.chat_template_kwargs.enable_thinking=false."
     stop_token: str | None = None
@@ -117,7 +118,6 @@ class DataConfig:
         if taken := TEMPLATE_INPUTS & set(self.chat_template_kwargs):
             raise ValueError(f"data.chat_template_kwargs.{min(taken)} is set by DRPO; leave it out")
         if self.chat_template:
-            check(self.task in ("hh", "own"), "chat_template", "applies to data.task=hh and own only")
             check(self.truncation != "left", "truncation", "must not cut the opening of a chat template")
         if self.truncation is not None:
             check(self.max_prompt_length is not None, "truncation", "needs data.max_prompt_length")
@@ -241,7 +241,7 @@ def read_records(
     notes: list[str] = []
     match config.task:
         case "tldr":
-            records, notes = tldr_records(table, bad)
+            records, notes = tldr_records(table, bad, chat)
         case "hh":
             records = hh_records(table, bad, chat)
         case "own":
@@ -279,7 +279,11 @@ def _encode(
     queries = dict(zip(prompts, encode_queries(tokenizer, prompts, literal), strict=True))
     shortened = shorten_prompts(queries, config.max_prompt_length, config.prompt_truncation, tokenizer)
     new_prompts = [prompt for prompt in shortened.values() if isinstance(prompt, str)]
-    queries |= dict(zip(new_prompts, encode_queries(tokenizer, new_prompts), strict=True))
+    for prompt, new in shortened.items():
+        if isinstance(new, str):  # it ends sooner, and is the same until there
+            kept = [span for span in literal.get(prompt, ()) if prompt[: span[1]] == new[: span[1]]]
+            literal[new] = tuple(kept)
+    queries |= dict(zip(new_prompts, encode_queries(tokenizer, new_prompts, literal), strict=True))
     fitting = []
     for record in records:
         prompt = shortened.get(record.prompt, record.prompt)

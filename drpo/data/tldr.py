@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from drpo.data.chat import ChatTemplate
 from drpo.data.encode import longest_fit
 from drpo.data.files import Row, Table, convert_rows
 from drpo.data.records import (
@@ -25,7 +27,10 @@ from drpo.data.records import (
 )
 
 ENDING = "\n\nTL;DR:"
+INSTRUCTION = "Summarize the following Reddit post in one or two sentences."
+"What a chat model is asked: in its own conversations nothing says that TL;DR asks for a summary of this length."
 POST_LINE = re.compile(r"(?:\A|\n\n)POST: ")
+RESPONSES = ("completion", "chosen", "rejected")
 PREPROCESSED = ("query", "chosen", "rejected", "reference_response")
 "Columns of the N+ sets that are made from the others for one tokenizer and one length."
 
@@ -46,16 +51,16 @@ def truncate_query(query: str, num_tokens: Callable[[str], int], max_length: int
     """The query with its post shortened to at most `max_length` tokens (N+ detail 2).
 
     Paragraphs go first: the post is cut at its last newline again and again. If its first paragraph alone
-    is too long, that is shortened from the end. The other lines and the ending "TL;DR:" always stay;
-    RowError if there is no room for any of the post.
+    is too long, that is shortened from the end. The other lines, the ending "TL;DR:" and what a chat template puts
+    around them always stay; RowError if there is no room for any of the post.
     """
     if num_tokens(query) <= max_length:
         return query
     post_line = POST_LINE.search(query)
-    start, end = post_line.end() if post_line else 0, len(query) - len(ENDING)
+    start, end = post_line.end() if post_line else 0, query.rindex(ENDING)
 
     def shortened(post_length: int) -> str:
-        return query[: start + post_length] + ENDING
+        return query[: start + post_length] + query[end:]
 
     post = query[start:end]
     while "\n" in post:
@@ -68,27 +73,50 @@ def truncate_query(query: str, num_tokens: Callable[[str], int], max_length: int
     return shortened(kept)
 
 
-def tldr_records(table: Table, bad: BadRows) -> tuple[list[Record], list[str]]:
+def tldr_records(
+    table: Table, bad: BadRows, chat: ChatTemplate | None = None
+) -> tuple[list[Record], list[str]]:
     """The records of a table in any of the known layouts, and notes on what was left out by design.
 
-    Raises DataError, naming the columns that are there, for an unknown layout.
+    With `chat` they go through the chat template. Raises DataError, naming the columns that are there, for an unknown
+    layout.
     """
+
+    def convert(table: Table, to_record: Callable[[Row], Record]) -> list[Record]:
+        return convert_rows(
+            table, bad, to_record if chat is None else lambda row: chat_record(to_record(row), chat)
+        )
+
     columns = set(table.columns)
     if {"info", "summaries", "choice"} <= columns:
         table, notes = _posts_only(table)
-        return convert_rows(table, bad, comparison_record), notes
+        return convert(table, comparison_record), notes
     if {"info", "summary"} <= columns:
         table, notes = _posts_only(table)
-        return _merge_ranked(convert_rows(table, bad, axis_record)), notes
+        return _merge_ranked(convert(table, axis_record)), notes
     if {"post", "summaries", "overall"} <= columns:
-        return convert_rows(table, bad, ranked_record), []
+        return convert(table, ranked_record), []
     if {"post", "summary"} <= columns:
-        return convert_rows(table, bad, demonstration_record), []
+        return convert(table, demonstration_record), []
     if "prompt" in columns:
-        return convert_rows(table, bad, formatted_record), []
+        return convert(table, formatted_record), []
     raise DataError(
         f"{table.name} is not TL;DR data: its columns are {', '.join(table.columns)}; known layouts are "
         "info + summaries + choice, info + summary, post + summaries + overall, post + summary, prompt"
+    )
+
+
+def chat_record(record: Record, chat: ChatTemplate) -> Record:
+    """The record as a conversation: a user's message that asks for the summary, and the summaries as answers."""
+    messages = [{"role": "user", "content": f"{INSTRUCTION}\n\n{record.prompt}"}]
+    texts = {name: text for name in RESPONSES if (text := getattr(record, name)) is not None}
+    prompt, rendered = chat.render(messages, [text.strip() for text in (*texts.values(), *record.responses)])
+    return replace(
+        record,
+        prompt=prompt,
+        **dict(zip(texts, rendered, strict=False)),
+        responses=tuple(rendered[len(texts) :]),
+        chat=chat.chat(messages, record.prompt),
     )
 
 
@@ -164,11 +192,7 @@ def formatted_record(row: Row) -> Record:
     prompt = require_text(values.pop("prompt", None), "prompt")
     if not prompt.endswith(ENDING):
         raise RowError("no TL;DR", f"the prompt ends with {prompt[-20:]!r}, not with {ENDING!r}")
-    texts = {
-        name: _response(values.pop(name), name)
-        for name in ("completion", "chosen", "rejected")
-        if values.get(name) is not None
-    }
+    texts = {name: _response(values.pop(name), name) for name in RESPONSES if values.get(name) is not None}
     if ("chosen" in texts) != ("rejected" in texts):
         raise RowError("missing field", "one of chosen and rejected is there, the other is not")
     if "chosen" in texts:
@@ -225,6 +249,7 @@ def _merge_ranked(records: list[Record]) -> list[Record]:
                     "info": firsts[0].extra["info"],
                     "policies": [first.extra["policies"][0] for first in firsts],
                 },
+                chat=firsts[0].chat,
             )
         )
     return merged
