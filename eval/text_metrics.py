@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from drpo.data.records import DataError
+from drpo.rewards import Completion
 from eval.completions import REFERENCE, CompletionRow
 from eval.intervals import (
     Interval,
@@ -95,6 +96,19 @@ def _mean(values: Sequence[float], prompt_ids: Sequence[str]) -> Interval | None
     if len(set(prompt_ids)) == 1:
         return Interval(float(np.mean(values)), math.nan, math.nan, 1, "one prompt")
     return mean_interval(values, prompt_ids)
+
+
+def rouge_l(completions: Sequence[Completion]) -> list[float]:
+    """F1 of ROUGE-L to the dataset's response: a rough judge, for `judge.kind=function`, that nobody trained.
+
+    Raises ValueError when a prompt has no such response.
+    """
+    references = [completion.record.completion for completion in completions]
+    if None in references:
+        raise ValueError(
+            f"{references.count(None)} of {len(references)} prompts have no response in the data"
+        )
+    return rouge_f1([completion.response for completion in completions], references)["rougeL"].tolist()
 
 
 # --- of texts -------------------------------------------------------------------------------------------

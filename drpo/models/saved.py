@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from drpo.config import ConfigError
 from drpo.models.gguf import UNREADABLE, location
@@ -68,3 +69,16 @@ def check_complete(info: dict[str, Any], path: str) -> None:
             f"{path!r} lacks {len(missing)} weights, which would be random: {', '.join(missing[:5])}; "
             "it holds another kind of model"
         )
+
+
+def is_causal_lm(model_type: str | None, architectures: list[str] | None) -> bool:
+    """Whether transformers has a causal LM of this type, and the weights (if there are any) are of one."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
+    known = (known,) if isinstance(known, str) else known
+    return any(name in known or name.endswith("ForCausalLM") for name in architectures or known)
+
+
+def kind_of(saved: dict[str, Any]) -> str:
+    """What a config.json says that the model is, for an error."""
+    kind = f"a model of type {saved['model_type']}" if "model_type" in saved else "a model of no known type"
+    return ", ".join(saved.get("architectures") or [kind])

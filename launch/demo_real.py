@@ -1,0 +1,60 @@
+"""A pretrained model on real text: SmolLM2 on TL;DR through SFT, a reward model, PPO, DR-PO, DPO and their comparison.
+
+python launch/demo_real.py [file or hub id with TL;DR data]
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parent)
+
+from drpo.config import ConfigError, load_recipe
+from drpo.data.files import read_table
+from drpo.data.records import BadRows, DataError
+from drpo.models.gguf import location
+from launch.command_line import find_recipe, quieten_libraries
+from launch.compare_recipe import CompareRecipe
+
+STAGES = ("sft", "reward_model", "ppo", "drpo", "dpo", "compare")
+
+
+def main() -> None:
+    """Run every stage on its recipe demo_real/<stage>.yaml; one that is already finished is only looked up."""
+    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
+        raise SystemExit(__doc__.strip())
+    quieten_libraries()
+    recipe = load_recipe(CompareRecipe, find_recipe("demo_real/compare.yaml"), [])
+    path = sys.argv[1] if len(sys.argv) == 2 else recipe.complete.data.path
+    try:
+        location("smollm2", "model.path")
+        read_table(path, "train", BadRows(), limit=1)
+    except (ConfigError, DataError) as error:
+        raise SystemExit(
+            f"demo_real.py: {error}\nIt needs real posts with summaries: {recipe.complete.data.path} from the hub, or "
+            "a file with the columns post, summaries and overall (or any other layout of TL;DR in docs/data.md):\n"
+            "    make demo-real DATA=path/to/axis.jsonl"
+        ) from None
+    started = time.monotonic()
+    for stage in STAGES:
+        key = "complete.data.path" if stage == "compare" else "data.path"
+        arguments = [f"demo_real/{stage}.yaml", f"{key}={path}"]
+        print(f"\n=== {stage}: launch/{stage}.py {' '.join(arguments)}", flush=True)
+        if subprocess.run([sys.executable, str(HERE / f"{stage}.py"), *arguments]).returncode:
+            raise SystemExit(
+                f"demo_real.py: the stage {stage} failed; the same command again goes on from there"
+            )
+        print(f"{(time.monotonic() - started) / 60:.1f} minutes so far", flush=True)
+    print(
+        f"policies, metrics and samples are in {Path(recipe.run_dir).parent}; open the report in a browser:"
+    )
+    print(f"  {Path(recipe.run_dir) / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
