@@ -14,10 +14,9 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
-from drpo.config import ConfigError, load_recipe
+from drpo.config import load_recipe
 from drpo.data.files import read_table
 from drpo.data.records import BadRows, DataError
-from drpo.models.gguf import location
 from launch.command_line import find_recipe, quieten_libraries
 from launch.compare_recipe import CompareRecipe
 
@@ -32,9 +31,8 @@ def main() -> None:
     recipe = load_recipe(CompareRecipe, find_recipe("demo_real/compare.yaml"), [])
     path = sys.argv[1] if len(sys.argv) == 2 else recipe.complete.data.path
     try:
-        location("smollm2", "model.path")
         read_table(path, "train", BadRows(), limit=1)
-    except (ConfigError, DataError) as error:
+    except DataError as error:
         raise SystemExit(
             f"demo_real.py: {error}\nIt needs real posts with summaries: {recipe.complete.data.path} from the hub, or "
             "a file with the columns post, summaries and overall (or any other layout of TL;DR in docs/data.md):\n"

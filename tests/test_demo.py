@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -43,3 +44,12 @@ def test_the_demo_makes_what_it_lacks_and_resets_raise_the_true_reward(tmp_path)
     sft = metrics_of(tmp_path / "runs/demo/drpo")[0]
     assert last["drpo"]["eval/true_reward"] > sft["eval/true_reward"] + 2
     assert last["drpo"]["eval/true_reward"] > last["ppo"]["eval/true_reward"] + 2
+
+
+def test_the_real_demo_says_what_data_it_needs_before_anything_is_trained(tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "demo_real.py"), "none.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "no file or folder none.jsonl" in done.stderr
+    assert "make demo-real DATA=path/to/axis.jsonl" in done.stderr
+    assert list(tmp_path.iterdir()) == []
