@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import io
 import json
 import platform
 import subprocess
@@ -21,6 +22,8 @@ from typing import Literal, TypeVar, get_origin, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from drpo.yaml_words import kind_at, quote_words
 
 Recipe = TypeVar("Recipe")
 
@@ -39,13 +42,15 @@ def load_recipe(recipe_class: type[Recipe], path: Path | None, overrides: Sequen
     """
     layers = [OmegaConf.structured(recipe_class)]
     if path is not None:
-        layers.append(_read_recipe(Path(path)))
+        layers.append(_read_recipe(Path(path), recipe_class))
+    given = []
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{override!r} is not an override: write section.key=value")
+        given.append(f"{key}={quote_words(value, kind_at(recipe_class, key))}")
     try:
-        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        layers.append(OmegaConf.from_dotlist(given))
         _unlock(layers[0])
         for layer in layers[1:]:
             _check_kinds(layer, layers[0])
@@ -109,14 +114,14 @@ def _unlock(node) -> None:
             _unlock(child)
 
 
-def _read_recipe(path: Path):
+def _read_recipe(path: Path, recipe_class: type):
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path(".")
         found = ", ".join(sorted(p.name for p in folder.glob("*.yaml"))) or "none"
         raise ConfigError(f"no recipe {path}; the YAML files in {folder}/ are: {found}")
     try:
-        node = OmegaConf.load(path)
-    except yaml.YAMLError as error:
+        node = OmegaConf.load(io.StringIO(quote_words(path.read_text(encoding="utf-8"), recipe_class)))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not OmegaConf.is_dict(node):
         raise ConfigError(f"{path} must hold a mapping of sections, found {type(node).__name__}")
@@ -128,8 +133,6 @@ def _explain(error: OmegaConfBaseException, recipe_class: type, path: Path | Non
     where = f" (recipe {path} or an override)" if path else ""
     first_line = str(error).splitlines()[0]
     message = f"{key}: {first_line}{where}" if key else f"{first_line}{where}"
-    if "'False'" in first_line and "'no'" in first_line:
-        message += "\nYAML reads a bare no as false: write '\"no\"'"
     known = [option.key for option in options(recipe_class)]
     if key and key.partition("[")[0] not in known:
         level = key.rpartition(".")[0] + "." if "." in key else ""
