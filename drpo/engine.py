@@ -14,9 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.state import is_initialized
+from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env
+from rich.console import Console
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from drpo.config import ConfigError
+from drpo.precision import PRECISIONS, check_precision, choose_precision, slow_bf16_warning
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class EngineConfig:
     """Precision and trackers; what runs where is said by `accelerate launch`."""
 
     mixed_precision: Literal["no", "bf16"] | None = None
-    """Autocast precision; null takes what `accelerate launch --mixed_precision` or its config file says."""
+    """Autocast precision; no is float32. null takes what `accelerate launch --mixed_precision` or its config file says;
+    without them bf16 on a GPU or CPU that has instructions for it, else float32."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """accelerate trackers by name (tensorboard, wandb, comet_ml, mlflow, ...); [] for none."""
     project: str = "drpo"
@@ -35,6 +41,18 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not 0 < self.timeout_minutes < float("inf"):
             raise ValueError(f"engine.timeout_minutes must be > 0 and finite, got {self.timeout_minutes}")
+
+
+def _device_type(cpu: bool) -> str:
+    """The type of device that accelerate will choose."""
+    if cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def _say(message: str) -> None:
+    Console().print(message, highlight=False, soft_wrap=True, markup=False)
 
 
 class Engine:
@@ -48,10 +66,15 @@ class Engine:
         if several_on_cpu:
             group["backend"] = "gloo"
         with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        # Without it accelerate would take several processes on CPU for one; with it it would leave DeepSpeed out.
+        cpu = several_on_cpu and not with_deepspeed
+        precision, why = config.mixed_precision, ""
+        if not is_initialized():  # accelerate keeps one precision a process
+            launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if with_deepspeed else None)
+            precision, why = choose_precision(precision, launcher, _device_type(cpu))
         self._accelerator = Accelerator(
-            # Without it accelerate would take several processes on CPU for one; with it it would leave DeepSpeed out.
-            cpu=several_on_cpu and not with_deepspeed,
-            mixed_precision=config.mixed_precision,
+            cpu=cpu,
+            mixed_precision=precision,
             log_with=config.trackers or None,
             project_dir=str(run_dir),
             kwargs_handlers=[InitProcessGroupKwargs(**group)],
@@ -64,6 +87,7 @@ class Engine:
         self._optimizer: torch.optim.Optimizer | None = None
         self._trackers_started = False
         self._config = config
+        self._warned_of_bf16 = False
         plugin = self._accelerator.state.deepspeed_plugin
         if plugin is not None:
             # Accumulation is ours (the last micro-batch of a step is marked), so DeepSpeed sees one per step.
@@ -72,6 +96,7 @@ class Engine:
             plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
             # Models load whole on every process; `prepare` partitions the trained one, frozen ones stay whole.
             unset_hf_deepspeed_config()
+        self._say_precision(precision, why)
         self.seed(seed)
 
     # --- where we are -----------------------------------------------------------------------------------
@@ -108,6 +133,31 @@ class Engine:
     def _zero3(self) -> bool:
         return self._deepspeed and self._accelerator.state.deepspeed_plugin.zero_stage == 3
 
+    def _say_precision(self, chosen: str | None, why: str) -> None:
+        """Say once which precision it is and why, and refuse one that is not what was asked for."""
+        check_precision(self.precision)
+        if chosen not in (None, self.precision):  # DeepSpeed goes by its own config file
+            if self._config.mixed_precision is not None:
+                raise ConfigError(
+                    f"mixed_precision={chosen} is asked for, but the DeepSpeed config makes it {self.precision}: "
+                    "change one of them"
+                )
+            why = "as the DeepSpeed config says"
+        if len(everywhere := sorted(set(self.gather_objects([self.precision])))) > 1:
+            raise ConfigError(
+                f"the processes chose {' and '.join(everywhere)}: set mixed_precision for all of them"
+            )
+        if self.is_main and why:
+            _say(f"precision: {PRECISIONS[self.precision]}, {why}")
+        if self.precision == "bf16":
+            self._warn_if_bf16_is_slow()
+
+    def _warn_if_bf16_is_slow(self) -> None:
+        if self.is_main and not self._warned_of_bf16:
+            self._warned_of_bf16 = True
+            if warning := slow_bf16_warning(self.device.type):
+                _say(warning)
+
     def seed(self, seed: int) -> None:
         """Seed Python, numpy and torch, differently on every rank."""
         local = seed + 100_003 * self.rank
@@ -126,6 +176,7 @@ class Engine:
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Wrap for DDP, DeepSpeed or one process. Call the returned module where gradients are wanted."""
+        self._note_weights(module)
         self._module, self._optimizer = self._accelerator.prepare(module, optimizer)
         return self._module
 
@@ -136,8 +187,14 @@ class Engine:
 
     def place(self, module: nn.Module, as_trained: bool) -> nn.Module:
         """Move a frozen model to the device; `as_trained` gives it the precision that training gives its weights."""
+        self._note_weights(module)
         dtype = torch.bfloat16 if as_trained and self.casts_weights else None
         return module.to(self.device, dtype=dtype).eval().requires_grad_(False)
+
+    def _note_weights(self, module: nn.Module) -> None:
+        """Weights in bf16 are multiplied in bf16, whatever the autocast."""
+        if any(weight.dtype == torch.bfloat16 for weight in module.parameters()):
+            self._warn_if_bf16_is_slow()
 
     def autocast(self):
         """The precision of training forwards, for forwards outside the prepared module."""

@@ -46,7 +46,7 @@ class Result:
         folder = self.run.path / name
         with self.engine.whole_weights(self.trained):
             if self.engine.is_main:
-                card = model_card(self.recipe, self.data_report, self.run.metrics.path)
+                card = model_card(self.run.recipe, self.data_report, self.run.metrics.path)
                 save_policy(self.model, self.tokenizer, folder, card)
         self.engine.barrier()
         return folder

@@ -109,7 +109,10 @@ class RunFolder:
         self.path = Path(recipe.run_dir)
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self.completions = JsonLines(self.path / "completions.jsonl")
-        self._recipe, self._engine, self._checkpoint, self.log = recipe, engine, checkpoint, log
+        # With the precision that null stood for: it depends on the machine, and the folder may move to another one.
+        precise = dataclasses.replace(recipe.engine, mixed_precision=engine.precision)
+        self.recipe = dataclasses.replace(recipe, engine=precise)
+        self._engine, self._checkpoint, self.log = engine, checkpoint, log
         self._console = Console()
         self._progress: Progress | None = None
         self._signal: int | None = None
@@ -125,7 +128,7 @@ class RunFolder:
         Raises CheckpointError when the folder holds a run with other settings.
         """
         engine = self._engine
-        if engine.is_main and self._recipe.resume == "restart":
+        if engine.is_main and self.recipe.resume == "restart":
             self._set_aside()
         engine.barrier()
         config = self.path / "config.yaml"
@@ -141,15 +144,15 @@ class RunFolder:
             self.say(f"resuming {self.path} after step {state['step']}")
         elif begun:
             # Killed before its first checkpoint: the same run starts again. What failed at once may be mended.
-            self._refuse_other_settings(flatten(load_recipe(type(self._recipe), config, [])))
+            self._refuse_other_settings(flatten(load_recipe(type(self.recipe), config, [])))
         engine.barrier()  # every process has looked before the main one writes
         if engine.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             step = state["step"] if state else -1
             self.metrics.keep_up_to(step)
             self.completions.keep_up_to(step)
-            save_resolved(self._recipe, self.path / "config.yaml")
-        engine.start_trackers(flatten(self._recipe))
+            save_resolved(self.recipe, self.path / "config.yaml")
+        engine.start_trackers(flatten(self.recipe))
         for number in (signal.SIGTERM, signal.SIGINT):
             self._handlers_before[number] = signal.signal(number, self._on_signal)
         engine.barrier()
@@ -164,12 +167,8 @@ class RunFolder:
         shutil.move(self.path, target)
         self.say(f"moved the earlier run to {target}")
 
-    def _settings(self) -> dict[str, Any]:
-        """What a resumed run must share with the run before it."""
-        return flatten(self._recipe) | {"precision": self._engine.precision}
-
     def _refuse_other_settings(self, then: dict[str, Any]) -> None:
-        now = self._settings()
+        now = flatten(self.recipe)
         free = tuple(f"{key}." for key in FREE_ON_RESUME)
         changed = [
             f"{key}: {then[key]!r} -> {now.get(key)!r}"
@@ -177,9 +176,12 @@ class RunFolder:
             if not f"{key}.".startswith(free) and now.get(key) != then[key]
         ]
         if changed:
+            key = "engine.mixed_precision"
+            other = key in then and then[key] != now[key]
+            keep = f"{key}={then[key]} to keep that run's precision, " if other else ""
             raise CheckpointError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
-                "Choose another run_dir, or resume=restart to move that run aside"
+                f"Choose {keep}another run_dir, or resume=restart to move that run aside"
             )
 
     # --- during the run ---------------------------------------------------------------------------------
@@ -192,7 +194,7 @@ class RunFolder:
         stop = int(self._engine.max(self._signal or 0))
         every = self._checkpoint.every
         if stop or always or step == num_steps or (every and step % every == 0):
-            full = {"settings": self._settings(), "world_size": self._engine.world_size, **state}
+            full = {"settings": flatten(self.recipe), "world_size": self._engine.world_size, **state}
             folder = save_checkpoint(self._engine, self.path, step, full, self._checkpoint.keep)
             if stop:
                 name = signal.Signals(stop).name

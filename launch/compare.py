@@ -72,6 +72,8 @@ def run(recipe: CompareRecipe) -> Path:
     folder = Path(recipe.run_dir)
     config = EngineConfig(mixed_precision=recipe.complete.mixed_precision, trackers=[])
     engine = Engine(config, folder, recipe.complete.seed, max_grad_norm=None)
+    # What null stood for on this machine.
+    recipe = replace(recipe, complete=replace(recipe.complete, mixed_precision=engine.precision))
     systems = _measured_systems(recipe, engine, prompt_ids)
     is_main = engine.is_main
     engine.close()  # judging takes long, and only one process asks

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def run(recipe: CompleteRecipe) -> Path:
     folder = Path(recipe.run_dir)
     config = EngineConfig(mixed_precision=recipe.mixed_precision, trackers=[])
     engine = Engine(config, folder, recipe.seed, max_grad_norm=None)
+    recipe = replace(recipe, mixed_precision=engine.precision)  # what null stood for on this machine
     if importing:
         path = _import(recipe, engine)
     else:

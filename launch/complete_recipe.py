@@ -26,7 +26,8 @@ class CompleteRecipe:
     attn_implementation: str | None = None
     """eager, sdpa, flash_attention_2, ...; null: transformers' choice."""
     mixed_precision: Literal["no", "bf16"] | None = None
-    """Autocast precision; null takes what `accelerate launch --mixed_precision` or its config file says."""
+    """Autocast precision; no is float32. null takes what `accelerate launch --mixed_precision` or its config file says;
+    without them bf16 on a GPU or CPU that has instructions for it, else float32."""
     data: DataConfig = field(default_factory=DataConfig)
     split: Literal["train", "eval"] = "eval"
     """Which split of the data the prompts are from; eval are the held-out ones."""

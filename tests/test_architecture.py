@@ -15,7 +15,7 @@ MAX_LINES = 330
 # The layers of drpo, lowest first: a module imports from its own layer and from lower ones.
 # A folder stands for its modules, except for those that are named.
 LAYERS = (
-    ("tensors", "config", "schedules"),
+    ("tensors", "config", "yaml_words", "precision", "schedules"),
     (
         "losses",
         "preference_losses",

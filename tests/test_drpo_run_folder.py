@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from online_runs import forget_precision
 from torch import nn
 
 from drpo.checkpoints import CheckpointError, list_checkpoints
@@ -164,10 +165,6 @@ def test_a_finished_run_is_resumed_after_its_last_step(recipe):
         ({"num_steps": 8}, "num_steps: 4 -> 8"),
         ({"thing": Thing(rate=0.25)}, "thing.rate: 0.5 -> 0.25"),
         ({"thing": Thing(names=["a", "b"])}, "thing.names: ['a'] -> ['a', 'b']"),
-        (
-            {"engine": EngineConfig(trackers=[], mixed_precision="no")},
-            "engine.mixed_precision: None -> 'no'",
-        ),
     ],
 )
 def test_another_recipe_is_refused_naming_what_changed(recipe, change, named):
@@ -179,6 +176,30 @@ def test_another_recipe_is_refused_naming_what_changed(recipe, change, named):
     assert named in str(caught.value) and "resume=restart" in str(caught.value)
     assert str(caught.value).count("->") == 1
     assert ((run.path / "config.yaml").read_bytes(), run.metrics.path.read_bytes()) == before
+
+
+def test_the_folder_says_what_precision_null_stood_for(recipe):
+    run, _ = opened(recipe)
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["engine"]["mixed_precision"] == "no"
+    steps(run, 1, 2)
+    named = replace(recipe, engine=EngineConfig(trackers=[], mixed_precision="no"))
+    assert opened(named)[1]["step"] == 2
+
+
+@pytest.mark.parametrize("last", [1, 2], ids=["before the first checkpoint", "after it"])
+def test_a_run_does_not_go_on_in_another_precision(recipe, last):
+    """As where null stands for bf16 on one machine and for float32 on the next."""
+    run, _ = opened(recipe)
+    steps(run, 1, last)
+    forget_precision()
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            opened(replace(recipe, engine=EngineConfig(trackers=[], mixed_precision="bf16")))
+    finally:
+        forget_precision()
+    message = str(caught.value)
+    assert "settings: engine.mixed_precision: 'no' -> 'bf16'. " in message
+    assert "engine.mixed_precision=no to keep" in message and "resume=restart" in message
 
 
 def test_what_does_not_change_the_numbers_may_change(recipe, tmp_path):

@@ -39,7 +39,7 @@ SFT = {
     "eval": {"every": 0},
     "sample": {"num_prompts": 0},
     "log": {"samples_every": 0},
-    "engine": {"trackers": []},
+    "engine": {"trackers": [], "mixed_precision": "no"},
 }
 
 ONLINE = {
@@ -58,7 +58,7 @@ ONLINE = {
     "eval": {"every": 2, "num_prompts": 8, "temperature": 1.0},
     "log": {"samples_every": 2},
     "checkpoint": {"every": 1, "keep": 2},
-    "engine": {"trackers": []},
+    "engine": {"trackers": [], "mixed_precision": "no"},
 }
 
 PREFERENCE = {
@@ -70,7 +70,7 @@ PREFERENCE = {
     "eval": {"every": 2, "num_examples": 11},
     "sample": {"num_prompts": 5, "max_response_length": 6},
     "checkpoint": {"every": 1, "keep": 9},
-    "engine": {"trackers": []},
+    "engine": {"trackers": [], "mixed_precision": "no"},
 }
 SEVERAL = "../tests/several_runs"  # in place of the name of a launch script
 

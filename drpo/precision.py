@@ -1,0 +1,106 @@
+"""Float32 or bf16: what was asked for, else what the device is good at."""
+
+from __future__ import annotations
+
+import platform
+import time
+
+import torch
+
+from drpo.config import ConfigError
+
+PRECISIONS = {"no": "float32", "bf16": "bf16"}  # accelerate's word, ours
+
+
+def choose_precision(asked: str | None, launcher: str | None, device: str) -> tuple[str, str]:
+    """The precision in accelerate's word, and why: the recipe's word, else the launcher's, else by the device.
+
+    `accelerate launch` says "no" also where nobody said anything, so that its "no" cannot be told from a wish.
+    """
+    if asked is not None:
+        return asked, "as the recipe says"
+    fast = multiplies_bf16(device)
+    if launcher == "no" and fast:
+        return launcher, "as accelerate launch says; mixed_precision=bf16 is faster here"
+    if launcher is not None:
+        check_precision(launcher)
+        return launcher, "as accelerate launch says"
+    if fast:
+        return "bf16", f"which this {shown(device)} multiplies fastest"
+    return "no", f"since this {shown(device)} has no fast bf16 products"
+
+
+def check_precision(precision: str) -> None:
+    """Raise ConfigError for one that we do not train in."""
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"mixed_precision={precision}, says accelerate or a DeepSpeed config: it must be no or bf16"
+        )
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Whether a device ("cpu", "cuda", "xpu") has instructions for products of bf16 matrices.
+
+    On a CPU ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA count too: a newer one that they hold to AVX2 has none.
+    """
+    match device:
+        case "cpu":
+            return _cpu_multiplies_bf16()
+        case "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        case "xpu":
+            return torch.xpu.is_bf16_supported()
+    return False
+
+
+def _cpu_multiplies_bf16() -> bool:
+    # torch leaves these products to oneDNN, which takes any CPU with AVX512 for one that can: without AVX512-BF16
+    # or AMX it converts to float32 and back.
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def slow_bf16_warning(device: str) -> str | None:
+    """What to tell who asks for bf16 on this device, with the ratio measured now; None where it is not slow."""
+    if multiplies_bf16(device):
+        return None
+    ratio = bf16_over_float32(device)
+    if ratio <= 1:
+        return None
+    return (
+        f"warning: bf16 is slow on this {shown(device)}: a matrix product takes {ratio:.3g} times as long as in "
+        "float32. Faster: mixed_precision=no, and dtype=float32 where the weights are in bf16"
+    )
+
+
+def bf16_over_float32(device: str) -> float:
+    """Time of one small matrix product in bf16 over that in float32, each the best of a tenth of a second."""
+    size = 128 if device == "cpu" else 2048  # CPUs without the instructions need a minute for 2048
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(size, size, dtype=dtype, device=device)
+        times = []
+        while sum(times) < 0.1 or len(times) < 3:
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            if device != "cpu":
+                torch.accelerator.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # where other work is, one thread of several would often be waited for
+    try:
+        return seconds(torch.bfloat16) / seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def shown(device: str) -> str:
+    """A device as people write it."""
+    return "CPU" if device == "cpu" else "GPU"
