@@ -7,7 +7,10 @@ import shutil
 
 # One thread: the models are tiny, and a process that has used OpenMP's threads cannot be forked.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Float32 where a recipe says nothing, whatever the machine is good at: expectations and tolerances are made for it.
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +25,18 @@ CHROMIUM_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+
+NO_CHROMIUM = "browser tests need chromium on the PATH (apt-get install chromium)"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter) -> None:
+    """One line for each reason for which tests were skipped: a suite that is not whole says so."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}", yellow=True)
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +61,8 @@ def chromium() -> Iterator:
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         if os.environ.get("DRPO_REQUIRE_CHROMIUM"):
-            pytest.fail("no chromium on the PATH: apt-get install chromium")
-        pytest.skip("no chromium on the PATH")
+            pytest.fail(NO_CHROMIUM)
+        pytest.skip(NO_CHROMIUM)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
         yield browser
