@@ -57,8 +57,10 @@ def test_batch_is_the_same_tensors(trajectory):
 
 
 def test_map_reaches_every_field_and_changes_nothing_in_place(trajectory):
+    trajectory = dataclasses.replace(trajectory, trunk=torch.randn(len(trajectory.scores), 5, 3))
     before = {f.name: getattr(trajectory, f.name).clone() for f in dataclasses.fields(trajectory)}
     twice = trajectory.map(lambda rows: torch.cat([rows, rows]))
     for name, rows in before.items():
         assert torch.equal(getattr(trajectory, name), rows)
         assert torch.equal(getattr(twice, name), torch.cat([rows, rows]))
+    assert dataclasses.replace(trajectory, trunk=None).map(torch.clone).trunk is None
