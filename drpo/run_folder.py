@@ -117,7 +117,7 @@ class RunFolder:
         self._progress: Progress | None = None
         self._signal: int | None = None
         self._handlers_before: dict[int, Any] = {}
-        require_same(engine, {k: v for k, v in self._settings().items() if k != "run_dir"}, "settings")
+        require_same(engine, {k: v for k, v in flatten(self.recipe).items() if k != "run_dir"}, "settings")
         require_shared_folder(engine, self.path, "run_dir")
 
     # --- opening ----------------------------------------------------------------------------------------
