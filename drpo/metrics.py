@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 WALL_CLOCK_GROUPS = ("time/", "perf/")
 
@@ -73,3 +76,16 @@ class Phases:
 def non_finite(row: Mapping[str, float]) -> list[str]:
     """The keys of a row whose values are inf or nan."""
     return [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process since the last call: the device's on GPUs, resident memory on CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    with open(f"/proc/{os.getpid()}/status") as status:
+        for line in status:
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 2**20
+    return float("nan")

@@ -15,7 +15,7 @@ from drpo.config import ConfigError
 from drpo.data.load import DataConfig
 from drpo.data.order import item_at
 from drpo.engine import Engine, EngineConfig
-from drpo.metrics import Phases
+from drpo.metrics import Phases, peak_memory_gib
 from drpo.models.loading import ModelConfig
 from drpo.optim import OptimConfig, build_optimizer, scheduled_rate, set_learning_rates
 from drpo.result import Result
@@ -200,7 +200,7 @@ def fit(
             after_step(step, stage_ended)
         metrics |= phases.seconds()
         metrics["perf/examples_per_second"] = batch.size / metrics["time/update"]
-        metrics["perf/peak_memory_gib"] = engine.peak_memory_gib()
+        metrics["perf/peak_memory_gib"] = peak_memory_gib(engine.device)
         run.write_samples(step, rows)
         run.record(step, metrics, ("train/loss", "train/accuracy", "eval/loss", "eval/accuracy", "time/step"))
         run.advance()

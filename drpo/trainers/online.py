@@ -20,7 +20,7 @@ from drpo.config import ConfigError
 from drpo.data.load import Splits, load_examples
 from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
-from drpo.metrics import Phases
+from drpo.metrics import Phases, peak_memory_gib
 from drpo.models.actor_critic import ActorCritic
 from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.scalar_head import ScalarModel
@@ -279,5 +279,5 @@ def _speed(engine: Engine, phases: Phases, trajectory) -> dict[str, float]:
     return seconds | {
         "perf/episodes_per_second": len(trajectory.scores) / seconds["time/step"],
         "perf/sampled_tokens_per_second": num_tokens / seconds["time/step"],
-        "perf/peak_memory_gib": engine.peak_memory_gib(),
+        "perf/peak_memory_gib": peak_memory_gib(engine.device),
     }
