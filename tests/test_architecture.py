@@ -53,7 +53,12 @@ PURE = (
 INFRASTRUCTURE = ("transformers", "accelerate", "deepspeed", "peft", "datasets", "omegaconf", "drpo.config")
 
 # Tables that are filled after import. Each entry is a function of its key alone, so nothing depends on history.
-CACHES = {"drpo.models.scoring._PLAIN_HEADS", "drpo.models.shared_prompt._SHARING"}
+CACHES = {
+    "drpo.models.positions._LIMITS",
+    "drpo.models.probes._FAULTS",
+    "drpo.models.scoring._PLAIN_HEADS",
+    "drpo.models.shared_prompt._SHARING",
+}
 
 
 def module_name(path: Path) -> str:

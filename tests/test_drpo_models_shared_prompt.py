@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from logit_rows import logit_rows
-from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
+from tiny_models import ARCHITECTURES, HYBRIDS, VOCAB_SIZE, tiny_model
 from torch import nn
 
 from drpo.models.adapters import add_lora
@@ -297,11 +297,11 @@ FURTHER = {
         ("falcon", {"alibi": True}),
         ("gpt_neo", {"window_size": 6}),
         ("lfm2", {}),
-        ("recurrent_gemma", {}),
+        ("qwen3_next", {}),
     ],
 )
 def test_models_that_cannot_share_get_separate_rows(model_type, config, rows_fed, monkeypatch):
-    monkeypatch.setitem(ARCHITECTURES, model_type, FURTHER.get(model_type, ARCHITECTURES.get(model_type)))
+    monkeypatch.setitem(ARCHITECTURES, model_type, {**ARCHITECTURES, **HYBRIDS, **FURTHER}[model_type])
     assert_falls_back(tiny_model(model_type, **config), rows_fed)
 
 

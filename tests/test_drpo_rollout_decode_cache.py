@@ -23,8 +23,8 @@ def test_appending_and_selecting_equal_transformers_own_layer():
         for mine, reference in zip(ours.update(*new), theirs.update(*new), strict=True):
             assert torch.equal(mine, reference)
         if rows is not None:
-            ours.batch_select_indices(torch.tensor(rows))
-            theirs.batch_select_indices(torch.tensor(rows))
+            ours.reorder_cache(torch.tensor(rows))
+            theirs.reorder_cache(torch.tensor(rows))
             num_rows = len(rows)
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
         assert ours.get_seq_length() == theirs.get_seq_length() == 5 + step
@@ -38,7 +38,7 @@ def test_a_step_writes_in_place():
 
 
 def test_a_layer_that_was_never_written_can_be_selected_from():
-    PreallocatedLayer(capacity=8).batch_select_indices(torch.tensor([0]))
+    PreallocatedLayer(capacity=8).reorder_cache(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "gemma2", "mistral", "bloom"])

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from drpo.models.adapters import merged_state_dict
-from drpo.models.scoring import unwrap_peft
+from drpo.models.inputs import unwrap_peft
 from drpo.models.stops import write_stop_token
 
 

@@ -22,6 +22,7 @@ from transformers import (
 from drpo.config import ConfigError
 from drpo.models.adapters import add_lora
 from drpo.models.gguf import dense_weights, location
+from drpo.models.probes import can_probe_now, check_policy, check_scalar_model
 from drpo.models.saved import check_complete, is_causal_lm, kind_of, read_config
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import SMALLEST_VOCABULARY
@@ -132,7 +133,8 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
 
     From `config.path`, or with fresh weights by `config.architecture` and the size of the tokenizer. The
     embedding is never resized. Raises ConfigError naming the key when there is no such model, when it is not a
-    causal language model, when weights are missing, or when the tokenizer has ids that the model has not.
+    causal language model, when weights are missing, when the tokenizer has ids that the model has not, or when the
+    model's padded rows or cached steps are not those of whole texts.
     """
     if config.path is not None:
         model = _load_causal_lm(config)
@@ -141,6 +143,8 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     else:
         raise ConfigError("no model: give model.path, or model.architecture for one from scratch")
     _check_vocabulary(model, tokenizer)
+    if can_probe_now(model):
+        check_policy(model, "model.path" if config.path else "model.architecture.model_type")
     return _prepare(model, config, seed)
 
 
@@ -205,6 +209,8 @@ def _read_scalar(path: str, config: ModelConfig, model_class: type[Scalar], key:
         )
     if config.attn_implementation is not None:
         model.backbone.set_attn_implementation(config.attn_implementation)
+    if can_probe_now(model.backbone):
+        check_scalar_model(model, key)
     return model
 
 

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from drpo.models.adapters import merged_state_dict
-from drpo.models.scoring import model_inputs, unwrap_peft
+from drpo.models.inputs import model_inputs, unwrap_peft
 from drpo.tensors import PaddedBatch
 
 

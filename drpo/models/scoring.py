@@ -7,7 +7,6 @@ response tokens, a chunk of positions at a time, so the logits of a whole batch 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from drpo.tensors import PaddedBatch, entropy_from_logits, gather_logprobs, position_ids
+from drpo.models.inputs import model_inputs, unwrap_peft
+from drpo.models.probes import check_policy
+from drpo.tensors import PaddedBatch, entropy_from_logits, gather_logprobs
 
 Entropy = bool | Literal["detached"]
 """Whether the entropy is computed too; detached: without a graph, which would hold a softmax over the vocabulary."""
@@ -48,13 +49,15 @@ def response_logprobs(
     A model whose logits are more than its head on the backbone's output (soft-capping, logit scales) runs
     whole, with logits for the response positions only but all of them at once.
 
-    Raises ValueError on a temperature that is not positive or a chunk_size below 1.
+    Raises ValueError on a temperature that is not positive or a chunk_size below 1, ConfigError for a model whose
+    padded rows are not those of whole texts or that has fewer positions than a row has tokens.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}")
     causal_lm = unwrap_peft(model)
+    check_policy(model)
     length = batch.responses.shape[1]
     ids = batch.responses.masked_fill(batch.response_mask.logical_not(), 0)
     if not head_is_plain(causal_lm):
@@ -142,11 +145,6 @@ def suppress(logits: Tensor, ids: Sequence[int]) -> Tensor:
     return logits.index_fill(-1, torch.tensor(existing, device=logits.device), torch.finfo(logits.dtype).min)
 
 
-def unwrap_peft(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, adapter layers in place; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """Within this context a PEFT model is its base model, exactly: the reference policy of a LoRA run.
@@ -160,25 +158,6 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
         )
     with model.disable_adapter():
         yield
-
-
-def model_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Keyword inputs for a padded batch (B, T): pad ids are never fed, and positions count real tokens only.
-
-    `position_ids` is left out for models without that argument (ALiBi: positions follow from the mask).
-    """
-    inputs = {
-        "input_ids": input_ids.masked_fill(attention_mask.logical_not(), 0),
-        "attention_mask": attention_mask.long(),
-    }
-    if takes_position_ids(model):
-        inputs["position_ids"] = position_ids(attention_mask)
-    return inputs
-
-
-def takes_position_ids(model: nn.Module) -> bool:
-    """Whether the model's forward has a `position_ids` argument."""
-    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 _PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

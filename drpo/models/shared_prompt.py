@@ -18,15 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from drpo.models.scoring import (
-    ResponseScores,
-    chunked_scores,
-    head_is_plain,
-    model_inputs,
-    response_logprobs,
-    takes_position_ids,
-    unwrap_peft,
-)
+from drpo.models.inputs import model_inputs, takes_position_ids, unwrap_peft
+from drpo.models.scoring import ResponseScores, chunked_scores, head_is_plain, response_logprobs
 from drpo.tensors import PaddedBatch, gather_logprobs, pad_batch, position_ids
 
 ATTENTION_WITH_OWN_MASK = ("eager", "sdpa")  # the implementations that take any mask (B, 1, T, T)

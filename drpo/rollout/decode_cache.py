@@ -32,8 +32,11 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at `indices` (int64, in that order; a row may come several times)."""
+    def reorder_cache(self, indices: Tensor) -> None:
+        """Keep the rows at `indices` (int64, in that order; a row may come several times).
+
+        transformers' name for it; `batch_select_indices` would leave recurrent layers as they are.
+        """
         if self._buffers is None:  # a layer that reads another layer's keys and values
             return
         length = self.get_seq_length()

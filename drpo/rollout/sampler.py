@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from drpo.models.scoring import suppress, takes_position_ids, unwrap_peft
+from drpo.models.inputs import takes_position_ids, unwrap_peft
+from drpo.models.probes import check_policy
+from drpo.models.scoring import suppress
 from drpo.rollout.decode_cache import decode_cache
 from drpo.tensors import position_ids
 
@@ -78,7 +80,7 @@ def generate(
     computed once, and rows that have ended leave the batch.
 
     Raises ValueError on an empty context or arguments of unequal length, FloatingPointError on logits that
-    are not finite.
+    are not finite, ConfigError for a model that does not decode exactly (`check_policy`).
     """
     _check(contexts, max_new_tokens, uniforms, batch_size)
     results: list[list[int]] = [[] for _ in contexts]
@@ -88,6 +90,7 @@ def generate(
         reverse=True,
     )
     causal_lm = unwrap_peft(model)
+    check_policy(model)
     with _evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -175,7 +178,7 @@ def _generate_batch(
     live = list(range(len(contexts)))  # rows that are still in the batch, ended or not
     kept = torch.tensor([prompt_rows[tuple(context)] for context in contexts], device=device)
     if len(prompts) < len(contexts):
-        cache.batch_select_indices(kept)
+        cache.reorder_cache(kept)
     attention_mask, positions, logits = attention_mask[kept], positions[kept], logits[kept]
     last_positions = [len(context) + budget - 1 for context, budget in zip(contexts, budgets, strict=True)]
     positions = torch.minimum(positions, torch.tensor(last_positions, device=device).unsqueeze(1))
@@ -201,7 +204,7 @@ def _generate_batch(
         if len(running) <= 0.875 * len(live):  # selecting copies the cache, so a few ended rows may linger
             kept = torch.tensor([i for i, row in enumerate(live) if row in running], device=device)
             live = [row for row in live if row in running]
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)
             attention_mask, positions, uniforms = attention_mask[kept], positions[kept], uniforms[kept]
             tokens = tokens[kept]
         logits = forward(tokens.unsqueeze(1), width + step, width + step + 1)

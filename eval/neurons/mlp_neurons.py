@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from drpo.config import ConfigError
-from drpo.models.scoring import model_inputs, unwrap_peft
+from drpo.models.inputs import model_inputs, unwrap_peft
 from drpo.tensors import PaddedBatch, pad_batch
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], Tensor | None]

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from drpo.models.scoring import unwrap_peft
+from drpo.models.inputs import unwrap_peft
 from eval.neurons.mlp_neurons import Hook, mlp_output_projections, num_neurons, pre_hooks
 from eval.neurons.neuron_shift import kind_masks
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from drpo.config import ConfigError
-from drpo.models.scoring import model_inputs, unwrap_peft
+from drpo.models.inputs import model_inputs, unwrap_peft
 
 TOLERANCE = 1e-12
 MAX_STEPS = 100

@@ -1,0 +1,99 @@
+"""How many tokens a model takes: tables of positions end somewhere, rotary positions were trained up to somewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from drpo.config import ConfigError
+from drpo.data.encode import Example
+
+TABLE_NAMES = ("embed_positions", "pos_encoding")
+"What transformers calls tables of positions that are no nn.Embedding (GPT-J, CodeGen, CTRL)."
+
+_LIMITS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The most tokens of a text that the model can take: the length of its table of positions; None without one.
+
+    GPT-2, GPT-Neo, OPT and BioGPT learn such a table, GPT-J and CTRL compute one. Rotary and ALiBi models have none.
+    """
+    if model not in _LIMITS:
+        _LIMITS[model] = _find_limit(model)
+    return _LIMITS[model]
+
+
+def _find_limit(model: nn.Module) -> int | None:
+    limits = []
+    for name, module in model.named_modules():
+        own_name = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("pos" in own_name or own_name == "wpe"):
+            limits.append(
+                module.num_embeddings - getattr(module, "offset", 0)
+            )  # OPT's first two rows are unused
+        tables = [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]
+        limits += [len(table) for table_name, table in tables if table_name in TABLE_NAMES]
+        config = getattr(module, "config", None)
+        if getattr(config, "model_type", None) == "mpt":  # its ALiBi biases are made for this many
+            limits.append(config.max_seq_len)
+    return min(limits, default=None)
+
+
+def check_width(model: nn.Module, attention_mask: Tensor) -> None:
+    """Raise ConfigError when a row of a batch (B, T) has more tokens than the model has positions."""
+    limit = position_limit(model)
+    if limit is None or attention_mask.shape[-1] <= limit:
+        return
+    longest = int(attention_mask.sum(dim=-1).max())
+    if longest > limit:
+        raise ConfigError(
+            f"a text has {longest} tokens, but {type(model).__name__} has {limit} positions; set "
+            "data.max_prompt_length and the limit of the response so that both together fit"
+        )
+
+
+def check_lengths(model: nn.Module, lengths: Sequence[int], what: str, remedy: str) -> list[str]:
+    """Raise ConfigError when texts of these `lengths` are more tokens than the model has positions.
+
+    Rotary positions have no end: texts beyond `max_position_embeddings` of the config give one line of warning.
+    """
+    longest, limit = max(lengths, default=0), position_limit(model)
+    if limit is not None and longest > limit:
+        num_longer = sum(length > limit for length in lengths)
+        raise ConfigError(
+            f"{what}: {num_longer} of {len(lengths)} texts are longer than the {limit} positions of "
+            f"{type(model).__name__}, the longest has {longest} tokens; {remedy}"
+        )
+    trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None and trained is not None and longest > trained:
+        num_longer = sum(length > trained for length in lengths)
+        return [
+            f"warning: {what}: {num_longer} of {len(lengths)} texts are longer than the {trained} positions that "
+            f"{type(model).__name__} was made for, the longest has {longest} tokens; {remedy}"
+        ]
+    return []
+
+
+def check_examples(model: nn.Module, examples: Sequence[Example], what: str = "model.path") -> list[str]:
+    """`check_lengths` of all examples, each with the longest of its responses."""
+    lengths = [len(example.query_ids) + max(map(len, _responses(example)), default=0) for example in examples]
+    remedy = "set data.max_prompt_length and data.max_response_length so that both together fit"
+    return check_lengths(model, lengths, what, remedy)
+
+
+def check_sampling(
+    model: nn.Module, examples: Sequence[Example], max_response_length: int, what: str, key: str
+) -> list[str]:
+    """`check_lengths` of all prompts with a response of `max_response_length` tokens; `key` sets that length."""
+    lengths = [len(example.query_ids) + max_response_length for example in examples]
+    return check_lengths(
+        model, lengths, what, f"set data.max_prompt_length, or lower {key}={max_response_length}"
+    )
+
+
+def _responses(example: Example) -> list[list[int]]:
+    own = (example.completion_ids, example.chosen_ids, example.rejected_ids)
+    return [*(ids for ids in own if ids is not None), *example.ranked_ids]

@@ -1,0 +1,154 @@
+"""Whether a model's padded rows and cached steps are those of whole texts, found by running a tiny batch.
+
+Attention masked by position passes. Recurrent layers may not: they carry padding in their state, or keep that state
+in a cache of their own, and then sampled tokens and log-probabilities would silently be another model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from drpo.config import ConfigError
+from drpo.models.inputs import model_inputs, unwrap_peft
+from drpo.tensors import position_ids
+
+LONG, SHORT, OTHER = [5, 6, 7, 8, 9, 10], [11, 12], [13, 12]
+"A row, one that is padded beside it, and one that ends as that one but begins otherwise."
+ATTENTION_ON_CPU = ("eager", "sdpa")
+
+_FAULTS: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
+
+
+def check_policy(model: nn.Module, key: str = "model.path") -> None:
+    """Raise ConfigError, naming `key`, unless padded rows and cached steps give the logits of whole texts.
+
+    The probe runs once per model and kind of device, which may have kernels of its own: two rows of at most six
+    tokens, and one step from the cache.
+    """
+    causal_lm = unwrap_peft(model)
+    known = _FAULTS.setdefault(causal_lm, {})
+    device = causal_lm.get_input_embeddings().weight.device.type
+    if device not in known:
+        known[device] = _policy_fault(causal_lm)
+    if fault := known[device]:
+        raise ConfigError(
+            f"{key}: {type(causal_lm).__name__} {fault}: sampled tokens and log-probabilities would not be the "
+            "model's own. Choose a model whose layers pass (docs/models.md), as all plain transformers do"
+        )
+
+
+def check_scalar_model(model: nn.Module, key: str) -> None:
+    """Raise ConfigError, naming `key`, unless a row has the same outputs in a padded batch as alone."""
+
+    def outputs(ids: Tensor, mask: Tensor) -> Tensor:
+        return model(input_ids=ids, attention_mask=mask)[:, -1:]
+
+    with _probing(model):
+        fault = _padding_fault(outputs, model)[0]
+    if fault:
+        raise ConfigError(
+            f"{key}: {type(model.backbone).__name__} {fault}: its scores would depend on the batch"
+        )
+
+
+def can_probe_now(model: nn.Module) -> bool:
+    """Whether a forward is cheap where the model lies: half precision may take minutes on a CPU, and kernels that
+    need a GPU do not run there at all. Such a model is probed at its first use."""
+    weight = model.get_input_embeddings().weight
+    on_cpu = weight.device.type == "cpu"
+    return not on_cpu or (
+        weight.dtype == torch.float32 and model.config._attn_implementation in ATTENTION_ON_CPU
+    )
+
+
+class _probing:
+    """Evaluation mode, without gradients and autocast, for a while."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._training = [module for module in model.modules() if module.training]
+        self._model = model
+        self._contexts = [
+            torch.no_grad(),
+            torch.autocast(model.get_input_embeddings().weight.device.type, enabled=False),
+        ]
+
+    def __enter__(self) -> None:
+        self._model.eval()
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)
+        for module in self._training:
+            module.training = True
+
+
+def _policy_fault(causal_lm: nn.Module) -> str | None:
+    def outputs(ids: Tensor, mask: Tensor) -> Tensor:
+        return causal_lm(**model_inputs(causal_lm, ids, mask), use_cache=False).logits[:, -1]
+
+    with _probing(causal_lm):
+        fault, whole, allowed = _padding_fault(outputs, causal_lm)
+        if fault:
+            return fault
+        try:
+            cached = _cached_logits(causal_lm).float()
+        except Exception as error:  # Models without such a cache may say so in any way.
+            return f"cannot be decoded with a key-value cache ({type(error).__name__}: {str(error)[:100]})"
+    if (cached - whole).norm(dim=1).max() > allowed:
+        return "does not continue from its key-value cache as it reads the whole text"
+    return None
+
+
+def _padding_fault(
+    outputs: Callable[[Tensor, Tensor], Tensor], model: nn.Module
+) -> tuple[str | None, Tensor, float]:
+    """What is wrong with a padded row; the outputs of both rows at their last token; how far others may be off.
+
+    Padding and a forgotten context change the outputs about as much as another context does. Rounding is allowed
+    1% of that in float32; in half precision, where it is large, half.
+    """
+    weight = model.get_input_embeddings().weight
+    ids, mask = _padded_rows(model)
+    alone, other = (
+        outputs(row, torch.ones_like(row, dtype=torch.bool)).float()
+        for row in (torch.tensor([row], device=weight.device) % len(weight) for row in (SHORT, OTHER))
+    )
+    padded = outputs(ids, mask).float()
+    if not alone.isfinite().all():  # diverged weights, which sampling and training tell as what they are
+        return None, torch.cat([padded[:1], alone]), float("inf")
+    share, rounding = (0.01, 1e-5) if weight.dtype == torch.float32 else (0.5, 0.02)
+    allowed = float(share * (other - alone).norm() + rounding * alone.norm())
+    fault = None
+    if not (padded[1:] - alone).norm() <= allowed:
+        fault = "gives a left-padded row other outputs than the row has alone"
+    return fault, torch.cat([padded[:1], alone]), allowed
+
+
+def _padded_rows(model: nn.Module) -> tuple[Tensor, Tensor]:
+    weight, num_pads = model.get_input_embeddings().weight, len(LONG) - len(SHORT)
+    ids = torch.tensor([LONG, [0] * num_pads + SHORT], device=weight.device) % len(weight)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, :num_pads] = False
+    return ids, mask
+
+
+def _cached_logits(causal_lm: nn.Module) -> Tensor:
+    """Logits (2, V) behind both rows: all but the last token, rows taken from the cache in another order, a step."""
+    ids, mask = _padded_rows(causal_lm)
+    cache = DynamicCache(config=causal_lm.config)
+    options = {"past_key_values": cache, "use_cache": True}
+    causal_lm(**model_inputs(causal_lm, ids[:, :-1], mask[:, :-1]), **options)
+    swapped = torch.tensor([1, 0], device=ids.device)
+    cache.reorder_cache(swapped)
+    ids, mask = ids[swapped], mask[swapped]
+    inputs = model_inputs(causal_lm, ids, mask) | {"input_ids": ids[:, -1:]}
+    if "position_ids" in inputs:
+        inputs["position_ids"] = position_ids(mask)[:, -1:]
+    return causal_lm(**inputs, **options).logits[:, -1][swapped]
