@@ -46,9 +46,25 @@ class OptimConfig:
             raise ValueError(f"optim.max_grad_norm must be > 0 or null, got {self.max_grad_norm}")
 
 
-def build_optimizer(groups: Sequence[Iterable[torch.nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over one parameter group per entry; parameters without gradients are left out."""
+def build_optimizer(
+    groups: Sequence[Iterable[torch.nn.Parameter]], config: OptimConfig, has_master_weights: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over one parameter group per entry; parameters without gradients are left out.
+
+    Raises ConfigError for trained weights below float32, unless `has_master_weights`: the engine steps float32
+    copies of them. A weight in bfloat16 has 8 bits, and takes no step that is below 1/256 of it.
+    """
     trained = [{"params": [p for p in group if p.requires_grad]} for group in groups]
+    weights = [parameter for group in trained for parameter in group["params"]]
+    short = [weight for weight in weights if weight.dtype in (torch.bfloat16, torch.float16)]
+    if short and not has_master_weights:
+        raise ConfigError(
+            f"model.dtype: {len(short)} of {len(weights)} trained tensors are in "
+            f"{str(short[0].dtype).removeprefix('torch.')}, where most steps are smaller than the rounding and are "
+            "lost; set model.dtype=float32 (engine.mixed_precision=bf16 computes in bf16 all the same), train an "
+            "adapter (model.lora.r), whose base may be in bfloat16, or run under DeepSpeed in bf16, which keeps "
+            "float32 copies"
+        )
     return torch.optim.AdamW(
         trained,
         lr=config.learning_rate,

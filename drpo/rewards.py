@@ -40,6 +40,16 @@ class RewardFn(Protocol):
 
 
 @runtime_checkable
+class BoundedRewardFn(RewardFn, Protocol):
+    """A RewardFn that cannot read texts of any length."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens of the policy's, prompt and response, that it can read; None for no limit."""
+        ...
+
+
+@runtime_checkable
 class TrunkRewardFn(RewardFn, Protocol):
     """A RewardFn that may stand on the policy's frozen trunk (drpo.models.trunk), whose output it is then given."""
 

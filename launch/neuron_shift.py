@@ -26,6 +26,7 @@ from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.stop import with_stop_token
 from drpo.models.loading import ModelConfig, load_policy
+from drpo.models.positions import check_lengths
 from drpo.models.saved import read_config
 from drpo.models.stops import stop_ids
 from drpo.models.tokenizer import load_tokenizer
@@ -116,6 +117,11 @@ def run(recipe: NeuronShiftRecipe) -> Path:
     queries = [example.query_ids for example in examples]
 
     policy = _load(recipe, recipe.before, tokenizer)
+    lengths = [len(query) + recipe.num_new_tokens for query in queries]
+    for note in check_lengths(
+        policy, lengths, "before", "set data.max_prompt_length, or lower num_new_tokens"
+    ):
+        print(note, flush=True)
     shape = num_neurons(policy)
     vocabulary = vocabulary_of(RolloutConfig(), tokenizer, policy.config.vocab_size, stop_ids(policy))
     probe, quality, probe_report = _probe(recipe, policy, tokenizer)

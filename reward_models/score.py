@@ -17,6 +17,7 @@ from drpo.data.records import Chat
 from drpo.data.stop import ending_with
 from drpo.engine import Engine
 from drpo.models.loading import ModelConfig, load_scalar_model
+from drpo.models.positions import position_limit
 from drpo.models.tokenizer import load_tokenizer
 from drpo.models.trunk import has_trunk, resumed_from, same_trunk, share_trunk
 from drpo.rewards import Completion
@@ -65,6 +66,11 @@ class RewardModelScorer:
             same_template = tokenizer.chat_template == policy_tokenizer.chat_template
         placed = engine.place(model, as_trained=False)
         return cls(placed, tokenizer, engine, batch_size, shared, same_template, key)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The positions of the model, where it reads the policy's own tokens; None without an end, or for texts."""
+        return position_limit(self._model) if self._shares_tokenizer else None
 
     def share_trunk(self, policy: nn.Module) -> bool:
         """Use the policy's frozen trunk in place of an equal one of its own; whether it does.

@@ -15,6 +15,7 @@ from drpo.data.noise import NoiseConfig
 from drpo.data.records import DataError
 from drpo.engine import Engine
 from drpo.models.loading import load_policy
+from drpo.models.positions import check_examples
 from drpo.models.trunk import freeze_trunk
 from drpo.result import Result
 from drpo.run_folder import RunFolder
@@ -96,6 +97,8 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
     run.say_data(splits.report)
     references = load_references(recipe, tokenizer)
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
+    for note in check_examples(policy, [*splits.train, *splits.eval, *references]):
+        run.say(note)
     model = RewardModel.from_causal_lm(policy, recipe.seed)
     if recipe.model.trainable_layers is not None:
         freeze_trunk(model, recipe.model.trainable_layers)

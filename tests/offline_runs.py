@@ -48,7 +48,7 @@ def run_sft(run_dir: Path, **changes) -> tuple[sft.SFTRecipe, list[dict[str, flo
     def train(recipe: sft.SFTRecipe, engine: Engine) -> Path:
         return sft.train(recipe, engine, dict.fromkeys(recipe.sample.reward_functions, true_rewards))
 
-    return _run(sft.SFTRecipe, train, run_dir, merged(SFT, changes))
+    return run_offline(sft.SFTRecipe, train, run_dir, merged(SFT, changes))
 
 
 def run_reward_model(
@@ -56,7 +56,7 @@ def run_reward_model(
 ) -> tuple[reward_model.RewardModelRecipe, list[dict[str, float]]]:
     """The resolved recipe and the metrics of a reward-model run, from scratch or from the policy of a folder."""
     recipe = RECIPE if policy is None else {**RECIPE, "model": {"path": str(policy)}}
-    return _run(reward_model.RewardModelRecipe, reward_model.train, run_dir, merged(recipe, changes))
+    return run_offline(reward_model.RewardModelRecipe, reward_model.train, run_dir, merged(recipe, changes))
 
 
 def run_preference(
@@ -68,7 +68,7 @@ def run_preference(
         return preference.train(recipe, engine, dict.fromkeys(recipe.sample.reward_functions, true_rewards))
 
     given = {"model": {"path": str(policy)}, "data": data or RECIPE["data"]}
-    return _run(PreferenceRecipe, train, run_dir, merged(merged(PREFERENCE, given), changes))
+    return run_offline(PreferenceRecipe, train, run_dir, merged(merged(PREFERENCE, given), changes))
 
 
 def reproducible_rows(rows: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -76,7 +76,8 @@ def reproducible_rows(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [reproducible(row) for row in rows]
 
 
-def _run(recipe_class: type, train: Callable[[Any, Engine], Path], run_dir: Path, settings: dict):
+def run_offline(recipe_class: type, train: Callable[[Any, Engine], Path], run_dir: Path, settings: dict):
+    """The resolved recipe and the metrics of a run of these settings."""
     forget_precision()
     recipe_file = run_dir.with_suffix(".yaml")
     recipe_file.write_text(yaml.safe_dump({**settings, "run_dir": str(run_dir)}))

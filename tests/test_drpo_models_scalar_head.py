@@ -143,10 +143,11 @@ def test_a_language_model_is_no_scalar_model(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_dtype_applies_to_all_weights_and_outputs_stay_float32(dtype, tmp_path):
+def test_dtype_applies_to_the_backbone_and_head_and_outputs_stay_float32(dtype, tmp_path):
     ScalarModel.from_causal_lm(tiny_model("llama")).save_pretrained(tmp_path)
     model = load_scalar_model(tmp_path, ModelConfig(dtype=dtype))
-    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    assert {p.dtype for p in model.backbone.parameters()} == {getattr(torch, dtype)}
+    assert {p.dtype for p in model.head.parameters()} == {torch.float32}
     assert token_values(model, batch()).dtype == torch.float32
 
 

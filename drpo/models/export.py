@@ -6,16 +6,21 @@ import os
 import shutil
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from drpo.models.adapters import merged_state_dict
 from drpo.models.inputs import unwrap_peft
+from drpo.models.plain_folder import amend_json, plain_tokenizer
 from drpo.models.stops import write_stop_token
 
 
 def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, card: str) -> None:
     """Write weights (LoRA folded in), config, tokenizer and `card` as README.md; an older folder is replaced.
+
+    What a LoRA run trained on a bfloat16 base is written in float32: the base's weights exactly, the sum unrounded.
+    The tokenizer pads as plain transformers needs it (`plain_tokenizer`).
 
     Everything goes to a folder beside `path` first, which is then renamed, so `path` is never half written.
     Works for a reward model too.
@@ -24,9 +29,19 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
     partial = path.with_name(f".partial_{path.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_stop_token(unwrap_peft(model), tokenizer)
-    unwrap_peft(model).save_pretrained(partial, state_dict=merged_state_dict(model))
-    tokenizer.save_pretrained(partial)
+    plain = unwrap_peft(model)
+    write_stop_token(plain, tokenizer)
+    weights = merged_state_dict(model, device="cpu")
+    if plain is not model and plain.dtype != torch.float32:
+        weights = _in_float32(
+            weights
+        )  # rounded to the base's precision, the sum would not be what was trained
+    plain.save_pretrained(partial, state_dict=weights)
+    plain_tokens = plain_tokenizer(tokenizer, plain)
+    plain_tokens.save_pretrained(partial)
+    dtype = str(plain.dtype if plain is model else torch.float32).removeprefix("torch.")
+    amend_json(partial / "config.json", pad_token_id=plain_tokens.pad_token_id, dtype=dtype)
+    amend_json(partial / "generation_config.json", pad_token_id=plain_tokens.pad_token_id)
     (partial / "README.md").write_text(card, encoding="utf-8")
     if path.exists():
         old = path.with_name(f".old_{path.name}")
@@ -36,3 +51,12 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
         shutil.rmtree(old)
     else:
         os.replace(partial, path)
+
+
+def _in_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The floating-point weights in float32; tied ones, which have several names, stay one tensor."""
+    seen: dict[int, Tensor] = {}
+    return {
+        name: seen.setdefault(weight.data_ptr(), weight.float()) if weight.is_floating_point() else weight
+        for name, weight in weights.items()
+    }

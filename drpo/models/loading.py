@@ -27,6 +27,7 @@ from drpo.models.saved import check_complete, is_causal_lm, kind_of, read_config
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import SMALLEST_VOCABULARY
 from drpo.models.trunk import freeze_trunk, has_trunk, same_trunk, share_trunk, trained_layer_names
+from drpo.models.vocabulary import check_embedded
 
 Scalar = TypeVar("Scalar", bound=ScalarModel)
 
@@ -42,7 +43,8 @@ class LoraConfig:
     alpha: float = 16.0
     """The update is scaled by alpha / r."""
     target_modules: list[str] | None = None
-    """Names of the linear layers that get an adapter; null: all of them but the output embedding."""
+    """Names of the linear layers that get an adapter; null: all but the output embedding and the routers of experts.
+    Experts that transformers keeps as one fused parameter get none."""
 
     def __post_init__(self) -> None:
         if self.r < 0:
@@ -67,7 +69,8 @@ class ModelConfig:
     vocab_size: int | None = None
     """Size of the byte-level BPE tokenizer that is trained on the data (from scratch without a tokenizer)."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Precision of the weights; auto: as saved. Keep float32 to train all weights, with bf16 autocast on top."""
+    """Precision of the weights; auto: as saved. Trained weights are float32 (bf16 autocast comes on top), but for
+    DeepSpeed, which keeps float32 copies; under LoRA the frozen base may be bfloat16."""
     attn_implementation: str | None = None
     """eager, sdpa, flash_attention_2, ...; null: transformers' choice."""
     gradient_checkpointing: bool = False
@@ -142,7 +145,7 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         model = _fresh_causal_lm(config, tokenizer, seed)
     else:
         raise ConfigError("no model: give model.path, or model.architecture for one from scratch")
-    _check_vocabulary(model, tokenizer)
+    check_embedded(model, tokenizer)
     if can_probe_now(model):
         check_policy(model, "model.path" if config.path else "model.architecture.model_type")
     return _prepare(model, config, seed)
@@ -314,14 +317,3 @@ def _from_sequence_classifier(path: str, options: dict[str, Any], model_class: t
         model.head.weight.copy_(head.weight)
         model.head.bias.copy_(0 if head.bias is None else head.bias)
     return model
-
-
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    vocabulary = tokenizer.get_vocab()
-    token = max((token for token in vocabulary if token != tokenizer.pad_token), key=vocabulary.__getitem__)
-    size = model.get_input_embeddings().weight.shape[0]
-    if vocabulary[token] >= size:
-        raise ConfigError(
-            f"model.tokenizer: token {token!r} has id {vocabulary[token]}, but the model embeds {size} ids; "
-            "use the tokenizer that the model was trained with"
-        )

@@ -58,29 +58,28 @@ def check_width(model: nn.Module, attention_mask: Tensor) -> None:
 def check_lengths(model: nn.Module, lengths: Sequence[int], what: str, remedy: str) -> list[str]:
     """Raise ConfigError when texts of these `lengths` are more tokens than the model has positions.
 
-    Rotary positions have no end: texts beyond `max_position_embeddings` of the config give one line of warning.
+    Rotary positions have no end: texts beyond `max_position_embeddings` of the config give a warning, which is
+    returned. `what` names the model or its key.
     """
-    longest, limit = max(lengths, default=0), position_limit(model)
-    if limit is not None and longest > limit:
-        num_longer = sum(length > limit for length in lengths)
-        raise ConfigError(
-            f"{what}: {num_longer} of {len(lengths)} texts are longer than the {limit} positions of "
-            f"{type(model).__name__}, the longest has {longest} tokens; {remedy}"
-        )
-    trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None and trained is not None and longest > trained:
-        num_longer = sum(length > trained for length in lengths)
-        return [
-            f"warning: {what}: {num_longer} of {len(lengths)} texts are longer than the {trained} positions that "
-            f"{type(model).__name__} was made for, the longest has {longest} tokens; {remedy}"
-        ]
-    return []
+    config = getattr(model, "backbone", model).config.get_text_config()
+    limit, trained = position_limit(model), getattr(config, "max_position_embeddings", None)
+    end = trained if limit is None else limit
+    longer = [length for length in lengths if end is not None and length > end]
+    if not longer:
+        return []
+    message = (
+        f"{what}: {len(longer)} of {len(lengths)} texts are longer than the {end} positions of this "
+        f"{config.model_type} model, the longest has {max(longer)} tokens; {remedy}"
+    )
+    if limit is None:
+        return [f"warning: {message}"]
+    raise ConfigError(message)
 
 
 def check_examples(model: nn.Module, examples: Sequence[Example], what: str = "model.path") -> list[str]:
     """`check_lengths` of all examples, each with the longest of its responses."""
     lengths = [len(example.query_ids) + max(map(len, _responses(example)), default=0) for example in examples]
-    remedy = "set data.max_prompt_length and data.max_response_length so that both together fit"
+    remedy = "set data.max_prompt_length and data.max_response_length to sizes that fit together"
     return check_lengths(model, lengths, what, remedy)
 
 

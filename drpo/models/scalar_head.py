@@ -56,6 +56,7 @@ class ScalarModel(PreTrainedModel):
     config_class = ScalarModelConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["head"]  # whatever the precision of the backbone
 
     def __init__(self, config: ScalarModelConfig) -> None:
         super().__init__(config)
@@ -107,6 +108,7 @@ class ScalarModel(PreTrainedModel):
             scalar_model = cls(cls.config_class(backbone=backbone))
         prefix = source.base_model_prefix + "."
         scalar_model.to(dtype=source.dtype, device=source.device)
+        scalar_model.head.float()
         scalar_model.config.dtype = source.dtype
         scalar_model.backbone.load_state_dict(
             {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from drpo.models.inputs import takes_position_ids, unwrap_peft
+from drpo.models.positions import check_lengths
 from drpo.models.probes import check_policy
 from drpo.models.scoring import suppress
 from drpo.rollout.decode_cache import decode_cache
@@ -80,7 +81,8 @@ def generate(
     computed once, and rows that have ended leave the batch.
 
     Raises ValueError on an empty context or arguments of unequal length, FloatingPointError on logits that
-    are not finite, ConfigError for a model that does not decode exactly (`check_policy`).
+    are not finite, ConfigError for a model that does not decode exactly (`check_policy`)
+    or has fewer positions than a row has tokens.
     """
     _check(contexts, max_new_tokens, uniforms, batch_size)
     results: list[list[int]] = [[] for _ in contexts]
@@ -91,6 +93,8 @@ def generate(
     )
     causal_lm = unwrap_peft(model)
     check_policy(model)
+    lengths = [len(context) + budget - 1 for context, budget in zip(contexts, max_new_tokens, strict=True)]
+    check_lengths(causal_lm, lengths, "sampling", "give shorter prompts or fewer new tokens")
     with _evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

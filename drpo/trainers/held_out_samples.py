@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from drpo.data.encode import Example
 from drpo.engine import Engine
 from drpo.models.loading import LoraConfig, ModelConfig, load_policy
+from drpo.models.positions import check_sampling
 from drpo.models.scoring import response_logprobs
 from drpo.models.stops import stop_ids
+from drpo.models.vocabulary import check_same_vocabulary
 from drpo.rewards import RewardFn
 from drpo.rollout.collect import RolloutConfig, vocabulary_of
 from drpo.rollout.evaluate import EvalConfig, evaluate
@@ -68,12 +70,16 @@ def held_out_sampler(
     """
     if not config.num_prompts or not examples:
         return None
+    key = "sample.max_response_length"
+    check_sampling(policy, examples, config.max_response_length, "model.path", key)
     rollout = RolloutConfig(
         max_response_length=config.max_response_length, sampling=SamplingConfig(temperature=1.0)
     )
     if config.kl_reference is not None:
+        check_same_vocabulary(tokenizer, config.kl_reference, "sample.kl_reference")
         source = replace(model, path=config.kl_reference, architecture={}, vocab_size=None, lora=LoraConfig())
         frozen = engine.place(load_policy(source, tokenizer, seed), as_trained=True)
+        check_sampling(frozen, examples, config.max_response_length, "sample.kl_reference", key)
         reference_logprobs = functools.partial(_logprobs, frozen)
     prompts = list({example.record.prompt: example for example in reversed(examples)}.values())[::-1]
     vocabulary = vocabulary_of(rollout, tokenizer, policy.config.vocab_size, stop_ids(policy))

@@ -173,7 +173,7 @@ def fit(
         for rate in [scheduled_rate(optim.learning_rate, optim, stage_step, num_stage_steps)]
     ]
     num_steps = len(schedule)
-    optimizer = build_optimizer([objective.model.parameters()], optim)
+    optimizer = build_optimizer([objective.model.parameters()], optim, engine.casts_weights)
     module = engine.prepare(objective, optimizer)
     state = run.open()
     start = state["step"] if state else 0

@@ -23,14 +23,16 @@ from drpo.engine import Engine
 from drpo.metrics import Phases, peak_memory_gib
 from drpo.models.actor_critic import ActorCritic
 from drpo.models.loading import fresh_critic, load_critic, load_policy
+from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import adapter_disabled, response_logprobs
 from drpo.models.stops import check_stop_token, stop_ids
 from drpo.models.tokenizer import load_tokenizer
 from drpo.models.trunk import has_trunk, resumed_from, share_trunk
+from drpo.models.vocabulary import check_same_texts
 from drpo.optim import build_optimizer, scheduled_rate, set_learning_rates
 from drpo.result import Result
-from drpo.rewards import RewardFn, RunningMoments, TrunkRewardFn
+from drpo.rewards import BoundedRewardFn, RewardFn, RunningMoments, TrunkRewardFn
 from drpo.rollout.collect import collect, draw_starts, vocabulary_of
 from drpo.rollout.evaluate import evaluate
 from drpo.rollout.resets import check_resets
@@ -65,13 +67,17 @@ def train(
     vocabulary = vocabulary_of(recipe.rollout, tokenizer, policy.config.vocab_size, stop_ids(policy))
     actor_critic = ActorCritic(
         policy,
-        _load_critic(recipe, policy),
+        _load_critic(recipe, policy, tokenizer),
         temperature=recipe.rollout.sampling.temperature,
         suppressed_ids=vocabulary.suppressed_ids,
         entropy_gradient=recipe.ppo.entropy_coef > 0,
     )
     reward_from_trunk = isinstance(reward_fn, TrunkRewardFn) and reward_fn.share_trunk(policy)
-    optimizer = build_optimizer([policy.parameters(), actor_critic.critic.parameters()], recipe.optim)
+    for note in _check_positions(recipe, splits, policy, actor_critic.critic, reward_fn):
+        run.say(note)
+    optimizer = build_optimizer(
+        [policy.parameters(), actor_critic.critic.parameters()], recipe.optim, engine.casts_weights
+    )
     model = engine.prepare(actor_critic, optimizer)
     reference_logprobs = _reference(recipe, engine, tokenizer, policy, vocabulary.suppressed_ids)
 
@@ -201,9 +207,28 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
         check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)
 
 
-def _load_critic(recipe: OnlineRecipe, policy) -> ScalarModel:
+def _check_positions(
+    recipe: OnlineRecipe, splits: Splits, policy, critic: ScalarModel, reward_fn: RewardFn
+) -> list[str]:
+    """Refuse prompts and responses that are longer than a model has positions; warnings where rotary ones go on."""
+    examples, length = [*splits.train, *splits.eval], recipe.rollout.max_response_length
+    longest = max(len(example.query_ids) for example in examples) + length
+    limit = reward_fn.max_tokens if isinstance(reward_fn, BoundedRewardFn) else None
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"reward.path: prompts and responses take up to {longest} tokens, and the reward model has {limit} "
+            f"positions; set data.max_prompt_length, or lower rollout.max_response_length={length}"
+        )
+    key = "rollout.max_response_length"
+    if recipe.critic.path is not None:
+        check_sampling(critic, examples, length, "critic.path", key)
+    return check_sampling(policy, examples, length, "model.path", key)
+
+
+def _load_critic(recipe: OnlineRecipe, policy, tokenizer) -> ScalarModel:
     if recipe.critic.path is None:
         return fresh_critic(policy, recipe.model, recipe.seed)
+    check_same_texts(tokenizer, recipe.critic.path, "critic.path", chat=bool(recipe.data.chat_template))
     return load_critic(recipe.critic.path, recipe.model, recipe.seed, policy)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from drpo.data.load import load_examples
 from drpo.engine import Engine
 from drpo.models.loading import load_policy
+from drpo.models.positions import check_examples
 from drpo.models.scoring import response_logprobs
 from drpo.models.stops import check_stop_token
 from drpo.result import Result
@@ -22,7 +23,7 @@ from drpo.trainers.offline import fit
 from drpo.trainers.pair_objective import PairObjective
 from drpo.trainers.pair_stages import PairStages, pair_stages
 from drpo.trainers.preference_recipe import PreferenceRecipe
-from drpo.trainers.reference import Reference, starting_reference
+from drpo.trainers.reference import FrozenCopy, Reference, starting_reference
 from drpo.trainers.reference_cache import is_cached, with_cached_reference
 from drpo.trainers.sft import tokenizer_for
 from drpo.trainers.unpaired_objective import UnpairedObjective, make_labelled
@@ -39,6 +40,9 @@ def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, Reward
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     if recipe.loss.name != "orpo":  # which is SFT too
         check_stop_token(policy, tokenizer)
+    examples = [*splits.train, *splits.eval]
+    for note in check_examples(policy, examples):
+        run.say(note)
     reference = None
     # What a run reports must not depend on who filled the cache: a reference that costs nothing is always there.
     at_hand = recipe.reference_is_adapter_off
@@ -46,6 +50,8 @@ def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, Reward
         at_hand or recipe.orders_by_reference or not is_cached(recipe, engine)
     ):
         reference = starting_reference(recipe, engine, tokenizer, policy)
+        if isinstance(reference, FrozenCopy):
+            check_examples(reference.module, examples, "reference.path")
 
     options = {"pad_id": tokenizer.pad_token_id, "device": engine.device}
     if recipe.loss.name == "kto":

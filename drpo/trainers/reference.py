@@ -15,6 +15,7 @@ from drpo.models.adapters import merged_state_dict
 from drpo.models.loading import LoraConfig, load_policy
 from drpo.models.scoring import adapter_disabled
 from drpo.models.trunk import has_trunk, recorded_trunk, resumed_from, share_trunk
+from drpo.models.vocabulary import check_same_vocabulary
 from drpo.trainers.preference_recipe import PreferenceRecipe
 
 Score = Callable[..., Tensor]
@@ -92,6 +93,7 @@ def starting_reference(
         return AdapterOff(policy)
     source = replace(model, lora=LoraConfig(), gradient_checkpointing=False)
     if path is not None:
+        check_same_vocabulary(tokenizer, path, "reference.path")
         source = replace(source, path=path, architecture={}, tokenizer=None, vocab_size=None)
     # A reference that takes small steps needs float32: in bfloat16 they would be rounded away.
     takes_small_steps = recipe.reference.sync_mix < 1

@@ -16,6 +16,7 @@ from drpo.data.load import DataConfig, load_examples, load_texts
 from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
 from drpo.models.loading import ModelConfig, load_policy
+from drpo.models.positions import check_examples
 from drpo.models.scoring import response_logprobs
 from drpo.models.tokenizer import load_tokenizer, train_tokenizer
 from drpo.result import Result
@@ -68,6 +69,8 @@ def train(recipe: SFTRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) ->
     splits = load_examples(recipe.data, tokenizer, "demonstrations")
     run.say_data(splits.report)
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
+    for note in check_examples(policy, [*splits.train, *splits.eval]):
+        run.say(note)
     objective = SFTObjective(policy, tokenizer.pad_token_id, recipe.loss_on, engine.device)
 
     sample = held_out_sampler(

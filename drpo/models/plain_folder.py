@@ -1,0 +1,48 @@
+"""What a written folder needs so that plain transformers can use it: a pad token with an embedding, on the left."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+UNLIMITED = int(1e9)
+"transformers writes 1e30 for a tokenizer that knows no limit."
+
+
+def plain_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer that pads on the left, with a token that the model embeds, up to its positions.
+
+    A "[PAD]" that `load_tokenizer` added beyond the embedding is an index error for whoever feeds it, and we never do.
+    It is left out and the stop token pads, which the attention mask hides; loading the folder here adds it anew.
+    """
+    plain = copy.deepcopy(tokenizer)
+    num_embedded = model.get_input_embeddings().weight.shape[0]
+    if plain.pad_token_id >= num_embedded:
+        pad_token, plain.pad_token = plain.pad_token, plain.eos_token
+        _forget_token(plain, pad_token)
+    plain.padding_side = "left"
+    config = getattr(model, "backbone", model).config.get_text_config()
+    num_positions = getattr(config, "max_position_embeddings", None)
+    if num_positions is not None and plain.model_max_length > UNLIMITED:
+        plain.model_max_length = num_positions
+    return plain
+
+
+def _forget_token(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """Take an added token out of a tokenizer, which has no method for it."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [added for added in state["added_tokens"] if added["content"] != token]
+    state["padding"] = None
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def amend_json(path: Path, **values: Any) -> None:
+    """Set keys of a JSON file, if it is there."""
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**content, **values}, indent=2, sort_keys=True) + "\n", encoding="utf-8")

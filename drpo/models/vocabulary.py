@@ -1,0 +1,69 @@
+"""Whose tokens a model knows: a tokenizer against an embedding, and a second model's tokenizer against the policy's."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from drpo.config import ConfigError
+from drpo.models.tokenizer import load_tokenizer
+
+
+def check_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError when the tokenizer has ids that the model does not embed; its pad token is never fed."""
+    vocabulary = tokenizer.get_vocab()
+    token = max((token for token in vocabulary if token != tokenizer.pad_token), key=vocabulary.__getitem__)
+    size = model.get_input_embeddings().weight.shape[0]
+    if vocabulary[token] >= size:
+        raise ConfigError(
+            f"model.tokenizer: token {token!r} has id {vocabulary[token]}, but the model embeds {size} ids; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model at `path`, which is given the token ids of `tokenizer`, the policy's.
+
+    Raises ConfigError, naming `key`, when the same ids are other tokens there, or no tokenizer is there to tell. Pad
+    tokens may differ.
+    """
+    try:
+        other = load_tokenizer(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{key}: its tokenizer must be there too, to hold it against the policy's: {error}"
+        ) from None
+    padding = {tokenizer.pad_token, other.pad_token}
+    own, theirs = (
+        {token: i for token, i in each.get_vocab().items() if token not in padding}
+        for each in (tokenizer, other)
+    )
+    if own != theirs:
+        different = sorted(
+            (token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token)),
+            key=lambda token: own.get(token, len(own)),
+        )
+        token = different[0]
+        raise ConfigError(
+            f"{key}: {path!r} was trained on another vocabulary than the policy's ({len(different)} tokens differ: "
+            f"{token!r} is {theirs.get(token, 'unknown')} there and {own.get(token, 'unknown')} here), so it would "
+            "read nonsense; choose one of the policy's family"
+        )
+    return other
+
+
+def check_same_texts(tokenizer: PreTrainedTokenizerBase, path: str, key: str, chat: bool) -> None:
+    """`check_same_vocabulary`, and ConfigError too when texts begin, end or (`chat`) are rendered otherwise there."""
+    other = check_same_vocabulary(tokenizer, path, key)
+    for name in ("bos_token", "eos_token"):
+        if getattr(tokenizer, name) != getattr(other, name):
+            raise ConfigError(
+                f"{key}: the {name} of {path!r} is {getattr(other, name)!r}, and the policy's is "
+                f"{getattr(tokenizer, name)!r}: it was trained on texts that begin or end otherwise; set the same "
+                f"{name} in its tokenizer_config.json, or choose another model"
+            )
+    if chat and tokenizer.chat_template != other.chat_template:
+        raise ConfigError(
+            f"{key}: the chat template of {path!r} is {'missing' if other.chat_template is None else 'another'}, so it "
+            "was trained on texts rendered otherwise; choose a model that was trained with the policy's tokenizer, or "
+            "save that tokenizer beside it if it was"
+        )
