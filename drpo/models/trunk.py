@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from drpo.config import ConfigError
-from drpo.models.scoring import head_is_plain, model_inputs, unwrap_peft
+from drpo.models.inputs import model_inputs, unwrap_peft
+from drpo.models.scoring import head_is_plain
 from drpo.models.shared_prompt import can_share_prompt
 from drpo.tensors import PaddedBatch, pad_batch
 
