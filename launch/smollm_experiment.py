@@ -1,0 +1,156 @@
+"""Every method on real text from one pretrained policy: SFT, reward models and methods by seed, then one comparison.
+
+    python launch/smollm_experiment.py smollm/tldr_experiment.yaml data=posts.jsonl judge_data=other_posts.jsonl
+
+Each stage is a launch script on a recipe; what has finished is not run again, so the same command goes on after a
+kill. The judge is a second reward model: of another seed, from another SFT policy, on other posts.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parent)
+
+import yaml
+from rich.progress import Progress
+
+from drpo.config import ConfigError
+from launch.command_line import find_recipe, main
+from launch.seed_grid import launch_once
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stage of the chain: a launch script, its recipe and what differs from it."""
+
+    script: str = "dpo"
+    """Name of the launch script."""
+    recipe: str = ""
+    """Its recipe."""
+    overrides: list[str] = field(default_factory=list)
+    """Settings on top, key=value."""
+
+
+@dataclass(frozen=True)
+class SmolLMExperimentRecipe:
+    """One task, several methods, several seeds."""
+
+    run_dir: str = "runs/smollm/experiment"
+    """Folder of all runs and of the comparison."""
+    data: str | None = None
+    """File with the rows for policies, reward model and evaluation."""
+    judge_data: str | None = None
+    """File with other rows, for the reward model that judges."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Training seeds; each has its own SFT policy."""
+    shared: list[str] = field(default_factory=list)
+    """Settings of all training stages, key=value."""
+    sft: StageConfig = field(default_factory=StageConfig)
+    """Where every seed starts."""
+    reward_model: StageConfig = field(default_factory=StageConfig)
+    """Trained once from the SFT policy of the first seed, and for the judge from that of the second."""
+    methods: dict[str, StageConfig] = field(default_factory=dict)
+    """Name in the table -> stage."""
+    compare: StageConfig = field(default_factory=StageConfig)
+    """The comparison; its systems are the methods."""
+    num_jobs: int = 2
+    """Runs at a time, each on its share of the cores."""
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be two or more different numbers, for intervals, got {self.seeds}")
+        if not self.methods:
+            raise ValueError("methods: give at least one")
+        if self.num_jobs < 1:
+            raise ValueError(f"num_jobs must be >= 1, got {self.num_jobs}")
+
+
+def run(recipe: SmolLMExperimentRecipe) -> Path:
+    """Make the runs, seed by seed, then compare what is there."""
+    if recipe.data is None or recipe.judge_data is None:
+        raise ConfigError("data and judge_data: give a file each, with different rows (docs/experiments.md)")
+    root = Path(recipe.run_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    first, second = recipe.seeds[:2]
+    with Progress() as progress, ThreadPoolExecutor(recipe.num_jobs) as pool:
+        task = progress.add_task("runs", total=len(recipe.seeds) * (1 + len(recipe.methods)) + 2)
+
+        def train(stage: StageConfig, folder: Path, *settings: str) -> None:
+            overrides = [*recipe.shared, *stage.overrides, *settings]
+            launch_once(stage.script, stage.recipe, folder, overrides, recipe.num_jobs)
+            progress.advance(task)
+
+        def all_of(jobs: list[tuple]) -> None:
+            list(pool.map(lambda job: train(*job), jobs))
+
+        def rows(path: str, seed: int) -> tuple[str, str]:
+            return f"data.path={path}", f"seed={seed}"
+
+        all_of([(recipe.sft, sft_dir(root, seed), *rows(recipe.data, seed)) for seed in recipe.seeds])
+        start = f"model.path={sft_dir(root, first)}/policy"
+        judge_start = f"model.path={sft_dir(root, second)}/policy"
+        all_of(
+            [
+                (recipe.reward_model, root / "reward_model", *rows(recipe.data, first), start),
+                (recipe.reward_model, root / "judge", *rows(recipe.judge_data, second), judge_start),
+            ]
+        )
+        jobs = []
+        for seed in recipe.seeds:
+            for name, stage in recipe.methods.items():
+                settings = [*rows(recipe.data, seed), f"model.path={sft_dir(root, seed)}/policy"]
+                if stage.script != "dpo":
+                    scorer = root / "reward_model" / "reward_model"
+                    settings += [f"reward.path={scorer}", f"critic.path={scorer}"]
+                jobs.append((stage, method_dir(root, name, seed), *settings))
+        all_of(jobs)
+    return compare(recipe, root)
+
+
+def sft_dir(root: Path, seed: int) -> Path:
+    """The SFT run of a seed."""
+    return root / f"sft_{seed}"
+
+
+def method_dir(root: Path, name: str, seed: int) -> Path:
+    """The run of a method and seed."""
+    slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+    return root / f"{slug}_{seed}"
+
+
+def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
+    """Run the comparison, and keep its numbers, without the texts, as results.json."""
+    settings: dict[str, Any] = yaml.safe_load(find_recipe(recipe.compare.recipe).read_text())
+    systems = {"SFT": [sft_dir(root, seed) for seed in recipe.seeds]}
+    systems |= {name: [method_dir(root, name, seed) for seed in recipe.seeds] for name in recipe.methods}
+    references = [f"{sft_dir(root, seed)}/policy" for seed in recipe.seeds]
+    settings["systems"] = [
+        {"name": name, "policies": [f"{folder}/policy" for folder in folders], "kl_references": references}
+        for name, folders in systems.items()
+    ]
+    settings.pop("kl_reference", None)
+    settings["run_dir"] = str(root / "compare")
+    settings["reward_model"] = str(root / "reward_model" / "reward_model")
+    settings["judging"]["judge"]["path"] = str(root / "judge" / "reward_model")
+    settings["complete"]["data"]["path"] = recipe.data
+    path = root / "compare.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    command = [sys.executable, str(HERE / "compare.py"), str(path), *recipe.compare.overrides]
+    subprocess.run(command, check=True)
+    found = json.loads((root / "compare" / "comparison.json").read_text())
+    numbers = {key: found[key] for key in ("measures", "systems", "tests", "frontiers")}
+    (root / "results.json").write_text(json.dumps(numbers, indent=1))
+    return root / "compare" / "report.html"
+
+
+if __name__ == "__main__":
+    main(SmolLMExperimentRecipe, "smollm/tldr_experiment.yaml", run)
