@@ -32,12 +32,17 @@ from drpo.config import ConfigError
 from drpo.data.order import item_at
 from drpo.metrics import read_metrics
 from drpo.optim import OptimConfig
+from drpo.precision import multiplies_bf16
 from launch.command_line import main
 
 TRL = "1.16"
 Precision = Literal["no", "bf16"]
 LOSS_TOLERANCE = {"no": 1e-3, "bf16": 5e-2}  # nats, on losses around log 2
 BETA = 0.1
+
+
+def _fast_bf16() -> bool:
+    return multiplies_bf16("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class BenchmarkRecipe:
     """model_type and further keys of a transformers config; the weights are random."""
     attn_implementation: str = "sdpa"
     """Attention of both sides: sdpa, eager, ..."""
-    precisions: list[Precision] = field(default_factory=lambda: ["no", "bf16"])
-    """no: float32; bf16: float32 weights under autocast."""
+    precisions: list[Precision] = field(default_factory=lambda: ["no", "bf16"] if _fast_bf16() else ["no"])
+    """no: float32; bf16: float32 weights under autocast. By default bf16 only where it is fast."""
     cached_reference: bool = False
     """Compare steps that read the reference's log-probs, computed before training, in place of live ones."""
     share_prompts: bool = True
