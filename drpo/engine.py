@@ -20,8 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from drpo.config import ConfigError
-from drpo.precision import PRECISIONS, check_precision, choose_precision, slow_bf16_warning
+from drpo.precision import PRECISIONS, choose_precision, settled_why, slow_bf16_warning
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,11 @@ class Engine:
             plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
             # Models load whole on every process; `prepare` partitions the trained one, frozen ones stay whole.
             unset_hf_deepspeed_config()
-        self._say_precision(precision, why)
+        why = settled_why(config.mixed_precision, precision, self.precision, why)
+        if self.is_main and why:
+            _say(f"precision: {PRECISIONS[self.precision]}, {why}")
+        if self.precision == "bf16":
+            self._warn_if_bf16_is_slow()
         self.seed(seed)
 
     # --- where we are -----------------------------------------------------------------------------------
@@ -132,25 +135,6 @@ class Engine:
     @property
     def _zero3(self) -> bool:
         return self._deepspeed and self._accelerator.state.deepspeed_plugin.zero_stage == 3
-
-    def _say_precision(self, chosen: str | None, why: str) -> None:
-        """Say once which precision it is and why, and refuse one that is not what was asked for."""
-        check_precision(self.precision)
-        if chosen not in (None, self.precision):  # DeepSpeed goes by its own config file
-            if self._config.mixed_precision is not None:
-                raise ConfigError(
-                    f"mixed_precision={chosen} is asked for, but the DeepSpeed config makes it {self.precision}: "
-                    "change one of them"
-                )
-            why = "as the DeepSpeed config says"
-        if len(everywhere := sorted(set(self.gather_objects([self.precision])))) > 1:
-            raise ConfigError(
-                f"the processes chose {' and '.join(everywhere)}: set mixed_precision for all of them"
-            )
-        if self.is_main and why:
-            _say(f"precision: {PRECISIONS[self.precision]}, {why}")
-        if self.precision == "bf16":
-            self._warn_if_bf16_is_slow()
 
     def _warn_if_bf16_is_slow(self) -> None:
         if self.is_main and not self._warned_of_bf16:

@@ -30,6 +30,21 @@ def choose_precision(asked: str | None, launcher: str | None, device: str) -> tu
     return "no", f"since this {shown(device)} has no fast bf16 products"
 
 
+def settled_why(asked: str | None, chosen: str | None, found: str, why: str) -> str:
+    """Why it is the precision that accelerate was `found` to compute in after one was `chosen`.
+
+    DeepSpeed goes by its own config file. Raises ConfigError where that is not what the recipe `asked` for.
+    """
+    check_precision(found)
+    if chosen in (None, found):
+        return why
+    if asked is not None:
+        raise ConfigError(
+            f"mixed_precision={asked} is asked for, but DeepSpeed's config says {found}: change one"
+        )
+    return "as the DeepSpeed config says"
+
+
 def check_precision(precision: str) -> None:
     """Raise ConfigError for one that we do not train in."""
     if precision not in PRECISIONS:

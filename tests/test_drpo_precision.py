@@ -15,7 +15,7 @@ from tiny_runs import CLEAN, ROOT
 
 from drpo.config import ConfigError
 from drpo.engine import Engine, EngineConfig
-from drpo.precision import bf16_over_float32, choose_precision, multiplies_bf16
+from drpo.precision import bf16_over_float32, choose_precision, multiplies_bf16, settled_why
 
 CPUINFO = Path("/proc/cpuinfo")
 CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
@@ -131,6 +131,18 @@ def test_a_precision_that_we_do_not_train_in_is_refused(word, tmp_path, monkeypa
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", word)
     with pytest.raises(ConfigError, match=f"mixed_precision={word}.*must be no or bf16"):
         Engine(EngineConfig(trackers=[]), tmp_path, 0, None)
+
+
+def test_deepspeed_s_own_config_is_held_against_what_was_asked_for():
+    assert settled_why("bf16", "bf16", "bf16", "as asked") == "as asked"
+    assert settled_why(None, None, "bf16", "") == ""
+    assert settled_why(None, "no", "bf16", "as the launcher says") == "as the DeepSpeed config says"
+    with pytest.raises(
+        ConfigError, match="mixed_precision=bf16 is asked for, but DeepSpeed's config says no"
+    ):
+        settled_why("bf16", "bf16", "no", "as asked")
+    with pytest.raises(ConfigError, match="mixed_precision=fp16"):
+        settled_why(None, "no", "fp16", "")
 
 
 def test_the_measurement_leaves_the_number_of_threads_alone():
