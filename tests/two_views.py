@@ -63,6 +63,7 @@ def main(root: Path) -> None:
     tell("shared, resumed", lambda: opened(root / "shared"))
     tell("own, fresh", lambda: opened(mine / "runs" / "x"))
     told["own, left"] = mine.exists()
+    engine.barrier()
     for number in range(2) if engine.is_main else ():
         shutil.copytree(root / "shared", root / f"machine_{number}" / "runs" / "x")
     engine.barrier()
