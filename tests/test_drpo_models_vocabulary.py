@@ -1,0 +1,89 @@
+"""A second model must know the policy's tokens, and texts that look like the policy's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from online_runs import merged, run_online, save_tiny_policy
+from tiny_tokenizers import CHATML, byte_level
+from transformers import AutoTokenizer
+
+from drpo.config import ConfigError
+from drpo.models.loading import ModelConfig, load_policy
+from drpo.models.scalar_head import ScalarModel
+from drpo.models.tokenizer import load_tokenizer, train_tokenizer
+from drpo.models.vocabulary import check_same_texts, check_same_vocabulary
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vocabulary") / "policy"
+    save_tiny_policy(folder)
+    return folder
+
+
+def saved(tokenizer, folder, **changes) -> str:
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_same_tokens_pass_and_pad_tokens_may_differ(tmp_path):
+    own = byte_level()
+    check_same_texts(own, saved(byte_level(), tmp_path / "same"), "critic.path", chat=True)
+    path = saved(
+        byte_level(), tmp_path / "pad", pad_token="<|endoftext|>"
+    )  # so that loading adds another "[PAD]"
+    check_same_texts(own, path, "critic.path", chat=True)
+
+
+def test_another_vocabulary_of_equal_size_is_refused(tmp_path):
+    own = train_tokenizer(["many cats and some dogs"] * 20, 262)
+    other = train_tokenizer(["birds with very wide wings"] * 20, 262)
+    assert len(own) == len(other)
+    with pytest.raises(
+        ConfigError, match="critic.path: .* another vocabulary than the policy's .*tokens differ"
+    ):
+        check_same_vocabulary(own, saved(other, tmp_path / "other"), "critic.path")
+    with pytest.raises(ConfigError, match="reference.path: its tokenizer must be there too"):
+        (tmp_path / "empty").mkdir()
+        check_same_vocabulary(own, str(tmp_path / "empty"), "reference.path")
+
+
+def test_other_ends_and_templates_are_refused_where_texts_matter(tmp_path):
+    own = byte_level(chat_template=CHATML)
+    other_end = saved(byte_level(chat_template=CHATML), tmp_path / "end", eos_token="<|im_end|>")
+    check_same_vocabulary(own, other_end, "reference.path")
+    with pytest.raises(ConfigError, match="critic.path: the eos_token of .* '<|im_end|>'"):
+        check_same_texts(own, other_end, "critic.path", chat=False)
+    plain = saved(byte_level(), tmp_path / "plain")
+    check_same_texts(own, plain, "critic.path", chat=False)
+    with pytest.raises(ConfigError, match="critic.path: the chat template of .* is missing"):
+        check_same_texts(own, plain, "critic.path", chat=True)
+    changed = saved(byte_level(chat_template=CHATML.replace("trim", "upper")), tmp_path / "changed")
+    with pytest.raises(ConfigError, match="the chat template of .* is another"):
+        check_same_texts(own, changed, "critic.path", chat=True)
+
+
+def test_an_online_run_refuses_a_critic_that_would_read_other_tokens(policy, tmp_path):
+    model = load_policy(ModelConfig(path=str(policy)), load_tokenizer(policy))
+    ScalarModel.from_causal_lm(model).save_pretrained(tmp_path / "critic")
+    saved(train_tokenizer(["something else"] * 20, 300), tmp_path / "critic")
+    changes = {"critic": {"path": str(tmp_path / "critic")}}
+    with pytest.raises(ConfigError, match="critic.path: .* another vocabulary"):
+        run_online(policy, tmp_path / "run", changes)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(tmp_path / "critic")
+    assert len(run_online(policy, tmp_path / "run", merged(changes, {"num_steps": 1}))) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "auto"])
+def test_weights_below_float32_are_not_trained_without_copies(policy, dtype, tmp_path):
+    model = load_policy(ModelConfig(path=str(policy)), load_tokenizer(policy))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(policy).save_pretrained(tmp_path / "half")
+    changes = {"model": {"dtype": dtype}, "num_steps": 1}
+    with pytest.raises(
+        ConfigError, match="model.dtype: .*float16.*model.dtype=float32.*model.lora.r.*DeepSpeed"
+    ):
+        run_online(tmp_path / "half", tmp_path / "run", changes)
