@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,24 @@ def test_plain_transformers_decodes_a_written_folder_in_a_padded_batch_as_we_do(
     assert load_tokenizer(tmp_path / "policy").get_vocab() == ours.get_vocab(), (
         "and comes back here as it was"
     )
+
+
+def test_sampling_flags_that_transformers_would_not_write_back_do_not_end_a_run(tokenizer, tmp_path):
+    """Llama 2 Chat names a temperature and no do_sample, which can be read and not be saved."""
+    path = saved("llama", tokenizer, tmp_path / "base")
+    flags = {"temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(flags))
+    policy = load_policy(ModelConfig(path=path), tokenizer)
+    with pytest.raises(ValueError, match="do_sample"):
+        policy.save_pretrained(tmp_path / "refused")
+    save_policy(policy, tokenizer, tmp_path / "policy", "")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").generation_config
+    assert (written.do_sample, written.temperature, written.top_p) == (True, 0.6, 0.9)
+
+
+def test_a_tokenizer_without_a_limit_takes_the_positions_of_the_model(tokenizer, tmp_path):
+    policy = load_policy(ModelConfig(path=saved("gpt2", tokenizer, tmp_path / "base")), tokenizer)
+    save_policy(policy, tokenizer, tmp_path / "policy", "")
+    plain = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    assert plain.model_max_length == 64 and tokenizer.model_max_length > 64
+    assert len(plain("cats " * 100, truncation=True).input_ids) == 64

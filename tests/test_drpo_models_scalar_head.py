@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from drpo.models.export import save_policy
 from drpo.models.loading import ModelConfig, load_scalar_model
 from drpo.models.scalar_head import ScalarModel, ScalarModelConfig, token_scores, token_values
+from drpo.models.tokenizer import train_tokenizer
 from drpo.tensors import pad_batch
 
 PAD = 2
@@ -180,3 +182,17 @@ def test_hidden_size_is_that_of_the_output():
     assert ScalarModel.from_causal_lm(tiny_model("gpt2")).config.hidden_size == 32
     with pytest.raises(ValueError, match="backbone"):
         ScalarModelConfig().backbone_config()
+
+
+def test_a_head_is_float32_in_the_folder_too_over_a_bfloat16_backbone(tmp_path):
+    model = ScalarModel.from_causal_lm(tiny_model("llama").bfloat16(), seed=3)
+    assert model.dtype == torch.bfloat16 and not torch.equal(model.head.weight.bfloat16(), model.head.weight)
+    tokenizer = train_tokenizer(["a text"], 300)
+    save_policy(model, tokenizer, tmp_path / "critic", "")
+    for dtype in ("auto", "bfloat16", "float32"):
+        loaded = load_scalar_model(tmp_path / "critic", ModelConfig(dtype=dtype))
+        assert (
+            torch.equal(loaded.head.weight, model.head.weight) and loaded.head.weight.dtype == torch.float32
+        )
+        assert loaded.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
+    assert AutoTokenizer.from_pretrained(tmp_path / "critic").padding_side == "left"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from drpo.models.adapters import merged_state_dict
 from drpo.models.inputs import unwrap_peft
-from drpo.models.plain_folder import amend_json, plain_tokenizer
+from drpo.models.plain_folder import amend_json, mend_generation_config, plain_tokenizer
 from drpo.models.stops import write_stop_token
 
 
@@ -31,11 +31,10 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
     partial.mkdir(parents=True)
     plain = unwrap_peft(model)
     write_stop_token(plain, tokenizer)
+    mend_generation_config(plain)
     weights = merged_state_dict(model, device="cpu")
     if plain is not model and plain.dtype != torch.float32:
-        weights = _in_float32(
-            weights
-        )  # rounded to the base's precision, the sum would not be what was trained
+        weights = _in_float32(weights)  # in the base's precision the sum would not be what was trained
     plain.save_pretrained(partial, state_dict=weights)
     plain_tokens = plain_tokenizer(tokenizer, plain)
     plain_tokens.save_pretrained(partial)
@@ -55,8 +54,10 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
 
 def _in_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The floating-point weights in float32; tied ones, which have several names, stay one tensor."""
-    seen: dict[int, Tensor] = {}
+    seen: dict[tuple[int, torch.Size], Tensor] = {}
     return {
-        name: seen.setdefault(weight.data_ptr(), weight.float()) if weight.is_floating_point() else weight
+        name: seen.setdefault((weight.data_ptr(), weight.shape), weight.float())
+        if weight.is_floating_point()
+        else weight
         for name, weight in weights.items()
     }

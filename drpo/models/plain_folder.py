@@ -41,6 +41,20 @@ def _forget_token(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
+def mend_generation_config(model: PreTrainedModel) -> None:
+    """Make the model's generation_config one that transformers saves: it reads what it refuses to write.
+
+    Folders of earlier versions (Llama 2 Chat) name a temperature without `do_sample`, which they mean.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+
+
 def amend_json(path: Path, **values: Any) -> None:
     """Set keys of a JSON file, if it is there."""
     if path.is_file():

@@ -52,9 +52,10 @@ def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, key: st
 
 
 def check_same_texts(tokenizer: PreTrainedTokenizerBase, path: str, key: str, chat: bool) -> None:
-    """`check_same_vocabulary`, and ConfigError too when texts begin, end or (`chat`) are rendered otherwise there."""
+    """`check_same_vocabulary`, and ConfigError too when texts begin or end otherwise there, or (`chat`) are rendered by
+    another chat template, which says where they end."""
     other = check_same_vocabulary(tokenizer, path, key)
-    for name in ("bos_token", "eos_token"):
+    for name in ("bos_token",) if chat else ("bos_token", "eos_token"):
         if getattr(tokenizer, name) != getattr(other, name):
             raise ConfigError(
                 f"{key}: the {name} of {path!r} is {getattr(other, name)!r}, and the policy's is "
