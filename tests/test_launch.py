@@ -52,6 +52,8 @@ KEYS = {
     "preference_experiment": ("tables", "num_jobs"),
     "neuron_shift": ("before", "probe.source"),
     "benchmark": ("share_prompts", "num_repeats"),
+    "trunk_speed": ("baseline", "trainable_layers"),
+    "smollm_experiment": ("judge_data", "num_jobs"),
     "complete": ("policy", "imported.columns"),
     "judge": ("half_tie", "max_undecided"),
     "compare": ("kl_reference", "judging.budget.max_usd"),

@@ -27,6 +27,8 @@ from launch.label import LabelRecipe
 from launch.neuron_shift import NeuronShiftRecipe
 from launch.preference_experiment import PreferenceExperimentRecipe
 from launch.reset_experiment import ExperimentRecipe
+from launch.smollm_experiment import SmolLMExperimentRecipe
+from launch.trunk_speed import TrunkSpeedRecipe
 from reward_models.train import RewardModelRecipe
 
 STAGES: dict[str, type] = {
@@ -45,6 +47,8 @@ STAGES: dict[str, type] = {
     "import_labels": ImportLabelsRecipe,
     "agreement": AgreementRecipe,
     "benchmark": BenchmarkRecipe,
+    "trunk_speed": TrunkSpeedRecipe,
+    "tldr_experiment": SmolLMExperimentRecipe,
 }
 SIZES = ("1b", "2.8b", "6.9b")
 TASKS = ("tldr", "hh")

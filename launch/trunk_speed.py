@@ -1,6 +1,6 @@
 """What a frozen trunk saves: a step of DR-PO with LoRA on the top layers beside LoRA on all layers.
 
-    python launch/benchmark_trunk.py [recipe.yaml] [key=value ...]
+    python launch/trunk_speed.py [recipe.yaml] [key=value ...]
 
 Every measurement is a process of its own, launch/drpo.py on the same prompts, weights and random numbers; the
 settings take turns, and each ratio is of measurements that follow each other in one round. `baseline` names another
@@ -34,10 +34,10 @@ REWARD = "def score(completions):\n    return [float(len(c.response_ids)) for c 
 
 
 @dataclass(frozen=True)
-class TrunkBenchmarkRecipe:
+class TrunkSpeedRecipe:
     """One comparison: a policy, the shape of a step, and how often it is measured."""
 
-    run_dir: str = "runs/benchmark_trunk"
+    run_dir: str = "runs/trunk_speed"
     """Folder of the inputs, of every measurement, and of results.json and results.md."""
     model: str = "smollm2"
     """Policy: a folder, a hub id, or the name of an installed one."""
@@ -76,7 +76,7 @@ class TrunkBenchmarkRecipe:
             raise ValueError("trainable_layers is empty; name at least one number of layers")
 
 
-def run(recipe: TrunkBenchmarkRecipe) -> Path:
+def run(recipe: TrunkSpeedRecipe) -> Path:
     """Measure, compare, and write the table."""
     root = Path(recipe.run_dir).resolve()
     make_inputs(recipe, root)
@@ -93,7 +93,7 @@ def run(recipe: TrunkBenchmarkRecipe) -> Path:
     return root / "results.md"
 
 
-def make_inputs(recipe: TrunkBenchmarkRecipe, root: Path) -> None:
+def make_inputs(recipe: TrunkSpeedRecipe, root: Path) -> None:
     """Prompts of random words of the policy's vocabulary, longer than wanted: the run cuts them to length."""
     tokenizer = load_tokenizer(recipe.model)
     rng = np.random.default_rng(recipe.seed)
@@ -103,7 +103,7 @@ def make_inputs(recipe: TrunkBenchmarkRecipe, root: Path) -> None:
     (root / "benchmark_reward.py").write_text(REWARD)
 
 
-def measure(recipe: TrunkBenchmarkRecipe, root: Path, layers: int | None, repeat: int) -> dict[str, float]:
+def measure(recipe: TrunkSpeedRecipe, root: Path, layers: int | None, repeat: int) -> dict[str, float]:
     """Seconds of a step's scoring and update, peak memory and sampled tokens, of one run of launch/drpo.py."""
     name = f"{name_of(layers).replace(' ', '_')}_{repeat}"
     model: dict[str, Any] = {"path": recipe.model, "lora": {"r": recipe.lora_rank}}
@@ -193,4 +193,4 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main(TrunkBenchmarkRecipe, "smollm/benchmark_trunk.yaml", run)
+    main(TrunkSpeedRecipe, "smollm/trunk_speed.yaml", run)
