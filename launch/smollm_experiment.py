@@ -1,6 +1,6 @@
 """Every method on real text from one pretrained policy: SFT, reward models and methods by seed, then one comparison.
 
-    python launch/smollm_experiment.py smollm/tldr_experiment.yaml data=posts.jsonl judge_data=other_posts.jsonl
+    python launch/smollm_experiment.py smollm/seeds_tldr.yaml data=posts.jsonl judge_data=other_posts.jsonl
 
 Each stage is a launch script on a recipe; what has finished is not run again, so the same command goes on after a
 kill. The judge is a second reward model: of another seed, from another SFT policy, on other posts.
@@ -68,8 +68,6 @@ class SmolLMExperimentRecipe:
     def __post_init__(self) -> None:
         if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be two or more different numbers, for intervals, got {self.seeds}")
-        if not self.methods:
-            raise ValueError("methods: give at least one")
         if self.num_jobs < 1:
             raise ValueError(f"num_jobs must be >= 1, got {self.num_jobs}")
 
@@ -78,6 +76,8 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
     """Make the runs, seed by seed, then compare what is there."""
     if recipe.data is None or recipe.judge_data is None:
         raise ConfigError("data and judge_data: give a file each, with different rows (docs/experiments.md)")
+    if not recipe.methods:
+        raise ConfigError("methods: give at least one")
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
     first, second = recipe.seeds[:2]
@@ -153,4 +153,4 @@ def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main(SmolLMExperimentRecipe, "smollm/tldr_experiment.yaml", run)
+    main(SmolLMExperimentRecipe, "smollm/seeds_tldr.yaml", run)

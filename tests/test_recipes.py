@@ -48,7 +48,7 @@ STAGES: dict[str, type] = {
     "agreement": AgreementRecipe,
     "benchmark": BenchmarkRecipe,
     "trunk_speed": TrunkSpeedRecipe,
-    "tldr_experiment": SmolLMExperimentRecipe,
+    "seeds": SmolLMExperimentRecipe,
 }
 SIZES = ("1b", "2.8b", "6.9b")
 TASKS = ("tldr", "hh")
