@@ -34,8 +34,8 @@ def _find_limit(model: nn.Module) -> int | None:
             limits.append(
                 module.num_embeddings - getattr(module, "offset", 0)
             )  # OPT's first two rows are unused
-        tables = [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]
-        limits += [len(table) for table_name, table in tables if table_name in TABLE_NAMES]
+        buffers = module.named_buffers(recurse=False)
+        limits += [len(table) for table_name, table in buffers if table_name in TABLE_NAMES]
         config = getattr(module, "config", None)
         if getattr(config, "model_type", None) == "mpt":  # its ALiBi biases are made for this many
             limits.append(config.max_seq_len)

@@ -24,18 +24,18 @@ ATTENTION_ON_CPU = ("eager", "sdpa")
 _FAULTS: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
 
 
-def check_policy(model: nn.Module, key: str = "model.path") -> None:
+def check_policy(model: nn.Module, key: str = "model.path", on_any_device: bool = False) -> None:
     """Raise ConfigError, naming `key`, unless padded rows and cached steps give the logits of whole texts.
 
-    The probe runs once per model and kind of device, which may have kernels of its own: two rows of at most six
-    tokens, and one step from the cache.
+    The probe runs once per model and kind of device, which may have kernels of its own, or once where it lies first
+    (`on_any_device`): two rows of at most six tokens, and one step from the cache.
     """
     causal_lm = unwrap_peft(model)
     known = _FAULTS.setdefault(causal_lm, {})
     device = causal_lm.get_input_embeddings().weight.device.type
-    if device not in known:
+    if device not in known and not (on_any_device and known):
         known[device] = _policy_fault(causal_lm)
-    if fault := known[device]:
+    if fault := next((fault for fault in known.values() if fault), None):
         raise ConfigError(
             f"{key}: {type(causal_lm).__name__} {fault}: sampled tokens and log-probabilities would not be the "
             "model's own. Choose a model whose layers pass (docs/models.md), as all plain transformers do"
@@ -118,7 +118,7 @@ def _padding_fault(
     ids, mask = _padded_rows(model)
     alone, other = (
         outputs(row, torch.ones_like(row, dtype=torch.bool)).float()
-        for row in (torch.tensor([row], device=weight.device) % len(weight) for row in (SHORT, OTHER))
+        for row in (torch.tensor([row], device=weight.device) % _vocab_size(model) for row in (SHORT, OTHER))
     )
     padded = outputs(ids, mask).float()
     if not alone.isfinite().all():  # diverged weights, which sampling and training tell as what they are
@@ -133,10 +133,15 @@ def _padding_fault(
 
 def _padded_rows(model: nn.Module) -> tuple[Tensor, Tensor]:
     weight, num_pads = model.get_input_embeddings().weight, len(LONG) - len(SHORT)
-    ids = torch.tensor([LONG, [0] * num_pads + SHORT], device=weight.device) % len(weight)
+    ids = torch.tensor([LONG, [0] * num_pads + SHORT], device=weight.device) % _vocab_size(model)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, :num_pads] = False
     return ids, mask
+
+
+def _vocab_size(model: nn.Module) -> int:
+    """From the config: under ZeRO-3 the embedding itself may be elsewhere."""
+    return getattr(model, "backbone", model).config.get_text_config().vocab_size
 
 
 def _cached_logits(causal_lm: nn.Module) -> Tensor:

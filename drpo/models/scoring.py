@@ -57,7 +57,7 @@ def response_logprobs(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}")
     causal_lm = unwrap_peft(model)
-    check_policy(model)
+    check_policy(model, on_any_device=True)  # known since loading, but for half precision
     length = batch.responses.shape[1]
     ids = batch.responses.masked_fill(batch.response_mask.logical_not(), 0)
     if not head_is_plain(causal_lm):
