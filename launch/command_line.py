@@ -57,6 +57,11 @@ def quieten_libraries() -> None:
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()
     )
+    logging.getLogger("accelerate.utils.other").addFilter(
+        lambda record: (
+            "Removed shared tensor" not in record.getMessage()
+        )  # tied weights, and the shared trunk
+    )
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -154,6 +154,24 @@ def test_shared_layers_are_the_same_modules_and_change_no_output():
     assert sum(both.values()) == 2 * alone - trunk - embedding
 
 
+def test_a_tied_head_stays_tied_to_the_shared_embedding():
+    policy, other = tiny_model("gpt2"), tiny_model("gpt2", seed=1)
+    freeze_trunk(policy, 1)
+    share_trunk(other, policy)
+    embedding = policy.get_input_embeddings().weight
+    assert (
+        other.get_input_embeddings().weight is embedding and other.get_output_embeddings().weight is embedding
+    )
+
+
+def test_what_no_weight_shows_makes_another_trunk():
+    policy = tiny_model("llama", num_hidden_layers=3)
+    freeze_trunk(policy, 1)
+    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
+    for changes in (scaled, {"rms_norm_eps": 0.5}):
+        assert not same_trunk(tiny_model("llama", num_hidden_layers=3, **changes), policy), changes
+
+
 def test_one_changed_weight_makes_another_trunk():
     policy = tiny_model("llama", num_hidden_layers=3)
     freeze_trunk(policy, 1)
@@ -210,6 +228,20 @@ def test_policy_and_critic_stand_on_one_trunk(policy_path, tokenizer, rank):
             reference = response_logprobs(policy, rows).logprobs
         base = response_logprobs(tiny_model("llama", vocab_size=260, num_hidden_layers=3), rows).logprobs
         assert torch.equal(reference[rows.response_mask], base[rows.response_mask])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_trunk_of_an_adapted_policy_keeps_no_graph(policy_path, tokenizer, checkpointing):
+    config = ModelConfig(
+        path=policy_path, trainable_layers=1, lora=LoraConfig(r=2), gradient_checkpointing=checkpointing
+    )
+    policy = load_policy(config, tokenizer)
+    requires: list[bool] = []
+    layers_of(policy)[2].register_forward_pre_hook(
+        lambda module, args: requires.append(args[0].requires_grad)
+    )
+    logprobs = response_logprobs(policy, batch()).logprobs
+    assert logprobs.requires_grad and requires[0] is False
 
 
 def test_a_critic_must_have_the_policys_lower_layers(policy_path, tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -25,8 +26,16 @@ from tiny_runs import (
     write_recipe,
 )
 
+from drpo.data.encode import encode_query, encode_response
+from drpo.data.records import Record
 from drpo.engine import Engine, EngineConfig
+from drpo.models import loading
+from drpo.models.loading import ModelConfig, load_policy
+from drpo.models.tokenizer import load_tokenizer
+from drpo.models.trunk import trunk_output
+from drpo.rewards import Completion
 from drpo.rollout import collect
+from drpo.tensors import pad_batch
 from drpo.trainers import reference
 from reward_models.score import RewardModelScorer
 
@@ -86,6 +95,56 @@ def test_a_reward_model_and_a_critic_share_the_trunk_they_were_trained_on(chain,
         runs.append(reproducible_rows(run_online(chain / "sft" / "policy", tmp_path / name, recipe, reward)))
     assert shared == [True, False]
     assert_close(*runs, 1e-5)
+
+
+def test_a_reward_model_with_another_stop_token_reads_its_own_tokens(chain, tmp_path):
+    """The trunk was computed from other ids, so it is of no use, and must not be used."""
+    engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path, 0, 1.0)
+    path, policy_path = str(chain / "rm" / "reward_model"), str(chain / "sft" / "policy")
+    config = ModelConfig(path=policy_path, trainable_layers=1)
+    tokenizer = load_tokenizer(policy_path)
+    scorer = RewardModelScorer.load(path, engine, 8, "float32", policy_path)
+    policy = load_policy(config, tokenizer)
+    assert scorer.share_trunk(policy)
+    record = Record("a b", completion=" c")
+    ids = [*encode_response(tokenizer, " c")[:-1], 7]  # the policy stops with token 7
+    completion = Completion("a b", " c", True, encode_query(tokenizer, "a b"), ids, record)
+    part = pad_batch([completion.query_ids], [ids], 0)
+    own_ids = [*ids[:-1], tokenizer.eos_token_id]
+    alone = RewardModelScorer.load(path, engine, 8, "float32", policy_path)
+    expected = alone([dataclasses.replace(completion, response_ids=own_ids)])
+    found = scorer.score_from_trunk([completion], [part], [trunk_output(policy, part)])
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_reference_of_its_own_shares_nothing(chain, tmp_path):
+    """The log-ratios are to the policy at reference.path, whose layers are others."""
+    other = {"demo": {"num_train": 24, "num_eval": 6}}
+    run_sft(tmp_path / "other", data=other, seed=1)
+    data = {"task": "demo", "demo": {"num_train": 40, "num_eval": 11}}
+    for name, model in {"frozen": {"trainable_layers": 1}, "all": {}}.items():
+        _, rows = run_preference(
+            chain / "sft" / "policy",
+            tmp_path / name,
+            data=data,
+            model=model,
+            reference={"path": str(tmp_path / "other" / "policy")},
+            num_steps=1,
+            eval={"every": 0},
+        )
+        if name == "frozen":
+            loss = rows[0]["train/loss"]
+    assert abs(loss - 0.6931) > 1e-3 and rows[0]["train/loss"] == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_use_of_a_model_that_could_not_be_probed_at_loading(chain, tmp_path, kind, monkeypatch):
+    """As half precision, or a kernel that needs a GPU: the probe must see whole models, not what stands on a trunk."""
+    monkeypatch.setattr(loading, "can_probe_now", lambda model: False)
+    online(chain, tmp_path / "online", model=KINDS[kind], num_steps=1)
+    for loss in ("dpo", "kto"):
+        changes = {"model": {"trainable_layers": 1, **KINDS[kind]}, "loss": {"name": loss}, "num_steps": 1}
+        run_preference(chain / "sft" / "policy", tmp_path / loss, **changes)
 
 
 @pytest.mark.parametrize("kind", KINDS)

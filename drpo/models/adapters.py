@@ -73,6 +73,10 @@ def add_lora(
         raise ConfigError(
             f"model.lora.target_modules: PEFT cannot adapt one of these layers: {error}"
         ) from error
+    if (
+        model.is_gradient_checkpointing
+    ):  # PEFT lets the embedding's output require gradients, through a frozen trunk too
+        model.disable_input_require_grads()
     if strange := {name for name, _ in _lora_layers(adapted)} ^ set(linear):
         raise ConfigError(f"model.lora: PEFT put adapters on other layers than asked: {sorted(strange)[:5]}")
     for parameter in adapted.parameters():

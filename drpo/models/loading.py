@@ -246,8 +246,8 @@ def _prepare(
     disable_dropout(model)
     if config.trainable_layers is not None:
         freeze_trunk(model, config.trainable_layers)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_disable()
+    plain = model
     if config.lora.r:
         model = add_lora(
             model,
@@ -258,6 +258,10 @@ def _prepare(
             trained_whole=trained_whole,
             within=() if config.trainable_layers is None else trained_layer_names(model),
         )
+    if config.gradient_checkpointing:
+        plain.gradient_checkpointing_enable({"use_reentrant": False})
+    # Not needed without reentrance: through what the embedding gives out, a frozen trunk would keep a graph.
+    plain.disable_input_require_grads()
     # Layers recompute activations in training mode only, and from_pretrained leaves a model in evaluation mode.
     return model.train()
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from drpo.config import ConfigError
 from drpo.models.inputs import model_inputs, unwrap_peft
+from drpo.models.probes import check_policy
 from drpo.models.scoring import head_is_plain
 from drpo.models.shared_prompt import can_share_prompt
 from drpo.tensors import PaddedBatch, pad_batch
@@ -66,11 +67,14 @@ def trained_layer_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in model.named_modules() if module in top)
 
 
-@torch.no_grad()
 def trunk_output(model: nn.Module, batch: PaddedBatch) -> Tensor:
-    """What enters layer n - k, (B, Q+R, H); the layers above do not run."""
+    """What enters layer n - k, (B, Q+R, H), without gradients; the layers above do not run."""
+    return _trunk_of(model, batch, _first_trained(model))
+
+
+@torch.no_grad()
+def _trunk_of(model: nn.Module, batch: PaddedBatch, first: int) -> Tensor:
     backbone = _backbone(model)
-    first = _first_trained(model)
     with _layers_replaced(backbone) as layers:
         for index in range(first, len(layers)):
             layers[index] = _Skipped(layers[index])
@@ -101,6 +105,7 @@ def resumed_from(trunk: Tensor | None, *models: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for model in models if trunk is not None else ():
+            _run_probes(model)
             backbone, first = _backbone(model), _first_trained(model)
             layers = stack.enter_context(_layers_replaced(backbone))
             for index in range(first):
@@ -127,15 +132,22 @@ def share_trunk(model: nn.Module, source: nn.Module) -> None:
 
 
 def same_trunk(model: nn.Module, source: nn.Module) -> bool:
-    """Whether `model` has the layers and weights of `source`, bit for bit, up to where the latter's trunk ends."""
+    """Whether `model` has the layers and weights of `source`, bit for bit, up to where the latter's trunk ends.
+
+    What no weight shows (a scaled rotary embedding, another epsilon) a small batch does.
+    """
     own, given = _backbone(model), _backbone(source)
     if type(own) is not type(given) or len(getattr(*_layer_list(own))) != len(getattr(*_layer_list(given))):
         return False
     ours, theirs = (_trunk_weights(backbone, _first_trained(source)) for backbone in (own, given))
-    return ours.keys() == theirs.keys() and all(
+    if ours.keys() != theirs.keys() or not all(
         ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name].to(ours[name].device))
         for name in ours
-    )
+    ):
+        return False
+    outputs = [_trunk_of(m, _probe_batch(m), _first_trained(source)).float().cpu() for m in (model, source)]
+    mask = _probe_batch(source).attention_mask.cpu()
+    return torch.allclose(outputs[0][mask], outputs[1][mask], rtol=1e-3, atol=1e-3)
 
 
 def _trunk_weights(backbone: nn.Module, first: int) -> dict[str, Tensor]:
@@ -265,5 +277,6 @@ def _run_probes(model: nn.Module) -> None:
     """Have the probes of a language model done, which must see the model as it is; they are done once."""
     causal_lm = unwrap_peft(model)
     if causal_lm.get_output_embeddings() is not None:
+        check_policy(causal_lm, on_any_device=True)
         head_is_plain(causal_lm)
         can_share_prompt(causal_lm)

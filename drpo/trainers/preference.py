@@ -50,7 +50,7 @@ def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, Reward
         at_hand or recipe.orders_by_reference or not is_cached(recipe, engine)
     ):
         reference = starting_reference(recipe, engine, tokenizer, policy)
-        if isinstance(reference, FrozenCopy):
+        if isinstance(reference, FrozenCopy) and recipe.reference.path is not None:
             check_examples(reference.module, examples, "reference.path")
 
     options = {"pad_id": tokenizer.pad_token_id, "device": engine.device}

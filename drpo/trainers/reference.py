@@ -94,7 +94,9 @@ def starting_reference(
     source = replace(model, lora=LoraConfig(), gradient_checkpointing=False)
     if path is not None:
         check_same_vocabulary(tokenizer, path, "reference.path")
-        source = replace(source, path=path, architecture={}, tokenizer=None, vocab_size=None)
+        source = replace(
+            source, path=path, architecture={}, tokenizer=None, vocab_size=None, trainable_layers=None
+        )
     # A reference that takes small steps needs float32: in bfloat16 they would be rounded away.
     takes_small_steps = recipe.reference.sync_mix < 1
     if takes_small_steps:
@@ -104,7 +106,10 @@ def starting_reference(
     except ConfigError as error:
         raise error if path is None else ConfigError(f"reference.path: {error}") from None
     copy = engine.place(copy, as_trained=not takes_small_steps)
-    shares_trunk = has_trunk(policy) and path is None and not (takes_small_steps and engine.casts_weights)
+    dtypes = {module.get_input_embeddings().weight.dtype for module in (copy, policy)}
+    shares_trunk = has_trunk(policy) and path is None and len(dtypes) == 1
     if shares_trunk:
-        share_trunk(copy, policy)
+        share_trunk(
+            copy, policy.to(engine.device)
+        )  # it may score before training, which would move the policy
     return FrozenCopy(copy, shares_trunk)
