@@ -102,11 +102,10 @@ def test_unequal_work_has_no_ratio():
 
 def test_a_failed_process_names_its_log(tmp_path):
     with pytest.raises(RuntimeError, match="code 3; see .*log"):
-        benchmark.call(recipe(), ["-c", "import sys; sys.exit(3)"], tmp_path / "a.log")
-    benchmark.call(
-        recipe(num_threads=5), ["-c", "import os; print(os.environ['OMP_NUM_THREADS'])"], tmp_path / "b.log"
-    )
-    assert (tmp_path / "b.log").read_text() == "5\n"
+        benchmark.call(2, ["-c", "import sys; sys.exit(3)"], tmp_path / "a.log")
+    code = "import os; print(os.environ['OMP_NUM_THREADS'], os.getcwd())"
+    benchmark.call(5, ["-c", code], tmp_path / "b.log", tmp_path)
+    assert (tmp_path / "b.log").read_text() == f"5 {tmp_path}\n"
 
 
 @pytest.mark.parametrize("installed", [None, "1.12.0"])
