@@ -172,8 +172,10 @@ class Engine:
     def place(self, module: nn.Module, as_trained: bool) -> nn.Module:
         """Move a frozen model to the device; `as_trained` gives it the precision that training gives its weights."""
         self._note_weights(module)
-        dtype = torch.bfloat16 if as_trained and self.casts_weights else None
-        return module.to(self.device, dtype=dtype).eval().requires_grad_(False)
+        if as_trained and self.casts_weights:
+            for parameter in module.parameters():  # not buffers: DeepSpeed leaves rotary frequencies float32
+                parameter.data = parameter.data.to(torch.bfloat16)
+        return module.to(self.device).eval().requires_grad_(False)
 
     def _note_weights(self, module: nn.Module) -> None:
         """Weights in bf16 are multiplied in bf16, whatever the autocast."""

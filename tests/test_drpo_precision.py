@@ -153,3 +153,31 @@ def test_the_measurement_leaves_the_number_of_threads_alone():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+PLACED = """
+import sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+import torch
+from tiny_models import tiny_model
+from drpo.engine import Engine, EngineConfig
+
+engine = Engine(EngineConfig(trackers=[]), Path("."), 0, None)
+placed, trained = (tiny_model("gemma2") for _ in range(2))
+engine.place(placed, as_trained=True)
+engine.prepare(trained, torch.optim.AdamW(trained.parameters()))
+for model in (placed, trained):
+    print(sorted((name, str(t.dtype)) for name, t in (*model.named_parameters(), *model.named_buffers())))
+"""
+
+
+def test_a_reference_has_the_precision_of_a_policy_that_deepspeed_trains():
+    """Weights in bfloat16, rotary frequencies in float32, as transformers loads them."""
+    pytest.importorskip("deepspeed")
+    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    launched |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    *_, placed, trained = said(PLACED, launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    assert placed == trained
+    assert "('model.rotary_emb.inv_freq', 'torch.float32')" in placed
+    assert "('model.norm.weight', 'torch.bfloat16')" in placed

@@ -107,8 +107,8 @@ class ScalarModel(PreTrainedModel):
         with no_init_weights():
             scalar_model = cls(cls.config_class(backbone=backbone))
         prefix = source.base_model_prefix + "."
-        scalar_model.to(dtype=source.dtype, device=source.device)
-        scalar_model.head.float()
+        _cast_like(source.base_model, scalar_model.backbone)
+        scalar_model.to(source.device)
         scalar_model.config.dtype = source.dtype
         scalar_model.backbone.load_state_dict(
             {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
@@ -117,6 +117,18 @@ class ScalarModel(PreTrainedModel):
         if source.is_gradient_checkpointing:
             scalar_model.gradient_checkpointing_enable()
         return scalar_model.train(source.training)
+
+
+def _cast_like(source: nn.Module, backbone: nn.Module) -> None:
+    """Give each weight and buffer the dtype that it has in `source`, which may hold adapters.
+
+    A half-precision model keeps some in float32, such as the frequencies of rotary positions: in bfloat16 they would
+    put a token hundreds of places off.
+    """
+    tensors = (*source.named_parameters(), *source.named_buffers())
+    dtypes = {name.replace(".base_layer.", "."): tensor.dtype for name, tensor in tensors}
+    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
+        tensor.data = tensor.data.to(dtypes[name])
 
 
 AutoConfig.register(ScalarModelConfig.model_type, ScalarModelConfig)
