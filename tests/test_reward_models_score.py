@@ -11,6 +11,7 @@ from tiny_models import ARCHITECTURES, tiny_model
 from tiny_tokenizers import byte_level, single_bytes
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from drpo.config import ConfigError
 from drpo.data.records import Record
 from drpo.engine import Engine, EngineConfig
 from drpo.rewards import Completion
@@ -161,3 +162,18 @@ def test_whatever_stopped_a_response_the_model_sees_its_own_stop_token(tmp_path,
     assert scorer([by_newline]).tolist() == scorer([by_eos]).tolist()
     unended = completion([40, 41], [90, 10], ended=False)
     assert scorer([unended]).tolist() != scorer([by_eos]).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reward_model_whose_scores_depend_on_the_batch_is_refused_in_any_precision(dtype, engine, tmp_path):
+    """Padding enters its state; half precision, which loading does not probe on a CPU, is probed where it scores."""
+    tokenizer = single_bytes()
+    for name in ("rwkv", "llama"):
+        model = RewardModel.from_causal_lm(tiny_model(name, vocab_size=len(tokenizer)))
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    RewardModelScorer.load(str(tmp_path / "llama"), engine, 2, dtype, None)
+    with pytest.raises(
+        ConfigError, match="reward.path: RwkvModel .*scores would depend on the batch"
+    ):
+        RewardModelScorer.load(str(tmp_path / "rwkv"), engine, 2, dtype, None)
