@@ -173,7 +173,5 @@ def test_a_reward_model_whose_scores_depend_on_the_batch_is_refused_in_any_preci
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     RewardModelScorer.load(str(tmp_path / "llama"), engine, 2, dtype, None)
-    with pytest.raises(
-        ConfigError, match="reward.path: RwkvModel .*scores would depend on the batch"
-    ):
+    with pytest.raises(ConfigError, match="reward.path: RwkvModel .*scores would depend on the batch"):
         RewardModelScorer.load(str(tmp_path / "rwkv"), engine, 2, dtype, None)
