@@ -60,17 +60,6 @@ def make_requests(
     ]
 
 
-def check_positions(policy: nn.Module, requests: Sequence[Request], max_response_length: int) -> None:
-    """Raise ConfigError when the longest prompt and a whole response are more tokens than the policy has positions."""
-    limit = getattr(policy.config, "max_position_embeddings", None)
-    longest = max(len(request.example.query_ids) for request in requests)
-    if limit is not None and longest + max_response_length > limit:
-        raise ConfigError(
-            f"max_response_length: {max_response_length} tokens behind the longest prompt ({longest}) are more "
-            f"than the {limit} positions of the policy; lower it, or set data.max_prompt_length"
-        )
-
-
 def vocabulary_with(bad_tokens: Sequence[str], tokenizer: Any, policy: nn.Module) -> Vocabulary:
     """The ids that end a policy's response, and those that it never says. Raises ConfigError as `vocabulary_of`
     does."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,16 @@ from torch import nn
 from drpo.data.chat import ChatTemplate
 from drpo.data.encode import encode_queries, encode_responses
 from drpo.data.in_template import encode_in_template
-from drpo.data.records import DataError, Record
+from drpo.data.records import Record
+from drpo.models.positions import check_lengths
 from drpo.models.scoring import response_logprobs
 from drpo.rewards import Completion, RewardFn
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
 from eval.completions import CompletionRow
 from eval.frontier import sequence_kls
+
+Say = Callable[[str], object]
+"What is told a line for the user."
 
 
 @torch.no_grad()
@@ -28,6 +33,7 @@ def response_nlls(
     rows: Sequence[CompletionRow],
     batch_size: int,
     chat: ChatTemplate | None = None,
+    say: Say = warnings.warn,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Negative log-likelihood of each response given its prompt (n,), in nats, and its number of tokens (n,).
 
@@ -35,8 +41,8 @@ def response_nlls(
 
     Texts are encoded by the policy's own tokenizer, and the stop token counts where the response ended; an empty one
     that did not end has 0 tokens. Prompts are taken as they are, without a limit; with `chat`, the policy's own
-    template, as the turns that they hold. Raises DataError when a prompt and its response are longer than the policy's
-    positions, or when the template refuses one.
+    template, as the turns that they hold. Raises ConfigError when a prompt and its response are longer than the table
+    of positions, and tells `say` where rotary ones go on; raises DataError when the template refuses a prompt.
     """
     if chat is None:
         queries, responses = (
@@ -48,7 +54,9 @@ def response_nlls(
         pairs = [encode_in_template(tokenizer, chat, *text) for text in texts]
         queries, responses = [query for query, _ in pairs], [response for _, response in pairs]
     nlls = np.zeros(len(rows))
-    for part, batch in _batches([policy], tokenizer, queries, responses, batch_size):
+    for part, batch in _batches(
+        {"perplexity_policy": policy}, tokenizer, queries, responses, batch_size, say
+    ):
         logprobs = response_logprobs(policy, batch).logprobs.double()
         nlls[part] = -masked_sum(logprobs, batch.response_mask, dim=1).cpu().numpy()
     return nlls, np.array([len(ids) for ids in responses], dtype=np.int64)
@@ -62,6 +70,7 @@ def response_kls(
     rows: Sequence[CompletionRow],
     batch_size: int,
     suppressed_ids: Sequence[int] = (),
+    say: Say = warnings.warn,
 ) -> NDArray[np.float64]:
     """One estimate (n,) per response of KL(policy || reference), in nats, over the whole response.
 
@@ -69,7 +78,7 @@ def response_kls(
 
     The mean is unbiased for responses that the policy sampled at temperature 1 from all ids but `suppressed_ids`, which
     both policies are taken never to say. The tokens are those that were read and sampled, where the rows kept them,
-    else those of the texts. `tokenizer` is that of both policies. Raises DataError as `response_nlls` does.
+    else those of the texts. `tokenizer` is that of both policies. Raises and says of lengths what `response_nlls` does.
     Source: Schulman 2020; `eval.frontier.sequence_kls`.
     """
     responses = [row.meta.get("response_ids") for row in rows]
@@ -79,7 +88,8 @@ def response_kls(
     from_text = encode_queries(tokenizer, [row.prompt for row in rows])
     queries = [ids if kept is None else kept for kept, ids in zip(queries, from_text, strict=True)]
     kls = np.zeros(len(rows))
-    for part, batch in _batches([policy, reference], tokenizer, queries, responses, batch_size):
+    models = {"policy": policy, "kl_reference": reference}
+    for part, batch in _batches(models, tokenizer, queries, responses, batch_size, say):
         own, other = (
             response_logprobs(model, batch, suppressed_ids=suppressed_ids).logprobs.cpu().numpy()
             for model in (policy, reference)
@@ -95,33 +105,28 @@ def _encoded(tokenizer: Any, rows: Sequence[CompletionRow]) -> list[list[int]]:
 
 
 def _batches(
-    models: Sequence[nn.Module],
+    models: Mapping[str, nn.Module],
     tokenizer: Any,
     queries: Sequence[list[int]],
     responses: Sequence[list[int]],
     batch_size: int,
+    say: Say,
 ) -> Iterator[tuple[list[int], PaddedBatch]]:
-    """The places of some rows and their tokens on the models' device, by length; empty responses are left out."""
-    for model in models:
-        _check_positions(model, queries, responses)
-    device = next(models[0].parameters()).device
+    """The places of some rows and their tokens on the models' device, by length; empty responses are left out.
+
+    `models` by the key of the recipe that names them.
+    """
+    lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
+    for key, model in models.items():
+        for note in check_lengths(model, lengths, key, "choose another model, or cut the prompts"):
+            say(note)
+    device = next(next(iter(models.values())).parameters()).device
     filled = [place for place, ids in enumerate(responses) if ids]
-    order = sorted(filled, key=lambda place: len(queries[place]) + len(responses[place]))
+    order = sorted(filled, key=lambda place: lengths[place])
     for first in range(0, len(order), batch_size):
         part = order[first : first + batch_size]
         batch = pad_batch([queries[i] for i in part], [responses[i] for i in part], tokenizer.pad_token_id)
         yield part, batch.to(device)
-
-
-def _check_positions(model: nn.Module, queries: Sequence[list[int]], responses: Sequence[list[int]]) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
-    too_long = sum(length > limit for length in lengths) if limit is not None else 0
-    if too_long:
-        raise DataError(
-            f"{too_long} of {len(lengths)} prompts with their responses are longer than the {limit} positions of the "
-            "policy that measures them; choose another one, or cut the prompts"
-        )
 
 
 def reward_scores(reward_fn: RewardFn, rows: Sequence[CompletionRow]) -> NDArray[np.float64]:

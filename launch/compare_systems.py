@@ -217,7 +217,7 @@ def _kls(recipe: CompleteRecipe, engine: Engine, rows: Sequence[CompletionRow], 
         kls = _shared(
             engine,
             rows,
-            lambda own: response_kls(policy, reference, tokenizer, own, recipe.batch_size, never),
+            lambda own: response_kls(policy, reference, tokenizer, own, recipe.batch_size, never, print),
         )
     return Values(tuple(row.prompt_id for row in rows), kls)
 

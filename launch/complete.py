@@ -34,12 +34,12 @@ from drpo.data.stop import template_of, with_stop_token
 from drpo.data.views import best_response
 from drpo.engine import Engine, EngineConfig
 from drpo.models.loading import ModelConfig, load_policy
+from drpo.models.positions import check_sampling
 from drpo.models.tokenizer import load_tokenizer
 from drpo.run_folder import RunStopped, flatten
 from eval.complete import (
     Policy,
     Request,
-    check_positions,
     complete,
     make_requests,
     open_file,
@@ -128,14 +128,15 @@ def complete_policy(recipe: CompleteRecipe, engine: Engine) -> Path:
     if recipe.reference:
         check_references(requests, "reference=true")
     model = load_to_read(recipe, recipe.policy, tokenizer)
-    check_positions(model, requests, recipe.max_response_length)
+    asked = [request.example for request in requests]
+    notes = check_sampling(model, asked, recipe.max_response_length, "policy", "max_response_length")
     writer, done = open_file(engine, path, _meta(recipe, engine, model, requests))
     there = sum((recipe.system, request.prompt_id, request.seed) in done for request in requests)
     policy = _policy(recipe, engine, model, tokenizer)
     progress = _Progress(len(requests), there)
     if engine.is_main:
         save_resolved(recipe, path.with_name("config.yaml"))
-        print(report, f"{path}: {there} of {len(requests)} responses are there", sep="\n", flush=True)
+        print(*notes, report, f"{path}: {there} of {len(requests)} responses are there", sep="\n", flush=True)
     try:
         with engine.autocast():
             for rows in complete(engine, policy, requests, done, recipe.batch_size):
@@ -255,7 +256,12 @@ def _nlls(
     mine = range(engine.rank, len(rows), engine.world_size)
     with torch.no_grad(), engine.autocast():
         nlls, counts = response_nlls(
-            policy, tokenizer, [rows[i] for i in mine], recipe.batch_size, template_of(recipe.data, tokenizer)
+            policy,
+            tokenizer,
+            [rows[i] for i in mine],
+            recipe.batch_size,
+            template_of(recipe.data, tokenizer),
+            print,
         )
     measured = sorted(engine.gather_objects(list(zip(mine, nlls.tolist(), counts.tolist(), strict=True))))
     return np.array([nll for _, nll, _ in measured]), np.array([count for _, _, count in measured])

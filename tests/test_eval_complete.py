@@ -11,7 +11,6 @@ import torch
 from online_runs import DEMO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drpo.config import ConfigError
 from drpo.data.demo import DemoConfig
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.records import DataError
@@ -19,7 +18,6 @@ from drpo.rollout.collect import RolloutConfig, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig
 from eval.complete import (
     Policy,
-    check_positions,
     make_requests,
     requests_sha256,
     sha256_of,
@@ -94,16 +92,6 @@ def test_prompts_are_chosen_by_their_hashes(examples):
     assert {r.prompt_id for r in make_requests(examples[::-1], 5, [0])} == {r.prompt_id for r in five}
     with pytest.raises(DataError, match="3 prompts, but only 2 different ones"):
         make_requests([*examples[:2], examples[0]], None, [0])
-
-
-def test_a_response_that_may_not_fit_is_refused(policy, examples):
-    requests = make_requests(examples, None, [0])
-    longest = max(len(policy.tokenizer(e.record.prompt).input_ids) for e in examples)
-    check_positions(policy.model, requests, 256 - longest)
-    with pytest.raises(
-        ConfigError, match=f"{257 - longest} tokens behind the longest prompt \\({longest}\\)"
-    ):
-        check_positions(policy.model, requests, 257 - longest)
 
 
 def test_the_hash_of_weights_is_that_of_their_values(policy_folder, tmp_path):

@@ -7,12 +7,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from drpo.data.records import DataError
+from drpo.config import ConfigError
 from eval.completions import CompletionRow, prompt_id_of
 from eval.response_scores import response_kls, response_nlls, reward_scores
 from eval.text_metrics import measure
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "rotary_dim": 8,
+}
 
 
 def row(response, prompt="p", ended=True, seed=0, reference=None, meta=None):
@@ -66,11 +74,27 @@ def test_a_policy_that_knows_nothing_has_the_size_of_its_vocabulary(policy_folde
     assert metrics.perplexity.num_prompts == 2  # the response of no tokens says nothing
 
 
-def test_texts_that_the_policy_has_no_positions_for_are_counted(policy):
-    with pytest.raises(
-        DataError, match="1 of 2 prompts with their responses are longer than the 256 positions"
-    ):
-        response_nlls(*policy, [row("a", "p"), row("a " * 300, "q")], 2)
+@pytest.mark.parametrize("model_type", ["gpt2", "gptj", "llama"])
+def test_a_table_of_positions_ends_and_rotary_positions_go_on_with_a_warning(policy, model_type):
+    _, tokenizer = policy
+    sizes = {**TINY, "n_positions": 64} if model_type != "llama" else {**TINY, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = [row("a", "p"), row("a " * 100, "q")]
+    tokens = len(tokenizer("q" + "a " * 100).input_ids) + 1
+    said = f"1 of 2 texts are longer than the 64 positions of this {model_type} model, the longest has {tokens} tokens"
+    if model_type == "llama":
+        lines = []
+        response_nlls(model, tokenizer, rows, 2, say=lines.append)
+        assert lines == [f"warning: perplexity_policy: {said}; choose another model, or cut the prompts"]
+        return
+    with pytest.raises(ConfigError, match=f"perplexity_policy: {said}; choose another model"):
+        response_nlls(model, tokenizer, rows, 2)
+    longer = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **{**sizes, "n_positions": 512})
+    ).eval()
+    with pytest.raises(ConfigError, match=f"kl_reference: {said}"):
+        response_kls(longer, model, tokenizer, rows, 2)
 
 
 # --- KL --------------------------------------------------------------------------------------------------

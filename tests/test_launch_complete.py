@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from online_runs import DEMO, forget_precision
+from tiny_models import tiny_model
 from tiny_runs import CLEAN, ddp, plain, write_recipe
 from tiny_runs import run as run_process
+from transformers import AutoTokenizer
 
 from drpo.config import ConfigError, load_recipe
 from drpo.data.demo import DemoConfig, make_demo
@@ -169,6 +171,27 @@ def test_own_prompts_need_no_responses(policy_folder, tmp_path):
         complete(policy_folder, tmp_path / "more", **own, reference=True)
     with pytest.raises(ConfigError, match="split=eval has no prompts"):
         complete(policy_folder, tmp_path / "more", **own | {"split": "eval"})
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2"])
+def test_longer_texts_than_the_policy_has_positions_for(model_type, policy_folder, tmp_path, capsys):
+    """A table of positions is refused before anything is sampled; rotary positions go on, after a line that says so."""
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+    tokenizer.save_pretrained(tmp_path / "policy")
+    length = {"n_positions": 16} if model_type == "gpt2" else {"max_position_embeddings": 16}
+    tiny_model(model_type, vocab_size=len(tokenizer), **length).save_pretrained(tmp_path / "policy")
+    said = (
+        f"policy: 6 of 6 texts are longer than the 16 positions of this {model_type} model, the longest has "
+    )
+    remedy = " tokens; set data.max_prompt_length, or lower max_response_length=8"
+    few = {"num_prompts": 2}
+    if model_type == "gpt2":
+        with pytest.raises(ConfigError, match=f"{said}\\d+{remedy}"):
+            complete(tmp_path / "policy", tmp_path / "run", **few)
+        return
+    assert len(read_completions(complete(tmp_path / "policy", tmp_path / "run", **few))) == 6
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "positions" in line)
+    assert line.startswith(f"warning: {said}") and line.endswith(remedy)
 
 
 def test_a_file_made_elsewhere_joins_the_same_way(tmp_path):
