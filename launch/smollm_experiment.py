@@ -25,6 +25,7 @@ from rich.progress import Progress
 
 from drpo.config import ConfigError
 from launch.command_line import find_recipe, main
+from launch.compare_recipe import slug
 from launch.seed_grid import launch_once
 
 
@@ -123,8 +124,7 @@ def sft_dir(root: Path, seed: int) -> Path:
 
 def method_dir(root: Path, name: str, seed: int) -> Path:
     """The run of a method and seed."""
-    slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
-    return root / f"{slug}_{seed}"
+    return root / f"{slug(name)}_{seed}"
 
 
 def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
@@ -144,7 +144,12 @@ def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
     settings["complete"]["data"]["path"] = recipe.data
     path = root / "compare.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    command = [sys.executable, str(HERE / "compare.py"), str(path), *recipe.compare.overrides]
+    command = [
+        sys.executable,
+        str(HERE / f"{recipe.compare.script}.py"),
+        str(path),
+        *recipe.compare.overrides,
+    ]
     subprocess.run(command, check=True)
     found = json.loads((root / "compare" / "comparison.json").read_text())
     numbers = {key: found[key] for key in ("measures", "systems", "tests", "frontiers")}

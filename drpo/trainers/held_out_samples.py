@@ -77,8 +77,8 @@ def held_out_sampler(
     )
     if config.kl_reference is not None:
         check_same_vocabulary(tokenizer, config.kl_reference, "sample.kl_reference")
-        source = replace(model, path=config.kl_reference, architecture={}, vocab_size=None, lora=LoraConfig())
-        source = replace(source, trainable_layers=None)
+        whole = {"architecture": {}, "vocab_size": None, "lora": LoraConfig(), "trainable_layers": None}
+        source = replace(model, path=config.kl_reference, **whole)
         frozen = engine.place(load_policy(source, tokenizer, seed), as_trained=True)
         check_sampling(frozen, examples, config.max_response_length, "sample.kl_reference", key)
         reference_logprobs = functools.partial(_logprobs, frozen)
