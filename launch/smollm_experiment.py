@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,35 +85,41 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
     with Progress() as progress, ThreadPoolExecutor(recipe.num_jobs) as pool:
         task = progress.add_task("runs", total=len(recipe.seeds) * (1 + len(recipe.methods)) + 2)
 
-        def train(stage: StageConfig, folder: Path, *settings: str) -> None:
+        def submit(stage: StageConfig, folder: Path, needs: list[Future], *settings: str) -> Future:
+            return pool.submit(train, stage, folder, needs, settings)
+
+        def train(stage: StageConfig, folder: Path, needs: list[Future], settings: tuple[str, ...]) -> None:
+            for need in needs:  # submitted before this one, so that waiting for it cannot block the pool
+                need.result()
             overrides = [*recipe.shared, *stage.overrides, *settings]
             launch_once(stage.script, stage.recipe, folder, overrides, recipe.num_jobs)
             progress.advance(task)
 
-        def all_of(jobs: list[tuple]) -> None:
-            list(pool.map(lambda job: train(*job), jobs))
-
         def rows(path: str, seed: int) -> tuple[str, str]:
             return f"data.path={path}", f"seed={seed}"
 
-        all_of([(recipe.sft, sft_dir(root, seed), *rows(recipe.data, seed)) for seed in recipe.seeds])
-        start = f"model.path={sft_dir(root, first)}/policy"
-        judge_start = f"model.path={sft_dir(root, second)}/policy"
-        all_of(
-            [
-                (recipe.reward_model, root / "reward_model", *rows(recipe.data, first), start),
-                (recipe.reward_model, root / "judge", *rows(recipe.judge_data, second), judge_start),
-            ]
-        )
-        jobs = []
+        def start(seed: int) -> str:
+            return f"model.path={sft_dir(root, seed)}/policy"
+
+        sft: dict[int, Future] = {}
+        scorers: list[Future] = []
+        for seed in recipe.seeds:
+            sft[seed] = submit(recipe.sft, sft_dir(root, seed), [], *rows(recipe.data, seed))
+            if seed == second:
+                for name, path, of in (("reward_model", recipe.data, first), ("judge", recipe.judge_data, second)):
+                    scorer = submit(recipe.reward_model, root / name, [sft[of]], *rows(path, of), start(of))
+                    scorers.append(scorer)
+        jobs = [*sft.values(), *scorers]
         for seed in recipe.seeds:
             for name, stage in recipe.methods.items():
-                settings = [*rows(recipe.data, seed), f"model.path={sft_dir(root, seed)}/policy"]
+                needs, settings = [sft[seed]], [*rows(recipe.data, seed), start(seed)]
                 if stage.script != "dpo":
-                    scorer = root / "reward_model" / "reward_model"
-                    settings += [f"reward.path={scorer}", f"critic.path={scorer}"]
-                jobs.append((stage, method_dir(root, name, seed), *settings))
-        all_of(jobs)
+                    needs.append(scorers[0])
+                    path = root / "reward_model" / "reward_model"
+                    settings += [f"reward.path={path}", f"critic.path={path}"]
+                jobs.append(submit(stage, method_dir(root, name, seed), needs, *settings))
+        for job in jobs:
+            job.result()
     return compare(recipe, root)
 
 
