@@ -106,7 +106,10 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
         for seed in recipe.seeds:
             sft[seed] = submit(recipe.sft, sft_dir(root, seed), [], *rows(recipe.data, seed))
             if seed == second:
-                for name, path, of in (("reward_model", recipe.data, first), ("judge", recipe.judge_data, second)):
+                for name, path, of in (
+                    ("reward_model", recipe.data, first),
+                    ("judge", recipe.judge_data, second),
+                ):
                     scorer = submit(recipe.reward_model, root / name, [sft[of]], *rows(path, of), start(of))
                     scorers.append(scorer)
         jobs = [*sft.values(), *scorers]
