@@ -104,6 +104,11 @@ def _launch(
 
 def _final(root: Path, rate: float, beta: float, seed: int, key: str, index: int = -1) -> float:
     rows = [r for r in read_metrics(_online_dir(root, rate, beta, seed) / "metrics.jsonl") if key in r]
+    if not rows:
+        raise RuntimeError(
+            f"{_online_dir(root, rate, beta, seed)}/metrics.jsonl has no {key}; eval/kl is measured at the temperature "
+            "of training and with evaluations on (docs/experiments.md)"
+        )
     return rows[index][key]
 
 

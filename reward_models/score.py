@@ -18,7 +18,7 @@ from drpo.data.stop import ending_with
 from drpo.engine import Engine
 from drpo.models.loading import ModelConfig, load_scalar_model
 from drpo.models.positions import position_limit
-from drpo.models.probes import can_probe_now, check_scalar_model
+from drpo.models.probes import check_scalar_model
 from drpo.models.tokenizer import load_tokenizer
 from drpo.models.trunk import has_trunk, resumed_from, same_trunk, share_trunk
 from drpo.rewards import Completion
@@ -65,10 +65,8 @@ class RewardModelScorer:
             policy_tokenizer = load_tokenizer(policy_tokenizer_path)
             shared = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
             same_template = tokenizer.chat_template == policy_tokenizer.chat_template
-        probed = can_probe_now(model.backbone)  # as loading did
         placed = engine.place(model, as_trained=False)
-        if not probed:
-            check_scalar_model(placed, key)
+        check_scalar_model(placed, key)  # known since loading, but for half precision
         return cls(placed, tokenizer, engine, batch_size, shared, same_template, key)
 
     @property

@@ -65,6 +65,14 @@ def test_layers_that_cannot_be_adapted_are_told_at_the_start():
         adapted(tiny_model("falcon_h1"))
 
 
+def test_a_layer_below_the_cut_is_said_to_be_outside_the_trainable_layers():
+    model = tiny_model("llama")
+    with pytest.raises(
+        ConfigError, match="among model.trainable_layers is named k_proj; the names are (?!.*k_proj).*down_proj"
+    ):
+        adapted(model, target_modules=["k_proj"], within=("model.layers.1.mlp.",))
+
+
 def test_what_is_trained_is_float32_over_a_bfloat16_base():
     critic = ScalarModel.from_causal_lm(tiny_model("llama").bfloat16())
     policy = adapted(critic, trained_whole=("head",))

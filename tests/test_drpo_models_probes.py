@@ -7,9 +7,10 @@ from tiny_models import ARCHITECTURES, HYBRIDS, MORE, REFUSED, VOCAB_SIZE, tiny_
 from drpo.config import ConfigError
 from drpo.models.loading import ModelConfig, load_policy, load_scalar_model
 from drpo.models.probes import can_probe_now, check_policy, check_scalar_model
-from drpo.models.scalar_head import ScalarModel
+from drpo.models.scalar_head import ScalarModel, token_values
 from drpo.models.scoring import response_logprobs
 from drpo.models.tokenizer import train_tokenizer
+from drpo.models.trunk import freeze_trunk
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate, sample_tokens
 from drpo.tensors import pad_batch
 
@@ -50,6 +51,21 @@ def test_a_scalar_model_that_reads_its_padding_is_refused(dtype, tmp_path):
     ScalarModel.from_causal_lm(tiny_model("rwkv")).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="reward.path: RwkvModel"):
         load_scalar_model(tmp_path, ModelConfig(), key="reward.path")
+
+
+def test_a_half_precision_critic_is_probed_at_its_first_values_also_upon_a_trunk(tmp_path):
+    """On a CPU half precision is not probed when it is loaded, since that may take minutes."""
+    ScalarModel.from_causal_lm(tiny_model("llama")).save_pretrained(tmp_path)
+    batch = pad_batch([[3, 4, 5], [6]], [[7, 8], [9]], 0)
+    for on_trunk in (False, True):
+        critic = load_scalar_model(tmp_path, ModelConfig(dtype="bfloat16"), key="critic.path")
+        forward = critic.backbone.forward
+        critic.backbone.forward = lambda attention_mask=None, position_ids=None, forward=forward, **kw: forward(**kw)
+        with pytest.raises(ConfigError, match="LlamaModel gives a left-padded row other outputs"):
+            if on_trunk:
+                freeze_trunk(critic, 1)
+            else:
+                token_values(critic, batch)
 
 
 def test_the_probe_leaves_no_trace():

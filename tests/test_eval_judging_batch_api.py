@@ -276,6 +276,47 @@ def test_an_unclear_failure_to_submit_makes_no_second_batch(store, monkeypatch):
     assert len(lost) == 1 and num_batches(server) == 1 and run.statuses() == {"ok": 8}
 
 
+ROUTES = [("POST", "files"), ("POST", "batches"), ("GET", "batches"), ("GET", "batches/"), ("GET", "content")]
+
+
+def replace_answers(server: StubServer, monkeypatch, page: Reply, times: int) -> list[tuple[str, str]]:
+    """Let a proxy put `page` where the first `times` answers of each route should be; what is asked is done."""
+    handler = server._server.RequestHandlerClass
+    real, replaced = handler._other, []
+
+    def route(method: str, path: str) -> tuple[str, str]:
+        last = path.rsplit("/", 1)[-1]
+        name = "content" if last == "content" else "batches/" if "/batches/" in path else last
+        return method, name
+
+    def answer(self, path, content):
+        reply = real(self, path, content)
+        if replaced.count(route(self.command, path)) < times:
+            replaced.append(route(self.command, path))
+            return page
+        return reply
+
+    monkeypatch.setattr(handler, "_other", answer)
+    return replaced
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json"])
+def test_a_page_in_place_of_an_answer_is_asked_again_and_nothing_is_paid_twice(store, monkeypatch, kind):
+    page = Reply(200, "<html>Down for maintenance</html>", {"Content-Type": kind})
+    with StubServer(first_slot_wins) as server:
+        replaced = replace_answers(server, monkeypatch, page, times=1)
+        run = judge_by_batch(server, store)
+    assert sorted(replaced) == sorted(ROUTES), "every kind of request met the page"
+    assert num_batches(server) == 1 and run.statuses() == {"ok": 8} and run.stopped is None
+
+
+def test_pages_only_stop_the_run_with_a_reason(store, monkeypatch):
+    with StubServer(first_slot_wins) as server:
+        replace_answers(server, monkeypatch, Reply(200, "<html>Down</html>"), times=100)
+        run = judge_by_batch(server, store)
+    assert "the Batch API: the answer is not that of the API: <html>Down" in str(run.stopped)
+
+
 def test_limits_of_the_api():
     with pytest.raises(ValueError, match="batch.max_requests must be in"):
         BatchConfig(max_requests=60_000)

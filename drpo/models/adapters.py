@@ -48,13 +48,16 @@ def add_lora(
     ]
     if target_modules is not None:
         endings = tuple(f".{target}" for target in target_modules)
-        linear = [name for name in linear if f".{name}".endswith(endings)]
-        if not linear:
+        named = [name for name in linear if f".{name}".endswith(endings)]
+        if not named:
             raise ConfigError(
-                f"model.lora.target_modules: no linear layer is named {', '.join(target_modules)}; the names are "
-                f"{', '.join(sorted({name.rpartition('.')[2] for name in _linear_names(model)}))}"
+                "model.lora.target_modules: no linear layer "
+                + ("among model.trainable_layers " if within else "")
+                + f"is named {', '.join(target_modules)}; the names are "
+                f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
                 + (" (fused experts get no adapter)" if _has_fused_experts(model) else "")
             )
+        linear = named
     else:
         linear = [name for name in linear if not ROUTERS & set(name.split("."))]
     config = LoraConfig(
@@ -113,10 +116,6 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     base = model.get_base_model()
     return [(name, module) for name, module in base.named_modules() if isinstance(module, LoraLayer)]
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def merged_state_dict(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:

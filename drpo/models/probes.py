@@ -42,17 +42,19 @@ def check_policy(model: nn.Module, key: str = "model.path", on_any_device: bool 
         )
 
 
-def check_scalar_model(model: nn.Module, key: str) -> None:
-    """Raise ConfigError, naming `key`, unless a row has the same outputs in a padded batch as alone."""
+def check_scalar_model(model: nn.Module, key: str = "value or reward model") -> None:
+    """Raise ConfigError, naming `key`, unless a row has the same outputs in a padded batch as alone.
 
-    def outputs(ids: Tensor, mask: Tensor) -> Tensor:
-        return model(input_ids=ids, attention_mask=mask)[:, -1:]
-
-    with _probing(model):
-        fault = _padding_fault(outputs, model)[0]
-    if fault:
+    The probe runs once per model, which must then have all its layers.
+    """
+    scalar_model = unwrap_peft(model)
+    known = _FAULTS.setdefault(scalar_model, {})
+    if not known:
+        device = scalar_model.get_input_embeddings().weight.device.type
+        known[device] = _scalar_fault(scalar_model)
+    if fault := next((fault for fault in known.values() if fault), None):
         raise ConfigError(
-            f"{key}: {type(model.backbone).__name__} {fault}: its scores would depend on the batch"
+            f"{key}: {type(scalar_model.backbone).__name__} {fault}: its scores would depend on the batch"
         )
 
 
@@ -104,6 +106,14 @@ def _policy_fault(causal_lm: nn.Module) -> str | None:
     if (cached - whole).norm(dim=1).max() > allowed:
         return "does not continue from its key-value cache as it reads the whole text"
     return None
+
+
+def _scalar_fault(scalar_model: nn.Module) -> str | None:
+    def outputs(ids: Tensor, mask: Tensor) -> Tensor:
+        return scalar_model(input_ids=ids, attention_mask=mask)[:, -1:]
+
+    with _probing(scalar_model):
+        return _padding_fault(outputs, scalar_model)[0]
 
 
 def _padding_fault(

@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 
 from drpo.models.adapters import merged_state_dict
 from drpo.models.inputs import model_inputs, unwrap_peft
+from drpo.models.probes import check_scalar_model
 from drpo.tensors import PaddedBatch
 
 
@@ -136,15 +137,22 @@ AutoModel.register(ScalarModelConfig, ScalarModel)
 
 
 def token_values(model: nn.Module, batch: PaddedBatch) -> Tensor:
-    """V before each response token, (B, R) float32: the model's output at columns Q-1 .. Q+R-2."""
+    """V before each response token, (B, R) float32: the model's output at columns Q-1 .. Q+R-2.
+
+    Raises ConfigError as `check_scalar_model` does.
+    """
     first, length = batch.queries.shape[1] - 1, batch.responses.shape[1]
     return _outputs(model, batch)[:, first : first + length]
 
 
 def token_scores(model: nn.Module, batch: PaddedBatch) -> Tensor:
-    """The model's output at each response token, (B, R) float32: columns Q .. Q+R-1."""
+    """The model's output at each response token, (B, R) float32: columns Q .. Q+R-1.
+
+    Raises ConfigError as `check_scalar_model` does.
+    """
     return _outputs(model, batch)[:, batch.queries.shape[1] :]
 
 
 def _outputs(model: nn.Module, batch: PaddedBatch) -> Tensor:
+    check_scalar_model(model)  # known since loading, but for half precision
     return model(input_ids=batch.query_responses, attention_mask=batch.attention_mask)

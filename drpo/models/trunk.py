@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from drpo.config import ConfigError
 from drpo.models.inputs import model_inputs, unwrap_peft
-from drpo.models.probes import check_policy
+from drpo.models.probes import check_policy, check_scalar_model
+from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import head_is_plain
 from drpo.models.shared_prompt import can_share_prompt
 from drpo.tensors import PaddedBatch, pad_batch
@@ -274,9 +275,11 @@ def _probe_batch(model: nn.Module) -> PaddedBatch:
 
 
 def _run_probes(model: nn.Module) -> None:
-    """Have the probes of a language model done, which must see the model as it is; they are done once."""
-    causal_lm = unwrap_peft(model)
-    if causal_lm.get_output_embeddings() is not None:
-        check_policy(causal_lm, on_any_device=True)
-        head_is_plain(causal_lm)
-        can_share_prompt(causal_lm)
+    """Have the probes done, which must see the model as it is; they are done once."""
+    whole = unwrap_peft(model)
+    if isinstance(whole, ScalarModel):
+        check_scalar_model(whole)
+    elif whole.get_output_embeddings() is not None:
+        check_policy(whole, on_any_device=True)
+        head_is_plain(whole)
+        can_share_prompt(whole)

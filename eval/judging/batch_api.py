@@ -125,32 +125,42 @@ class BatchJudge:
         """Submit, and after an unclear failure look first whether the batch is there: it is paid by the batch."""
         tried = False
 
-        async def create() -> str:
+        async def create() -> Batch:
             nonlocal tried
             if tried and (found := await self._listed(name)) is not None:
                 return found
             tried = True
-            batch = await self._client.batches.create(
+            return await self._client.batches.create(
                 input_file_id=file_id,
                 endpoint=ENDPOINT,
                 completion_window="24h",
                 metadata={METADATA_KEY: name},
             )
-            return batch.id
 
-        return await self._ask(create)
+        return (await self._ask(create)).id
 
-    async def _listed(self, name: str) -> str | None:
-        """The API's name of a batch that carries ours, None if there is none."""
-        page = await self._client.batches.list(limit=100)
-        named = (batch.id for batch in page.data if (batch.metadata or {}).get(METADATA_KEY) == name)
-        return next(named, None)
+    async def _listed(self, name: str) -> Batch | None:
+        """The batch that carries our name, None if there is none."""
+        raw = await self._client.batches.with_raw_response.list(limit=100)  # the client cannot page through HTML
+        listed = json.loads(raw.http_response.text)
+        if not isinstance(listed, dict) or not isinstance(listed.get("data"), list):
+            raise NotAnAnswer(json.dumps(listed)[:80])
+        batches = (Batch.construct(**batch) for batch in listed["data"])
+        return next((batch for batch in batches if (batch.metadata or {}).get(METADATA_KEY) == name), None)
+
+    async def _downloaded(self, file_id: str) -> list[dict[str, Any]]:
+        """The rows of a file. Raises JSONDecodeError for what is none."""
+        content = await self._client.files.content(file_id)
+        return [json.loads(line) for line in content.text.splitlines() if line.strip()]
 
     async def _ask(self, request: Callable[[], Any]) -> Any:
         """One request about batches, tried again while that may help. Raises JudgeStopped when it does not."""
         for attempt in range(1, self._retry.max_attempts + 1):
             try:
-                return await request()
+                answer = await request()
+                if isinstance(answer, str):  # the client's way with a page where the API's answer should be
+                    raise NotAnAnswer(answer[:80])
+                return answer
             except Exception as error:
                 failure = classify(error)
                 if failure.action != "retry" or attempt == self._retry.max_attempts:
@@ -171,7 +181,9 @@ class BatchJudge:
     async def _merge_open(self) -> None:
         """Wait for every submitted batch, of this run or an earlier one, and keep what it brought."""
         for name, batch_id, rows in self._store.open_batches():
-            batch_id = batch_id or await self._ask(lambda name=name: self._listed(name))
+            if batch_id is None:
+                found = await self._ask(lambda name=name: self._listed(name))
+                batch_id = None if found is None else found.id
             if batch_id is None:  # killed before it was submitted, so it costs nothing
                 for number, reserved in self._store.open_requests_of(name).values():
                     self._budget.settle_one(number, reserved, 0.0, "never submitted", None)
@@ -203,8 +215,7 @@ class BatchJudge:
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id is None:  # a batch of failures alone has no output file
                 continue
-            content = await self._ask(lambda file_id=file_id: self._client.files.content(file_id))
-            for row in _rows(content.text):
+            for row in await self._ask(lambda file_id=file_id: self._downloaded(file_id)):
                 if (key := row.get("custom_id")) in open_requests:
                     number, reserved = open_requests.pop(key)
                     failure = self._settle(requests[key], row, number, reserved)
@@ -269,9 +280,3 @@ def _chunks(requests: Sequence[Request], max_requests: int) -> Iterator[list[Req
         size += length
     if chunk:
         yield chunk
-
-
-def _rows(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
-        if line.strip():
-            yield json.loads(line)
