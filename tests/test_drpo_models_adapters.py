@@ -68,7 +68,8 @@ def test_layers_that_cannot_be_adapted_are_told_at_the_start():
 def test_a_layer_below_the_cut_is_said_to_be_outside_the_trainable_layers():
     model = tiny_model("llama")
     with pytest.raises(
-        ConfigError, match="among model.trainable_layers is named k_proj; the names are (?!.*k_proj).*down_proj"
+        ConfigError,
+        match="among model.trainable_layers is named k_proj; the names are (?!.*k_proj).*down_proj",
     ):
         adapted(model, target_modules=["k_proj"], within=("model.layers.1.mlp.",))
 

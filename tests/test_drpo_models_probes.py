@@ -60,7 +60,9 @@ def test_a_half_precision_critic_is_probed_at_its_first_values_also_upon_a_trunk
     for on_trunk in (False, True):
         critic = load_scalar_model(tmp_path, ModelConfig(dtype="bfloat16"), key="critic.path")
         forward = critic.backbone.forward
-        critic.backbone.forward = lambda attention_mask=None, position_ids=None, forward=forward, **kw: forward(**kw)
+        critic.backbone.forward = lambda attention_mask=None, position_ids=None, forward=forward, **kw: (
+            forward(**kw)
+        )
         with pytest.raises(ConfigError, match="LlamaModel gives a left-padded row other outputs"):
             if on_trunk:
                 freeze_trunk(critic, 1)

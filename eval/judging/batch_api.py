@@ -141,7 +141,9 @@ class BatchJudge:
 
     async def _listed(self, name: str) -> Batch | None:
         """The batch that carries our name, None if there is none."""
-        raw = await self._client.batches.with_raw_response.list(limit=100)  # the client cannot page through HTML
+        raw = await self._client.batches.with_raw_response.list(
+            limit=100
+        )  # the client cannot page through HTML
         listed = json.loads(raw.http_response.text)
         if not isinstance(listed, dict) or not isinstance(listed.get("data"), list):
             raise NotAnAnswer(json.dumps(listed)[:80])
