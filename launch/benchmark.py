@@ -33,7 +33,7 @@ from drpo.data.order import item_at
 from drpo.metrics import read_metrics
 from drpo.optim import OptimConfig
 from drpo.precision import multiplies_bf16
-from launch.command_line import main
+from launch.command_line import StageFailed, main
 
 TRL = "1.16"
 Precision = Literal["no", "bf16"]
@@ -255,14 +255,14 @@ def measure_trl(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: int
 
 
 def call(num_threads: int, command: list[str], log: Path, folder: Path | None = None) -> None:
-    """Run a script in a fresh process, in `folder`. Raises RuntimeError, naming the log, when it fails."""
+    """Run a script in a fresh process, in `folder`. Raises StageFailed, naming the log, when it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
     with log.open("w") as file:
         done = subprocess.run(
             [sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=folder
         )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed with code {done.returncode}; see {log}")
+        raise StageFailed(f"{' '.join(command)} failed with code {done.returncode}; see {log}")
 
 
 def compare(

@@ -19,6 +19,11 @@ from drpo.run_folder import RunStopped
 
 Recipe = TypeVar("Recipe")
 
+
+class StageFailed(Exception):
+    """A script that another one ran came to a bad end; its log says why."""
+
+
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
@@ -42,7 +47,15 @@ def main(
         path, overrides = split_arguments(arguments)
         recipe = load_recipe(recipe_class, find_recipe(path or default_recipe), [*overrides, *forced])
         result = run(recipe)
-    except (ConfigError, DataError, CheckpointError, RunStopped, FloatingPointError, OSError) as error:
+    except (
+        ConfigError,
+        DataError,
+        CheckpointError,
+        RunStopped,
+        FloatingPointError,
+        OSError,
+        StageFailed,
+    ) as error:
         raise SystemExit(f"{script}: {error}") from None
     except KeyboardInterrupt:
         print(f"{script}: stopped; what is on disk is kept", file=sys.stderr)

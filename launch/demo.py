@@ -52,7 +52,8 @@ def main() -> None:
 def launch(stage: str) -> None:
     """Run a script on its demo recipe, as a user would."""
     print(f"\n=== {stage}: launch/{stage}.py demo/{stage}.yaml", flush=True)
-    subprocess.run([sys.executable, str(HERE / f"{stage}.py"), f"demo/{stage}.yaml"], check=True)
+    if subprocess.run([sys.executable, str(HERE / f"{stage}.py"), f"demo/{stage}.yaml"]).returncode:
+        raise SystemExit(f"demo.py: the stage {stage} failed; the same command again goes on from there")
 
 
 def evaluations(run: Path) -> list[dict[str, float]]:

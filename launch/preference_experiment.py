@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +18,10 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
-from rich.progress import Progress
 
 from drpo.metrics import read_metrics
 from launch.command_line import main
-from launch.seed_grid import interval, launch_once
+from launch.seed_grid import RunGrid, interval, launch_once
 
 COLUMNS = {
     "true reward": "eval/true_reward",
@@ -110,13 +108,12 @@ def run(recipe: PreferenceExperimentRecipe) -> Path:
         for setting in table.named_settings
         for method in table.methods
     ]
-    with Progress() as progress, ThreadPoolExecutor(recipe.num_jobs) as pool:
-        task = progress.add_task("runs", total=len(policies) + len(runs))
+    with RunGrid(recipe.num_jobs, len(policies) + len(runs)) as grid:
 
         def make_policy(folder: Path) -> None:
             table, seed = policies[folder]
             launch_once("sft", table.sft_recipe, folder, _shared(table, seed), recipe.num_jobs)
-            progress.advance(task)
+            grid.advance()
 
         def train(cell: tuple[str, int, str, str]) -> None:
             title, seed, setting, method = cell
@@ -125,10 +122,13 @@ def run(recipe: PreferenceExperimentRecipe) -> Path:
             overrides = [*_shared(table, seed), f"model.path={policy}", f"sample.kl_reference={policy}"]
             overrides += [*table.overrides, *table.named_settings[setting], *table.methods[method]]
             launch_once("dpo", table.recipe, _run_dir(root, *cell), overrides, recipe.num_jobs)
-            progress.advance(task)
+            grid.advance()
 
-        list(pool.map(make_policy, policies))
-        list(pool.map(train, runs))
+        for folder in policies:
+            grid.submit(make_policy, folder)
+        grid.wait()
+        for cell in runs:
+            grid.submit(train, cell)
     results = {title: _results(root, title, table) for title, table in tables.items()}
     (root / "results.json").write_text(json.dumps(results, indent=1))
     text = "\n".join(markdown(title, tables[title], results[title]) for title in tables)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +18,10 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 import numpy as np
-from rich.progress import Progress
 
 from drpo.metrics import read_metrics
-from launch.command_line import main
-from launch.seed_grid import interval, launch_once
+from launch.command_line import StageFailed, main
+from launch.seed_grid import RunGrid, interval, launch_once
 
 TRUE_REWARD = "drpo.data.demo:true_rewards"
 
@@ -58,15 +56,13 @@ def run(recipe: ExperimentRecipe) -> Path:
     """Run the grid and write the results."""
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
-    grid = [(rate, seed) for seed in recipe.seeds for rate in recipe.completion_rates]
-    with Progress() as progress, ThreadPoolExecutor(recipe.num_jobs) as pool:
-        task = progress.add_task("runs", total=len(grid) * (1 + len(recipe.betas)))
+    settings = [(rate, seed) for seed in recipe.seeds for rate in recipe.completion_rates]
+    with RunGrid(recipe.num_jobs, len(settings) * (1 + len(recipe.betas))) as grid:
 
-        def one_setting(rate_and_seed: tuple[float, int]) -> None:
-            rate, seed = rate_and_seed
+        def one_setting(rate: float, seed: int) -> None:
             sft = root / f"sft_{rate:g}_{seed}"
             _launch("sft", recipe, sft, rate, seed, [])
-            progress.advance(task)
+            grid.advance()
             for beta in recipe.betas:
                 overrides = [
                     f"model.path={sft}/policy",
@@ -80,9 +76,10 @@ def run(recipe: ExperimentRecipe) -> Path:
                     *recipe.online,
                 ]
                 _launch("drpo", recipe, _online_dir(root, rate, beta, seed), rate, seed, overrides)
-                progress.advance(task)
+                grid.advance()
 
-        list(pool.map(one_setting, grid))
+        for rate, seed in settings:
+            grid.submit(one_setting, rate, seed)
     rows = [_summary(recipe, rate, beta) for rate in recipe.completion_rates for beta in recipe.betas]
     (root / "results.json").write_text(json.dumps(rows, indent=1))
     (root / "results.md").write_text(markdown(rows))
@@ -105,7 +102,7 @@ def _launch(
 def _final(root: Path, rate: float, beta: float, seed: int, key: str, index: int = -1) -> float:
     rows = [r for r in read_metrics(_online_dir(root, rate, beta, seed) / "metrics.jsonl") if key in r]
     if not rows:
-        raise RuntimeError(
+        raise StageFailed(
             f"{_online_dir(root, rate, beta, seed)}/metrics.jsonl has no {key}; eval/kl is measured at the temperature "
             "of training and with evaluations on (docs/experiments.md)"
         )

@@ -1,15 +1,21 @@
-"""What experiments over seeds share: runs that are made once, and the interval of their results."""
+"""What experiments over seeds share: runs that are made once, several at a time, and the interval of their results."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
+from rich.progress import Progress
 from scipy import stats
+
+from launch.command_line import StageFailed
 
 LAUNCH = Path(__file__).resolve().parent
 
@@ -17,7 +23,7 @@ LAUNCH = Path(__file__).resolve().parent
 def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str], num_jobs: int) -> None:
     """Run launch/<stage>.py on its share of the cores, unless this very command has finished in `run_dir`.
 
-    Raises RuntimeError, naming the log, when the run fails.
+    Raises StageFailed, naming the log, when the run fails.
     """
     command = [sys.executable, str(LAUNCH / f"{stage}.py"), recipe, f"run_dir={run_dir}", *overrides]
     command += ["engine.trackers=[]", "log.samples_every=0"]
@@ -29,8 +35,52 @@ def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str]
     with (run_dir / "log.txt").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads})
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed with code {done.returncode}; see {run_dir}/log.txt")
+        raise StageFailed(f"{' '.join(command)} failed with code {done.returncode}; see {run_dir}/log.txt")
     done_command.write_text(" ".join(command[1:]))
+
+
+class RunGrid:
+    """Jobs side by side, with a progress bar. The first that fails, or Ctrl-C, drops those that have not begun.
+
+        with RunGrid(num_jobs=2, num_runs=10) as grid:
+            policy = grid.submit(train_policy)
+            grid.submit(train_on_top, policy)     # may wait for the result of a job submitted before it
+
+    What has begun is waited for, at the end of the block or at `wait`, which raise what the first failure raised.
+    """
+
+    def __init__(self, num_jobs: int, num_runs: int) -> None:
+        self._pool, self._progress = ThreadPoolExecutor(num_jobs), Progress()
+        self._task = self._progress.add_task("runs", total=num_runs)
+        self._jobs: list[Future] = []
+
+    def __enter__(self) -> RunGrid:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+            self._progress.stop()
+
+    def submit(self, job: Callable[..., Any], *args: Any) -> Future:
+        """Queue a job, in the order in which they begin."""
+        self._jobs.append(self._pool.submit(job, *args))
+        return self._jobs[-1]
+
+    def advance(self) -> None:
+        """One run more is done."""
+        self._progress.advance(self._task)
+
+    def wait(self) -> None:
+        """Until all jobs so far are done, or one has failed, which is raised."""
+        for job in as_completed(self._jobs):
+            job.result()
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Every method on real text from one pretrained policy: SFT, reward models and methods by seed, then one comparison.
 
-    python launch/smollm_experiment.py smollm/seeds_tldr.yaml data=posts.jsonl judge_data=other_posts.jsonl
+    python launch/smollm_experiment.py smollm/seeds_tldr.yaml data_path=posts.jsonl judge_data_path=other_posts.jsonl
 
 Each stage is a launch script on a recipe; what has finished is not run again, so the same command goes on after a
 kill. The judge is a second reward model: of another seed, from another SFT policy, on other posts.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,20 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 import yaml
-from rich.progress import Progress
 
 from drpo.config import ConfigError
-from launch.command_line import find_recipe, main
+from drpo.data.files import read_table
+from launch.command_line import StageFailed, find_recipe, main
 from launch.compare_recipe import slug
-from launch.seed_grid import launch_once
+from launch.seed_grid import RunGrid, launch_once
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """A stage of the chain: a launch script, its recipe and what differs from it."""
 
-    script: str = "dpo"
-    """Name of the launch script."""
+    script: str = ""
+    """Name of the launch script: sft, dpo, ppo, ..."""
     recipe: str = ""
     """Its recipe."""
     overrides: list[str] = field(default_factory=list)
@@ -47,9 +47,9 @@ class SmolLMExperimentRecipe:
 
     run_dir: str = "runs/smollm/experiment"
     """Folder of all runs and of the comparison."""
-    data: str | None = None
+    data_path: str | None = None
     """File with the rows for policies, reward model and evaluation."""
-    judge_data: str | None = None
+    judge_data_path: str | None = None
     """File with other rows, for the reward model that judges."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Training seeds; each has its own SFT policy."""
@@ -71,32 +71,49 @@ class SmolLMExperimentRecipe:
             raise ValueError(f"seeds must be two or more different numbers, for intervals, got {self.seeds}")
         if self.num_jobs < 1:
             raise ValueError(f"num_jobs must be >= 1, got {self.num_jobs}")
+        if not self.methods:
+            raise ValueError("methods: give at least one")
+        stages = {"sft": self.sft, "reward_model": self.reward_model, "compare": self.compare}
+        for name, stage in (
+            stages | {f"methods.{name}": stage for name, stage in self.methods.items()}
+        ).items():
+            if not stage.script or not stage.recipe:
+                raise ValueError(f"{name}: give its script and its recipe")
 
 
 def run(recipe: SmolLMExperimentRecipe) -> Path:
     """Make the runs, seed by seed, then compare what is there."""
-    if recipe.data is None or recipe.judge_data is None:
-        raise ConfigError("data and judge_data: give a file each, with different rows (docs/experiments.md)")
-    if not recipe.methods:
-        raise ConfigError("methods: give at least one")
+    if recipe.data_path is None or recipe.judge_data_path is None:
+        raise ConfigError(
+            "data_path and judge_data_path: give a file each, with different rows (docs/experiments.md)"
+        )
+    rows, judge_rows = (
+        {json.dumps(row, sort_keys=True): number for number, row in read_table(path)}
+        for path in (recipe.data_path, recipe.judge_data_path)
+    )
+    if shared := rows.keys() & judge_rows.keys():
+        number = min(judge_rows[row] for row in shared)
+        raise ConfigError(
+            f"judge_data_path: {len(shared)} of its rows are in data_path too, the first in line {number}, so the "
+            "judge would know what it judges; give other rows"
+        )
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
     first, second = recipe.seeds[:2]
-    with Progress() as progress, ThreadPoolExecutor(recipe.num_jobs) as pool:
-        task = progress.add_task("runs", total=len(recipe.seeds) * (1 + len(recipe.methods)) + 2)
+    with RunGrid(recipe.num_jobs, len(recipe.seeds) * (1 + len(recipe.methods)) + 2) as grid:
 
-        def submit(stage: StageConfig, folder: Path, needs: list[Future], *settings: str) -> Future:
-            return pool.submit(train, stage, folder, needs, settings)
-
-        def train(stage: StageConfig, folder: Path, needs: list[Future], settings: tuple[str, ...]) -> None:
-            for need in needs:  # submitted before this one, so that waiting for it cannot block the pool
+        def train(stage: StageConfig, folder: Path, needs: list[Future], settings: list[str]) -> None:
+            for need in needs:
                 need.result()
             overrides = [*recipe.shared, *stage.overrides, *settings]
             launch_once(stage.script, stage.recipe, folder, overrides, recipe.num_jobs)
-            progress.advance(task)
+            grid.advance()
 
-        def rows(path: str, seed: int) -> tuple[str, str]:
-            return f"data.path={path}", f"seed={seed}"
+        def submit(
+            stage: StageConfig, name: str, path: str, seed: int, needs: list[Future], *more: str
+        ) -> Future:
+            settings = [f"data.path={path}", f"seed={seed}", *more]
+            return grid.submit(train, stage, root / name, needs, settings)
 
         def start(seed: int) -> str:
             return f"model.path={sft_dir(root, seed)}/policy"
@@ -104,25 +121,22 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
         sft: dict[int, Future] = {}
         scorers: list[Future] = []
         for seed in recipe.seeds:
-            sft[seed] = submit(recipe.sft, sft_dir(root, seed), [], *rows(recipe.data, seed))
-            if seed == second:
+            sft[seed] = submit(recipe.sft, sft_dir(root, seed).name, recipe.data_path, seed, [])
+            if seed == second:  # here, so that methods need not wait for the SFT policies of all seeds
                 for name, path, of in (
-                    ("reward_model", recipe.data, first),
-                    ("judge", recipe.judge_data, second),
+                    ("reward_model", recipe.data_path, first),
+                    ("judge", recipe.judge_data_path, second),
                 ):
-                    scorer = submit(recipe.reward_model, root / name, [sft[of]], *rows(path, of), start(of))
-                    scorers.append(scorer)
-        jobs = [*sft.values(), *scorers]
+                    scorers.append(submit(recipe.reward_model, name, path, of, [sft[of]], start(of)))
+        scorer = root / "reward_model" / "reward_model"
         for seed in recipe.seeds:
             for name, stage in recipe.methods.items():
-                needs, settings = [sft[seed]], [*rows(recipe.data, seed), start(seed)]
+                needs, settings = [sft[seed]], [start(seed)]
                 if stage.script != "dpo":
                     needs.append(scorers[0])
-                    path = root / "reward_model" / "reward_model"
-                    settings += [f"reward.path={path}", f"critic.path={path}"]
-                jobs.append(submit(stage, method_dir(root, name, seed), needs, *settings))
-        for job in jobs:
-            job.result()
+                    settings += [f"reward.path={scorer}", f"critic.path={scorer}"]
+                folder = method_dir(root, name, seed).name
+                submit(stage, folder, recipe.data_path, seed, needs, *settings)
     return compare(recipe, root)
 
 
@@ -150,7 +164,7 @@ def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
     settings["run_dir"] = str(root / "compare")
     settings["reward_model"] = str(root / "reward_model" / "reward_model")
     settings["judging"]["judge"]["path"] = str(root / "judge" / "reward_model")
-    settings["complete"]["data"]["path"] = recipe.data
+    settings["complete"]["data"]["path"] = recipe.data_path
     path = root / "compare.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     command = [
@@ -159,7 +173,8 @@ def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
         str(path),
         *recipe.compare.overrides,
     ]
-    subprocess.run(command, check=True)
+    if (code := subprocess.run(command).returncode) != 0:
+        raise StageFailed(f"{' '.join(command)} failed with code {code}, for the reason above")
     found = json.loads((root / "compare" / "comparison.json").read_text())
     numbers = {key: found[key] for key in ("measures", "systems", "tests", "frontiers")}
     (root / "results.json").write_text(json.dumps(numbers, indent=1))

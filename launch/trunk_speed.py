@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,8 @@ class TrunkSpeedRecipe:
 def run(recipe: TrunkSpeedRecipe) -> Path:
     """Measure, compare, and write the table."""
     root = Path(recipe.run_dir).resolve()
+    if Path(recipe.model).exists():  # the runs have folders of their own
+        recipe = replace(recipe, model=str(Path(recipe.model).resolve()))
     make_inputs(recipe, root)
     settings: list[int | None] = [None, *recipe.trainable_layers]
     found: dict[int | None, list[dict[str, float]]] = {layers: [] for layers in settings}

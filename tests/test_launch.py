@@ -40,7 +40,7 @@ from reward_models.model import RewardModel
 RECIPE_SCRIPTS = sorted(
     script.stem
     for script in (ROOT / "launch").glob("*.py")
-    if "from launch.command_line import main" in script.read_text()
+    if re.search(r"^from launch.command_line import .*\bmain\b", script.read_text(), re.MULTILINE)
 )
 KEYS = {
     "sft": ("loss_on", "sample.num_prompts"),
@@ -53,7 +53,7 @@ KEYS = {
     "neuron_shift": ("before", "probe.source"),
     "benchmark": ("share_prompts", "num_repeats"),
     "trunk_speed": ("baseline", "trainable_layers"),
-    "smollm_experiment": ("judge_data", "num_jobs"),
+    "smollm_experiment": ("judge_data_path", "num_jobs"),
     "complete": ("policy", "imported.columns"),
     "judge": ("half_tie", "max_undecided"),
     "compare": ("kl_reference", "judging.budget.max_usd"),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from drpo.config import ConfigError
 from launch import benchmark
 from launch.benchmark import BenchmarkRecipe, Measurement, compare, make_inputs, markdown, measure_ours
+from launch.command_line import StageFailed
 
 TINY = {
     "model_type": "gpt_neox",
@@ -101,7 +102,7 @@ def test_unequal_work_has_no_ratio():
 
 
 def test_a_failed_process_names_its_log(tmp_path):
-    with pytest.raises(RuntimeError, match="code 3; see .*log"):
+    with pytest.raises(StageFailed, match="code 3; see .*log"):
         benchmark.call(2, ["-c", "import sys; sys.exit(3)"], tmp_path / "a.log")
     code = "import os; print(os.environ['OMP_NUM_THREADS'], os.getcwd())"
     benchmark.call(5, ["-c", code], tmp_path / "b.log", tmp_path)
