@@ -25,7 +25,7 @@ from drpo.models.stops import stop_ids
 from drpo.rollout.collect import RolloutConfig, Vocabulary, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
 from drpo.same_view import require_shared_folder
-from eval.completions import CompletionRow, CompletionsWriter, prompt_id_of
+from eval.completions import CompletionRow, CompletionsWriter, messages_meta, prompt_id_of
 
 Key = tuple[str, str, int]
 "What no two rows share: system, prompt_id, seed."
@@ -103,7 +103,7 @@ class Policy:
         (text,) = said_texts(self.tokenizer, [ids[:-1] if ended else ids], [record.opening])
         meta = {"response_ids": ids}  # the text may be encoded otherwise
         if record.chat is not None:  # and the prompt's, by another template
-            meta["query_ids"] = list(request.example.query_ids)
+            meta |= {"query_ids": list(request.example.query_ids)} | messages_meta(record)
         return CompletionRow(
             self.system,
             request.prompt_id,

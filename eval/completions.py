@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from drpo.data.records import BadRows, DataError, RowError, require_text
+from drpo.data.records import BadRows, DataError, Message, Record, RowError, require_text
 from eval.json_rows import fields_of_line, require_encodable
 from eval.whole_file import write_whole
 
@@ -27,6 +27,8 @@ REFERENCE = "reference"
 "System of the dataset's own responses."
 NULL = "null"
 "System that says the same to every prompt."
+MESSAGES = "prompt_messages"
+"In a row's meta: the turns that the prompt was made into for a chat template."
 NULL_RESPONSE = "This is my response, and there is nothing to add to it."
 
 
@@ -54,6 +56,26 @@ class CompletionRow:
     def key(self) -> tuple[str, str, int]:
         """What no two rows share."""
         return self.system, self.prompt_id, self.seed
+
+    @property
+    def messages(self) -> tuple[Message, ...] | None:
+        """The turns that the prompt was made into for a chat template; None where no template was used."""
+        turns = self.meta.get(MESSAGES)
+        if turns is None:
+            return None
+        if not isinstance(turns, list | tuple) or not all(isinstance(turn, Mapping) for turn in turns):
+            raise DataError(f"meta.{MESSAGES} of {_named(self)} is no list of messages")
+        return tuple(turns)
+
+    @property
+    def prompt_meta(self) -> dict[str, Any]:
+        """What `meta` says of the prompt, whoever responds."""
+        return {MESSAGES: self.meta[MESSAGES]} if MESSAGES in self.meta else {}
+
+
+def messages_meta(record: Record) -> dict[str, Any]:
+    """What a row's `meta` keeps of a prompt's turns; nothing where no chat template was used."""
+    return {} if record.chat is None else {MESSAGES: [dict(turn) for turn in record.chat.messages]}
 
 
 def prompt_id_of(prompt: str) -> str:
@@ -293,7 +315,15 @@ def reference_rows(rows: Sequence[CompletionRow]) -> list[CompletionRow]:
     if bad:
         raise DataError(f"the dataset's responses cannot stand as a system:\n{bad.summary()}")
     return [
-        replace(row, system=REFERENCE, response=row.reference, ended=True, num_tokens=None, seed=0, meta={})
+        replace(
+            row,
+            system=REFERENCE,
+            response=row.reference,
+            ended=True,
+            num_tokens=None,
+            seed=0,
+            meta=row.prompt_meta,
+        )
         for row in references.values()
     ]
 
@@ -302,6 +332,8 @@ def constant_rows(rows: Sequence[CompletionRow], system: str, response: str) -> 
     """A system that gives the same response to every prompt of `rows`."""
     prompts = {row.prompt_id: row for row in reversed(rows)}
     return [
-        replace(row, system=system, response=response, ended=True, num_tokens=None, seed=0, meta={})
+        replace(
+            row, system=system, response=response, ended=True, num_tokens=None, seed=0, meta=row.prompt_meta
+        )
         for row in reversed(prompts.values())
     ]

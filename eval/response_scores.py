@@ -14,13 +14,13 @@ from torch import nn
 from drpo.data.chat import ChatTemplate
 from drpo.data.encode import encode_queries, encode_responses
 from drpo.data.in_template import encode_in_template
-from drpo.data.records import Record
 from drpo.models.positions import check_lengths
 from drpo.models.scoring import response_logprobs
-from drpo.rewards import Completion, RewardFn
+from drpo.rewards import RewardFn
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
 from eval.completions import CompletionRow
 from eval.frontier import sequence_kls
+from eval.text_completion import text_completion
 
 Say = Callable[[str], object]
 "What is told a line for the user."
@@ -41,7 +41,7 @@ def response_nlls(
 
     Texts are encoded by the policy's own tokenizer, and the stop token counts where the response ended; an empty one
     that did not end has 0 tokens. Prompts are taken as they are, without a limit; with `chat`, the policy's own
-    template, as the turns that they hold. Raises ConfigError when a prompt and its response are longer than the table
+    template, as the turns that the rows keep, else as those that the texts hold. Raises ConfigError when a prompt and its response are longer than the table
     of positions, and tells `say` where rotary ones go on; raises DataError when the template refuses a prompt.
     """
     if chat is None:
@@ -50,7 +50,7 @@ def response_nlls(
             _encoded(tokenizer, rows),
         )
     else:
-        texts = [(row.prompt, row.response, row.ended) for row in rows]
+        texts = [(row.prompt, row.response, row.ended, row.messages) for row in rows]
         pairs = [encode_in_template(tokenizer, chat, *text) for text in texts]
         queries, responses = [query for query, _ in pairs], [response for _, response in pairs]
     nlls = np.zeros(len(rows))
@@ -132,8 +132,7 @@ def _batches(
 def reward_scores(reward_fn: RewardFn, rows: Sequence[CompletionRow]) -> NDArray[np.float64]:
     """The reward of each response (n,), from texts. Raises ValueError unless there is one finite number for each."""
     completions = [
-        Completion(row.prompt, row.response, row.ended, [], [], Record(row.prompt, completion=row.reference))
-        for row in rows
+        text_completion(row.prompt, row.response, row.ended, row.reference, row.messages) for row in rows
     ]
     scores = np.array([float(score) for score in reward_fn(completions)])
     if len(scores) != len(rows):

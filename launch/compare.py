@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -68,13 +68,13 @@ def run(recipe: CompareRecipe) -> Path:
     policies = [policy for system in recipe.systems for policy in system.policies]
     make_demo_inputs(*policies, recipe.kl_reference, recipe.reward_model)
     check_systems(recipe.systems, recipe.kl_reference)
-    prompt_ids = asked_prompts(recipe.complete, recipe.systems, recipe.baseline, recipe.pairs != "none")
+    prompts = asked_prompts(recipe.complete, recipe.systems, recipe.baseline, recipe.pairs != "none")
     folder = Path(recipe.run_dir)
     config = EngineConfig(mixed_precision=recipe.complete.mixed_precision, trackers=[])
     engine = Engine(config, folder, recipe.complete.seed, max_grad_norm=None)
     # What null stood for on this machine.
     recipe = replace(recipe, complete=replace(recipe.complete, mixed_precision=engine.precision))
-    systems = _measured_systems(recipe, engine, prompt_ids)
+    systems = _measured_systems(recipe, engine, prompts)
     is_main = engine.is_main
     engine.close()  # judging takes long, and only one process asks
     if not is_main:
@@ -96,7 +96,9 @@ def run(recipe: CompareRecipe) -> Path:
 # --- the systems ----------------------------------------------------------------------------------------
 
 
-def _measured_systems(recipe: CompareRecipe, engine: Engine, prompt_ids: set[str] | None) -> list[System]:
+def _measured_systems(
+    recipe: CompareRecipe, engine: Engine, prompts: Mapping[str, Mapping[str, Any]] | None
+) -> list[System]:
     """Every run of every system with its answers and what was measured of them; all processes together."""
     rewards: dict[str, RewardFn] = {}
     if recipe.reward_model is not None:
@@ -110,7 +112,7 @@ def _measured_systems(recipe: CompareRecipe, engine: Engine, prompt_ids: set[str
         runs = []
         for index, path in enumerate(config.completions):
             folder = recipe.folder_of(config.name, index)
-            runs.append(run_of_file(path, config.name, folder, engine, rewards, prompt_ids))
+            runs.append(run_of_file(path, config.name, folder, engine, rewards, prompts))
         for index, policy in enumerate(config.policies):
             folder = str(recipe.folder_of(config.name, index))
             complete = replace(recipe.complete, policy=policy, system=config.name, run_dir=folder)

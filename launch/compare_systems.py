@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from eval.completions import (
     REFERENCE,
     CompletionRow,
     load_completions,
+    messages_meta,
     read_completions,
     read_meta,
     reference_rows,
@@ -64,8 +65,8 @@ def check_systems(systems: Sequence[SystemConfig], kl_reference: str | None) -> 
 
 def asked_prompts(
     recipe: CompleteRecipe, systems: Sequence[SystemConfig], baseline: str, judged: bool
-) -> set[str] | None:
-    """The ids of the prompts that the policies will be asked; None where there are none.
+) -> dict[str, dict[str, Any]] | None:
+    """What rows keep of each prompt that the policies will be asked, by its id; None where there are none.
 
     Raises ConfigError where the baseline is the dataset's responses and it has none, DataError for a file of
     responses that lacks prompts and is to be judged: before anything is sampled.
@@ -76,16 +77,16 @@ def asked_prompts(
     requests, _ = requests_of(replace(recipe, policy=policy), load_tokenizer(policy))
     if baseline == REFERENCE:
         check_references(requests, f"baseline={REFERENCE}")
-    prompt_ids = {request.prompt_id for request in requests}
+    prompts = {request.prompt_id: messages_meta(request.example.record) for request in requests}
     for system in systems:
         for path in system.completions:
-            lacking = len(prompt_ids - {row.prompt_id for row in _rows_of(path, system.name)})
+            lacking = len(prompts.keys() - {row.prompt_id for row in _rows_of(path, system.name)})
             if judged and lacking:
                 raise DataError(
-                    f"{path} has no response of {system.name} to {lacking} of the {len(prompt_ids)} prompts that the "
+                    f"{path} has no response of {system.name} to {lacking} of the {len(prompts)} prompts that the "
                     "policies are asked (complete.data, complete.num_prompts)"
                 )
-    return prompt_ids
+    return prompts
 
 
 def _vocabulary(path: str, key: str) -> dict[str, int]:
@@ -134,11 +135,14 @@ def run_of_file(
     folder: Path,
     engine: Engine,
     rewards: dict[str, RewardFn],
-    prompt_ids: set[str] | None,
+    prompts: Mapping[str, Mapping[str, Any]] | None,
 ) -> Run:
     """The responses of system `name` in a file made before, copied to `folder`; those to other prompts are left out."""
     everything = _rows_of(path, name)
-    rows = [row for row in everything if prompt_ids is None or row.prompt_id in prompt_ids]
+    rows = everything
+    if prompts is not None:  # a model with a chat template must read them as it reads the policies' rows
+        asked = [row for row in rows if row.prompt_id in prompts]
+        rows = [replace(row, meta={**row.meta, **prompts[row.prompt_id]}) for row in asked]
     if engine.is_main and len(rows) < len(everything):
         left_out = len(everything) - len(rows)
         print(

@@ -121,8 +121,9 @@ class RewardModelScorer:
         return scores
 
     def _ids(self, completion: Completion) -> tuple[list[int], list[int]]:
-        chat = completion.record.chat
+        chat, ended = completion.record.chat, completion.ended
         if not completion.query_ids:  # a text, from anywhere: the model's own way of reading decides
+            ended = True  # as a judge of texts takes it; at other tokens than the stop token the head never learned
             reads_chat = self._was_trained_on_chat or (
                 self._was_trained_on_chat is None and self._tokenizer.chat_template is not None
             )
@@ -138,9 +139,9 @@ class RewardModelScorer:
             template, tokenizer = self._in_template
             messages = None if chat is None else chat.messages
             prompt, response = completion.record.shared_prompt, completion.response
-            return encode_in_template(tokenizer, template, prompt, response, completion.ended, messages)
+            return encode_in_template(tokenizer, template, prompt, response, ended, messages)
         response = encode_response(self._tokenizer, completion.response)
-        if not completion.ended:
+        if not ended:
             response = response[:-1]
         return encode_query(self._tokenizer, completion.prompt), response
 

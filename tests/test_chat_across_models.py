@@ -3,7 +3,10 @@ alike."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,12 +21,22 @@ from drpo.data.hh import dialogue, parse_prompt
 from drpo.data.in_template import encode_in_template
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.records import Chat, DataError, Record
+from drpo.data.stop import with_stop_token
 from drpo.engine import Engine, EngineConfig
 from drpo.rewards import Completion
 from drpo.rollout.collect import RolloutConfig, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig
 from eval.complete import Policy, make_requests
-from eval.completions import CompletionRow, prompt_id_of
+from eval.completions import (
+    CompletionRow,
+    CompletionsWriter,
+    messages_meta,
+    prompt_id_of,
+    read_completions,
+    reference_rows,
+)
+from eval.judging.comparison import pair_up, questions_of
+from eval.judging.offline_judges import ScoreJudge
 from eval.response_scores import response_kls, response_nlls, reward_scores
 from reward_models.score import RewardModelScorer
 
@@ -80,6 +93,74 @@ def test_templates_share_what_is_held_out_and_the_names_of_prompts(config):
 )
 def test_turns_are_those_of_their_dialogue(turns):
     assert parse_prompt(dialogue(turns)) == turns
+
+
+CHAT_DATA = {
+    "tldr": {
+        "post": "POST: {}\n\nHuman: so she said\n\nAssistant: no.",
+        "summaries": [" s{}", " t{}"],
+        "overall": [1, 7],
+    },
+    "hh": {"chosen": "\n\nHuman: q{}\n\nAssistant: yes", "rejected": "\n\nHuman: q{}\n\nAssistant: no"},
+    "own": {"prompt": "why {}?\n\nHuman: a quote\n\nAssistant: of it", "chosen": "yes", "rejected": "no"},
+    "own with messages": {
+        "prompt": [*TURNS[:3], {"role": "user", "content": "q{}"}],
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    },
+}
+
+
+@pytest.mark.parametrize("task", CHAT_DATA)
+def test_a_reward_model_reads_a_finished_response_as_it_read_its_training_pairs(task, engine, tmp_path):
+    """Training pairs, written as a policy's responses, read back, scored and judged: the ids of training."""
+    path, tokenizer = tmp_path / "rows.jsonl", byte_level(chat_template=CHATML)
+    path.write_text("\n".join(json.dumps(CHAT_DATA[task]).replace("{}", str(i)) for i in range(6)))
+    data = DataConfig(task=task.split()[0], path=str(path), chat_template=True, eval_fraction=0)
+    pairs = load_examples(data, with_stop_token(tokenizer, data), "pairs").train
+    model = save_reward_model(tmp_path / "rm", with_stop_token(tokenizer, data))
+    model.config.chat_template = True
+    model.config.save_pretrained(tmp_path / "rm")
+    scorer = RewardModelScorer.load(str(tmp_path / "rm"), engine, 4, "float32", None)
+    expected = [
+        [score_alone(model, pair.query_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
+        for pair in pairs
+    ]
+
+    rows = []
+    with closing(CompletionsWriter(tmp_path / "completions.jsonl", {})) as writer:
+        for pair in pairs:
+            record = pair.record
+            prompt, meta = record.shared_prompt, messages_meta(record)
+            said = {"chosen": record.said(record.chosen), "rejected": record.said(record.rejected)}
+            rows += [
+                CompletionRow(name, prompt_id_of(prompt), prompt, text, True, None, 0, said["chosen"], meta)
+                for name, text in said.items()
+            ]
+        writer.write(rows)
+    rows = read_completions(tmp_path / "completions.jsonl")
+    assert reward_scores(scorer, rows) == pytest.approx(
+        [score for pair in expected for score in pair], abs=2e-5
+    )
+    assert reward_scores(scorer, reference_rows(rows)) == pytest.approx(
+        [chosen for chosen, _ in expected], abs=2e-5
+    )
+
+    imported = [replace(row, meta={}) if row.system == "rejected" else row for row in rows]
+    compared = pair_up(imported, "chosen", "rejected")
+    verdicts = asyncio.run(_verdicts(ScoreJudge(scorer), questions_of(compared, "one", 0)))
+    scores = [score for verdict in verdicts for score in verdict.scores]
+    assert scores == pytest.approx([score for pair in expected for score in pair], abs=2e-5)
+
+
+async def _verdicts(judge, questions):
+    return [verdict async for verdict in judge.verdicts(questions)]
+
+
+def test_messages_of_a_file_must_be_messages():
+    row = CompletionRow("a", prompt_id_of("p"), "p", "r", True, None, 0, meta={"prompt_messages": "turns"})
+    with pytest.raises(DataError, match="meta.prompt_messages of system a, .* is no list of messages"):
+        row.messages  # noqa: B018
 
 
 def test_what_is_no_dialogue_is_one_question():

@@ -121,14 +121,14 @@ def reward_model(tmp_path):
 
 @torch.no_grad()
 def test_a_reward_model_judges_as_it_scores(reward_model, tmp_path):
-    """Also an empty response and one without an end; the oracle is the model, row by row."""
+    """Also an empty response; one without an end is read as if it ended there, since the head learned at the stop
+    token alone. The oracle is the model, row by row."""
     folder, model, tokenizer = reward_model
     prompt = "Q: sky?"
     texts = [(" blue", True), ("", True), (" green", False), (" it is blue", True)]
 
-    def alone(text: str, ended: bool) -> float:
-        ids = tokenizer(prompt + text, add_special_tokens=False).input_ids
-        ids += [tokenizer.eos_token_id] if ended else []
+    def alone(text: str) -> float:
+        ids = [*tokenizer(prompt + text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         hidden = model.backbone(torch.tensor([ids])).last_hidden_state[0, -1]
         return float(hidden @ model.head.weight[0] + model.head.bias - model.config.centre)
 
@@ -139,10 +139,7 @@ def test_a_reward_model_judges_as_it_scores(reward_model, tmp_path):
     judge = score_judge(JudgeConfig(kind="reward_model", path=str(folder), batch_size=3), tmp_path)
     verdicts = verdicts_of(judge, [Question(c, "ba") for c in compared])
     for comparison, verdict in zip(compared, verdicts, strict=True):
-        scores = (
-            alone(comparison.response_a, comparison.ended_a),
-            alone(comparison.response_b, comparison.ended_b),
-        )
+        scores = (alone(comparison.response_a), alone(comparison.response_b))
         assert verdict.scores == pytest.approx(scores, abs=1e-5)
         assert verdict.winner == ("a" if scores[0] > scores[1] else "b")
 

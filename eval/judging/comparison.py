@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from drpo.data.records import BadRows, DataError
+from drpo.data.records import BadRows, DataError, Message
 from eval.completions import CompletionRow
 
 Order = Literal["ab", "ba"]
@@ -30,6 +30,8 @@ class Comparison:
     ended_b: bool = True
     reference: str | None = None
     "The dataset's own response, which no judge that reads texts is shown."
+    messages: tuple[Message, ...] | None = field(default=None, compare=False)
+    "The turns that the prompt was made into, for a judge with a chat template; None for those that the text holds."
 
     def shown(self, order: Order) -> tuple[str, str]:
         """The two responses as they are shown: first, second."""
@@ -84,9 +86,18 @@ def pair_up(completions: Sequence[CompletionRow], system: str, baseline: str) ->
 
 
 def _compare(a: CompletionRow, b: CompletionRow) -> Comparison:
-    reference = a.reference if a.reference is not None else b.reference
     return Comparison(
-        a.prompt_id, a.prompt, a.system, a.response, b.system, b.response, a.seed, a.ended, b.ended, reference
+        a.prompt_id,
+        a.prompt,
+        a.system,
+        a.response,
+        b.system,
+        b.response,
+        a.seed,
+        a.ended,
+        b.ended,
+        reference=a.reference if a.reference is not None else b.reference,
+        messages=a.messages if a.messages is not None else b.messages,
     )
 
 

@@ -10,11 +10,11 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
 
-from drpo.data.records import Record
 from drpo.rewards import Completion, RewardFn
 from eval.judging.comparison import Comparison, Question
 from eval.judging.judge import JudgeStopped
 from eval.judging.verdict import Verdict, Winner, verdict_on
+from eval.text_completion import text_completion
 
 CHUNK = 512
 "Comparisons scored together."
@@ -46,7 +46,7 @@ class ScoreJudge:
         completions: dict[_Text, Completion] = {}
         for comparison in comparisons:
             for text in _texts(comparison):
-                completions[text] = _completion(text, comparison.reference)
+                completions[text] = text_completion(*text, comparison.reference, comparison.messages)
         scores = [float(score) for score in self._reward_fn(list(completions.values()))]
         if len(scores) != len(completions):
             raise ValueError(
@@ -67,9 +67,3 @@ def _texts(comparison: Comparison) -> tuple[_Text, _Text]:
         (comparison.prompt, comparison.response_a, comparison.ended_a),
         (comparison.prompt, comparison.response_b, comparison.ended_b),
     )
-
-
-def _completion(text: _Text, reference: str | None) -> Completion:
-    """As text: whoever wrote the responses, their token ids are not known here."""
-    prompt, response, ended = text
-    return Completion(prompt, response, ended, [], [], Record(prompt, completion=reference))
