@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import io
 import json
+import math
 import platform
 import subprocess
 import textwrap
@@ -54,7 +55,9 @@ def load_recipe(recipe_class: type[Recipe], path: Path | None, overrides: Sequen
         _unlock(layers[0])
         for layer in layers[1:]:
             _check_kinds(layer, layers[0])
-        return OmegaConf.to_object(OmegaConf.merge(*layers))
+        merged = OmegaConf.merge(*layers)
+        _check_finite(merged)
+        return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, recipe_class, path)) from None
     except (ValueError, yaml.YAMLError) as error:
@@ -103,6 +106,19 @@ def _check_items(items, item_class: type, key: str) -> None:
                 raise ConfigError(f"{place}.{_explain(error, item_class, None)}") from None
         elif item_class in (str, int, float, bool) and OmegaConf.is_config(item):
             raise ConfigError(f"{place} must be one value, found {item}")
+
+
+def _check_finite(node) -> None:
+    """No setting is inf or nan: comparisons with nan are false, so that it would pass every check of a range."""
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if OmegaConf.is_config(child):
+            if not child._is_none():
+                _check_finite(child)
+        elif child is not None and isinstance(value := child._value(), float) and not math.isfinite(value):
+            raise ConfigError(
+                f"{child._get_full_key(None)} is {value}; give a finite number, or null where it may be off"
+            )
 
 
 def _unlock(node) -> None:

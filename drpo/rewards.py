@@ -221,7 +221,8 @@ class AdaptiveKL:
         error = clip(kl / target - 1, -0.2, 0.2);   coef <- coef (1 + error * num_episodes / horizon)
 
     Feed it the KL of tokens that the policy sampled, never that of forced ones. Per token, not per episode as in
-    the source: episodes from resets have fewer sampled tokens than those from the prompt.
+    the source: episodes from resets have fewer sampled tokens than those from the prompt. The coefficient stays
+    positive while num_episodes < 5 * horizon.
     Raises ValueError when an argument is not positive. Source: Ziegler et al. 2019, section 2.2.
     """
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,8 +33,9 @@ from drpo.checkpoints import (
     read_trainer_state,
     save_checkpoint,
 )
-from drpo.config import load_recipe, save_resolved
+from drpo.config import ConfigError, load_recipe, options, save_resolved
 from drpo.engine import Engine
+from drpo.folder_lock import hold_folder, release_folder
 from drpo.metrics import JsonLines
 from drpo.same_view import require_same, require_shared_folder
 from drpo.samples import sample_table
@@ -125,11 +125,13 @@ class RunFolder:
     def open(self) -> dict[str, Any] | None:
         """Make the folder, or resume what is in it. Returns the saved trainer state, None for a fresh run.
 
-        Raises CheckpointError when the folder holds a run with other settings.
+        Raises CheckpointError when the folder holds a run with other settings, or another process is training there.
         """
         engine = self._engine
+        self._lock()
         if engine.is_main and self.recipe.resume == "restart":
             self._set_aside()
+            hold_folder(self.path)
         engine.barrier()
         config = self.path / "config.yaml"
         # The main process looks, for all: a network file system may show another one an older state.
@@ -144,7 +146,7 @@ class RunFolder:
             self.say(f"resuming {self.path} after step {state['step']}")
         elif begun:
             # Killed before its first checkpoint: the same run starts again. What failed at once may be mended.
-            self._refuse_other_settings(flatten(load_recipe(type(self.recipe), config, [])))
+            self._refuse_other_settings(self._settings_of_the_earlier_run(config))
         engine.barrier()  # every process has looked before the main one writes
         if engine.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -158,9 +160,32 @@ class RunFolder:
         engine.barrier()
         return state
 
+    def _settings_of_the_earlier_run(self, config: Path) -> dict[str, Any]:
+        try:
+            return flatten(load_recipe(type(self.recipe), config, []))
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{config}, left by an earlier run, is no recipe of today: {error}\nChoose another run_dir, or "
+                "resume=restart to move that run aside"
+            ) from None
+
+    def _lock(self) -> None:
+        problem = None
+        if self._engine.is_main:
+            try:
+                hold_folder(self.path)
+            except BlockingIOError:
+                problem = (
+                    f"another process is training in {self.path}; wait for it or stop it, or choose another "
+                    "run_dir"
+                )
+        if (problem := self._engine.from_main(problem)) is not None:
+            raise CheckpointError(problem)
+
     def _set_aside(self) -> None:
-        if not self.path.exists():
-            return
+        if all(path.name == "config.yaml" and not _holds_something(path) for path in self.path.iterdir()):
+            return  # what holding the folder made
+        release_folder(self.path)
         number = 1
         while (target := self.path.with_name(f"{self.path.name}.old{number}")).exists():
             number += 1
@@ -169,11 +194,13 @@ class RunFolder:
 
     def _refuse_other_settings(self, then: dict[str, Any]) -> None:
         now = flatten(self.recipe)
+        defaults = {option.key: _as_json(option.default) for option in options(type(self.recipe))}
+        then = defaults | then  # a key that there was not yet had its default
         free = tuple(f"{key}." for key in FREE_ON_RESUME)
         changed = [
-            f"{key}: {then[key]!r} -> {now.get(key)!r}"
-            for key in sorted(then)
-            if not f"{key}.".startswith(free) and now.get(key) != then[key]
+            f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
+            for key in sorted(then | now)
+            if not f"{key}.".startswith(free) and now.get(key) != then.get(key)
         ]
         if changed:
             key = "engine.mixed_precision"
@@ -279,30 +306,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             flat |= flatten(value, key + ".")
         else:
-            flat[key] = json.loads(json.dumps(value, default=str))
+            flat[key] = _as_json(value)
     return flat
 
 
-def finite_or_stop(
-    engine: Engine,
-    run_dir: Path,
-    step: int,
-    values: torch.Tensor,
-    what: str,
-    origins: Sequence[str] = (),
-) -> None:
-    """Stop the run on all ranks when `values` (rows first) holds inf or nan on any of them.
-
-    `origins` name the rows in the message (file and line of the prompt). Raises FloatingPointError.
-    """
-    rows = values.detach().reshape(len(values), -1)
-    bad = torch.isfinite(rows).all(dim=1).logical_not()
-    if engine.max(float(bad.any())) == 0:
-        return
-    indices = bad.nonzero().flatten().tolist()
-    named = [f"{row} ({origins[row]})" if row < len(origins) else str(row) for row in indices[:8]]
-    checkpoints = list_checkpoints(run_dir)
-    raise FloatingPointError(
-        f"step {step}: {what} is not finite in row(s) {', '.join(named) or 'of another rank'} of rank {engine.rank}; "
-        f"last checkpoint: {checkpoints[-1] if checkpoints else 'none'}"
-    )
+def _as_json(value: object) -> Any:
+    return json.loads(json.dumps(value, default=str))

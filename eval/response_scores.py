@@ -41,8 +41,9 @@ def response_nlls(
 
     Texts are encoded by the policy's own tokenizer, and the stop token counts where the response ended; an empty one
     that did not end has 0 tokens. Prompts are taken as they are, without a limit; with `chat`, the policy's own
-    template, as the turns that the rows keep, else as those that the texts hold. Raises ConfigError when a prompt and its response are longer than the table
-    of positions, and tells `say` where rotary ones go on; raises DataError when the template refuses a prompt.
+    template, as the turns that the rows keep, else as those that the texts hold. Raises ConfigError when a prompt and
+    its response are longer than the table of positions, and tells `say` where rotary ones go on; raises DataError when
+    the template refuses a prompt.
     """
     if chat is None:
         queries, responses = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -15,28 +17,59 @@ import numpy as np
 from rich.progress import Progress
 from scipy import stats
 
-from launch.command_line import StageFailed
+from drpo.config import ConfigError
+from launch.command_line import StageFailed, find_recipe
 
 LAUNCH = Path(__file__).resolve().parent
+MADE_FROM = "made_from.json"
 
 
 def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str], num_jobs: int) -> None:
-    """Run launch/<stage>.py on its share of the cores, unless this very command has finished in `run_dir`.
+    """Run launch/<stage>.py on its share of the cores, unless it has finished in `run_dir` on the same inputs.
 
-    Raises StageFailed, naming the log, when the run fails.
+    Raises StageFailed, naming the log, when the run fails, and ConfigError when the folder holds a run of other inputs:
+    another command, recipe or data file, or a run that it starts from and that was made anew.
     """
     command = [sys.executable, str(LAUNCH / f"{stage}.py"), recipe, f"run_dir={run_dir}", *overrides]
     command += ["engine.trackers=[]", "log.samples_every=0"]
-    done_command = run_dir / "command.txt"  # the run that this folder's policy is the result of
-    if done_command.exists() and done_command.read_text() == " ".join(command[1:]):
-        return
+    record, made_from = run_dir / MADE_FROM, _inputs(command[1:], recipe)
+    if record.exists():
+        then = json.loads(record.read_text())
+        done = then.pop("finished")
+        if changed := [name for name in sorted(then | made_from) if then.get(name) != made_from.get(name)]:
+            raise ConfigError(
+                f"{run_dir} holds a run from other inputs ({', '.join(changed)} changed); move it away to make it "
+                "anew, or choose another run_dir"
+            )
+        if done:
+            return
     threads = str(max(1, (os.cpu_count() or 1) // num_jobs))
     run_dir.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({**made_from, "finished": False}))
     with (run_dir / "log.txt").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads})
     if done.returncode:
         raise StageFailed(f"{' '.join(command)} failed with code {done.returncode}; see {run_dir}/log.txt")
-    done_command.write_text(" ".join(command[1:]))
+    record.write_text(json.dumps({**made_from, "finished": True}))
+
+
+def _inputs(command: Sequence[str], recipe: str) -> dict[str, str]:
+    """What a run is made from: its command, and a hash of each file and of each earlier run that the command names."""
+    found = {"command": " ".join(command), "recipe": _sha256(find_recipe(recipe))}
+    for argument in command:
+        key, _, value = argument.partition("=")
+        path = Path(value)
+        if key == "run_dir" or not value or not path.exists():
+            continue
+        if path.is_file():
+            found[key] = _sha256(path)
+        elif (record := path.parent / MADE_FROM).exists():  # <run>/policy, <run>/reward_model
+            found[key] = _sha256(record)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class RunGrid:

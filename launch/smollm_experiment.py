@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,25 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 
 import yaml
 
-from drpo.config import ConfigError
-from drpo.data.files import read_table
+from drpo.config import ConfigError, load_recipe
+from drpo.data.load import read_records
+from drpo.data.records import Record
+from drpo.trainers.online_recipe import OnlineRecipe
+from drpo.trainers.preference_recipe import PreferenceRecipe
+from drpo.trainers.sft import SFTRecipe
 from launch.command_line import StageFailed, find_recipe, main
-from launch.compare_recipe import slug
+from launch.compare_recipe import CompareRecipe, slug
 from launch.seed_grid import RunGrid, launch_once
+from reward_models.train import RewardModelRecipe
+
+STAGES = {
+    "sft": SFTRecipe,
+    "reward_model": RewardModelRecipe,
+    "dpo": PreferenceRecipe,
+    "ppo": OnlineRecipe,
+    "drpo": OnlineRecipe,
+}
+SPLIT = ("data.eval_", "data.split_seed", "data.train_split", "data.limit")
 
 
 @dataclass(frozen=True)
@@ -71,32 +85,11 @@ class SmolLMExperimentRecipe:
             raise ValueError(f"seeds must be two or more different numbers, for intervals, got {self.seeds}")
         if self.num_jobs < 1:
             raise ValueError(f"num_jobs must be >= 1, got {self.num_jobs}")
-        if not self.methods:
-            raise ValueError("methods: give at least one")
-        stages = {"sft": self.sft, "reward_model": self.reward_model, "compare": self.compare}
-        for name, stage in (
-            stages | {f"methods.{name}": stage for name, stage in self.methods.items()}
-        ).items():
-            if not stage.script or not stage.recipe:
-                raise ValueError(f"{name}: give its script and its recipe")
 
 
 def run(recipe: SmolLMExperimentRecipe) -> Path:
     """Make the runs, seed by seed, then compare what is there."""
-    if recipe.data_path is None or recipe.judge_data_path is None:
-        raise ConfigError(
-            "data_path and judge_data_path: give a file each, with different rows (docs/experiments.md)"
-        )
-    rows, judge_rows = (
-        {json.dumps(row, sort_keys=True): number for number, row in read_table(path)}
-        for path in (recipe.data_path, recipe.judge_data_path)
-    )
-    if shared := rows.keys() & judge_rows.keys():
-        number = min(judge_rows[row] for row in shared)
-        raise ConfigError(
-            f"judge_data_path: {len(shared)} of its rows are in data_path too, the first in line {number}, so the "
-            "judge would know what it judges; give other rows"
-        )
+    check(recipe)
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
     first, second = recipe.seeds[:2]
@@ -140,6 +133,64 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
     return compare(recipe, root)
 
 
+def check(recipe: SmolLMExperimentRecipe) -> None:
+    """Raise ConfigError for what would fail, or leak evaluation data into training, only after hours."""
+    if recipe.data_path is None or recipe.judge_data_path is None:
+        raise ConfigError(
+            "data_path and judge_data_path: give a file each, with different rows (docs/experiments.md)"
+        )
+    if not recipe.methods:
+        raise ConfigError("methods: give at least one")
+    prompts, judge_prompts = (
+        {record.shared_prompt: record.origin for record in records_of(recipe, path)}
+        for path in (recipe.data_path, recipe.judge_data_path)
+    )
+    if shared := prompts.keys() & judge_prompts.keys():
+        raise ConfigError(
+            f"judge_data_path: {len(shared)} of its prompts are in data_path too, such as "
+            f"{judge_prompts[min(shared)]}, so the judge would know what it judges; give other rows"
+        )
+    stages = {"sft": recipe.sft, "reward_model": recipe.reward_model}
+    stages |= {f"methods.{name}": stage for name, stage in recipe.methods.items()}
+    for name, stage in stages.items():
+        if stage.script not in STAGES:
+            raise ConfigError(f"{name}.script must be one of {', '.join(STAGES)}, got {stage.script!r}")
+        if split := [each for each in stage.overrides if each.startswith(SPLIT)]:
+            raise ConfigError(
+                f"{name}.overrides: {split[0]} belongs in shared: all stages hold the same rows out"
+            )
+        _load(STAGES[stage.script], name, stage, [*recipe.shared, *stage.overrides])
+    if (
+        _load(CompareRecipe, "compare", recipe.compare, compare_overrides(recipe)).judging.judge.kind
+        != "reward_model"
+    ):
+        raise ConfigError(
+            "compare: its judge is the second reward model, so judging.judge.kind must be reward_model"
+        )
+    folders = ["sft", "reward_model", "judge", "compare", *map(slug, recipe.methods)]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ConfigError(f"methods: two runs would be in one folder, {twice[0]}; choose another name")
+
+
+def records_of(recipe: SmolLMExperimentRecipe, path: str) -> list[Record]:
+    """The rows of a file, as all stages read them but for the chat template."""
+    data = _load(SFTRecipe, "sft", recipe.sft, [*recipe.shared, *recipe.sft.overrides]).data
+    return read_records(replace(data, path=path), data.train_split, None, [])
+
+
+def _load(recipe_class: type, name: str, stage: StageConfig, overrides: list[str]) -> Any:
+    try:
+        return load_recipe(recipe_class, find_recipe(stage.recipe), overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def compare_overrides(recipe: SmolLMExperimentRecipe) -> list[str]:
+    """The comparison's settings: what the stages hold out, it asks."""
+    data = [f"complete.{each}" for each in recipe.shared if each.startswith("data.")]
+    return [*data, *recipe.compare.overrides]
+
+
 def sft_dir(root: Path, seed: int) -> Path:
     """The SFT run of a seed."""
     return root / f"sft_{seed}"
@@ -171,7 +222,7 @@ def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
         sys.executable,
         str(HERE / f"{recipe.compare.script}.py"),
         str(path),
-        *recipe.compare.overrides,
+        *compare_overrides(recipe),
     ]
     if (code := subprocess.run(command).returncode) != 0:
         raise StageFailed(f"{' '.join(command)} failed with code {code}, for the reason above")

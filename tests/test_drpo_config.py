@@ -320,3 +320,28 @@ def test_a_saved_recipe_holds_every_key_and_says_commit_and_versions(tmp_path):
     assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", header["git_commit"])
     assert header["torch"] == package_versions()["torch"] != "not installed"
     assert re.fullmatch(r"3\.\d+\.\d+\S*", header["python"])
+
+
+@pytest.mark.parametrize("word", [".nan", "nan", ".inf", "-.inf", "inf"])
+@pytest.mark.parametrize("key", ["inner.rate", "rates[0]", "rates_by_name.a"])
+def test_a_number_that_is_none_is_refused_wherever_it_stands(key, word, tmp_path):
+    """nan passes every comparison, so that no check of a range would stop it."""
+
+    @dataclass(frozen=True)
+    class Numbers:
+        inner: Inner = field(default_factory=Inner)
+        rates: list[float] = field(default_factory=list)
+        rates_by_name: dict[str, Any] = field(default_factory=dict)
+
+    name, _, rest = key.replace("[0]", ".0").partition(".")
+    value = yaml.safe_load(word)
+    if key == "rates_by_name.a" and isinstance(value, str):
+        return  # where text may stand, a bare nan is text
+    nested = {"inner": {"rate": value}, "rates": [value], "rates_by_name": {"a": value}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({name: nested[name]}))
+    with pytest.raises(ConfigError, match=re.escape(key) + " is -?(nan|inf); give a finite number"):
+        load_recipe(Numbers, path, [])
+    if name == "inner":
+        with pytest.raises(ConfigError, match="inner.rate is -?(nan|inf)"):
+            load_recipe(Numbers, None, [f"inner.rate={word}"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from torch import nn
 
 from drpo.checkpoints import CheckpointError, list_checkpoints
 from drpo.engine import Engine, EngineConfig
+from drpo.finite import finite_or_stop
 from drpo.metrics import read_metrics
-from drpo.run_folder import CheckpointConfig, LogConfig, Resume, RunFolder, finite_or_stop, flatten
+from drpo.run_folder import CheckpointConfig, LogConfig, Resume, RunFolder, flatten
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,45 @@ def test_a_run_does_not_go_on_in_another_precision(recipe, last):
     message = str(caught.value)
     assert "settings: engine.mixed_precision: 'no' -> 'bf16'. " in message
     assert "engine.mixed_precision=no to keep" in message and "resume=restart" in message
+
+
+def test_a_key_that_the_earlier_run_did_not_have_counts_as_its_default(recipe):
+    run, _ = opened(recipe)
+    steps(run, 1, 2)
+    state = run.path / "checkpoints" / "step_2" / "trainer.json"
+    saved = json.loads(state.read_text())
+    del saved["settings"]["thing.rate"]
+    state.write_text(json.dumps(saved))
+    assert opened(replace(recipe, thing=Thing()))[1]["step"] == 2
+    with pytest.raises(CheckpointError, match="thing.rate: 0.5 -> 0.25"):
+        opened(replace(recipe, thing=Thing(rate=0.25)))
+
+
+def test_an_earlier_recipe_that_is_none_today_is_named_with_its_file(recipe):
+    run, _ = opened(recipe)
+    steps(run, 1, 1)
+    config = run.path / "config.yaml"
+    config.write_text(config.read_text() + "\nold_key: 3\n")
+    with pytest.raises(
+        CheckpointError, match=r"config.yaml, left by an earlier run, .*old_key[^$]*resume=restart"
+    ):
+        opened(recipe)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(recipe):
+    """Whoever holds it may open it again, and whoever was killed holds it no more."""
+    code = "import sys, time; from pathlib import Path; from drpo.folder_lock import hold_folder\n"
+    code += "hold_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, recipe.run_dir], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(
+            CheckpointError, match="another process is training in .*; wait for it or stop it"
+        ):
+            opened(recipe)
+        other.kill()
+    run, _ = opened(recipe)
+    steps(run, 1, 2)
+    assert opened(recipe)[1]["step"] == 2
 
 
 def test_what_does_not_change_the_numbers_may_change(recipe, tmp_path):

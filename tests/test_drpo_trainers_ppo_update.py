@@ -11,8 +11,8 @@ import torch
 from tiny_updates import FORCED, LENGTHS, Update, adamw, tiny_update
 from torch import Tensor
 
+from drpo.finite import finite_or_stop
 from drpo.models.scoring import response_logprobs
-from drpo.run_folder import finite_or_stop
 from drpo.tensors import pad_batch
 from drpo.trainers.ppo_update import PPOConfig
 

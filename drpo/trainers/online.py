@@ -20,6 +20,7 @@ from drpo.config import ConfigError
 from drpo.data.load import Splits, load_examples
 from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
+from drpo.finite import finite_or_stop
 from drpo.metrics import Phases, peak_memory_gib
 from drpo.models.actor_critic import ActorCritic
 from drpo.models.loading import fresh_critic, load_critic, load_policy
@@ -36,7 +37,7 @@ from drpo.rewards import BoundedRewardFn, RewardFn, RunningMoments, TrunkRewardF
 from drpo.rollout.collect import collect, draw_starts, vocabulary_of
 from drpo.rollout.evaluate import evaluate
 from drpo.rollout.resets import check_resets
-from drpo.run_folder import RunFolder, RunStopped, finite_or_stop
+from drpo.run_folder import RunFolder, RunStopped
 from drpo.samples import rollout_samples
 from drpo.tensors import PaddedBatch
 from drpo.trainers.credit import assign_credit, kl_per_token

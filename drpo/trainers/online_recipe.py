@@ -116,6 +116,12 @@ class OnlineRecipe:
                 f"reset.min_length ({self.reset.min_length}) must be below rollout.max_response_length "
                 f"({self.rollout.max_response_length}): no response could be reset"
             )
+        if self.kl.target_per_token is not None and self.kl.horizon <= 0.2 * self.rollout.batch_size:
+            raise ValueError(
+                f"kl.horizon is {self.kl.horizon:g}, it must be above 0.2 * rollout.batch_size = "
+                f"{0.2 * self.rollout.batch_size:g}: one update may lower the coefficient by that share, to below 0, "
+                "where diverging from the reference is rewarded"
+            )
         if self.rollout.batch_size % self.ppo.num_minibatches:
             raise ValueError(
                 f"ppo.num_minibatches ({self.ppo.num_minibatches}) must divide "
