@@ -133,7 +133,8 @@ class Engine:
         return self._accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @property
-    def _zero3(self) -> bool:
+    def partitions_weights(self) -> bool:
+        """Whether a process holds a part of the trained weights alone, as under ZeRO stage 3."""
         return self._deepspeed and self._accelerator.state.deepspeed_plugin.zero_stage == 3
 
     def _warn_if_bf16_is_slow(self) -> None:
@@ -230,7 +231,7 @@ class Engine:
     @contextmanager
     def whole_weights(self, module: nn.Module) -> Iterator[None]:
         """Within this context every rank holds all weights of `module` (a no-op but for ZeRO stage 3)."""
-        if not self._zero3:
+        if not self.partitions_weights:
             yield
             return
         import deepspeed

@@ -188,16 +188,21 @@ def test_two_deepspeed_processes_equal_one(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["drpo", "dpo"])
-def test_partitioned_weights_equal_whole_ones(folder, stage):
+@pytest.mark.parametrize("stage, policy", [("drpo", "sft"), ("dpo", "sft"), ("dpo", "tied")])
+def test_partitioned_weights_equal_whole_ones(folder, stage, policy):
+    if policy == "tied":
+        tied = merged(SFT, {"run_dir": "tied", "model": {"architecture": {"tie_word_embeddings": True}}})
+        write_recipe(folder / "tied.yaml", tied)
+        run(plain("sft"), "tied.yaml", cwd=folder)
     if stage == "dpo":
-        changes = {"run_dir": "dpo", "model": {"path": "sft/policy", "trainable_layers": 1}, "num_steps": 3}
+        model = {"path": f"{policy}/policy", "trainable_layers": 1}
+        changes = {"run_dir": "dpo", "model": model, "num_steps": 3}
         kept = {k: SFT[k] for k in ("data", "batch", "optim", "sample", "log", "engine")}
         write_recipe(folder / "dpo.yaml", {**kept, "eval": {"every": 0}, **changes})
-        run(plain("dpo"), "dpo.yaml", "run_dir=dpo_whole", cwd=folder)
-    run(partitioned(stage, folder), f"{stage}.yaml", f"run_dir=zero3_{stage}", cwd=folder)
-    expected = folder / ("whole" if stage == "drpo" else "dpo_whole")
-    assert_close(metrics_of(expected), metrics_of(folder / f"zero3_{stage}"), 2e-4)
+        run(plain("dpo"), "dpo.yaml", f"run_dir=dpo_{policy}", cwd=folder)
+    run(partitioned(stage, folder), f"{stage}.yaml", f"run_dir=zero3_{stage}_{policy}", cwd=folder)
+    expected = folder / ("whole" if stage == "drpo" else f"dpo_{policy}")
+    assert_close(metrics_of(expected), metrics_of(folder / f"zero3_{stage}_{policy}"), 2e-4)
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder):

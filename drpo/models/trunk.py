@@ -122,14 +122,18 @@ def share_trunk(model: nn.Module, source: nn.Module) -> None:
     own_layers, given_layers = (getattr(*_layer_list(backbone)) for backbone in (own, given))
     for index in range(first):
         own_layers[index] = given_layers[index]
-    causal_lm = unwrap_peft(model)
-    head = causal_lm.get_output_embeddings()
-    tied = head is not None and head.weight is own.get_input_embeddings().weight
+    tied = head_is_tied(model)
     own.set_input_embeddings(given.get_input_embeddings())
     if tied:
-        head.weight = given.get_input_embeddings().weight
+        unwrap_peft(model).get_output_embeddings().weight = given.get_input_embeddings().weight
     setattr(own, FIRST_TRAINED, first)
     _run_probes(model)
+
+
+def head_is_tied(model: nn.Module) -> bool:
+    """Whether the output embedding is the input embedding, and so belongs to a frozen trunk."""
+    head = unwrap_peft(model).get_output_embeddings()
+    return head is not None and head.weight is _backbone(model).get_input_embeddings().weight
 
 
 def same_trunk(model: nn.Module, source: nn.Module) -> bool:

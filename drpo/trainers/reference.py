@@ -14,7 +14,7 @@ from drpo.engine import Engine
 from drpo.models.adapters import merged_state_dict
 from drpo.models.loading import LoraConfig, load_policy
 from drpo.models.scoring import adapter_disabled
-from drpo.models.trunk import has_trunk, recorded_trunk, resumed_from, share_trunk
+from drpo.models.trunk import has_trunk, head_is_tied, recorded_trunk, resumed_from, share_trunk
 from drpo.models.vocabulary import check_same_vocabulary
 from drpo.trainers.preference_recipe import PreferenceRecipe
 
@@ -107,7 +107,9 @@ def starting_reference(
         raise error if path is None else ConfigError(f"reference.path: {error}") from None
     copy = engine.place(copy, as_trained=not takes_small_steps)
     dtypes = {module.get_input_embeddings().weight.dtype for module in (copy, policy)}
-    shares_trunk = has_trunk(policy) and path is None and len(dtypes) == 1
+    # A head tied to the shared embedding would need the policy's weights, of which ZeRO-3 leaves each process a part.
+    whole = not (engine.partitions_weights and head_is_tied(policy))
+    shares_trunk = has_trunk(policy) and path is None and len(dtypes) == 1 and whole
     if shares_trunk:
         share_trunk(
             copy, policy.to(engine.device)
