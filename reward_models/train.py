@@ -16,6 +16,7 @@ from drpo.data.records import DataError
 from drpo.engine import Engine
 from drpo.models.loading import load_policy
 from drpo.models.positions import check_examples
+from drpo.models.probes import can_probe_now, check_scalar_model
 from drpo.models.trunk import freeze_trunk
 from drpo.result import Result
 from drpo.run_folder import RunFolder
@@ -100,6 +101,8 @@ def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
     for note in check_examples(policy, [*splits.train, *splits.eval, *references]):
         run.say(note)
     model = RewardModel.from_causal_lm(policy, recipe.seed)
+    if can_probe_now(model.backbone):
+        check_scalar_model(model, "model.path")
     if recipe.model.trainable_layers is not None:
         freeze_trunk(model, recipe.model.trainable_layers)
     model.config.aggregation = recipe.score.aggregation

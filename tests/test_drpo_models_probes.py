@@ -53,6 +53,14 @@ def test_a_scalar_model_that_reads_its_padding_is_refused(dtype, tmp_path):
         load_scalar_model(tmp_path, ModelConfig(), key="reward.path")
 
 
+def test_a_head_of_zeros_does_not_hide_what_the_backbone_reads():
+    """As that of a fresh critic."""
+    critic = ScalarModel.from_causal_lm(tiny_model("rwkv"))
+    torch.nn.init.zeros_(critic.head.weight)
+    with pytest.raises(ConfigError, match="RwkvModel gives a left-padded row other outputs"):
+        check_scalar_model(critic)
+
+
 def test_a_half_precision_critic_is_probed_at_its_first_values_also_upon_a_trunk(tmp_path):
     """On a CPU half precision is not probed when it is loaded, since that may take minutes."""
     ScalarModel.from_causal_lm(tiny_model("llama")).save_pretrained(tmp_path)

@@ -12,7 +12,8 @@ from drpo.config import ConfigError
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import load_tokenizer, train_tokenizer
-from drpo.models.vocabulary import check_same_texts, check_same_vocabulary
+from drpo.models.vocabulary import check_same_texts, check_same_vocabulary, check_trained_alike
+from reward_models.model import RewardModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +88,16 @@ def test_weights_below_float32_are_not_trained_without_copies(policy, dtype, tmp
         ConfigError, match="model.dtype: .*float16.*model.dtype=float32.*model.lora.r.*DeepSpeed"
     ):
         run_online(tmp_path / "half", tmp_path / "run", changes)
+
+
+@pytest.mark.parametrize("trained", [(False, {}), (True, {}), (True, {"enable_thinking": False}), (None, {})])
+@pytest.mark.parametrize("policy", [(False, {}), (True, {}), (True, {"enable_thinking": False})])
+def test_a_reward_model_must_have_seen_texts_made_as_the_policys(trained, policy, tmp_path):
+    config = RewardModelConfig(chat_template=trained[0], chat_template_kwargs=trained[1])
+    config.save_pretrained(tmp_path)
+    if trained[0] is None or trained == policy:
+        check_trained_alike(str(tmp_path), "critic.path", *policy)
+        return
+    setting = "chat_template_kwargs=" if trained[0] == policy[0] else f"chat_template={trained[0]}"
+    with pytest.raises(ConfigError, match=f"critic.path: .* was trained with data.{setting}"):
+        check_trained_alike(str(tmp_path), "critic.path", *policy)

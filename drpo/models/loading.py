@@ -223,6 +223,8 @@ def fresh_critic(policy: nn.Module, config: ModelConfig, seed: int = 0) -> Scala
     A random head would start with values of size 1, which value clipping then takes many updates to undo.
     """
     critic = ScalarModel.from_causal_lm(policy, seed)
+    if can_probe_now(critic.backbone):
+        check_scalar_model(critic)
     if has_trunk(policy):
         share_trunk(critic, policy)
     nn.init.zeros_(critic.head.weight)

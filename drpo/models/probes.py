@@ -109,8 +109,11 @@ def _policy_fault(causal_lm: nn.Module) -> str | None:
 
 
 def _scalar_fault(scalar_model: nn.Module) -> str | None:
+    """By what enters the head: one number says little, and a head of zeros says nothing."""
+    backbone = scalar_model.backbone
+
     def outputs(ids: Tensor, mask: Tensor) -> Tensor:
-        return scalar_model(input_ids=ids, attention_mask=mask)[:, -1:]
+        return backbone(**model_inputs(backbone, ids, mask), use_cache=False).last_hidden_state[:, -1]
 
     with _probing(scalar_model):
         return _padding_fault(outputs, scalar_model)[0]

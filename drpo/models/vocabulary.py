@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drpo.config import ConfigError
+from drpo.models.saved import read_config
 from drpo.models.tokenizer import load_tokenizer
 
 
@@ -67,4 +71,20 @@ def check_same_texts(tokenizer: PreTrainedTokenizerBase, path: str, key: str, ch
             f"{key}: the chat template of {path!r} is {'missing' if other.chat_template is None else 'another'}, so it "
             "was trained on texts rendered otherwise; choose a model that was trained with the policy's tokenizer, or "
             "save that tokenizer beside it if it was"
+        )
+
+
+def check_trained_alike(path: str, key: str, chat: bool, arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError, naming `key`, when the reward model at `path` says that its texts were made without the chat
+    template where the policy's are made with it, or the other way round, or with other arguments of the template."""
+    trained = read_config(path, key)
+    if trained.get("chat_template") not in (None, chat):
+        raise ConfigError(
+            f"{key}: {path!r} was trained with data.chat_template={not chat}, and the policy's prompts are made with "
+            f"{chat}: give both the same"
+        )
+    if trained.get("chat_template") and (theirs := trained["chat_template_kwargs"]) != dict(arguments):
+        raise ConfigError(
+            f"{key}: {path!r} was trained with data.chat_template_kwargs={theirs}, and the policy's prompts are made "
+            f"with {dict(arguments)}: give both the same"
         )

@@ -30,7 +30,7 @@ from drpo.models.scoring import adapter_disabled, response_logprobs
 from drpo.models.stops import check_stop_token, stop_ids
 from drpo.models.tokenizer import load_tokenizer
 from drpo.models.trunk import has_trunk, resumed_from, share_trunk
-from drpo.models.vocabulary import check_same_texts
+from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer, scheduled_rate, set_learning_rates
 from drpo.result import Result
 from drpo.rewards import BoundedRewardFn, RewardFn, RunningMoments, TrunkRewardFn
@@ -229,7 +229,9 @@ def _check_positions(
 def _load_critic(recipe: OnlineRecipe, policy, tokenizer) -> ScalarModel:
     if recipe.critic.path is None:
         return fresh_critic(policy, recipe.model, recipe.seed)
-    check_same_texts(tokenizer, recipe.critic.path, "critic.path", chat=bool(recipe.data.chat_template))
+    chat, arguments = recipe.data.chat_template, recipe.data.chat_template_kwargs
+    check_same_texts(tokenizer, recipe.critic.path, "critic.path", chat)
+    check_trained_alike(recipe.critic.path, "critic.path", chat, arguments)
     return load_critic(recipe.critic.path, recipe.model, recipe.seed, policy)
 
 
