@@ -21,7 +21,7 @@ def choose_precision(asked: str | None, launcher: str | None, device: str) -> tu
         return asked, "as the recipe says"
     fast = multiplies_bf16(device)
     if launcher == "no" and fast:
-        return launcher, "as accelerate launch says; mixed_precision=bf16 is faster here"
+        return launcher, "as accelerate launch says; its --mixed_precision=bf16 is faster here"
     if launcher is not None:
         check_precision(launcher)
         return launcher, "as accelerate launch says"
@@ -40,7 +40,7 @@ def settled_why(asked: str | None, chosen: str | None, found: str, why: str) -> 
         return why
     if asked is not None:
         raise ConfigError(
-            f"mixed_precision={asked} is asked for, but DeepSpeed's config says {found}: change one"
+            f"the recipe's mixed_precision is {asked}, but DeepSpeed's config says {found}: change one"
         )
     return "as the DeepSpeed config says"
 
@@ -89,7 +89,8 @@ def slow_bf16_warning(device: str) -> str | None:
         return None
     return (
         f"warning: bf16 is slow on this {shown(device)}: a matrix product takes {ratio:.3g} times as long as in "
-        "float32. Faster: mixed_precision=no, and dtype=float32 where the weights are in bf16"
+        "float32. Faster: mixed_precision=no, and dtype=float32 where the weights are in bf16; in training recipes "
+        "engine.mixed_precision and model.dtype, in compare.py complete.mixed_precision and complete.dtype"
     )
 
 

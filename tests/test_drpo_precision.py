@@ -13,9 +13,19 @@ import torch
 from online_runs import forget_precision
 from tiny_runs import CLEAN, ROOT
 
-from drpo.config import ConfigError
+from drpo import precision
+from drpo.config import ConfigError, options
 from drpo.engine import Engine, EngineConfig
-from drpo.precision import bf16_over_float32, choose_precision, multiplies_bf16, settled_why
+from drpo.precision import (
+    bf16_over_float32,
+    choose_precision,
+    multiplies_bf16,
+    settled_why,
+    slow_bf16_warning,
+)
+from drpo.trainers.sft import SFTRecipe
+from launch.compare_recipe import CompareRecipe
+from launch.complete_recipe import CompleteRecipe
 
 CPUINFO = Path("/proc/cpuinfo")
 CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
@@ -113,6 +123,21 @@ def test_bf16_where_it_is_slow_gets_one_warning_with_the_ratio(precision, says):
     assert float(lines[1].removeprefix(before).partition(after)[0]) > 1
 
 
+@pytest.mark.parametrize(
+    "recipe, keys",
+    [
+        (SFTRecipe, {"engine.mixed_precision", "model.dtype"}),
+        (CompareRecipe, {"complete.mixed_precision", "complete.dtype"}),
+        (CompleteRecipe, {"mixed_precision", "dtype"}),
+    ],
+)
+def test_the_warning_names_the_keys_of_the_recipes(recipe, keys, monkeypatch):
+    monkeypatch.setattr(precision, "bf16_over_float32", lambda device: 30.0)
+    words = set(slow_bf16_warning("meta").replace("=", " ").replace(",", " ").split())
+    assert keys <= words
+    assert keys <= {option.key for option in options(recipe)}
+
+
 def test_an_engine_says_once_what_it_computes_in(tmp_path, capsys):
     first = Engine(EngineConfig(trackers=[]), tmp_path, 0, None)
     assert first.precision == "no"  # the suite's ACCELERATE_MIXED_PRECISION
@@ -137,9 +162,7 @@ def test_deepspeed_s_own_config_is_held_against_what_was_asked_for():
     assert settled_why("bf16", "bf16", "bf16", "as asked") == "as asked"
     assert settled_why(None, None, "bf16", "") == ""
     assert settled_why(None, "no", "bf16", "as the launcher says") == "as the DeepSpeed config says"
-    with pytest.raises(
-        ConfigError, match="mixed_precision=bf16 is asked for, but DeepSpeed's config says no"
-    ):
+    with pytest.raises(ConfigError, match="recipe's mixed_precision is bf16, but DeepSpeed's config says no"):
         settled_why("bf16", "bf16", "no", "as asked")
     with pytest.raises(ConfigError, match="mixed_precision=fp16"):
         settled_why(None, "no", "fp16", "")
