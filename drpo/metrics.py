@@ -16,6 +16,9 @@ from pathlib import Path
 
 import torch
 
+from drpo.data.records import DataError
+from drpo.jsonl import object_in, read_objects
+
 WALL_CLOCK_GROUPS = ("time/", "perf/")
 
 
@@ -35,16 +38,23 @@ class JsonLines:
         if not self.path.exists():
             return
         whole = self.path.read_bytes().split(b"\n")[:-1]  # in bytes: a kill may cut a character in two
-        kept = [line + b"\n" for line in whole if json.loads(line)["step"] <= step]
+        numbered = enumerate(whole, start=1)
+        kept = [line + b"\n" for number, line in numbered if self._step(line, number) <= step]
         replacement = self.path.with_suffix(".tmp")
         replacement.write_bytes(b"".join(kept))
         replacement.replace(self.path)
 
+    def _step(self, line: bytes, number: int) -> int:
+        place = f"{self.path}:{number}"
+        step = object_in(line, place).get("step")
+        if not isinstance(step, int):
+            raise DataError(f"{place} has no step; remove that line to resume")
+        return step
+
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a `metrics.jsonl`."""
-    with Path(path).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The rows of a `metrics.jsonl`. Raises DataError that names file and line for a damaged one."""
+    return read_objects(path)
 
 
 def reproducible(row: Mapping[str, float]) -> dict[str, float]:

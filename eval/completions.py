@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo.data.records import BadRows, DataError, Message, Record, RowError, require_text
+from drpo.jsonl import lines_of
 from eval.json_rows import fields_of_line, require_encodable
 from eval.whole_file import write_whole
 
@@ -94,13 +95,12 @@ def read_completions(path: Path | str) -> list[CompletionRow]:
     prompt's, a second row of the same system, prompt and seed.
     """
     path = _existing(path)
-    lines = path.read_bytes().split(b"\n")
-    unfinished = lines.pop()
-    if unfinished.strip():
+    content = path.read_bytes()
+    if content.rpartition(b"\n")[2].strip():
         raise DataError(
             f"{path} ends in an unfinished line: the run that wrote it was killed; run it again to complete the file"
         )
-    numbered = ((f"{path.name}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+    numbered = ((f"{path.name}:{number}", line) for number, line in lines_of(content))
     return _parse_all(path, numbered, _row_of_line)
 
 

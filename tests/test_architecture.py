@@ -17,6 +17,7 @@ MAX_LINES = 330
 LAYERS = (
     ("tensors", "config", "yaml_words", "precision", "schedules"),
     (
+        "jsonl",
         "losses",
         "preference_losses",
         "advantages",

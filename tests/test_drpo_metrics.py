@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from drpo.data.records import DataError
 from drpo.metrics import JsonLines, Phases, non_finite, read_metrics, reproducible
 
 
@@ -46,6 +47,17 @@ def test_rows_can_be_written_after_a_cut(tmp_path):
     lines.keep_up_to(1)
     lines.write({"step": 2, "again": 1.0})
     assert read_metrics(lines.path) == [{"step": 1}, {"step": 2, "again": 1.0}]
+
+
+def test_damaged_rows_are_named(tmp_path):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    for line in ('{"step": 2, "a', "[2]", '{"loss": 1.0}'):
+        lines.path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+        with pytest.raises(DataError, match=r"metrics\.jsonl:2 "):
+            lines.keep_up_to(3)
+    lines.path.write_text('{"step": 1}\n{"step": 2, "a')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2 is not JSON .* unfinished"):
+        read_metrics(lines.path)
 
 
 def test_a_file_that_is_not_there_stays_away(tmp_path):

@@ -18,9 +18,16 @@ from stub_judge_server import (
 from drpo.data.records import DataError
 from eval.judging.comparison import Comparison, Question, questions_of
 from eval.judging.estimate import estimate
-from eval.judging.judgments import read_judgments, spent_text, tokens_and_cost, write_judgments
+from eval.judging.judgments import (
+    read_answers,
+    read_judgments,
+    spent_text,
+    tokens_and_cost,
+    write_judgments,
+)
 from eval.judging.store import Call, Ledger, Store
 from eval.judging.verdict import verdict_on
+from eval.labelling.ratings import read_judge_file
 
 # --- the file ---------------------------------------------------------------------------------------------
 
@@ -53,13 +60,43 @@ def test_verdicts_come_back_and_earlier_calls_are_lines_of_their_own(tmp_path):
     assert second == scored
 
 
+@pytest.mark.parametrize("cut", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_unicode_line_ends_in_answers_come_back(tmp_path, cut):
+    texts = {"ab": f"One is better.{cut}Preferred: A", "ba": f"{cut}B{cut}"}
+    comparison = Comparison("p", "post", "x", "a", "y", f"b{cut}")
+    verdicts = [
+        verdict_on(Question(comparison, order), "ok", "b", keys=(f"early {order}", order)) for order in texts
+    ]
+    calls = [call(order, text=text) for order, text in texts.items()]
+    calls += [call(f"early {order}", text=f"Hm.{cut}", status="malformed") for order in texts]
+    path = tmp_path / "judgments.jsonl"
+    write_judgments(path, verdicts, calls, {"judge": f"j{cut}", "prompt_name": "tldr-1", "orders": "both"})
+    assert read_answers(path) == {("p", 0, order): text for order, text in texts.items()}
+    assert [(v.order, v.winner) for v in read_judgments(path)] == [("ab", "b"), ("ba", "b")]
+    found = read_judge_file(path)
+    assert (found.name, found.question) == (f"j{cut}", "tldr-1")
+
+
+def test_questions_without_an_answer_are_left_out(tmp_path):
+    question = Question(Comparison("p", "post", "x", "a", "y", "b"), "ab")
+    path = tmp_path / "judgments.jsonl"
+    write_judgments(path, [verdict_on(question, "ok", "tie", scores=(1.5, 1.5))], [], {})
+    assert read_answers(path) == {}
+    write_judgments(
+        path, [verdict_on(question, "failed", None, keys=("k",))], [call("k", status="failed")], {}
+    )
+    assert read_answers(path) == {}
+
+
 def test_a_file_that_is_none_is_told(tmp_path):
-    with pytest.raises(DataError, match="no judgments file"):
-        read_judgments(tmp_path / "j.jsonl")
-    for line in ('{"final": true}', "{", '{"final": true, "winner": "a"}', "[]"):
+    for read in (read_judgments, read_answers):
+        with pytest.raises(DataError, match="no judgments file"):
+            read(tmp_path / "j.jsonl")
+    for line in ("[" * 5000, '{"final": true}', "{", '{"final": true, "winner": "a"}', "[]"):
         (tmp_path / "j.jsonl").write_text(line + "\n")
-        with pytest.raises(DataError, match="j.jsonl:1 is not a judgment"):
-            read_judgments(tmp_path / "j.jsonl")
+        for read in (read_judgments, read_answers):
+            with pytest.raises(DataError, match="j.jsonl:1 is not a judgment"):
+                read(tmp_path / "j.jsonl")
 
 
 def test_tokens_are_added_by_kind():

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from drpo.data.records import DataError
+from drpo.jsonl import lines_of
 from eval.judging.store import Call, Ledger
 from eval.judging.verdict import Verdict
 from eval.whole_file import write_whole
+
+Result = TypeVar("Result")
 
 NUM_REASONS = 5
 "Reasons for missing verdicts that are printed."
@@ -69,34 +72,39 @@ def write_judgments(
 
 
 def read_answers(path: Path) -> dict[tuple[str, int, str], str]:
-    """The judge's own words in a judgments file, by (prompt_id, seed, order); none of a judge that is not called."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {
-        (row["prompt_id"], row["seed"], row["order"]): row["text"]
-        for row in rows
-        if row["final"] and row.get("text") is not None
-    }
+    """Read the judge's answers by (prompt_id, seed, order), leaving out questions without one.
+
+    Raises DataError as `read_judgments` does.
+    """
+    rows = _read_final(path, lambda row: ((row["prompt_id"], row["seed"], row["order"]), row.get("text")))
+    return {key: text for key, text in rows if text is not None}
 
 
 def read_judgments(path: Path | str) -> list[Verdict]:
     """The verdicts of a judgments file. Raises DataError for a missing file or a line that is no judgment."""
-    path = Path(path)
+    return _read_final(Path(path), _verdict)
+
+
+def _verdict(row: Mapping[str, Any]) -> Verdict:
+    values = {field.name: row[field.name] for field in fields(Verdict) if field.name != "keys"}
+    for name in set(_TUPLES) & values.keys():
+        values[name] = None if values[name] is None else tuple(values[name])
+    return Verdict(**values, keys=(row["key"],) if "key" in row else ())
+
+
+def _read_final(path: Path, read: Callable[[dict[str, Any]], Result]) -> list[Result]:
+    """Apply `read` to the final line of each verdict. Raises DataError that names file and line where it fails."""
     if not path.is_file():
         raise DataError(f"no judgments file {path}")
-    names = [field.name for field in fields(Verdict) if field.name != "keys"]
-    verdicts = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    results = []
+    for number, line in lines_of(path.read_bytes()):
         try:
             row = json.loads(line)
-            if not row["final"]:
-                continue
-            values = {name: row[name] for name in names}
-            for name in set(_TUPLES) & set(names):
-                values[name] = None if values[name] is None else tuple(values[name])
-            verdicts.append(Verdict(**values, keys=(row["key"],) if "key" in row else ()))
-        except (ValueError, KeyError, TypeError) as error:
+            if row["final"]:
+                results.append(read(row))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}:{number} is not a judgment ({type(error).__name__}: {error})") from None
-    return verdicts
+    return results
 
 
 def reasons(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 
 from drpo.data.records import BadRows, DataError, RowError
+from drpo.jsonl import lines_of
 from eval.json_rows import fields_of_line
 from eval.judging.comparison import Comparison, Order
 from eval.judging.verdict import Winner
@@ -141,16 +142,14 @@ def read_labels(path: Path | str) -> list[Label]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"no labels file {path}; launch/label.py makes one")
-    lines = path.read_bytes().split(b"\n")
-    if lines.pop().strip():
+    content = path.read_bytes()
+    if content.rpartition(b"\n")[2].strip():
         raise DataError(
             f"{path} ends in an unfinished line: the server that wrote it was killed. That label did not count; "
             "start launch/label.py on it again, which cuts the line off"
         )
     bad, labels = BadRows(), []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(content):
         try:
             labels.append(_label_of_line(line))
         except RowError as error:

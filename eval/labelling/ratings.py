@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from drpo.jsonl import lines_of
 from eval.judging.judgments import read_judgments
 from eval.judging.verdict import HalfTie, Judgment, combine_all
 from eval.labelling.labels import Key, Label
@@ -35,8 +36,7 @@ class JudgeFile:
 def read_judge_file(path: Path | str, half_tie: HalfTie = "half") -> JudgeFile:
     """A judgments file with its verdicts combined. Raises DataError as `read_judgments` does."""
     verdicts = read_judgments(path)
-    with Path(path).open(encoding="utf-8") as file:
-        first = json.loads(next(file, "{}"))
+    first = next((json.loads(line) for _, line in lines_of(Path(path).read_bytes())), {})
     judgments = combine_all(verdicts, half_tie, first.get("orders", "both"))
     return JudgeFile(str(first.get("judge", path)), first.get("prompt_name"), judgments)
 
