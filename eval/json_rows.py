@@ -37,6 +37,11 @@ def fields_of_line(line: bytes, types: Mapping[str, tuple[type, ...]]) -> dict[s
     return values
 
 
+def encodable(text: str) -> str:
+    """Replace the halves of surrogate pairs, which JSON can hold and no file can."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def require_encodable(text: str, name: str) -> None:
     """Text may be empty, but half of a surrogate pair is none."""
     try:

@@ -43,7 +43,8 @@ TEXT = {"type": "text", "text": "B"}
         (["B", "C"], "B|C", None),
         ([THOUGHT], None, None),
         ([{"type": "refusal", "refusal": "I will not."}], None, "I will not."),
-        ([None, 3, {"type": "image_url"}], None, None),
+        ([{"type": None, "text": "B"}, {"type": "text", "text": None}], "B", None),
+        ([None, {"type": "image_url"}], None, None),
     ],
 )
 def test_content_parts_give_text_and_refusal(content, text, refusal):
@@ -70,7 +71,11 @@ def test_message_fields():
     [
         *(None, 3, "text", [], {}),
         *({"choices": None}, {"choices": {}}, {"choices": ["B"]}, {"choices": [None]}),
-        {"choices": [{"message": "B"}]},
+        *({"choices": "B"}, {"choices": 3}, {"choices": {"message": {"content": "B"}}}, {"choices": [["B"]]}),
+        *({"choices": [{"message": odd}]} for odd in ("B", "", 3, 0, False, ["B"], [])),
+        *(completion(content) for content in (3, 0, True, False, 0.5)),
+        *(completion([part]) for part in (3, False, ["B"], [])),
+        *(completion([TEXT, {"type": "text", "text": odd}]) for odd in (3, ["B"], {"value": 3})),
         *(completion("B", reason) for reason in ("error", "insufficient_system_resource", "network_error")),
     ],
     ids=str,
@@ -132,8 +137,76 @@ def test_error_in_an_event_stream_raises():
         said_in(decoded(events(delta(content="Half"), {"error": {"code": 502, "message": "down"}})), "")
 
 
+def test_error_of_a_choice_in_an_event_stream_raises():
+    failed = {"choices": [{"delta": {}, "error": {"code": 502}, "finish_reason": None}]}
+    with pytest.raises(ErrorInAnswer):
+        said_in(decoded(events(delta(content="Half"), failed)), "")
+
+
+def test_error_beside_malformed_choices_raises():
+    """The error names the cause: money used up, for one."""
+    for payload in (
+        {"choices": "B", "error": {"code": 402, "message": "Insufficient credits"}},
+        {"choices": None, "base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}},
+    ):
+        for text in (json.dumps(payload), events(payload)):
+            with pytest.raises(ErrorInAnswer):
+                said_in(decoded(text), "")
+
+
+def test_event_stream_with_content_in_parts_is_assembled():
+    """Parts of one text are joined without the newline that separates the parts of a whole answer."""
+    thought = delta(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "B?"}]}])
+    parts = [delta(content=[{"type": "text", "text": text}]) for text in ("Prefer", "red: ")]
+    last = delta("stop", content=[{"type": "output_text", "text": "A"}, {"type": "text", "text": "!"}])
+    assert said_in(decoded(events(thought, *parts, last)), "\n") == Said("Preferred: A!", None, "stop")
+    refused = [delta(content=[{"type": "refusal", "refusal": "I will "}]), delta("stop", refusal="not.")]
+    assert said_in(decoded(events(*refused)), "\n") == Said(None, "I will not.", "stop")
+
+
+@pytest.mark.parametrize("cut", ["\u2028", "\u2029", "\x85", "\u2028data: 3\u2028"], ids=ascii)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=ascii)
+def test_unicode_line_ends_do_not_cut_an_event(cut, end):
+    chunks = [delta(content=f"One{cut}"), delta("stop", content="B")]
+    lines = [f"data: {json.dumps(chunk, ensure_ascii=False)}" for chunk in chunks]
+    text = "\ufeff" + (2 * end).join([": keep-alive", *lines, "data: [DONE]"]) + end
+    assert said_in(decoded(text), "") == Said(f"One{cut}B", None, "stop")
+
+
 @pytest.mark.parametrize(
-    "text", ["", "<html>", "data: [DONE]", "data: x\n", events(3), events(delta(content="B"))]
+    "chunk",
+    [
+        *({"choices": odd} for odd in (["B"], [["B"]], {"0": {}}, {}, "B", "", 3, False)),
+        *({"choices": [{"delta": odd}]} for odd in ("B", "", ["B"], [], 3, False)),
+        *({"choices": [{"message": odd}]} for odd in ("B", ["B"], 3)),
+        *(delta(content=odd) for odd in (3, False, [3], [["B"]], [{"text": 3}], {"text": ["B"]})),
+    ],
+    ids=str,
+)
+def test_malformed_event_raises(chunk):
+    """Alone, and between events of a good answer."""
+    for chunks in ([chunk], [delta(content="B"), chunk, delta("stop")]):
+        with pytest.raises(NotAnAnswer) as raised:
+            said_in(decoded(events(*chunks)), "")
+        assert not isinstance(raised.value, ErrorInAnswer)
+
+
+NESTED = "[" * 5000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "<html>",
+        "data: [DONE]",
+        "data: x\n",
+        events(3),
+        events(delta(content="B")),
+        NESTED,
+        f"data: {NESTED}",
+    ],
+    ids=lambda text: text[:20],
 )
 def test_other_texts_raise(text):
     with pytest.raises(NotAnAnswer):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from drpo.jsonl import lines_of
+from eval.json_rows import encodable
 from eval.judging.retry import ErrorInAnswer, NotAnAnswer
 
 _BROKEN = frozenset({"error", "insufficient_system_resource", "network_error", "abort"})
@@ -25,17 +27,18 @@ class Said:
 
 def decoded(text: str) -> Any:
     """Parse a body as JSON, or as an event stream (sent by some gateways unasked). Raises NotAnAnswer for others."""
+    text = text.removeprefix("\ufeff")
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     chunks = []
-    for line in text.splitlines():
-        data = line.partition("data:")[2].strip() if line.startswith("data:") else ""
+    for _, line in lines_of(text.replace("\r", "\n")):  # a stream's lines may end in \r alone
+        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
         if data and data != "[DONE]":
             try:
                 chunks.append(json.loads(data))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise NotAnAnswer(text[:80]) from None
     if not chunks or not all(isinstance(chunk, Mapping) for chunk in chunks):
         raise NotAnAnswer(text[:80])
@@ -43,22 +46,32 @@ def decoded(text: str) -> Any:
 
 
 def _joined(chunks: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge stream events into one chat completion. Raises NotAnAnswer for a stream without a finish reason."""
+    """Merge stream events into one chat completion.
+
+    Raises NotAnAnswer for an event that is not part of a completion, and for a stream without a finish reason. An
+    error is left for `said_in` to raise.
+    """
     whole: dict[str, Any] = {}
-    texts: dict[str, list[str]] = {"content": [], "refusal": []}
-    finish_reason = None
     for chunk in chunks:
         whole |= {name: value for name, value in chunk.items() if value is not None}
-        for choice in chunk.get("choices") or []:
-            delta = choice.get("delta") or choice.get("message") or {}
-            for name, parts in texts.items():
-                if isinstance(delta.get(name), str):
-                    parts.append(delta[name])
+    if _has_error(whole):
+        return whole
+    texts: list[str] = []
+    refusals: list[str] = []
+    finish_reason = error = None
+    for chunk in chunks:
+        for choice in _list(chunk.get("choices"), chunk):
+            choice = _object(choice, chunk)
+            message = _object(choice.get("delta"), chunk) or _object(choice.get("message"), chunk)
+            text, refusal = _texts(message.get("content"), "")
+            texts.append(text or "")
+            refusals.append(text_or_none(message.get("refusal")) or refusal or "")
             finish_reason = choice.get("finish_reason") or finish_reason
-    if finish_reason is None and not whole.get("error"):
+            error = choice.get("error") or error
+    if finish_reason is None and not error:
         raise NotAnAnswer("an event stream without a finish reason")
-    message = {name: "".join(parts) or None for name, parts in texts.items()}
-    return {**whole, "choices": [{"message": message, "finish_reason": finish_reason}]}
+    message = {"content": "".join(texts) or None, "refusal": "".join(refusals) or None}
+    return {**whole, "choices": [{"message": message, "finish_reason": finish_reason, "error": error}]}
 
 
 def said_in(payload: Any, joint: str) -> Said:
@@ -68,56 +81,77 @@ def said_in(payload: Any, joint: str) -> Said:
     answer, which is then incomplete.
     """
     if not isinstance(payload, Mapping):
-        raise NotAnAnswer(json.dumps(payload)[:200])
-    choices = payload.get("choices")
-    if payload.get("error") or (not choices and _failed(payload.get("base_resp"))):
+        raise _not_an_answer(payload)
+    if _has_error(payload):
         raise ErrorInAnswer(payload)
-    if not isinstance(choices, list):
-        raise NotAnAnswer(json.dumps(payload)[:200])
-    if not choices:
+    choices = payload.get("choices")
+    if choices is None:
+        raise _not_an_answer(payload)
+    if not _list(choices, payload):
         return Said(None, None, None)
     choice = choices[0]
-    message = choice.get("message") if isinstance(choice, Mapping) else None
-    if not isinstance(message, Mapping | None) or not isinstance(choice, Mapping):
-        raise NotAnAnswer(json.dumps(payload)[:200])
+    if not isinstance(choice, Mapping):
+        raise _not_an_answer(payload)
     if choice.get("error"):
         raise ErrorInAnswer({"error": choice["error"]})
-    reason = str(choice.get("finish_reason") or "stop")
+    message = _object(choice.get("message"), payload)
+    reason = encodable(str(choice.get("finish_reason") or "stop"))
     if reason.lower() in _BROKEN:
         raise NotAnAnswer(f"the answer was interrupted with finish_reason {reason}")
-    text, refusal = _texts((message or {}).get("content"), joint)
-    return Said(_clean(text), _clean((message or {}).get("refusal")) or _clean(refusal), reason)
+    text, refusal = _texts(message.get("content"), joint)
+    return Said(text_or_none(text), text_or_none(message.get("refusal")) or text_or_none(refusal), reason)
 
 
-def _failed(base_resp: Any) -> bool:
-    """Whether MiniMax reports an error (with status 200)."""
-    return isinstance(base_resp, Mapping) and base_resp.get("status_code") not in (0, None)
+def _has_error(payload: Mapping[str, Any]) -> bool:
+    """Whether a body reports an error with status 200, in `error` or as MiniMax does."""
+    if payload.get("error"):
+        return True
+    base_resp = payload.get("base_resp")
+    failed = isinstance(base_resp, Mapping) and base_resp.get("status_code") not in (0, None)
+    return failed and not payload.get("choices")
 
 
 def _texts(content: Any, joint: str) -> tuple[str | None, str | None]:
     """Return text and refusal of a message's content, which is a string or a list of parts.
 
     Parts of type text and output_text form the text, parts of type refusal the refusal. All others (thinking,
-    reasoning, reference, image_url, ...) are not part of the answer.
+    reasoning, reference, image_url, ...) are not part of the answer. Raises NotAnAnswer for content of another shape.
     """
-    if not isinstance(content, list | Mapping):
+    if content is None or isinstance(content, str):
         return content, None
     texts, refusals = [], []
-    for part in [content] if isinstance(content, Mapping) else content:
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, Mapping):
-            text = part.get("text")
-            text = text.get("value") if isinstance(text, Mapping) else text
-            if part.get("type", "text") in ("text", "output_text") and not part.get("thought"):
-                texts += [text] if isinstance(text, str) else []
-            elif part.get("type") == "refusal":
-                refusals.append(str(part.get("refusal") or text or "refused"))
+    for part in [content] if isinstance(content, Mapping) else _list(content, content):
+        part = {"text": part} if isinstance(part, str) else _object(part, content)
+        text = part.get("text")
+        text = text.get("value") if isinstance(text, Mapping) else text
+        kind = part.get("type") or "text"
+        if kind in ("text", "output_text") and not part.get("thought"):
+            if not isinstance(text, str | None):
+                raise _not_an_answer(content)
+            texts += [] if text is None else [text]
+        elif kind == "refusal":
+            refusals.append(str(part.get("refusal") or text or "refused"))
     return (joint.join(texts) if texts else None), (joint.join(refusals) if refusals else None)
 
 
-def _clean(text: Any) -> str | None:
-    """Replace unpaired surrogates, which cannot be stored; None for values other than strings."""
-    if not isinstance(text, str):
-        return None
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _object(value: Any, whole: Any) -> Mapping[str, Any]:
+    """Return an object of `whole`, {} for null. Raises NotAnAnswer for other values."""
+    if not isinstance(value, Mapping | None):
+        raise _not_an_answer(whole)
+    return value or {}
+
+
+def _list(value: Any, whole: Any) -> list[Any]:
+    """Return a list of `whole`, [] for null. Raises NotAnAnswer for other values."""
+    if not isinstance(value, list | None):
+        raise _not_an_answer(whole)
+    return value or []
+
+
+def _not_an_answer(payload: Any) -> NotAnAnswer:
+    return NotAnAnswer(json.dumps(payload)[:200])
+
+
+def text_or_none(value: Any) -> str | None:
+    """Return a text that can be stored, None for other values. Halves of surrogate pairs are replaced."""
+    return encodable(value) if isinstance(value, str) else None
