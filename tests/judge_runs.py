@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from openai import AsyncOpenAI
 from stub_judge_server import KEY, MODEL, StubServer
 
 from eval.completions import prompt_id_of
+from eval.judging.batch_api import BatchConfig, BatchJudge
 from eval.judging.budget import Budget, BudgetConfig
 from eval.judging.comparison import Comparison, Question, questions_of
 from eval.judging.judge import JudgeConfig, JudgeStopped
@@ -27,6 +28,7 @@ from eval.judging.verdict import Judgment, Verdict, combine_all
 
 PRICE = Price(input=10.0, cached=1.0, cache_write=10.0, output=100.0, as_of="now")
 PATIENT = RetryConfig(timeout=20.0, max_attempts=4, max_elapsed=20.0, base_delay=0.01, max_delay=0.02)
+QUICK = BatchConfig(poll_seconds=0.01)
 
 
 def comparisons(num: int = 6) -> list[Comparison]:
@@ -124,4 +126,37 @@ def judge(
 
     with closing(Store(store)) as open_store:
         verdicts, stopped = asyncio.run(ask())
+        return Run(verdicts, stopped, open_store.calls(), open_store.ledger())
+
+
+def judge_by_batch(
+    server: StubServer,
+    store_path,
+    compared=None,
+    config: BatchConfig = QUICK,
+    budget: BudgetConfig | None = None,
+    judge_settings: JudgeConfig | None = None,
+    prepare: Callable[[BatchJudge], None] = lambda judge: None,
+) -> Run:
+    """Ask by batches; `prepare` may change the judge before it starts."""
+    questions = questions_of(comparisons(4) if compared is None else compared, "both", 0)
+    settings = judge_settings or judge_config(server, backend="batch")
+
+    async def run(open_store):
+        async with AsyncOpenAI(api_key=KEY, base_url=settings.url, max_retries=0, timeout=20) as client:
+            spending = Budget(open_store, budget or BudgetConfig())
+            made = BatchJudge(
+                client, asking(settings), open_store, spending, config, PATIENT, lambda text: None
+            )
+            prepare(made)
+            verdicts = []
+            try:
+                async for verdict in made.verdicts(questions):
+                    verdicts.append(verdict)
+            except JudgeStopped as stopped:
+                return verdicts, stopped
+            return verdicts, None
+
+    with closing(Store(store_path)) as open_store:
+        verdicts, stopped = asyncio.run(run(open_store))
         return Run(verdicts, stopped, open_store.calls(), open_store.ledger())

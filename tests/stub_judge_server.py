@@ -88,6 +88,14 @@ def verdict_text(body: dict[str, Any], verdict: str) -> str:
     return f"Comparison: One is better.\n{label}: {verdict}"
 
 
+def unescaped(values: Any) -> str:
+    """JSON as most servers write it, with escapes only where UTF-8 has no choice."""
+    try:
+        return json.dumps(values, ensure_ascii=False).encode().decode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return json.dumps(values)
+
+
 def error(status: int, message: str, code: str | None = None, param: str | None = None, **headers) -> Reply:
     body = {"error": {"message": message, "type": "error", "param": param, "code": code}}
     return Reply(status, body, {name.replace("_", "-"): str(value) for name, value in headers.items()})
@@ -214,7 +222,8 @@ class StubServer:
             chat, reply = self.judge(row["body"])
             chat.answered = reply.status == 200
             response = {"status_code": reply.status, "request_id": "req_b", "body": reply.body}
-            line = json.dumps({"custom_id": row["custom_id"], "response": response, "error": None})
+            answer = {"custom_id": row["custom_id"], "response": response, "error": None}
+            line = unescaped(answer)
             (output if reply.status == 200 else errors).append(line)
         for row in rows[plan["answer"] :]:
             failure = {"code": "batch_expired", "message": "not in time"}
@@ -234,6 +243,7 @@ class StubServer:
                 "output_file_id": self.keep_file("\n".join(output)) if output else None,
                 "error_file_id": self.keep_file("\n".join(errors)) if errors else None,
                 "errors": plan["errors"],
+                "request_counts": {"completed": len(output), "failed": len(errors), "total": len(rows)},
             },
         }
         self.batches[batch["id"]] = batch

@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from contextlib import closing
 
 import pytest
-from judge_runs import PATIENT, PRICE, Run, asking, comparisons, judge, judge_config
-from openai import AsyncOpenAI
+from judge_runs import PRICE, comparisons, judge, judge_by_batch
 from stub_judge_server import (
-    KEY,
     Reply,
     StubServer,
     at_first,
@@ -22,49 +19,12 @@ from stub_judge_server import (
 )
 
 from eval.judging.batch_api import BatchConfig, BatchJudge
-from eval.judging.budget import Budget, BudgetConfig
-from eval.judging.comparison import questions_of
-from eval.judging.judge import JudgeConfig, JudgeStopped
-from eval.judging.store import Store
-
-QUICK = BatchConfig(poll_seconds=0.01)
+from eval.judging.budget import BudgetConfig
 
 
 @pytest.fixture
 def store(tmp_path):
     return tmp_path / "s.sqlite"
-
-
-def judge_by_batch(
-    server: StubServer,
-    store_path,
-    compared=None,
-    config: BatchConfig = QUICK,
-    budget: BudgetConfig | None = None,
-    judge_settings: JudgeConfig | None = None,
-    prepare: Callable[[BatchJudge], None] = lambda judge: None,
-) -> Run:
-    questions = questions_of(comparisons(4) if compared is None else compared, "both", 0)
-    settings = judge_settings or judge_config(server, backend="batch")
-
-    async def run(open_store):
-        async with AsyncOpenAI(api_key=KEY, base_url=settings.url, max_retries=0, timeout=20) as client:
-            spending = Budget(open_store, budget or BudgetConfig())
-            made = BatchJudge(
-                client, asking(settings), open_store, spending, config, PATIENT, lambda text: None
-            )
-            prepare(made)
-            verdicts = []
-            try:
-                async for verdict in made.verdicts(questions):
-                    verdicts.append(verdict)
-            except JudgeStopped as stopped:
-                return verdicts, stopped
-            return verdicts, None
-
-    with closing(Store(store_path)) as open_store:
-        verdicts, stopped = asyncio.run(run(open_store))
-        return Run(verdicts, stopped, open_store.calls(), open_store.ledger())
 
 
 def num_batches(server: StubServer) -> int:
@@ -300,9 +260,18 @@ def replace_answers(server: StubServer, monkeypatch, page: Reply, times: int) ->
     return replaced
 
 
-@pytest.mark.parametrize("kind", ["text/html", "application/json"])
-def test_a_page_in_place_of_an_answer_is_asked_again_and_nothing_is_paid_twice(store, monkeypatch, kind):
-    page = Reply(200, "<html>Down for maintenance</html>", {"Content-Type": kind})
+PAGES = {
+    "page": Reply(200, "<html>Down for maintenance</html>", {"Content-Type": "text/html"}),
+    "page that claims to be JSON": Reply(200, "<html>Down</html>", {"Content-Type": "application/json"}),
+    "empty body": Reply(200, "", {"Content-Type": "application/json"}),
+    "HTTP 204": Reply(204, ""),
+    "deeply nested": Reply(200, "[" * 5000, {"Content-Type": "application/json"}),
+    **{f"JSON {json.dumps(body)}": Reply(200, body) for body in (None, [], [3], 3, True, {}, {"data": [3]})},
+}
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
+def test_a_page_in_place_of_an_answer_is_asked_again_and_nothing_is_paid_twice(store, monkeypatch, page):
     with StubServer(first_slot_wins) as server:
         replaced = replace_answers(server, monkeypatch, page, times=1)
         run = judge_by_batch(server, store)

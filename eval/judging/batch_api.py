@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from openai import AsyncOpenAI
-from openai.types import Batch
+from openai.types import Batch, FileObject
 
+from eval.judging.answer_body import decoded
+from eval.judging.batch_replies import batch_called, reasons_of, rows_in, status_of, with_id
 from eval.judging.budget import Budget, BudgetReached
 from eval.judging.comparison import Question
 from eval.judging.judge import JudgeStopped
@@ -114,10 +116,12 @@ class BatchJudge:
             raise JudgeStopped(str(error)) from None
         self._store.put_batch(name, None, "open", [(r.key, r.sample, r.body) for r in requests])
         content = b"".join(map(_line, requests))
-        file = await self._ask(
-            lambda: self._client.files.create(file=(f"{name}.jsonl", content), purpose="batch")
-        )
-        batch_id = await self._create(name, file.id)
+
+        async def upload() -> FileObject:
+            file = await self._client.files.create(file=(f"{name}.jsonl", content), purpose="batch")
+            return with_id(file, FileObject)
+
+        batch_id = await self._create(name, (await self._ask(upload)).id)
         self._store.update_batch(name, batch_id, "open")
         self._say(f"submitted batch {batch_id} of {len(requests)} requests")
 
@@ -130,12 +134,13 @@ class BatchJudge:
             if tried and (found := await self._listed(name)) is not None:
                 return found
             tried = True
-            return await self._client.batches.create(
+            batch = await self._client.batches.create(
                 input_file_id=file_id,
                 endpoint=ENDPOINT,
                 completion_window="24h",
                 metadata={METADATA_KEY: name},
             )
+            return with_id(batch, Batch)
 
         return (await self._ask(create)).id
 
@@ -144,25 +149,17 @@ class BatchJudge:
         raw = await self._client.batches.with_raw_response.list(
             limit=100
         )  # the client cannot page through HTML
-        listed = json.loads(raw.http_response.text)
-        if not isinstance(listed, dict) or not isinstance(listed.get("data"), list):
-            raise NotAnAnswer(json.dumps(listed)[:80])
-        batches = (Batch.construct(**batch) for batch in listed["data"])
-        return next((batch for batch in batches if (batch.metadata or {}).get(METADATA_KEY) == name), None)
+        return batch_called(name, METADATA_KEY, decoded(raw.http_response.text))
 
-    async def _downloaded(self, file_id: str) -> list[dict[str, Any]]:
-        """The rows of a file. Raises JSONDecodeError for what is none."""
-        content = await self._client.files.content(file_id)
-        return [json.loads(line) for line in content.text.splitlines() if line.strip()]
+    async def _rows(self, file_id: str, num_expected: int) -> list[dict[str, Any]]:
+        """Download the rows of a file. Raises NotAnAnswer as `rows_in` does."""
+        return rows_in((await self._client.files.content(file_id)).content, file_id, num_expected)
 
     async def _ask(self, request: Callable[[], Any]) -> Any:
         """One request about batches, tried again while that may help. Raises JudgeStopped when it does not."""
         for attempt in range(1, self._retry.max_attempts + 1):
             try:
-                answer = await request()
-                if isinstance(answer, str):  # the client's way with a page where the API's answer should be
-                    raise NotAnAnswer(answer[:80])
-                return answer
+                return await request()
             except Exception as error:
                 failure = classify(error)
                 if failure.action != "retry" or attempt == self._retry.max_attempts:
@@ -200,13 +197,14 @@ class BatchJudge:
                 merged = not self._store.open_requests_of(name)
                 self._store.update_batch(name, batch_id, batch.status if merged else "open")
             if batch.status == "failed":  # not accepted: its file, the account's queue or quota
-                errors = (batch.errors.data if batch.errors else None) or []
-                said = "; ".join(f"{e.code}: {e.message}" for e in errors[:3]) or "no reason given"
-                raise JudgeStopped(f"batch {batch.id} was not accepted: {said}")
+                raise JudgeStopped(f"batch {batch.id} was not accepted: {reasons_of(batch)}")
 
     async def _wait_for(self, batch_id: str) -> Batch:
+        async def look() -> Batch:
+            return with_id(await self._client.batches.retrieve(batch_id), Batch)
+
         while True:
-            batch = await self._ask(lambda: self._client.batches.retrieve(batch_id))
+            batch = await self._ask(look)
             if batch.status in ENDED:
                 return batch
             await self._sleep(self._config.poll_seconds)
@@ -214,11 +212,13 @@ class BatchJudge:
     async def _merge(self, name: str, batch: Batch, requests: dict[str, Request]) -> None:
         open_requests = self._store.open_requests_of(name)
         stop: Failure | None = None
-        for file_id in (batch.output_file_id, batch.error_file_id):
+        completed = getattr(batch.request_counts, "completed", None)
+        for file_id, num_expected in ((batch.output_file_id, completed), (batch.error_file_id, 0)):
             if file_id is None:  # a batch of failures alone has no output file
                 continue
-            for row in await self._ask(lambda file_id=file_id: self._downloaded(file_id)):
-                if (key := row.get("custom_id")) in open_requests:
+            rows = await self._ask(lambda of=file_id, expected=num_expected: self._rows(of, expected))
+            for row in rows:
+                if (key := row["custom_id"]) in open_requests:
                     number, reserved = open_requests.pop(key)
                     failure = self._settle(requests[key], row, number, reserved)
                     if failure is not None and failure.action == "stop":
@@ -232,9 +232,9 @@ class BatchJudge:
 
     def _settle(self, request: Request, row: dict[str, Any], number: int, reserved: float) -> Failure | None:
         """Book one row of a batch; its failure, if it is one."""
-        response = row.get("response") or {}
-        body, status = response.get("body") or {}, response.get("status_code")
-        if status == 200:
+        response = row["response"] if isinstance(row.get("response"), dict) else {}
+        body, status = response.get("body"), status_of(row, response)
+        if 200 <= status < 300:
             try:
                 call = self._asking.answered(request, body, "batch", 1, None, response.get("request_id"))
             except NotAnAnswer as error:
@@ -244,7 +244,7 @@ class BatchJudge:
                 self._budget.settle_one(number, reserved, paid, "answered", call)
                 return None
         else:
-            failure = classify_status(status or 500, row.get("error") or body, {})
+            failure = classify_status(status, row.get("error") or body, {})
         if failure.unclear and not self._store.answered_by(request.body["model"]):
             failure = replace(failure, action="stop", detail=unclear_text(failure))
         call = None

@@ -204,7 +204,7 @@ def _parts(body: Any, depth: int) -> Iterator[Mapping[str, Any] | str]:
     if isinstance(body, str):
         try:
             inner = json.loads(body) if body.lstrip().startswith(("{", "[")) else None
-        except ValueError:
+        except (ValueError, RecursionError):
             inner = None
         if inner is None:
             yield body

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from eval.judging.answer_body import said_in
+from eval.judging.answer_body import said_in, text_or_none
 from eval.judging.comparison import Question
 from eval.judging.injection import suspicions
 from eval.judging.judge import JudgeConfig
@@ -16,6 +16,9 @@ from eval.judging.prices import Price, Tokens, prompt_tokens_about, prompt_token
 from eval.judging.store import Call, Store, call_key, now
 from eval.judging.verdict import Verdict, verdict_on, winner_of
 from eval.judging.verdict_parser import Answer, Form, Reading, read_answer
+
+MAX_TOKENS = 10**9
+"A server that counts more for one call has miscounted."
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ class Asking:
         backend: str,
         num_attempts: int,
         latency: float | None,
-        request_id: str | None,
+        request_id: Any,
     ) -> Call:
         """Record an answer, given as the JSON of a chat completion. Raises what `said_in` raises."""
         said = said_in(payload, "" if self.form == "json" else "\n")
@@ -124,9 +127,9 @@ class Asking:
             text=said.text,
             refusal=said.refusal,
             finish_reason=said.finish_reason,
-            model_returned=payload.get("model"),
-            fingerprint=payload.get("system_fingerprint"),
-            request_id=request_id,
+            model_returned=text_or_none(payload.get("model")),
+            fingerprint=text_or_none(payload.get("system_fingerprint")),
+            request_id=text_or_none(request_id),
             num_attempts=num_attempts,
             latency=latency,
             detail="" if there else "an answer without choices",
@@ -191,4 +194,5 @@ def stored_verdicts(asking: Asking, questions: Iterable[Question], store: Store)
 
 def _count(usage: Any, name: str) -> int | None:
     value = usage.get(name) if isinstance(usage, Mapping) else None
-    return value if isinstance(value, int) and value >= 0 else None
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value if whole and 0 <= value <= MAX_TOKENS else None

@@ -48,7 +48,9 @@ class Price:
 
     def cost(self, tokens: Tokens) -> float:
         """Dollars: cached and cache-written prompt tokens at their own price, all completion tokens at one."""
-        plain = tokens.prompt - tokens.cached - tokens.cache_write
+        plain = max(
+            0, tokens.prompt - tokens.cached - tokens.cache_write
+        )  # some do not count those in prompt
         return (
             plain * self.input
             + tokens.cached * self.cached

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import openai
 
+from eval.json_rows import encodable
 from eval.judging.error_causes import Cause, cause_of, read_error
 from eval.judging.rate_limit import parse_duration
 
@@ -101,7 +102,9 @@ def classify(error: Exception) -> Failure:
             return Failure("retry", "no answer in time", may_be_paid=True)
         case ErrorInAnswer():
             return _classify_inside(error.payload)
-        case NotAnAnswer() | json.JSONDecodeError():
+        case (
+            NotAnAnswer() | json.JSONDecodeError() | UnicodeDecodeError() | RecursionError()
+        ):  # of the client's parser
             return Failure("retry", f"the answer is not that of the API: {error}", may_be_paid=True)
     raise error
 
@@ -116,7 +119,7 @@ def classify_status(status: int | None, body: Any, headers: Mapping[str, str]) -
     code = "" if error.code == str(status) else error.code
     said = _shorten(error.message) + (f" ({error.flagged})" if error.flagged else "")
     where = f"HTTP {status}" if status else "an error inside an answer"
-    detail = f"{where}{f' {code}' if code else ''}: {said}"
+    detail = encodable(f"{where}{f' {code}' if code else ''}: {said}")
     match cause:
         case "money":
             return Failure("stop", f"the account's money or quota is used up ({detail})", cause=cause)
@@ -181,8 +184,11 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
             continue
         if 0 <= seconds < float("inf"):
             return seconds
-    date = email.utils.parsedate_tz(headers.get("retry-after", ""))
-    return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    try:
+        date = email.utils.parsedate_tz(headers.get("retry-after", ""))
+        return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    except (ValueError, OverflowError):  # the 99th of January
+        return None
 
 
 def retry_hint(message: str) -> float | None:

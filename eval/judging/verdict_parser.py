@@ -27,7 +27,7 @@ _FILTERED = frozenset(
     {"content_filter", "refusal", "sensitive", "guardrail_intervened"}  # OpenAI, Anthropic, GLM, Bedrock
     | {"safety", "recitation", "blocklist", "prohibited_content", "spii"}  # Gemini
 )
-_FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"\A```(?:json)?[^\S\n]*\n(.*?)\n?```\Z", re.DOTALL | re.IGNORECASE)
 _REFUSAL = re.compile(
     r"\A\W*(i['\u2019]?m (very |really |so )?sorry|sorry|my apologies|i apologi[sz]e|i can(['\u2019]?t|not| not)\b"
     r"|i (won['\u2019]?t|will not|must decline|am (unable|not able))|i['\u2019]m (unable|not able))",
@@ -108,14 +108,14 @@ def _is_json(text: str) -> bool:
     """Whether the text is one JSON object. Markers inside it are then quotes, not a chain of thought."""
     try:
         return isinstance(json.loads(_without_fence(text)), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
 def _read_json(text: str, noun: str) -> Slot:
     try:
         answer = json.loads(_without_fence(text), object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _Unreadable(f"not JSON: {error}") from None
     if not isinstance(answer, dict) or not isinstance(answer.get(JSON_VERDICT), str):
         raise _Unreadable(f"JSON without a {JSON_VERDICT!r} of type text")
