@@ -15,7 +15,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -291,49 +291,3 @@ def read_meta(path: Path | str) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise DataError(f"{path} must hold a JSON object")
     return meta
-
-
-# --- systems that need no model -------------------------------------------------------------------------
-
-
-def reference_rows(rows: Sequence[CompletionRow]) -> list[CompletionRow]:
-    """The dataset's own responses as the system "reference", one for each prompt.
-
-    Raises DataError, counting them, when prompts have no reference or several different ones.
-    """
-    references: dict[str, CompletionRow] = {}
-    bad = BadRows("prompts")
-    for row in rows:
-        known = references.setdefault(row.prompt_id, row)
-        if known.reference is None and row.reference is not None:
-            references[row.prompt_id] = row
-        elif row.reference not in (None, known.reference):
-            bad.add("two references", row.prompt_id)
-    for row in references.values():
-        if row.reference is None:
-            bad.add("no reference", row.prompt_id)
-    if bad:
-        raise DataError(f"the dataset's responses cannot stand as a system:\n{bad.summary()}")
-    return [
-        replace(
-            row,
-            system=REFERENCE,
-            response=row.reference,
-            ended=True,
-            num_tokens=None,
-            seed=0,
-            meta=row.prompt_meta,
-        )
-        for row in references.values()
-    ]
-
-
-def constant_rows(rows: Sequence[CompletionRow], system: str, response: str) -> list[CompletionRow]:
-    """A system that gives the same response to every prompt of `rows`."""
-    prompts = {row.prompt_id: row for row in reversed(rows)}
-    return [
-        replace(
-            row, system=system, response=response, ended=True, num_tokens=None, seed=0, meta=row.prompt_meta
-        )
-        for row in reversed(prompts.values())
-    ]

@@ -30,8 +30,8 @@ from eval.completions import (
     messages_meta,
     read_completions,
     read_meta,
-    reference_rows,
 )
+from eval.fixed_systems import reference_rows
 from eval.import_completions import file_sha256
 from eval.judging.judgments import read_answers, read_judgments
 from eval.judging.verdict import combine_all

@@ -55,10 +55,9 @@ from eval.completions import (
     REFERENCE,
     CompletionRow,
     CompletionsWriter,
-    constant_rows,
     read_completions,
-    reference_rows,
 )
+from eval.fixed_systems import constant_rows, reference_rows
 from eval.import_completions import file_sha256, import_rows
 from eval.response_scores import response_nlls
 from eval.text_metrics import TextMetrics, measure

@@ -15,7 +15,7 @@ MAX_LINES = 330
 # The layers of drpo, lowest first: a module imports from its own layer and from lower ones.
 # A folder stands for its modules, except for those that are named.
 LAYERS = (
-    ("tensors", "config", "yaml_words", "precision", "schedules"),
+    ("tensors", "config", "yaml_words", "precision", "schedules", "folder_lock"),
     (
         "jsonl",
         "losses",
@@ -27,7 +27,7 @@ LAYERS = (
         "rollout.resets",
     ),
     ("models", "engine", "metrics", "optim"),
-    ("checkpoints", "samples", "same_view", "run_folder", "result", "rollout"),
+    ("checkpoints", "samples", "same_view", "finite", "run_folder", "result", "rollout"),
     ("trainers",),
 )
 
@@ -59,6 +59,7 @@ CACHES = {
     "drpo.models.probes._FAULTS",
     "drpo.models.scoring._PLAIN_HEADS",
     "drpo.models.shared_prompt._SHARING",
+    "drpo.folder_lock._HELD",  # what belongs to the process itself
 }
 
 

@@ -33,8 +33,8 @@ from eval.completions import (
     messages_meta,
     prompt_id_of,
     read_completions,
-    reference_rows,
 )
+from eval.fixed_systems import reference_rows
 from eval.judging.comparison import pair_up, questions_of
 from eval.judging.offline_judges import ScoreJudge
 from eval.response_scores import response_kls, response_nlls, reward_scores

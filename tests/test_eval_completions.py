@@ -15,14 +15,13 @@ from drpo.data.records import DataError
 from eval.completions import (
     CompletionRow,
     CompletionsWriter,
-    constant_rows,
     import_alpaca_eval,
     load_completions,
     prompt_id_of,
     read_completions,
     read_meta,
-    reference_rows,
 )
+from eval.fixed_systems import constant_rows, reference_rows
 
 PROMPT = "POST: where is my hat?\nTL;DR:"
 
