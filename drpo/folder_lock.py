@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import IO
 
+WAIT_SECONDS = 10.0  # a process that was killed may take a while to be gone
 _HELD: dict[Path, IO[str]] = {}
 "The folders that this process holds, until it ends or releases them."
 
@@ -14,23 +16,29 @@ _HELD: dict[Path, IO[str]] = {}
 def hold_folder(folder: Path) -> None:
     """Make the folder and hold it for this process, by a lock on its config.yaml that ends with the process.
 
-    Raises BlockingIOError when another process holds it. A file system without locks is taken without.
+    Raises BlockingIOError when another process holds it and goes on to. A file system without locks is taken without.
     """
     key = folder.resolve()
     if key in _HELD:
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "config.yaml").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        ours = any(os.path.sameopenfile(file.fileno(), held.fileno()) for held in _HELD.values())
-        file.close()
-        if ours:  # held where the folder was before it was moved
-            return
-        raise
-    except OSError:
-        pass
+    if any(os.path.sameopenfile(file.fileno(), held.fileno()) for held in _HELD.values()):
+        file.close()  # held where the folder was before it was moved
+        return
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise
+            time.sleep(0.1)
+            continue
+        except OSError:
+            pass
+        break
     _HELD[key] = file
 
 

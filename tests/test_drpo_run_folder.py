@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import yaml
 from online_runs import forget_precision
 from torch import nn
 
+from drpo import folder_lock
 from drpo.checkpoints import CheckpointError, list_checkpoints
 from drpo.engine import Engine, EngineConfig
 from drpo.finite import finite_or_stop
@@ -228,18 +230,20 @@ def test_an_earlier_recipe_that_is_none_today_is_named_with_its_file(recipe):
         opened(recipe)
 
 
-def test_one_process_at_a_time_trains_in_a_folder(recipe):
+def test_one_process_at_a_time_trains_in_a_folder(recipe, monkeypatch):
     """Whoever holds it may open it again, and whoever was killed holds it no more."""
     code = "import sys, time; from pathlib import Path; from drpo.folder_lock import hold_folder\n"
     code += "hold_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, recipe.run_dir], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
+        monkeypatch.setattr(folder_lock, "WAIT_SECONDS", 0.0)
         with pytest.raises(
             CheckpointError, match="another process is training in .*; wait for it or stop it"
         ):
             opened(recipe)
-        other.kill()
-    run, _ = opened(recipe)
+        monkeypatch.undo()
+        threading.Timer(0.5, other.kill).start()  # it is waited for
+        run, _ = opened(recipe)
     steps(run, 1, 2)
     assert opened(recipe)[1]["step"] == 2
 
