@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from offline_runs import run_preference
+from offline_runs import RECIPE, run_preference
 from tiny_gguf import write_llama
 from tiny_models import tiny_model
 from tiny_tokenizers import CHATML, byte_level
@@ -19,11 +19,13 @@ from drpo.config import ConfigError
 from drpo.models.gguf import gguf_file
 from drpo.models.loading import ModelConfig, load_critic, load_policy, load_scalar_model
 from drpo.models.saved import read_config
+from drpo.models.stops import stop_ids
 from drpo.models.tokenizer import load_tokenizer
 from launch.neuron_shift import NeuronShiftRecipe, _shared_tokenizer
 
 TEXTS = ["I can help you: naïve café “hello” 猫\n\n", "<|im_start|>user\nhi<|im_end|>\n"]
 IDS = torch.arange(5, 45).reshape(2, 20)
+DEMO = RECIPE["data"]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,15 @@ def test_a_file_and_the_folder_that_holds_it_are_the_model_that_was_written(file
 @pytest.mark.parametrize("dtype, expected", [("bfloat16", torch.bfloat16), ("auto", torch.float32)])
 def test_another_precision_is_taken(file, tokenizer, dtype, expected):
     assert load_policy(ModelConfig(path=str(file), dtype=dtype), tokenizer).dtype == expected
+
+
+def test_its_own_eos_id_is_held_against_the_stop_token(file, tokenizer, model, tmp_path):
+    policy = load_policy(ModelConfig(path=str(file)), tokenizer)
+    assert stop_ids(policy) == (tokenizer.eos_token_id,)
+    with pytest.raises(ConfigError, match=r"ends its responses with '<\|endoftext\|>'.*data.stop_token"):
+        run_preference(file, tmp_path / "run", data={**DEMO, "stop_token": "<s>"})
+    write_llama(tmp_path / "none.gguf", model, None)
+    assert stop_ids(load_policy(ModelConfig(path=str(tmp_path / "none.gguf")), tokenizer)) == ()
 
 
 def test_a_trained_policy_is_a_plain_folder_with_the_same_logits(file, tmp_path):

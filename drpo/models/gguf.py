@@ -59,6 +59,7 @@ def location(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> t
 def dense_weights(file: Path, config: dict[str, Any], key: str) -> dict[str, Any]:
     """The arguments of `from_pretrained` without which a model from a GGUF file can neither be trained nor saved.
 
+    The eos id in their config is the file's own, None without one: never a default of the architecture.
     `config` is what read_config found, which takes seconds to read again. Raises ConfigError for a file whose rotary
     embedding is scaled (Llama 3.1 and later): transformers reads the rest, and without the scaling it is another model.
     """
@@ -76,6 +77,7 @@ def dense_weights(file: Path, config: dict[str, Any], key: str) -> dict[str, Any
             "from GGUF; use the folder or hub id of the model in place of the file"
         )
     read = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    read.eos_token_id = read.eos_token_id if "tokenizer.ggml.eos_token_id" in fields else None
     return {"config": read, "quantization_config": GgufConfig(dequantize=True)}
 
 

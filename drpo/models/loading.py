@@ -282,6 +282,8 @@ def _load_causal_lm(config: ModelConfig) -> PreTrainedModel:
         options |= gguf | dense_weights(Path(source, gguf["gguf_file"]), saved, "model.path")
     model, info = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
     check_complete(info, config.path)
+    if gguf:  # whose config is all that it says of generation, and counts as a generation_config.json
+        model.generation_config._from_model_config = False
     return model
 
 

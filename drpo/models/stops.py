@@ -10,8 +10,8 @@ from drpo.models.scoring import unwrap_peft
 
 
 def stop_ids(policy: nn.Module) -> tuple[int, ...]:
-    """The eos ids of the policy's generation_config; none if it has no file of its own, but only its config's
-    defaults, which may be another tokenizer's."""
+    """The eos ids of the policy's generation_config.json or GGUF file; none if it has only its config's defaults, which
+    may be another tokenizer's."""
     config = getattr(unwrap_peft(policy), "generation_config", None)
     if config is None or getattr(config, "_from_model_config", False) or config.eos_token_id is None:
         return ()
@@ -30,8 +30,9 @@ def check_stop_token(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> N
         said = [str(token) for token in tokenizer.convert_ids_to_tokens(list(own))]
         raise ConfigError(
             f"this policy ends its responses with {' or '.join(map(repr, said))} (eos_token_id in its "
-            f"generation_config.json), but the data's would end with {tokenizer.eos_token!r}: set data.stop_token to "
-            f"{said[0]!r} or data.chat_template to what the policy was trained with, or teach it the other one by SFT"
+            f"generation_config.json or GGUF file), but the data's would end with {tokenizer.eos_token!r}: set "
+            f"data.stop_token to {said[0]!r} or data.chat_template to what the policy was trained with, or teach it the "
+            "other one by SFT"
         )
 
 
