@@ -145,7 +145,7 @@ RECORD = Record(
 )
 def test_an_example_has_the_ids_that_its_view_uses(view, filled):
     tokenizer = single_bytes()
-    (example,) = encode_records(tokenizer, [RECORD], {"p": [9]}, view)
+    (example,) = encode_records(tokenizer, [RECORD], {("p", ()): [9]}, view)
     stop = [tokenizer.eos_token_id]
     for name in ("completion_ids", "chosen_ids", "rejected_ids"):
         expected = bytes_of(filled[name], tokenizer) + stop if name in filled else None
@@ -157,7 +157,7 @@ def test_an_example_has_the_ids_that_its_view_uses(view, filled):
 
 
 def test_a_prompt_without_responses_is_an_example():
-    (example,) = encode_records(single_bytes(), [Record("p")], {"p": [9]}, "prompts", 5)
+    (example,) = encode_records(single_bytes(), [Record("p")], {("p", ()): [9]}, "prompts", 5)
     assert example.completion_ids is None and example.chosen_ids is None and example.ranked_ids == []
 
 
@@ -165,7 +165,7 @@ def test_a_prompt_without_responses_is_an_example():
 @pytest.mark.parametrize("view", ["demonstrations", "pairs", "ranked", "unpaired"])
 def test_the_stop_token_counts_towards_the_length_limit(view, limit, fits):
     record = Record("p", " ab", " ab", " b", responses=(" b", " ab"), scores=(1.0, 2.0))
-    (example,) = encode_records(single_bytes(), [record], {"p": [9]}, view, limit)
+    (example,) = encode_records(single_bytes(), [record], {("p", ()): [9]}, view, limit)
     assert isinstance(example, RowError) != fits
     if not fits:
         assert example.kind == "response too long"
@@ -174,7 +174,7 @@ def test_the_stop_token_counts_towards_the_length_limit(view, limit, fits):
 
 def test_responses_to_reset_to_are_cut_at_the_limit():
     tokenizer = single_bytes()
-    (example,) = encode_records(tokenizer, [RECORD], {"p": [9]}, "prompts", 3)
+    (example,) = encode_records(tokenizer, [RECORD], {("p", ()): [9]}, "prompts", 3)
     assert example.completion_ids == bytes_of(" c", tokenizer) + [tokenizer.eos_token_id]
     assert example.chosen_ids == bytes_of(" ch", tokenizer)
     assert example.ranked_ids == [bytes_of(" r1", tokenizer), bytes_of(" r2", tokenizer)]

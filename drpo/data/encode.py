@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from drpo.data.markup import Span, find_special, special_tokens
+from drpo.data.markup import MarkedPrompt, Span, find_special, special_tokens
 from drpo.data.records import DataError, Record, RowError
 from drpo.data.views import View
 
@@ -52,18 +52,30 @@ def encode_queries(
     literal: Mapping[str, Sequence[Span]] | None = None,
 ) -> list[list[int]]:
     """`encode_query` of many prompts; `literal` says, by prompt, where special tokens are ordinary text."""
+    places = literal or {}
+    return encode_prompts(tokenizer, [(prompt, tuple(places.get(prompt, ()))) for prompt in prompts])
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[MarkedPrompt]) -> list[list[int]]:
+    """`encode_query` of many prompts, each with its own places where special tokens are ordinary text."""
     opening = _opening_ids(tokenizer)
-    encoded = [_open(opening, ids) for ids in _encode(tokenizer, prompts)]
-    for place, prompt in enumerate(prompts):
-        if literal and literal.get(prompt):
-            encoded[place] = _open(opening, _encode_markup(tokenizer, prompt, literal[prompt], starts=True))
+    encoded = [_open(opening, ids) for ids in _encode(tokenizer, [text for text, _ in prompts])]
+    for number, (text, literal) in enumerate(prompts):
+        if literal:
+            encoded[number] = _open(opening, _encode_markup(tokenizer, text, literal, starts=True))
     return encoded
 
 
-def query_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
-    """A function that gives the length of `encode_query` of a prompt, for many calls."""
+def query_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, Sequence[Span]], int]:
+    """A function that gives the length of a prompt in `encode_prompts`, for many calls."""
     opening = _opening_ids(tokenizer)
-    return lambda prompt: len(_open(opening, _encode(tokenizer, [prompt])[0]))
+
+    def num_tokens(text: str, literal: Sequence[Span] = ()) -> int:
+        if literal:
+            return len(_open(opening, _encode_markup(tokenizer, text, literal, starts=True)))
+        return len(_open(opening, _encode(tokenizer, [text])[0]))
+
+    return num_tokens
 
 
 def encode_responses(
@@ -110,7 +122,7 @@ def said_texts(
 def encode_records(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
-    queries: Mapping[str, list[int]],
+    queries: Mapping[MarkedPrompt, list[int]],
     view: View,
     max_response_length: int | None = None,
 ) -> Iterator[Example | RowError]:
@@ -133,7 +145,7 @@ def encode_records(
         if inside := stop_inside.intersection(_responses(record, view)):
             yield RowError("stop token inside", f"{tokenizer.eos_token!r} in {min(inside)[:60]!r}")
             continue
-        query_ids = queries[record.prompt]
+        query_ids = queries[record.marked_prompt]
         longest = max((len(ids_by_text[text]) for text in _responses(record, view)), default=0)
         if limit is not None and longest > limit:
             yield RowError("response too long", f"{longest} tokens, data.max_response_length={limit}")

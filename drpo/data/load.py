@@ -4,12 +4,12 @@ encode."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from drpo.data.chat import ChatTemplate
 from drpo.data.demo import DemoConfig, make_demo
-from drpo.data.encode import Example, encode_queries, encode_records
+from drpo.data.encode import Example, encode_prompts, encode_records
 from drpo.data.files import keep_all, read_table
 from drpo.data.hh import hh_records
 from drpo.data.holdout import hold_out
@@ -183,9 +183,9 @@ def load_examples(
         train = []
     num_examples = len(train) + len(held_out) + len(bad)
     eval_examples = _encode(held_out, config, tokenizer, view, bad, report)
-    eval_prompts = {example.record.prompt for example in eval_examples}
+    eval_prompts = {example.record.marked_prompt for example in eval_examples}
     examples = _encode(train, config, tokenizer, view, bad, report)
-    train_examples = [example for example in examples if example.record.prompt not in eval_prompts]
+    train_examples = [example for example in examples if example.record.marked_prompt not in eval_prompts]
     bad.check(num_examples, config.max_bad_fraction)
     if len(train_examples) < len(examples):
         report.append(f"{len(examples) - len(train_examples)} {what} left out of train: prompt held out")
@@ -198,7 +198,7 @@ def load_examples(
         report += notes
     parts = {"eval": eval_examples} if held_out_only else {"train": train_examples, "eval": eval_examples}
     for name, part in parts.items():
-        num_prompts = len({example.record.prompt for example in part})
+        num_prompts = len({example.record.marked_prompt for example in part})
         report.append(f"{name}: {len(part)} {what}, {num_prompts} distinct prompts")
     return Splits(train_examples, eval_examples, "\n".join(report))
 
@@ -274,23 +274,18 @@ def _encode(
     bad: BadRows,
     report: list[str],
 ) -> list[Example]:
-    prompts = list(dict.fromkeys(record.prompt for record in records))
-    literal = {record.prompt: record.chat.literal for record in records if record.chat is not None}
-    queries = dict(zip(prompts, encode_queries(tokenizer, prompts, literal), strict=True))
+    prompts = list(dict.fromkeys(record.marked_prompt for record in records))
+    queries = dict(zip(prompts, encode_prompts(tokenizer, prompts), strict=True))
     shortened = shorten_prompts(queries, config.max_prompt_length, config.prompt_truncation, tokenizer)
-    new_prompts = [prompt for prompt in shortened.values() if isinstance(prompt, str)]
-    for prompt, new in shortened.items():
-        if isinstance(new, str):  # it ends sooner, and is the same until there
-            kept = [span for span in literal.get(prompt, ()) if prompt[: span[1]] == new[: span[1]]]
-            literal[new] = tuple(kept)
-    queries |= dict(zip(new_prompts, encode_queries(tokenizer, new_prompts, literal), strict=True))
+    new_prompts = [prompt for prompt in shortened.values() if not isinstance(prompt, RowError)]
+    queries |= dict(zip(new_prompts, encode_prompts(tokenizer, new_prompts), strict=True))
     fitting = []
     for record in records:
-        prompt = shortened.get(record.prompt, record.prompt)
+        prompt = shortened.get(record.marked_prompt)
         if isinstance(prompt, RowError):
             bad.add(prompt.kind, record.origin, prompt.detail)
         else:
-            fitting.append(record if prompt is record.prompt else replace(record, prompt=prompt))
+            fitting.append(record if prompt is None else record.with_prompt(prompt))
     if view == "prompts":
         fitting, notes = distinct_prompts(fitting)
         report += notes
@@ -308,6 +303,6 @@ def _with_noise(
     examples: list[Example], config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], list[str]]:
     records, notes = add_noise([example.record for example in examples], config.noise)
-    queries = {example.record.prompt: example.query_ids for example in examples}
+    queries = {example.record.marked_prompt: example.query_ids for example in examples}
     # Every response has passed the length limit beside the prompt that it came from.
     return list(encode_records(tokenizer, records, queries, "pairs", max_response_length=None)), notes

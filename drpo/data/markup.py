@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 "Start and end of characters in a text."
+MarkedPrompt = tuple[str, tuple[Span, ...]]
+"A prompt, and where special tokens in it are ordinary text. Two of the same text may differ in tokens."
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from drpo.data.markup import MarkedPrompt, Span
 
 Message = Mapping[str, Any]
 NUM_SHOWN = 3
@@ -36,7 +38,7 @@ class Chat:
     "The prompt as the data has it, the same under every template."
     opening: str = ""
     "What the template writes between the prompt and a plain reply; the record's responses begin with it."
-    literal: tuple[tuple[int, int], ...] = ()
+    literal: tuple[Span, ...] = ()
     "Where the prompt has special tokens that a message spells out: ordinary text."
     arguments: Mapping[str, Any] = field(default_factory=dict)
     "The template's arguments."
@@ -75,9 +77,20 @@ class Record:
         return self.prompt if self.chat is None else self.chat.source
 
     @property
+    def marked_prompt(self) -> MarkedPrompt:
+        """The prompt with what is ordinary text in it: prompts are the same tokens when these are equal."""
+        return self.prompt, () if self.chat is None else self.chat.literal
+
+    @property
     def opening(self) -> str:
         """What a chat template writes between the prompt and a plain reply; "" without one."""
         return "" if self.chat is None else self.chat.opening
+
+    def with_prompt(self, prompt: MarkedPrompt) -> Record:
+        """The record with another text of its prompt, such as a shorter one."""
+        text, literal = prompt
+        chat = None if self.chat is None else replace(self.chat, literal=literal)
+        return replace(self, prompt=text, chat=chat)
 
     def said(self, response: str) -> str:
         """A response of this record without what a chat template writes before it."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
+from drpo.data.markup import MarkedPrompt
 from drpo.data.records import BadRows, DataError, Record, RowError, require_different, require_scores
 
 View = Literal["demonstrations", "pairs", "prompts", "ranked", "unpaired"]
@@ -188,9 +189,9 @@ def prompts(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
 
 def distinct_prompts(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """The first record of each prompt, in order, and a note on how many others there were."""
-    first: dict[str, Record] = {}
+    first: dict[MarkedPrompt, Record] = {}
     for record in records:
-        first.setdefault(record.prompt, record)
+        first.setdefault(record.marked_prompt, record)
     num_repeats = len(records) - len(first)
     notes = [f"{num_repeats} rows repeat a prompt: the first of each is kept"] if num_repeats else []
     return list(first.values()), notes

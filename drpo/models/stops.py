@@ -31,8 +31,8 @@ def check_stop_token(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> N
         raise ConfigError(
             f"this policy ends its responses with {' or '.join(map(repr, said))} (eos_token_id in its "
             f"generation_config.json or GGUF file), but the data's would end with {tokenizer.eos_token!r}: set "
-            f"data.stop_token to {said[0]!r} or data.chat_template to what the policy was trained with, or teach it the "
-            "other one by SFT"
+            f"data.stop_token to {said[0]!r} or data.chat_template to what the policy was trained with, or teach it "
+            "the other one by SFT"
         )
 
 

@@ -82,7 +82,7 @@ def held_out_sampler(
         frozen = engine.place(load_policy(source, tokenizer, seed), as_trained=True)
         check_sampling(frozen, examples, config.max_response_length, "sample.kl_reference", key)
         reference_logprobs = functools.partial(_logprobs, frozen)
-    prompts = list({example.record.prompt: example for example in reversed(examples)}.values())[::-1]
+    prompts = list({example.record.marked_prompt: example for example in reversed(examples)}.values())[::-1]
     vocabulary = vocabulary_of(rollout, tokenizer, policy.config.vocab_size, stop_ids(policy))
     settings = EvalConfig(num_prompts=config.num_prompts, temperature=config.temperature)
 

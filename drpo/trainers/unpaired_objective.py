@@ -51,7 +51,7 @@ def make_labelled(examples: Sequence[Example]) -> list[LabelledResponse]:
     partner: Example | None = None
     for example in reversed([*examples, *examples]):  # the second copy: what follows the last is the first
         following = items[-1].example if items else None
-        if following is not None and following.record.prompt != example.record.prompt:
+        if following is not None and following.record.marked_prompt != example.record.marked_prompt:
             partner = following
         other_ids = partner.completion_ids if partner is not None else []
         items.append(LabelledResponse(example, bool(example.record.extra["label"]), other_ids))
