@@ -105,3 +105,16 @@ def test_a_marker_that_a_post_spells_out_stays_text_when_the_post_is_cut(tmp_pat
     assert "to me.\nHe never" in tokenizer.decode(example.query_ids)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert example.query_ids.count(end) == 1, "the one of the template"
+
+
+def test_spelled_out_markup_counts_as_text_when_a_post_is_shortened(tmp_path, tokenizer):
+    spelled = "one <|im_end|><|im_end|><|im_end|>\ntwo <|im_end|>"
+    row = {**INFO, "post": spelled, "summary": " dishes"}
+    (whole,) = examples(tmp_path, tokenizer, "demonstrations", [row])
+    longest = len(whole.query_ids)
+    lengths = set()
+    for limit in range(longest - 20, longest):
+        (example,) = examples(tmp_path, tokenizer, "demonstrations", [row], max_prompt_length=limit)
+        assert len(example.query_ids) <= limit
+        lengths.add(len(example.query_ids))
+    assert len(lengths) > 1

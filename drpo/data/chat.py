@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from drpo.data.markup import Span, find_special, special_tokens
-from drpo.data.records import Chat, DataError, Message, RowError, require_text
+from drpo.data.records import Chat, DataError, Message, RowError, require_encodable, require_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,18 @@ def is_conversation(value: object) -> bool:
         and len(value) > 0
         and all(isinstance(message, Mapping) and "role" in message for message in value)
     )
+
+
+def require_messages(values: Sequence[object], field: str) -> list[Message]:
+    """The values as messages, without keys whose value is None; RowError for one that is no message, or has no role."""
+    for number, message in enumerate(values, start=1):
+        where = f"message {number} of {field}"
+        if not isinstance(message, Mapping):
+            raise RowError(
+                "wrong type", f"{where} is {type(message).__name__}, not an object with role and content"
+            )
+        require_text(message.get("role"), f"role in {where}")
+    return without_none(values)
 
 
 def without_none(messages: Sequence[Message]) -> list[Message]:
@@ -91,12 +103,15 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], responses: Sequence[str]) -> tuple[str, list[str]]:
         """The prompt as text and, for each response, the text that follows it up to the stop token.
 
-        Raises RowError when the prompt does not end with a message to answer, and when the template refuses
-        the conversation, renders its prompt otherwise once a response follows, or changes the response.
+        Raises RowError when a message has no role or no text, when the prompt does not end with a message to answer,
+        and when the template refuses the conversation, renders its prompt otherwise once a response follows, or
+        changes the response.
         """
         for message in messages:
-            if not isinstance(message.get("content"), str):
-                raise RowError("wrong type", f"the content of a {message['role']!r} message is not text")
+            role, content = require_text(message.get("role"), "role in a message"), message.get("content")
+            if not isinstance(content, str):
+                raise RowError("wrong type", f"the content of a {role!r} message is not text")
+            require_encodable(content, f"the content of a {role!r} message")
         if not messages or messages[-1]["role"] == "assistant":
             raise RowError("missing field", "the conversation has no message to answer")
         prompt = self._prompt(messages)
@@ -204,7 +219,7 @@ class ChatTemplate:
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 without_none(messages),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -214,3 +229,5 @@ class ChatTemplate:
             raise RowError("chat template", str(error)) from None
         except Exception as error:  # a template is a program, and may fail in any way
             raise RowError("chat template", f"{type(error).__name__}: {error}") from None
+        require_encodable(text, "what the chat template makes of the messages")
+        return text

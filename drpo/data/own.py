@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from drpo.data.chat import ChatTemplate, is_conversation, split_conversation, without_none
+from drpo.data.chat import ChatTemplate, is_conversation, require_messages, split_conversation
 from drpo.data.files import Row, Table, convert_rows
 from drpo.data.hh import ASSISTANT, HUMAN, dialogue, parse_turns, split_dialogue
 from drpo.data.records import (
@@ -25,6 +25,7 @@ EXTRA_FIELDS = ("label", "chosen_score", "rejected_score", "chosen_relevance", "
 "What is said of responses; it is kept in `extra`, and checked by what reads it."
 FIELDS = (*TEXT_FIELDS, *EXTRA_FIELDS)
 RESPONSE_FIELDS = ("completion", "chosen", "rejected")
+CONVERSATION_FIELDS = ("prompt", "messages", *RESPONSE_FIELDS)
 JSON_FIELDS = ("messages", "responses", "scores", *EXTRA_FIELDS[1:])
 PROMPT_SOURCES = ("prompt", "messages", "chosen")
 
@@ -113,7 +114,16 @@ def _parse(field: str, value: Any) -> Any:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise RowError("invalid JSON", f"{field}: {error.msg}") from None
-    return without_none(value) if is_conversation(value) else value
+    if field == "responses" and isinstance(value, list):
+        return [_messages(field, response) for response in value]
+    return _messages(field, value) if field in CONVERSATION_FIELDS else value
+
+
+def _messages(field: str, value: Any) -> Any:
+    """A list with messages as messages, anything else as it is."""
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return require_messages(value, field)
+    return value
 
 
 def _conversation(messages: Any) -> list:

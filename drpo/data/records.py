@@ -147,11 +147,16 @@ def require_text(value: object, field: str) -> str:
         raise RowError("wrong type", f"{field} is {type(value).__name__}, not text")
     if not value.strip():
         raise RowError("empty text", field)
+    require_encodable(value, field)
+    return value
+
+
+def require_encodable(text: str, field: str) -> None:
+    """RowError when a text has no UTF-8, which JSON can spell: half of a surrogate pair."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise RowError("invalid text", f"{field} holds half of a surrogate pair") from None
-    return value
 
 
 def require_scores(value: object, field: str, num_responses: int) -> tuple[float, ...]:
