@@ -65,6 +65,17 @@ def test_layers_that_cannot_be_adapted_are_told_at_the_start():
         adapted(tiny_model("falcon_h1"))
 
 
+@pytest.mark.parametrize("misspelt", ["q_projj", "lm_head", "proj", "model.layers.9.mlp.up_proj", "head"])
+def test_every_name_must_be_that_of_a_layer(misspelt):
+    with pytest.raises(
+        ConfigError, match=f"no linear layer is named {misspelt}; the names are down_proj, .*v_proj"
+    ):
+        adapted(tiny_model("llama"), target_modules=["up_proj", misspelt])
+    both = adapted(tiny_model("llama"), target_modules=["up_proj", "layers.1.self_attn.q_proj"])
+    expected = {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"}
+    assert layers_of(both) == expected
+
+
 def test_a_layer_below_the_cut_is_said_to_be_outside_the_trainable_layers():
     model = tiny_model("llama")
     with pytest.raises(
@@ -72,6 +83,8 @@ def test_a_layer_below_the_cut_is_said_to_be_outside_the_trainable_layers():
         match="among model.trainable_layers is named k_proj; the names are (?!.*k_proj).*down_proj",
     ):
         adapted(model, target_modules=["k_proj"], within=("model.layers.1.mlp.",))
+    with pytest.raises(ConfigError, match="among model.trainable_layers is named layers.0.mlp.up_proj;"):
+        adapted(model, target_modules=["up_proj", "layers.0.mlp.up_proj"], within=("model.layers.1.",))
 
 
 def test_what_is_trained_is_float32_over_a_bfloat16_base():

@@ -31,7 +31,8 @@ def add_lora(
     `target_modules` None takes every linear layer but the output embedding and the routers of experts, `within` only
     those whose names begin so; modules named in `trained_whole` are trained in full beside the adapter. Experts that
     are one fused parameter are no linear layers and stay as they are. What is trained is float32, whatever the base.
-    Raises ImportError without peft, ConfigError when no module matches or PEFT cannot adapt one.
+    Raises ImportError without peft, ConfigError when one of `target_modules` names no such layer, or PEFT cannot adapt
+    one.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -47,17 +48,21 @@ def add_lora(
         and (not within or name.startswith(within))
     ]
     if target_modules is not None:
-        endings = tuple(f".{target}" for target in target_modules)
-        named = [name for name in linear if f".{name}".endswith(endings)]
-        if not named:
+        absent = [
+            target
+            for target in target_modules
+            if not any(f".{name}".endswith(f".{target}") for name in linear)
+        ]
+        if absent:
             raise ConfigError(
                 "model.lora.target_modules: no linear layer "
                 + ("among model.trainable_layers " if within else "")
-                + f"is named {', '.join(target_modules)}; the names are "
+                + f"is named {', '.join(absent)}; the names are "
                 f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
                 + (" (fused experts get no adapter)" if _has_fused_experts(model) else "")
             )
-        linear = named
+        endings = tuple(f".{target}" for target in target_modules)
+        linear = [name for name in linear if f".{name}".endswith(endings)]
     else:
         linear = [name for name in linear if not ROUTERS & set(name.split("."))]
     config = LoraConfig(
