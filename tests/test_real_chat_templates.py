@@ -17,6 +17,7 @@ from drpo.data.load import DataConfig
 from drpo.data.own import own_record
 from drpo.data.records import DataError, RowError
 from drpo.data.stop import with_stop_token
+from drpo.data.template_arguments import check_arguments
 
 FOLDER = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 NO_THOUGHT = {"enable_thinking": False}
@@ -87,6 +88,18 @@ def usable(name: str) -> bool:
     return ENDS[family(name)].startswith("<")
 
 
+def reads_thinking(name: str) -> bool:
+    return "enable_thinking" in (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_argument_that_a_template_does_not_read_is_refused(name):
+    check_arguments(tokenizer_of(name), NO_THOUGHT if reads_thinking(name) else ())
+    unread = {"enable_thinkin"} if reads_thinking(name) else NO_THOUGHT
+    with pytest.raises(DataError, match="does not read it"):
+        check_arguments(tokenizer_of(name), unread)
+
+
 def test_the_table_knows_every_template():
     assert {family(name) for name in TEMPLATES} == set(ENDS) and len(TEMPLATES) > 60
 
@@ -116,7 +129,8 @@ def cases():
     for name in TEMPLATES:
         if usable(name):
             yield name, {}
-            yield name, NO_THOUGHT
+            if reads_thinking(name):
+                yield name, NO_THOUGHT
         elif "nemotron" in name:
             yield name, NO_THOUGHT
 

@@ -102,6 +102,18 @@ def test_a_token_that_does_not_exist_or_stands_inside_a_response_is_told(rows):
         load_examples(config(rows, stop_token="u"), byte_level(vocab_size=261), "demonstrations")
 
 
+def test_an_end_of_turn_that_pads_is_refused_with_what_to_do(rows):
+    tokenizer = byte_level(chat_template=CHATML)
+    tokenizer.pad_token = "<|im_end|>"
+    with pytest.raises(
+        DataError,
+        match=r"^the tokenizer's chat template ends a turn with '<\|im_end\|>', .*pad_token.*data.stop_token",
+    ):
+        load_examples(config(rows, chat_template=True), tokenizer, "demonstrations")
+    other = config(rows, chat_template=True, stop_token="<|endoftext|>")
+    assert load_examples(other, tokenizer, "demonstrations").train
+
+
 def test_an_end_of_turn_that_is_no_token_is_refused_by_the_key_that_helps(rows):
     spelled = CHATML.replace("<|im_end|>", "<|end_of_turn|>")
     with pytest.raises(DataError, match="'<|end_of_turn|>.*data.stop_token"):

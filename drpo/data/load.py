@@ -17,6 +17,7 @@ from drpo.data.noise import NoiseConfig, add_noise
 from drpo.data.own import FIELDS, own_records
 from drpo.data.records import BadRows, DataError, Record, RowError
 from drpo.data.stop import template_of, with_stop_token
+from drpo.data.template_arguments import RESERVED
 from drpo.data.tldr import keep_column, tldr_records
 from drpo.data.truncation import Truncation, shorten_prompts
 from drpo.data.views import View, distinct_prompts, view_name, view_records
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_EVAL_FRACTION = 0.05
-TEMPLATE_INPUTS = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message"}
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,11 @@ class DataConfig:
         check(
             self.chat_template or not self.chat_template_kwargs, "chat_template_kwargs", "needs chat_template"
         )
-        if taken := TEMPLATE_INPUTS & set(self.chat_template_kwargs):
-            raise ValueError(f"data.chat_template_kwargs.{min(taken)} is set by DRPO; leave it out")
+        if taken := RESERVED & set(self.chat_template_kwargs):
+            raise ValueError(
+                f"data.chat_template_kwargs.{min(taken)} is not the template's own: DRPO sets it, or it would do "
+                "nothing; leave it out"
+            )
         if self.chat_template:
             check(self.truncation != "left", "truncation", "must not cut the opening of a chat template")
         if self.truncation is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from drpo.data.chat import ChatTemplate
 from drpo.data.records import DataError
+from drpo.data.template_arguments import check_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 
 
 def template_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    """The tokenizer's chat template as the data asks for it; None for data without one."""
+    """The tokenizer's chat template as the data asks for it; None for data without one. Raises DataError for one that
+    cannot be used, or does not read an argument that it is given."""
     if not config.chat_template:
         return None
+    check_arguments(tokenizer, config.chat_template_kwargs)
     return ChatTemplate(tokenizer, config.chat_template_kwargs, config.stop_token)
 
 
@@ -26,7 +29,7 @@ def with_stop_token(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> P
 
     It is `data.stop_token`; without one the end of turn of the chat template, or the tokenizer's own. Whatever
     encodes, samples, scores or is saved with this tokenizer then agrees. Raises DataError for a token that the
-    tokenizer has not.
+    tokenizer has not, or pads with.
     """
     token = config.stop_token
     if token is not None and token not in tokenizer.get_vocab():
@@ -36,7 +39,15 @@ def with_stop_token(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> P
     if token in (None, tokenizer.eos_token):
         return tokenizer
     if token == tokenizer.pad_token:
-        raise DataError(f"data.stop_token: {token!r} is the padding token, which is never sampled")
+        if config.stop_token is not None:
+            raise DataError(
+                f"data.stop_token: {token!r} is the padding token, which is never sampled; name another token"
+            )
+        raise DataError(
+            f"the tokenizer's chat template ends a turn with {token!r}, which is its padding token and so never "
+            "sampled: take pad_token out of its tokenizer_config.json, and another is added to pad with; or name "
+            "another token that ends a response, data.stop_token"
+        )
     return ending_with(tokenizer, token)
 
 

@@ -1,0 +1,63 @@
+"""The arguments of a chat template: names that it reads, so that a misspelt one is not taken for set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
+
+from drpo.data.records import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "conversations",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+"What transformers' apply_chat_template takes for itself, or DRPO fills in."
+FUNCTIONS = {"raise_exception", "strftime_now"}
+"What transformers gives every template."
+GENERATION = re.compile(r"{%[-+]?\s*(end)?generation\s*[-+]?%}")
+"Tags of transformers' own around what the model writes; they read nothing."
+
+
+def check_arguments(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) -> None:
+    """Raise DataError for an argument that the tokenizer's chat template does not read, and so would do nothing."""
+    if not names:
+        return
+    try:
+        read = template_variables(tokenizer.get_chat_template())
+    except (ValueError, TemplateError):  # none, or a broken one: ChatTemplate says so
+        return
+    if unread := sorted(set(names) - read):
+        raise DataError(
+            f"data.chat_template_kwargs.{unread[0]}: the tokenizer's chat template does not read it, so it would do "
+            f"nothing; the template reads {', '.join(sorted(read)) or 'no arguments'}"
+        )
+
+
+def template_variables(template: str) -> set[str]:
+    """The names that a template reads and does not set itself, without those that it is always given."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    parsed = environment.parse(GENERATION.sub("", template))
+    return find_undeclared_variables(parsed) - RESERVED - FUNCTIONS
