@@ -20,7 +20,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from drpo.config import ConfigError
 from drpo.precision import PRECISIONS, choose_precision, settled_why, slow_bf16_warning
+
+FLAGS = tuple(f"ACCELERATE_{name}" for name in ("USE_CPU", "USE_FSDP", "DEBUG_MODE", "CPU_AFFINITY"))
+"Environment variables that accelerate reads as true or false."
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,17 @@ class EngineConfig:
             raise ValueError(f"engine.timeout_minutes must be > 0 and finite, got {self.timeout_minutes}")
 
 
+def _check_flags() -> None:
+    """Raise ConfigError for a variable of accelerate's that is neither true nor false."""
+    for name in FLAGS:
+        try:
+            parse_flag_from_env(name)
+        except ValueError:
+            raise ConfigError(
+                f"the environment variable {name} is {os.environ[name]!r}: set it to true or false, or unset it"
+            ) from None
+
+
 def _device_type(cpu: bool) -> str:
     """The type of device that accelerate will choose."""
     if cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
@@ -58,6 +73,7 @@ class Engine:
     """One prepared module and optimizer on every process, and the collectives that trainers need."""
 
     def __init__(self, config: EngineConfig, run_dir: Path, seed: int, max_grad_norm: float | None) -> None:
+        _check_flags()
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, with a warning
         several_on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
