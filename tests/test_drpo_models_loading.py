@@ -16,9 +16,10 @@ from transformers import (
     AutoTokenizer,
 )
 
-from drpo.config import load_recipe, options
+from drpo.config import ConfigError, load_recipe, options
 from drpo.models.export import save_policy
-from drpo.models.loading import LoraConfig, ModelConfig, disable_dropout, load_policy
+from drpo.models.loading import LoraConfig, ModelConfig, disable_dropout, load_critic, load_policy
+from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import load_tokenizer, train_tokenizer
 
 TEXTS = ["a post about cats and dogs", "TL;DR: cats and dogs\n\n  two  spaces", "naïve café 猫"] * 20
@@ -388,3 +389,26 @@ def test_a_failed_save_leaves_the_older_folder(saved, tokenizer, tmp_path):
     with pytest.raises(UnicodeEncodeError):
         save_policy(policy, tokenizer, path, "a lone surrogate cannot be written: \ud800")
     assert (path / "README.md").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["nonsense", "flash_attention_2"])
+def test_an_attention_that_cannot_be_used_is_named_by_its_key(tmp_path, name):
+    tokenizer = train_tokenizer(["a text"], 300)
+    architecture = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    architecture |= {"intermediate_size": 32}
+    policy = load_policy(ModelConfig(architecture=architecture, vocab_size=300), tokenizer)
+    policy.save_pretrained(tmp_path / "policy")
+    ScalarModel.from_causal_lm(policy).save_pretrained(tmp_path / "critic")
+    said = f"^model.attn_implementation: '{name}' cannot be used here: .*eager or sdpa"
+    fresh = ModelConfig(architecture=architecture, vocab_size=300, attn_implementation=name)
+    saved = ModelConfig(path=str(tmp_path / "policy"), attn_implementation=name)
+    for config in (fresh, saved):
+        with pytest.raises(ConfigError, match=said):
+            load_policy(config, tokenizer)
+    with pytest.raises(ConfigError, match=said):
+        load_critic(str(tmp_path / "critic"), saved)

@@ -9,10 +9,12 @@ from tiny_tokenizers import CHATML, byte_level
 from transformers import AutoTokenizer
 
 from drpo.config import ConfigError
+from drpo.data.load import DataConfig
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import load_tokenizer, train_tokenizer
 from drpo.models.vocabulary import check_same_texts, check_same_vocabulary, check_trained_alike
+from drpo.trainers.sft import tokenizer_for
 from reward_models.model import RewardModelConfig
 
 
@@ -48,8 +50,51 @@ def test_another_vocabulary_of_equal_size_is_refused(tmp_path):
     ):
         check_same_vocabulary(own, saved(other, tmp_path / "other"), "critic.path")
     with pytest.raises(ConfigError, match="reference.path: its tokenizer must be there too"):
-        (tmp_path / "empty").mkdir()
-        check_same_vocabulary(own, str(tmp_path / "empty"), "reference.path")
+        (tmp_path / "bare").mkdir()
+        (tmp_path / "bare" / "config.json").write_text("{}")
+        check_same_vocabulary(own, str(tmp_path / "bare"), "reference.path")
+
+
+def test_a_model_that_is_not_there_is_named_by_its_key(tmp_path):
+    absent = {"none": "no folder", "none.gguf": "no file"}
+    (tmp_path / "empty").mkdir()
+    for name, said in {**absent, "empty": ".* has no config.json; it holds nothing"}.items():
+        path = str(tmp_path / name)
+        with pytest.raises(ConfigError, match=f"^critic.path: {said}"):
+            check_same_vocabulary(byte_level(), path, "critic.path")
+        with pytest.raises(ConfigError, match=f"^sample.kl_reference: {said}"):
+            load_policy(ModelConfig(path=path), byte_level(), key="sample.kl_reference")
+    for name, said in absent.items():
+        for key in ("path", "tokenizer"):
+            with pytest.raises(ConfigError, match=f"^model.{key}: {said}"):
+                tokenizer_for(ModelConfig(**{key: str(tmp_path / name)}), DataConfig())
+
+
+def test_a_tokenizer_of_another_vocabulary_than_the_models_own_is_refused(policy, tmp_path):
+    other = saved(train_tokenizer(["something else"] * 20, 290), tmp_path / "other")
+    config = ModelConfig(path=str(policy), tokenizer=other)
+    with pytest.raises(ConfigError, match="^model.tokenizer: .*ids are other tokens there, the first .*null"):
+        load_policy(config, load_tokenizer(other))
+    own = load_tokenizer(policy)
+    own.add_tokens(["<new>"], special_tokens=True)  # beyond the embedding, which says so itself
+    more = saved(own, tmp_path / "more")
+    with pytest.raises(ConfigError, match="model.tokenizer: token '<new>' has id"):
+        load_policy(ModelConfig(path=str(policy), tokenizer=more), load_tokenizer(more))
+
+
+def test_a_tokenizer_made_from_the_models_own_is_taken(policy, tmp_path):
+    model = load_policy(ModelConfig(path=str(policy)), load_tokenizer(policy))
+    folder = tmp_path / "model"
+    model.resize_token_embeddings(310)
+    model.save_pretrained(folder)
+    own = AutoTokenizer.from_pretrained(policy)
+    beside = saved(own, tmp_path / "beside")
+    config = ModelConfig(path=str(folder), tokenizer=beside)
+    load_policy(config, load_tokenizer(beside))  # a model without a tokenizer of its own
+    AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
+    own.add_tokens(["<user>", "<assistant>"], special_tokens=True)
+    more = saved(own, tmp_path / "more", eos_token="<user>")
+    load_policy(ModelConfig(path=str(folder), tokenizer=more), load_tokenizer(more))
 
 
 def test_other_ends_and_templates_are_refused_where_texts_matter(tmp_path):

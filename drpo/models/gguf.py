@@ -6,7 +6,8 @@ A file is read without its quantisation: the weights are dense, can be trained, 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +45,37 @@ def gguf_file(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> 
         names = ", ".join(file.name for file in files)
         raise ConfigError(f"{key}: {path!r} holds {len(files)} GGUF files, name one of them: {names}")
     return files[0] if files else None
+
+
+@contextmanager
+def reading(file: Path, key: str, what: str = "") -> Iterator[None]:
+    """Raise ConfigError, naming the `key`, in place of what transformers raises for a GGUF file that it cannot read."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except UNREADABLE as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if _is_cut_short(file):
+            reason = f"it seems to be cut short or damaged ({reason}); download it again"
+        raise ConfigError(f"{key}: cannot read {what}{str(file)!r}: {reason}") from error
+
+
+def _is_cut_short(file: Path) -> bool:
+    """Whether a file that begins as a GGUF file ends too soon: the package gguf reads whole ones of any model."""
+    with file.open("rb") as start:
+        magic, version = start.read(4), start.read(4)
+    if not b"GGUF".startswith(magic) or (
+        len(version) == 4 and int.from_bytes(version, "little") not in (2, 3)
+    ):
+        return False
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(file)
+    except Exception:  # whatever its arithmetic runs into
+        return True
+    return False
 
 
 def location(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> tuple[str, dict[str, str]]:

@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,13 +19,14 @@ from transformers import (
 
 from drpo.config import ConfigError
 from drpo.models.adapters import add_lora
-from drpo.models.gguf import dense_weights, location
+from drpo.models.attention import attention_errors
+from drpo.models.causal_lm import fresh_causal_lm, read_causal_lm
 from drpo.models.probes import can_probe_now, check_policy, check_scalar_model
-from drpo.models.saved import check_complete, is_causal_lm, kind_of, read_config
+from drpo.models.saved import check_complete, kind_of, read_config
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import SMALLEST_VOCABULARY
 from drpo.models.trunk import freeze_trunk, has_trunk, same_trunk, share_trunk, trained_layer_names
-from drpo.models.vocabulary import check_embedded
+from drpo.models.vocabulary import check_embedded, check_own_vocabulary
 
 Scalar = TypeVar("Scalar", bound=ScalarModel)
 
@@ -131,23 +130,28 @@ def _check_architecture(architecture: dict[str, Any]) -> None:
             )
 
 
-def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
+def load_policy(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, key: str = "model.path"
+) -> PreTrainedModel:
     """A causal language model without dropout, in training mode; a PeftModel when `config.lora.r` > 0.
 
     From `config.path`, or with fresh weights by `config.architecture` and the size of the tokenizer. The
-    embedding is never resized. Raises ConfigError naming the key when there is no such model, when it is not a
-    causal language model, when weights are missing, when the tokenizer has ids that the model has not, or when the
-    model's padded rows or cached steps are not those of whole texts.
+    embedding is never resized. Raises ConfigError naming the key (`key` for the path) when there is no such model, when
+    it is not a causal language model, when weights are missing, when the tokenizer has ids that the model has not or
+    model.tokenizer is another one than the model's, or when the model's padded rows or cached steps are not those of
+    whole texts.
     """
     if config.path is not None:
-        model = _load_causal_lm(config)
+        if config.tokenizer not in (None, config.path):
+            check_own_vocabulary(tokenizer, config.path, key)
+        model = read_causal_lm(config, key)
     elif config.architecture:
-        model = _fresh_causal_lm(config, tokenizer, seed)
+        model = fresh_causal_lm(config, tokenizer, seed)
     else:
         raise ConfigError("no model: give model.path, or model.architecture for one from scratch")
     check_embedded(model, tokenizer)
     if can_probe_now(model):
-        check_policy(model, "model.path" if config.path else "model.architecture.model_type")
+        check_policy(model, key if config.path else "model.architecture.model_type")
     return _prepare(model, config, seed)
 
 
@@ -201,9 +205,9 @@ def _read_scalar(path: str, config: ModelConfig, model_class: type[Scalar], key:
         fields = {name: value for name, value in saved.items() if name != "model_type"}
         options["config"] = model_class.config_class.from_dict(fields)
         model, info = model_class.from_pretrained(path, **options, output_loading_info=True)
-        check_complete(info, path)
+        check_complete(info, path, key)
     elif any(name.endswith("ForSequenceClassification") for name in saved.get("architectures") or []):
-        model = _from_sequence_classifier(path, options, model_class)
+        model = _from_sequence_classifier(path, options, model_class, key)
     else:
         raise ConfigError(
             f"{key}: {path!r} holds {kind_of(saved)}: neither a scalar model nor a *ForSequenceClassification; "
@@ -211,7 +215,8 @@ def _read_scalar(path: str, config: ModelConfig, model_class: type[Scalar], key:
             "policy, without a path"
         )
     if config.attn_implementation is not None:
-        model.backbone.set_attn_implementation(config.attn_implementation)
+        with attention_errors(config.attn_implementation):
+            model.backbone.set_attn_implementation(config.attn_implementation)
     if can_probe_now(model.backbone):
         check_scalar_model(model, key)
     return model
@@ -268,56 +273,17 @@ def _prepare(
     return model.train()
 
 
-def _load_causal_lm(config: ModelConfig) -> PreTrainedModel:
-    saved = read_config(config.path, "model.path")
-    if not is_causal_lm(saved.get("model_type"), saved.get("architectures")):
-        raise ConfigError(
-            f"model.path: {config.path!r} holds {kind_of(saved)}; a decoder-only causal language model is needed"
-        )
-    options: dict[str, Any] = {"dtype": config.dtype}
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
-    source, gguf = location(config.path, "model.path")
-    if gguf:
-        options |= gguf | dense_weights(Path(source, gguf["gguf_file"]), saved, "model.path")
-    model, info = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
-    check_complete(info, config.path)
-    if gguf:  # whose config is all that it says of generation, and counts as a generation_config.json
-        model.generation_config._from_model_config = False
-    return model
-
-
-def _fresh_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    special = {
-        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    architecture = AutoConfig.for_model(**{**special, **config.architecture})
-    if not is_causal_lm(architecture.model_type, None):
-        raise ConfigError(
-            f"model.architecture.model_type: {architecture.model_type} is not a causal language model"
-        )
-    options: dict[str, Any] = {
-        "dtype": torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    }
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(architecture, **options)
-
-
-def _from_sequence_classifier(path: str, options: dict[str, Any], model_class: type[Scalar]) -> Scalar:
+def _from_sequence_classifier(
+    path: str, options: dict[str, Any], model_class: type[Scalar], key: str
+) -> Scalar:
     source, info = AutoModelForSequenceClassification.from_pretrained(
         path, **options, output_loading_info=True
     )
-    check_complete(info, path)
+    check_complete(info, path, key)
     head = getattr(source, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ConfigError(
-            f"{path!r} holds {type(source).__name__} with {source.config.num_labels} labels; a score needs a "
+            f"{key}: {path!r} holds {type(source).__name__} with {source.config.num_labels} labels; a score needs a "
             "decoder with a linear head `score` and num_labels=1"
         )
     model = model_class.from_backbone(source, source.state_dict())

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from drpo.config import ConfigError
-from drpo.models.gguf import UNREADABLE, location
+from drpo.models.gguf import UNREADABLE, location, reading
 
 
 def is_local(path: str) -> bool:
@@ -41,20 +41,27 @@ def _listing(folder: Path) -> str:
     return ", ".join(names[:20]) + (" ..." if len(names) > 20 else "") if names else "nothing"
 
 
+def check_present(path: str, key: str) -> tuple[str, dict[str, str]]:
+    """The `location` of a model; ConfigError when a path of this machine holds none."""
+    source, gguf = location(path, key)
+    if is_local(path) and not gguf:
+        check_folder(path, key, ("config.json",))
+    return source, gguf
+
+
 def read_config(path: str, key: str) -> dict[str, Any]:
     """The config.json at a folder or hub id, or what a GGUF file has for it, whatever kind of model it is of.
 
     Raises ConfigError when there is none, or it cannot be read.
     """
-    source, gguf = location(path, key)
-    if is_local(path) and not gguf:
-        check_folder(path, key, ("config.json",))
+    source, gguf = check_present(path, key)
+    if gguf:
+        with reading(Path(source, gguf["gguf_file"]), key):
+            return PreTrainedConfig.get_config_dict(source, **gguf)[0]
     try:
-        return PreTrainedConfig.get_config_dict(source, **gguf)[0]
+        return PreTrainedConfig.get_config_dict(source)[0]
     except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0]
-        if gguf:
-            raise ConfigError(f"{key}: cannot read {source}/{gguf['gguf_file']}: {reason}") from error
         if is_local(path):
             raise ConfigError(f"{key}: cannot read {path}/config.json: {reason}") from error
         raise ConfigError(
@@ -62,12 +69,12 @@ def read_config(path: str, key: str) -> dict[str, Any]:
         ) from error
 
 
-def check_complete(info: dict[str, Any], path: str) -> None:
+def check_complete(info: dict[str, Any], path: str, key: str) -> None:
     """Raise ConfigError when transformers had to make up weights: `info` is its output_loading_info."""
     if missing := sorted(info["missing_keys"]):
         raise ConfigError(
-            f"{path!r} lacks {len(missing)} weights, which would be random: {', '.join(missing[:5])}; "
-            "it holds another kind of model"
+            f"{key}: {path!r} lacks {len(missing)} weights, which would be random: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}; it holds another kind of model, or only a part of this one"
         )
 
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from drpo.config import ConfigError
-from drpo.models.gguf import UNREADABLE, location
+from drpo.models.gguf import UNREADABLE, location, reading
 from drpo.models.saved import check_folder, is_local
 
 STOP_TOKEN = "<|endoftext|>"
@@ -46,24 +46,31 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, key: str = "model.tokenizer") -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, hub id or GGUF file; "[PAD]" is added if it has none, or pads with its stop token.
 
     The id of an added token may lie outside the model's embedding: pad ids are never fed to a model. Raises
-    ConfigError when there is no tokenizer at `path` or it has no stop (eos) token.
+    ConfigError, naming the `key` of the recipe, when there is no tokenizer at `path` or it has no stop (eos) token.
     """
-    path = str(path)
-    source, gguf = location(path, "model.tokenizer", unless=("config.json", *TOKENIZER_FILES))
-    if is_local(path) and not gguf:
-        check_folder(path, "model.tokenizer", TOKENIZER_FILES)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
-    except UNREADABLE as error:
-        raise ConfigError(f"model.tokenizer: cannot load a tokenizer from {path!r}: {error}") from error
+    tokenizer = read_tokenizer(str(path), key)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"model.tokenizer: {path!r} has no eos token, so a response has no end; set one and save it"
+            f"{key}: the tokenizer at {str(path)!r} has no eos token, so a response has no end; set one and save it"
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
+
+
+def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, hub id or GGUF file as it is. Raises ConfigError, naming the `key`, without one."""
+    source, gguf = location(path, key, unless=("config.json", *TOKENIZER_FILES))
+    if gguf:
+        with reading(Path(source, gguf["gguf_file"]), key, "a tokenizer from "):
+            return AutoTokenizer.from_pretrained(source, **gguf)
+    if is_local(path):
+        check_folder(path, key, TOKENIZER_FILES)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except UNREADABLE as error:
+        raise ConfigError(f"{key}: cannot load a tokenizer from {path!r}: {error}") from error

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drpo.config import ConfigError
-from drpo.models.saved import read_config
-from drpo.models.tokenizer import load_tokenizer
+from drpo.models.saved import check_present, read_config
+from drpo.models.tokenizer import load_tokenizer, read_tokenizer
 
 
 def check_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -24,17 +24,43 @@ def check_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         )
 
 
+def check_own_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> None:
+    """Raise ConfigError when `tokenizer`, from model.tokenizer, has other tokens than that of the model at `path`.
+
+    Only ids that both have count, and no added tokens: reserved ones may get other names, new ones ids of their own. A
+    model without a tokenizer is taken as it is.
+    """
+    try:
+        own = read_tokenizer(path, key)
+    except ConfigError:
+        return
+    ours, theirs = (
+        {i: token for token, i in each.get_vocab().items() if token not in each.added_tokens_encoder}
+        for each in (tokenizer, own)
+    )
+    different = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i])
+    if different:
+        first = different[0]
+        raise ConfigError(
+            f"model.tokenizer: it is not the vocabulary of {path!r} ({key}): {len(different)} ids are other tokens "
+            f"there, the first {first}, {ours[first]!r} here and {theirs[first]!r} there, so the model would read and "
+            "write nonsense; set model.tokenizer to null for the model's own, or to one made from it"
+        )
+
+
 def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model at `path`, which is given the token ids of `tokenizer`, the policy's.
 
-    Raises ConfigError, naming `key`, when the same ids are other tokens there, or no tokenizer is there to tell. Pad
-    tokens may differ.
+    Raises ConfigError, naming `key`, when no model is there, the same ids are other tokens there, or no tokenizer is
+    there to tell. Pad tokens may differ.
     """
     try:
-        other = load_tokenizer(path)
+        other = load_tokenizer(path, key)
     except ConfigError as error:
+        check_present(path, key)
+        reason = str(error).removeprefix(f"{key}: ")
         raise ConfigError(
-            f"{key}: its tokenizer must be there too, to hold it against the policy's: {error}"
+            f"{key}: its tokenizer must be there too, to hold it against the policy's: {reason}"
         ) from None
     padding = {tokenizer.pad_token, other.pad_token}
     own, theirs = (

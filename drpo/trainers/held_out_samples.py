@@ -77,9 +77,9 @@ def held_out_sampler(
     )
     if config.kl_reference is not None:
         check_same_vocabulary(tokenizer, config.kl_reference, "sample.kl_reference")
-        whole = {"architecture": {}, "vocab_size": None, "lora": LoraConfig(), "trainable_layers": None}
-        source = replace(model, path=config.kl_reference, **whole)
-        frozen = engine.place(load_policy(source, tokenizer, seed), as_trained=True)
+        whole = {"architecture": {}, "tokenizer": None, "vocab_size": None, "trainable_layers": None}
+        source = replace(model, path=config.kl_reference, lora=LoraConfig(), **whole)
+        frozen = engine.place(load_policy(source, tokenizer, seed, "sample.kl_reference"), as_trained=True)
         check_sampling(frozen, examples, config.max_response_length, "sample.kl_reference", key)
         reference_logprobs = functools.partial(_logprobs, frozen)
     prompts = list({example.record.marked_prompt: example for example in reversed(examples)}.values())[::-1]

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from drpo.config import ConfigError
 from drpo.engine import Engine
 from drpo.models.adapters import merged_state_dict
 from drpo.models.loading import LoraConfig, load_policy
@@ -101,10 +100,8 @@ def starting_reference(
     takes_small_steps = recipe.reference.sync_mix < 1
     if takes_small_steps:
         source = replace(source, dtype="float32")
-    try:
-        copy = load_policy(source, tokenizer, recipe.seed)
-    except ConfigError as error:
-        raise error if path is None else ConfigError(f"reference.path: {error}") from None
+    key = "model.path" if path is None else "reference.path"
+    copy = load_policy(source, tokenizer, recipe.seed, key)
     copy = engine.place(copy, as_trained=not takes_small_steps)
     dtypes = {module.get_input_embeddings().weight.dtype for module in (copy, policy)}
     # A head tied to the shared embedding would need the policy's weights, of which ZeRO-3 leaves each process a part.

@@ -92,7 +92,8 @@ def tokenizer_for(model: ModelConfig, data: DataConfig):
     """The model's tokenizer, or for a model from scratch one trained on the texts of the data; its eos token is the
     one that ends responses."""
     if model.tokenizer or model.path:
-        return with_stop_token(load_tokenizer(model.tokenizer or model.path), data)
+        key = "model.tokenizer" if model.tokenizer else "model.path"
+        return with_stop_token(load_tokenizer(model.tokenizer or model.path, key), data)
     if not model.architecture:
         raise ConfigError("no model: give model.path, or model.architecture for one from scratch")
     return with_stop_token(train_tokenizer(load_texts(data), model.vocab_size), data)

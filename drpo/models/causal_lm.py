@@ -1,0 +1,64 @@
+"""Causal language models: read from a folder, the hub or a GGUF file, or with fresh weights."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from drpo.config import ConfigError
+from drpo.models.attention import attention_errors
+from drpo.models.gguf import dense_weights, location, reading
+from drpo.models.saved import check_complete, is_causal_lm, kind_of, read_config
+
+if TYPE_CHECKING:
+    from drpo.models.loading import ModelConfig
+
+
+def read_causal_lm(config: ModelConfig, key: str) -> PreTrainedModel:
+    """The model at `config.path`. Raises ConfigError, naming the `key`, for what is none, or not all of one."""
+    saved = read_config(config.path, key)
+    if not is_causal_lm(saved.get("model_type"), saved.get("architectures")):
+        raise ConfigError(
+            f"{key}: {config.path!r} holds {kind_of(saved)}; a decoder-only causal language model is needed"
+        )
+    options: dict[str, Any] = {"dtype": config.dtype}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    source, gguf = location(config.path, key)
+    file, errors = Path(source, *gguf.values()), nullcontext()
+    if gguf:
+        options |= gguf | dense_weights(file, saved, key)
+        errors = reading(file, key)
+    with errors, attention_errors(config.attn_implementation):
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
+    check_complete(info, config.path, key)
+    if gguf:  # whose config is all that it says of generation, and counts as a generation_config.json
+        model.generation_config._from_model_config = False
+    return model
+
+
+def fresh_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A model by `config.architecture` with random weights. Raises ConfigError for another kind of architecture."""
+    special = {
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    architecture = AutoConfig.for_model(**{**special, **config.architecture})
+    if not is_causal_lm(architecture.model_type, None):
+        raise ConfigError(
+            f"model.architecture.model_type: {architecture.model_type} is not a causal language model"
+        )
+    options: dict[str, Any] = {
+        "dtype": torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    }
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    with torch.random.fork_rng(devices=[]), attention_errors(config.attn_implementation):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(architecture, **options)
