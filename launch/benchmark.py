@@ -2,7 +2,7 @@
 
     python launch/benchmark.py [recipe.yaml] [key=value ...]
 
-needs `pip install 'drpo[bench]'`. Every measurement is a process of its own, launch/dpo.py or launch/benchmark_trl.py;
+needs `pip install -e '.[bench]'`. Every measurement is a process of its own, launch/dpo.py or launch/benchmark_trl.py;
 the two sides take turns at going first, and each ratio is of two measurements that follow each other. The losses of
 all steps are compared too: if they differ, the work was not the same, and there is no result.
 """
@@ -117,11 +117,11 @@ def run(recipe: BenchmarkRecipe) -> Path:
         version = metadata.version("trl")
     except metadata.PackageNotFoundError:
         raise ConfigError(
-            "this compares with TRL, which is not installed: pip install 'drpo[bench]'"
+            "this compares with TRL, which is not installed: pip install -e '.[bench]'"
         ) from None
     if not version.startswith(f"{TRL}."):
         raise ConfigError(
-            f"this compares with TRL {TRL}, and {version} is installed: pip install 'drpo[bench]'"
+            f"this compares with TRL {TRL}, and {version} is installed: pip install -e '.[bench]'"
         )
     root = Path(recipe.run_dir).resolve()
     num_parameters = make_inputs(recipe, root / "inputs")

@@ -37,7 +37,7 @@ def add_lora(
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("model.lora needs the package peft: pip install 'drpo[peft]'") from error
+        raise ImportError("model.lora needs the package peft: pip install -e '.[peft]'") from error
     output_embedding = model.get_output_embeddings()
     linear = [
         name
