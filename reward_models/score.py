@@ -59,7 +59,7 @@ class RewardModelScorer:
         Without the path of the policy's tokenizer it scores texts, whoever wrote them.
         """
         model = load_scalar_model(path, ModelConfig(dtype=dtype), RewardModel, key=key)
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, key)
         shared = same_template = False
         if policy_tokenizer_path is not None:
             policy_tokenizer = load_tokenizer(policy_tokenizer_path)

@@ -58,7 +58,8 @@ def train(
     the KL passes kl.max_per_token with kl.on_max=stop.
     """
     run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
-    tokenizer = with_stop_token(load_tokenizer(recipe.tokenizer_path), recipe.data)
+    key = "model.path" if recipe.model.tokenizer is None else "model.tokenizer"
+    tokenizer = with_stop_token(load_tokenizer(recipe.tokenizer_path, key), recipe.data)
     splits = load_examples(recipe.data, tokenizer, "prompts")
     run.say_data(splits.report)
     _check(recipe, engine, splits, tokenizer)
