@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ import yaml
 from drpo.config import ConfigError, load_recipe
 from drpo.data.load import read_records
 from drpo.data.records import Record
+from drpo.metrics import read_metrics
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.preference_recipe import PreferenceRecipe
 from drpo.trainers.sft import SFTRecipe
@@ -40,6 +42,15 @@ STAGES = {
     "ppo": OnlineRecipe,
     "drpo": OnlineRecipe,
 }
+CURVES = (
+    "train/loss",
+    "train/accuracy",
+    "objective/score",
+    "objective/kl_k3_per_token",
+    "objective/sampled_length",
+    "objective/ended",
+    "value/explained_variance",
+)
 SPLIT = ("data.eval_", "data.split_seed", "data.train_split", "data.limit")
 
 
@@ -201,6 +212,16 @@ def method_dir(root: Path, name: str, seed: int) -> Path:
     return root / f"{slug(name)}_{seed}"
 
 
+def training_curves(folders: Sequence[Path]) -> dict[str, list[list[float]]]:
+    """Some metrics of each run, step by step."""
+    runs = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    return {
+        key: [[row[key] for row in rows if key in row] for rows in runs]
+        for key in CURVES
+        if any(key in row for rows in runs for row in rows)
+    }
+
+
 def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
     """Run the comparison, and keep its numbers, without the texts, as results.json."""
     settings: dict[str, Any] = yaml.safe_load(find_recipe(recipe.compare.recipe).read_text())
@@ -228,6 +249,7 @@ def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
         raise StageFailed(f"{' '.join(command)} failed with code {code}, for the reason above")
     found = json.loads((root / "compare" / "comparison.json").read_text())
     numbers = {key: found[key] for key in ("measures", "systems", "tests", "frontiers")}
+    numbers["training"] = {name: training_curves(folders) for name, folders in systems.items()}
     (root / "results.json").write_text(json.dumps(numbers, indent=1))
     return root / "compare" / "report.html"
 

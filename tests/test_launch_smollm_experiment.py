@@ -132,3 +132,12 @@ def test_the_judge_must_not_have_seen_a_post_of_the_experiment(recipe, launched,
     with pytest.raises(ConfigError, match=r"1 of its prompts are in data_path too, such as .*judge.jsonl:1"):
         run(recipe)
     assert launched == []
+
+
+def test_curves_are_those_of_each_run_and_of_what_it_measured(tmp_path):
+    for name, scores in {"a": [1.0, 2.0], "b": [3.0]}.items():
+        (tmp_path / name).mkdir()
+        rows = [{"step": i, "objective/score": score, "time/step": 9.0} for i, score in enumerate(scores)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = smollm_experiment.training_curves([tmp_path / "a", tmp_path / "b"])
+    assert found == {"objective/score": [[1.0, 2.0], [3.0]]}
