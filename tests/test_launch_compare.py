@@ -313,7 +313,7 @@ WRONG = {
     "judging.system is set by the comparison itself": {"judging": {"system": "x"}},
     "baseline: A, moved has 2 runs and base has 1": {"baseline": "A, moved"},
     "systems: x names p twice": {"systems": [{"name": "x", "policies": ["p", "p"]}]},
-    "setting must be a finite number": {
+    "setting is nan; give a finite number": {
         "systems": [{"name": "x", "policies": ["p"], "setting": float("nan")}]
     },
     "'a.nb' cannot be the name": {"systems": [{"name": "a\nb", "policies": ["p"]}]},

@@ -350,12 +350,12 @@ WRONG = [
     ({}, {"seed": 3}, "seed does not apply to orders=both"),
     ({}, {"max_undecided": 2.0}, "max_undecided must be in"),
     ({"temperature": 3.0}, {}, "judge.temperature must be in"),
-    ({"temperature": float("nan")}, {}, "judge.temperature must be in"),
+    ({"temperature": float("nan")}, {}, "judge.temperature is nan; give a finite number"),
     ({"base_url": ""}, {}, "judge.base_url must begin with http"),
     ({"base_url": "localhost:8000/v1"}, {}, "judge.base_url must begin with http"),
     ({"model": " "}, {}, "judge.model must be a name or null"),
     ({"reasoning_effort": ""}, {}, "judge.reasoning_effort must be a name or null"),
-    ({}, {"budget": {"max_usd": float("nan")}}, "budget.max_usd must be >= 0"),
+    ({}, {"budget": {"max_usd": float("nan")}}, "budget.max_usd is nan; give a finite number"),
 ]
 
 
