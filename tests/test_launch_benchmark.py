@@ -117,7 +117,7 @@ def test_another_trl_is_refused_in_one_message(installed, tmp_path, monkeypatch)
         return installed
 
     monkeypatch.setattr(benchmark.metadata, "version", version)
-    with pytest.raises(ConfigError, match=r"pip install 'drpo\[bench\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[bench\]'"):
         benchmark.run(recipe(run_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
