@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from drpo.data.records import BadRows, DataError, Message, Record, RowError, require_text
+from drpo.data.records import BadRows, DataError, Message, Record, RowError, require_encodable, require_text
 from drpo.jsonl import lines_of
-from eval.json_rows import fields_of_line, require_encodable
+from eval.json_rows import fields_of_line
 from eval.whole_file import write_whole
 
 REFERENCE = "reference"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from drpo.data.records import RowError
+from drpo.data.records import RowError, require_encodable
 
 MAX_INT = 2**63 - 1
 
@@ -40,11 +40,3 @@ def fields_of_line(line: bytes, types: Mapping[str, tuple[type, ...]]) -> dict[s
 def encodable(text: str) -> str:
     """Replace the halves of surrogate pairs, which JSON can hold and no file can."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def require_encodable(text: str, name: str) -> None:
-    """Text may be empty, but half of a surrogate pair is none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowError("invalid text", f"{name} holds half of a surrogate pair") from None

@@ -10,8 +10,6 @@ all steps are compared too: if they differ, the work was not the same, and there
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -33,7 +31,7 @@ from drpo.data.order import item_at
 from drpo.metrics import read_metrics
 from drpo.optim import OptimConfig
 from drpo.precision import multiplies_bf16
-from launch.command_line import StageFailed, main
+from launch.command_line import call, main
 
 TRL = "1.16"
 Precision = Literal["no", "bf16"]
@@ -252,17 +250,6 @@ def measure_trl(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: int
         recipe.num_threads, [str(HERE / "benchmark_trl.py"), str(root / f"{name}.json")], root / f"{name}.log"
     )
     return Measurement(**json.loads(Path(job["result"]).read_text()))
-
-
-def call(num_threads: int, command: list[str], log: Path, folder: Path | None = None) -> None:
-    """Run a script in a fresh process, in `folder`. Raises StageFailed, naming the log, when it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
-    with log.open("w") as file:
-        done = subprocess.run(
-            [sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=folder
-        )
-    if done.returncode:
-        raise StageFailed(f"{' '.join(command)} failed with code {done.returncode}; see {log}")
 
 
 def compare(

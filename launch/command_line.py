@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,6 +63,17 @@ def main(
         raise SystemExit(128 + signal.SIGINT) from None
     if int(os.environ.get("RANK", 0)) == 0:
         print(result.resolve(), flush=True)
+
+
+def call(num_threads: int, command: list[str], log: Path, folder: Path | None = None) -> None:
+    """Run a script in a fresh process, in `folder`. Raises StageFailed, naming the log, when it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+    with log.open("w") as file:
+        done = subprocess.run(
+            [sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=folder
+        )
+    if done.returncode:
+        raise StageFailed(f"{' '.join(command)} failed with code {done.returncode}; see {log}")
 
 
 def quieten_libraries() -> None:

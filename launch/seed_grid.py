@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -18,7 +16,7 @@ from rich.progress import Progress
 from scipy import stats
 
 from drpo.config import ConfigError
-from launch.command_line import StageFailed, find_recipe
+from launch.command_line import call, find_recipe
 
 LAUNCH = Path(__file__).resolve().parent
 MADE_FROM = "made_from.json"
@@ -30,9 +28,9 @@ def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str]
     Raises StageFailed, naming the log, when the run fails, and ConfigError when the folder holds a run of other inputs:
     another command, recipe or data file, or a run that it starts from and that was made anew.
     """
-    command = [sys.executable, str(LAUNCH / f"{stage}.py"), recipe, f"run_dir={run_dir}", *overrides]
+    command = [str(LAUNCH / f"{stage}.py"), recipe, f"run_dir={run_dir}", *overrides]
     command += ["engine.trackers=[]", "log.samples_every=0"]
-    record, made_from = run_dir / MADE_FROM, _inputs(command[1:], recipe)
+    record, made_from = run_dir / MADE_FROM, _inputs(command, recipe)
     if record.exists():
         then = json.loads(record.read_text())
         done = then.pop("finished")
@@ -43,13 +41,9 @@ def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str]
             )
         if done:
             return
-    threads = str(max(1, (os.cpu_count() or 1) // num_jobs))
     run_dir.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({**made_from, "finished": False}))
-    with (run_dir / "log.txt").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads})
-    if done.returncode:
-        raise StageFailed(f"{' '.join(command)} failed with code {done.returncode}; see {run_dir}/log.txt")
+    call(max(1, (os.cpu_count() or 1) // num_jobs), command, run_dir / "log.txt")
     record.write_text(json.dumps({**made_from, "finished": True}))
 
 

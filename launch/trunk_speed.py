@@ -26,8 +26,8 @@ import yaml
 from drpo.config import ConfigError
 from drpo.metrics import read_metrics
 from drpo.models.tokenizer import load_tokenizer
-from launch.benchmark import call, write_rows
-from launch.command_line import main
+from launch.benchmark import write_rows
+from launch.command_line import call, main
 
 COUNTED = ("time/trunk", "time/score", "time/update")
 REWARD = "def score(completions):\n    return [float(len(c.response_ids)) for c in completions]\n"
