@@ -13,10 +13,10 @@ from typing import TypeVar
 
 from transformers.utils import logging as transformers_logging
 
-from drpo.checkpoints import CheckpointError
 from drpo.config import ConfigError, help_text, load_recipe
 from drpo.data.records import DataError
-from drpo.run_folder import RunStopped
+from drpo.run.checkpoints import CheckpointError
+from drpo.run.folder import RunStopped
 
 Recipe = TypeVar("Recipe")
 
@@ -63,6 +63,17 @@ def main(
         raise SystemExit(128 + signal.SIGINT) from None
     if int(os.environ.get("RANK", 0)) == 0:
         print(result.resolve(), flush=True)
+
+
+def say(message: str) -> None:
+    """Print a message at once, also into a pipe."""
+    print(message, flush=True)
+
+
+def one_process(script: str) -> None:
+    """Raise ConfigError under a launcher with several processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(f"{script} runs in one process: start it with python")
 
 
 def call(num_threads: int, command: list[str], log: Path, folder: Path | None = None) -> None:

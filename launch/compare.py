@@ -1,4 +1,4 @@
-"""The papers' Table 1 for one's own checkpoints: who wins against whom, at what KL, with intervals; and a report.
+"""Compare several systems on the same held-out prompts: who wins against whom, at what KL, with a report.
 
     python launch/compare.py [recipe.yaml] [key=value ...]
     accelerate launch launch/compare.py [recipe.yaml] [key=value ...]
@@ -9,211 +9,24 @@ command again completes, and pays, only what is missing.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import replace
-from datetime import datetime, timezone
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
-from rich.console import Console
-
-from drpo.config import ConfigError, git_commit, package_versions, save_resolved
-from drpo.engine import Engine, EngineConfig
-from drpo.rewards import RewardFn
-from drpo.run_folder import RunStopped
-from eval.comparison_result import compare_systems
-from eval.comparison_table import comparison_table
-from eval.completions import REFERENCE
-from eval.judging.comparison import pair_up
-from eval.judging.estimate import Estimate, total_text
-from eval.judging.judgments import tokens_and_cost
-from eval.judging.store import Store
-from eval.judging.verdict import Judgment
-from eval.reporting.report import write_report
-from eval.system_runs import KL, Measure, Run, System, measures_of
-from launch.command_line import main
-from launch.compare_recipe import REWARD_MODEL, CompareRecipe, slug
-from launch.compare_systems import (
-    COMPLETIONS,
-    asked_prompts,
-    check_runs_differ,
-    check_systems,
-    judge_run,
-    run_of_file,
-    run_of_policy,
-    run_of_references,
-)
+from eval.comparing.compare import compare
+from eval.comparing.recipe import CompareRecipe
+from launch.command_line import main, say
 from launch.demo_inputs import make_demo_inputs
-from launch.judge import DryRun
-from launch.rewards import import_functions
-from reward_models.score import RewardModelScorer
-
-TABLE_WIDTH = 180
 
 
 def run(recipe: CompareRecipe) -> Path:
-    """Complete, measure, judge, then put it all into one table."""
-    if not recipe.systems:
-        raise ConfigError(
-            "systems must name what is compared, such as {name: PPO, policies: [runs/ppo/policy]}"
-        )
+    """Make the demo's policies that are asked for and missing, then compare."""
     policies = [policy for system in recipe.systems for policy in system.policies]
     make_demo_inputs(*policies, recipe.kl_reference, recipe.reward_model)
-    check_systems(recipe.systems, recipe.kl_reference)
-    prompts = asked_prompts(recipe.complete, recipe.systems, recipe.baseline, recipe.pairs != "none")
-    folder = Path(recipe.run_dir)
-    config = EngineConfig(mixed_precision=recipe.complete.mixed_precision, trackers=[])
-    engine = Engine(config, folder, recipe.complete.seed, max_grad_norm=None)
-    # What null stood for on this machine.
-    recipe = replace(recipe, complete=replace(recipe.complete, mixed_precision=engine.precision))
-    systems = _measured_systems(recipe, engine, prompts)
-    is_main = engine.is_main
-    engine.close()  # judging takes long, and only one process asks
-    if not is_main:
-        return folder
-    save_resolved(recipe, folder / "config.yaml")
-    more: list[Judgment] = []
-    if recipe.pairs != "none":
-        systems, more = _judged_systems(recipe, systems)
-    result = _description(recipe) | compare_systems(
-        systems, _measures(recipe, systems), recipe.baseline, recipe.setting_name, more, recipe.num_examples
-    )
-    path = folder / "comparison.json"
-    path.write_text(json.dumps(result, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-    report = write_report(result, folder)
-    Console(width=TABLE_WIDTH).print(comparison_table(result))
-    return report
-
-
-# --- the systems ----------------------------------------------------------------------------------------
-
-
-def _measured_systems(
-    recipe: CompareRecipe, engine: Engine, prompts: Mapping[str, Mapping[str, Any]] | None
-) -> list[System]:
-    """Every run of every system with its answers and what was measured of them; all processes together."""
-    rewards: dict[str, RewardFn] = {}
-    if recipe.reward_model is not None:
-        batch_size, dtype = recipe.complete.batch_size, recipe.complete.dtype
-        rewards[REWARD_MODEL] = RewardModelScorer.load(
-            recipe.reward_model, engine, batch_size, dtype, None, "reward_model"
-        )
-    rewards |= import_functions(recipe.reward_functions, "reward_functions")
-    systems = []
-    for config in recipe.systems:
-        runs = []
-        for index, path in enumerate(config.completions):
-            folder = recipe.folder_of(config.name, index)
-            runs.append(run_of_file(path, config.name, folder, engine, rewards, prompts))
-        for index, policy in enumerate(config.policies):
-            folder = str(recipe.folder_of(config.name, index))
-            complete = replace(recipe.complete, policy=policy, system=config.name, run_dir=folder)
-            kl_reference = config.kl_references[index] if config.kl_references else recipe.kl_reference
-            runs.append(run_of_policy(complete, engine, kl_reference, rewards))
-        check_runs_differ(config.name, runs)
-        systems.append(System(config.name, config.method or config.name, config.setting, tuple(runs)))
-    if recipe.baseline == REFERENCE:
-        policy = next((policy for system in recipe.systems for policy in system.policies), None)
-        runs, folder = [run for system in systems for run in system.runs], recipe.folder_of(REFERENCE, 0)
-        references = run_of_references(runs, policy, folder, engine, rewards)
-        systems.append(System(REFERENCE, REFERENCE, None, (references,)))
-    return systems
-
-
-def _judged_systems(recipe: CompareRecipe, systems: Sequence[System]) -> tuple[list[System], list[Judgment]]:
-    """The systems with the verdicts on each of their runs, and the judgments of systems against each other."""
-    (baseline,) = (system for system in systems if system.name == recipe.baseline)
-    rivals = [system for system in systems if system is not baseline]
-    meetings = [(one, baseline, index) for one in rivals for index in range(len(one.runs))]
-    if recipe.pairs == "all":
-        for one, other in combinations(rivals, 2):
-            meetings += [(one, other, index) for index in range(max(len(one.runs), len(other.runs)))]
-    for one, other, index in meetings:  # before any of them is paid
-        rows = [*one.runs[index % len(one.runs)].rows, *other.runs[index % len(other.runs)].rows]
-        pair_up(rows, one.name, other.name)
-    judged: dict[str, list[Run]] = {}
-    more: list[Judgment] = []
-    estimates: list[Estimate] = []
-    for number, (one, other, index) in enumerate(meetings, 1):
-        print(
-            f"judging {number} of {len(meetings)}: {one.name} against {other.name}, run {index}", flush=True
-        )
-        own, rival = index % len(one.runs), index % len(other.runs)
-        run = _judge(recipe, one, own, other, rival)
-        if isinstance(run, Estimate):
-            estimates.append(run)
-            continue
-        if other is baseline:
-            judged.setdefault(one.name, []).append(run)
-        else:
-            more += run.judgments
-    if estimates:
-        raise RunStopped(f"judging.budget.dry_run: nothing was asked. In all {total_text(estimates)}")
-    return [replace(system, runs=tuple(judged.get(system.name, system.runs))) for system in systems], more
-
-
-def _judge(recipe: CompareRecipe, one: System, own: int, other: System, rival: int) -> Run | Estimate:
-    """One run of `one` with the verdicts on it beside one of `other`; in a dry run what these would take."""
-    files = [recipe.folder_of(one.name, own) / COMPLETIONS, recipe.folder_of(other.name, rival) / COMPLETIONS]
-    folder = Path(recipe.run_dir) / "judgments" / f"{slug(one.name)}_{own}" / f"{slug(other.name)}_{rival}"
-    asked = replace(
-        recipe.judging,
-        run_dir=str(folder),
-        completions=[str(file) for file in files],
-        system=one.name,
-        baseline=other.name,
-        store=str(recipe.store) if recipe.judging.judge.kind == "openai" else None,
-    )
-    try:
-        return judge_run(asked, one.runs[own])
-    except DryRun as stopped:
-        return stopped.estimate
-
-
-# --- the result -----------------------------------------------------------------------------------------
-
-
-def _measures(recipe: CompareRecipe, systems: Sequence[System]) -> list[Measure]:
-    has_kl = any(system.values(KL) for system in systems)
-    rewards = [REWARD_MODEL] * (recipe.reward_model is not None) + list(recipe.reward_functions)
-    return measures_of(recipe.baseline, recipe.pairs != "none", has_kl, rewards)
-
-
-def _description(recipe: CompareRecipe) -> dict[str, Any]:
-    """What was compared, by whom it was judged, and with what it was made."""
-    task = recipe.complete.data.task
-    names = ", ".join(system.name for system in recipe.systems)
-    return {
-        "title": recipe.title or f"{task}: {names} against {recipe.baseline}",
-        "task": task,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "versions": package_versions(),
-        "judge": _judge_description(recipe) if recipe.pairs != "none" else None,
-    }
-
-
-def _judge_description(recipe: CompareRecipe) -> dict[str, Any]:
-    judging, judge, spent = recipe.judging, recipe.judging.judge, None
-    if judge.kind == "openai":
-        with closing(Store(recipe.store)) as store:
-            spent = tokens_and_cost(store.calls())
-    return {
-        "kind": judge.kind,
-        "name": judge.model or judge.path or judge.function,
-        "prompt": judging.prompt,
-        "orders": judging.orders,
-        "ties": judging.ties,
-        "spent": spent,
-    }
+    return compare(recipe, say)
 
 
 if __name__ == "__main__":

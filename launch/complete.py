@@ -1,279 +1,31 @@
-"""Completions of any policy, or of a file made elsewhere, as one JSONL file for judges and tables.
+"""Collect the responses of a policy, or of a file made elsewhere, as one JSONL file for judges and tables.
 
     python launch/complete.py [recipe.yaml] [key=value ...]
     accelerate launch launch/complete.py [recipe.yaml] [key=value ...]
 
 Leaves completions.jsonl, completions.meta.json (what decided the texts), text_metrics.json and config.yaml in
-`run_dir`. The same command again goes on where a killed run was.
+`run_dir`. The same command again resumes an interrupted run.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
-import numpy as np
-import torch
-from rich.console import Console
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from drpo.config import ConfigError, package_versions, save_resolved
-from drpo.data.load import load_examples
-from drpo.data.stop import template_of, with_stop_token
-from drpo.data.views import best_response
-from drpo.engine import Engine, EngineConfig
-from drpo.models.loading import ModelConfig, load_policy
-from drpo.models.positions import check_sampling
-from drpo.models.tokenizer import load_tokenizer
-from drpo.run_folder import RunStopped, flatten
-from eval.complete import (
-    Policy,
-    Request,
-    complete,
-    make_requests,
-    open_file,
-    requests_sha256,
-    sha256_of,
-    vocabulary_with,
-    weights_sha256,
-    with_num_tokens,
-)
-from eval.completions import (
-    NULL,
-    NULL_RESPONSE,
-    REFERENCE,
-    CompletionRow,
-    CompletionsWriter,
-    read_completions,
-)
-from eval.fixed_systems import constant_rows, reference_rows
-from eval.import_completions import file_sha256, import_rows
-from eval.response_scores import response_nlls
-from eval.text_metrics import TextMetrics, measure
-from eval.text_metrics_table import save_text_metrics, text_metrics_table
-from launch.command_line import main
-from launch.complete_recipe import CompleteRecipe
+from eval.completions.complete import complete
+from eval.completions.recipe import CompleteRecipe
+from launch.command_line import main, say
 from launch.demo_inputs import make_demo_inputs
-
-# What changes no text: it may differ between a run and its resumption.
-FREE_ON_RESUME = ("run_dir", "batch_size", "reference", "null_response", "perplexity_policy")
-PROGRESS_SECONDS = 15.0
-TABLE_WIDTH = 120
 
 
 def run(recipe: CompleteRecipe) -> Path:
-    """Ask the policy for what is missing, add the systems that need none, measure the texts."""
-    importing = recipe.imported.path is not None
-    if importing and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("a file is imported in one process: start complete.py with python")
-    if not importing and (recipe.policy is None or recipe.system is None):
-        raise ConfigError("policy must name a policy (folder or hub id), and system what tables call it")
+    """Make the demo's policy if it is asked for and missing, then complete."""
     make_demo_inputs(recipe.policy, recipe.perplexity_policy)
-    folder = Path(recipe.run_dir)
-    config = EngineConfig(mixed_precision=recipe.mixed_precision, trackers=[])
-    engine = Engine(config, folder, recipe.seed, max_grad_norm=None)
-    recipe = replace(recipe, mixed_precision=engine.precision)  # what null stood for on this machine
-    if importing:
-        path = _import(recipe, engine)
-    else:
-        path = complete_policy(recipe, engine)
-    rows = read_completions(path)
-    nlls = _nlls(recipe, engine, rows)
-    if engine.is_main:
-        measured = _metrics(rows, nlls)
-        save_text_metrics(measured, folder / "text_metrics.json")
-        Console(width=TABLE_WIDTH).print(text_metrics_table(measured))
-    engine.close()
-    return path
-
-
-def requests_of(recipe: CompleteRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], str]:
-    """What a policy of this tokenizer is asked, and the report on the data."""
-    splits = load_examples(recipe.data, tokenizer, "prompts", held_out_only=recipe.split == "eval")
-    examples = splits.train if recipe.split == "train" else splits.eval
-    if not examples:
-        raise ConfigError(f"split={recipe.split} has no prompts; see data.eval_split and data.eval_fraction")
-    seeds = range(recipe.seed, recipe.seed + recipe.num_responses)
-    return make_requests(examples, recipe.num_prompts, seeds), splits.report
-
-
-def check_references(requests: Sequence[Request], setting: str) -> None:
-    """Raise ConfigError when prompts have no response in the data, which `setting` needs."""
-    prompts = {request.prompt_id: best_response(request.example.record) for request in requests}
-    without = sum(response is None for response in prompts.values())
-    if without:
-        raise ConfigError(
-            f"{setting} needs the dataset's own responses, and {without} of {len(prompts)} prompts have none: the data "
-            "needs a column completion, chosen, or responses with scores"
-        )
-
-
-def complete_policy(recipe: CompleteRecipe, engine: Engine) -> Path:
-    """Ask the policy for the responses that the file does not have yet; all processes together."""
-    path = Path(recipe.run_dir) / "completions.jsonl"
-    tokenizer = with_stop_token(load_tokenizer(recipe.policy), recipe.data)
-    requests, report = requests_of(recipe, tokenizer)
-    if recipe.reference:
-        check_references(requests, "reference=true")
-    model = load_to_read(recipe, recipe.policy, tokenizer)
-    asked = [request.example for request in requests]
-    notes = check_sampling(model, asked, recipe.max_response_length, "policy", "max_response_length")
-    writer, done = open_file(engine, path, _meta(recipe, engine, model, requests))
-    there = sum((recipe.system, request.prompt_id, request.seed) in done for request in requests)
-    policy = _policy(recipe, engine, model, tokenizer)
-    progress = _Progress(len(requests), there)
-    if engine.is_main:
-        save_resolved(recipe, path.with_name("config.yaml"))
-        print(*notes, report, f"{path}: {there} of {len(requests)} responses are there", sep="\n", flush=True)
-    try:
-        with engine.autocast():
-            for rows in complete(engine, policy, requests, done, recipe.batch_size):
-                if writer is not None:
-                    writer.write(rows)
-                    progress.advance(len(rows))
-    except KeyboardInterrupt:
-        raise RunStopped(f"stopped; {path} is kept, and the same command goes on from there") from None
-    _add_systems(recipe, writer, path, tokenizer)
-    engine.barrier()
-    return path
-
-
-def load_to_read(recipe: CompleteRecipe, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A policy in the precision of the recipe, not to be trained. Raises ConfigError for one that is damaged."""
-    config = ModelConfig(path=path, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
-    try:
-        return load_policy(config, tokenizer).eval()
-    except ConfigError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"the policy {path!r} cannot be loaded: {error}") from error
-
-
-def _policy(
-    recipe: CompleteRecipe, engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Policy:
-    vocabulary = vocabulary_with(recipe.bad_tokens, tokenizer, model)
-    placed = engine.place(model, as_trained=False)
-    return Policy(recipe.system, placed, tokenizer, vocabulary, recipe.sampling, recipe.max_response_length)
-
-
-def _meta(
-    recipe: CompleteRecipe, engine: Engine, model: PreTrainedModel, requests: Sequence[Request]
-) -> dict[str, Any]:
-    """Everything that decides the texts; a file is continued only where all of it is the same."""
-    settings = {
-        key: value
-        for key, value in flatten(recipe).items()
-        if not f"{key}.".startswith(tuple(f"{name}." for name in (*FREE_ON_RESUME, "imported")))
-    }
-    return {
-        "weights_sha256": weights_sha256(model) if engine.is_main else None,
-        "data_sha256": requests_sha256(requests),
-        "settings_sha256": sha256_of(settings),
-        "precision": engine.precision,
-        "device": engine.device.type,
-        **{f"version.{name}": version for name, version in _versions().items()},
-        **{f"settings.{key}": value for key, value in settings.items()},
-    }
-
-
-def _versions() -> dict[str, str]:
-    more = {name: metadata.version(name) for name in ("drpo", "tokenizers", "numpy")}
-    return {"python": sys.version.split()[0], **package_versions(), **more}
-
-
-class _Progress:
-    """A line now and then: how many are there, how fast they come, how long the rest will take."""
-
-    def __init__(self, total: int, there: int) -> None:
-        self._total, self._there, self._made = total, there, 0
-        self._started = self._shown = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        self._there, self._made = self._there + count, self._made + count
-        now = time.monotonic()
-        if now - self._shown < PROGRESS_SECONDS and self._there < self._total:
-            return
-        self._shown, rate = now, self._made / max(now - self._started, 1e-9)
-        left = (self._total - self._there) / rate
-        print(f"{self._there} of {self._total} responses, {rate:.3g} a second, {left:.0f} s left", flush=True)
-
-
-def _add_systems(
-    recipe: CompleteRecipe,
-    writer: CompletionsWriter | None,
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """The rows of "reference" and "null", where they are asked for and not there yet."""
-    if writer is None or not (recipe.reference or recipe.null_response):
-        return
-    rows = [row for row in read_completions(path) if row.system not in (REFERENCE, NULL)]
-    made = reference_rows(rows) if recipe.reference else []
-    made += constant_rows(rows, NULL, NULL_RESPONSE) if recipe.null_response else []
-    made = [row for row in made if row.key not in writer.done]
-    writer.write(made if tokenizer is None else with_num_tokens(made, tokenizer))
-
-
-def _import(recipe: CompleteRecipe, engine: Engine) -> Path:
-    path = Path(recipe.run_dir) / "completions.jsonl"
-    rows = import_rows(recipe.imported, recipe.system)
-    meta = {"imported.sha256": file_sha256(recipe.imported.path), "system": recipe.system}
-    meta |= {f"imported.{name}": value for name, value in asdict(recipe.imported).items()}
-    if recipe.reference:
-        reference_rows(rows)  # says so if there are none, before a file is bound to these rows
-    writer, done = open_file(engine, path, meta)
-    save_resolved(recipe, path.with_name("config.yaml"))
-    writer.write([row for row in rows if row.key not in done])
-    _add_systems(recipe, writer, path, None)
-    print(f"{path}: {len(rows)} responses from {recipe.imported.path}", flush=True)
-    return path
-
-
-# --- metrics --------------------------------------------------------------------------------------------
-
-
-def _nlls(
-    recipe: CompleteRecipe, engine: Engine, rows: Sequence[CompletionRow]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Negative log-likelihoods under the reference policy and numbers of tokens; the processes share the rows."""
-    if recipe.perplexity_policy is None:
-        return None
-    tokenizer = with_stop_token(load_tokenizer(recipe.perplexity_policy), recipe.data)
-    policy = engine.place(load_to_read(recipe, recipe.perplexity_policy, tokenizer), as_trained=False)
-    mine = range(engine.rank, len(rows), engine.world_size)
-    with torch.no_grad(), engine.autocast():
-        nlls, counts = response_nlls(
-            policy,
-            tokenizer,
-            [rows[i] for i in mine],
-            recipe.batch_size,
-            template_of(recipe.data, tokenizer),
-            print,
-        )
-    measured = sorted(engine.gather_objects(list(zip(mine, nlls.tolist(), counts.tolist(), strict=True))))
-    return np.array([nll for _, nll, _ in measured]), np.array([count for _, _, count in measured])
-
-
-def _metrics(rows: Sequence[CompletionRow], nlls: tuple[np.ndarray, np.ndarray] | None) -> list[TextMetrics]:
-    """The metrics of each system, in the order of the file."""
-    measured = []
-    for system in dict.fromkeys(row.system for row in rows):
-        places = [i for i, row in enumerate(rows) if row.system == system]
-        own = None if nlls is None else (nlls[0][places], nlls[1][places])
-        measured.append(measure([rows[i] for i in places], own))
-    return measured
+    return complete(recipe, say)
 
 
 if __name__ == "__main__":

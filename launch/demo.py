@@ -16,13 +16,13 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 from rich.console import Console
 from rich.table import Table
 
-from drpo.data.demo import DemoConfig
-from drpo.data.demo_errors import ERROR_KINDS, make_faulty_summaries
 from drpo.data.encode import encode_query, encode_response
+from drpo.data.tasks.demo import DemoConfig
+from drpo.data.tasks.demo_errors import ERROR_KINDS, make_faulty_summaries
 from drpo.engine import Engine, EngineConfig
-from drpo.metrics import read_metrics
 from drpo.models.tokenizer import load_tokenizer
 from drpo.rewards import Completion
+from drpo.run.metrics import read_metrics
 from launch.command_line import quieten_libraries
 from launch.demo_inputs import DEMO_RUNS
 from reward_models.score import RewardModelScorer

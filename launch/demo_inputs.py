@@ -1,4 +1,4 @@
-"""The policies and the reward model that the embedded demo recipes start from, made when they are missing."""
+"""Make what the embedded demo recipes start from, where it is missing: policies, a reward model, completions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+from drpo.data.tasks.demo import DemoConfig, make_demo
+from eval.completions.rows import CompletionRow, CompletionsWriter, prompt_id_of
+
 LAUNCH = Path(__file__).resolve().parent
 DEMO_RUNS = Path("runs/demo")
+DEMO_COMPLETIONS = Path("runs/demo/completions/texts.jsonl")
+NUM_POSTS = 256
 
 # In the order in which they are made: the folder that the stage leaves, and the script and recipe that leave it.
 STAGES = {
@@ -52,3 +57,20 @@ def single_process_environment() -> dict[str, str]:
         for key, value in os.environ.items()
         if key not in LAUNCHER_VARIABLES and not key.startswith(LAUNCHER_PREFIXES)
     }
+
+
+def make_demo_completions(*needed: str) -> None:
+    """Write DEMO_COMPLETIONS if it is among `needed` and is not there."""
+    if str(DEMO_COMPLETIONS) not in needed or DEMO_COMPLETIONS.exists():
+        return
+    print(f"{DEMO_COMPLETIONS} is missing: writing it", flush=True)
+    config = DemoConfig(num_eval=NUM_POSTS)
+    by_writers = make_demo(config, "demonstrations", "eval")
+    by_annotator = make_demo(config, "prompts", "eval")
+    rows = []
+    for written, pair in zip(by_writers, by_annotator, strict=True):
+        texts = {"writers": written.completion, "chosen": pair.chosen, "rejected": pair.rejected}
+        for system, text in texts.items():
+            prompt_id = prompt_id_of(pair.prompt)
+            rows.append(CompletionRow(system, prompt_id, pair.prompt, text, True, None, 0, pair.completion))
+    CompletionsWriter(DEMO_COMPLETIONS, {"data": "demo", "seed": config.seed}).write(rows)

@@ -17,8 +17,8 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 from drpo.config import load_recipe
 from drpo.data.files import read_table
 from drpo.data.records import BadRows, DataError
+from eval.comparing.recipe import CompareRecipe
 from launch.command_line import find_recipe, quieten_libraries
-from launch.compare_recipe import CompareRecipe
 
 STAGES = ("sft", "reward_model", "ppo", "drpo", "dpo", "compare")
 

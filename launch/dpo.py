@@ -13,11 +13,11 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 from drpo.engine import Engine
-from drpo.trainers.preference import train
-from drpo.trainers.preference_recipe import PreferenceRecipe
+from drpo.reward_functions import import_functions
+from drpo.trainers.preference.recipe import PreferenceRecipe
+from drpo.trainers.preference.train import train
 from launch.command_line import main
 from launch.demo_inputs import make_demo_inputs
-from launch.rewards import import_functions
 
 
 def run(recipe: PreferenceRecipe) -> Path:

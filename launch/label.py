@@ -1,171 +1,30 @@
-"""Which of two systems' responses is better, say people: a page on this machine that shows them blind.
+"""Ask people which of two systems responds better, on a page on this machine that shows the responses blind.
 
     python launch/label.py [recipe.yaml] [key=value ...]
 
 Prints the address of the page and serves it until Ctrl-C. Every label is in `run_dir`/labels.jsonl at once; the same
-command goes on from there. launch/agreement.py holds the labels against a judge's verdicts.
+command resumes. launch/agreement.py holds the labels against a judge's verdicts.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
-from contextlib import closing
-from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import quote
 
 HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
-from drpo.config import ConfigError, save_resolved
-from drpo.data.records import DataError
-from eval.completions import load_completions
-from eval.judging.attacks import with_controls
-from eval.judging.comparison import Comparison, first_prompts, pair_up
-from eval.judging.judge_prompts import load_prompt
-from eval.labelling.label_queue import LabelQueue
-from eval.labelling.label_server import LabelServer, is_loopback
-from eval.labelling.labels import LabelsWriter, checked_annotator
-from launch.command_line import main
-from launch.demo_completions import make_demo_completions
-
-
-@dataclass(frozen=True)
-class LabelRecipe:
-    """One system against a baseline, compared by people on the prompts that both answered."""
-
-    run_dir: str = "runs/label"
-    """Folder of the labels."""
-    completions: list[str] = field(default_factory=list)
-    """Files of completions: completions.jsonl, or .json in alpaca_eval's shape."""
-    system: str | None = None
-    """The system to compare. Beside those of the files there are reference (the dataset's responses), null (a
-    constant) and attack/<name> (eval/judging/attacks.py)."""
-    baseline: str = "reference"
-    """The system that it is compared with."""
-    num_prompts: int | None = None
-    """So many of the prompts, chosen by their hashes as launch/judge.py chooses them; null for all."""
-    prompt: str | None = None
-    """What is asked: tldr-1, hh_helpful-1, hh_harmless-1, or a .yaml file with one's own prompt."""
-    ties: bool = True
-    """Whether a tie may be called."""
-    annotators: list[str] = field(default_factory=list)
-    """Who may label; empty: whoever gives a name."""
-    seed: int = 0
-    """Draws the order of the pairs and which response stands first, for each annotator anew."""
-    host: str = "127.0.0.1"
-    """Address to listen on. Any other than this machine's own lets whoever reaches it read the texts and label."""
-    port: int = 0
-    """Port to listen on; 0 takes a free one."""
-
-    def __post_init__(self) -> None:
-        if self.num_prompts is not None and self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be >= 1 or null, got {self.num_prompts}")
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port must be in [0, 65535], got {self.port}")
-        for name in self.annotators:
-            if checked_annotator(name) != name:
-                raise ValueError(f"annotators must be plain names, got {name!r}")
-        if len({name.casefold() for name in self.annotators}) < len(self.annotators):
-            raise ValueError(
-                f"annotators must differ in more than upper and lower case, got {self.annotators}"
-            )
-        if self.host != "localhost":
-            try:
-                address = ip_address(self.host)
-            except ValueError:
-                raise ValueError(f"host must be an address such as 127.0.0.1, got {self.host!r}") from None
-            if address.is_unspecified:
-                raise ValueError(f"host must be one address, by which the page is opened, got {self.host}")
+from eval.labelling.label import LabelRecipe, label
+from launch.command_line import main, one_process, say
+from launch.demo_inputs import make_demo_completions
 
 
 def run(recipe: LabelRecipe) -> Path:
-    """Pair the responses up and serve the page until a signal comes; the path of the labels."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("label.py runs in one process: start it with python")
-    if not recipe.completions or recipe.system is None:
-        raise ConfigError("completions must name files with completions, and system one of their systems")
-    if recipe.prompt is None:
-        raise ConfigError("prompt must say what the annotators are asked, such as prompt=tldr-1")
-    prompt = load_prompt(recipe.prompt)
-    comparisons = comparisons_to_label(recipe)
-    folder = Path(recipe.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "labels.jsonl"
-    writer = LabelsWriter(path)
-    if writer.num_cut:
-        print(
-            f"{path}: {writer.num_cut} bytes of a label are cut off, which a kill left unfinished; it did not count"
-        )
-    queue = LabelQueue(comparisons, writer, prompt, recipe.ties, recipe.annotators, recipe.seed)
-    save_resolved(recipe, folder / "config.yaml")
-    try:
-        server = LabelServer(queue, recipe.host, recipe.port)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {recipe.host}, port {recipe.port}: {error}") from None
-    with server, closing(queue):
-        _announce(recipe, queue, server.url)
-        _serve(server)
-    _show_progress(queue)
-    return path
-
-
-def comparisons_to_label(recipe: LabelRecipe) -> list[Comparison]:
-    """The recipe's comparisons, without those of two equal responses, about which there is nothing to say."""
+    """Write the demo's completions if they are asked for and missing, then serve the page."""
+    one_process("label.py")
     make_demo_completions(*recipe.completions)
-    rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
-    comparisons = pair_up(rows, recipe.system, recipe.baseline)
-    if recipe.num_prompts is not None:
-        comparisons = first_prompts(comparisons, recipe.num_prompts)
-    different = [c for c in comparisons if c.response_a.strip() != c.response_b.strip()]
-    if not different:
-        raise DataError(
-            f"{recipe.system} and {recipe.baseline} gave equal responses everywhere: nothing to label"
-        )
-    if len(different) < len(comparisons):
-        print(
-            f"{len(comparisons) - len(different)} of {len(comparisons)} pairs are left out: equal responses"
-        )
-    return different
-
-
-def _announce(recipe: LabelRecipe, queue: LabelQueue, url: str) -> None:
-    print(
-        f"{len(queue)} pairs of {recipe.system} and {recipe.baseline}, labels in {recipe.run_dir}/labels.jsonl"
-    )
-    _show_progress(queue)
-    if not is_loopback(recipe.host):
-        print(f"whoever reaches {recipe.host} can read these texts and label them")
-    for name in recipe.annotators or [None]:
-        print(f"open {url}" + (f"?annotator={quote(name)}" if name else ""))
-    print("Ctrl-C ends it", flush=True)
-
-
-def _show_progress(queue: LabelQueue) -> None:
-    for name, done in queue.progress().items():
-        print(f"{name}: {done} of {len(queue)} done", flush=True)
-
-
-def _serve(server: LabelServer) -> None:
-    """Until SIGINT or SIGTERM. A label that was answered is on disk, so there is nothing to wait for."""
-    stopped = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        stopped.wait()
-    finally:
-        server.shutdown()
-        thread.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return label(recipe, say)
 
 
 if __name__ == "__main__":

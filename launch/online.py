@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from drpo.engine import Engine
+from drpo.reward_functions import import_functions
 from drpo.trainers.online import train
 from drpo.trainers.online_recipe import OnlineRecipe
 from launch.demo_inputs import make_demo_inputs
-from launch.rewards import import_functions, reward_from
+from reward_models.score import reward_from
 
 
 def run(recipe: OnlineRecipe) -> Path:

@@ -13,9 +13,9 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 from drpo.engine import Engine
+from drpo.reward_functions import import_functions
 from drpo.trainers.sft import SFTRecipe, train
 from launch.command_line import main
-from launch.rewards import import_functions
 
 
 def run(recipe: SFTRecipe) -> Path:

@@ -21,8 +21,10 @@ from drpo.models.positions import position_limit
 from drpo.models.probes import check_scalar_model
 from drpo.models.tokenizer import load_tokenizer
 from drpo.models.trunk import has_trunk, resumed_from, same_trunk, share_trunk
-from drpo.rewards import Completion
+from drpo.reward_functions import import_function
+from drpo.rewards import Completion, RewardFn
 from drpo.tensors import PaddedBatch, pad_batch
+from drpo.trainers.online_recipe import RewardConfig
 from reward_models.model import RewardModel
 
 
@@ -183,3 +185,17 @@ class RewardModelScorer:
         ending = template.stop_token
         tokenizer = self._tokenizer if ending is None else ending_with(self._tokenizer, ending)
         return template, tokenizer
+
+
+def reward_from(
+    config: RewardConfig, engine: Engine, tokenizer_path: str, chat_template: bool = False
+) -> RewardFn:
+    """The RewardFn that a recipe's `reward` section names. `tokenizer_path` is the policy's tokenizer;
+    `chat_template` says whether the prompts are conversations, which a reward model must be able to read."""
+    if config.function is not None:
+        return import_function(config.function, "reward.function")
+    if config.path is None:
+        raise ConfigError("nothing scores the rollouts: give reward.path (a reward model) or reward.function")
+    scorer = RewardModelScorer.load(config.path, engine, config.batch_size, config.dtype, tokenizer_path)
+    scorer.check_reads(chat_template)
+    return scorer

@@ -18,8 +18,8 @@ from drpo.models.loading import load_policy
 from drpo.models.positions import check_examples
 from drpo.models.probes import can_probe_now, check_scalar_model
 from drpo.models.trunk import freeze_trunk
-from drpo.result import Result
-from drpo.run_folder import RunFolder
+from drpo.run.folder import RunFolder
+from drpo.run.result import Result
 from drpo.tensors import PaddedBatch, pad_batch
 from drpo.trainers.offline import BatchConfig, OfflineRecipe, RowObjective, Rows, fit
 from drpo.trainers.sft import tokenizer_for

@@ -15,7 +15,7 @@ MAX_LINES = 330
 # The layers of drpo, lowest first: a module imports from its own layer and from lower ones.
 # A folder stands for its modules, except for those that are named.
 LAYERS = (
-    ("tensors", "config", "yaml_words", "precision", "schedules", "folder_lock"),
+    ("tensors", "config", "yaml_words", "precision", "schedules", "run.lock"),
     (
         "jsonl",
         "losses",
@@ -25,9 +25,10 @@ LAYERS = (
         "data",
         "rollout.trajectory",
         "rollout.resets",
+        "reward_functions",
     ),
-    ("models", "engine", "metrics", "optim"),
-    ("checkpoints", "samples", "same_view", "finite", "run_folder", "result", "rollout"),
+    ("models", "engine", "run.metrics", "optim"),
+    ("run", "rollout"),
     ("trainers",),
 )
 
@@ -40,16 +41,16 @@ PURE = (
     "drpo.rewards",
     "drpo.rollout.trajectory",
     "reward_models.losses",
-    "eval.intervals",
-    "eval.win_rate",
-    "eval.position_bias",
-    "eval.length_control",
-    "eval.agreement",
-    "eval.ranking",
-    "eval.seeds",
-    "eval.across_runs",
-    "eval.frontier",
-    "eval.planning",
+    "eval.statistics.intervals",
+    "eval.statistics.win_rate",
+    "eval.statistics.position_bias",
+    "eval.statistics.length_control",
+    "eval.statistics.agreement",
+    "eval.statistics.bradley_terry",
+    "eval.statistics.seeds",
+    "eval.statistics.across_runs",
+    "eval.statistics.frontier",
+    "eval.statistics.sample_size",
 )
 INFRASTRUCTURE = ("transformers", "accelerate", "deepspeed", "peft", "datasets", "omegaconf", "drpo.config")
 
@@ -59,7 +60,7 @@ CACHES = {
     "drpo.models.probes._FAULTS",
     "drpo.models.scoring._PLAIN_HEADS",
     "drpo.models.shared_prompt._SHARING",
-    "drpo.folder_lock._HELD",  # what belongs to the process itself
+    "drpo.run.lock._HELD",  # what belongs to the process itself
 }
 
 
@@ -188,10 +189,18 @@ def test_a_file_can_be_read_in_one_sitting(module):
     assert num_lines <= MAX_LINES, f"{module} has {num_lines} lines; a file holds one idea, in about 300"
 
 
-def test_tests_are_flat():
-    """A folder tests/drpo would hide the package drpo."""
-    nested = [path for path in (ROOT / "tests").rglob("*.py") if path.parent != ROOT / "tests"]
-    assert not nested
+OF_NO_MODULE = ("tests", "tests/end_to_end", "tests/support")
+
+
+def test_tests_mirror_the_tree():
+    """A folder of tests is that of the modules that it tests."""
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py")}
+    lost = [
+        f
+        for f in folders
+        if f.as_posix() not in OF_NO_MODULE and not (ROOT / f.relative_to("tests")).is_dir()
+    ]
+    assert not lost
 
 
 # --- code -------------------------------------------------------------------------------------------------

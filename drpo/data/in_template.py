@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from drpo.data.chat import ChatTemplate
 from drpo.data.encode import encode_queries, encode_responses
-from drpo.data.hh import parse_prompt
 from drpo.data.records import DataError, Message, RowError
+from drpo.data.tasks.hh import parse_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

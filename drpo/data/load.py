@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from drpo.data.chat import ChatTemplate
-from drpo.data.demo import DemoConfig, make_demo
 from drpo.data.encode import Example, encode_prompts, encode_records
 from drpo.data.files import keep_all, read_table
-from drpo.data.hh import hh_records
 from drpo.data.holdout import hold_out
 from drpo.data.noise import NoiseConfig, add_noise
-from drpo.data.own import FIELDS, own_records
 from drpo.data.records import BadRows, DataError, Record, RowError
 from drpo.data.stop import template_of, with_stop_token
+from drpo.data.tasks.demo import DemoConfig, make_demo
+from drpo.data.tasks.hh import hh_records
+from drpo.data.tasks.own import FIELDS, own_records
+from drpo.data.tasks.tldr import keep_column, tldr_records
 from drpo.data.template_arguments import RESERVED
-from drpo.data.tldr import keep_column, tldr_records
 from drpo.data.truncation import Truncation, shorten_prompts
 from drpo.data.views import View, distinct_prompts, view_name, view_records
 

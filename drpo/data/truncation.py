@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from drpo.data.encode import query_counter, truncate_left
 from drpo.data.markup import MarkedPrompt, Span
 from drpo.data.records import RowError
-from drpo.data.tldr import truncate_query
+from drpo.data.tasks.tldr import truncate_query
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

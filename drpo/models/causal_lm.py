@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from drpo.config import ConfigError
 from drpo.models.attention import attention_errors
 from drpo.models.gguf import dense_weights, location, reading
-from drpo.models.saved import check_complete, is_causal_lm, kind_of, read_config
+from drpo.models.model_folder import check_complete, is_causal_lm, kind_of, read_config
 
 if TYPE_CHECKING:
     from drpo.models.loading import ModelConfig

@@ -21,8 +21,8 @@ from drpo.config import ConfigError
 from drpo.models.adapters import add_lora
 from drpo.models.attention import attention_errors
 from drpo.models.causal_lm import fresh_causal_lm, read_causal_lm
+from drpo.models.model_folder import check_complete, kind_of, read_config
 from drpo.models.probes import can_probe_now, check_policy, check_scalar_model
-from drpo.models.saved import check_complete, kind_of, read_config
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import SMALLEST_VOCABULARY
 from drpo.models.trunk import freeze_trunk, has_trunk, same_trunk, share_trunk, trained_layer_names

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from drpo.config import ConfigError
 from drpo.models.gguf import UNREADABLE, location, reading
-from drpo.models.saved import check_folder, is_local
+from drpo.models.model_folder import check_folder, is_local
 
 STOP_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "[PAD]"

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drpo.config import ConfigError
-from drpo.models.saved import check_present, read_config
+from drpo.models.model_folder import check_present, read_config
 from drpo.models.tokenizer import load_tokenizer, read_tokenizer
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from drpo.config import ConfigError
 from drpo.data.encode import Example, said_texts
 from drpo.data.order import item_at
-from drpo.metrics import Phases
 from drpo.models.trunk import has_trunk, trunk_output
 from drpo.rewards import Completion, RewardFn
 from drpo.rollout.resets import ResetConfig, draw_reset_length, prefix_boundaries, reset_response
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
 from drpo.rollout.trajectory import Trajectory
+from drpo.run.metrics import Phases
 from drpo.tensors import PaddedBatch, pad_batch
 
 

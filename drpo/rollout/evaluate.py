@@ -16,7 +16,7 @@ from drpo.models.scoring import response_logprobs
 from drpo.rewards import RewardFn, kl_estimate
 from drpo.rollout.collect import RolloutConfig, Start, Vocabulary, call_reward_fn, completions_of
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
-from drpo.samples import evaluation_sample
+from drpo.rollout.samples import evaluation_sample
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
 
 EVAL_SEED_OFFSET = 1_000_003  # the random numbers of evaluation are not those of any rollout

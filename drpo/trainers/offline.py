@@ -15,12 +15,12 @@ from drpo.config import ConfigError
 from drpo.data.load import DataConfig
 from drpo.data.order import item_at
 from drpo.engine import Engine, EngineConfig
-from drpo.finite import finite_or_stop
-from drpo.metrics import Phases, peak_memory_gib
 from drpo.models.loading import ModelConfig
 from drpo.optim import OptimConfig, build_optimizer, scheduled_rate, set_learning_rates
-from drpo.result import Result
-from drpo.run_folder import CheckpointConfig, LogConfig, Resume, RunFolder
+from drpo.run.folder import CheckpointConfig, LogConfig, Resume, RunFolder
+from drpo.run.metrics import Phases, peak_memory_gib
+from drpo.run.result import Result
+from drpo.trainers.finite import finite_or_stop
 
 Rows = dict[str, Tensor]
 

@@ -15,13 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drpo.checkpoints import list_checkpoints, step_of
 from drpo.config import ConfigError
 from drpo.data.load import Splits, load_examples
 from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
-from drpo.finite import finite_or_stop
-from drpo.metrics import Phases, peak_memory_gib
 from drpo.models.actor_critic import ActorCritic
 from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.positions import check_sampling
@@ -32,15 +29,18 @@ from drpo.models.tokenizer import load_tokenizer
 from drpo.models.trunk import has_trunk, resumed_from, share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer, scheduled_rate, set_learning_rates
-from drpo.result import Result
 from drpo.rewards import BoundedRewardFn, RewardFn, RunningMoments, TrunkRewardFn
 from drpo.rollout.collect import collect, draw_starts, vocabulary_of
 from drpo.rollout.evaluate import evaluate
 from drpo.rollout.resets import check_resets
-from drpo.run_folder import RunFolder, RunStopped
-from drpo.samples import rollout_samples
+from drpo.rollout.samples import rollout_samples
+from drpo.run.checkpoints import list_checkpoints, step_of
+from drpo.run.folder import RunFolder, RunStopped
+from drpo.run.metrics import Phases, peak_memory_gib
+from drpo.run.result import Result
 from drpo.tensors import PaddedBatch
 from drpo.trainers.credit import assign_credit, kl_per_token
+from drpo.trainers.finite import finite_or_stop
 from drpo.trainers.online_metrics import SHOWN, online_metrics
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.ppo_update import ppo_update

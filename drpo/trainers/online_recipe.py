@@ -13,7 +13,7 @@ from drpo.optim import OptimConfig
 from drpo.rollout.collect import RolloutConfig
 from drpo.rollout.evaluate import EvalConfig
 from drpo.rollout.resets import ResetConfig
-from drpo.run_folder import CheckpointConfig, LogConfig, Resume
+from drpo.run.folder import CheckpointConfig, LogConfig, Resume
 from drpo.trainers.credit import AdvantageConfig, KLConfig, ShapingConfig
 from drpo.trainers.ppo_update import PPOConfig
 

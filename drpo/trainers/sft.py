@@ -19,11 +19,11 @@ from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.positions import check_examples
 from drpo.models.scoring import response_logprobs
 from drpo.models.tokenizer import load_tokenizer, train_tokenizer
-from drpo.result import Result
 from drpo.rewards import RewardFn
-from drpo.run_folder import RunFolder
+from drpo.rollout.held_out_samples import SampleConfig, held_out_sampler
+from drpo.run.folder import RunFolder
+from drpo.run.result import Result
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
-from drpo.trainers.held_out_samples import SampleConfig, held_out_sampler
 from drpo.trainers.offline import OfflineRecipe, RowObjective, Rows, fit
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from drpo.data.records import DataError
-from eval.completions import NULL, NULL_RESPONSE, REFERENCE, CompletionRow
-from eval.fixed_systems import constant_rows, reference_rows
+from eval.completions.fixed_systems import constant_rows, reference_rows
+from eval.completions.rows import NULL, NULL_RESPONSE, REFERENCE, CompletionRow
 
 PREFIX = "attack/"
 

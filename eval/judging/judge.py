@@ -14,10 +14,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from eval.judging.comparison import Question
+from eval.judging.matchup import Question
 from eval.judging.verdict import Verdict
+
+if TYPE_CHECKING:
+    from eval.judging.openai.store import Call, Ledger
 
 OPENAI_URL = "https://api.openai.com/v1"
 
@@ -29,6 +32,18 @@ class JudgeStopped(Exception):
         super().__init__(reason)
         self.param = param
         "The setting that the API refused, if it was one."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a judge answered, and what it cost."""
+
+    verdicts: Sequence[Verdict]
+    stopped: JudgeStopped | None = None
+    "Why there are no more verdicts, if some are missing."
+    calls: Sequence[Call] = ()
+    "The calls of a judge that is paid by the call."
+    ledger: Ledger | None = None
 
 
 class Judge(Protocol):
@@ -86,7 +101,7 @@ class JudgeConfig:
     max_reasks: int = 2
     """openai: how often a question is asked again when its answer cannot be read."""
     function: str | None = None
-    """function: module:function, a callable that scores completions, such as drpo.data.demo:true_rewards."""
+    """function: module:function, a callable that scores completions, such as drpo.data.tasks.demo:true_rewards."""
     path: str | None = None
     """reward_model: its folder or hub id."""
     batch_size: int = 16

@@ -1,7 +1,7 @@
-"""What the judgments on one system against another say: the rate, the same at equal length, and the taste for a slot.
+"""Summarise the judgments on one system against another: win rate, length-controlled win rate, position bias.
 
-The numbers come from `eval.win_rate`, `eval.length_control` and `eval.position_bias`. This only brings judgments into
-their shape, and puts a reason in words where there is no number.
+The numbers come from `eval.statistics`. This module brings judgments into their shape, and gives the reason where there
+is no number.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from statistics import fmean
 from typing import TypeVar
 
 from eval.judging.verdict import STATUSES, Judgment, Status
-from eval.length_control import LengthControlled, length_controlled_win_rate
-from eval.position_bias import PositionBias, position_bias
-from eval.win_rate import WinRate, win_rate
+from eval.statistics.length_control import LengthControlled, length_controlled_win_rate
+from eval.statistics.position_bias import PositionBias, position_bias
+from eval.statistics.win_rate import WinRate, win_rate
 
 Result = TypeVar("Result")
 

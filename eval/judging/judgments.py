@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from drpo.data.records import DataError
 from drpo.jsonl import lines_of
-from eval.judging.store import Call, Ledger
+from eval.atomic_write import write_whole
+from eval.judging.openai.store import Call, Ledger
 from eval.judging.verdict import Verdict
-from eval.whole_file import write_whole
 
 Result = TypeVar("Result")
 

@@ -9,12 +9,17 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
+from drpo.config import ConfigError
+from drpo.engine import Engine, EngineConfig
+from drpo.reward_functions import import_functions
 from drpo.rewards import Completion, RewardFn
-from eval.judging.comparison import Comparison, Question
-from eval.judging.judge import JudgeStopped
+from eval.completions.text_completion import text_completion
+from eval.judging.judge import JudgeConfig, JudgeStopped
+from eval.judging.matchup import Comparison, Question
 from eval.judging.verdict import Verdict, Winner, verdict_on
-from eval.text_completion import text_completion
+from reward_models.score import RewardModelScorer
 
 CHUNK = 512
 "Comparisons scored together."
@@ -67,3 +72,21 @@ def _texts(comparison: Comparison) -> tuple[_Text, _Text]:
         (comparison.prompt, comparison.response_a, comparison.ended_a),
         (comparison.prompt, comparison.response_b, comparison.ended_b),
     )
+
+
+def score_judge(config: JudgeConfig, run_dir: Path) -> ScoreJudge:
+    """The judge of judge.kind=function or reward_model. Raises ConfigError when nothing is named."""
+    if config.kind == "function":
+        if config.function is None:
+            raise ConfigError("judge.function must name a callable, as module:function")
+        function = import_functions({"function": config.function}, "judge")["function"]
+        return ScoreJudge(function, config.tie_margin)
+    if config.path is None:
+        raise ConfigError("judge.path must name a reward model")
+    return ScoreJudge(_reward_model(config, run_dir), config.tie_margin)
+
+
+def _reward_model(config: JudgeConfig, run_dir: Path) -> RewardModelScorer:
+    """The reward model on texts: the responses come from anywhere, so there are no token ids to share."""
+    engine = Engine(EngineConfig(trackers=[]), run_dir, seed=0, max_grad_norm=None)
+    return RewardModelScorer.load(config.path, engine, config.batch_size, config.dtype, None, "judge.path")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from eval.judging.comparison import Order, Question
+from eval.judging.matchup import Order, Question
 
 Status = Literal["ok", "refused", "malformed", "truncated", "failed"]
 """ok: a verdict was read. refused: the judge, or a filter before or after it, would not answer. malformed: it answered

@@ -11,16 +11,75 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from drpo.data.records import BadRows, Record, RowError
-from eval.completions import CompletionRow, prompt_id_of
-from eval.judging.comparison import Comparison
-from eval.labelling.labels import Label, checked_annotator, label_of, text_hash
+from drpo.config import save_resolved
+from drpo.data.load import DataConfig, read_records
+from drpo.data.records import BadRows, DataError, Record, RowError
+from drpo.data.tasks.demo import make_demo
+from drpo.data.views import view_records
+from eval.completions.rows import CompletionRow, CompletionsWriter, prompt_id_of
+from eval.judging.matchup import Comparison
+from eval.labelling.labels import Label, LabelsWriter, checked_annotator, label_of, text_hash
+from eval.progress import Say
 
 SYSTEMS = ("text_1", "text_2")
 UNKNOWN = "data"
 "Annotator of labels that do not say whose they are."
+APPLIES = ("task", "path", "subset", "limit", "columns", "max_bad_fraction", "demo")
+"Keys of `data` that apply to labels."
+
+
+@dataclass(frozen=True)
+class ImportLabelsRecipe:
+    """Pairs of which people chose one response."""
+
+    run_dir: str = "runs/import_labels"
+    """Folder of the results."""
+    split: str = "train"
+    """The split of the data; a single file is the split train, and the demo has train and eval."""
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        for option in fields(DataConfig):
+            if option.name in APPLIES:
+                continue
+            default = option.default_factory() if callable(option.default_factory) else option.default
+            if getattr(self.data, option.name) != default:
+                raise ValueError(f"data.{option.name} does not apply to labels: they are of whole texts")
+        if self.data.task == "demo" and self.split not in ("train", "eval"):
+            raise ValueError(f"split must be train or eval for data.task=demo, got {self.split}")
+
+
+def import_labels(recipe: ImportLabelsRecipe, say: Say = print) -> Path:
+    """Read the pairs, write them as completions and labels. Returns the path of labels.jsonl."""
+    folder, config = Path(recipe.run_dir), recipe.data
+    path = folder / "labels.jsonl"
+    for name in ("completions.jsonl", "labels.jsonl"):
+        if (folder / name).exists():
+            raise DataError(f"{folder / name} is there already; choose another run_dir or remove it")
+    report: list[str] = []
+    bad = BadRows()
+    if config.task == "demo":
+        records = make_demo(config.demo, "pairs", recipe.split)[: config.limit]
+    else:
+        records = read_records(config, recipe.split, None, report)
+    records, notes = view_records(records, "pairs", bad)
+    rows, labels, counts = labels_from_pairs(records, bad)
+    bad.check(len(records), config.max_bad_fraction)
+    if bad:
+        report.append(f"{len(bad)} pairs left out:\n{bad.summary()}")
+    say("\n".join([*report, *notes, *counts]))
+    if not labels:
+        raise DataError("no labelled pairs are left")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_resolved(recipe, folder / "config.yaml")
+    CompletionsWriter(folder / "completions.jsonl", {"data": config.path or config.task}).write(rows)
+    with LabelsWriter(path) as writer:
+        writer.append(labels)
+    return path
 
 
 def labels_from_pairs(

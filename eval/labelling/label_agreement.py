@@ -8,11 +8,11 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.agreement import Agreement, HumanCeiling, agreement, human_ceiling
-from eval.intervals import Interval
 from eval.labelling.ratings import Ratings, Scores
-from eval.position_bias import PositionBias, position_bias
-from eval.win_rate import PairedTest, WinRate, paired_test, win_rate
+from eval.statistics.agreement import Agreement, HumanCeiling, agreement, human_ceiling
+from eval.statistics.intervals import Interval
+from eval.statistics.position_bias import PositionBias, position_bias
+from eval.statistics.win_rate import PairedTest, WinRate, paired_test, win_rate
 
 MAJORITY = "majority"
 ALL_LABELS = "all labels"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from drpo.data.records import BadRows, DataError
-from eval.judging.comparison import Comparison, Order
-from eval.judging.judge_prompts import JudgePrompt
+from eval.judging.matchup import Comparison, Order
+from eval.judging.openai.prompts import JudgePrompt
 from eval.judging.verdict import winner_of
 from eval.labelling.labels import (
     Key,

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 from drpo.data.records import BadRows, DataError, RowError
 from drpo.jsonl import lines_of
 from eval.json_rows import fields_of_line
-from eval.judging.comparison import Comparison, Order
+from eval.judging.matchup import Comparison, Order
 from eval.judging.verdict import Winner
 
 Status = Literal["labelled", "skipped", "undone"]

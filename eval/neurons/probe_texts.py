@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from drpo.data.demo import DemoConfig, make_demo
-from drpo.data.demo_errors import make_faulty_summaries
 from drpo.data.encode import encode_queries, encode_responses
 from drpo.data.files import Row, read_table
 from drpo.data.holdout import is_held_out
 from drpo.data.records import BadRows, DataError, RowError, require_text
+from drpo.data.tasks.demo import DemoConfig, make_demo
+from drpo.data.tasks.demo_errors import make_faulty_summaries
 
 NUM_DEMO_POSTS = 1024
 APPLIES_TO = {
@@ -29,7 +29,7 @@ class ProbeConfig:
     """demo: fitted on the demo's references (false) and the same with one fault (true); texts: fitted on own texts
     with labels; file: a finished vector."""
     fault: Literal["incomplete", "wrong_item", "wrong_order"] = "incomplete"
-    """For the demo: what is wrong with the faulty summaries (drpo/data/demo_errors.py)."""
+    """For the demo: what is wrong with the faulty summaries (drpo/data/tasks/demo_errors.py)."""
     path: str | None = None
     """For texts: a file or hub id as in data.path, with columns text and label (true/false or 1/0), and maybe prompt:
     what stands before the text and is read, but not pooled. For file: an .npz with weight (and bias) as this script

@@ -1,0 +1,207 @@
+"""The demo task: made-up forum posts, summaries of uneven quality and a true reward that can be computed.
+
+A post says which things are there and which ones are needed::
+
+    SUBREDDIT: r/camping
+    POST: we have lamp mug but need rope soap tent
+    TL;DR: rope soap tent
+
+A good summary names all the things needed, in the order of the post, and stops. Reading costs, and only a
+complete summary is useful: an unfinished one is worth less with every word. So a policy that rarely completes
+a summary from the bare prompt learns to say little, unless its rollouts start inside complete ones.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import exp, log
+from typing import Literal, Protocol
+
+from drpo.data.records import Record
+from drpo.data.tasks.demo_writers import ITEMS, Split, as_text, demonstrate, draw_post, draw_several, draw_two
+
+DemoView = Literal["demonstrations", "pairs", "prompts", "ranked"]
+
+COMPLETE_REWARD = 4.0
+"""Worth of a complete summary."""
+RIGHT_COST = 0.25
+"""Cost of reading a needed item in an unfinished or faulty summary."""
+WRONG_COST = 2.0
+"""Cost of an item that is not needed, comes twice or too late; of an empty summary; of a missing stop."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demo task (section `data.demo` of a recipe)."""
+
+    completion_rate: float = 1 / 128
+    """Share of the demonstrations that are finished. From the bare prompt an SFT policy finishes about as
+    often, or less where this is small: 0.2 is "often", 0.003 "hardly ever", 0.001 "never"."""
+    num_items: int = 12
+    """Items in a post."""
+    num_needed: int = 8
+    """Items of a post that belong into its summary."""
+    error_rate: float = 0.02
+    """Chance of a slip (a wrong item, or one in the wrong place) at each word of a demonstration."""
+    annotator_temperature: float = 0.5
+    """Temperature of the Bradley-Terry annotator, P(a over b) = sigmoid((reward(a) - reward(b)) / T).
+    At 0 the better one always wins."""
+    num_ranked: int = 4
+    """Responses to each post in ranked data."""
+    num_train: int = 38400
+    """Posts to train on."""
+    num_eval: int = 256
+    """Held-out posts."""
+    seed: int = 0
+    """Seed of posts, writers and annotator."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, field: str, rule: str) -> None:
+            if not ok:
+                raise ValueError(f"data.demo.{field} must be {rule}, got {getattr(self, field)!r}")
+
+        check(0 < self.completion_rate <= 1, "completion_rate", "above 0 and at most 1")
+        check(2 <= self.num_items <= len(ITEMS) - 1, "num_items", f"between 2 and {len(ITEMS) - 1}")
+        check(
+            2 <= self.num_needed <= self.num_items,
+            "num_needed",
+            f"between 2 and data.demo.num_items ({self.num_items})",
+        )
+        check(0 <= self.error_rate < 1, "error_rate", "at least 0 and below 1")
+        check(self.annotator_temperature >= 0, "annotator_temperature", "at least 0")
+        check(2 <= self.num_ranked <= 32, "num_ranked", "between 2 and 32")
+        check(self.num_train > 0, "num_train", "positive")
+        check(self.num_eval > 0, "num_eval", "positive")
+        check(self.seed >= 0, "seed", "at least 0")
+
+    @property
+    def stop_rate(self) -> float:
+        """Chance that a demonstration ends after an item: 1 - completion_rate^(1/(num_needed-1))."""
+        return 1 - self.completion_rate ** (1 / (self.num_needed - 1))
+
+
+class Scorable(Protocol):
+    """What `true_rewards` reads of a completion (`drpo.rewards.Completion` has it)."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def response(self) -> str: ...
+    @property
+    def ended(self) -> bool: ...
+
+
+def needed_items(prompt: str) -> list[str]:
+    """Items that a post says are needed, in its order.
+
+    Raises ValueError when the prompt is not a demo post.
+    """
+    post, _, _ = prompt.partition("\nTL;DR:")
+    items = post.partition(" need ")[2].split()
+    if not items:
+        raise ValueError(
+            f"only demo posts have a true reward; this prompt names no needed item: {prompt[:80]!r}"
+        )
+    return items
+
+
+def _count_wrong(needed: Sequence[str], words: Sequence[str]) -> int:
+    wrong, last = 0, -1
+    for word in words:
+        place = needed.index(word) if word in needed else -1
+        if place > last:
+            last = place
+        else:
+            wrong += 1
+    return wrong
+
+
+def true_reward(prompt: str, response: str, ended: bool) -> float:
+    """Worth of a summary: 4 when complete, else -0.25 a right item, -2 a wrong item, if empty, if not ended.
+
+    An item is right when the post needs it and no earlier right item comes after it in the post. Complete
+    means exactly the needed items in the post's order, and a stop.
+    """
+    needed, words = needed_items(prompt), response.split()
+    if ended and words == needed:
+        return COMPLETE_REWARD
+    wrong = _count_wrong(needed, words)
+    faults = wrong + (not words) + (not ended)
+    return -RIGHT_COST * (len(words) - wrong) - WRONG_COST * faults
+
+
+def true_rewards(completions: Sequence[Scorable]) -> list[float]:
+    """`true_reward` of each completion: the demo's reward function for online training."""
+    return [true_reward(c.prompt, c.response, c.ended) for c in completions]
+
+
+def error_kind(prompt: str, response: str, ended: bool) -> str:
+    """First that applies: no_stop, complete, wrong_item, wrong_order (or said twice), incomplete."""
+    needed, words = needed_items(prompt), response.split()
+    if not ended:
+        return "no_stop"
+    if words == needed:
+        return "complete"
+    if any(word not in needed for word in words):
+        return "wrong_item"
+    return "wrong_order" if _count_wrong(needed, words) else "incomplete"
+
+
+def _label(config: DemoConfig, prompt: str, a: str, b: str, rng: random.Random) -> tuple[str, str]:
+    """Chosen and rejected: P(a is chosen) = sigmoid((reward(a) - reward(b)) / T)."""
+    margin = true_reward(prompt, a, True) - true_reward(prompt, b, True)
+    if config.annotator_temperature == 0:
+        a_wins = margin > 0 or (margin == 0 and rng.random() < 0.5)
+    else:
+        scaled = min(max(margin / config.annotator_temperature, -50.0), 50.0)
+        a_wins = rng.random() < 1 / (1 + exp(-scaled))
+    return (a, b) if a_wins else (b, a)
+
+
+def _rate(config: DemoConfig, prompt: str, response: str, rng: random.Random) -> float:
+    """The reward as the same annotator sees it: plus Gumbel noise of scale T.
+
+    Two such ratings are ordered as `_label` orders pairs, for the difference of two Gumbel variables is
+    logistic. At T = 0 it is the true reward.
+    """
+    noise = -log(max(rng.expovariate(1.0), 1e-300))
+    return true_reward(prompt, response, True) + config.annotator_temperature * noise
+
+
+def make_demo(config: DemoConfig, view: DemoView, split: Split) -> list[Record]:
+    """The records of one view; post i is the same in every view, and no post of one split is in the other.
+
+    demonstrations: `completion` by a writer of uneven quality. pairs: `chosen`, `rejected` by the annotator,
+    with their true rewards in `extra` as chosen_score and rejected_score; a wrong label has a gap below 0.
+    prompts: `completion` is the complete reference, `chosen` and `rejected` a labelled pair. ranked:
+    `responses` with `scores` by the annotator.
+    """
+    posts, writers, annotator, rater = (
+        random.Random(f"{config.seed}/{split}/{stream}")
+        for stream in ("posts", "writers", "annotator", "ranked")
+    )
+    records = []
+    for i in range(config.num_train if split == "train" else config.num_eval):
+        post = draw_post(config, posts, split)
+        record = Record(post.prompt, origin=f"demo/{split}:{i}")
+        match view:
+            case "demonstrations":
+                record = replace(record, completion=as_text(demonstrate(config, post, writers)))
+            case "pairs" | "prompts":
+                a, b = draw_two(config, post, annotator)
+                chosen, rejected = _label(config, post.prompt, a, b, annotator)
+                record = replace(record, chosen=chosen, rejected=rejected)
+                if view == "prompts":
+                    record = replace(record, completion=as_text(post.needed))
+                else:
+                    rewards = [true_reward(post.prompt, text, True) for text in (chosen, rejected)]
+                    scores = dict(zip(("chosen_score", "rejected_score"), rewards, strict=True))
+                    record = replace(record, extra=scores)
+            case "ranked":
+                responses = draw_several(config, post, rater, config.num_ranked)
+                scores = tuple(_rate(config, post.prompt, text, rater) for text in responses)
+                record = replace(record, responses=responses, scores=scores)
+        records.append(record)
+    return records

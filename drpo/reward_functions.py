@@ -1,0 +1,69 @@
+"""Import reward functions by name, and call them with errors that say what went wrong."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from drpo.config import ConfigError
+from drpo.rewards import Completion, RewardFn
+
+
+def import_functions(functions: Mapping[str, str], key: str) -> dict[str, RewardFn]:
+    """name -> module:function, imported."""
+    return {
+        name: _explained(import_function(spec, f"{key}.{name}"), f"{key}.{name}={spec!r}")
+        for name, spec in functions.items()
+    }
+
+
+def _explained(function: RewardFn, where: str) -> RewardFn:
+    """`function`, whatever goes wrong in it being told as a mistake of the recipe's."""
+
+    def score(completions: Sequence[Completion]) -> list[float]:
+        try:
+            scores = [float(score) for score in function(completions)]
+        except Exception as error:
+            raise ConfigError(f"{where} does not score the responses: {_told(error)}") from error
+        if len(scores) != len(completions):
+            raise ConfigError(f"{where} returned {len(scores)} scores for {len(completions)} responses")
+        return scores
+
+    return score
+
+
+def _told(error: Exception) -> str:
+    """The kind of an error, where it was raised, and its message."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {place.filename}:{place.lineno}: {error}"
+
+
+def import_function(spec: str, key: str) -> RewardFn:
+    """The callable `module:function`; modules in the working directory are found too.
+
+    Raises ConfigError naming the key when the module or the function is not there, or the module fails.
+    """
+    module_name, colon, function_name = spec.partition(":")
+    if not colon or not function_name or not module_name or module_name.startswith("."):
+        raise ConfigError(f"{key}={spec!r} must be written module:function")
+    working_directory = str(Path.cwd())
+    if working_directory not in sys.path:
+        sys.path.append(working_directory)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{key}={spec!r}: {error}; looked on sys.path and in {working_directory}") from None
+    except Exception as error:  # a user's module may do anything
+        raise ConfigError(
+            f"{key}={spec!r}: {module_name} fails when it is imported: {_told(error)}"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        known = [
+            name for name in vars(module) if callable(getattr(module, name)) and not name.startswith("_")
+        ]
+        raise ConfigError(f"{key}={spec!r}: {module_name} has no function {function_name}; it has {known}")
+    return function

@@ -1,0 +1,314 @@
+"""A run's folder and its life: who owns it, what is in it, resuming it, and stopping it on a signal.
+
+The contract (docs/recipes.md): `config.yaml`, `metrics.jsonl`, `completions.jsonl`, `checkpoints/step_<n>/`
+and, at the end, the result (`policy/` or `reward_model/`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from drpo.config import ConfigError, load_recipe, options, save_resolved
+from drpo.engine import Engine
+from drpo.rollout.samples import sample_table
+from drpo.run.checkpoints import (
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    read_trainer_state,
+    save_checkpoint,
+)
+from drpo.run.lock import hold_folder, release_folder
+from drpo.run.metrics import JsonLines
+from drpo.run.same_view import require_same, require_shared_folder
+
+# Keys and sections that do not change what is computed: they may differ between a run and its resumption.
+FREE_ON_RESUME = (
+    "run_dir",
+    "resume",
+    "log",
+    "checkpoint",
+    "engine.trackers",
+    "engine.project",
+    "engine.timeout_minutes",
+)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and how much to keep."""
+
+    every: int = 50
+    """Save after every so many steps; 0 saves at the end only."""
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    model_every: int = 0
+    """Write the model as it is after every so many steps, as a folder of its own (policy_step_20, ...) that stays and
+    that launch/compare.py can put on a curve; 0 for the end only."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "model_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"checkpoint.{name} must be >= 0, got {getattr(self, name)}")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep must be >= 1, got {self.keep}")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown and how often."""
+
+    every: int = 1
+    """Show a line on the console after every so many steps (metrics.jsonl gets every step)."""
+    samples_every: int = 20
+    """Online runs only: write sample rollouts after the first step and then every so many steps; 0 for never. Every
+    evaluation writes its completions besides."""
+    num_samples: int = 4
+    """Rollouts a sample has, and completions shown on the console (completions.jsonl gets all of an evaluation)."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"log.{name} must be >= 1, got {getattr(self, name)}")
+        if self.samples_every < 0:
+            raise ValueError(f"log.samples_every must be >= 0, got {self.samples_every}")
+
+
+Resume = Literal["auto", "restart"]
+
+
+class RunStopped(RuntimeError):
+    """A guard of the recipe ended the run; the message says which, where, and what to do."""
+
+
+class RunFolder:
+    """The folder of one run, on every rank; only the main process writes outside `checkpoints/`.
+
+    Making one raises ConfigError when the processes have different settings, or do not share the folder.
+    """
+
+    def __init__(self, recipe: Any, engine: Engine, checkpoint: CheckpointConfig, log: LogConfig) -> None:
+        self.path = Path(recipe.run_dir)
+        self.metrics = JsonLines(self.path / "metrics.jsonl")
+        self.completions = JsonLines(self.path / "completions.jsonl")
+        # With the precision that null stood for: it depends on the machine, and the folder may move to another one.
+        precise = dataclasses.replace(recipe.engine, mixed_precision=engine.precision)
+        self.recipe = dataclasses.replace(recipe, engine=precise)
+        self._engine, self._checkpoint, self.log = engine, checkpoint, log
+        self._console = Console()
+        self._progress: Progress | None = None
+        self._signal: int | None = None
+        self._handlers_before: dict[int, Any] = {}
+        require_same(engine, {k: v for k, v in flatten(self.recipe).items() if k != "run_dir"}, "settings")
+        require_shared_folder(engine, self.path, "run_dir")
+
+    # --- opening ----------------------------------------------------------------------------------------
+
+    def open(self) -> dict[str, Any] | None:
+        """Make the folder, or resume what is in it. Returns the saved trainer state, None for a fresh run.
+
+        Raises CheckpointError when the folder holds a run with other settings, or another process is training there.
+        """
+        engine = self._engine
+        self._lock()
+        if engine.is_main and self.recipe.resume == "restart":
+            self._set_aside()
+            hold_folder(self.path)
+        engine.barrier()
+        config = self.path / "config.yaml"
+        # The main process looks, for all: a network file system may show another one an older state.
+        found = [folder.name for folder in list_checkpoints(self.path)]
+        begun = config.exists() and _holds_something(self.metrics.path)
+        found, begun = engine.from_main((found, begun))
+        state = None
+        if found:
+            last = self.path / "checkpoints" / found[-1]
+            self._refuse_other_settings(read_trainer_state(last)["settings"])
+            state = load_checkpoint(engine, last)
+            self.say(f"resuming {self.path} after step {state['step']}")
+        elif begun:
+            # Killed before its first checkpoint: the same run starts again. What failed at once may be mended.
+            self._refuse_other_settings(self._settings_of_the_earlier_run(config))
+        engine.barrier()  # every process has looked before the main one writes
+        if engine.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            step = state["step"] if state else -1
+            self.metrics.keep_up_to(step)
+            self.completions.keep_up_to(step)
+            save_resolved(self.recipe, self.path / "config.yaml")
+        engine.start_trackers(flatten(self.recipe))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers_before[number] = signal.signal(number, self._on_signal)
+        engine.barrier()
+        return state
+
+    def _settings_of_the_earlier_run(self, config: Path) -> dict[str, Any]:
+        try:
+            return flatten(load_recipe(type(self.recipe), config, []))
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{config}, left by an earlier run, is no recipe of today: {error}\nChoose another run_dir, or "
+                "resume=restart to move that run aside"
+            ) from None
+
+    def _lock(self) -> None:
+        problem = None
+        if self._engine.is_main:
+            try:
+                hold_folder(self.path)
+            except BlockingIOError:
+                problem = (
+                    f"another process is training in {self.path}; wait for it or stop it, or choose another "
+                    "run_dir"
+                )
+        if (problem := self._engine.from_main(problem)) is not None:
+            raise CheckpointError(problem)
+
+    def _set_aside(self) -> None:
+        if all(path.name == "config.yaml" and not _holds_something(path) for path in self.path.iterdir()):
+            return  # what holding the folder made
+        release_folder(self.path)
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.old{number}")).exists():
+            number += 1
+        shutil.move(self.path, target)
+        self.say(f"moved the earlier run to {target}")
+
+    def _refuse_other_settings(self, then: dict[str, Any]) -> None:
+        now = flatten(self.recipe)
+        defaults = {option.key: _as_json(option.default) for option in options(type(self.recipe))}
+        then = defaults | then  # a key that there was not yet had its default
+        free = tuple(f"{key}." for key in FREE_ON_RESUME)
+        changed = [
+            f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
+            for key in sorted(then | now)
+            if not f"{key}.".startswith(free) and now.get(key) != then.get(key)
+        ]
+        if changed:
+            key = "engine.mixed_precision"
+            other = key in then and then[key] != now[key]
+            keep = f"{key}={then[key]} to keep that run's precision, " if other else ""
+            raise CheckpointError(
+                f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
+                f"Choose {keep}another run_dir, or resume=restart to move that run aside"
+            )
+
+    # --- during the run ---------------------------------------------------------------------------------
+
+    def save(self, step: int, num_steps: int, state: dict[str, Any], always: bool = False) -> None:
+        """Checkpoint when it is time: every `checkpoint.every` steps, at the end, and on SIGTERM or SIGINT.
+
+        `always` saves now. After a signal the process leaves with exit code 128 + signal, the checkpoint on disk.
+        """
+        stop = int(self._engine.max(self._signal or 0))
+        every = self._checkpoint.every
+        if stop or always or step == num_steps or (every and step % every == 0):
+            full = {"settings": flatten(self.recipe), "world_size": self._engine.world_size, **state}
+            folder = save_checkpoint(self._engine, self.path, step, full, self._checkpoint.keep)
+            if stop:
+                name = signal.Signals(stop).name
+                self.say(f"{name}: saved {folder}; run the same command again to go on from step {step}")
+                self.close()
+                raise SystemExit(128 + stop)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._signal is not None:  # asked twice: leave at once
+            os._exit(128 + number)
+        self._signal = number
+
+    def record(self, step: int, metrics: dict[str, float], shown: tuple[str, ...]) -> None:
+        """One row to metrics.jsonl, the trackers, and (every `log.every` steps) the console."""
+        if not self._engine.is_main:
+            return
+        self.metrics.write({"step": step, **metrics})
+        self._engine.log(metrics, step)
+        if step % self.log.every == 0 or step <= 1:
+            self.say(
+                f"step {step}: " + "  ".join(_shown(key, metrics[key]) for key in shown if key in metrics)
+            )
+
+    def write_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Sample rows to completions.jsonl, the first few to the console."""
+        if self._engine.is_main and rows:
+            self.completions.write(*({"step": step, **row} for row in rows))
+            self.say(sample_table(rows[: self.log.num_samples], step))
+
+    def start_progress(self, description: str, done: int, total: int) -> None:
+        """Show a bar, in place of an earlier one."""
+        if self._engine.is_main:
+            if self._progress is not None:
+                self._progress.stop()
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            columns += (TimeElapsedColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+            self._progress.start()
+            self._progress.add_task(description, total=total, completed=done)
+
+    def advance(self, count: int = 1) -> None:
+        if self._progress is not None:
+            self._progress.advance(self._progress.task_ids[0], count)
+
+    def say_data(self, report: str) -> None:
+        """Show what was read. Raises ConfigError when the processes have read different data."""
+        require_same(self._engine, {"data": report}, "data")
+        self.say(report)
+
+    def say(self, message: object) -> None:
+        if self._engine.is_main:
+            self._console.print(message, highlight=False, soft_wrap=isinstance(message, str), markup=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self._handlers_before = {}
+        self._engine.close()
+
+
+def _shown(key: str, value: float) -> str:
+    """A metric on the console: its name without the group, unless the group tells it from another one."""
+    group, _, name = key.rpartition("/")
+    if group == "time":
+        return f"{value:.2f} s"
+    return f"{'eval ' if group == 'eval' else ''}{name} {value:.4g}"
+
+
+def _holds_something(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config dataclass as `section.key` -> JSON value."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        key = prefix + field.name
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, key + ".")
+        else:
+            flat[key] = _as_json(value)
+    return flat
+
+
+def _as_json(value: object) -> Any:
+    return json.loads(json.dumps(value, default=str))

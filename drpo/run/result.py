@@ -1,0 +1,83 @@
+"""The result of a run: the model as a plain `from_pretrained` folder whose README.md says how it was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from drpo.config import git_commit, package_versions
+from drpo.engine import Engine
+from drpo.models.export import save_policy
+from drpo.run.folder import RunFolder
+from drpo.run.metrics import read_metrics, reproducible
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the model of a run goes: `<run_dir>/<name>` at the end, `<run_dir>/<name>_step_<n>` where asked before."""
+
+    recipe: Any
+    engine: Engine
+    run: RunFolder
+    trained: nn.Module
+    "The prepared module that `model` is a part of."
+    model: Any
+    tokenizer: Any
+    data_report: str
+    name: str
+
+    def at_step(self, step: int) -> None:
+        """Write the model as it is now, if `checkpoint.model_every` says so."""
+        every = self.recipe.checkpoint.model_every
+        if every and step % every == 0:
+            self._write(f"{self.name}_step_{step}")
+
+    def finish(self) -> Path:
+        """Write the model, close the run, return the folder."""
+        folder = self._write(self.name)
+        self.run.close()
+        return folder
+
+    def _write(self, name: str) -> Path:
+        folder = self.run.path / name
+        with self.engine.whole_weights(self.trained):
+            if self.engine.is_main:
+                card = model_card(self.run.recipe, self.data_report, self.run.metrics.path)
+                save_policy(self.model, self.tokenizer, folder, card)
+        self.engine.barrier()
+        return folder
+
+
+def model_card(recipe: Any, data_report: str, metrics_path: Path) -> str:
+    """Markdown text of the card."""
+    rows = read_metrics(metrics_path)
+    last: dict[str, float] = {}
+    for row in rows:  # the last value of every key: evaluation keys are not in every row
+        last |= reproducible(row)
+    table = "\n".join(f"| {key} | {value:.6g} |" for key, value in sorted(last.items()))
+    versions = ", ".join(f"{package} {version}" for package, version in package_versions().items())
+    return f"""---
+library_name: transformers
+tags: [rlhf, drpo]
+---
+# {Path(recipe.run_dir).name}
+
+Trained with DRPO (commit {git_commit()}; {versions}).
+
+## Data
+{data_report}
+
+## Last metrics
+| metric | value |
+| --- | --- |
+{table}
+
+## Recipe
+```yaml
+{OmegaConf.to_yaml(OmegaConf.structured(recipe)).strip()}
+```
+"""

@@ -1,0 +1,132 @@
+"""KTO: the loss of single responses that are labelled good or bad (Ethayarajh et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from drpo.data.encode import Example
+from drpo.data.records import DataError
+from drpo.models.scoring import response_logprobs
+from drpo.preference_losses import kto_loss
+from drpo.tensors import PaddedBatch, masked_sum, pad_batch
+from drpo.trainers.offline import Rows
+from drpo.trainers.preference.recipe import LossConfig
+from drpo.trainers.preference.reference import Reference, policy_and_reference
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledResponse:
+    """One response with its label, and a response to another prompt, which estimates the KL."""
+
+    example: Example
+    desirable: bool
+    other_ids: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledBatch:
+    """B responses; `mismatched` holds the same queries with responses to other prompts."""
+
+    rows: PaddedBatch
+    mismatched: PaddedBatch
+    desirable_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.desirable_mask)
+
+
+def make_labelled(examples: Sequence[Example]) -> list[LabelledResponse]:
+    """The examples with, for each, the response of the next one that has another prompt.
+
+    The partner is fixed by the data alone, so that micro-batches and processes do not change the estimate.
+    Raises DataError when all prompts are the same.
+    """
+    if not examples:
+        return []
+    items: list[LabelledResponse] = []
+    partner: Example | None = None
+    for example in reversed([*examples, *examples]):  # the second copy: what follows the last is the first
+        following = items[-1].example if items else None
+        if following is not None and following.record.marked_prompt != example.record.marked_prompt:
+            partner = following
+        other_ids = partner.completion_ids if partner is not None else []
+        items.append(LabelledResponse(example, bool(example.record.extra["label"]), other_ids))
+    if partner is None:
+        raise DataError(
+            "loss.name=kto compares responses to different prompts, and all prompts here are the same"
+        )
+    return items[::-1][: len(examples)]
+
+
+class UnpairedObjective(nn.Module):
+    """KTO around the policy. It looks ahead: z0, the reference point of all losses, is a mean over the step."""
+
+    looks_ahead = True
+
+    def __init__(
+        self, model: nn.Module, loss: LossConfig, *, reference: Reference, pad_id: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._loss, self._reference = loss, reference
+        self._pad_id, self._device = pad_id, device
+
+    def collate(self, items: Sequence[LabelledResponse]) -> LabelledBatch:
+        queries = [item.example.query_ids for item in items]
+        return LabelledBatch(
+            pad_batch(queries, [item.example.completion_ids for item in items], self._pad_id).to(
+                self._device
+            ),
+            pad_batch(queries, [item.other_ids for item in items], self._pad_id).to(self._device),
+            torch.tensor([item.desirable for item in items], device=self._device),
+        )
+
+    def num_targets(self, batch: LabelledBatch) -> int:
+        return len(batch)
+
+    def context(self, losses: Tensor, rows: Rows) -> Tensor:
+        """z0 = max(0, mean of log pi/pi_ref over responses to other prompts): an estimate of KL(pi, pi_ref)."""
+        return rows["mismatched_logratio"].mean().clamp(min=0).float().to(self._device)
+
+    def forward(self, batch: LabelledBatch, context: Tensor | None = None) -> tuple[Tensor, Rows]:
+        if context is None:  # looking ahead: only what z0 is made of
+            mismatched = self._logratios(batch.mismatched)
+            return torch.zeros_like(mismatched), {"mismatched_logratio": mismatched}
+        config = self._loss
+        logratios = self._logratios(batch.rows)
+        losses = kto_loss(
+            logratios,
+            batch.desirable_mask,
+            context,
+            config.beta,
+            config.desirable_weight or 1.0,
+            config.undesirable_weight or 1.0,
+        )
+        return losses, {
+            "reward": config.beta * logratios,
+            "reference_point": context.expand(len(batch)),
+            "desirable": batch.desirable_mask,
+            "accuracy": (logratios > context) == batch.desirable_mask,
+        }
+
+    def _logratios(self, rows: PaddedBatch) -> Tensor:
+        """log pi/pi_ref of each response (b,)."""
+        logprobs, reference = policy_and_reference(self.model, self._reference, _score, rows)
+        return masked_sum(logprobs - reference, rows.response_mask, dim=1)
+
+    def summarise(self, losses: Tensor, rows: Rows) -> dict[str, float]:
+        """Means of the numbers, and the mean reward of desirable and of undesirable responses."""
+        metrics = {name: float(values.mean()) for name, values in rows.items()}
+        desirable = rows["desirable"].bool()
+        for name, mask in (("desirable", desirable), ("undesirable", desirable.logical_not())):
+            if mask.any():
+                metrics[f"reward_{name}"] = float(rows["reward"][mask].mean())
+        return metrics
+
+
+def _score(model: nn.Module, rows: PaddedBatch) -> Tensor:
+    return response_logprobs(model, rows).logprobs

@@ -1,0 +1,177 @@
+"""The loss of preference pairs: scores of policy and reference, one `match` over the losses, and their metrics."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from drpo import preference_losses as losses
+from drpo.models.scoring import response_logprobs
+from drpo.models.shared_prompt import continuation_logprobs
+from drpo.tensors import PaddedBatch, masked_sum
+from drpo.trainers.offline import Rows
+from drpo.trainers.preference.pairs import Pair, PairBatch, collate_pairs
+from drpo.trainers.preference.recipe import LENGTH_AVERAGED, LossConfig
+from drpo.trainers.preference.reference import Reference, policy_and_reference
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+class PairScores(NamedTuple):
+    """What a loss reads of B pairs, all (B,): log-probabilities in nats, weighted or averaged as the loss wants."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_reference: Tensor | None
+    rejected_reference: Tensor | None
+
+
+class PairObjective(nn.Module):
+    """A loss of pairs around the policy; `reference` gives log-probs that the batch does not carry."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossConfig,
+        *,
+        reference: Reference | None,
+        share_prompts: bool,
+        pad_id: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.looks_ahead = loss.dr_dpo is not None and loss.dr_dpo.over == "step"
+        self._loss, self._reference = loss, reference
+        self._pad_id, self._device = pad_id, device
+        self._score = functools.partial(block_logprobs, share_prompts=share_prompts)
+
+    def collate(self, pairs: Sequence[Pair]) -> PairBatch:
+        return collate_pairs(pairs, self._pad_id, self._device)
+
+    def num_targets(self, batch: PairBatch) -> int:
+        return len(batch)
+
+    def context(self, weighted: Tensor, rows: Rows) -> Tensor:
+        """log mean exp(-loss / beta') over all pairs of the step: what Dr. DPO's weights are normalised by."""
+        exponents = -rows["pair_loss"] / self._loss.dr_dpo.beta_prime
+        return log_mean_exp(exponents).float().to(self._device)
+
+    def forward(self, batch: PairBatch, context: Tensor | None = None) -> tuple[Tensor, Rows]:
+        logprobs, reference = self._logprobs(batch)
+        scores = PairScores(*self._reduce(logprobs, batch), *self._reduce(reference, batch))
+        pair_losses = pair_loss(self._loss, scores, batch.offsets)
+        rows = self._rows(logprobs, reference, scores, batch) | {"pair_loss": pair_losses}
+        if self._loss.dr_dpo is None or (self.looks_ahead and context is None):
+            return pair_losses, rows
+        beta_prime = self._loss.dr_dpo.beta_prime
+        if context is not None:
+            weights = losses.dr_dpo_weights(pair_losses, beta_prime, context)
+            return weights * pair_losses, rows | {"weight": weights}
+        weights = len(batch) * losses.dr_dpo_weights(pair_losses, beta_prime)
+        return losses.dr_dpo_loss(pair_losses, beta_prime).expand(len(batch)), rows | {"weight": weights}
+
+    def _logprobs(self, batch: PairBatch) -> tuple[Tensor, Tensor | None]:
+        """Of the policy and, where the loss needs them, of the reference: per token (2B, R)."""
+        if not self._loss.needs_reference or batch.reference_logprobs is not None:
+            return self._score(self.model, batch.rows), batch.reference_logprobs
+        return policy_and_reference(self.model, self._reference, self._score, batch.rows)
+
+    def _reduce(self, logprobs: Tensor | None, batch: PairBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Per-token log-probs (2B, R) -> numbers of the chosen and the rejected responses (B,)."""
+        if logprobs is None:
+            return None, None
+        mask = batch.rows.response_mask
+        if batch.weights is not None:
+            reduced = losses.token_weighted_sum(logprobs, batch.weights, mask)
+        else:
+            reduced = masked_sum(logprobs, mask, dim=1)
+        if self._loss.name in LENGTH_AVERAGED:
+            reduced = reduced / mask.sum(dim=1)
+        return tuple(reduced.chunk(2))
+
+    def _rows(self, logprobs: Tensor, reference: Tensor | None, scores: PairScores, batch: PairBatch) -> Rows:
+        mask = batch.rows.response_mask
+        chosen, rejected = masked_sum(logprobs.detach(), mask, dim=1).chunk(2)
+        rows = {"chosen_logprobs": chosen, "rejected_logprobs": rejected}
+        if reference is None:
+            chosen_reward, rejected_reward = (
+                self._loss.beta * scores.chosen,
+                self._loss.beta * scores.rejected,
+            )
+        else:
+            chosen_reward = self._loss.beta * (scores.chosen - scores.chosen_reference)
+            rejected_reward = self._loss.beta * (scores.rejected - scores.rejected_reference)
+            rows["implicit_kl"] = (
+                masked_sum(reference, mask, dim=1).view(2, -1) - torch.stack([chosen, rejected])
+            ).mean(0)
+        rows |= {
+            "chosen_reward": chosen_reward,
+            "rejected_reward": rejected_reward,
+            "reward_margin": chosen_reward - rejected_reward,
+            "accuracy": chosen_reward > rejected_reward,
+        }
+        return rows if batch.flipped is None else rows | {"flipped": batch.flipped}
+
+    def summarise(self, weighted: Tensor, rows: Rows) -> dict[str, float]:
+        """Means of the numbers, quantiles of the losses, and means over flipped and clean pairs."""
+        metrics = {name: float(values.mean()) for name, values in rows.items()}
+        quantiles = torch.quantile(rows["pair_loss"], torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+        metrics |= {f"pair_loss_p{100 * q:.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
+        if self.looks_ahead:  # what the weighted gradient is the gradient of
+            metrics["loss"] = float(losses.dr_dpo_loss(rows["pair_loss"], self._loss.dr_dpo.beta_prime))
+        if "flipped" in rows:
+            flipped = rows["flipped"].bool()
+            for name in ("accuracy", "pair_loss", "weight"):
+                for group, mask in (("flipped", flipped), ("clean", flipped.logical_not())):
+                    if name in rows and mask.any():
+                        metrics[f"{name}_{group}"] = float(rows[name][mask].mean())
+        return metrics
+
+
+def block_logprobs(
+    model: nn.Module, rows: PaddedBatch, num_responses: int = 2, *, share_prompts: bool
+) -> Tensor:
+    """Log-probabilities (K*B, R) of K blocks of responses to the same queries, each prompt computed once if wanted."""
+    if share_prompts:
+        return continuation_logprobs(model, rows, num_responses).logprobs
+    return response_logprobs(model, rows).logprobs
+
+
+def log_mean_exp(values: Tensor) -> Tensor:
+    """log mean exp of a vector, a scalar."""
+    return torch.logsumexp(values, dim=0) - torch.tensor(float(len(values)), dtype=values.dtype).log()
+
+
+def pair_loss(config: LossConfig, scores: PairScores, offsets: Tensor) -> Tensor:
+    """The loss of each pair (B,), unweighted."""
+    if not config.needs_reference:
+        if config.name == "simpo":
+            return losses.simpo_loss(scores.chosen, scores.rejected, config.beta, config.target_margin)
+        return losses.orpo_loss(scores.chosen, scores.rejected, config.odds_coef)
+    ratios = scores.chosen - scores.chosen_reference, scores.rejected - scores.rejected_reference
+    match config.name:
+        case "apo_zero":
+            return losses.apo_zero_loss(*ratios, config.beta)
+        case "apo_down":
+            return losses.apo_down_loss(*ratios, config.beta)
+        case "sppo":
+            return losses.sppo_loss(*ratios, config.beta)
+    alpha = config.divergence_alpha or 1.0
+    margins = losses.implicit_margins(*ratios, config.beta, config.divergence, alpha) - offsets
+    match config.name:
+        case "dpo":
+            return losses.dpo_loss(margins)
+        case "cdpo":
+            return losses.cdpo_loss(margins, config.label_smoothing)
+        case "robust":
+            return losses.robust_dpo_loss(margins, config.label_smoothing)
+        case "hinge":
+            return losses.hinge_loss(margins)
+        case "ipo" | "ipo_avg":
+            return losses.ipo_loss(margins, config.beta)
+    raise ValueError(f"loss.name={config.name} is not a loss of pairs")

@@ -1,0 +1,170 @@
+"""Log-probabilities of the reference, per token, computed once and kept on disk: no reference model in training.
+
+The folder holds `logprobs.npy`, float32: the tokens of the chosen and then of the rejected response of every pair,
+pair after pair; and `key.json`, which says what they were made with, and their hash. It appears by one rename when
+it is whole, so a kill leaves nothing half, and of several runs that fill it at once the first one does.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drpo.config import ConfigError
+from drpo.engine import Engine
+from drpo.models.gguf import gguf_file
+from drpo.models.model_folder import is_local, read_config
+from drpo.run.folder import RunFolder
+from drpo.run.same_view import require_same, require_shared_folder
+from drpo.trainers.preference.dataset_logprobs import all_logprobs
+from drpo.trainers.preference.pair_objective import block_logprobs
+from drpo.trainers.preference.pairs import Pair
+from drpo.trainers.preference.recipe import PreferenceRecipe
+from drpo.trainers.preference.reference import Reference
+from drpo.trainers.preference.stages import PairStages
+
+
+def is_cached(recipe: PreferenceRecipe, engine: Engine) -> bool:
+    """Whether reference.cache_dir holds log-probs, be they the right ones or not: what the main process sees.
+
+    Raises ConfigError when the processes do not share the folder.
+    """
+    if recipe.reference.cache_dir is None:
+        return False
+    folder = Path(recipe.reference.cache_dir)
+    # Beside it, not in it: another run may be about to put its own in this place.
+    require_shared_folder(engine, folder.absolute().parent, "reference.cache_dir")
+    return engine.from_main((folder / "key.json").exists())
+
+
+def with_cached_reference(
+    recipe: PreferenceRecipe,
+    engine: Engine,
+    run: RunFolder,
+    data: PairStages,
+    tokenizer,
+    reference: Reference | None,
+) -> PairStages:
+    """The pairs with their reference log-probs, read from `reference.cache_dir`, or computed into it first.
+
+    `reference` may be None when the folder is there. Raises ConfigError, naming what differs, when it was made with
+    another reference, data or precision.
+    """
+    folder = Path(recipe.reference.cache_dir)
+    pairs = [pair for part in (*data.stages, data.held_out) for pair in part]
+    key = _key(recipe, engine.precision, pairs)
+    require_same(engine, key, "reference or pairs")
+    if is_cached(recipe, engine):
+        run.say(f"reference log-probs: read from {folder}")
+    elif engine.from_main(folder.exists() and any(folder.iterdir())):
+        raise ConfigError(f"reference.cache_dir: {folder} holds something else than reference log-probs")
+    else:
+        score = functools.partial(block_logprobs, share_prompts=recipe.share_prompts)
+        computed = all_logprobs(
+            [(pair.example.query_ids, pair.response_ids) for pair in pairs],
+            engine,
+            run,
+            functools.partial(reference.apply, score),
+            recipe.batch.microbatch_size,
+            tokenizer.pad_token_id,
+        )
+        if engine.is_main:
+            _write(folder, key, np.concatenate([row for rows in computed for row in rows]))
+        engine.barrier()
+    rows = iter(_read(folder, key, [len(ids) for pair in pairs for ids in pair.response_ids]))
+    stages = [
+        [replace(pair, reference_logprobs=(next(rows), next(rows))) for pair in part]
+        for part in (*data.stages, data.held_out)
+    ]
+    return PairStages(stages[:-1], stages[-1], data.report)
+
+
+def _key(recipe: PreferenceRecipe, precision: str, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Everything that decides the log-probs: the reference's weights, its arithmetic, and the token ids."""
+    model, path = recipe.model, recipe.reference.path or recipe.model.path
+    tokens = hashlib.sha256()
+    for pair in pairs:
+        tokens.update(json.dumps([pair.example.query_ids, *pair.response_ids]).encode())
+    return {
+        "reference": _weights_digest(path)
+        if path
+        else f"seed {recipe.seed}, {json.dumps(model.architecture)}",
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "mixed_precision": precision,
+        "num_pairs": len(pairs),
+        "token_ids": tokens.hexdigest(),
+    }
+
+
+def _weights_digest(path: str) -> str:
+    """Hash of the weight files and the config of a folder, or of a GGUF file; the commit of a hub id."""
+    if gguf := gguf_file(path, "reference.path"):
+        files = [gguf]
+    elif is_local(path):
+        files = sorted(Path(path).iterdir())
+    else:
+        return f"{path}@{read_config(path, 'reference.path').get('_commit_hash')}"
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix in (".safetensors", ".bin") or file.name == "config.json" or file == gguf:
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _read(folder: Path, key: dict[str, Any], lengths: Sequence[int]) -> list[np.ndarray]:
+    """The log-probs of each response, from disk when they are used.
+
+    Raises ConfigError when they have another key, or are not as written.
+    """
+    damaged = f"reference.cache_dir: {folder} is damaged, delete it to compute the log-probs anew"
+    try:
+        then = dict(json.loads((folder / "key.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{damaged} (key.json: {error})") from None
+    changed = [
+        f"{name}: {then.get(name)} -> {value}" for name, value in key.items() if then.get(name) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"reference.cache_dir: {folder} holds log-probs made otherwise ({'; '.join(changed)}); name another "
+            "folder, or delete this one to compute them anew"
+        )
+    try:
+        flat = np.load(folder / "logprobs.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"{damaged} (logprobs.npy: {error})") from None
+    if then.get("sha256") != _digest(flat):
+        raise ConfigError(f"{damaged} (logprobs.npy is not what was written)")
+    return np.split(flat, np.cumsum(lengths)[:-1])
+
+
+def _write(folder: Path, key: dict[str, Any], flat: np.ndarray) -> None:
+    partial = folder.with_name(f".partial_{folder.name}_{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    np.save(partial / "logprobs.npy", flat)
+    (partial / "key.json").write_text(json.dumps({**key, "sha256": _digest(flat)}, indent=1))
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        shutil.rmtree(partial)
+        if not (folder / "key.json").exists():
+            raise
+        # Another run was faster; what it wrote is checked like any other.
+
+
+def _digest(flat: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(flat).data).hexdigest()

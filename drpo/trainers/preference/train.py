@@ -1,0 +1,125 @@
+"""Preference training: DPO and its family on pairs, Curry-DPO in stages, KTO on single responses."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from drpo.data.load import load_examples
+from drpo.engine import Engine
+from drpo.models.loading import load_policy
+from drpo.models.positions import check_examples
+from drpo.models.scoring import response_logprobs
+from drpo.models.stops import check_stop_token
+from drpo.rewards import RewardFn
+from drpo.rollout.held_out_samples import held_out_sampler
+from drpo.run.folder import RunFolder
+from drpo.run.result import Result
+from drpo.tensors import PaddedBatch
+from drpo.trainers.offline import fit
+from drpo.trainers.preference.kto_objective import UnpairedObjective, make_labelled
+from drpo.trainers.preference.pair_objective import PairObjective
+from drpo.trainers.preference.recipe import PreferenceRecipe
+from drpo.trainers.preference.reference import FrozenCopy, Reference, starting_reference
+from drpo.trainers.preference.reference_cache import is_cached, with_cached_reference
+from drpo.trainers.preference.stages import PairStages, pair_stages
+from drpo.trainers.sft import tokenizer_for
+
+
+def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) -> Path:
+    """Run the recipe and return the folder of the policy. `rewards` score the held-out samples, by name.
+
+    Raises DataError when the data lacks what the loss needs, ConfigError when a cache or setting does not fit.
+    """
+    run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
+    tokenizer = tokenizer_for(recipe.model, recipe.data)
+    splits = load_examples(recipe.data, tokenizer, recipe.view)
+    policy = load_policy(recipe.model, tokenizer, recipe.seed)
+    if recipe.loss.name != "orpo":  # which is SFT too
+        check_stop_token(policy, tokenizer)
+    examples = [*splits.train, *splits.eval]
+    for note in check_examples(policy, examples):
+        run.say(note)
+    reference = None
+    # What a run reports must not depend on who filled the cache: a reference that costs nothing is always there.
+    at_hand = recipe.reference_is_adapter_off
+    if recipe.loss.needs_reference and (
+        at_hand or recipe.orders_by_reference or not is_cached(recipe, engine)
+    ):
+        reference = starting_reference(recipe, engine, tokenizer, policy)
+        if isinstance(reference, FrozenCopy) and recipe.reference.path is not None:
+            check_examples(reference.module, examples, "reference.path")
+
+    options = {"pad_id": tokenizer.pad_token_id, "device": engine.device}
+    if recipe.loss.name == "kto":
+        data = PairStages([make_labelled(splits.train)], make_labelled(splits.eval), splits.report)
+        objective = UnpairedObjective(policy, recipe.loss, reference=reference, **options)
+    else:
+        data = pair_stages(recipe, engine, run, splits, tokenizer, reference)
+        if recipe.reference.cache_dir is not None:
+            data = with_cached_reference(recipe, engine, run, data, tokenizer, reference)
+            reference = reference if at_hand else None  # a copy has done its work
+        objective = PairObjective(
+            policy, recipe.loss, reference=reference, share_prompts=recipe.share_prompts, **options
+        )
+    run.say_data(data.report)
+    if recipe.reference_moves:
+        engine.keep_in_state(reference.module)
+    sample = held_out_sampler(
+        recipe.sample,
+        engine,
+        policy=policy,
+        tokenizer=tokenizer,
+        examples=splits.eval,
+        rewards=rewards,
+        model=recipe.model,
+        seed=recipe.seed,
+        reference_logprobs=None if recipe.reference_moves else _sample_scorer(reference),
+    )
+    result = Result(recipe, engine, run, objective, policy, tokenizer, data.report, "policy")
+    fit(
+        recipe,
+        engine,
+        run,
+        objective,
+        data.stages,
+        data.held_out,
+        name=recipe.loss.name.upper(),
+        result=result,
+        sample=sample,
+        after_step=functools.partial(_after_step, recipe, engine, objective, policy, reference),
+    )
+    return result.finish()
+
+
+def _after_step(
+    recipe: PreferenceRecipe,
+    engine: Engine,
+    objective: nn.Module,
+    policy: nn.Module,
+    reference: Reference | None,
+    step: int,
+    stage_ended: bool,
+) -> None:
+    """Move the reference where TR-DPO or Curry-DPO asks for it, and empty the optimizer between stages."""
+    sync, curriculum = recipe.reference, recipe.curriculum
+    mix = 0.0
+    if sync.sync_every and step % sync.sync_every == 0:
+        mix = sync.sync_mix
+    if curriculum is not None and stage_ended:
+        if recipe.reference_moves_per_stage:
+            mix = 1.0
+        if curriculum.reset_optimizer:
+            engine.reset_optimizer()
+    if mix:
+        with engine.whole_weights(objective):
+            reference.move_towards(policy, mix)
+
+
+def _sample_scorer(reference: Reference | None) -> Callable[[PaddedBatch], Tensor] | None:
+    if reference is None:
+        return None
+    return functools.partial(reference.apply, lambda model, batch: response_logprobs(model, batch).logprobs)

@@ -1,0 +1,102 @@
+"""Single responses of a comparison, side by side with the baseline's: what the report's browser shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from eval.comparing.systems import KL, WIN_RATE, Run, System
+from eval.completions.rows import CompletionRow
+from eval.judging.verdict import Judgment, Verdict
+
+
+def rival_run(baseline: System, index: int) -> Run:
+    """The baseline's run that a system's run meets: of the same number, or from the start again if there are fewer."""
+    return baseline.runs[index % len(baseline.runs)]
+
+
+def examples_of(systems: Sequence[System], baseline: System, num_prompts: int | None) -> list[dict[str, Any]]:
+    """The responses of each system beside the baseline's, with what was said and measured of them.
+
+    Prompts that the baseline did not answer have none. `num_prompts` takes the prompts of the smallest ids, the same
+    for every system; None takes all.
+    """
+    prompt_ids = sorted({row.prompt_id for system in systems for run in system.runs for row in run.rows})
+    chosen = set(prompt_ids[:num_prompts])
+    return [
+        example
+        for system in systems
+        if system.name != baseline.name
+        for index in range(len(system.runs))
+        for example in _of_run(system, index, rival_run(baseline, index), baseline.name, chosen)
+    ]
+
+
+def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[str]) -> list[dict[str, Any]]:
+    run = system.runs[index]
+    by_prompt: dict[str, dict[int, CompletionRow]] = {}
+    for row in rivals.rows:
+        by_prompt.setdefault(row.prompt_id, {})[row.seed] = row
+    verdicts: dict[tuple[str, int], list[Verdict]] = {}
+    for verdict in run.verdicts:
+        verdicts.setdefault((verdict.prompt_id, verdict.seed), []).append(verdict)
+    judgments = {(judgment.prompt_id, judgment.seed): judgment for judgment in run.judgments}
+    numbers = _numbers_of_responses(run)
+    examples = []
+    for place, row in enumerate(run.rows):
+        theirs = by_prompt.get(row.prompt_id)
+        if row.prompt_id not in chosen or theirs is None:
+            continue
+        key = row.prompt_id, row.seed
+        rival = theirs.get(row.seed) or next(iter(theirs.values()))
+        examples.append(
+            {
+                "id": f"{system.name}/{index}/{row.prompt_id}/{row.seed}",
+                "prompt_id": row.prompt_id,
+                "prompt": row.prompt,
+                "system": system.name,
+                "run": index,
+                "baseline": baseline,
+                "response_a": row.response,
+                "response_b": rival.response,
+                "ended_a": row.ended,
+                "ended_b": rival.ended,
+                "prefix_a": 0,  # held-out prompts are answered from their end
+                **_judged(judgments.get(key), verdicts.get(key, []), run.answers),
+                "values": {name: column[place] for name, column in numbers.items()},
+            }
+        )
+    return examples
+
+
+def _judged(
+    judgment: Judgment | None, verdicts: Sequence[Verdict], answers: Mapping[tuple[str, int, str], str]
+) -> dict[str, Any]:
+    return {
+        "score": None if judgment is None else judgment.score,
+        "consistent": None if judgment is None else judgment.consistent,
+        "verdicts": [
+            {
+                "order": verdict.order,
+                "status": verdict.status,
+                "winner": verdict.winner,
+                "text": answers.get((verdict.prompt_id, verdict.seed, verdict.order)),
+                "detail": verdict.detail,
+            }
+            for verdict in verdicts
+        ],
+        "suspicions_a": sorted({each for verdict in verdicts for each in verdict.suspicions_a}),
+        "suspicions_b": sorted({each for verdict in verdicts for each in verdict.suspicions_b}),
+    }
+
+
+def _numbers_of_responses(run: Run) -> dict[str, list[float | None]]:
+    """The measures that have a number for each of the run's responses, in their order."""
+    prompt_ids = tuple(row.prompt_id for row in run.rows)
+    return {
+        key: [None if np.isnan(number) else float(number) for number in values.numbers]
+        for key, values in run.values.items()
+        if values.prompt_ids == prompt_ids and key != WIN_RATE and (run.sampled or key != KL)
+    }

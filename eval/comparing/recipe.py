@@ -1,0 +1,157 @@
+"""The recipe of launch/compare.py: systems, and how they are asked, measured and judged."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.comparing.systems import measures_of
+from eval.completions.recipe import CompleteRecipe
+from eval.completions.rows import REFERENCE
+from eval.judging.judge_systems import JudgeRecipe
+
+REWARD_MODEL = "reward_model"
+OWN_COMPLETE_KEYS = (
+    "run_dir",
+    "policy",
+    "system",
+    "reference",
+    "null_response",
+    "perplexity_policy",
+    "imported",
+)
+OWN_JUDGE_KEYS = ("run_dir", "completions", "system", "baseline", "num_prompts")
+MAX_NAME = 200
+"Bytes: the names of folders have at most 255."
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """A row of the table: a method, a setting of it or a step of its training, with one checkpoint for each seed."""
+
+    name: str = ""
+    """Its name in tables."""
+    policies: list[str] = field(default_factory=list)
+    """Folders or hub ids of the policies, one for each training seed."""
+    completions: list[str] = field(default_factory=list)
+    """In place of policies: files with responses of a system of this name, one for each run."""
+    method: str | None = None
+    """Rows of one method are joined by a line in plots; null: the name."""
+    setting: float | None = None
+    """A number that was varied, such as beta: rows of one method with different ones become a curve."""
+    kl_references: list[str] = field(default_factory=list)
+    """In place of kl_reference: the reference of each of the policies, in their order."""
+
+    def __post_init__(self) -> None:
+        if bool(self.policies) == bool(self.completions):
+            raise ValueError(f"systems: {self.name or 'a row'} must have either policies or completions")
+        if self.kl_references and len(self.kl_references) != len(self.policies):
+            raise ValueError(
+                f"systems: {self.name} has {len(self.policies)} policies but {len(self.kl_references)} kl_references"
+            )
+        for path in (*self.policies, *self.completions):
+            if (self.policies or self.completions).count(path) > 1:
+                raise ValueError(
+                    f"systems: {self.name} names {path} twice; each is to be a run of its own, with a training seed"
+                )
+        if self.setting is not None and not math.isfinite(self.setting):
+            raise ValueError(f"systems: {self.name}: setting must be a finite number, got {self.setting}")
+
+
+@dataclass(frozen=True)
+class CompareRecipe:
+    """Several systems on the same held-out prompts."""
+
+    run_dir: str = "runs/compare"
+    """Folder of the results."""
+    title: str | None = None
+    """Headline of the report; null: made from the task and the systems."""
+    systems: list[SystemConfig] = field(default_factory=list)
+    """The rows of the table; each has name, policies (one for each training seed) or completions (files), and may have
+    method, setting and kl_references."""
+    baseline: str = REFERENCE
+    """What every system is judged against: reference (the dataset's own responses), or the name of a system."""
+    complete: CompleteRecipe = field(default_factory=CompleteRecipe)
+    """How the policies are asked: the keys of launch/complete.py."""
+    kl_reference: str | None = None
+    """The policy that KL is measured to, folder, hub id or GGUF file; null: no KL."""
+    reward_model: str | None = None
+    """Folder or hub id of a reward model that scores all responses; null: none."""
+    reward_functions: dict[str, str] = field(default_factory=dict)
+    """Further scores of the responses: name -> module:function."""
+    pairs: Literal["baseline", "all", "none"] = "baseline"
+    """What is judged: every system against the baseline; also every two systems against each other, for the ranking;
+    or nothing, whatever `judging` says."""
+    judging: JudgeRecipe = field(default_factory=JudgeRecipe)
+    """How it is judged: the keys of launch/judge.py. Its store is verdicts.sqlite in run_dir, or the one of another
+    comparison whose answers are to count here."""
+    setting_name: str = "setting"
+    """What the systems' `setting` is: beta, learning rate, step, ..."""
+    num_examples: int = 500
+    """The report shows the responses to so many prompts; all are in the completions."""
+
+    def __post_init__(self) -> None:
+        names = [system.name for system in self.systems]
+        for name in names:
+            if not name.strip() or name in ("reference", "null") or "attack/" in name:
+                raise ValueError(f"systems: {name!r} cannot be the name of a system; choose another")
+            if not name.isprintable() or len(name.encode()) > MAX_NAME:
+                raise ValueError(
+                    f"systems: {name[:40]!r} cannot be the name of a system: at most {MAX_NAME} bytes, all visible"
+                )
+            if names.count(name) > 1:
+                raise ValueError(f"systems: two are called {name!r}; tell them apart")
+        if self.systems and self.baseline not in (*names, REFERENCE):
+            raise ValueError(
+                f"baseline must be {REFERENCE} or one of {', '.join(names)}, got {self.baseline}"
+            )
+        if self.num_examples < 0:
+            raise ValueError(f"num_examples must be >= 0, got {self.num_examples}")
+        _refuse_own("complete", self.complete, CompleteRecipe(), OWN_COMPLETE_KEYS)
+        _refuse_own("judging", self.judging, JudgeRecipe(), OWN_JUDGE_KEYS)
+        if self.pairs != "none":
+            self._refuse_unequal_rivals()
+        columns = {REWARD_MODEL} | {measure.key for measure in measures_of(self.baseline, True, True, ())}
+        for name in self.reward_functions:
+            if name in columns or not name.strip():
+                raise ValueError(f"reward_functions.{name} is the name of a column, or none; choose another")
+        # A file system may know no upper and lower case.
+        if len({slug(name).casefold() for name in (*names, REFERENCE)}) < len(names) + 1:
+            raise ValueError(
+                f"systems: {', '.join(names)} are too much alike, or like {REFERENCE}, for the names of folders"
+            )
+
+    def _refuse_unequal_rivals(self) -> None:
+        """Each run meets the baseline's run of its number, and systems that met other runs of it do not compare."""
+        num_runs = {system.name: len(system.policies or system.completions) for system in self.systems}
+        rivals = num_runs.pop(self.baseline, 1)
+        for name, number in num_runs.items():
+            if rivals > 1 and number != rivals:
+                raise ValueError(
+                    f"baseline: {self.baseline} has {rivals} runs and {name} has {number}, so the systems would not "
+                    "meet the same baseline; give each as many, or the baseline one"
+                )
+
+    def folder_of(self, name: str, index: int) -> Path:
+        """Where the completions of a run are."""
+        return Path(self.run_dir) / "completions" / f"{slug(name)}_{index}"
+
+    @property
+    def store(self) -> Path:
+        """The answers of a judge that is paid, to all questions of the comparison."""
+        return Path(self.judging.store or Path(self.run_dir) / "verdicts.sqlite")
+
+
+def _refuse_own(section: str, given: Any, plain: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(given, name) != getattr(plain, name):
+            raise ValueError(f"{section}.{name} is set by the comparison itself; leave it out")
+
+
+def slug(name: str) -> str:
+    """A name that any file system takes."""
+    return re.sub(r"[^\w.]+", "_", name).strip("_.") or "_"

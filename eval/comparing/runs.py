@@ -1,0 +1,274 @@
+"""Complete, measure and judge each run of a comparison."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drpo.config import ConfigError
+from drpo.data.records import DataError
+from drpo.data.stop import with_stop_token
+from drpo.engine import Engine
+from drpo.models.model_folder import read_config
+from drpo.models.tokenizer import load_tokenizer
+from drpo.rewards import RewardFn
+from drpo.rollout.sampler import SamplingConfig
+from drpo.run.metrics import read_metrics
+from eval.comparing.recipe import SystemConfig
+from eval.comparing.systems import KL, WIN_RATE, Run, judged_values, text_values
+from eval.completions.complete import check_references, complete_policy, load_to_read, requests_of
+from eval.completions.fixed_systems import reference_rows
+from eval.completions.imported import file_sha256
+from eval.completions.recipe import CompleteRecipe
+from eval.completions.response_scores import response_kls, reward_scores
+from eval.completions.rows import (
+    REFERENCE,
+    CompletionRow,
+    load_completions,
+    messages_meta,
+    read_completions,
+    read_meta,
+)
+from eval.completions.sample import open_file, vocabulary_with, with_num_tokens
+from eval.judging.judge_systems import JudgeRecipe, judge
+from eval.judging.judgments import read_answers, read_judgments
+from eval.judging.verdict import combine_all
+from eval.progress import Say
+from eval.statistics.across_runs import Values
+
+SAMPLED = SamplingConfig(temperature=1.0)
+NUM_ROLLOUTS = 8
+COMPLETIONS = "completions.jsonl"
+
+
+def check_systems(systems: Sequence[SystemConfig], kl_reference: str | None) -> None:
+    """Raise ConfigError or DataError, naming the key, for what cannot be read: before hours of sampling, not after."""
+    for place, system in enumerate(systems):
+        for path in system.completions:
+            _rows_of(path, system.name)
+        for index, policy in enumerate(system.policies):
+            vocabulary = _vocabulary(policy, f"systems[{place}].policies[{index}]")
+            key, reference = "kl_reference", kl_reference
+            if system.kl_references:
+                key, reference = f"systems[{place}].kl_references[{index}]", system.kl_references[index]
+            if reference is not None and _vocabulary(reference, key) != vocabulary:
+                raise ConfigError(
+                    f"no KL of {policy} to {key}={reference}: their tokenizers differ; leave it out, or name a "
+                    "reference with the same tokenizer"
+                )
+
+
+def asked_prompts(
+    recipe: CompleteRecipe, systems: Sequence[SystemConfig], baseline: str, judged: bool
+) -> dict[str, dict[str, Any]] | None:
+    """What rows keep of each prompt that the policies will be asked, by its id; None where there are none.
+
+    Raises ConfigError where the baseline is the dataset's responses and it has none, DataError for a file of
+    responses that lacks prompts and is to be judged: before anything is sampled.
+    """
+    policy = next((policy for system in systems for policy in system.policies), None)
+    if policy is None:
+        return None
+    requests, _ = requests_of(replace(recipe, policy=policy), load_tokenizer(policy))
+    if baseline == REFERENCE:
+        check_references(requests, f"baseline={REFERENCE}")
+    prompts = {request.prompt_id: messages_meta(request.example.record) for request in requests}
+    for system in systems:
+        for path in system.completions:
+            lacking = len(prompts.keys() - {row.prompt_id for row in _rows_of(path, system.name)})
+            if judged and lacking:
+                raise DataError(
+                    f"{path} has no response of {system.name} to {lacking} of the {len(prompts)} prompts that the "
+                    "policies are asked (complete.data, complete.num_prompts)"
+                )
+    return prompts
+
+
+def _vocabulary(path: str, key: str) -> dict[str, int]:
+    """What the tokenizer at a folder or hub id knows, where there is a model beside it."""
+    read_config(path, key)
+    try:
+        return load_tokenizer(path).get_vocab()
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.tokenizer", key, 1)) from None
+
+
+def check_runs_differ(name: str, runs: Sequence[Run]) -> None:
+    """Raise ConfigError when two runs of a system have the same weights: they would count as two training seeds."""
+    seen: dict[Any, str] = {}
+    for run in runs:
+        weights = run.hashes.get("weights_sha256")
+        if weights is not None and seen.setdefault(weights, run.source) != run.source:
+            raise ConfigError(
+                f"systems: {name}: {seen[weights]} and {run.source} hold the same weights; name each run once"
+            )
+
+
+# --- answers and what is measured of them ---------------------------------------------------------------
+
+
+def run_of_policy(
+    recipe: CompleteRecipe, engine: Engine, kl_reference: str | None, rewards: dict[str, RewardFn], say: Say
+) -> Run:
+    """Let the policy of `recipe` answer, and measure its answers; all processes together."""
+    path = complete_policy(recipe, engine, say)
+    rows = read_completions(path)
+    sampled = recipe.sampling == SAMPLED
+    values = measured_values(engine, rows, rewards)
+    if kl_reference is not None:
+        samples = rows if sampled else read_completions(_sample(recipe, engine, say))
+        values[KL] = _kls(recipe, engine, samples, kl_reference, say)
+    meta = read_meta(path)
+    hashes = {name: value for name, value in meta.items() if name.endswith("_sha256") and value}
+    config, rollouts = _training_run(recipe.policy)
+    return Run(recipe.policy, rows, values, sampled=sampled, hashes=hashes, config=config, rollouts=rollouts)
+
+
+def run_of_file(
+    path: str,
+    name: str,
+    folder: Path,
+    engine: Engine,
+    rewards: dict[str, RewardFn],
+    prompts: Mapping[str, Mapping[str, Any]] | None,
+    say: Say,
+) -> Run:
+    """The responses of system `name` in a file made before, copied to `folder`; those to other prompts are left out."""
+    everything = _rows_of(path, name)
+    rows = everything
+    if prompts is not None:  # a model with a chat template must read them as it reads the policies' rows
+        asked = [row for row in rows if row.prompt_id in prompts]
+        rows = [replace(row, meta={**row.meta, **prompts[row.prompt_id]}) for row in asked]
+    if engine.is_main and len(rows) < len(everything):
+        left_out = len(everything) - len(rows)
+        say(
+            f"{path}: {left_out} of {len(everything)} responses are to prompts that the policies are not asked"
+        )
+    digest = file_sha256(path)
+    keep_rows(engine, rows, folder, {"file_sha256": digest, "system": name})
+    values = measured_values(engine, rows, rewards)
+    return Run(path, rows, values, sampled=False, hashes={"file_sha256": digest})
+
+
+def _rows_of(path: str, name: str) -> list[CompletionRow]:
+    everything = load_completions([path])
+    rows = [row for row in everything if row.system == name]
+    if not rows:
+        known = ", ".join(sorted({row.system for row in everything}))
+        raise DataError(f"{path} has no responses of system {name!r}; there are: {known}")
+    return rows
+
+
+def run_of_references(
+    runs: Sequence[Run], policy: str | None, folder: Path, engine: Engine, rewards: dict[str, RewardFn]
+) -> Run:
+    """The dataset's own responses to the prompts of all `runs`, counted in tokens of `policy`."""
+    rows = reference_rows([row for run in runs for row in run.rows])
+    if policy is not None:
+        rows = with_num_tokens(rows, load_tokenizer(policy))
+    keep_rows(engine, rows, folder, {"system": REFERENCE, "policy": policy, "num_prompts": len(rows)})
+    return Run("the dataset", rows, measured_values(engine, rows, rewards, is_reference=True), sampled=False)
+
+
+def keep_rows(engine: Engine, rows: Sequence[CompletionRow], folder: Path, meta: dict[str, Any]) -> None:
+    """Write rows that come from elsewhere to `folder`, where the judge finds those of every run.
+
+    The file is written anew: another file, or another text of the dataset, must not meet earlier ones.
+    """
+    if engine.is_main:
+        (folder / COMPLETIONS).unlink(missing_ok=True)
+    writer, _ = open_file(engine, folder / COMPLETIONS, meta)
+    if writer is not None:
+        writer.write(rows)
+    engine.barrier()
+
+
+def measured_values(
+    engine: Engine, rows: Sequence[CompletionRow], rewards: dict[str, RewardFn], is_reference: bool = False
+) -> dict[str, Values]:
+    """Rewards and what the texts show; the processes share the rewards' rows."""
+    prompt_ids = tuple(row.prompt_id for row in rows)
+    values = text_values(rows, is_reference)
+    for name, reward in rewards.items():
+        try:
+            scores = _shared(engine, rows, lambda own, fn=reward: reward_scores(fn, own))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
+        values[name] = Values(prompt_ids, scores)
+    return values
+
+
+def _sample(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
+    """Responses at temperature 1, which a KL can be measured on."""
+    folder = str(Path(recipe.run_dir) / "sampled")
+    return complete_policy(replace(recipe, run_dir=folder, sampling=SAMPLED, num_responses=1), engine, say)
+
+
+def _kls(
+    recipe: CompleteRecipe, engine: Engine, rows: Sequence[CompletionRow], kl_reference: str, say: Say
+) -> Values:
+    tokenizer = with_stop_token(load_tokenizer(recipe.policy), recipe.data)
+    policy, reference = (
+        engine.place(load_to_read(recipe, path, tokenizer), as_trained=False)
+        for path in (recipe.policy, kl_reference)
+    )
+    never = vocabulary_with(recipe.bad_tokens, tokenizer, policy).suppressed_ids
+    with engine.autocast():
+        kls = _shared(
+            engine,
+            rows,
+            lambda own: response_kls(policy, reference, tokenizer, own, recipe.batch_size, never, say),
+        )
+    return Values(tuple(row.prompt_id for row in rows), kls)
+
+
+def _shared(
+    engine: Engine, rows: Sequence[CompletionRow], measure: Callable[[list[CompletionRow]], NDArray]
+) -> NDArray[np.float64]:
+    """One number for each row (n,); every process measures its share, and all get all."""
+    mine = range(engine.rank, len(rows), engine.world_size)
+    numbers = measure([rows[i] for i in mine]).tolist() if mine else []
+    gathered = sorted(engine.gather_objects(list(zip(mine, numbers, strict=True))))
+    return np.array([number for _, number in gathered], dtype=np.float64)
+
+
+def _training_run(policy: str) -> tuple[str | None, list[dict[str, Any]]]:
+    """The recipe, and the last rollouts before it, of the run whose result this is, where they stand beside it."""
+    folder = Path(policy).parent
+    if not (Path(policy).is_dir() and (folder / "metrics.jsonl").is_file()):
+        return None, []
+    config, samples = folder / "config.yaml", folder / "completions.jsonl"
+    rollouts = []
+    if samples.is_file():
+        on_the_way = re.search(r"_step_(\d+)$", Path(policy).name)  # written by checkpoint.model_every
+        until = int(on_the_way[1]) if on_the_way else math.inf
+        rollouts = [
+            row for row in read_metrics(samples) if row.get("split") == "rollout" and row["step"] <= until
+        ]
+        last = max((row["step"] for row in rollouts), default=None)
+        names = ("step", "prompt", "prefix", "continuation", "ended", "scores")
+        rollouts = [{name: row[name] for name in names} for row in rollouts if row["step"] == last][
+            :NUM_ROLLOUTS
+        ]
+    return (config.read_text(encoding="utf-8") if config.is_file() else None), rollouts
+
+
+# --- the judge ------------------------------------------------------------------------------------------
+
+
+def judge_run(recipe: JudgeRecipe, run: Run, say: Say) -> Run:
+    """`run` with the verdicts of the judge's recipe, which is about its system."""
+    path = judge(recipe, say)
+    verdicts = read_judgments(path)
+    judgments = combine_all(verdicts, recipe.half_tie, recipe.orders)
+    values = {**run.values, WIN_RATE: judged_values(judgments)}
+    return replace(run, values=values, verdicts=verdicts, judgments=judgments, answers=read_answers(path))

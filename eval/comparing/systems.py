@@ -1,0 +1,152 @@
+"""The systems of a comparison: what each of their runs answered, what was measured of it, and how it was judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from eval.completions.rows import CompletionRow
+from eval.completions.text_metrics import ROUGES, rouge_f1, words
+from eval.judging.verdict import Judgment, Verdict
+from eval.statistics.across_runs import Values
+
+WIN_RATE, LC_WIN_RATE, KL = "win_rate", "lc_win_rate", "kl"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table."""
+
+    key: str
+    name: str
+    unit: str
+    "% for shares in [0, 1] that are shown times 100, else nats, tokens, or nothing."
+    digits: int
+    better: Literal["high", "low"] | None
+    help: str
+    bounds: tuple[float, float] | None = None
+    is_reward: bool = False
+    "Whether it goes on the frontier, against the KL."
+    floor: float = -math.inf
+    "What the true value cannot fall below, where the scale has no upper limit."
+
+
+def measures_of(baseline: str, judged: bool, has_kl: bool, rewards: Sequence[str]) -> list[Measure]:
+    """The columns, in order. `rewards` are the keys of `SystemRuns.values` that hold a reward."""
+    measures = []
+    if judged:
+        measures += [
+            Measure(
+                WIN_RATE,
+                "win rate",
+                "%",
+                1,
+                "high",
+                f"Share of the prompts on which the judge prefers the response to that of {baseline}; a tie is "
+                "half a win. What the judge did not decide is left out, and bounded in the table of verdicts.",
+                (0.0, 1.0),
+                True,
+            ),
+            Measure(
+                LC_WIN_RATE,
+                "LC win rate",
+                "%",
+                1,
+                "high",
+                "Length-controlled: the win rate that a logistic regression expects at responses of equal length.",
+                (0.0, 1.0),
+            ),
+        ]
+    for key in rewards:
+        name = "reward-model score" if key == "reward_model" else key.replace("_", " ")
+        measures.append(Measure(key, name, "", 2, "high", f"Mean {name} of the responses.", None, True))
+    if has_kl:
+        measures.append(
+            Measure(
+                KL,
+                "KL",
+                "nats",
+                2,
+                None,
+                "KL of the policy to its reference over whole responses: the mean of log pi(y|x) - log pi_ref(y|x) "
+                "over responses sampled at temperature 1.",
+                floor=0.0,
+            )
+        )
+    for name, shown in zip(ROUGES, ("ROUGE-1", "ROUGE-2", "ROUGE-L"), strict=True):
+        text = f"F1 of {shown} against the dataset's own response, in percent."
+        measures.append(Measure(name, shown, "%", 1, "high", text, (0.0, 1.0)))
+    length = "Tokens of a response, the stop token included."
+    ended = "Share of the responses that came to their end and were not cut at the length limit."
+    measures.append(Measure("num_tokens", "length", "tokens", 1, None, length, floor=0.0))
+    measures.append(Measure("ended", "ended", "%", 1, None, ended, (0.0, 1.0)))
+    return measures
+
+
+@dataclass(frozen=True)
+class Run:
+    """One checkpoint (or file) of a system."""
+
+    source: str
+    "The policy's folder or hub id, or the file of the responses."
+    rows: Sequence[CompletionRow]
+    values: Mapping[str, Values] = field(default_factory=dict)
+    "By the key of a measure."
+    verdicts: Sequence[Verdict] = ()
+    "On the comparisons with the baseline."
+    judgments: Sequence[Judgment] = ()
+    answers: Mapping[tuple[str, int, str], str] = field(default_factory=dict)
+    "The judge's own words, by (prompt_id, seed, order)."
+    sampled: bool = True
+    "Whether the rows are samples at temperature 1, so that the KL was measured on them and not on others."
+    hashes: Mapping[str, Any] = field(default_factory=dict)
+    config: str | None = None
+    "The recipe of the training run, if it stands beside the policy."
+    rollouts: Sequence[Mapping[str, Any]] = ()
+    "Training rollouts: rows of `drpo.rollout.samples.rollout_samples`, with their step."
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of the table: a method, a setting of it, or a step of its training, in one or several runs."""
+
+    name: str
+    method: str
+    setting: float | None
+    runs: tuple[Run, ...]
+
+    def values(self, key: str) -> tuple[Values, ...]:
+        """Those of every run; empty when one of them lacks the measure."""
+        found = tuple(run.values.get(key) for run in self.runs)
+        return () if None in found else found
+
+
+def text_values(rows: Sequence[CompletionRow], is_reference: bool) -> dict[str, Values]:
+    """What is measured of the texts themselves; measures that no row has are left out, ROUGE also of the references."""
+    prompt_ids = tuple(row.prompt_id for row in rows)
+    numbers = {
+        "num_tokens": [np.nan if row.num_tokens is None else float(row.num_tokens) for row in rows],
+        "ended": [float(row.ended) for row in rows],
+    }
+    usable = [i for i, row in enumerate(rows) if row.reference is not None and words(row.reference)]
+    if usable and not is_reference:
+        scores = rouge_f1([rows[i].response for i in usable], [rows[i].reference for i in usable])
+        for name, scored in scores.items():
+            column = np.full(len(rows), np.nan)
+            column[usable] = scored
+            numbers[name] = column
+    return {
+        key: Values(prompt_ids, np.asarray(column, dtype=np.float64))
+        for key, column in numbers.items()
+        if not np.isnan(column).all()
+    }
+
+
+def judged_values(judgments: Sequence[Judgment]) -> Values:
+    """The score of each comparison; nan where it is undecided."""
+    scores = [np.nan if judgment.score is None else judgment.score for judgment in judgments]
+    return Values(tuple(judgment.prompt_id for judgment in judgments), np.array(scores, dtype=np.float64))

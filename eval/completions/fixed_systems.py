@@ -1,0 +1,44 @@
+"""Systems that need no model: the dataset's own responses, and one that says the same to every prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from drpo.data.records import BadRows, DataError
+from eval.completions.rows import REFERENCE, CompletionRow
+
+BY_NO_POLICY = {"ended": True, "num_tokens": None, "seed": 0}
+
+
+def reference_rows(rows: Sequence[CompletionRow]) -> list[CompletionRow]:
+    """The dataset's own responses as the system "reference", one for each prompt.
+
+    Raises DataError, counting them, when prompts have no reference or several different ones.
+    """
+    references: dict[str, CompletionRow] = {}
+    bad = BadRows("prompts")
+    for row in rows:
+        known = references.setdefault(row.prompt_id, row)
+        if known.reference is None and row.reference is not None:
+            references[row.prompt_id] = row
+        elif row.reference not in (None, known.reference):
+            bad.add("two references", row.prompt_id)
+    for row in references.values():
+        if row.reference is None:
+            bad.add("no reference", row.prompt_id)
+    if bad:
+        raise DataError(f"the dataset's responses cannot stand as a system:\n{bad.summary()}")
+    return [
+        replace(row, system=REFERENCE, response=row.reference, **BY_NO_POLICY, meta=row.prompt_meta)
+        for row in references.values()
+    ]
+
+
+def constant_rows(rows: Sequence[CompletionRow], system: str, response: str) -> list[CompletionRow]:
+    """A system that gives the same response to every prompt of `rows`."""
+    prompts = {row.prompt_id: row for row in reversed(rows)}
+    return [
+        replace(row, system=system, response=response, **BY_NO_POLICY, meta=row.prompt_meta)
+        for row in reversed(prompts.values())
+    ]

@@ -1,0 +1,126 @@
+"""Completions that were made elsewhere: a table with columns of any name, or alpaca_eval's model_outputs.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from drpo.data.files import Row, read_table
+from drpo.data.records import BadRows, DataError, RowError, require_text
+from eval.completions.rows import CompletionRow, import_alpaca_eval, prompt_id_of
+from eval.json_rows import MAX_INT
+
+FIELDS = ("prompt", "response", "system", "reference", "ended", "seed", "num_tokens")
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Completions to take over from a file, in place of a policy's."""
+
+    path: str | None = None
+    """A local .jsonl, .json, .csv (each also .gz) or .parquet file; null: nothing is imported."""
+    format: Literal["columns", "alpaca_eval"] = "columns"
+    """columns: a row has the columns below; alpaca_eval: a list of objects with instruction, output, generator."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """The name of the file's column for each of prompt, response, system, reference, ended, seed, num_tokens, where it
+    differs: imported.columns.response=answer. Other columns are kept in meta."""
+
+    def __post_init__(self) -> None:
+        if self.columns and self.format != "columns":
+            raise ValueError(f"imported.columns does not apply to imported.format={self.format}")
+        for name in self.columns:
+            if name not in FIELDS:
+                raise ValueError(f"imported.columns.{name} is unknown; the fields are: {', '.join(FIELDS)}")
+
+
+def import_rows(config: ImportConfig, system: str | None) -> list[CompletionRow]:
+    """The rows of the file; `system`, if given, names them all, else each row must name its own.
+
+    Only prompt and response are needed: `ended` is true, `seed` 0, `num_tokens` and `reference` None where the file
+    does not say. Raises DataError for a missing file or column, and for bad rows, all counted.
+    """
+    if not Path(config.path).expanduser().is_file():
+        raise DataError(f"imported.path: no file {config.path}")
+    bad, rows = BadRows(), {}
+    if config.format == "alpaca_eval":
+        found = [(row.prompt_id, row) for row in import_alpaca_eval(config.path)]
+        found = [(origin, replace(row, system=system) if system else row) for origin, row in found]
+    else:
+        found = _from_columns(config, system, bad)
+    for origin, row in found:
+        if row.key in rows:
+            detail = f"system {row.system}, prompt {row.prompt_id}, seed {row.seed}"
+            bad.add("repeated row", origin, detail)
+        rows[row.key] = row
+    if bad:
+        raise DataError(f"{config.path} cannot be used, {len(bad)} rows are bad:\n{bad.summary()}")
+    return list(rows.values())
+
+
+def _from_columns(config: ImportConfig, system: str | None, bad: BadRows) -> list[tuple[str, CompletionRow]]:
+    table = read_table(config.path, "train", bad)
+    column = {name: config.columns.get(name, name) for name in FIELDS}
+    needed = ["prompt", "response", *config.columns, *([] if system else ["system"])]
+    for name in needed:
+        if column[name] not in table.columns:
+            hint = "; or name all rows with system=..." if name == "system" else ""
+            raise DataError(
+                f"no column {column[name]!r} (imported.columns.{name}) in {table.name}; its columns are: "
+                f"{', '.join(table.columns)}{hint}"
+            )
+    found = []
+    for row in table.rows:
+        try:
+            found.append((row.origin, _row(row, column, system)))
+        except RowError as error:
+            bad.add(error.kind, row.origin, error.detail)
+    return found
+
+
+def _row(row: Row, column: Mapping[str, str], system: str | None) -> CompletionRow:
+    rest = dict(row.values)
+    given = {name: rest.pop(column[name], None) for name in FIELDS}
+    prompt = require_text(given["prompt"], column["prompt"])
+    named = require_text(given["system"], column["system"]) if system is None else system
+    num_tokens = given["num_tokens"]
+    return CompletionRow(
+        named,
+        prompt_id_of(prompt),
+        prompt,
+        _text(given["response"], column["response"]),
+        True if given["ended"] is None else _bool(given["ended"], column["ended"]),
+        None if num_tokens is None else _int(num_tokens, column["num_tokens"]),
+        0 if given["seed"] is None else _int(given["seed"], column["seed"]),
+        None if given["reference"] is None else require_text(given["reference"], column["reference"]),
+        json.loads(json.dumps(rest, default=str)),
+    )
+
+
+def _text(value: Any, name: str) -> str:
+    """A response may be empty, but it must be there."""
+    return value if isinstance(value, str) and not value.strip() else require_text(value, name)
+
+
+def _bool(value: Any, name: str) -> bool:
+    value = {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+    if not isinstance(value, bool):
+        raise RowError("wrong type", f"{name} is {value!r}, not true or false")
+    return value
+
+
+def _int(value: Any, name: str) -> int:
+    """A CSV file has only text."""
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 25:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_INT:
+        raise RowError("wrong type", f"{name} is {value!r:.30}, not a whole number from 0 on, below 2^63")
+    return value
+
+
+def file_sha256(path: str) -> str:
+    """Hash of a file's bytes."""
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()

@@ -1,0 +1,147 @@
+"""Numbers of single responses that need a model: their log-ratio to the reference policy, and their rewards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from drpo.data.chat import ChatTemplate
+from drpo.data.encode import encode_queries, encode_responses
+from drpo.data.in_template import encode_in_template
+from drpo.models.positions import check_lengths
+from drpo.models.scoring import response_logprobs
+from drpo.rewards import RewardFn
+from drpo.tensors import PaddedBatch, masked_sum, pad_batch
+from eval.completions.rows import CompletionRow
+from eval.completions.text_completion import text_completion
+from eval.statistics.frontier import sequence_kls
+
+Say = Callable[[str], object]
+"What is told a line for the user."
+
+
+@torch.no_grad()
+def response_nlls(
+    policy: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[CompletionRow],
+    batch_size: int,
+    chat: ChatTemplate | None = None,
+    say: Say = warnings.warn,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Negative log-likelihood of each response given its prompt (n,), in nats, and its number of tokens (n,).
+
+        nll = - sum_t log pi(y_t | x, y_<t)
+
+    Texts are encoded by the policy's own tokenizer, and the stop token counts where the response ended; an empty one
+    that did not end has 0 tokens. Prompts are taken as they are, without a limit; with `chat`, the policy's own
+    template, as the turns that the rows keep, else as those that the texts hold. Raises ConfigError when a prompt and
+    its response are longer than the table of positions, and tells `say` where rotary ones go on; raises DataError when
+    the template refuses a prompt.
+    """
+    if chat is None:
+        queries, responses = (
+            encode_queries(tokenizer, [row.prompt for row in rows]),
+            _encoded(tokenizer, rows),
+        )
+    else:
+        texts = [(row.prompt, row.response, row.ended, row.messages) for row in rows]
+        pairs = [encode_in_template(tokenizer, chat, *text) for text in texts]
+        queries, responses = [query for query, _ in pairs], [response for _, response in pairs]
+    nlls = np.zeros(len(rows))
+    for part, batch in _batches(
+        {"perplexity_policy": policy}, tokenizer, queries, responses, batch_size, say
+    ):
+        logprobs = response_logprobs(policy, batch).logprobs.double()
+        nlls[part] = -masked_sum(logprobs, batch.response_mask, dim=1).cpu().numpy()
+    return nlls, np.array([len(ids) for ids in responses], dtype=np.int64)
+
+
+@torch.no_grad()
+def response_kls(
+    policy: nn.Module,
+    reference: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[CompletionRow],
+    batch_size: int,
+    suppressed_ids: Sequence[int] = (),
+    say: Say = warnings.warn,
+) -> NDArray[np.float64]:
+    """One estimate (n,) per response of KL(policy || reference), in nats, over the whole response.
+
+        k1 = sum_t log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)
+
+    The mean is unbiased for responses that the policy sampled at temperature 1 from all ids but `suppressed_ids`, which
+    both policies are taken never to say. The tokens are those that were read and sampled, where the rows kept them,
+    else those of the texts. `tokenizer` is that of both policies. Raises and says of lengths what `response_nlls` does.
+    Source: Schulman 2020; `eval.statistics.frontier.sequence_kls`.
+    """
+    responses = [row.meta.get("response_ids") for row in rows]
+    encoded = _encoded(tokenizer, rows)
+    responses = [ids if kept is None else kept for kept, ids in zip(responses, encoded, strict=True)]
+    queries = [row.meta.get("query_ids") for row in rows]
+    from_text = encode_queries(tokenizer, [row.prompt for row in rows])
+    queries = [ids if kept is None else kept for kept, ids in zip(queries, from_text, strict=True)]
+    kls = np.zeros(len(rows))
+    models = {"policy": policy, "kl_reference": reference}
+    for part, batch in _batches(models, tokenizer, queries, responses, batch_size, say):
+        own, other = (
+            response_logprobs(model, batch, suppressed_ids=suppressed_ids).logprobs.cpu().numpy()
+            for model in (policy, reference)
+        )
+        kls[part] = sequence_kls(own, other, batch.response_mask.cpu().numpy())
+    return kls
+
+
+def _encoded(tokenizer: Any, rows: Sequence[CompletionRow]) -> list[list[int]]:
+    """Token ids of the responses; the stop token is there where one was sampled."""
+    encoded = encode_responses(tokenizer, [row.response for row in rows])
+    return [ids if row.ended else ids[:-1] for row, ids in zip(rows, encoded, strict=True)]
+
+
+def _batches(
+    models: Mapping[str, nn.Module],
+    tokenizer: Any,
+    queries: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    batch_size: int,
+    say: Say,
+) -> Iterator[tuple[list[int], PaddedBatch]]:
+    """The places of some rows and their tokens on the models' device, by length; empty responses are left out.
+
+    `models` by the key of the recipe that names them.
+    """
+    lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
+    for key, model in models.items():
+        for note in check_lengths(model, lengths, key, "choose another model, or cut the prompts"):
+            say(note)
+    device = next(next(iter(models.values())).parameters()).device
+    filled = [place for place, ids in enumerate(responses) if ids]
+    order = sorted(filled, key=lambda place: lengths[place])
+    for first in range(0, len(order), batch_size):
+        part = order[first : first + batch_size]
+        batch = pad_batch([queries[i] for i in part], [responses[i] for i in part], tokenizer.pad_token_id)
+        yield part, batch.to(device)
+
+
+def reward_scores(reward_fn: RewardFn, rows: Sequence[CompletionRow]) -> NDArray[np.float64]:
+    """The reward of each response (n,), from texts. Raises ValueError unless there is one finite number for each."""
+    completions = [
+        text_completion(row.prompt, row.response, row.ended, row.reference, row.messages) for row in rows
+    ]
+    scores = np.array([float(score) for score in reward_fn(completions)])
+    if len(scores) != len(rows):
+        raise ValueError(f"the reward function returned {len(scores)} scores for {len(rows)} responses")
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        raise ValueError(
+            f"the reward function gave {len(bad)} scores that are not finite, the first to prompt "
+            f"{rows[bad[0]].prompt_id}"
+        )
+    return scores

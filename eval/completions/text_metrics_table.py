@@ -1,0 +1,49 @@
+"""Text metrics as JSON and as a table for the console."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from eval.completions.text_metrics import TextMetrics
+from eval.statistics.intervals import Interval
+
+
+def save_text_metrics(measured: Sequence[TextMetrics], path: Path) -> None:
+    """A JSON list with one object a system; limits that do not exist are null."""
+    text = json.dumps([asdict(metrics) for metrics in measured])
+    values = json.loads(text, parse_constant=lambda _: None)
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def text_metrics_table(measured: Sequence[TextMetrics]) -> Table:
+    """Metrics x systems; metrics that no system has are left out."""
+    table = Table(title="text metrics; [95% intervals] over prompts")
+    table.add_column("")
+    for metrics in measured:
+        table.add_column(escape(metrics.system), justify="right")
+    for name in (field.name for field in fields(TextMetrics)):
+        cells = [getattr(metrics, name) for metrics in measured]
+        if name != "system" and any(cell is not None for cell in cells):
+            table.add_row(name, *map(cell_text, cells))
+    return table
+
+
+def cell_text(value: Interval | float | int | None) -> str:
+    """`0.512 [0.48, 0.55]`, without limits where there are none; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    limits = (
+        "" if math.isnan(value.low) else f" \\[{value.low:.3g}, {value.high:.3g}]"
+    )  # \\[: no markup of rich
+    return f"{value.value:.3g}{limits}"

@@ -1,0 +1,41 @@
+"""Collect the verdicts of a judge, with progress and graceful shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Sequence
+
+from eval.judging.judge import Judge, JudgeStopped, Outcome
+from eval.judging.matchup import Question
+from eval.judging.verdict import Verdict
+from eval.progress import Progress, Say
+
+
+async def collect_verdicts(judge: Judge, questions: Sequence[Question], say: Say) -> Outcome:
+    """Collect all verdicts. The first SIGINT or SIGTERM stops the judge gracefully, a second one ends the process."""
+    loop = asyncio.get_running_loop()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: signal.Signals) -> None:
+        for each in handlers:
+            loop.remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
+        say(f"{number.name}: waiting for what is under way; once more ends at once")
+        judge.stop(f"{number.name}: stopped; what was under way is kept")
+
+    for number in handlers:
+        loop.add_signal_handler(number, stop, number)
+    verdicts: list[Verdict] = []
+    progress = Progress(len(questions), 0, "verdicts", say)
+    try:
+        async for verdict in judge.verdicts(questions):
+            verdicts.append(verdict)
+            progress.advance(1)
+    except JudgeStopped as stopped:
+        return Outcome(verdicts, stopped)
+    finally:
+        for number, handler in handlers.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+    return Outcome(verdicts)

@@ -1,0 +1,216 @@
+"""Ask a judge which of two systems responds better: a model behind an API, a reward model or a function."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from drpo.config import ConfigError, save_resolved
+from drpo.run.folder import RunStopped
+from eval.atomic_write import write_whole
+from eval.completions.rows import load_completions
+from eval.judging.attacks import with_controls
+from eval.judging.collect import collect_verdicts
+from eval.judging.judge import JudgeConfig, Outcome
+from eval.judging.judged_statistics import JudgedStatistics, judged_statistics, statistics_text
+from eval.judging.judgments import (
+    reasons,
+    reasons_text,
+    spent_text,
+    tokens_and_cost,
+    tool_versions,
+    write_judgments,
+)
+from eval.judging.matchup import Question, first_prompts, pair_up, questions_of
+from eval.judging.offline_judges import score_judge
+from eval.judging.openai.batch_api import BatchConfig
+from eval.judging.openai.budget import BudgetConfig
+from eval.judging.openai.rate_limit import LimitsConfig
+from eval.judging.openai.retry import RetryConfig
+from eval.judging.openai.run import ask_openai
+from eval.judging.verdict import combine_all
+from eval.progress import Say
+
+
+@dataclass(frozen=True)
+class JudgeRecipe:
+    """One system against a baseline, judged on the prompts that both answered."""
+
+    run_dir: str = "runs/judge"
+    """Folder of the results."""
+    completions: list[str] = field(default_factory=list)
+    """Files of completions: completions.jsonl, or .json in alpaca_eval's shape."""
+    system: str | None = None
+    """The system to judge. Beside those of the files there are reference (the dataset's responses), "null" (a constant)
+    and attack/<name> (eval/judging/attacks.py)."""
+    baseline: str = "reference"
+    """The system that it is compared with."""
+    num_prompts: int | None = None
+    """Judge on so many of the prompts, chosen by their hashes; null for all."""
+    prompt: str | None = None
+    """judge.kind=openai: what is asked, tldr-1, hh_helpful-1, hh_harmless-1, or a .yaml file with one's own prompt."""
+    orders: Literal["both", "one"] = "both"
+    """Show each comparison in both orders, or in one that is drawn by the seed: half the cost, but what the slot
+    decides then counts as the response's merit."""
+    ties: bool = True
+    """Whether the judge may call a tie."""
+    half_tie: Literal["half", "tie"] = "half"
+    """What a win in one order and a tie in the other count: 0.75 (half), or 0.5 (tie)."""
+    max_undecided: float = 0.05
+    """The run ends with an error, everything written, when a larger share of the comparisons is undecided."""
+    max_failed: float = 0.0
+    """The same for verdicts that failed; the same command again asks for them again."""
+    seed: int = 0
+    """Draws the orders for orders=one."""
+    store: str | None = None
+    """judge.kind=openai: file of the store, which several runs may share; null: verdicts.sqlite in run_dir."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("max_undecided", "max_failed"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.num_prompts is not None and self.num_prompts < 1:
+            raise ValueError(f"num_prompts must be >= 1 or null, got {self.num_prompts}")
+        if self.orders == "both":
+            _refuse(self.seed != 0, "seed", "orders=both")
+        else:
+            _refuse(self.half_tie != "half", "half_tie", "orders=one")
+        if self.judge.kind != "openai":
+            where = f"judge.kind={self.judge.kind}"
+            _refuse(self.prompt is not None, "prompt", where)
+            _refuse(self.store is not None, "store", where)
+            _refuse(not self.ties, "ties=false", f"{where}: equal scores are a tie")
+            sections = (("budget", BudgetConfig()), ("limits", LimitsConfig()), ("retry", RetryConfig()))
+            for name, default in sections:
+                _refuse(getattr(self, name) != default, name, where)
+        if self.judge.kind != "openai" or self.judge.backend != "batch":
+            _refuse(self.batch != BatchConfig(), "batch", "this judge; it is for judge.backend=batch")
+
+    @property
+    def store_path(self) -> Path:
+        return Path(self.store) if self.store else Path(self.run_dir) / "verdicts.sqlite"
+
+
+def _refuse(given: bool, name: str, where: str) -> None:
+    if given:
+        raise ValueError(f"{name} does not apply to {where}")
+
+
+def judge(recipe: JudgeRecipe, say: Say = print) -> Path:
+    """Pair the responses up, ask the judge, write its verdicts. Returns the path of judgments.jsonl.
+
+    Leaves judgments.jsonl, summary.json, config.yaml and, for a model behind an API, the store in `run_dir`. A second
+    call asks only what has no answer yet. Raises ConfigError or DataError for what cannot be read, RunStopped for a run
+    that is incomplete.
+    """
+    if not recipe.completions or recipe.system is None:
+        raise ConfigError(
+            "completions must name files with completions, and system one of their systems (bare null means none: the "
+            "constant one is written 'system=\"null\"')"
+        )
+    rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
+    comparisons = pair_up(rows, recipe.system, recipe.baseline)
+    if recipe.num_prompts is not None:
+        there = len({comparison.prompt_id for comparison in comparisons})
+        if there < recipe.num_prompts:
+            say(f"num_prompts={recipe.num_prompts}, but the files have {there} prompts: all are judged")
+        comparisons = first_prompts(comparisons, recipe.num_prompts)
+    questions = questions_of(comparisons, recipe.orders, recipe.seed)
+    folder = Path(recipe.run_dir)
+    with _disk_trouble_explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_resolved(recipe, folder / "config.yaml")
+    if recipe.judge.kind == "openai":
+        with _disk_trouble_explained(folder):
+            outcome = ask_openai(recipe, questions, say)
+    else:
+        scoring = score_judge(recipe.judge, folder)
+        outcome = asyncio.run(collect_verdicts(scoring, questions, say))
+    with _disk_trouble_explained(folder):
+        return _write(recipe, questions, outcome, say)
+
+
+@contextmanager
+def _disk_trouble_explained(folder: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written becomes a RunStopped."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise RunStopped(
+            f"the run cannot write its files ({error}). Answers that the store took are kept; make room in {folder}, "
+            "and the same command goes on from there"
+        ) from error
+
+
+def _write(
+    recipe: JudgeRecipe,
+    questions: Sequence[Question],
+    outcome: Outcome,
+    say: Say,
+) -> Path:
+    """judgments.jsonl and summary.json, also of a run that was stopped. Raises RunStopped for one that is not whole."""
+    folder, judge = Path(recipe.run_dir), recipe.judge
+    place = {_place(question.comparison, question.order): i for i, question in enumerate(questions)}
+    verdicts = sorted(outcome.verdicts, key=lambda verdict: place[_place(verdict, verdict.order)])
+    name = judge.model or judge.path or judge.function
+    common = {
+        "judge": name,
+        "prompt_name": recipe.prompt,
+        "orders": recipe.orders,
+        "versions": tool_versions(),
+    }
+    write_judgments(folder / "judgments.jsonl", verdicts, outcome.calls, common)
+    statistics = judged_statistics(combine_all(verdicts, recipe.half_tie, recipe.orders))
+    summary: dict[str, Any] = {
+        "system": recipe.system,
+        "baseline": recipe.baseline,
+        **common,
+        "asked": len(questions),
+        **asdict(statistics),
+        "reasons": reasons(verdicts),
+    }
+    say(statistics_text(statistics, recipe.system, recipe.baseline))
+    if summary["reasons"]:
+        say(reasons_text(summary["reasons"]))
+    if outcome.ledger is not None:
+        used = {key for verdict in verdicts for key in verdict.keys}
+        summary["spent"] = tokens_and_cost([call for call in outcome.calls if call.key in used])
+        summary["store"] = asdict(outcome.ledger)
+        say(spent_text(summary["spent"], outcome.ledger))
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    if outcome.stopped is not None:
+        raise RunStopped(
+            f"{outcome.stopped}. {len(verdicts)} of {len(questions)} verdicts are in {folder}/judgments.jsonl; the "
+            "command goes on from there"
+        )
+    _refuse_if_incomplete(recipe, statistics, len(questions))
+    return folder / "judgments.jsonl"
+
+
+def _place(where: Any, order: str) -> tuple[str, int, str]:
+    return where.prompt_id, where.seed, order
+
+
+def _refuse_if_incomplete(recipe: JudgeRecipe, statistics: JudgedStatistics, num_questions: int) -> None:
+    failed, undecided = statistics.statuses["failed"], statistics.undecided
+    if failed > recipe.max_failed * num_questions:
+        raise RunStopped(
+            f"{failed} of {num_questions} questions got no answer, more than max_failed={recipe.max_failed:g} allows; "
+            "the same command again asks only these"
+        )
+    if undecided > recipe.max_undecided * statistics.num_comparisons:
+        raise RunStopped(
+            f"{undecided} of {statistics.num_comparisons} comparisons are undecided, more than "
+            f"max_undecided={recipe.max_undecided:g} allows; judgments.jsonl says why"
+        )

@@ -1,0 +1,124 @@
+"""Comparisons: two systems' responses to the same prompt, for a judge to choose between."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from drpo.data.records import BadRows, DataError, Message
+from eval.completions.rows import CompletionRow
+
+Order = Literal["ab", "ba"]
+"ab: system a's response is shown first; ba: system b's."
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One response of system a and one of system b to the same prompt."""
+
+    prompt_id: str
+    prompt: str
+    system_a: str
+    response_a: str
+    system_b: str
+    response_b: str
+    seed: int = 0
+    "Seed of system a's response: tells apart the comparisons of several responses to one prompt."
+    ended_a: bool = True
+    ended_b: bool = True
+    reference: str | None = None
+    "The dataset's own response, which no judge that reads texts is shown."
+    messages: tuple[Message, ...] | None = field(default=None, compare=False)
+    "The turns that the prompt was made into, for a judge with a chat template; None for those that the text holds."
+
+    def shown(self, order: Order) -> tuple[str, str]:
+        """The two responses as they are shown: first, second."""
+        pair = (self.response_a, self.response_b)
+        return pair if order == "ab" else pair[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A comparison in one order: what a judge is asked."""
+
+    comparison: Comparison
+    order: Order
+
+
+def pair_up(completions: Sequence[CompletionRow], system: str, baseline: str) -> list[Comparison]:
+    """Every response of `system` (as a) against the baseline's (as b) to the same prompt, in the order of the file.
+
+    Where the baseline has one response to a prompt, it meets all of the system's; where it has several, those of
+    the same seed meet. Raises DataError when a system is not there, the two are the same, or prompts (counted)
+    lack a response of one of them.
+    """
+    if system == baseline:
+        raise DataError(f"system and baseline are both {system!r}; a comparison needs two")
+    known = sorted({row.system for row in completions})
+    for name in (system, baseline):
+        if name not in known:
+            raise DataError(f"no responses of system {name!r}; there are: {', '.join(known)}")
+    of_baseline: dict[str, dict[int, CompletionRow]] = {}
+    for row in completions:
+        if row.system == baseline:
+            of_baseline.setdefault(row.prompt_id, {})[row.seed] = row
+
+    bad, comparisons = BadRows("prompts"), []
+    own = [row for row in completions if row.system == system]
+    for row in own:
+        rivals = of_baseline.get(row.prompt_id, {})
+        rival = next(iter(rivals.values())) if len(rivals) == 1 else rivals.get(row.seed)
+        if rival is None:
+            kind = f"no response of {baseline}" if not rivals else f"no response of {baseline} with this seed"
+            bad.add(kind, f"prompt {row.prompt_id}, seed {row.seed}")
+            continue
+        comparisons.append(_compare(row, rival))
+    for prompt_id in sorted(of_baseline.keys() - {row.prompt_id for row in own}):
+        bad.add(f"no response of {system}", f"prompt {prompt_id}")
+    if bad:
+        raise DataError(
+            f"{system} and {baseline} were not given the same prompts:\n{bad.summary()}\n"
+            "Complete the files, or leave these prompts out of both."
+        )
+    return comparisons
+
+
+def _compare(a: CompletionRow, b: CompletionRow) -> Comparison:
+    return Comparison(
+        a.prompt_id,
+        a.prompt,
+        a.system,
+        a.response,
+        b.system,
+        b.response,
+        a.seed,
+        a.ended,
+        b.ended,
+        reference=a.reference if a.reference is not None else b.reference,
+        messages=a.messages if a.messages is not None else b.messages,
+    )
+
+
+def first_prompts(comparisons: Sequence[Comparison], num_prompts: int) -> list[Comparison]:
+    """The comparisons of `num_prompts` prompts, chosen by the prompts' own hashes.
+
+    So a choice depends on no order of a file, and a smaller one is part of a larger one.
+    """
+    chosen = set(sorted({c.prompt_id for c in comparisons})[:num_prompts])
+    return [c for c in comparisons if c.prompt_id in chosen]
+
+
+def questions_of(
+    comparisons: Sequence[Comparison], orders: Literal["both", "one"], seed: int
+) -> list[Question]:
+    """What to ask: each comparison in both orders, or in one that is drawn for it by (seed, comparison)."""
+    if orders == "both":
+        return [Question(comparison, order) for comparison in comparisons for order in ("ab", "ba")]
+    return [Question(comparison, _drawn_order(comparison, seed)) for comparison in comparisons]
+
+
+def _drawn_order(comparison: Comparison, seed: int) -> Order:
+    drawn = f"{seed}/{comparison.prompt_id}/{comparison.system_a}/{comparison.system_b}/{comparison.seed}"
+    return "ab" if hashlib.sha256(drawn.encode()).digest()[0] % 2 else "ba"

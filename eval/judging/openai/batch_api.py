@@ -1,0 +1,291 @@
+"""The same judge through the Batch API: cheaper, done within a day, on the same store as the live one.
+
+A request's custom_id is its key in the store. A batch is entered in the store before it is submitted and carries our
+name for it in its metadata, so a run that is killed at any moment finds its batches again. Finished rows are merged
+whatever became of the rest; what is missing, and what could not be read, is submitted once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from openai import AsyncOpenAI
+from openai.types import Batch, FileObject
+
+from eval.judging.judge import JudgeStopped
+from eval.judging.matchup import Question
+from eval.judging.openai.answer_body import decoded
+from eval.judging.openai.batch_replies import batch_called, reasons_of, rows_in, status_of, with_id
+from eval.judging.openai.budget import Budget, BudgetReached
+from eval.judging.openai.request import Asking, Request
+from eval.judging.openai.retry import (
+    Failure,
+    NotAnAnswer,
+    RetryConfig,
+    classify,
+    classify_status,
+    unclear_text,
+)
+from eval.judging.openai.store import Call, Store
+from eval.judging.verdict import Verdict
+
+MAX_BYTES = 190_000_000
+"A little less than the API's limit of 200 MB for a file."
+ENDPOINT = "/v1/chat/completions"
+METADATA_KEY = "drpo_batch"
+ENDED = ("completed", "failed", "expired", "cancelled")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How batches are submitted (section `batch`, for judge.backend=batch)."""
+
+    poll_seconds: float = 60.0
+    """Time between two looks at a batch."""
+    max_requests: int = 50_000
+    """Requests of one batch; the API takes 50000 at most, an account's queue may take fewer."""
+    max_submissions: int = 3
+    """How often a request that came back without an answer is submitted, all in all."""
+
+    def __post_init__(self) -> None:
+        if not self.poll_seconds > 0:
+            raise ValueError(f"batch.poll_seconds must be positive, got {self.poll_seconds}")
+        if not 1 <= self.max_requests <= 50_000:
+            raise ValueError(f"batch.max_requests must be in [1, 50000], got {self.max_requests}")
+        if self.max_submissions < 1:
+            raise ValueError(f"batch.max_submissions must be >= 1, got {self.max_submissions}")
+
+
+class BatchJudge:
+    """Asks a model, by batches."""
+
+    def __init__(
+        self,
+        client: AsyncOpenAI,
+        asking: Asking,
+        store: Store,
+        budget: Budget,
+        config: BatchConfig,
+        retry: RetryConfig,
+        say: Callable[[str], None],
+    ) -> None:
+        self._client, self._asking, self._store, self._budget = client, asking, store, budget
+        self._config, self._retry, self._say = config, retry, say
+        self._failures: dict[str, list[Call]] = {}
+        self._hopeless: set[str] = set()
+        self._stopping = asyncio.Event()
+        self._reason = ""
+
+    def stop(self, reason: str) -> None:
+        self._reason = reason
+        self._stopping.set()
+
+    async def verdicts(self, questions: Sequence[Question]) -> AsyncIterator[Verdict]:
+        stopped = None
+        try:
+            await self._merge_open()
+            while missing := self._missing(questions):
+                for chunk in _chunks(missing, self._config.max_requests):
+                    await self._submit(chunk)
+                await self._merge_open()
+        except JudgeStopped as error:
+            stopped = error
+        for question in questions:
+            request, calls = self._asking.unanswered(question, self._store)
+            failed = [] if request is None else self._failures.get(request.key, [])[-1:]
+            if request is None or failed:
+                yield self._asking.verdict(question, [*calls, *failed])
+        if stopped is not None:
+            raise stopped
+
+    def _missing(self, questions: Sequence[Question]) -> list[Request]:
+        """The requests that are to be submitted now, each once."""
+        requests = (self._asking.unanswered(question, self._store)[0] for question in questions)
+        unique = {request.key: request for request in requests if request is not None}
+        return [r for r in unique.values() if not self._given_up(r.key)]
+
+    def _given_up(self, key: str) -> bool:
+        return key in self._hopeless or len(self._failures.get(key, [])) >= self._config.max_submissions
+
+    # --- submitting -------------------------------------------------------------------------------------
+
+    async def _submit(self, requests: Sequence[Request]) -> None:
+        name = uuid.uuid4().hex
+        try:
+            keys = [request.key for request in requests]
+            self._budget.reserve_all(keys, [self._asking.most(r) for r in requests], name)
+        except BudgetReached as error:
+            raise JudgeStopped(str(error)) from None
+        self._store.put_batch(name, None, "open", [(r.key, r.sample, r.body) for r in requests])
+        content = b"".join(map(_line, requests))
+
+        async def upload() -> FileObject:
+            file = await self._client.files.create(file=(f"{name}.jsonl", content), purpose="batch")
+            return with_id(file, FileObject)
+
+        batch_id = await self._create(name, (await self._ask(upload)).id)
+        self._store.update_batch(name, batch_id, "open")
+        self._say(f"submitted batch {batch_id} of {len(requests)} requests")
+
+    async def _create(self, name: str, file_id: str) -> str:
+        """Submit, and after an unclear failure look first whether the batch is there: it is paid by the batch."""
+        tried = False
+
+        async def create() -> Batch:
+            nonlocal tried
+            if tried and (found := await self._listed(name)) is not None:
+                return found
+            tried = True
+            batch = await self._client.batches.create(
+                input_file_id=file_id,
+                endpoint=ENDPOINT,
+                completion_window="24h",
+                metadata={METADATA_KEY: name},
+            )
+            return with_id(batch, Batch)
+
+        return (await self._ask(create)).id
+
+    async def _listed(self, name: str) -> Batch | None:
+        """The batch that carries our name, None if there is none."""
+        raw = await self._client.batches.with_raw_response.list(
+            limit=100
+        )  # the client cannot page through HTML
+        return batch_called(name, METADATA_KEY, decoded(raw.http_response.text))
+
+    async def _rows(self, file_id: str, num_expected: int) -> list[dict[str, Any]]:
+        """Download the rows of a file. Raises NotAnAnswer as `rows_in` does."""
+        return rows_in((await self._client.files.content(file_id)).content, file_id, num_expected)
+
+    async def _ask(self, request: Callable[[], Any]) -> Any:
+        """One request about batches, tried again while that may help. Raises JudgeStopped when it does not."""
+        for attempt in range(1, self._retry.max_attempts + 1):
+            try:
+                return await request()
+            except Exception as error:
+                failure = classify(error)
+                if failure.action != "retry" or attempt == self._retry.max_attempts:
+                    raise JudgeStopped(f"the Batch API: {failure.detail}") from None
+                delay = failure.retry_after
+                await self._sleep(self._retry.base_delay * 2**attempt if delay is None else delay)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Raises JudgeStopped when the run is asked to stop; batches go on without us."""
+        try:
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        except asyncio.TimeoutError:
+            return
+        raise JudgeStopped(f"{self._reason}; submitted batches go on, and a rerun merges them")
+
+    # --- merging ----------------------------------------------------------------------------------------
+
+    async def _merge_open(self) -> None:
+        """Wait for every submitted batch, of this run or an earlier one, and keep what it brought."""
+        for name, batch_id, rows in self._store.open_batches():
+            if batch_id is None:
+                found = await self._ask(lambda name=name: self._listed(name))
+                batch_id = None if found is None else found.id
+            if batch_id is None:  # killed before it was submitted, so it costs nothing
+                for number, reserved in self._store.open_requests_of(name).values():
+                    self._budget.settle_one(number, reserved, 0.0, "never submitted", None)
+                self._store.update_batch(name, None, "never submitted")
+                continue
+            self._store.update_batch(name, batch_id, "open")
+            batch = await self._wait_for(batch_id)
+            requests = {key: self._asking.restored(key, sample, body) for key, sample, body in rows}
+            try:
+                await self._merge(name, batch, requests)
+            finally:
+                merged = not self._store.open_requests_of(name)
+                self._store.update_batch(name, batch_id, batch.status if merged else "open")
+            if batch.status == "failed":  # not accepted: its file, the account's queue or quota
+                raise JudgeStopped(f"batch {batch.id} was not accepted: {reasons_of(batch)}")
+
+    async def _wait_for(self, batch_id: str) -> Batch:
+        async def look() -> Batch:
+            return with_id(await self._client.batches.retrieve(batch_id), Batch)
+
+        while True:
+            batch = await self._ask(look)
+            if batch.status in ENDED:
+                return batch
+            await self._sleep(self._config.poll_seconds)
+
+    async def _merge(self, name: str, batch: Batch, requests: dict[str, Request]) -> None:
+        open_requests = self._store.open_requests_of(name)
+        stop: Failure | None = None
+        completed = getattr(batch.request_counts, "completed", None)
+        for file_id, num_expected in ((batch.output_file_id, completed), (batch.error_file_id, 0)):
+            if file_id is None:  # a batch of failures alone has no output file
+                continue
+            rows = await self._ask(lambda of=file_id, expected=num_expected: self._rows(of, expected))
+            for row in rows:
+                if (key := row["custom_id"]) in open_requests:
+                    number, reserved = open_requests.pop(key)
+                    failure = self._settle(requests[key], row, number, reserved)
+                    if failure is not None and failure.action == "stop":
+                        stop = failure
+        for key, (number, reserved) in open_requests.items():  # expired or cancelled before their turn
+            detail = f"no answer in a batch that ended as {batch.status}"
+            self._budget.settle_one(number, reserved, 0.0, detail, None)
+            self._note_failure(requests[key], detail)
+        if stop is not None:
+            raise JudgeStopped(stop.detail, stop.param)
+
+    def _settle(self, request: Request, row: dict[str, Any], number: int, reserved: float) -> Failure | None:
+        """Book one row of a batch; its failure, if it is one."""
+        response = row["response"] if isinstance(row.get("response"), dict) else {}
+        body, status = response.get("body"), status_of(row, response)
+        if 200 <= status < 300:
+            try:
+                call = self._asking.answered(request, body, "batch", 1, None, response.get("request_id"))
+            except NotAnAnswer as error:
+                failure = classify(error)
+            else:
+                paid = reserved if call.cost is None else call.cost
+                self._budget.settle_one(number, reserved, paid, "answered", call)
+                return None
+        else:
+            failure = classify_status(status, row.get("error") or body, {})
+        if failure.unclear and not self._store.answered_by(request.body["model"]):
+            failure = replace(failure, action="stop", detail=unclear_text(failure))
+        call = None
+        if failure.action == "refused":
+            call = self._asking.unanswerable(request, "batch", "refused", failure.detail, 1)
+        paid = reserved if failure.may_be_paid else 0.0
+        self._budget.settle_one(number, reserved, paid, failure.detail, call)
+        if failure.action in ("retry", "give_up"):
+            self._note_failure(request, failure.detail)
+        if failure.action == "give_up":
+            self._hopeless.add(request.key)
+        return failure
+
+    def _note_failure(self, request: Request, detail: str) -> None:
+        call = self._asking.unanswerable(request, "batch", "failed", detail, 1)
+        self._store.record_failure(call)
+        self._failures.setdefault(request.key, []).append(call)
+
+
+def _line(request: Request) -> bytes:
+    row = {"custom_id": request.key, "method": "POST", "url": ENDPOINT, "body": request.body}
+    return json.dumps(row).encode() + b"\n"
+
+
+def _chunks(requests: Sequence[Request], max_requests: int) -> Iterator[list[Request]]:
+    """In order, each within the API's limits on rows and bytes."""
+    chunk: list[Request] = []
+    size = 0
+    for request in requests:
+        length = len(_line(request))
+        if chunk and (len(chunk) == max_requests or size + length > MAX_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(request)
+        size += length
+    if chunk:
+        yield chunk

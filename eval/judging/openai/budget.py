@@ -1,0 +1,138 @@
+"""The budget: hard caps on dollars and requests that no call passes, however many are under way at once.
+
+Before a request is sent, the most that it can cost is reserved and entered in the store; afterwards the reservation
+becomes what it did cost. Requests of earlier runs on the same store count, and so do those that were under way when a
+run was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from eval.judging.openai.prices import PRICES
+from eval.judging.openai.store import Call, Store
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """What the judge's calls may cost (section `budget`)."""
+
+    max_usd: float | None = None
+    """The most dollars that the calls of this store may ever cost, earlier runs included; null for no cap. Needs a
+    price for the model."""
+    max_calls: int | None = None
+    """The most requests that this store may ever send, retries and earlier runs included; null for no cap."""
+    prices: str | None = None
+    """A YAML table of prices in place of eval/judging/openai/prices.yaml."""
+    dry_run: bool = False
+    """Stop after the estimate: nothing is asked."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_usd", "max_calls"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"budget.{name} must be >= 0 or null, got {value}")
+
+    @property
+    def prices_path(self) -> str:
+        return self.prices or str(PRICES)
+
+
+class BudgetReached(Exception):
+    """The next request could pass a cap, so it was not sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """One request that may be sent."""
+
+    number: int
+    usd: float
+
+
+class Budget:
+    """The caps of one store, and what is spent and reserved of them."""
+
+    def __init__(self, store: Store, config: BudgetConfig) -> None:
+        self._store, self._config = store, config
+        ledger = store.ledger()
+        self.spent, self.num_requests = ledger.usd, ledger.num_requests
+        self._reserved: dict[int, float] = {}
+        self._settled = asyncio.Condition()
+
+    @property
+    def reserved(self) -> float:
+        """Dollars reserved for requests under way."""
+        return sum(self._reserved.values())
+
+    async def reserve(self, key: str, usd: float) -> Reservation:
+        """Leave to send one request that costs at most `usd`.
+
+        Waits while requests under way hold what it needs, for they may cost less than they reserved.
+        Raises BudgetReached when nothing is under way and it still does not fit.
+        """
+        async with self._settled:
+            while (refusal := self._refusal(usd, 1)) is not None:
+                if not self._reserved or self._calls_used_up(1):
+                    raise BudgetReached(refusal)
+                await self._settled.wait()
+            (number,) = self._store.open_requests([key], [usd])
+            self._reserved[number] = usd
+            self.num_requests += 1
+        return Reservation(number, usd)
+
+    async def settle(
+        self, reservation: Reservation, usd: float, outcome: str, call: Call | None = None
+    ) -> None:
+        """Put what a request did cost in place of its reservation, and keep the answer that it brought."""
+        self._store.settle(reservation.number, usd, outcome, call)
+        self.spent += usd
+        del self._reserved[reservation.number]
+        async with self._settled:
+            self._settled.notify_all()
+
+    async def withdraw(self, reservation: Reservation) -> None:
+        """Take back a reservation whose request was never sent."""
+        self._store.forget_request(reservation.number)
+        del self._reserved[reservation.number]
+        self.num_requests -= 1
+        async with self._settled:
+            self._settled.notify_all()
+
+    def reserve_all(self, keys: list[str], usd: list[float], batch: str) -> None:
+        """Reserve a whole batch, or raise BudgetReached and reserve nothing."""
+        refusal = self._refusal(sum(usd), len(keys))
+        if refusal is not None:
+            raise BudgetReached(refusal)
+        numbers = self._store.open_requests(keys, usd, batch)
+        self._reserved |= dict(zip(numbers, usd, strict=True))
+        self.num_requests += len(keys)
+
+    def settle_one(self, number: int, reserved: float, usd: float, outcome: str, call: Call | None) -> None:
+        """As `settle`, for a request of a batch that this run or an earlier one submitted."""
+        self._store.settle(number, usd, outcome, call)
+        if self._reserved.pop(number, None) is None:  # an earlier run reserved it, so `spent` holds its bound
+            self.spent -= reserved
+        self.spent += usd
+
+    def _calls_used_up(self, count: int) -> bool:
+        cap = self._config.max_calls
+        return cap is not None and self.num_requests + count > cap
+
+    def _refusal(self, usd: float, count: int) -> str | None:
+        """Why `count` more requests of at most `usd` dollars together may not be sent, None if they may."""
+        what = "the next request" if count == 1 else f"the next {count} requests"
+        if self._calls_used_up(count):
+            return (
+                f"{what} would pass budget.max_calls={self._config.max_calls}: {self.num_requests} were sent; raise it "
+                "to go on"
+            )
+        cap = self._config.max_usd
+        if cap is not None and self.spent + self.reserved + usd > cap:
+            return (
+                f"{what} could cost ${usd:.4f}, which would pass budget.max_usd={cap:g}: ${self.spent:.4f} are spent"
+                + (f" and ${self.reserved:.4f} reserved" if self._reserved else "")
+                + "; raise it to go on"
+            )
+        return None

@@ -1,0 +1,102 @@
+"""What a run will cost, before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from drpo.run.folder import RunStopped
+from eval.judging.matchup import Question
+from eval.judging.openai.request import Asking
+from eval.judging.openai.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Each question that is still open, asked once."""
+
+    num_questions: int
+    num_stored: int
+    "Questions that the store settles."
+    num_repeats: int
+    "Questions that show what another one shows: equal responses, in either order."
+    prompt_tokens_about: float
+    answer_tokens_about: float | None
+    "Tokens of an answer by those in the store; None before the first."
+    usd_about: float | None
+    "With answers of that length; None without a price or a first answer."
+    usd_at_most: float | None
+    "A bound: every prompt a token per byte, every answer as long as allowed. None without a price."
+    price_as_of: str | None
+
+    @property
+    def num_calls(self) -> int:
+        """Calls to be made, if every answer can be read."""
+        return self.num_questions - self.num_stored - self.num_repeats
+
+    def text(self) -> str:
+        """One line to read before saying yes."""
+        parts = [
+            f"{self.num_questions} questions, {self.num_stored} of them answered in the store"
+            + (f", {self.num_repeats} the same as others" if self.num_repeats else "")
+            + f": {self.num_calls} calls, about {self.prompt_tokens_about:,.0f} prompt tokens"
+        ]
+        if self.answer_tokens_about is not None:
+            parts.append(f"about {self.answer_tokens_about * self.num_calls:,.0f} answer tokens")
+        if self.usd_about is not None:
+            parts.append(f"about ${self.usd_about:.2f}")
+        if self.usd_at_most is None:
+            parts.append("no price known")
+        else:
+            parts.append(f"at most ${self.usd_at_most:.2f} (prices of {self.price_as_of})")
+        return ", ".join(parts) + "; retries and questions asked again come on top"
+
+
+def total_text(estimates: Sequence[Estimate]) -> str:
+    """Several of them, added up; questions that two of them share count twice."""
+    calls = sum(each.num_calls for each in estimates)
+    tokens = sum(each.prompt_tokens_about for each in estimates)
+    parts = [f"at most {calls} calls, about {tokens:,.0f} prompt tokens"]
+    for name, word in (("usd_about", "about"), ("usd_at_most", "at most")):
+        dollars = [getattr(each, name) for each in estimates]
+        if None not in dollars:
+            parts.append(f"{word} ${sum(dollars):.2f}")
+    return ", ".join(parts)
+
+
+def estimate(asking: Asking, questions: Sequence[Question], store: Store) -> Estimate:
+    """What asking these questions will take; those that the store settles cost nothing."""
+    unanswered = [asking.unanswered(question, store)[0] for question in questions]
+    unanswered = [request for request in unanswered if request is not None]
+    requests = list({request.key: request for request in unanswered}.values())
+    num_open = len(requests)
+    prompt_tokens = sum(request.prompt_tokens_about for request in requests)
+    answers = [
+        call.completion_tokens
+        for call in store.calls()
+        if call.model == asking.config.model and call.completion_tokens is not None
+    ]
+    answer_tokens = fmean(answers) if answers else None
+    price = asking.price
+    about = None
+    if price is not None and answer_tokens is not None:
+        about = (prompt_tokens * price.input + num_open * answer_tokens * price.output) / 1e6
+    return Estimate(
+        len(questions),
+        len(questions) - len(unanswered),
+        len(unanswered) - num_open,
+        prompt_tokens,
+        answer_tokens,
+        about,
+        None if price is None else sum(asking.most(request) for request in requests),
+        None if price is None else price.as_of,
+    )
+
+
+class DryRun(RunStopped):
+    """Nothing was asked, as the recipe says; `estimate` is what asking would take."""
+
+    def __init__(self, estimate: Estimate) -> None:
+        super().__init__("budget.dry_run: nothing was asked")
+        self.estimate = estimate

@@ -1,0 +1,230 @@
+"""A judge behind an OpenAI-compatible API, one request a call, many at once.
+
+The client's own retries are off: it retries a used-up quota, ignores long Retry-After headers and knows nothing of
+other workers. The policy here is that of `retry`, the pace that of `rate_limit`, the caps are those of `budget`, and
+every answer is in the store before the next question is taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+from openai import AsyncOpenAI
+
+from drpo.config import ConfigError
+from eval.judging.judge import JudgeConfig, JudgeStopped
+from eval.judging.matchup import Question
+from eval.judging.openai.answer_body import decoded
+from eval.judging.openai.budget import Budget, BudgetReached, Reservation
+from eval.judging.openai.rate_limit import RateLimiter, Start
+from eval.judging.openai.request import Asking, Request, stored_verdicts
+from eval.judging.openai.retry import Failure, RetryConfig, classify, delay_before_retry, unclear_text
+from eval.judging.openai.store import Call, Store
+from eval.judging.verdict import Verdict
+
+Result = TypeVar("Result")
+
+
+def make_client(config: JudgeConfig, retry: RetryConfig) -> AsyncOpenAI:
+    """The API's client. Raises ConfigError when the key is not in the environment.
+
+    OpenAI's key is sent to OpenAI only: another server gets the one that the recipe names, or none.
+    """
+    name = config.api_key_env or (None if config.base_url else "OPENAI_API_KEY")
+    key = "none" if name is None else os.environ.get(name, "").strip()
+    if not key:
+        raise ConfigError(f"the environment variable {name} with the API key is not set (judge.api_key_env)")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"the environment variable {name} holds no API key: letters or signs that no key has"
+        )
+    return AsyncOpenAI(api_key=key, base_url=config.url, max_retries=0, timeout=retry.timeout)
+
+
+class OpenAIJudge:
+    """Asks a model, live."""
+
+    def __init__(
+        self,
+        client: AsyncOpenAI,
+        asking: Asking,
+        store: Store,
+        budget: Budget,
+        limiter: RateLimiter,
+        retry: RetryConfig,
+        concurrency: int,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._client, self._asking, self._store, self._budget = client, asking, store, budget
+        self._limiter, self._retry, self._concurrency = limiter, retry, concurrency
+        self._rng = rng or random.Random()
+        self._under_way: dict[str, asyncio.Task[Call]] = {}
+        self._failures_in_a_row = 0
+        self._stopped: JudgeStopped | None = None
+        self._stop_event = asyncio.Event()
+
+    def stop(self, reason: str) -> None:
+        self._halt(JudgeStopped(reason))
+
+    def _halt(self, error: JudgeStopped) -> JudgeStopped:
+        if self._stopped is None:
+            self._stopped = error
+            self._stop_event.set()
+        return self._stopped
+
+    async def verdicts(self, questions: Sequence[Question]) -> AsyncIterator[Verdict]:
+        pending = iter(questions)
+        yielded: set[Question] = set()
+        done: asyncio.Queue[tuple[Question, Verdict] | None] = asyncio.Queue()
+
+        async def work() -> None:
+            try:
+                for question in pending:
+                    done.put_nowait((question, await self._ask(question)))
+                    if self._stopped is not None:
+                        return
+            except BaseException as error:
+                self._halt(JudgeStopped(f"a worker ended with {error!r}"))
+                raise
+            finally:
+                done.put_nowait(None)
+
+        workers = [asyncio.create_task(work()) for _ in range(self._concurrency)]
+        try:
+            running = len(workers)
+            while running:
+                answered = await done.get()
+                if answered is None:
+                    running -= 1
+                else:
+                    yielded.add(answered[0])
+                    yield answered[1]
+            for result in await asyncio.gather(*workers, return_exceptions=True):
+                if isinstance(result, BaseException) and not isinstance(result, JudgeStopped):
+                    raise result
+            if self._stopped is not None:
+                left = [question for question in questions if question not in yielded]
+                for verdict in stored_verdicts(self._asking, left, self._store):  # needs no asking
+                    yield verdict
+                raise self._stopped
+        finally:
+            tasks = [*workers, *self._under_way.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ask(self, question: Question) -> Verdict:
+        """Ask until there is an answer that can be read, or until asking again is used up."""
+        while True:
+            request, calls = self._asking.unanswered(question, self._store)
+            if request is None:
+                return self._asking.verdict(question, calls)
+            call = await self.call(request)
+            if call.status == "failed":
+                return self._asking.verdict(question, [*calls, call])
+
+    async def call(self, request: Request) -> Call:
+        """The answer to a request: the stored one, the one that another worker is waiting for, or a new one."""
+        stored = self._store.answer(request.key)
+        if stored is not None:
+            return stored
+        task = self._under_way.get(request.key)
+        if task is None:
+            task = asyncio.create_task(self._send_until_answered(request))
+            self._under_way[request.key] = task
+            task.add_done_callback(lambda _: self._under_way.pop(request.key, None))
+        return await task
+
+    async def _send_until_answered(self, request: Request) -> Call:
+        """Raises JudgeStopped when the run has to stop, or has stopped while this was waiting."""
+        first_sent = None
+        for attempt in range(1, self._retry.max_attempts + 1):
+            reservation, start = await self._leave_to_send(request)
+            sent = time.monotonic()
+            first_sent = first_sent or sent
+            try:
+                payload, headers = await self._send(request.body)
+                call = self._asking.answered(
+                    request, payload, "live", attempt, time.monotonic() - sent, headers.get("x-request-id")
+                )
+            except Exception as error:  # after a cancellation the reservation stays open: it may be paid
+                failure = classify(error)
+                paid = reservation.usd if failure.may_be_paid else 0.0
+                if failure.action == "refused":
+                    call = self._asking.unanswerable(request, "live", "refused", failure.detail, attempt)
+                    await self._budget.settle(reservation, paid, failure.detail, call)
+                    return call
+                await self._budget.settle(reservation, paid, failure.detail)
+                if failure.action == "stop":
+                    raise self._halt(JudgeStopped(failure.detail, failure.param)) from None
+                if failure.unclear and not self._store.answered_by(request.body["model"]):
+                    raise self._halt(JudgeStopped(unclear_text(failure))) from None
+                if failure.action == "give_up" or attempt == self._retry.max_attempts:
+                    return self._failed(request, failure, attempt)
+                delay = delay_before_retry(self._retry, attempt, failure.retry_after, self._rng)
+                if time.monotonic() - first_sent + delay > self._retry.max_elapsed:
+                    if failure.cause == "day":  # the same for all questions
+                        raise self._halt(JudgeStopped(failure.detail)) from None
+                    return self._failed(request, failure, attempt)
+                if failure.retry_after is not None:
+                    self._limiter.pause(failure.retry_after)
+                await self._unless_stopped(asyncio.sleep(delay))
+            else:
+                self._limiter.observe(headers)
+                if call.prompt_tokens is not None and call.completion_tokens is not None:
+                    self._limiter.correct(start, call.prompt_tokens + call.completion_tokens)
+                await self._budget.settle(reservation, self._asking.paid(request, call), "answered", call)
+                self._failures_in_a_row = 0
+                return call
+        raise AssertionError("the loop returns in its last round")
+
+    async def _leave_to_send(self, request: Request) -> tuple[Reservation, Start]:
+        """Wait for room in the budget, then for the pace."""
+        reserving = self._budget.reserve(request.key, self._asking.most(request))
+        try:
+            reservation = await self._unless_stopped(reserving)
+        except BudgetReached as error:
+            raise self._halt(JudgeStopped(str(error))) from None
+        try:
+            tokens = request.prompt_tokens_about + self._asking.config.max_output_tokens
+            start = await self._unless_stopped(self._limiter.wait(tokens))
+        except BaseException:
+            await self._budget.withdraw(reservation)
+            raise
+        return reservation, start
+
+    async def _send(self, body: Mapping[str, Any]) -> tuple[Any, Mapping[str, str]]:
+        """The JSON of an answer, and its headers. Any exception of the client, or NotAnAnswer."""
+        raw = await asyncio.wait_for(
+            self._client.chat.completions.with_raw_response.create(**body), self._retry.timeout
+        )
+        return decoded(raw.text), raw.headers
+
+    def _failed(self, request: Request, failure: Failure, num_attempts: int) -> Call:
+        call = self._asking.unanswerable(request, "live", "failed", failure.detail, num_attempts)
+        self._store.record_failure(call)
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= self._retry.max_failures_in_a_row:
+            self._halt(
+                JudgeStopped(f"{self._failures_in_a_row} questions in a row got no answer: {failure.detail}")
+            )
+        return call
+
+    async def _unless_stopped(self, waiting: Coroutine[Any, Any, Result]) -> Result:
+        """Wait for something that a stop ends. Raises JudgeStopped then."""
+        task = asyncio.ensure_future(waiting)
+        stop = asyncio.ensure_future(self._stop_event.wait())
+        try:
+            if self._stopped is None:
+                await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise self._stopped
+        finally:
+            stop.cancel()
+            task.cancel()

@@ -1,0 +1,173 @@
+"""Before the first question: is the model there, for how long, and in which form does it answer?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import date, datetime, timezone
+from typing import Any
+
+import openai
+from openai import AsyncOpenAI
+
+from eval.completions.rows import prompt_id_of
+from eval.judging.judge import JudgeStopped
+from eval.judging.matchup import Comparison, Question
+from eval.judging.openai.answer_body import decoded
+from eval.judging.openai.openai_judge import OpenAIJudge
+from eval.judging.openai.request import Asking
+from eval.judging.openai.retry import NotAnAnswer, classify
+from eval.judging.openai.store import Call, Store, call_key
+from eval.judging.openai.verdict_parser import Form, Reading
+
+WARN_DAYS = 60
+"A model that is shut down within so many days is warned of."
+NUM_SHOWN = 12
+
+_POST = (
+    "My flatmate moved out yesterday and left a cat behind. I like the cat, but my lease forbids pets and the landlord "
+    "comes on Friday. Nobody in my family can take it. How do I find it a good home by then?"
+)
+PROBE = Question(
+    Comparison(
+        prompt_id_of(_POST),
+        _POST,
+        "probe",
+        "Flatmate left a cat, the lease forbids pets and the landlord comes on Friday; how to rehome it in time?",
+        "null",
+        "I had noodles for lunch.",
+    ),
+    "ab",
+)
+"A question that everybody answers alike."
+
+
+async def check_model(
+    client: AsyncOpenAI, asking: Asking, say: Callable[[str], None], today: date | None = None
+) -> None:
+    """See that the model exists and is not shut down; say when it will be.
+
+    Raises JudgeStopped when OpenAI does not have it, it is shut down, the key is not accepted, its money is used up or
+    nobody listens. Transient errors, other servers that cannot tell and keys without permission to look models up are
+    only reported.
+    """
+    config = asking.config
+    try:
+        model = await client.models.retrieve(config.model)
+    except openai.NotFoundError:
+        await _check_listed(client, asking, say)
+        return
+    except Exception as error:
+        failure = classify(error)
+        stops = failure.action == "stop" and failure.cause != "key"
+        if stops or isinstance(error, openai.APIConnectionError):
+            raise JudgeStopped(f"{config.url}: {failure.detail}") from None
+        say(f"could not look up {config.model}: {failure.detail}")
+        return
+    shutdown = _date(getattr(model, "shutdown_date", None))
+    if shutdown is None:
+        return
+    days = (shutdown - (today or datetime.now(timezone.utc).date())).days
+    if days < 0:
+        raise JudgeStopped(f"{config.model} was shut down on {shutdown}; name another judge.model")
+    if days <= WARN_DAYS:
+        say(
+            f"{config.model} is shut down on {shutdown}, in {days} days: its verdicts cannot be repeated after that"
+        )
+
+
+async def _check_listed(client: AsyncOpenAI, asking: Asking, say: Callable[[str], None]) -> None:
+    """OpenAI has no such model. Another server may list its models without telling about one, and may load what it
+    does not list, so there the first call decides."""
+    config = asking.config
+    try:
+        raw = (
+            await client.models.with_raw_response.list()
+        )  # the parsed call raises AttributeError on an HTML page
+        names = _names(decoded(raw.text))
+    except Exception as error:
+        failure = classify(error)
+        if failure.action == "stop" and failure.cause in ("money", "day", "place"):
+            raise JudgeStopped(f"{config.url}: {failure.detail}") from None
+        if config.base_url is None:
+            raise JudgeStopped(f"no model {config.model}: {failure.detail}") from None
+        say(f"{config.base_url} does not tell which models it has: {failure.detail}")
+        return
+    if config.model not in names:
+        shown = ", ".join(sorted(names)[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")
+        message = f"{config.url} does not list the model {config.model}; it has: {shown or 'none'}"
+        if config.base_url is None:
+            raise JudgeStopped(message)
+        say(message)
+
+
+def _names(listed: Any) -> list[str]:
+    """Return the ids in a list of models. Raises NotAnAnswer for other JSON."""
+    models = listed.get("data") if isinstance(listed, Mapping) else None
+    if not isinstance(models, list):
+        raise NotAnAnswer(json.dumps(listed)[:80])
+    return [str(model.get("id")) for model in models if isinstance(model, Mapping)]
+
+
+def _date(text: object) -> date | None:
+    try:
+        return datetime.fromisoformat(str(text).replace("Z", "+00:00")).date()
+    except ValueError:
+        return None
+
+
+def known_form(asking: Asking, store: Store) -> Form | None:
+    """The form in which this model with these settings answered an earlier probe."""
+    return store.fact(_fact_name(asking))
+
+
+def _fact_name(asking: Asking) -> str:
+    request = replace(asking, form="json").request(PROBE, 0)
+    return f"form:{call_key({'probe': request.key, 'asked': asking.config.form})}"
+
+
+async def probe_form(
+    make_judge: Callable[[Asking], OpenAIJudge], asking: Asking, store: Store, say: Callable[[str], None]
+) -> Form:
+    """Ask one easy question and return the form in which the model answers: a schema if it keeps to one, else text.
+
+    What was found out is kept in the store, so a rerun asks in the same form and pays for no second probe.
+    Raises JudgeStopped when the model refuses a setting, gives no answer, or needs more room than it has.
+    """
+    known = known_form(asking, store)
+    if known is not None:
+        return known
+    wanted = asking.config.form
+    forms: tuple[Form, ...] = ("json", "text") if wanted == "auto" else (wanted,)
+    for form in forms:
+        last = form == forms[-1]
+        asked = replace(asking, form=form)
+        try:
+            call = await make_judge(asked).call(asked.request(PROBE, 0))
+        except JudgeStopped as error:
+            if error.param == "response_format" and not last:
+                continue
+            if error.param == "temperature":
+                raise JudgeStopped(f"{error}; give judge.temperature=null") from None
+            raise
+        reading = asked.read(call)
+        match reading.status:
+            case "ok":
+                break
+            case "truncated":
+                raise JudgeStopped(
+                    f"the answer to a probe was cut at judge.max_output_tokens={asked.config.max_output_tokens}; "
+                    "reasoning models need more, for their thoughts count"
+                )
+            case "failed" if last:
+                raise JudgeStopped(f"the probe got no answer: {reading.detail}")
+        if last:
+            say(f"the answer to a probe cannot be read ({reading.status}: {_shown(reading, call)})")
+    store.put_fact(_fact_name(asking), form)
+    return form
+
+
+def _shown(reading: Reading, call: Call) -> str:
+    text = " ".join((call.text or "").split())
+    return f"{reading.detail}; it says {text[:100]!r}" if text else reading.detail

@@ -1,0 +1,198 @@
+"""One call to a judge model: the body that is sent, the key that it is stored under, and the record of its answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from eval.judging.injection import suspicions
+from eval.judging.judge import JudgeConfig
+from eval.judging.matchup import Question
+from eval.judging.openai.answer_body import said_in, text_or_none
+from eval.judging.openai.prices import Price, Tokens, prompt_tokens_about, prompt_tokens_at_most
+from eval.judging.openai.prompts import JudgePrompt, messages_for, response_format
+from eval.judging.openai.store import Call, Store, call_key, now
+from eval.judging.openai.verdict_parser import Answer, Form, Reading, read_answer
+from eval.judging.verdict import Verdict, verdict_on, winner_of
+
+MAX_TOKENS = 10**9
+"A server that counts more for one call has miscounted."
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is sent for a question."""
+
+    key: str
+    sample: int
+    body: dict[str, Any]
+    prompt_tokens_at_most: int
+    prompt_tokens_about: float
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Everything about the asking that all calls of a run share."""
+
+    config: JudgeConfig
+    prompt: JudgePrompt
+    ties: bool
+    form: Form
+    price: Price | None
+
+    def request(self, question: Question, sample: int) -> Request:
+        """The request of a question, asked for the first time or (sample > 0) again."""
+        config = self.config
+        body: dict[str, Any] = {
+            "model": config.model,
+            "messages": messages_for(self.prompt, question, self.form, self.ties, sample),
+            config.output_limit: config.max_output_tokens,
+        }
+        if config.temperature is not None:
+            body["temperature"] = config.temperature
+        if config.reasoning_effort is not None:
+            body["reasoning_effort"] = config.reasoning_effort
+        if self.form == "json":
+            body["response_format"] = response_format(self.ties)
+        key = call_key({"url": config.url.rstrip("/"), "body": body, "sample": sample})
+        return self.restored(key, sample, body)
+
+    def restored(self, key: str, sample: int, body: dict[str, Any]) -> Request:
+        """A request that was made before, from its parts."""
+        texts = [message["content"] for message in body["messages"]]
+        if "response_format" in body:
+            texts.append(json.dumps(body["response_format"]))
+        return Request(key, sample, body, prompt_tokens_at_most(texts), prompt_tokens_about(texts))
+
+    def most(self, request: Request) -> float:
+        """Dollars that one sending of a request cannot exceed; 0 without a price."""
+        if self.price is None:
+            return 0.0
+        return self.price.at_most(request.prompt_tokens_at_most, self.config.max_output_tokens)
+
+    def read(self, call: Call) -> Reading:
+        """What a call's answer says, by today's parser."""
+        if call.status == "failed" or (call.text is None and call.status == "refused"):
+            return Reading(call.status, None, call.detail)
+        if call.text is None and call.finish_reason is None:  # no choices
+            return Reading("malformed", None, call.detail)
+        answer = Answer(call.text, call.refusal, call.finish_reason)
+        return read_answer(answer, self.form, self.prompt.label, self.prompt.noun, self.ties)
+
+    def unanswered(self, question: Question, store: Store) -> tuple[Request | None, list[Call]]:
+        """The request to send next for a question, None if it is settled, and the answers that are stored."""
+        calls: list[Call] = []
+        for sample in range(1 + self.config.max_reasks):
+            request = self.request(question, sample)
+            call = store.answer(request.key)
+            if call is None:
+                return request, calls
+            calls.append(call)
+            if self.read(call).status != "malformed":
+                break
+        return None, calls
+
+    def verdict(self, question: Question, calls: list[Call]) -> Verdict:
+        """The verdict on a question by the last of its calls."""
+        reading = self.read(calls[-1])
+        comparison = question.comparison
+        return verdict_on(
+            question,
+            reading.status,
+            None if reading.slot is None else winner_of(reading.slot, question.order),
+            reading.detail,
+            (suspicions(comparison.response_a), suspicions(comparison.response_b)),
+            keys=tuple(call.key for call in calls),
+        )
+
+    # --- records ----------------------------------------------------------------------------------------
+
+    def answered(
+        self,
+        request: Request,
+        payload: Any,
+        backend: str,
+        num_attempts: int,
+        latency: float | None,
+        request_id: Any,
+    ) -> Call:
+        """Record an answer, given as the JSON of a chat completion. Raises what `said_in` raises."""
+        said = said_in(payload, "" if self.form == "json" else "\n")
+        there = said.finish_reason is not None
+        call = self._record(
+            request,
+            backend,
+            text=said.text,
+            refusal=said.refusal,
+            finish_reason=said.finish_reason,
+            model_returned=text_or_none(payload.get("model")),
+            fingerprint=text_or_none(payload.get("system_fingerprint")),
+            request_id=text_or_none(request_id),
+            num_attempts=num_attempts,
+            latency=latency,
+            detail="" if there else "an answer without choices",
+            status="ok" if there else "malformed",
+            **self._usage(payload.get("usage"), request.body["model"]),
+        )
+        reading = self.read(call)
+        return replace(call, status=reading.status, slot=reading.slot, detail=reading.detail)
+
+    def paid(self, request: Request, call: Call) -> float:
+        """Dollars to book for an answered request: its cost, or its bound where the server did not count."""
+        return self.most(request) if call.cost is None else call.cost
+
+    def unanswerable(
+        self, request: Request, backend: str, status: str, detail: str, num_attempts: int
+    ) -> Call:
+        """The record of a call without an answer: failed, or refused before any model saw it."""
+        return self._record(request, backend, status=status, detail=detail, num_attempts=num_attempts)
+
+    def _record(self, request: Request, backend: str, **values: Any) -> Call:
+        empty = dict.fromkeys(Call.__dataclass_fields__)
+        known = {
+            "key": request.key,
+            "model": request.body["model"],
+            "sample": request.sample,
+            "backend": backend,
+            "time": now(),
+            "request": json.dumps(request.body, ensure_ascii=False),
+        }
+        return Call(**{**empty, **known, **values})
+
+    def _usage(self, usage: Any, model: str) -> dict[str, Any]:
+        """Return tokens and cost; empty if the server does not count both sides, so that the upper bound is charged."""
+        prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        if prompt is None or completion is None:
+            return {}
+        prompt_details = usage.get("prompt_tokens_details")
+        tokens = Tokens(
+            prompt,
+            _count(prompt_details, "cached_tokens") or 0,
+            _count(prompt_details, "cache_write_tokens") or 0,
+            completion,
+            _count(usage.get("completion_tokens_details"), "reasoning_tokens") or 0,
+        )
+        return {
+            "prompt_tokens": tokens.prompt,
+            "cached_tokens": tokens.cached,
+            "cache_write_tokens": tokens.cache_write,
+            "completion_tokens": tokens.completion,
+            "reasoning_tokens": tokens.reasoning,
+            "cost": self.price.cost(tokens)
+            if self.price is not None and model == self.config.model
+            else None,
+        }
+
+
+def stored_verdicts(asking: Asking, questions: Iterable[Question], store: Store) -> list[Verdict]:
+    """The verdicts of the questions that the store settles."""
+    found = ((question, *asking.unanswered(question, store)) for question in questions)
+    return [asking.verdict(question, calls) for question, request, calls in found if request is None]
+
+
+def _count(usage: Any, name: str) -> int | None:
+    value = usage.get(name) if isinstance(usage, Mapping) else None
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value if whole and 0 <= value <= MAX_TOKENS else None

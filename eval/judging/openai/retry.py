@@ -1,0 +1,217 @@
+"""What to do when a request gets no answer: try again, give this one up, or stop the whole run."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import random
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import openai
+
+from eval.json_rows import encodable
+from eval.judging.openai.error_causes import Cause, cause_of, read_error
+from eval.judging.openai.rate_limit import parse_duration
+
+Action = Literal["retry", "refused", "give_up", "stop"]
+"""retry: it may pass. refused: the API would not have this text judged. give_up: this request cannot work, others may.
+stop: no request can work until somebody acts."""
+
+SETTING_CODES = frozenset(
+    {"unsupported_parameter", "unsupported_value", "unknown_parameter", "model_not_found"}
+)
+SETTINGS = frozenset(
+    {"temperature", "response_format", "reasoning_effort", "max_tokens", "max_completion_tokens", "model"}
+)
+_HINT = re.compile(
+    r"(?:try again|retry) (?:in|after) ([\d.hms]*\d(?:ms|[hms])?)( seconds?| secs?)?", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class RetryConfig:
+    """How patient the judge's client is (section `retry`)."""
+
+    timeout: float = 120.0
+    """Seconds for one request."""
+    max_attempts: int = 8
+    """The most requests for one question; then it has failed."""
+    max_elapsed: float = 600.0
+    """Seconds after which a question is not tried again, waiting included."""
+    base_delay: float = 1.0
+    """Seconds: before attempt k a random time up to base_delay * 2^(k-1) passes, unless the API names one."""
+    max_delay: float = 60.0
+    """Seconds that the random wait never exceeds."""
+    max_failures_in_a_row: int = 10
+    """The run stops when so many questions in a row got no answer."""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "max_attempts", "max_elapsed", "max_failures_in_a_row"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"retry.{name} must be positive, got {getattr(self, name)}")
+        for name in ("base_delay", "max_delay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"retry.{name} must be >= 0, got {getattr(self, name)}")
+
+
+class NotAnAnswer(Exception):
+    """The server said 200, but with something that is no chat completion: a page of a proxy, say."""
+
+
+class ErrorInAnswer(NotAnAnswer):
+    """A body that contains an error, with status 200. `payload` is the body."""
+
+    def __init__(self, payload: Any) -> None:
+        super().__init__(json.dumps(payload)[:200])
+        self.payload = payload
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request got no answer and what follows."""
+
+    action: Action
+    detail: str
+    retry_after: float | None = None
+    "Seconds that the API wants us to wait."
+    may_be_paid: bool = False
+    "The request reached the API and nobody knows whether it was worked on."
+    param: str | None = None
+    "The setting that the API complained about."
+    cause: Cause | None = None
+    "Cause by the body, None if it does not say."
+    unclear: bool = False
+    "Could concern the key or this prompt alone: fatal only if the model has not answered before."
+
+
+def classify(error: Exception) -> Failure:
+    """What follows from an error of the client. Re-raises what is not an error of a request."""
+    match error:
+        case openai.APIStatusError():
+            return classify_status(error.status_code, error.response.text, error.response.headers)
+        case openai.APITimeoutError() | openai.APIConnectionError():
+            sent = type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout")
+            what = "no answer in time" if isinstance(error, openai.APITimeoutError) else "connection failed"
+            return Failure("retry", f"{what}: {error.__cause__ or error}", may_be_paid=sent)
+        case asyncio.TimeoutError():
+            return Failure("retry", "no answer in time", may_be_paid=True)
+        case ErrorInAnswer():
+            return _classify_inside(error.payload)
+        case (
+            NotAnAnswer() | json.JSONDecodeError() | UnicodeDecodeError() | RecursionError()
+        ):  # of the client's parser
+            return Failure("retry", f"the answer is not that of the API: {error}", may_be_paid=True)
+    raise error
+
+
+def classify_status(status: int | None, body: Any, headers: Mapping[str, str]) -> Failure:
+    """Decide on an error by its body, then by the header x-should-retry, then by its status.
+
+    `status` is None for an error inside a 200 that has no code of its own.
+    """
+    error = read_error(body)
+    cause = cause_of(status, error)
+    code = "" if error.code == str(status) else error.code
+    said = _shorten(error.message) + (f" ({error.flagged})" if error.flagged else "")
+    where = f"HTTP {status}" if status else "an error inside an answer"
+    detail = encodable(f"{where}{f' {code}' if code else ''}: {said}")
+    match cause:
+        case "money":
+            return Failure("stop", f"the account's money or quota is used up ({detail})", cause=cause)
+        case "text":
+            return Failure("refused", detail, cause=cause)
+        case "place":
+            return Failure(
+                "stop",
+                f"the API key may not do this with this account or from this location ({detail})",
+                cause=cause,
+            )
+        case "key":
+            return Failure("stop", f"the API key may not do this ({detail})", cause=cause)
+    if status == 401:
+        return Failure("stop", f"the API key is not accepted ({detail})")
+    if status == 404:
+        return Failure("stop", f"there is no such model or address ({detail})")
+    if SETTING_CODES.intersection(error.codes) or error.param in SETTINGS:
+        return Failure(
+            "stop", f"the model does not take a setting of the recipe ({detail})", param=error.param
+        )
+    wait = parse_retry_after(headers)
+    if wait is None:
+        wait = retry_hint(error.message)
+    known = (
+        wait is not None and "resource_exhausted" not in error.codes
+    )  # Gemini's delay ignores the daily quota
+    if cause == "day" and not known:
+        return Failure("stop", f"the quota of the day is used up ({detail})", cause=cause)
+    asked = headers.get("x-should-retry")
+    passes = status is None or status in (402, 408, 409, 429, 498) or status >= 500
+    if asked == "true" or (passes and asked != "false"):
+        # sent by a proxy, or after generation has started
+        unknown = status is None or status in (408, 502, 504) or status >= 520
+        return Failure("retry", detail, wait, may_be_paid=unknown, cause=cause)
+    return Failure("give_up", detail, cause=cause, unclear=status in (403, 451) and cause is None)
+
+
+def _classify_inside(payload: Mapping[str, Any]) -> Failure:
+    """Classify an error sent with status 200 by the code in its body (OpenRouter)."""
+    inner = payload.get("error")
+    code = inner.get("code") if isinstance(inner, Mapping) else None
+    status = code if isinstance(code, int) and 400 <= code < 600 else None
+    failure = classify_status(status, payload, {})
+    return replace(failure, may_be_paid=failure.action in ("retry", "refused"))  # generation may have started
+
+
+def unclear_text(failure: Failure) -> str:
+    """Format the reason for stopping at an unclear refusal before any answer."""
+    return (
+        f"the API refuses requests without saying whether because of the key, the place or the text "
+        f"({failure.detail}), and the model has answered nothing so far: check the key's permissions"
+    )
+
+
+def parse_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait by retry-after-ms or Retry-After (a number, or a date); None if neither can be read."""
+    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) / per_second
+        except ValueError:
+            continue
+        if 0 <= seconds < float("inf"):
+            return seconds
+    try:
+        date = email.utils.parsedate_tz(headers.get("retry-after", ""))
+        return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    except (ValueError, OverflowError):  # the 99th of January
+        return None
+
+
+def retry_hint(message: str) -> float | None:
+    """Return the seconds that an error message asks to wait ("try again in 7m12s"), None if it names none."""
+    found = _HINT.search(message)
+    return None if found is None else parse_duration(found.group(1) + ("s" if found.group(2) else ""))
+
+
+def delay_before_retry(
+    config: RetryConfig, attempt: int, retry_after: float | None, rng: random.Random
+) -> float:
+    """Seconds before the next attempt, after `attempt` of them.
+
+        retry_after + U(0, base)                       when the API names a time
+        U(0, min(max_delay, base * 2^(attempt - 1)))   otherwise ("full jitter", Brooker 2015)
+
+    The random part keeps workers that failed together from coming back together.
+    """
+    if retry_after is not None:
+        return retry_after + rng.uniform(0, config.base_delay)
+    return rng.uniform(0, min(config.max_delay, config.base_delay * 2.0 ** min(attempt - 1, 60)))
+
+
+def _shorten(text: str, length: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"

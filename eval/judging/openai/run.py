@@ -1,0 +1,101 @@
+"""Run a judge behind an OpenAI-compatible API: stored answers first, then the model, within the budget."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from openai import AsyncOpenAI
+
+from drpo.config import ConfigError
+from eval.judging.collect import collect_verdicts
+from eval.judging.judge import JudgeStopped, Outcome
+from eval.judging.matchup import Question
+from eval.judging.openai.batch_api import BatchJudge
+from eval.judging.openai.budget import Budget
+from eval.judging.openai.estimate import DryRun, estimate
+from eval.judging.openai.openai_judge import OpenAIJudge, make_client
+from eval.judging.openai.preflight import check_model, known_form, probe_form
+from eval.judging.openai.prices import load_price
+from eval.judging.openai.prompts import load_prompt
+from eval.judging.openai.rate_limit import WINDOW, RateLimiter
+from eval.judging.openai.request import Asking, stored_verdicts
+from eval.judging.openai.store import Store
+from eval.progress import Say
+
+if TYPE_CHECKING:
+    from eval.judging.judge_systems import JudgeRecipe
+
+
+def ask_openai(recipe: JudgeRecipe, questions: Sequence[Question], say: Say) -> Outcome:
+    """Answer the questions from the store, and ask the model for the rest.
+
+    Raises ConfigError when the recipe lacks the model, its prompt or a price that it needs, and DryRun, with the
+    estimate, for budget.dry_run.
+    """
+    config = recipe.judge
+    if config.model is None:
+        raise ConfigError(
+            "judge.model must name the model that judges; there is no default, models are retired"
+        )
+    if recipe.prompt is None:
+        raise ConfigError("prompt must say what the judge is asked, such as prompt=tldr-1")
+    price = load_price(recipe.budget.prices_path, config.model, config.backend == "batch")
+    if price is None and recipe.budget.max_usd is not None:
+        raise ConfigError(
+            f"budget.max_usd needs a price of {config.model}, which {recipe.budget.prices_path} does not have; "
+            "give a table with budget.prices, or cap budget.max_calls"
+        )
+    form = "json" if config.form == "auto" else config.form
+    asking = Asking(config, load_prompt(recipe.prompt), recipe.ties, form, price)
+    with closing(Store(recipe.store_path)) as store:
+        ledger = store.ledger()
+        if ledger.num_open:
+            say(
+                f"{ledger.num_open} requests had no end when an earlier run was killed: they may have been paid, and "
+                f"count against the budget with ${ledger.open_usd:.4f}"
+            )
+        asking = replace(asking, form=known_form(asking, store) or form)
+        if recipe.budget.dry_run:
+            estimated = estimate(asking, questions, store)
+            say(estimated.text())
+            raise DryRun(estimated)
+        outcome = Outcome(stored_verdicts(asking, questions, store))
+        if len(outcome.verdicts) < len(questions) or store.open_batches():
+            client = make_client(config, recipe.retry)
+            outcome = asyncio.run(_ask(recipe, client, asking, store, questions, say))
+        else:  # neither a key nor a network is needed, nor that the model is still there
+            say(estimate(asking, questions, store).text())
+        return replace(outcome, calls=store.calls(), ledger=store.ledger())
+
+
+async def _ask(
+    recipe: JudgeRecipe,
+    client: AsyncOpenAI,
+    asking: Asking,
+    store: Store,
+    questions: Sequence[Question],
+    say: Say,
+) -> Outcome:
+    async with client:
+        budget = Budget(store, recipe.budget)
+        limiter = RateLimiter(recipe.limits, store.recent_requests(WINDOW))
+
+        def live(asking: Asking) -> OpenAIJudge:
+            concurrency = recipe.limits.concurrency
+            return OpenAIJudge(client, asking, store, budget, limiter, recipe.retry, concurrency)
+
+        try:
+            await check_model(client, asking, say)
+            if recipe.judge.probe:
+                asking = replace(asking, form=await probe_form(live, asking, store, say))
+        except JudgeStopped as stopped:
+            return Outcome(stored_verdicts(asking, questions, store), stopped)
+        say(estimate(asking, questions, store).text())
+        if recipe.judge.backend == "live":
+            return await collect_verdicts(live(asking), questions, say)
+        judge = BatchJudge(client, asking, store, budget, recipe.batch, recipe.retry, say)
+        return await collect_verdicts(judge, questions, say)

@@ -1,0 +1,114 @@
+"""Hold judges against people: agreement, its ceiling, habits and win rates, from their files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from drpo.config import ConfigError, save_resolved
+from drpo.data.records import DataError
+from eval.labelling.agreement_tables import show_agreement
+from eval.labelling.label_agreement import (
+    by_confidence,
+    ceilings,
+    everybody_together,
+    everybodys_habits,
+    people_together,
+    win_rates,
+)
+from eval.labelling.labels import load_labels
+from eval.labelling.ratings import Ratings, read_judge_file, side_by_side
+
+
+@dataclass(frozen=True)
+class AgreementRecipe:
+    """Judges and people on the same comparisons."""
+
+    run_dir: str = "runs/agreement"
+    """Folder of the results."""
+    judgments: list[str] = field(default_factory=list)
+    """Files judgments.jsonl, one a judge."""
+    labels: list[str] = field(default_factory=list)
+    """Files labels.jsonl, each with any number of annotators."""
+    half_tie: Literal["half", "tie"] = "half"
+    """What a judge's win in one order and tie in the other count: 0.75, a win here, or 0.5 (tie), a tie."""
+
+    def __post_init__(self) -> None:
+        for path in self.judgments:
+            if self.judgments.count(path) > 1:
+                raise ValueError(
+                    f"judgments names {path} twice, and a judge agrees with itself; give each file once"
+                )
+
+
+def agreement(recipe: AgreementRecipe) -> Path:
+    """Match the verdicts and labels of all files, measure, write and show. Returns the path of agreement.json."""
+    if len(recipe.judgments) + len(recipe.labels) == 0:
+        raise ConfigError("judgments and labels must name files: at least one of labels, or two of judgments")
+    judges = [read_judge_file(path, recipe.half_tie) for path in recipe.judgments]
+    labels = load_labels(recipe.labels)
+    ratings = side_by_side(judges, labels)
+    if len(ratings.judges) + len(ratings.people) < 2:
+        raise DataError("there is one rater only, and nobody to agree with; give more judgments or labels")
+    notes = _notes(ratings, {judge.question for judge in judges}, {label.question for label in labels})
+    found = {
+        "judgments": recipe.judgments,
+        "labels": recipe.labels,
+        "counts": _counts(ratings),
+        "left_out": dict(ratings.left_out),
+        "notes": notes,
+        "agreement": everybody_together(ratings),
+        "people_together": people_together(ratings),
+        "ceilings": ceilings(ratings),
+        "habits": everybodys_habits(ratings),
+        "win_rates": win_rates(ratings),
+        "by_confidence": by_confidence(ratings),
+    }
+    if not found["agreement"]:
+        raise DataError(
+            "no two raters decided one comparison in common; the files are of other prompts, systems or texts: "
+            + _sentence(ratings)
+        )
+    folder = Path(recipe.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_resolved(recipe, folder / "config.yaml")
+    path = folder / "agreement.json"
+    values = json.loads(json.dumps(found, default=asdict), parse_constant=lambda _: None)
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    show_agreement(found)
+    return path
+
+
+def _counts(ratings: Ratings) -> dict[str, int]:
+    """How many comparisons there are of each kind."""
+    nobody = np.zeros((len(ratings.keys), 1), dtype=bool)
+    judged, labelled = (
+        np.concatenate([nobody, *(~np.isnan(rater.scores[:, None]) for rater in raters)], axis=1)
+        for raters in (ratings.judges, ratings.people)
+    )
+    return {
+        "comparisons": len(ratings.keys),
+        "judged": int(judged.any(axis=1).sum()),
+        "labelled": int(labelled.any(axis=1).sum()),
+        "judged and labelled": int((judged.any(axis=1) & labelled.any(axis=1)).sum()),
+        "labelled by several": int((labelled.sum(axis=1) > 1).sum()),
+    }
+
+
+def _notes(ratings: Ratings, asked: set[str | None], answered: set[str | None]) -> list[str]:
+    questions = sorted((asked | answered) - {None})
+    notes = []
+    if len(questions) > 1:
+        notes.append(f"not everybody was asked the same: {', '.join(questions)}")
+    if len(ratings.people) > 1 and not _counts(ratings)["labelled by several"]:
+        notes.append("no comparison has several labels, so there is no ceiling")
+    return notes
+
+
+def _sentence(ratings: Ratings) -> str:
+    counts = {**_counts(ratings), **ratings.left_out}
+    return ", ".join(f"{name}: {count}" for name, count in counts.items())

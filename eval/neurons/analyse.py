@@ -1,0 +1,247 @@
+"""Measure what training changed in a policy's MLPs: the part of every neuron in the move along a probe direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from drpo.config import ConfigError, save_resolved
+from drpo.data.encode import Example
+from drpo.data.load import DataConfig, load_examples
+from drpo.data.stop import with_stop_token
+from drpo.models.loading import ModelConfig, load_policy
+from drpo.models.model_folder import read_config
+from drpo.models.positions import check_lengths
+from drpo.models.stops import stop_ids
+from drpo.models.tokenizer import load_tokenizer
+from drpo.reward_functions import import_functions
+from drpo.rewards import RewardFn
+from drpo.rollout.collect import (
+    RolloutConfig,
+    Start,
+    Vocabulary,
+    call_reward_fn,
+    completions_of,
+    vocabulary_of,
+)
+from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
+from eval.neurons.mlp_neurons import mean_activations, num_neurons
+from eval.neurons.neuron_interventions import (
+    EditConfig,
+    intervene,
+    written_summary,
+)
+from eval.neurons.neuron_report import page, plot_layers, save_arrays, save_summary
+from eval.neurons.neuron_shift import NeuronShift, align, noise_gross, summarise
+from eval.neurons.probe import Probe, fit_probe, load_probe, mean_hidden_states, probe_quality, save_probe
+from eval.neurons.probe_texts import ProbeConfig, load_probe_texts
+from eval.progress import Say
+
+
+@dataclass(frozen=True)
+class NeuronShiftRecipe:
+    """Two policies, a probe direction, and the prompts on which their neurons are compared."""
+
+    run_dir: str = "runs/neuron_shift"
+    """Folder of the results."""
+    before: str | None = None
+    """The policy before training: folder, hub id or GGUF file; its value vectors and, where none is given, probe."""
+    after: str | None = None
+    """The policy after training, of the same architecture, size and vocabulary."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Precision of both policies; sums over positions are float64 always."""
+    seed: int = 0
+    """Seed of the sampled continuations."""
+    data: DataConfig = field(default_factory=DataConfig)
+    split: Literal["train", "eval"] = "eval"
+    """Which split of the data the prompts are from; eval are the held-out ones."""
+    num_prompts: int = 256
+    """The first this many prompts; all if there are fewer."""
+    num_new_tokens: int = 20
+    """The most tokens of a continuation, stop token included."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+    """Temperature (0 is greedy), top_k, top_p of the continuations."""
+    continuations: Literal["own", "before"] = "own"
+    """own: each policy is recorded on what it writes itself; before: both on what the policy before training writes,
+    so that only the weights differ."""
+    batch_size: int = 32
+    """Prompts or texts at a time."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    interventions: bool = True
+    """Continue the prompts with each group of neurons patched to its mean after training, and with the edit below."""
+    edit: EditConfig = field(default_factory=EditConfig)
+    reward_functions: dict[str, str] = field(default_factory=dict)
+    """Further measurements of what the policies write, name: module:function."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_prompts", 2), ("num_new_tokens", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if self.probe.source == "demo" and self.data.task != "demo":
+            raise ValueError(f"probe.source=demo needs data.task=demo, got data.task={self.data.task}")
+        if not self.interventions and self.edit != EditConfig():
+            raise ValueError("edit does not apply to interventions=false")
+        if taken := {"probe_logit", "length"} & set(self.reward_functions):
+            raise ValueError(f"reward_functions: {sorted(taken)} are names of other measurements")
+
+
+def neuron_shift(recipe: NeuronShiftRecipe, say: Say = print) -> Path:
+    """Fit the probe, record both policies, write the shift of every neuron and what patching the groups does."""
+    _check_start(recipe)
+    for key, path in (("before", recipe.before), ("after", recipe.after)):
+        read_config(path, key)  # a missing policy is told by the name of its key
+    rewards = import_functions(recipe.reward_functions, "reward_functions")
+    tokenizer = _shared_tokenizer(recipe)
+    splits = load_examples(recipe.data, tokenizer, "prompts")
+    examples = (splits.train if recipe.split == "train" else splits.eval)[: recipe.num_prompts]
+    if len(examples) < 2:
+        raise ConfigError(f"split={recipe.split} has {len(examples)} prompts; two or more are needed")
+    queries = [example.query_ids for example in examples]
+
+    policy = _load(recipe, recipe.before, tokenizer, say)
+    lengths = [len(query) + recipe.num_new_tokens for query in queries]
+    for note in check_lengths(
+        policy, lengths, "before", "set data.max_prompt_length, or lower num_new_tokens"
+    ):
+        say(note)
+    shape = num_neurons(policy)
+    vocabulary = vocabulary_of(RolloutConfig(), tokenizer, policy.config.vocab_size, stop_ids(policy))
+    probe, quality, probe_report = _probe(recipe, policy, tokenizer)
+    alignments, cosines = align(policy, probe.weight)
+    written = {"before": _continue(recipe, policy, queries, vocabulary)}
+    read_before = written["before"]
+    halves = [mean_activations(policy, queries[i::2], read_before[i::2], recipe.batch_size) for i in (0, 1)]
+    sizes = [sum(map(len, read_before[i::2])) for i in (0, 1)]
+    before = (halves[0] * sizes[0] + halves[1] * sizes[1]) / sum(sizes)
+    del policy  # one policy in memory at a time
+
+    policy = _load(recipe, recipe.after, tokenizer, say)
+    if num_neurons(policy) != shape:
+        raise ConfigError(
+            f"after: {num_neurons(policy)} (layers, neurons of a layer), but before has {shape}"
+        )
+    alignments_after, _ = align(policy, probe.weight)
+    written["after"] = _continue(recipe, policy, queries, vocabulary)
+    read_after = written["after"] if recipe.continuations == "own" else read_before
+    after = mean_activations(policy, queries, read_after, recipe.batch_size)
+    del policy
+
+    shift = NeuronShift(cosines, alignments, alignments_after, before, after)
+    summary = {
+        "policies": {"before": recipe.before, "after": recipe.after},
+        "recorded_on": recipe.continuations,
+        "num_prompts": len(examples),
+        "num_positions": {"before": sum(sizes), "after": sum(map(len, read_after))},
+        "probe": quality,
+        **summarise(shift),
+    }
+    summary["total"]["noise_gross"] = noise_gross(*halves, alignments)
+    policy = _load(recipe, recipe.before, tokenizer, say)
+    if recipe.interventions:
+        written |= intervene(
+            policy, shift, recipe.edit, lambda: _continue(recipe, policy, queries, vocabulary)
+        )
+    measured = {
+        name: _measure(recipe, policy, probe, examples, responses, vocabulary, tokenizer, rewards)
+        for name, responses in written.items()
+    }
+    summary["written"] = written_summary(measured)
+    reports = [f"prompts: {len(examples)} of {recipe.split}", splits.report, probe_report]
+    text = page(summary, reports)
+    say(text)
+    return _write(recipe, shift, probe, summary, text)
+
+
+def _check_start(recipe: NeuronShiftRecipe) -> None:
+    for name, path in (("before", recipe.before), ("after", recipe.after)):
+        if path is None:
+            raise ConfigError(f"{name} must name a policy: a folder or hub id")
+
+
+def _shared_tokenizer(recipe: NeuronShiftRecipe) -> PreTrainedTokenizerBase:
+    tokenizer = with_stop_token(load_tokenizer(recipe.before), recipe.data)
+    if load_tokenizer(recipe.after).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f"after: {recipe.after!r} has another vocabulary than before={recipe.before!r}")
+    return tokenizer
+
+
+def _load(
+    recipe: NeuronShiftRecipe, path: str, tokenizer: PreTrainedTokenizerBase, say: Say
+) -> PreTrainedModel:
+    say(f"loading {path}")
+    policy = load_policy(ModelConfig(path=path, dtype=recipe.dtype), tokenizer)
+    return policy.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+
+
+def _probe(
+    recipe: NeuronShiftRecipe, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Probe, dict[str, float] | None, str]:
+    """The probe, its quality on texts held out (None for one from a file), and a report."""
+    config = recipe.probe
+    if config.source == "file":
+        return load_probe(config.path), None, f"probe from {config.path}"
+    texts = load_probe_texts(config, recipe.data.demo, tokenizer, recipe.data.max_bad_fraction)
+    features = mean_hidden_states(policy, texts.context_ids, texts.text_ids, recipe.batch_size)
+    labels, test = torch.tensor(texts.labels), torch.tensor(texts.held_out)
+    fitted = test.logical_not()
+    probe = fit_probe(features[fitted], labels[fitted], config.l2)
+    return probe, probe_quality(probe, features[test], labels[test]), texts.report
+
+
+def _continue(
+    recipe: NeuronShiftRecipe, policy: PreTrainedModel, queries: Sequence[list[int]], vocabulary: Vocabulary
+) -> list[list[int]]:
+    """The policy's continuation of every prompt, with the same random numbers each time."""
+    return generate(
+        policy,
+        queries,
+        [recipe.num_new_tokens] * len(queries),
+        draw_uniforms(recipe.seed, range(len(queries)), recipe.num_new_tokens),
+        sampling=recipe.sampling,
+        stop_ids=vocabulary.stop_ids,
+        suppressed_ids=vocabulary.suppressed_ids,
+        batch_size=recipe.batch_size,
+    )
+
+
+def _measure(
+    recipe: NeuronShiftRecipe,
+    policy: PreTrainedModel,
+    probe: Probe,
+    examples: Sequence[Example],
+    responses: Sequence[list[int]],
+    vocabulary: Vocabulary,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: Mapping[str, RewardFn],
+) -> dict[str, list[float]]:
+    """One number a prompt: probe logit (nan for a continuation that stops at once), length, reward functions."""
+    starts = [Start(row, example, (), 0) for row, example in enumerate(examples)]
+    completions = completions_of(starts, responses, vocabulary, tokenizer)
+    texts = [c.response_ids[:-1] if c.ended else c.response_ids for c in completions]
+    rows = [row for row, text in enumerate(texts) if text]
+    logits = torch.full((len(texts),), torch.nan, dtype=torch.float64)
+    if rows:
+        contexts = [completions[row].query_ids for row in rows]
+        features = mean_hidden_states(policy, contexts, [texts[row] for row in rows], recipe.batch_size)
+        logits[rows] = probe.logits(features)
+    measured = {"probe_logit": logits.tolist(), "length": [float(len(ids)) for ids in responses]}
+    return measured | {name: call_reward_fn(fn, completions).tolist() for name, fn in rewards.items()}
+
+
+def _write(
+    recipe: NeuronShiftRecipe, shift: NeuronShift, probe: Probe, summary: dict[str, Any], text: str
+) -> Path:
+    folder = Path(recipe.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_resolved(recipe, folder / "config.yaml")
+    save_arrays(shift, folder / "neurons.npz")
+    save_probe(probe, folder / "probe.npz")
+    save_summary(summary, folder / "summary.json")
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    plot_layers(summary, folder / "layers.png")
+    return folder / "summary.md"

@@ -1,0 +1,170 @@
+"""One number of a system from its runs: a value for each training seed and prompt, and an interval that fits them.
+
+With one run the prompts are what was drawn at random. With several the training seeds are, too, and an interval that
+left them out would promise a precision about the method that it has only about these checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from eval.statistics.intervals import Interval, mean_interval, prompt_codes, prompt_means, rate_interval
+from eval.statistics.sample_size import detectable_difference
+from eval.statistics.seeds import seed_difference, seed_interval
+from eval.statistics.win_rate import paired_test
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A system's value of one measure. `runs` are the values of its runs; limits are None where there is no interval.
+
+    `method` says what was resampled or assumed: that of `eval.statistics.intervals` for one run, "seeds" for several.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    runs: tuple[float, ...]
+    method: str
+
+    @property
+    def interval(self) -> Interval:
+        """As the other statistics take it; without limits it has no width."""
+        low, high = (self.value if limit is None else limit for limit in (self.low, self.high))
+        return Interval(self.value, low, high, 0, self.method)
+
+
+@dataclass(frozen=True)
+class Values:
+    """One number for each response of one run; nan where it is not known."""
+
+    prompt_ids: tuple[str, ...]
+    numbers: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        if len(self.prompt_ids) != len(self.numbers):
+            raise ValueError(
+                f"{len(self.numbers)} numbers of {len(self.prompt_ids)} prompts; give one for each"
+            )
+
+
+def run_matrix(runs: Sequence[Values]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    """Prompts in order of their ids (P,), and the mean of each run on each prompt (S, P); nan without a number."""
+    prompt_ids = tuple(sorted({prompt_id for run in runs for prompt_id in run.prompt_ids}))
+    column = {prompt_id: place for place, prompt_id in enumerate(prompt_ids)}
+    matrix = np.full((len(runs), len(prompt_ids)), np.nan)
+    for row, run in enumerate(runs):
+        numbers = np.asarray(run.numbers, dtype=np.float64)
+        known = ~np.isnan(numbers)
+        columns = np.array([column[prompt_id] for prompt_id in run.prompt_ids], dtype=np.intp)[known]
+        sums = np.bincount(columns, weights=numbers[known], minlength=len(prompt_ids))
+        counts = np.bincount(columns, minlength=len(prompt_ids))
+        matrix[row, counts > 0] = sums[counts > 0] / counts[counts > 0]
+    return prompt_ids, matrix
+
+
+def measured(
+    runs: Sequence[Values], bounds: tuple[float, float] | None = None, floor: float = -math.inf
+) -> Measured:
+    """Mean over runs and prompts, with an interval over prompts for one run, over seeds and prompts for several.
+
+    `bounds` are the limits of the scale; (0, 1) takes Wilson's form for one run. The lower limit is never below
+    `floor`, such as 0 for a KL, unless the value itself is. Raises ValueError when a run has no
+    number at all.
+    """
+    _, matrix = run_matrix(runs)
+    empty = [row for row, numbers in enumerate(matrix) if np.isnan(numbers).all()]
+    if empty:
+        raise ValueError(f"runs {empty} have no number at all")
+    means = tuple(float(np.nanmean(numbers)) for numbers in matrix)
+    if matrix.shape[1] == 1:
+        return Measured(float(np.mean(means)), None, None, means, "one prompt")
+    if len(runs) > 1:
+        result = seed_interval(matrix, bounds)
+        low = max(result.low, min(floor, result.value))
+        return Measured(result.value, low, result.high, means, "seeds")
+    numbers, codes = (
+        np.asarray(runs[0].numbers, dtype=np.float64),
+        prompt_codes(runs[0].prompt_ids, len(runs[0].numbers)),
+    )
+    if bounds == (0.0, 1.0):
+        interval = rate_interval(numbers, codes)
+    else:
+        interval = mean_interval(prompt_means(numbers, codes), bounds=bounds)
+    low = max(interval.low, min(floor, interval.value))
+    return Measured(interval.value, low, interval.high, means, interval.method)
+
+
+def widened_by_runs(
+    interval: Interval, runs: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)
+) -> Measured:
+    """An interval over prompts, of all runs pooled, widened by the spread of the runs' own values.
+
+        half^2 = (limit - value)^2 + (t_{S-1} s / sqrt(S))^2
+
+    For statistics that are no mean over prompts, such as a length-controlled rate. What the prompts do to each run is
+    counted twice, so it errs on the wide side. One run: the interval as it is. Cut at `bounds`.
+    """
+    if len(runs) < 2:
+        return Measured(interval.value, interval.low, interval.high, tuple(runs), interval.method)
+    spread = stats.t.isf(0.025, len(runs) - 1) * float(np.std(runs, ddof=1)) / math.sqrt(len(runs))
+    low = max(interval.value - math.hypot(interval.value - interval.low, spread), bounds[0])
+    high = min(interval.value + math.hypot(interval.high - interval.value, spread), bounds[1])
+    return Measured(interval.value, low, high, tuple(runs), "widened by seeds")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """System 1 minus system 2. `over` says what the interval is over: "prompts", or "seeds and prompts"."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    num_prompts: int
+    over: str
+    detectable: float | None
+    "The smallest true difference that so many prompts show with a probability of 0.8; None where seeds count, too."
+
+
+def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference:
+    """Difference of two systems' scores in [0, 1] on the prompts that both have.
+
+    Both with several runs: `seed_difference`. Otherwise, and where every run of each has one and the same score
+    throughout, `paired_test` of the means over runs, which is about these checkpoints and no others. Raises
+    ValueError as these two do.
+    """
+    prompts_1, matrix_1 = run_matrix(runs_1)
+    prompts_2, matrix_2 = run_matrix(runs_2)
+    shared = sorted(set(prompts_1) & set(prompts_2))
+    if not shared:
+        raise ValueError("the two systems share no prompts")
+    matrix_1 = matrix_1[:, np.isin(prompts_1, shared)]  # columns are in the order of the ids
+    matrix_2 = matrix_2[:, np.isin(prompts_2, shared)]
+    if len(runs_1) > 1 and len(runs_2) > 1 and (_varies(matrix_1) or _varies(matrix_2)):
+        result = seed_difference(matrix_1, matrix_2)
+        over, detectable = "seeds and prompts", None
+    else:
+        scores_1, scores_2 = _over_runs(matrix_1), _over_runs(matrix_2)
+        result, over = paired_test(scores_1, scores_2), "prompts"
+        sd = float(np.nanstd(scores_1 - scores_2, ddof=1)) if result.num_prompts > 1 else 0.0
+        detectable = detectable_difference(result.num_prompts, sd) if sd > 0 else None
+    return Difference(
+        result.difference, result.low, result.high, result.p_value, result.num_prompts, over, detectable
+    )
+
+
+def _varies(matrix: NDArray[np.float64]) -> bool:
+    decided = matrix[~np.isnan(matrix)]
+    return len(decided) == 0 or float(np.ptp(decided)) > 1e-12
+
+
+def _over_runs(matrix: ArrayLike) -> NDArray[np.float64]:
+    """Mean of each prompt over the runs; nan where one of them has no number, for the runs differ in level."""
+    return np.asarray(matrix).mean(axis=0)

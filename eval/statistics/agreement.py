@@ -1,0 +1,194 @@
+"""Agreement of two judges, or of a judge with people, beyond chance and against what people reach themselves.
+
+A score becomes one of three verdicts: above 0.5 for the first response, below for the second, 0.5 a tie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from eval.statistics.intervals import (
+    Interval,
+    checked_confidence,
+    checked_scores,
+    mean_interval,
+    prompt_codes,
+    prompt_means,
+    rate_interval,
+    same_rows,
+)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Share of comparisons with one verdict from both, and Cohen's kappa; `undecided` rows are left out.
+
+    `chance` is the agreement expected of two judges who give these verdicts as often, but at random. Kappa is nan
+    when it is 1, that is when both always give the same single verdict.
+    """
+
+    n: int
+    num_prompts: int
+    undecided: int
+    agreement: float
+    low: float
+    high: float
+    chance: float
+    kappa: float
+    kappa_low: float
+    kappa_high: float
+
+
+def agreement(
+    scores_1: ArrayLike, scores_2: ArrayLike, prompt_ids: ArrayLike | None = None, confidence: float = 0.95
+) -> Agreement:
+    """Agreement and Cohen's kappa of two judges on the same comparisons, with intervals over prompts.
+
+        kappa = (p_o - p_e) / (1 - p_e),    p_e = sum_k p_1k p_2k over the verdicts k
+
+    `scores_1`, `scores_2` (n,) in [0, 1], nan = undecided, row by row the same comparison. The interval of kappa is
+    the delta method with prompts as units; with one row per prompt it is that of
+    statsmodels.stats.inter_rater.cohens_kappa. Under perfect agreement that has no width, and the limits come
+    from those of the agreement at the same p_e.
+    Raises ValueError on unequal lengths, scores outside [0, 1], or no row that both decided.
+    Sources: Cohen 1960; Fleiss, Cohen and Everitt 1969.
+    """
+    confidence = checked_confidence(confidence)
+    scores_1, scores_2 = checked_scores(scores_1, "scores_1"), checked_scores(scores_2, "scores_2")
+    same_rows("scores_1", len(scores_1), {"scores_2": len(scores_2)})
+    codes = prompt_codes(prompt_ids, len(scores_1))
+    decided = ~(np.isnan(scores_1) | np.isnan(scores_2))
+    if not decided.any():
+        raise ValueError(
+            f"none of {len(scores_1)} comparisons is decided by both; let both judge the same comparisons"
+        )
+    verdicts_1, verdicts_2, codes = _one_hot(scores_1[decided]), _one_hot(scores_2[decided]), codes[decided]
+    agree = (verdicts_1 * verdicts_2).sum(axis=1)
+    share = rate_interval(agree, codes, confidence)
+    means = [prompt_means(x, codes) for x in (agree, verdicts_1, verdicts_2)]
+    chance, kappa, low, high = _kappa_interval(*means, share, confidence)
+    return Agreement(
+        n=int(decided.sum()),
+        num_prompts=share.num_prompts,
+        undecided=int((~decided).sum()),
+        agreement=share.value,
+        low=share.low,
+        high=share.high,
+        chance=chance,
+        kappa=kappa,
+        kappa_low=low,
+        kappa_high=high,
+    )
+
+
+def _one_hot(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(..., 3): second, tie, first; nan stays nan."""
+    hot = np.stack([scores < 0.5, scores == 0.5, scores > 0.5], axis=-1).astype(np.float64)
+    return np.where(np.isnan(scores)[..., None], np.nan, hot)
+
+
+def _kappa_interval(
+    agree: NDArray[np.float64],
+    shares_1: NDArray[np.float64],
+    shares_2: NDArray[np.float64],
+    share: Interval,
+    confidence: float,
+) -> tuple[float, float, float, float]:
+    """p_e, kappa and its limits, from each prompt's agreement (P,) and shares of the verdicts (P, 3).
+
+    d kappa = (d p_o - (1 - kappa) d p_e) / (1 - p_e),    d p_e = sum_k (p_2k d p_1k + p_1k d p_2k)
+    """
+    mean_1, mean_2 = shares_1.mean(axis=0), shares_2.mean(axis=0)
+    chance = float(mean_1 @ mean_2)
+    if 1 - chance < 1e-12:
+        return chance, np.nan, np.nan, np.nan
+    kappa = (float(agree.mean()) - chance) / (1 - chance)
+    slopes = (agree - (1 - kappa) * (shares_1 @ mean_2 + shares_2 @ mean_1)) / (1 - chance)
+    num_prompts = len(agree)
+    error = slopes.std(ddof=1) / np.sqrt(num_prompts) if num_prompts > 1 else 0.0
+    if error < 1e-12:
+        low, high = ((limit - chance) / (1 - chance) for limit in (share.low, share.high))
+        return chance, kappa, min(kappa, low), max(kappa, high)
+    half = stats.t.isf((1 - confidence) / 2, num_prompts - 1) * error
+    return chance, kappa, float(kappa - half), float(min(1.0, kappa + half))
+
+
+@dataclass(frozen=True)
+class HumanCeiling:
+    """A judge against people, on the `num_pairs` pairs with at least two human labels and a judge's verdict.
+
+    `judge` is the chance that the judge agrees with an annotator of the pair, `humans` that two annotators of it
+    agree: the ceiling. `difference` is judge - humans, pair by pair. Kappas with (low, high) beside them.
+    """
+
+    num_pairs: int
+    left_out: int
+    judge: Interval
+    humans: Interval
+    difference: Interval
+    judge_kappa: float
+    judge_kappa_limits: tuple[float, float]
+    human_kappa: float
+    human_kappa_limits: tuple[float, float]
+
+
+def human_ceiling(
+    judge_scores: ArrayLike,
+    human_scores: ArrayLike,
+    prompt_ids: ArrayLike | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 9999,
+    seed: int = 0,
+) -> HumanCeiling:
+    """Judge-human agreement beside human-human agreement on the same pairs.
+
+        pair i with m_i labels, m_ik of them verdict k, judge's verdict j:
+        judge_i = m_ij / m_i,    humans_i = sum_k m_ik (m_ik - 1) / (m_i (m_i - 1))
+
+    `judge_scores` (n,), `human_scores` (n, annotators) in [0, 1], nan = no label. Each prompt counts once. Human
+    kappa takes its p_e from the pooled labels; when every pair has as many labels it is Fleiss' kappa. The
+    difference has a BCa interval of `num_resamples`.
+    Raises ValueError on unequal lengths, or when no pair has two labels and a verdict.
+    Sources: Cohen 1960; Fleiss 1971.
+    """
+    confidence = checked_confidence(confidence)
+    judge_scores = checked_scores(judge_scores, "judge_scores")
+    labels = np.asarray(human_scores, dtype=np.float64)
+    if labels.ndim != 2 or labels.shape[1] < 2:
+        raise ValueError(f"human_scores must be (pairs, at least 2 annotators), got shape {labels.shape}")
+    same_rows("judge_scores", len(judge_scores), {"human_scores": len(labels)})
+    checked_scores(labels.ravel(), "human_scores")
+    codes = prompt_codes(prompt_ids, len(labels))
+    usable = ((~np.isnan(labels)).sum(axis=1) >= 2) & ~np.isnan(judge_scores)
+    if not usable.any():
+        raise ValueError(
+            f"none of {len(labels)} pairs has two human labels and a verdict of the judge; "
+            "a ceiling needs pairs that several people labelled"
+        )
+    codes, verdicts = codes[usable], _one_hot(judge_scores[usable])
+    counts = np.nansum(_one_hot(labels[usable]), axis=1)
+    num_labels = counts.sum(axis=1)
+    shares = counts / num_labels[:, None]
+    with_judge = (verdicts * shares).sum(axis=1)
+    with_human = (counts * (counts - 1)).sum(axis=1) / (num_labels * (num_labels - 1))
+    judge, humans = (rate_interval(x, codes, confidence) for x in (with_judge, with_human))
+    j, h, v, s = (prompt_means(x, codes) for x in (with_judge, with_human, verdicts, shares))
+    _, judge_kappa, *judge_limits = _kappa_interval(j, v, s, judge, confidence)
+    _, human_kappa, *human_limits = _kappa_interval(h, s, s, humans, confidence)
+    return HumanCeiling(
+        num_pairs=int(usable.sum()),
+        left_out=int((~usable).sum()),
+        judge=judge,
+        humans=humans,
+        difference=mean_interval(
+            with_judge - with_human, codes, confidence, (-1.0, 1.0), num_resamples=num_resamples, seed=seed
+        ),
+        judge_kappa=judge_kappa,
+        judge_kappa_limits=tuple(judge_limits),
+        human_kappa=human_kappa,
+        human_kappa_limits=tuple(human_limits),
+    )

@@ -1,0 +1,297 @@
+"""How fast is a DPO step? Ours beside TRL's DPOTrainer, on the same weights, pairs, precision and threads.
+
+    python launch/experiments/dpo_speed.py [recipe.yaml] [key=value ...]
+
+needs `pip install -e '.[bench]'`. Every measurement is a process of its own, launch/dpo.py or
+launch/experiments/dpo_speed_trl.py; the two sides take turns at going first, and each ratio is of two measurements that
+follow each other. The losses of all steps are compared too: if they differ, the work was not the same, and there is no
+result.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parents[1])
+
+import numpy as np
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from drpo.config import ConfigError
+from drpo.data.order import item_at
+from drpo.optim import OptimConfig
+from drpo.precision import multiplies_bf16
+from drpo.run.metrics import read_metrics
+from launch.command_line import call, main
+
+TRL = "1.16"
+Precision = Literal["no", "bf16"]
+LOSS_TOLERANCE = {"no": 1e-3, "bf16": 5e-2}  # nats, on losses around log 2
+BETA = 0.1
+
+
+def _fast_bf16() -> bool:
+    return multiplies_bf16("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class BenchmarkRecipe:
+    """One comparison: a model, the shape of the data, and how often it is measured."""
+
+    run_dir: str = "runs/benchmark"
+    """Folder of the inputs, of every measurement, and of results.json and results.md."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """model_type and further keys of a transformers config; the weights are random."""
+    attn_implementation: str = "sdpa"
+    """Attention of both sides: sdpa, eager, ..."""
+    precisions: list[Precision] = field(default_factory=lambda: ["no", "bf16"] if _fast_bf16() else ["no"])
+    """no: float32; bf16: float32 weights under autocast. By default bf16 only where it is fast."""
+    cached_reference: bool = False
+    """Compare steps that read the reference's log-probs, computed before training, in place of live ones."""
+    share_prompts: bool = True
+    """Ours computes each prompt once; false: as separate rows, to see what sharing brings."""
+    prompt_lengths: list[int] = field(default_factory=lambda: [256, 300])
+    """Shortest and longest prompt in tokens; in between all are equally likely."""
+    response_length: float = 34.0
+    """Mean tokens of a response, stop token included, normal with a quarter of it as standard deviation."""
+    batch_size: int = 16
+    """Pairs per optimizer step."""
+    microbatch_size: int = 8
+    """Pairs per forward."""
+    num_steps: int = 6
+    """Optimizer steps of a measurement."""
+    warmup_steps: int = 2
+    """How many of them are not timed."""
+    num_repeats: int = 5
+    """Pairs of measurements for each precision."""
+    num_threads: int = 2
+    """OMP_NUM_THREADS of every process."""
+    seed: int = 0
+    """Seed of weights and data."""
+
+    def __post_init__(self) -> None:
+        if len(self.prompt_lengths) != 2 or not 1 <= self.prompt_lengths[0] <= self.prompt_lengths[1]:
+            raise ValueError(f"prompt_lengths must be two rising numbers >= 1, got {self.prompt_lengths}")
+        if self.response_length < 4:
+            raise ValueError(f"response_length must be >= 4, got {self.response_length}")
+        if self.batch_size % self.microbatch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of microbatch_size={self.microbatch_size}"
+            )
+        if not 1 <= self.warmup_steps < self.num_steps:
+            raise ValueError(f"warmup_steps must be >= 1 and below num_steps, got {self.warmup_steps}")
+        for name in ("num_repeats", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one process of one side did."""
+
+    seconds: list[float]
+    losses: list[float]
+    peak_memory_gib: float
+
+    def pairs_per_second(self, recipe: BenchmarkRecipe) -> float:
+        timed = self.seconds[recipe.warmup_steps :]
+        return recipe.batch_size * len(timed) / sum(timed)
+
+
+def run(recipe: BenchmarkRecipe) -> Path:
+    """Measure, compare, and write the table."""
+    if "model_type" not in recipe.architecture:
+        raise ConfigError("no model: give architecture.model_type, for example gpt_neox")
+    try:
+        version = metadata.version("trl")
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            "this compares with TRL, which is not installed: pip install -e '.[bench]'"
+        ) from None
+    if not version.startswith(f"{TRL}."):
+        raise ConfigError(
+            f"this compares with TRL {TRL}, and {version} is installed: pip install -e '.[bench]'"
+        )
+    root = Path(recipe.run_dir).resolve()
+    num_parameters = make_inputs(recipe, root / "inputs")
+    rows = []
+    for precision in recipe.precisions:
+        pairs: list[tuple[Measurement, Measurement]] = []
+        for repeat in range(recipe.num_repeats):
+            sides = [measure_ours, measure_trl]
+            found = {}
+            for side in sides if repeat % 2 == 0 else sides[::-1]:
+                found[side] = side(recipe, root, precision, repeat)
+            pairs.append((found[measure_ours], found[measure_trl]))
+            rates = [side.pairs_per_second(recipe) for side in pairs[-1]]
+            print(
+                f"{precision}, repeat {repeat}: ours {rates[0]:.2f}, TRL {rates[1]:.2f} pairs/s", flush=True
+            )
+        rows.append(compare(recipe, precision, pairs))
+    result = {"trl": version, "torch": torch.__version__, "num_parameters": num_parameters, "rows": rows}
+    (root / "results.json").write_text(json.dumps(result, indent=1))
+    (root / "results.md").write_text(markdown(rows))
+    print(f"TRL {version}, {num_parameters / 1e6:.1f}M parameters\n\n{markdown(rows)}")
+    return root / "results.md"
+
+
+def make_inputs(recipe: BenchmarkRecipe, folder: Path) -> int:
+    """Write random weights, a tokenizer of words, and the pairs. Returns the number of parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    num_pairs = recipe.num_steps * recipe.batch_size
+    config = AutoConfig.for_model(**recipe.architecture)
+    torch.manual_seed(recipe.seed)
+    policy = AutoModelForCausalLM.from_config(config)
+    policy.save_pretrained(folder / "policy")
+    words = {f"w{i}": i for i in range(config.vocab_size - 2)}
+    words |= {"<stop>": len(words), "<pad>": len(words) + 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<stop>", pad_token="<pad>"
+    ).save_pretrained(folder / "policy")
+    rng = np.random.default_rng(recipe.seed)
+
+    def text(length: int) -> str:
+        return "".join(f" w{i}" for i in rng.integers(0, len(words) - 2, length))
+
+    def response() -> str:
+        spread = recipe.response_length / 4
+        length = rng.normal(recipe.response_length, spread)
+        return text(round(float(np.clip(length, spread, 2 * recipe.response_length))) - 1)
+
+    shortest, longest = recipe.prompt_lengths
+    pairs = [
+        {
+            "prompt": text(int(rng.integers(shortest, longest + 1)))[1:],
+            "chosen": response(),
+            "rejected": response(),
+        }
+        for _ in range(num_pairs + 1)
+    ]
+    write_rows(folder / "pairs" / "train.jsonl", pairs[1:])
+    write_rows(folder / "pairs" / "held_out.jsonl", pairs[:1])
+    # Our steps draw the pairs in a seeded order; TRL is given them in that order.
+    in_order = [item_at(pairs[1:], index, recipe.seed) for index in range(num_pairs)]
+    write_rows(folder / "pairs_in_order.jsonl", in_order)
+    return sum(p.numel() for p in policy.parameters())
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """A JSONL file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measure_ours(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: int) -> Measurement:
+    """One run of launch/dpo.py."""
+    folder = root / f"ours_{precision}_{repeat}"
+    settings = {
+        "run_dir": str(folder),
+        "resume": "restart",
+        "seed": recipe.seed,
+        "num_steps": recipe.num_steps,
+        "data": {"task": "own", "path": str(root / "inputs" / "pairs"), "eval_split": "held_out"},
+        "model": {"path": str(root / "inputs" / "policy"), "attn_implementation": recipe.attn_implementation},
+        "loss": {"name": "dpo", "beta": BETA},
+        "share_prompts": recipe.share_prompts,
+        "batch": {"size": recipe.batch_size, "microbatch_size": recipe.microbatch_size},
+        "optim": {"learning_rate": 1e-4, "schedule": "constant"},
+        "eval": {"every": 0},
+        "sample": {"num_prompts": 0},
+        "checkpoint": {"every": 0},
+        "engine": {"mixed_precision": precision, "trackers": []},
+    }
+    if recipe.cached_reference:
+        settings["reference"] = {"cache_dir": str(root / f"reference_{precision}")}
+    path = root / f"ours_{precision}_{repeat}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    call(
+        recipe.num_threads, [str(HERE.parent / "dpo.py"), str(path)], root / f"ours_{precision}_{repeat}.log"
+    )
+    steps = read_metrics(folder / "metrics.jsonl")
+    return Measurement(
+        [step["time/step"] for step in steps],
+        [step["train/loss"] for step in steps],
+        steps[-1]["perf/peak_memory_gib"],
+    )
+
+
+def measure_trl(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: int) -> Measurement:
+    """One run of launch/experiments/dpo_speed_trl.py."""
+    name = f"trl_{precision}_{repeat}"
+    optim = OptimConfig()
+    job = {
+        "policy": str(root / "inputs" / "policy"),
+        "pairs": str(root / "inputs" / "pairs_in_order.jsonl"),
+        "folder": str(root / name),
+        "result": str(root / f"{name}_result.json"),
+        "attn_implementation": recipe.attn_implementation,
+        "precision": precision,
+        "cached": recipe.cached_reference,
+        "batch_size": recipe.batch_size,
+        "microbatch_size": recipe.microbatch_size,
+        "num_steps": recipe.num_steps,
+        "beta": BETA,
+        "learning_rate": 1e-4,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "max_grad_norm": optim.max_grad_norm,
+    }
+    (root / f"{name}.json").write_text(json.dumps(job, indent=1))
+    call(
+        recipe.num_threads, [str(HERE / "dpo_speed_trl.py"), str(root / f"{name}.json")], root / f"{name}.log"
+    )
+    return Measurement(**json.loads(Path(job["result"]).read_text()))
+
+
+def compare(
+    recipe: BenchmarkRecipe, precision: str, pairs: list[tuple[Measurement, Measurement]]
+) -> dict[str, Any]:
+    """The row of a precision. Raises ConfigError when the two sides did not compute the same losses."""
+    difference = max(abs(a - b) for ours, trl in pairs for a, b in zip(ours.losses, trl.losses, strict=True))
+    if difference > LOSS_TOLERANCE[precision]:
+        raise ConfigError(
+            f"precision {precision}: the losses differ by up to {difference:.2g}, so the two sides did not do the "
+            f"same work: ours {pairs[0][0].losses}, TRL {pairs[0][1].losses}"
+        )
+    rates = np.array([[side.pairs_per_second(recipe) for side in pair] for pair in pairs])
+    return {
+        "precision": precision,
+        "ours": rates[:, 0].tolist(),
+        "trl": rates[:, 1].tolist(),
+        "ratio": (rates[:, 0] / rates[:, 1]).tolist(),
+        "ours_peak_gib": float(np.median([ours.peak_memory_gib for ours, _ in pairs])),
+        "trl_peak_gib": float(np.median([trl.peak_memory_gib for _, trl in pairs])),
+        "loss_difference": difference,
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table: medians over the repeats, and the range of the ratios."""
+    lines = [
+        "| precision | ours, pairs/s | TRL, pairs/s | ratio: median (range) | peak GiB ours / TRL | losses differ by |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ratio = f"{np.median(row['ratio']):.2f} ({min(row['ratio']):.2f} to {max(row['ratio']):.2f})"
+        name = "float32" if row["precision"] == "no" else row["precision"]
+        lines.append(
+            f"| {name} | {np.median(row['ours']):.2f} | {np.median(row['trl']):.2f} | {ratio} "
+            f"| {row['ours_peak_gib']:.2f} / {row['trl_peak_gib']:.2f} | {row['loss_difference']:.1e} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(BenchmarkRecipe, "demo/benchmark.yaml", run)

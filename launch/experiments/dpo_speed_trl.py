@@ -1,0 +1,109 @@
+"""The other side of launch/experiments/dpo_speed.py: the same DPO steps with TRL's DPOTrainer, timed.
+
+    python launch/experiments/dpo_speed_trl.py job.json
+
+TRL runs as its documentation says is fastest on plain PyTorch: no gradient checkpointing, no evaluation, no logging,
+no saving. It sees the pairs in the order of the file. The result is written to the job's `result`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parents[1])
+
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+
+class Clock(TrainerCallback):
+    """When training began and every optimizer step ended, and the peak memory until then."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.peak_memory_gib = 0.0
+
+    def on_train_begin(self, *_, **__) -> None:
+        self.times.append(time.perf_counter())
+
+    def on_step_end(self, *_, **__) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        self.peak_memory_gib = peak_memory_gib()
+
+
+def peak_memory_gib() -> float:
+    """The device's peak on GPUs, resident memory of this process on CPU: what Engine.peak_memory_gib reports."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path(f"/proc/{os.getpid()}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def run(job: dict) -> dict[str, list[float] | float]:
+    """Seconds and loss of every step, and the peak memory."""
+    from trl import DPOConfig, DPOTrainer
+
+    losses: list[torch.Tensor] = []
+
+    class RecordingTrainer(DPOTrainer):
+        def compute_loss(self, *arguments, **options):
+            loss = super().compute_loss(*arguments, **options)
+            losses.append(loss.detach())
+            return loss
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(
+            job["policy"], dtype="float32", attn_implementation=job["attn_implementation"]
+        )
+
+    clock = Clock()
+    num_accumulated = job["batch_size"] // job["microbatch_size"]
+    trainer = RecordingTrainer(
+        model=load(),
+        ref_model=None if job["cached"] else load(),
+        args=DPOConfig(
+            output_dir=job["folder"],
+            beta=job["beta"],
+            per_device_train_batch_size=job["microbatch_size"],
+            gradient_accumulation_steps=num_accumulated,
+            max_steps=job["num_steps"],
+            learning_rate=job["learning_rate"],
+            lr_scheduler_type="constant",
+            adam_beta2=job["betas"][1],
+            adam_epsilon=job["eps"],
+            max_grad_norm=job["max_grad_norm"],
+            precompute_ref_log_probs=job["cached"],
+            bf16=job["precision"] == "bf16",
+            gradient_checkpointing=False,
+            train_sampling_strategy="sequential",
+            use_cpu=not torch.cuda.is_available(),
+            report_to=[],
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=load_dataset("json", data_files=job["pairs"], cache_dir=job["folder"], split="train"),
+        processing_class=AutoTokenizer.from_pretrained(job["policy"]),
+        callbacks=[clock],
+    )
+    trainer.train()
+    steps = torch.stack(losses).view(-1, num_accumulated).mean(dim=1)
+    return {
+        "seconds": [end - start for start, end in zip(clock.times, clock.times[1:], strict=False)],
+        "losses": steps.tolist(),
+        "peak_memory_gib": clock.peak_memory_gib,
+    }
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    Path(job["result"]).write_text(json.dumps(run(job)))

@@ -1,0 +1,116 @@
+"""What experiments over seeds share: runs that are made once, several at a time, and the interval of their results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+from scipy import stats
+
+from drpo.config import ConfigError
+from launch.command_line import call, find_recipe
+
+LAUNCH = Path(__file__).resolve().parents[1]
+MADE_FROM = "made_from.json"
+
+
+def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str], num_jobs: int) -> None:
+    """Run launch/<stage>.py on its share of the cores, unless it has finished in `run_dir` on the same inputs.
+
+    Raises StageFailed, naming the log, when the run fails, and ConfigError when the folder holds a run of other inputs:
+    another command, recipe or data file, or a run that it starts from and that was made anew.
+    """
+    command = [str(LAUNCH / f"{stage}.py"), recipe, f"run_dir={run_dir}", *overrides]
+    command += ["engine.trackers=[]", "log.samples_every=0"]
+    record, made_from = run_dir / MADE_FROM, _inputs(command, recipe)
+    if record.exists():
+        then = json.loads(record.read_text())
+        done = then.pop("finished")
+        if changed := [name for name in sorted(then | made_from) if then.get(name) != made_from.get(name)]:
+            raise ConfigError(
+                f"{run_dir} holds a run from other inputs ({', '.join(changed)} changed); move it away to make it "
+                "anew, or choose another run_dir"
+            )
+        if done:
+            return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({**made_from, "finished": False}))
+    call(max(1, (os.cpu_count() or 1) // num_jobs), command, run_dir / "log.txt")
+    record.write_text(json.dumps({**made_from, "finished": True}))
+
+
+def _inputs(command: Sequence[str], recipe: str) -> dict[str, str]:
+    """What a run is made from: its command, and a hash of each file and of each earlier run that the command names."""
+    found = {"command": " ".join(command), "recipe": _sha256(find_recipe(recipe))}
+    for argument in command:
+        key, _, value = argument.partition("=")
+        path = Path(value)
+        if key == "run_dir" or not value or not path.exists():
+            continue
+        if path.is_file():
+            found[key] = _sha256(path)
+        elif (record := path.parent / MADE_FROM).exists():  # <run>/policy, <run>/reward_model
+            found[key] = _sha256(record)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class RunGrid:
+    """Jobs side by side, with a progress bar. The first that fails, or Ctrl-C, drops those that have not begun.
+
+        with RunGrid(num_jobs=2, num_runs=10) as grid:
+            policy = grid.submit(train_policy)
+            grid.submit(train_on_top, policy)     # may wait for the result of a job submitted before it
+
+    What has begun is waited for, at the end of the block or at `wait`, which raise what the first failure raised.
+    """
+
+    def __init__(self, num_jobs: int, num_runs: int) -> None:
+        self._pool, self._progress = ThreadPoolExecutor(num_jobs), Progress()
+        self._task = self._progress.add_task("runs", total=num_runs)
+        self._jobs: list[Future] = []
+
+    def __enter__(self) -> RunGrid:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+            self._progress.stop()
+
+    def submit(self, job: Callable[..., Any], *args: Any) -> Future:
+        """Queue a job, in the order in which they begin."""
+        self._jobs.append(self._pool.submit(job, *args))
+        return self._jobs[-1]
+
+    def advance(self) -> None:
+        """One run more is done."""
+        self._progress.advance(self._task)
+
+    def wait(self) -> None:
+        """Until all jobs so far are done, or one has failed, which is raised."""
+        for job in as_completed(self._jobs):
+            job.result()
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of the 95% t-interval over seeds."""
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(np.mean(values)), float(half)

@@ -1,0 +1,258 @@
+"""Every method on real text from one pretrained policy: SFT, reward models and methods by seed, then one comparison.
+
+    python launch/experiments/smollm.py smollm/seeds_tldr.yaml data_path=posts.jsonl judge_data_path=other_posts.jsonl
+
+Each stage is a launch script on a recipe; what has finished is not run again, so the same command goes on after a
+kill. The judge is a second reward model: of another seed, from another SFT policy, on other posts.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parents[1])
+
+import yaml
+
+from drpo.config import ConfigError, load_recipe
+from drpo.data.load import read_records
+from drpo.data.records import Record
+from drpo.run.metrics import read_metrics
+from drpo.trainers.online_recipe import OnlineRecipe
+from drpo.trainers.preference.recipe import PreferenceRecipe
+from drpo.trainers.sft import SFTRecipe
+from eval.comparing.recipe import CompareRecipe, slug
+from launch.command_line import StageFailed, find_recipe, main
+from launch.experiments.seed_grid import RunGrid, launch_once
+from reward_models.train import RewardModelRecipe
+
+STAGES = {
+    "sft": SFTRecipe,
+    "reward_model": RewardModelRecipe,
+    "dpo": PreferenceRecipe,
+    "ppo": OnlineRecipe,
+    "drpo": OnlineRecipe,
+}
+CURVES = (
+    "train/loss",
+    "train/accuracy",
+    "objective/score",
+    "objective/kl_k3_per_token",
+    "objective/sampled_length",
+    "objective/ended",
+    "value/explained_variance",
+)
+SPLIT = ("data.eval_", "data.split_seed", "data.train_split", "data.limit")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stage of the chain: a launch script, its recipe and what differs from it."""
+
+    script: str = ""
+    """Name of the launch script: sft, dpo, ppo, ..."""
+    recipe: str = ""
+    """Its recipe."""
+    overrides: list[str] = field(default_factory=list)
+    """Settings on top, key=value."""
+
+
+@dataclass(frozen=True)
+class SmolLMExperimentRecipe:
+    """One task, several methods, several seeds."""
+
+    run_dir: str = "runs/smollm/experiment"
+    """Folder of all runs and of the comparison."""
+    data_path: str | None = None
+    """File with the rows for policies, reward model and evaluation."""
+    judge_data_path: str | None = None
+    """File with other rows, for the reward model that judges."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Training seeds; each has its own SFT policy."""
+    shared: list[str] = field(default_factory=list)
+    """Settings of all training stages, key=value."""
+    sft: StageConfig = field(default_factory=StageConfig)
+    """Where every seed starts."""
+    reward_model: StageConfig = field(default_factory=StageConfig)
+    """Trained once from the SFT policy of the first seed, and for the judge from that of the second."""
+    methods: dict[str, StageConfig] = field(default_factory=dict)
+    """Name in the table -> stage."""
+    compare: StageConfig = field(default_factory=StageConfig)
+    """The comparison; its systems are the methods."""
+    num_jobs: int = 2
+    """Runs at a time, each on its share of the cores."""
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be two or more different numbers, for intervals, got {self.seeds}")
+        if self.num_jobs < 1:
+            raise ValueError(f"num_jobs must be >= 1, got {self.num_jobs}")
+
+
+def run(recipe: SmolLMExperimentRecipe) -> Path:
+    """Make the runs, seed by seed, then compare what is there."""
+    check(recipe)
+    root = Path(recipe.run_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    first, second = recipe.seeds[:2]
+    with RunGrid(recipe.num_jobs, len(recipe.seeds) * (1 + len(recipe.methods)) + 2) as grid:
+
+        def train(stage: StageConfig, folder: Path, needs: list[Future], settings: list[str]) -> None:
+            for need in needs:
+                need.result()
+            overrides = [*recipe.shared, *stage.overrides, *settings]
+            launch_once(stage.script, stage.recipe, folder, overrides, recipe.num_jobs)
+            grid.advance()
+
+        def submit(
+            stage: StageConfig, name: str, path: str, seed: int, needs: list[Future], *more: str
+        ) -> Future:
+            settings = [f"data.path={path}", f"seed={seed}", *more]
+            return grid.submit(train, stage, root / name, needs, settings)
+
+        def start(seed: int) -> str:
+            return f"model.path={sft_dir(root, seed)}/policy"
+
+        sft: dict[int, Future] = {}
+        scorers: list[Future] = []
+        for seed in recipe.seeds:
+            sft[seed] = submit(recipe.sft, sft_dir(root, seed).name, recipe.data_path, seed, [])
+            if seed == second:  # here, so that methods need not wait for the SFT policies of all seeds
+                for name, path, of in (
+                    ("reward_model", recipe.data_path, first),
+                    ("judge", recipe.judge_data_path, second),
+                ):
+                    scorers.append(submit(recipe.reward_model, name, path, of, [sft[of]], start(of)))
+        scorer = root / "reward_model" / "reward_model"
+        for seed in recipe.seeds:
+            for name, stage in recipe.methods.items():
+                needs, settings = [sft[seed]], [start(seed)]
+                if stage.script != "dpo":
+                    needs.append(scorers[0])
+                    settings += [f"reward.path={scorer}", f"critic.path={scorer}"]
+                folder = method_dir(root, name, seed).name
+                submit(stage, folder, recipe.data_path, seed, needs, *settings)
+    return compare(recipe, root)
+
+
+def check(recipe: SmolLMExperimentRecipe) -> None:
+    """Raise ConfigError for what would fail, or leak evaluation data into training, only after hours."""
+    if recipe.data_path is None or recipe.judge_data_path is None:
+        raise ConfigError(
+            "data_path and judge_data_path: give a file each, with different rows (docs/experiments.md)"
+        )
+    if not recipe.methods:
+        raise ConfigError("methods: give at least one")
+    prompts, judge_prompts = (
+        {record.shared_prompt: record.origin for record in records_of(recipe, path)}
+        for path in (recipe.data_path, recipe.judge_data_path)
+    )
+    if shared := prompts.keys() & judge_prompts.keys():
+        raise ConfigError(
+            f"judge_data_path: {len(shared)} of its prompts are in data_path too, such as "
+            f"{judge_prompts[min(shared)]}, so the judge would know what it judges; give other rows"
+        )
+    stages = {"sft": recipe.sft, "reward_model": recipe.reward_model}
+    stages |= {f"methods.{name}": stage for name, stage in recipe.methods.items()}
+    for name, stage in stages.items():
+        if stage.script not in STAGES:
+            raise ConfigError(f"{name}.script must be one of {', '.join(STAGES)}, got {stage.script!r}")
+        if split := [each for each in stage.overrides if each.startswith(SPLIT)]:
+            raise ConfigError(
+                f"{name}.overrides: {split[0]} belongs in shared: all stages hold the same rows out"
+            )
+        _load(STAGES[stage.script], name, stage, [*recipe.shared, *stage.overrides])
+    if (
+        _load(CompareRecipe, "compare", recipe.compare, compare_overrides(recipe)).judging.judge.kind
+        != "reward_model"
+    ):
+        raise ConfigError(
+            "compare: its judge is the second reward model, so judging.judge.kind must be reward_model"
+        )
+    folders = ["sft", "reward_model", "judge", "compare", *map(slug, recipe.methods)]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ConfigError(f"methods: two runs would be in one folder, {twice[0]}; choose another name")
+
+
+def records_of(recipe: SmolLMExperimentRecipe, path: str) -> list[Record]:
+    """The rows of a file, as all stages read them but for the chat template."""
+    data = _load(SFTRecipe, "sft", recipe.sft, [*recipe.shared, *recipe.sft.overrides]).data
+    return read_records(replace(data, path=path), data.train_split, None, [])
+
+
+def _load(recipe_class: type, name: str, stage: StageConfig, overrides: list[str]) -> Any:
+    try:
+        return load_recipe(recipe_class, find_recipe(stage.recipe), overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def compare_overrides(recipe: SmolLMExperimentRecipe) -> list[str]:
+    """The comparison's settings: what the stages hold out, it asks."""
+    data = [f"complete.{each}" for each in recipe.shared if each.startswith("data.")]
+    return [*data, *recipe.compare.overrides]
+
+
+def sft_dir(root: Path, seed: int) -> Path:
+    """The SFT run of a seed."""
+    return root / f"sft_{seed}"
+
+
+def method_dir(root: Path, name: str, seed: int) -> Path:
+    """The run of a method and seed."""
+    return root / f"{slug(name)}_{seed}"
+
+
+def training_curves(folders: Sequence[Path]) -> dict[str, list[list[float]]]:
+    """Some metrics of each run, step by step."""
+    runs = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    return {
+        key: [[row[key] for row in rows if key in row] for rows in runs]
+        for key in CURVES
+        if any(key in row for rows in runs for row in rows)
+    }
+
+
+def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
+    """Run the comparison, and keep its numbers, without the texts, as results.json."""
+    settings: dict[str, Any] = yaml.safe_load(find_recipe(recipe.compare.recipe).read_text())
+    systems = {"SFT": [sft_dir(root, seed) for seed in recipe.seeds]}
+    systems |= {name: [method_dir(root, name, seed) for seed in recipe.seeds] for name in recipe.methods}
+    references = [f"{sft_dir(root, seed)}/policy" for seed in recipe.seeds]
+    settings["systems"] = [
+        {"name": name, "policies": [f"{folder}/policy" for folder in folders], "kl_references": references}
+        for name, folders in systems.items()
+    ]
+    settings.pop("kl_reference", None)
+    settings["run_dir"] = str(root / "compare")
+    settings["reward_model"] = str(root / "reward_model" / "reward_model")
+    settings["judging"]["judge"]["path"] = str(root / "judge" / "reward_model")
+    settings["complete"]["data"]["path"] = recipe.data_path
+    path = root / "compare.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    command = [
+        sys.executable,
+        str(HERE.parent / f"{recipe.compare.script}.py"),
+        str(path),
+        *compare_overrides(recipe),
+    ]
+    if (code := subprocess.run(command).returncode) != 0:
+        raise StageFailed(f"{' '.join(command)} failed with code {code}, for the reason above")
+    found = json.loads((root / "compare" / "comparison.json").read_text())
+    numbers = {key: found[key] for key in ("measures", "systems", "tests", "frontiers")}
+    numbers["training"] = {name: training_curves(folders) for name, folders in systems.items()}
+    (root / "results.json").write_text(json.dumps(numbers, indent=1))
+    return root / "compare" / "report.html"
+
+
+if __name__ == "__main__":
+    main(SmolLMExperimentRecipe, "smollm/seeds_tldr.yaml", run)

@@ -1,0 +1,198 @@
+"""What a frozen trunk saves: a step of DR-PO with LoRA on the top layers beside LoRA on all layers.
+
+    python launch/experiments/trunk_speed.py [recipe.yaml] [key=value ...]
+
+Every measurement is a process of its own, launch/drpo.py on the same prompts, weights and random numbers; the
+settings take turns, and each ratio is of measurements that follow each other in one round. `baseline` names another
+checkout of the project, whose launch/drpo.py then stands for LoRA on all layers. What is compared is scoring and
+update together (the trunk counted in), and the peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parents[1])
+
+import numpy as np
+import yaml
+
+from drpo.config import ConfigError
+from drpo.models.tokenizer import load_tokenizer
+from drpo.run.metrics import read_metrics
+from launch.command_line import call, main
+from launch.experiments.dpo_speed import write_rows
+
+COUNTED = ("time/trunk", "time/score", "time/update")
+REWARD = "def score(completions):\n    return [float(len(c.response_ids)) for c in completions]\n"
+
+
+@dataclass(frozen=True)
+class TrunkSpeedRecipe:
+    """One comparison: a policy, the shape of a step, and how often it is measured."""
+
+    run_dir: str = "runs/trunk_speed"
+    """Folder of the inputs, of every measurement, and of results.json and results.md."""
+    model: str = "smollm2"
+    """Policy: a folder, a hub id, or the name of an installed one."""
+    baseline: str | None = None
+    """Another checkout of the project that runs LoRA on all layers; null: this one."""
+    trainable_layers: list[int] = field(default_factory=lambda: [4, 2])
+    """How many top layers train, a measurement each."""
+    lora_rank: int = 16
+    """Rank of all adapters."""
+    prompt_length: int = 256
+    """Tokens of every prompt."""
+    response_length: int = 53
+    """Most tokens of a response."""
+    batch_size: int = 16
+    """Rollouts of a step."""
+    microbatch_size: int = 4
+    """Rows per forward."""
+    num_epochs: int = 4
+    """Passes over the rollouts."""
+    num_steps: int = 2
+    """Steps of a measurement; the first is not counted."""
+    num_repeats: int = 3
+    """Rounds of measurements."""
+    num_threads: int = 2
+    """OMP_NUM_THREADS of every process."""
+    seed: int = 0
+    """Seed of prompts and rollouts."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 2:
+            raise ValueError(f"num_steps must be >= 2, the first being a warm-up, got {self.num_steps}")
+        for name in ("num_repeats", "num_threads", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not self.trainable_layers:
+            raise ValueError("trainable_layers is empty; name at least one number of layers")
+
+
+def run(recipe: TrunkSpeedRecipe) -> Path:
+    """Measure, compare, and write the table."""
+    root = Path(recipe.run_dir).resolve()
+    if Path(recipe.model).exists():  # the runs have folders of their own
+        recipe = replace(recipe, model=str(Path(recipe.model).resolve()))
+    make_inputs(recipe, root)
+    settings: list[int | None] = [None, *recipe.trainable_layers]
+    found: dict[int | None, list[dict[str, float]]] = {layers: [] for layers in settings}
+    for repeat in range(recipe.num_repeats):
+        for layers in settings if repeat % 2 == 0 else settings[::-1]:
+            found[layers].append(measure(recipe, root, layers, repeat))
+            print(f"{name_of(layers)}, repeat {repeat}: {found[layers][-1]}", flush=True)
+    rows = [compare(layers, found[layers], found[None]) for layers in settings]
+    (root / "results.json").write_text(json.dumps({"model": recipe.model, "rows": rows}, indent=1))
+    (root / "results.md").write_text(markdown(rows))
+    print(markdown(rows))
+    return root / "results.md"
+
+
+def make_inputs(recipe: TrunkSpeedRecipe, root: Path) -> None:
+    """Prompts of random words of the policy's vocabulary, longer than wanted: the run cuts them to length."""
+    tokenizer = load_tokenizer(recipe.model)
+    rng = np.random.default_rng(recipe.seed)
+    words = [token for token in tokenizer.get_vocab() if token[1:].isascii() and token[1:].isalpha()]
+    texts = [" ".join(w[1:] for w in rng.choice(sorted(words), 2 * recipe.prompt_length)) for _ in range(64)]
+    write_rows(root / "prompts.jsonl", [{"prompt": text, "completion": " an end."} for text in texts])
+    (root / "benchmark_reward.py").write_text(REWARD)
+
+
+def measure(recipe: TrunkSpeedRecipe, root: Path, layers: int | None, repeat: int) -> dict[str, float]:
+    """Seconds of a step's scoring and update, peak memory and sampled tokens, of one run of launch/drpo.py."""
+    name = f"{name_of(layers).replace(' ', '_')}_{repeat}"
+    model: dict[str, Any] = {"path": recipe.model, "lora": {"r": recipe.lora_rank}}
+    scripts = HERE.parent
+    if layers is not None:
+        model["trainable_layers"] = layers
+    elif recipe.baseline is not None:
+        scripts = Path(recipe.baseline).resolve() / "launch"
+        if not (scripts / "drpo.py").is_file():
+            raise ConfigError(f"baseline: {recipe.baseline!r} is no checkout, it has no launch/drpo.py")
+    job = {
+        "run_dir": str(root / name),
+        "resume": "restart",
+        "seed": recipe.seed,
+        "num_steps": recipe.num_steps,
+        "data": {
+            "task": "own",
+            "path": str(root / "prompts.jsonl"),
+            "eval_fraction": 0,
+            "max_prompt_length": recipe.prompt_length,
+            "truncation": "left",
+        },
+        "model": model,
+        "reward": {"function": "benchmark_reward:score", "shaping": {"missing_stop": "none"}},
+        "reset": {"proportion": 0},
+        "rollout": {"batch_size": recipe.batch_size, "max_response_length": recipe.response_length},
+        "ppo": {"num_epochs": recipe.num_epochs, "microbatch_size": recipe.microbatch_size},
+        "optim": {
+            "learning_rate": 1e-9,
+            "schedule": "constant",
+        },  # the same rollouts in every step and setting
+        "eval": {"every": 0},
+        "log": {"samples_every": 0},
+        "checkpoint": {"every": 0},
+        "engine": {"mixed_precision": "no", "trackers": []},
+    }
+    path = root / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(job))
+    call(recipe.num_threads, [str(scripts / "drpo.py"), str(path)], root / f"{name}.log", root)
+    steps = read_metrics(root / name / "metrics.jsonl")
+    timed = steps[1:]
+    return {
+        "seconds": sum(step.get(key, 0.0) for step in timed for key in COUNTED) / len(timed),
+        "peak_gib": steps[-1]["perf/peak_memory_gib"],
+        "tokens": steps[-1]["perf/sampled_tokens_per_second"] * steps[-1]["time/step"],
+    }
+
+
+def name_of(layers: int | None) -> str:
+    """How a setting is called in the table."""
+    return "all layers" if layers is None else f"top {layers}"
+
+
+def compare(
+    layers: int | None, found: list[dict[str, float]], whole: list[dict[str, float]]
+) -> dict[str, Any]:
+    """The row of a setting: medians, and the ratios of every round. Raises ConfigError if the work differed."""
+    tokens = {round(side["tokens"]) for side in (*found, *whole)}
+    if len(tokens) > 1:
+        raise ConfigError(
+            f"{name_of(layers)}: the rollouts have {sorted(tokens)} tokens, so the work was not the same"
+        )
+    return {
+        "trained": name_of(layers),
+        "seconds": float(np.median([side["seconds"] for side in found])),
+        "faster": [base["seconds"] / side["seconds"] for base, side in zip(whole, found, strict=True)],
+        "peak_gib": float(np.median([side["peak_gib"] for side in found])),
+        "memory": [side["peak_gib"] / base["peak_gib"] for base, side in zip(whole, found, strict=True)],
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table: medians over the rounds, and the ranges of the ratios."""
+    lines = [
+        "| trained | score + update, s | times faster | peak GiB | share of the memory |",
+        "| --- " * 5 + "|",
+    ]
+    for row in rows:
+        faster, memory = (
+            f"{np.median(row[key]):.2f} ({min(row[key]):.2f} to {max(row[key]):.2f})"
+            for key in ("faster", "memory")
+        )
+        lines.append(
+            f"| {row['trained']} | {row['seconds']:.1f} | {faster} | {row['peak_gib']:.2f} | {memory} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(TrunkSpeedRecipe, "smollm/trunk_speed.yaml", run)

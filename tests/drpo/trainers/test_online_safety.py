@@ -1,0 +1,123 @@
+"""The online loop when something goes wrong, and while the critic learns alone."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import torch
+from online_runs import forget_precision, run_online
+from safetensors.torch import load_file
+
+from drpo.run.metrics import read_metrics, reproducible
+
+
+def test_a_kl_above_its_limit_stops_the_run_and_says_so(online_run, tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"step 2: KL .* above kl\.max_per_token=0\.0001\. Last checkpoint: .*step_1\."
+    ):
+        online_run(kl={"max_per_token": 0.0001}, checkpoint={"every": 1})
+    assert [row["step"] for row in read_metrics(tmp_path / "run1" / "metrics.jsonl")] == [1, 2]
+
+
+def test_rolling_back_skips_the_update_and_counts(online_run):
+    rows, _ = online_run(
+        num_steps=2, kl={"max_per_token": 0.0001, "on_max": "rollback"}, checkpoint={"every": 1}
+    )
+    assert [row["safety/num_rollbacks"] for row in rows] == [0.0, 1.0]
+    assert ["ppo/ratio" in row for row in rows] == [True, False]
+
+
+def test_a_rollback_brings_the_kl_below_its_limit(online_run):
+    rows, _ = online_run(
+        num_steps=4, kl={"max_per_token": 0.0001, "on_max": "rollback"}, checkpoint={"every": 1}
+    )
+    assert rows[1]["safety/num_rollbacks"] == 1.0
+    assert rows[2]["objective/kl_k3_per_token"] < 0.0001
+
+
+def test_kl_limits_hold_for_a_token_not_an_episode(online_run):
+    """With about 5 sampled tokens an episode, a limit of twice the KL per token lies below the KL per episode."""
+    before, _ = online_run(num_steps=2)
+    per_token, per_episode = (before[1][f"objective/kl_k3{unit}"] for unit in ("_per_token", ""))
+    assert per_episode > 3 * per_token
+    kl = {"estimator": "k3", "horizon": 160, "target_per_token": 2 * per_token}
+    rows, _ = online_run(num_steps=3, kl={**kl, "max_per_token": 2 * per_token})
+    # KL 0 in step 1, half the target or so in step 2, 16 episodes: twice down by 0.2 * 16 / 160 = 2%.
+    assert [row["objective/kl_coef"] for row in rows] == pytest.approx([0.05, 0.05 * 0.98, 0.05 * 0.98**2])
+    with pytest.raises(RuntimeError, match=r"step 2: .* nats per sampled token, above kl\.max_per_token"):
+        online_run(kl={"max_per_token": per_token / 2})
+
+
+@pytest.mark.parametrize(
+    "weight_decay",
+    [
+        0.0,
+        0.1,  # AdamW decays weights whose gradient is zero too
+    ],
+)
+def test_the_policy_stands_still_while_the_critic_learns_alone(online_run, policy_folder, weight_decay):
+    rows, folder = online_run(critic={"pretrain_steps": 3}, optim={"weight_decay": weight_decay})
+    before = load_file(policy_folder / "model.safetensors")
+    after = load_file(folder / "policy" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert rows[-1]["objective/kl_k3"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("pretrain_steps", [0, 1, 4])
+def test_first_policy_update_after_critic_pretraining_has_the_size_of_the_learning_rate(
+    online_run, policy_folder, pretrain_steps
+):
+    """Adam's first step is lr g / (|g| + eps). If 4 steps of gradient 0 counted, it would be
+    (0.1 / (1 - 0.9^5)) / sqrt(0.05 / (1 - 0.95^5)) = 0.52 of that, and over 1 in later ones."""
+    _, run = online_run(
+        num_steps=pretrain_steps + 1,
+        critic={"pretrain_steps": pretrain_steps},
+        ppo={"num_epochs": 1, "num_minibatches": 1},
+        optim={"eps": 1e-12, "betas": [0.9, 0.95]},
+    )
+    before = load_file(policy_folder / "model.safetensors")
+    after = load_file(run / "policy" / "model.safetensors")
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in before]).abs() / 1e-3
+    assert moved.max() == pytest.approx(1.0, abs=1e-2)
+    assert moved[moved > 0].median() == pytest.approx(1.0, abs=1e-2)
+
+
+def test_learning_rate_schedule_of_the_policy_begins_after_critic_pretraining(online_run):
+    """Linear with two steps of warm-up: 1/3, 2/3, then 1 - p with p = 0, 1/2; the critic's begins at once."""
+    rows, _ = online_run(num_steps=6, critic={"pretrain_steps": 2}, optim={"warmup_steps": 2})
+    policy = [row["optim/policy_learning_rate"] / 1e-3 for row in rows]
+    critic = [row["optim/critic_learning_rate"] / 1e-3 for row in rows]
+    assert policy == pytest.approx([0, 0, 1 / 3, 2 / 3, 1, 1 / 2])
+    assert critic == pytest.approx([1 / 3, 2 / 3, 1, 3 / 4, 1 / 2, 1 / 4])
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_run_resumed_around_the_end_of_critic_pretraining_is_the_same(policy_folder, tmp_path, last):
+    changes = {"num_steps": 4, "critic": {"pretrain_steps": 2}, "checkpoint": {"every": 1, "keep": 9}}
+    run = tmp_path / "run"
+    whole = list(map(reproducible, run_online(policy_folder, run, changes)))
+    weights = load_file(run / "policy" / "model.safetensors")
+    for later in range(last + 1, 5):
+        shutil.rmtree(run / "checkpoints" / f"step_{later}")
+    assert list(map(reproducible, run_online(policy_folder, run, changes))) == whole
+    forget_precision()
+    again = load_file(run / "policy" / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_a_reward_that_is_not_finite_names_step_row_and_origin(online_run):
+    calls = 0
+
+    def broken(completions):
+        nonlocal calls
+        calls += 1
+        return [math.nan if calls == 2 and row == 5 else 1.0 for row in range(len(completions))]
+
+    with pytest.raises(
+        FloatingPointError, match=r"step 2: the reward is not finite in row\(s\) 5 \(demo"
+    ) as error:
+        online_run(reward_fn=broken, checkpoint={"every": 1})
+    assert "step_1" in str(error.value)

@@ -1,0 +1,70 @@
+"""The shipped recipes by name: their stage, loaded, compared."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+from drpo.config import load_recipe
+from drpo.run.folder import flatten
+from drpo.trainers.online_recipe import OnlineRecipe
+from drpo.trainers.preference.recipe import PreferenceRecipe
+from drpo.trainers.sft import SFTRecipe
+from launch.agreement import AgreementRecipe
+from launch.command_line import find_recipe
+from launch.compare import CompareRecipe
+from launch.complete import CompleteRecipe
+from launch.experiments.dpo_speed import BenchmarkRecipe
+from launch.experiments.preference import PreferenceExperimentRecipe
+from launch.experiments.resets import ExperimentRecipe
+from launch.experiments.smollm import SmolLMExperimentRecipe
+from launch.experiments.trunk_speed import TrunkSpeedRecipe
+from launch.import_labels import ImportLabelsRecipe
+from launch.judge import JudgeRecipe
+from launch.label import LabelRecipe
+from launch.neuron_shift import NeuronShiftRecipe
+from reward_models.train import RewardModelRecipe
+
+STAGES: dict[str, type] = {
+    "sft": SFTRecipe,
+    "reward_model": RewardModelRecipe,
+    "ppo": OnlineRecipe,
+    "drpo": OnlineRecipe,
+    **dict.fromkeys(("dpo", "cdpo", "odpo", "ipo", "simpo", "orpo", "kto"), PreferenceRecipe),
+    "reset_experiment": ExperimentRecipe,
+    "preference_experiment": PreferenceExperimentRecipe,
+    "neuron_shift": NeuronShiftRecipe,
+    "judge": JudgeRecipe,
+    "complete": CompleteRecipe,
+    "compare": CompareRecipe,
+    "label": LabelRecipe,
+    "import_labels": ImportLabelsRecipe,
+    "agreement": AgreementRecipe,
+    "benchmark": BenchmarkRecipe,
+    "trunk_speed": TrunkSpeedRecipe,
+    "seeds": SmolLMExperimentRecipe,
+}
+
+SIZES = ("1b", "2.8b", "6.9b")
+
+TASKS = ("tldr", "hh")
+
+
+def stage_of(name: str) -> str:
+    """The stage in the file name of a recipe: tldr/drpo_2.8b.yaml is a drpo recipe, tldr/dr_dpo_2.8b.yaml a dpo one."""
+    found = [stage for stage in STAGES if re.search(rf"(^|_){stage}(_|$)", Path(name).stem)]
+    assert len(found) == 1, f"the name of {name} must hold one stage of {', '.join(STAGES)}"
+    return found[0]
+
+
+@functools.cache
+def loaded(name: str, *overrides: str) -> Any:
+    return load_recipe(STAGES[stage_of(name)], find_recipe(name), overrides)
+
+
+def differing(name: str, other: str) -> set[str]:
+    """The keys in which two recipes differ; those of a section that only one has among them."""
+    one, two = flatten(loaded(name)), flatten(loaded(other))
+    return {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}

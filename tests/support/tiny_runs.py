@@ -1,0 +1,149 @@
+"""Tiny runs as real processes: a random policy of a few thousand weights on the demo task."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from drpo.run.metrics import read_metrics, reproducible
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What a launcher leaves in the environment of this process must not reach the runs under test.
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))} | {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+SFT = {
+    "num_steps": 2,
+    "data": {"task": "demo", "demo": {"num_train": 256, "num_eval": 8}},
+    "model": {
+        "architecture": {
+            "model_type": "gpt_neox",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+        },
+        "vocab_size": 400,
+    },
+    "batch": {"size": 8, "microbatch_size": 8},
+    "optim": {"learning_rate": 1e-3},
+    "eval": {"every": 0},
+    "sample": {"num_prompts": 0},
+    "log": {"samples_every": 0},
+    "engine": {"trackers": [], "mixed_precision": "no"},
+}
+
+ONLINE = {
+    "num_steps": 4,
+    "data": {"task": "demo", "demo": {"num_train": 256, "num_eval": 8}},
+    "reward": {"function": "drpo.data.tasks.demo:true_rewards", "shaping": {"missing_stop": "none"}},
+    "kl": {"coef": 0.1, "target_per_token": 0.2, "horizon": 100},
+    "rollout": {
+        "batch_size": 16,
+        "max_response_length": 8,
+        "generation_batch_size": 8,
+        "sampling": {"temperature": 1.0},
+    },
+    "ppo": {"num_epochs": 2, "num_minibatches": 2, "microbatch_size": 8},
+    "optim": {"learning_rate": 1e-3},
+    "eval": {"every": 2, "num_prompts": 8, "temperature": 1.0},
+    "log": {"samples_every": 2},
+    "checkpoint": {"every": 1, "keep": 2},
+    "engine": {"trackers": [], "mixed_precision": "no"},
+}
+
+PREFERENCE = {
+    "num_steps": 4,
+    "data": {"task": "demo", "demo": {"num_train": 256, "num_eval": 12}},
+    "model": {"path": "sft/policy"},
+    "batch": {"size": 8, "microbatch_size": 8},
+    "optim": {"learning_rate": 1e-3},
+    "eval": {"every": 2, "num_examples": 11},
+    "sample": {"num_prompts": 5, "max_response_length": 6},
+    "checkpoint": {"every": 1, "keep": 9},
+    "engine": {"trackers": [], "mixed_precision": "no"},
+}
+SEVERAL = "../tests/support/several_runs"  # in place of the name of a launch script
+
+
+def write_recipe(path: Path, recipe: dict) -> Path:
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def plain(script: str) -> list[str]:
+    """`python launch/<script>.py`."""
+    return [sys.executable, str(ROOT / "launch" / f"{script}.py")]
+
+
+def ddp(script: str) -> list[str]:
+    """Two gloo processes through `accelerate launch`."""
+    config = str(ROOT / "launch" / "accelerate" / "cpu.yaml")
+    port = ["--main_process_port", "0"]
+    return [*accelerate(), "--config_file", config, *port, str(ROOT / "launch" / f"{script}.py")]
+
+
+def deepspeed(script: str, stage: int) -> list[str]:
+    """Two DeepSpeed processes on CPU through `accelerate launch`, in float32."""
+    config = str(ROOT / "launch" / "accelerate" / f"zero{stage}.yaml")
+    options = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    return [*accelerate(), "--config_file", config, *options, str(ROOT / "launch" / f"{script}.py")]
+
+
+def partitioned(script: str, folder: Path) -> list[str]:
+    """Two processes of DeepSpeed's stage 3 that cut every weight in two; by default it leaves small ones whole."""
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    }
+    (folder / "zero3.json").write_text(json.dumps(settings))
+    config = {"distributed_type": "DEEPSPEED", "num_processes": 2, "num_machines": 1, "machine_rank": 0}
+    config["deepspeed_config"] = {
+        "deepspeed_config_file": str(folder / "zero3.json"),
+        "zero3_init_flag": False,
+    }
+    file = write_recipe(folder / "zero3.yaml", config)
+    port = ["--main_process_port", "0"]
+    return [*accelerate(), "--config_file", str(file), *port, str(ROOT / "launch" / f"{script}.py")]
+
+
+def accelerate() -> list[str]:
+    return [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def run(command: list[str], *arguments: str, cwd: Path, timeout: float = 300) -> str:
+    """Run to the end; standard output. Fails with everything the process wrote."""
+    done = subprocess.run(
+        [*command, *arguments], cwd=cwd, env=CLEAN, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, f"code {done.returncode}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+    return done.stdout
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    """The reproducible metrics of a run."""
+    return [reproducible(row) for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def assert_close(left: list[dict], right: list[dict], tolerance: float) -> None:
+    """Two metric logs agree key by key, to relative or absolute `tolerance`."""
+    assert [row["step"] for row in left] == [row["step"] for row in right]
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys(), a.keys() ^ b.keys()
+        far = {k: (a[k], b[k]) for k in a if abs(a[k] - b[k]) > tolerance * max(1.0, abs(a[k]))}
+        assert not far, f"step {a['step']}: {far}"
