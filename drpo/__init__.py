@@ -1,1 +1,50 @@
-"""DR-PO and its baselines: online RLHF on accelerate, with rollouts that may start in a dataset response."""
+"""DR-PO and its baselines: online RLHF on accelerate, with rollouts that may start in a dataset response.
+
+    import drpo
+    recipe = drpo.OnlineRecipe(run_dir="runs/mine", num_steps=200, rollout={"batch_size": 64})
+    drpo.train_online(recipe, model=model, tokenizer=tokenizer, records=rows, reward=reward)
+
+docs/python.md is a tour. Everything listed here is imported when it is first used.
+"""
+
+from importlib import import_module
+
+_CONTENTS = {
+    # train
+    "train_online": "drpo.training",
+    "train_preference": "drpo.training",
+    "train_sft": "drpo.training",
+    "train_reward_model": "reward_models.training",
+    # recipes
+    "load_recipe": "drpo.config",
+    "ConfigError": "drpo.config",
+    "OnlineRecipe": "drpo.trainers.online_recipe",
+    "PreferenceRecipe": "drpo.trainers.preference.recipe",
+    "SFTRecipe": "drpo.trainers.sft",
+    "RewardModelRecipe": "reward_models.train",
+    # what a reward function sees
+    "Completion": "drpo.rewards",
+    "RewardFn": "drpo.rewards",
+    "Record": "drpo.data.records",
+    # maths
+    "gae": "drpo.advantages",
+    "rloo": "drpo.advantages",
+    "kl_estimate": "drpo.kl",
+    "ppo_policy_loss": "drpo.losses",
+    "ppo_value_loss": "drpo.losses",
+    "dpo_loss": "drpo.preference_losses",
+    "dr_dpo_loss": "drpo.preference_losses",
+    "kto_loss": "drpo.preference_losses",
+}
+
+__all__ = list(_CONTENTS)
+
+
+def __getattr__(name: str):
+    if name not in _CONTENTS:
+        raise AttributeError(f"drpo has no {name}; it has {', '.join(_CONTENTS)}")
+    return getattr(import_module(_CONTENTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

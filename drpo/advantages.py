@@ -1,9 +1,11 @@
-"""Generalised advantage estimation."""
+"""Advantage estimators: GAE over a critic's values, and leave-one-out over the rollouts of a prompt."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from drpo.tensors import masked_sum
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -34,3 +36,22 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         backwards.append(advantage)
     advantages = torch.where(mask, torch.stack(backwards[::-1], dim=1), 0.0)
     return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def rloo(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """Leave-one-out advantages (B, R): a rollout's return less the mean return of the others of its group.
+
+        R_i = sum_t r_{i,t},    A_{i,t} = R_i - sum_{j != i} R_j / (K - 1)    for every token t of rollout i
+
+    `rewards` (B, R), KL penalties included, `mask` (B, R) bool: the tokens of the episode; both are 0 elsewhere. Rows
+    stand group by group, `group_size` = K in each. Raises ValueError when K < 2 or the rows do not divide into groups.
+    Source: Kool, van Hoof and Welling 2019; Ahmadian et al. 2024 (arXiv 2402.14740), section 3.2.
+    """
+    if group_size < 2 or len(rewards) % group_size:
+        raise ValueError(
+            f"{len(rewards)} rollouts do not make groups of {group_size}; a group has two or more"
+        )
+    returns = masked_sum(rewards, mask, dim=1)
+    groups = returns.view(-1, group_size)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return torch.where(mask, (groups - others).view(-1, 1), 0.0)

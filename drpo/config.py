@@ -1,7 +1,8 @@
 """Recipes: one YAML file plus `key=value` overrides, merged strictly into frozen dataclasses.
 
-A config dataclass lives in the file that reads it. The string literal under each field is its help text;
-`--help` prints all of them with their defaults.
+A config dataclass is a frozen `Section` in the file that reads it. The string literal under each field is its help
+text; `setting` declares the bounds of a number; `check` holds the rules between fields. `--help` prints all keys with
+defaults and bounds, and errors carry the full key: a section does not know where it stands, the loader does.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import math
 import platform
 import subprocess
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, TypeVar, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -31,8 +33,123 @@ Recipe = TypeVar("Recipe")
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
 
 
+_PREFIX: ContextVar[str] = ContextVar("prefix", default="")
+"Where the section that is being made stands: `rollout.sampling.`"
+
+
 class ConfigError(ValueError):
     """A recipe or an override is wrong; the message names the full key."""
+
+
+# --- sections -------------------------------------------------------------------------------------------
+
+
+def key(name: str) -> str:
+    """Full key of a setting, or of a sibling section's, while its section is made: `horizon` -> `kl.horizon`."""
+    return _PREFIX.get() + name
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The range of a number; None leaves a side open."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def __str__(self) -> str:
+        signs = {">=": self.ge, ">": self.gt, "<=": self.le, "<": self.lt}
+        return " and ".join(f"{sign} {limit:g}" for sign, limit in signs.items() if limit is not None)
+
+    def holds(self, value: float) -> bool:
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+
+def setting(
+    default: float | None,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """A field whose number must lie within bounds: `num_epochs: int = setting(4, ge=1)`. None is let through."""
+    return dataclasses.field(default=default, metadata={"bounds": Bounds(ge, gt, le, lt)})
+
+
+class Section:
+    """Base of config dataclasses: takes nested sections as mappings too, checks bounds, then calls `check`."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            section = _section_class(hints[field.name])
+            if section is not None and isinstance(value, Mapping):
+                object.__setattr__(self, field.name, make_section(section, value, f"{key(field.name)}."))
+            bounds = field.metadata.get("bounds")
+            if bounds is not None and value is not None and not bounds.holds(value):
+                or_null = " or null" if type(None) in get_args(hints[field.name]) else ""
+                raise ConfigError(f"{key(field.name)} must be {bounds}{or_null}, got {value:g}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError, with `key(...)` of what is wrong, when settings do not go together."""
+
+
+def refuse(given: bool, name: str, rule: str) -> None:
+    """Raise ConfigError `<full key of name> <rule>` if `given`."""
+    if given:
+        raise ConfigError(f"{key(name)} {rule}")
+
+
+def make_section(section: type[Recipe], values: Mapping[str, Any], prefix: str = "") -> Recipe:
+    """Make a section from a mapping, as strictly as from a recipe; `prefix` is where it stands, dot included."""
+    defaults = OmegaConf.structured(section)
+    _unlock(defaults)
+    try:
+        given = OmegaConf.create(dict(values))
+        _check_kinds(given, defaults, prefix)
+        merged = OmegaConf.merge(defaults, given)
+        _check_finite(merged)
+        return _made(merged, prefix)
+    except OmegaConfBaseException as error:
+        raise ConfigError(prefix + _explain(error, section, None)) from None
+
+
+def _section_class(hint: Any) -> type | None:
+    """The section class that a field holds, also an optional one."""
+    kinds = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
+    return kinds[0] if kinds and get_origin(hint) is not list else None
+
+
+def _made(node, prefix: str) -> Any:
+    """The dataclass of a merged node, inner sections first, each told where it stands."""
+    values = {}
+    for name in node:
+        child = node._get_node(name)
+        if OmegaConf.is_missing(node, name) or child._is_none():
+            values[name] = None
+        elif OmegaConf.is_dict(child) and dataclasses.is_dataclass(OmegaConf.get_type(child)):
+            values[name] = _made(child, f"{prefix}{name}.")
+        elif OmegaConf.is_list(child) and dataclasses.is_dataclass(child._metadata.element_type):
+            values[name] = [_made(item, f"{prefix}{name}[{i}].") for i, item in enumerate(child)]
+        else:
+            values[name] = OmegaConf.to_object(child) if OmegaConf.is_config(child) else node[name]
+    before = _PREFIX.set(prefix)
+    try:
+        return OmegaConf.get_type(node)(**values)
+    finally:
+        _PREFIX.reset(before)
+
+
+# --- loading --------------------------------------------------------------------------------------------
 
 
 def load_recipe(recipe_class: type[Recipe], path: Path | None, overrides: Sequence[str]) -> Recipe:
@@ -57,7 +174,7 @@ def load_recipe(recipe_class: type[Recipe], path: Path | None, overrides: Sequen
             _check_kinds(layer, layers[0])
         merged = OmegaConf.merge(*layers)
         _check_finite(merged)
-        return OmegaConf.to_object(merged)
+        return _made(merged, "")
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, recipe_class, path)) from None
     except (ValueError, yaml.YAMLError) as error:
@@ -168,6 +285,7 @@ class Option:
     type: str
     default: object
     help: str
+    bounds: str = ""
 
 
 def options(recipe_class: type, prefix: str = "", defaults: object | None = None) -> Iterator[Option]:
@@ -185,7 +303,8 @@ def options(recipe_class: type, prefix: str = "", defaults: object | None = None
         else:
             hint = hints[field.name]  # the choices of an alias, otherwise as written
             shown = str(hint).removeprefix("typing.") if get_origin(hint) is Literal else str(field.type)
-            yield Option(prefix + field.name, shown, default, helps.get(field.name, ""))
+            bounds = str(field.metadata.get("bounds", ""))
+            yield Option(prefix + field.name, shown, default, helps.get(field.name, ""), bounds)
 
 
 def _default(field: dataclasses.Field) -> object:
@@ -204,7 +323,8 @@ def help_text(recipe_class: type, usage: str) -> str:
             section = head
             lines.append(f"\n[{section or 'top level'}]")
         default = json.dumps(option.default, default=str)
-        lines.append(f"  {option.key}  ({option.type}; default {default})")
+        kind = f"{option.type} {option.bounds}".rstrip()
+        lines.append(f"  {option.key}  ({kind}; default {default})")
         lines += textwrap.wrap(option.help, 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.state import is_initialized
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env
 from rich.console import Console
 from torch import Tensor, nn
@@ -72,8 +72,17 @@ def _say(message: str) -> None:
 class Engine:
     """One prepared module and optimizer on every process, and the collectives that trainers need."""
 
-    def __init__(self, config: EngineConfig, run_dir: Path, seed: int, max_grad_norm: float | None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        run_dir: Path,
+        seed: int,
+        max_grad_norm: float | None,
+        handles_signals: bool = False,
+    ) -> None:
         _check_flags()
+        self.handles_signals = handles_signals
+        "Whether a run checkpoints and leaves on SIGINT and SIGTERM: a library must not take them over."
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, with a warning
         several_on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
@@ -323,3 +332,13 @@ class Engine:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def engine_of(recipe: Any, handles_signals: bool = False) -> Iterator[Engine]:
+    """The engine of a training recipe; the next one of this process may have another precision."""
+    run_dir, max_grad_norm = Path(recipe.run_dir), recipe.optim.max_grad_norm
+    try:
+        yield Engine(recipe.engine, run_dir, recipe.seed, max_grad_norm, handles_signals)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -8,6 +8,9 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from drpo.config import ConfigError
 from drpo.rewards import Completion, RewardFn
 
@@ -67,3 +70,14 @@ def import_function(spec: str, key: str) -> RewardFn:
         ]
         raise ConfigError(f"{key}={spec!r}: {module_name} has no function {function_name}; it has {known}")
     return function
+
+
+def call_reward_fn(reward_fn: RewardFn, completions: Sequence[Completion]) -> Tensor:
+    """Score completions: (B,) float32. Raises ValueError unless the function returns one number a completion."""
+    scores = torch.as_tensor(reward_fn(completions), dtype=torch.float32).detach().cpu()
+    if scores.shape != (len(completions),):
+        raise ValueError(
+            f"the reward function returned shape {tuple(scores.shape)} for {len(completions)} completions; "
+            "it must return one number each"
+        )
+    return scores

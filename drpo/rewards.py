@@ -1,4 +1,4 @@
-"""From a reward model's scores and the KL to the reference policy, to per-token rewards."""
+"""Turn scores and the KL to the reference policy into per-token rewards."""
 
 from __future__ import annotations
 
@@ -53,8 +53,11 @@ class BoundedRewardFn(RewardFn, Protocol):
 class TrunkRewardFn(RewardFn, Protocol):
     """A RewardFn that may stand on the policy's frozen trunk (drpo.models.trunk), whose output it is then given."""
 
-    def share_trunk(self, policy: Any) -> bool:
-        """Use the policy's trunk in place of its own, where they are the same; whether it does."""
+    shares_trunk: bool
+    """Whether it stands on the policy's trunk."""
+
+    def share_trunk(self, policy: Any) -> None:
+        """Use the policy's trunk in place of its own, where they are the same."""
         ...
 
     def score_from_trunk(
@@ -62,25 +65,6 @@ class TrunkRewardFn(RewardFn, Protocol):
     ) -> Tensor:
         """(B,) scores of the completions, whose tokens are in `parts`, from the trunk's output (b, Q+R, H) of each."""
         ...
-
-
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
-    """Per-token estimate (B, R), in nats, of KL(policy || reference) from tokens that the policy sampled.
-
-    With d = logprobs - ref_logprobs:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d.
-    k1 and k3 are unbiased, k2 and k3 never negative. On tokens that the policy did not sample none of
-    them estimates a KL. Raises ValueError on another estimator.
-    Source: Schulman 2020, "Approximating KL divergence".
-    """
-    log_ratio = logprobs - ref_logprobs
-    match estimator:
-        case "k1":
-            return log_ratio
-        case "k2":
-            return 0.5 * log_ratio**2
-        case "k3":
-            return torch.expm1(-log_ratio) + log_ratio
-    raise ValueError(f"unknown KL estimator {estimator!r}; choose k1, k2 or k3")
 
 
 def shape_scores(
@@ -190,61 +174,3 @@ class RunningMoments:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state. Raises KeyError when a part is missing."""
         self.count, self.mean, self._squares = state["count"], state["mean"], state["squares"]
-
-
-class FixedKL:
-    """A KL coefficient that never moves, so it has no state. Raises ValueError when it is negative."""
-
-    def __init__(self, coef: float) -> None:
-        if not coef >= 0:
-            raise ValueError(f"a KL coefficient must be >= 0, got {coef}")
-        self.coef = coef
-
-    def update(self, kl: float, num_episodes: int) -> None:
-        """Nothing to do; here so that both coefficients are driven alike."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: the coefficient comes from the recipe."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError when the saved run adapted its coefficient."""
-        if state:
-            raise ValueError(
-                f"the KL coefficient is fixed at {self.coef}, but the saved run adapted its own: {state}"
-            )
-
-
-class AdaptiveKL:
-    """A KL coefficient that steers the measured KL (nats per sampled token) to a target.
-
-        error = clip(kl / target - 1, -0.2, 0.2);   coef <- coef (1 + error * num_episodes / horizon)
-
-    Feed it the KL of tokens that the policy sampled, never that of forced ones. Per token, not per episode as in
-    the source: episodes from resets have fewer sampled tokens than those from the prompt. The coefficient stays
-    positive while num_episodes < 5 * horizon.
-    Raises ValueError when an argument is not positive. Source: Ziegler et al. 2019, section 2.2.
-    """
-
-    def __init__(self, coef: float, target: float, horizon: float) -> None:
-        for name, value in (("coef", coef), ("target", target), ("horizon", horizon)):
-            if not value > 0:
-                raise ValueError(f"adaptive KL needs {name} > 0, got {value}")
-        self.coef = coef
-        self.target = target
-        self.horizon = horizon
-
-    def update(self, kl: float, num_episodes: int) -> None:
-        """Move the coefficient after `num_episodes` of mean KL `kl`. Raises ValueError if not finite."""
-        if not math.isfinite(kl):
-            raise ValueError(f"the measured KL is {kl}; the policy's log-probabilities are broken")
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coef *= 1 + error * num_episodes / self.horizon
-
-    def state_dict(self) -> dict[str, Any]:
-        """The coefficient as it stands."""
-        return {"coef": self.coef}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved coefficient. Raises KeyError when the saved run had a fixed one."""
-        self.coef = state["coef"]

@@ -1,1 +1,31 @@
-"""Evaluation of trained policies."""
+"""Evaluate trained policies: complete prompts, judge responses, compare systems, report.
+
+    from eval import CompareRecipe, compare
+    compare(CompareRecipe(systems=[{"name": "DR-PO", "policies": ["runs/drpo/policy"]}], ...))
+
+docs/python.md is a tour. Everything listed here is imported when it is first used.
+"""
+
+from importlib import import_module
+
+_CONTENTS = {
+    "complete": "eval.completions.complete",
+    "CompleteRecipe": "eval.completions.recipe",
+    "judge": "eval.judging.judge_systems",
+    "JudgeRecipe": "eval.judging.judge_systems",
+    "compare": "eval.comparing.compare",
+    "CompareRecipe": "eval.comparing.recipe",
+    "report": "eval.reporting.report",
+}
+
+__all__ = list(_CONTENTS)
+
+
+def __getattr__(name: str):
+    if name not in _CONTENTS:
+        raise AttributeError(f"eval has no {name}; it has {', '.join(_CONTENTS)}")
+    return getattr(import_module(_CONTENTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""Writes the pages of a comparison anew, from its comparison.json alone.
+"""Write the pages of a comparison anew, from its comparison.json alone.
 
     python launch/report.py <comparison.json, or the folder that holds it>
 
@@ -17,7 +17,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 from drpo.data.records import DataError
-from eval.reporting.report import read_comparison, write_report
+from eval.reporting.report import report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("comparison", type=Path, help="comparison.json, or the folder that holds it")
     path = parser.parse_args(arguments).comparison
     try:
-        page = write_report(read_comparison(path), path if path.is_dir() else path.parent)
+        page = report(path)
     except (DataError, OSError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from None
     print(page.resolve())

@@ -1,4 +1,4 @@
-"""A reward model from preference pairs.
+"""Train a reward model on preference pairs.
 
 accelerate launch launch/reward_model.py [recipe.yaml] [section.key=value ...]
 """
@@ -12,17 +12,16 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
-from drpo.engine import Engine
 from launch.command_line import main
 from launch.demo_inputs import make_demo_inputs
-from reward_models.train import RewardModelRecipe, train
+from reward_models.train import RewardModelRecipe
+from reward_models.training import train_reward_model
 
 
 def run(recipe: RewardModelRecipe) -> Path:
-    """Train the recipe's reward model, on top of the demo's SFT policy where that is asked for and missing."""
+    """Make the demo's policy if it is asked for and missing, then train."""
     make_demo_inputs(recipe.model.path)
-    engine = Engine(recipe.engine, Path(recipe.run_dir), recipe.seed, recipe.optim.max_grad_norm)
-    return train(recipe, engine)
+    return train_reward_model(recipe, handle_signals=True)
 
 
 if __name__ == "__main__":

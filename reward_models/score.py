@@ -43,6 +43,7 @@ class RewardModelScorer:
         key: str = "reward.path",
     ) -> None:
         self._model, self._tokenizer, self._engine = model, tokenizer, engine
+        self.shares_trunk = False
         self._batch_size, self._shares_tokenizer, self._key = batch_size, shares_tokenizer, key
         self._shares_template = shares_template
 
@@ -76,20 +77,19 @@ class RewardModelScorer:
         """The positions of the model, where it reads the policy's own tokens; None without an end, or for texts."""
         return position_limit(self._model) if self._shares_tokenizer else None
 
-    def share_trunk(self, policy: nn.Module) -> bool:
-        """Use the policy's frozen trunk in place of an equal one of its own; whether it does.
+    def share_trunk(self, policy: nn.Module) -> None:
+        """Use the policy's frozen trunk in place of an equal one of its own.
 
         It does not where training casts the policy's weights to bf16, which would change the scores.
         """
-        if (
-            not has_trunk(policy)
-            or not self._shares_tokenizer
-            or self._engine.casts_weights
-            or not same_trunk(self._model, policy)
-        ):
-            return False
-        share_trunk(self._model, policy)
-        return True
+        self.shares_trunk = (
+            has_trunk(policy)
+            and self._shares_tokenizer
+            and not self._engine.casts_weights
+            and same_trunk(self._model, policy)
+        )
+        if self.shares_trunk:
+            share_trunk(self._model, policy)
 
     @torch.no_grad()
     def score_from_trunk(

@@ -18,7 +18,7 @@ from drpo.models.loading import load_policy
 from drpo.models.positions import check_examples
 from drpo.models.probes import can_probe_now, check_scalar_model
 from drpo.models.trunk import freeze_trunk
-from drpo.run.folder import RunFolder
+from drpo.run.folder import Callback, RunFolder
 from drpo.run.result import Result
 from drpo.tensors import PaddedBatch, pad_batch
 from drpo.trainers.offline import BatchConfig, OfflineRecipe, RowObjective, Rows, fit
@@ -90,9 +90,9 @@ class PairObjective(RowObjective):
         }
 
 
-def train(recipe: RewardModelRecipe, engine: Engine) -> Path:
+def train(recipe: RewardModelRecipe, engine: Engine, callbacks: Sequence[Callback] = ()) -> Path:
     """Run the recipe and return the folder of the reward model."""
-    run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
+    run = RunFolder(recipe, engine, callbacks)
     tokenizer = tokenizer_for(recipe.model, recipe.data)
     splits = load_examples(recipe.data, tokenizer, "pairs")
     run.say_data(splits.report)

@@ -1,4 +1,4 @@
-"""Policy and critic as one module, so that DDP or DeepSpeed wraps, steps and saves both as one."""
+"""Hold policy and critic as one module, so that DDP or DeepSpeed wraps, steps and saves both as one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from drpo.tensors import PaddedBatch
 
 
 class ActorCritic(nn.Module):
-    """log pi(y_t | x, y_<t), its entropy and V(x, y_<t) of the response tokens of a padded batch."""
+    """log pi(y_t | x, y_<t), its entropy and, with a critic, V(x, y_<t) of the response tokens of a padded batch."""
 
     def __init__(
         self,
         policy: nn.Module,
-        critic: nn.Module,
+        critic: nn.Module | None,
         *,
         temperature: float = 1.0,
         suppressed_ids: Sequence[int] = (),
@@ -44,8 +44,8 @@ class ActorCritic(nn.Module):
         responses: Tensor,
         response_mask: Tensor,
         trunk: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs, entropy, values), each (B, R) float32, from the four tensors of a PaddedBatch.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute (logprobs, entropy, values), each (B, R) float32, from the four tensors of a PaddedBatch.
 
         `trunk` (B, Q+R, H) is the output of the frozen layers that policy and critic share (drpo.models.trunk); with
         it only the layers above run.
@@ -54,7 +54,8 @@ class ActorCritic(nn.Module):
         the first training forward.
         """
         batch = PaddedBatch(queries, query_mask, responses, response_mask)
-        with resumed_from(trunk, self.policy, self.critic):
+        models = (self.policy,) if self.critic is None else (self.policy, self.critic)
+        with resumed_from(trunk, *models):
             scores = response_logprobs(
                 self.policy,
                 batch,
@@ -62,4 +63,5 @@ class ActorCritic(nn.Module):
                 suppressed_ids=self._suppressed_ids,
                 entropy=True if self._entropy_gradient else "detached",
             )
-            return scores.logprobs, scores.entropy, token_values(self.critic, batch)
+            values = None if self.critic is None else token_values(self.critic, batch)
+            return scores.logprobs, scores.entropy, values

@@ -1,4 +1,4 @@
-"""Sampling from a causal language model: one uniform number per token, so a row's text is its own affair.
+"""Sample from a causal language model with one uniform number per token: a row's text is independent of its batch.
 
 Token t of row i is the inverse CDF of the model's filtered softmax at uniforms[i, t]. Nothing is drawn here:
 the batch a row is in, its neighbours, the batch size and the number of processes change its text only where
@@ -61,8 +61,17 @@ def draw_uniforms(seed: int, episodes: Sequence[int], length: int) -> Tensor:
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, length, dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class Generated:
+    """New tokens of each context, in order, and their log-probabilities where they were asked for."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]] | None = None
+    "In nats, under the distribution that was sampled from: temperature, filters and suppressed ids applied."
+
+
 @torch.no_grad()
-def generate(
+def sample(
     model: nn.Module,
     contexts: Sequence[Sequence[int]],
     max_new_tokens: Sequence[int],
@@ -72,8 +81,9 @@ def generate(
     stop_ids: Sequence[int],
     suppressed_ids: Sequence[int] = (),
     batch_size: int,
-) -> list[list[int]]:
-    """New tokens for each context, in the order of `contexts`, a sampled stop token included.
+    logprobs: bool = False,
+) -> Generated:
+    """Sample new tokens for each context, in the order of `contexts`, a sampled stop token included.
 
     Row i ends at the first of `stop_ids` or after `max_new_tokens[i]` tokens (0 gives an empty list). Its
     t-th new token comes from `uniforms[i, t]`, float64 (rows, at least max(max_new_tokens)). `suppressed_ids`
@@ -86,6 +96,7 @@ def generate(
     """
     _check(contexts, max_new_tokens, uniforms, batch_size)
     results: list[list[int]] = [[] for _ in contexts]
+    scored: list[list[float]] = [[] for _ in contexts]
     order = sorted(
         (row for row, budget in enumerate(max_new_tokens) if budget > 0),
         key=lambda row: (len(contexts[row]), tuple(contexts[row])),
@@ -98,7 +109,7 @@ def generate(
     with _evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            continuations = _generate_batch(
+            continuations, numbers = _sample_batch(
                 causal_lm,
                 [contexts[row] for row in rows],
                 [max_new_tokens[row] for row in rows],
@@ -106,10 +117,11 @@ def generate(
                 sampling,
                 frozenset(stop_ids),
                 tuple(suppressed_ids),
+                logprobs,
             )
-            for row, tokens in zip(rows, continuations, strict=True):
-                results[row] = tokens
-    return results
+            for row, tokens, values in zip(rows, continuations, numbers, strict=True):
+                results[row], scored[row] = tokens, values
+    return Generated(results, scored if logprobs else None)
 
 
 def _check(
@@ -144,7 +156,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _generate_batch(
+def _sample_batch(
     causal_lm: nn.Module,
     contexts: list[Sequence[int]],
     budgets: list[int],
@@ -152,7 +164,8 @@ def _generate_batch(
     sampling: SamplingConfig,
     stop_ids: frozenset[int],
     suppressed_ids: tuple[int, ...],
-) -> list[list[int]]:
+    with_logprobs: bool,
+) -> tuple[list[list[int]], list[list[float]]]:
     device = causal_lm.get_input_embeddings().weight.device
     width, longest = max(map(len, contexts)), max(budgets)
     prompts = list(dict.fromkeys(map(tuple, contexts)))
@@ -190,8 +203,13 @@ def _generate_batch(
 
     results: list[list[int]] = [[] for _ in contexts]
     running = set(live)
+    scored: list[
+        tuple[list[int], Tensor]
+    ] = []  # of each step: the rows in the batch, and the token's log-prob
     for step in range(longest):
-        tokens = sample_tokens(logits, uniforms[:, step], sampling, suppressed_ids)
+        tokens, logprobs = _sample_step(logits, uniforms[:, step], sampling, suppressed_ids)
+        if with_logprobs:
+            scored.append((live, logprobs))
         for row, token in zip(live, tokens.tolist(), strict=True):  # the one host sync of a step
             if row not in running:
                 continue
@@ -212,7 +230,12 @@ def _generate_batch(
             attention_mask, positions, uniforms = attention_mask[kept], positions[kept], uniforms[kept]
             tokens = tokens[kept]
         logits = forward(tokens.unsqueeze(1), width + step, width + step + 1)
-    return results
+    numbers: list[list[float]] = [[] for _ in contexts]
+    for rows, logprobs in scored:
+        for row, value in zip(rows, logprobs.tolist(), strict=True):
+            if len(numbers[row]) < len(results[row]):  # an ended row may linger
+                numbers[row].append(value)
+    return results, numbers
 
 
 def sample_tokens(
@@ -223,11 +246,18 @@ def sample_tokens(
     `uniforms` (B,) float64. Filters apply in the order suppressed ids, temperature, top-k, top-p, and what
     stays is renormalised. A row of logits with nan or +inf gives -1.
     """
+    return _sample_step(logits, uniforms, sampling, suppressed_ids)[0]
+
+
+def _sample_step(
+    logits: Tensor, uniforms: Tensor, sampling: SamplingConfig, suppressed_ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """`sample_tokens`, and the log-probability (B,) float32 of each token in the filtered softmax."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = suppress(logits.float(), suppressed_ids)
         if sampling.temperature == 0:
             best, tokens = logits.max(dim=-1)
-            return tokens.masked_fill(best.isfinite().logical_not(), -1)
+            return tokens.masked_fill(best.isfinite().logical_not(), -1), torch.zeros_like(best)
         logits = logits / sampling.temperature
         if 0 < sampling.top_k < logits.shape[-1]:
             smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
@@ -235,7 +265,9 @@ def sample_tokens(
         probs = torch.softmax(logits, dim=-1)
         if sampling.top_p < 1:
             probs = _keep_nucleus(probs, sampling.top_p)
-        return _inverse_cdf(probs, uniforms)
+        tokens = _inverse_cdf(probs, uniforms)
+        chosen = probs.gather(1, tokens.clamp(min=0).unsqueeze(1)).squeeze(1)
+        return tokens, (chosen / probs.sum(dim=-1)).log()
 
 
 def _keep_nucleus(probs: Tensor, top_p: float) -> Tensor:

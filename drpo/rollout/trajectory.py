@@ -1,4 +1,4 @@
-"""What one batch of rollouts is: tokens, masks, and what was measured on them when they were sampled."""
+"""One batch of rollouts: tokens, masks, and what was measured on them when they were sampled."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Trajectory:
     """(B, R) float32, under the policy that sampled."""
     ref_logprobs: Tensor
     """(B, R) float32, under the reference."""
-    values: Tensor
-    """(B, R) float32, V before each response token."""
     entropy: Tensor
     """(B, R) float32, of the policy that sampled, in nats."""
+    values: Tensor | None = None
+    """(B, R) float32, V before each response token; None without a critic."""
     trunk: Tensor | None = None
     """(B, Q+R, H), output of the frozen layers that all models share (drpo.models.trunk); None where there are none."""
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +93,8 @@ class LogConfig:
 
 
 Resume = Literal["auto", "restart"]
+Callback = Callable[[int, Mapping[str, float]], None]
+"Called with the step and its metrics, on the main process."
 
 
 class RunStopped(RuntimeError):
@@ -105,14 +107,15 @@ class RunFolder:
     Making one raises ConfigError when the processes have different settings, or do not share the folder.
     """
 
-    def __init__(self, recipe: Any, engine: Engine, checkpoint: CheckpointConfig, log: LogConfig) -> None:
+    def __init__(self, recipe: Any, engine: Engine, callbacks: Sequence[Callback] = ()) -> None:
         self.path = Path(recipe.run_dir)
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self.completions = JsonLines(self.path / "completions.jsonl")
         # With the precision that null stood for: it depends on the machine, and the folder may move to another one.
         precise = dataclasses.replace(recipe.engine, mixed_precision=engine.precision)
         self.recipe = dataclasses.replace(recipe, engine=precise)
-        self._engine, self._checkpoint, self.log = engine, checkpoint, log
+        self._engine, self._checkpoint, self.log = engine, recipe.checkpoint, recipe.log
+        self._callbacks = callbacks
         self._console = Console()
         self._progress: Progress | None = None
         self._signal: int | None = None
@@ -155,7 +158,7 @@ class RunFolder:
             self.completions.keep_up_to(step)
             save_resolved(self.recipe, self.path / "config.yaml")
         engine.start_trackers(flatten(self.recipe))
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) if engine.handles_signals else ():
             self._handlers_before[number] = signal.signal(number, self._on_signal)
         engine.barrier()
         return state
@@ -240,6 +243,8 @@ class RunFolder:
             return
         self.metrics.write({"step": step, **metrics})
         self._engine.log(metrics, step)
+        for callback in self._callbacks:
+            callback(step, metrics)
         if step % self.log.every == 0 or step <= 1:
             self.say(
                 f"step {step}: " + "  ".join(_shown(key, metrics[key]) for key in shown if key in metrics)

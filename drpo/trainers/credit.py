@@ -1,17 +1,18 @@
-"""From scored rollouts to advantages and returns: score shaping, KL reward, whitening, GAE."""
+"""Assign credit: from scored rollouts to advantages, by score shaping, KL reward, an estimator and whitening."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from drpo.advantages import gae
-from drpo.rewards import AdaptiveKL, FixedKL, RunningMoments, kl_estimate, shape_scores, token_rewards
+from drpo.advantages import gae, rloo
+from drpo.kl import KLConfig, kl_estimate
+from drpo.rewards import RunningMoments, shape_scores, token_rewards
 from drpo.rollout.trajectory import Trajectory
-from drpo.tensors import masked_sum, masked_whiten
+from drpo.tensors import masked_whiten
 
 
 @dataclass(frozen=True)
@@ -44,65 +45,16 @@ class ShapingConfig:
 
 
 @dataclass(frozen=True)
-class KLConfig:
-    """The KL penalty to the reference, and its guard."""
-
-    coef: float = 0.05
-    """Weight of the KL in the reward (the start value when `target_per_token` is set)."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator that enters the reward (Schulman 2020)."""
-    target_per_token: float | None = None
-    """KL per sampled token, in nats, that an adaptive coefficient steers to, the same notion for PPO and DR-PO; null
-    keeps `coef` fixed. From a target per episode: divide by the sampled tokens of an episode (6 nats, 128 tokens:
-    0.047)."""
-    horizon: float = 10_000
-    """Episodes over which the adaptive coefficient reacts; used with `target_per_token`."""
-    max_per_token: float | None = None
-    """Guard: KL per sampled token, in nats (k3), above which `on_max` happens; null for no guard."""
-    on_max: Literal["stop", "rollback"] = "stop"
-    """stop: end the run with an error that names the last checkpoint. rollback: go back to the weights of the
-    last checkpoint and on with new prompts."""
-
-    RETIRED: ClassVar[dict[str, str]] = {
-        "target": "was a KL per episode, which is fewer sampled tokens under resets than without; write "
-        "kl.target_per_token = target / sampled tokens of an episode (6 nats, 128 tokens: 0.047)",
-        "max": "was a KL per episode, which is fewer sampled tokens under resets than without; write "
-        "kl.max_per_token = max / sampled tokens of an episode",
-    }
-
-    def __post_init__(self) -> None:
-        if self.coef < 0:
-            raise ValueError(f"kl.coef must be >= 0, got {self.coef}")
-        if self.target_per_token is not None and (self.target_per_token <= 0 or self.coef <= 0):
-            raise ValueError("kl.target_per_token needs kl.target_per_token > 0 and kl.coef > 0")
-        if self.horizon <= 0:
-            raise ValueError(f"kl.horizon must be > 0, got {self.horizon}")
-        if self.target_per_token is None and self.horizon != KLConfig.horizon:
-            raise ValueError(
-                f"kl.horizon={self.horizon:g} does nothing without kl.target_per_token; set that, or drop kl.horizon "
-                f"({KLConfig.horizon:g})"
-            )
-        if self.max_per_token is None and self.on_max != "stop":
-            raise ValueError(
-                "kl.on_max=rollback does nothing without kl.max_per_token; set that, or drop kl.on_max (stop)"
-            )
-        if self.max_per_token is not None and self.max_per_token <= 0:
-            raise ValueError(f"kl.max_per_token must be > 0 or null, got {self.max_per_token}")
-
-    def controller(self) -> FixedKL | AdaptiveKL:
-        if self.target_per_token is None:
-            return FixedKL(self.coef)
-        return AdaptiveKL(self.coef, self.target_per_token, self.horizon)
-
-
-@dataclass(frozen=True)
 class AdvantageConfig:
-    """GAE and whitening."""
+    """How the reward of a response is turned into the advantages of its tokens."""
 
+    estimator: Literal["gae", "rloo"] = "gae"
+    """gae: generalised advantage estimation over a critic's values. rloo: the return less the mean return of the other
+    rollouts of the prompt (rollout.rollouts_per_prompt), without a critic."""
     gamma: float = 1.0
-    """Discount per token."""
+    """Discount per token; for gae."""
     lam: float = 0.95
-    """Lambda of GAE."""
+    """Lambda of GAE; for gae."""
     whiten: bool = True
     """Scale advantages to mean 0 and variance 1 over the tokens of the whole batch, all processes together."""
     whiten_rewards: bool = False
@@ -112,6 +64,13 @@ class AdvantageConfig:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"advantage.{name} must lie in [0, 1], got {getattr(self, name)}")
+            if not self.needs_critic and getattr(self, name) != getattr(AdvantageConfig, name):
+                raise ValueError(f"advantage.{name} does not apply to advantage.estimator={self.estimator}")
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether the estimator reads a critic's values."""
+        return self.estimator == "gae"
 
 
 class Credit(NamedTuple):
@@ -122,11 +81,12 @@ class Credit(NamedTuple):
     kl: Tensor
     """KL estimate of each response token that carries KL reward, 0 elsewhere."""
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
+    """What the critic learns; None without a critic."""
     policy_mask: Tensor
     """Tokens with policy loss and entropy bonus."""
     value_mask: Tensor
-    """Tokens with value loss, KL reward, and a place in the whitening statistics."""
+    """Tokens with KL reward, value loss, and a place in the whitening statistics."""
 
 
 def assign_credit(
@@ -137,8 +97,9 @@ def assign_credit(
     advantage: AdvantageConfig,
     masking: str,
     running: RunningMoments,
+    group_size: int = 1,
 ) -> Credit:
-    """Advantages and returns of a whole batch (the rows of all processes).
+    """Advantages and returns of a whole batch (the rows of all processes), `group_size` rollouts of a prompt each.
 
     With masking="paper" the episode begins at the reset: forced tokens have no KL reward, no value target and
     no part in the statistics (arXiv 2404.08495, Algorithm 1). "release" keeps them in all three, as the
@@ -169,24 +130,12 @@ def assign_credit(
     rewards = token_rewards(scores, token_kl, kl_coef, value_mask, trajectory.response_mask)
     if advantage.whiten_rewards:
         rewards = masked_whiten(rewards, value_mask, shift_mean=False)
-    advantages, returns = gae(rewards, trajectory.values, value_mask, advantage.gamma, advantage.lam)
+    returns = None
+    match advantage.estimator:
+        case "gae":
+            advantages, returns = gae(rewards, trajectory.values, value_mask, advantage.gamma, advantage.lam)
+        case "rloo":
+            advantages = rloo(rewards, value_mask, group_size)
     if advantage.whiten:
         advantages = masked_whiten(advantages, value_mask)
     return Credit(scores, token_kl, advantages, returns, policy_mask, value_mask)
-
-
-def episode_kl(trajectory: Trajectory, estimator: str) -> Tensor:
-    """(B,) KL to the reference summed over each episode's policy tokens, in nats."""
-    kl = kl_estimate(trajectory.logprobs, trajectory.ref_logprobs, estimator)
-    return masked_sum(kl, trajectory.action_mask, dim=1)
-
-
-def kl_per_token(trajectory: Trajectory, estimator: str) -> Tensor:
-    """Mean KL to the reference over all tokens that the policy sampled, in nats: a scalar.
-
-        sum over rows and sampled tokens of KL_t / number of those tokens
-
-    Forced tokens are in neither sum, so the same policy has the same KL with and without resets. The sum over
-    an episode has not: a reset leaves fewer tokens to sum over.
-    """
-    return episode_kl(trajectory, estimator).sum() / trajectory.action_mask.sum()

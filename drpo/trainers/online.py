@@ -1,4 +1,4 @@
-"""The online loop: PPO from dataset resets (DR-PO, arXiv 2404.08495, Algorithm 1). PPO is reset.proportion=0.
+"""Train online: PPO from dataset resets (DR-PO, arXiv 2404.08495, Algorithm 1). PPO is reset.proportion=0.
 
 Each step: draw prompts and resets, roll out, score, assign credit, update. All processes hold the whole batch
 after the rollout, so statistics are global and the result does not depend on how many processes there are.
@@ -7,8 +7,7 @@ after the rollout, so statistics are global and the result does not depend on ho
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,44 @@ from drpo.config import ConfigError
 from drpo.data.load import Splits, load_examples
 from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
+from drpo.kl import kl_per_token
 from drpo.models.actor_critic import ActorCritic
 from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
-from drpo.models.scoring import adapter_disabled, response_logprobs
+from drpo.models.scoring import response_logprobs
 from drpo.models.stops import check_stop_token, stop_ids
 from drpo.models.tokenizer import load_tokenizer
-from drpo.models.trunk import has_trunk, resumed_from, share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer, scheduled_rate, set_learning_rates
 from drpo.rewards import BoundedRewardFn, RewardFn, RunningMoments, TrunkRewardFn
-from drpo.rollout.collect import collect, draw_starts, vocabulary_of
-from drpo.rollout.evaluate import evaluate
+from drpo.rollout.collect import Measured, Measurement, collect
+from drpo.rollout.generator import Generator, vocabulary_of
+from drpo.rollout.held_out import Held, evaluate
 from drpo.rollout.resets import check_resets
 from drpo.rollout.samples import rollout_samples
+from drpo.rollout.starts import draw_starts
 from drpo.run.checkpoints import list_checkpoints, step_of
-from drpo.run.folder import RunFolder, RunStopped
+from drpo.run.folder import Callback, RunFolder, RunStopped
 from drpo.run.metrics import Phases, peak_memory_gib
 from drpo.run.result import Result
 from drpo.tensors import PaddedBatch
-from drpo.trainers.credit import assign_credit, kl_per_token
+from drpo.trainers.credit import assign_credit
 from drpo.trainers.finite import finite_or_stop
 from drpo.trainers.online_metrics import SHOWN, online_metrics
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.ppo_update import ppo_update
+from drpo.trainers.reference import policy_as_it_starts
 
 POLICY_GROUP = 0  # the optimizer's parameter groups: policy, critic
 
 
 def train(
-    recipe: OnlineRecipe, engine: Engine, reward_fn: RewardFn, eval_rewards: Mapping[str, RewardFn]
+    recipe: OnlineRecipe,
+    engine: Engine,
+    reward_fn: RewardFn,
+    eval_rewards: Mapping[str, RewardFn],
+    callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Run the recipe and return the folder of the final policy.
 
@@ -57,7 +63,7 @@ def train(
     Raises CheckpointError when run_dir holds another run, FloatingPointError on inf or nan, RunStopped when
     the KL passes kl.max_per_token with kl.on_max=stop.
     """
-    run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
+    run = RunFolder(recipe, engine, callbacks)
     key = "model.path" if recipe.model.tokenizer is None else "model.tokenizer"
     tokenizer = with_stop_token(load_tokenizer(recipe.tokenizer_path, key), recipe.data)
     splits = load_examples(recipe.data, tokenizer, "prompts")
@@ -66,22 +72,35 @@ def train(
 
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     check_stop_token(policy, tokenizer)
-    vocabulary = vocabulary_of(recipe.rollout, tokenizer, policy.config.vocab_size, stop_ids(policy))
+    vocabulary = vocabulary_of(
+        tokenizer, policy.config.vocab_size, stop_ids(policy), recipe.rollout.bad_tokens
+    )
     actor_critic = ActorCritic(
         policy,
-        _load_critic(recipe, policy, tokenizer),
+        _load_critic(recipe, policy, tokenizer) if recipe.advantage.needs_critic else None,
         temperature=recipe.rollout.sampling.temperature,
         suppressed_ids=vocabulary.suppressed_ids,
         entropy_gradient=recipe.ppo.entropy_coef > 0,
     )
-    reward_from_trunk = isinstance(reward_fn, TrunkRewardFn) and reward_fn.share_trunk(policy)
+    if isinstance(reward_fn, TrunkRewardFn):
+        reward_fn.share_trunk(policy)
     for note in _check_positions(recipe, splits, policy, actor_critic.critic, reward_fn):
         run.say(note)
+    trained = [module for module in (policy, actor_critic.critic) if module is not None]
     optimizer = build_optimizer(
-        [policy.parameters(), actor_critic.critic.parameters()], recipe.optim, engine.casts_weights
+        [module.parameters() for module in trained], recipe.optim, engine.casts_weights
     )
     model = engine.prepare(actor_critic, optimizer)
     reference_logprobs = _reference(recipe, engine, tokenizer, policy, vocabulary.suppressed_ids)
+    generator = Generator(
+        policy,
+        tokenizer,
+        vocabulary,
+        recipe.rollout.sampling,
+        recipe.rollout.max_response_length,
+        recipe.rollout.generation_batch_size,
+        recipe.seed,
+    )
 
     controller, running = recipe.kl.controller(), RunningMoments()
     start_step, num_rollbacks, rolled_back = 0, 0, False
@@ -91,34 +110,15 @@ def train(
         running.load_state_dict(state["running"])
 
     @torch.no_grad()
-    def measure(batch: PaddedBatch, trunk: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def measure(batch: PaddedBatch, trunk: Tensor | None) -> Measured:
         with engine.autocast():
-            return actor_critic(batch.queries, batch.query_mask, batch.responses, batch.response_mask, trunk)
+            own = actor_critic(batch.queries, batch.query_mask, batch.responses, batch.response_mask, trunk)
+            return Measured(*own, reference_logprobs(batch, trunk))
 
-    sampling = {
-        "policy": policy,
-        "reference_logprobs": reference_logprobs,
-        "tokenizer": tokenizer,
-        "vocabulary": vocabulary,
-        "rollout": recipe.rollout,
-        "seed": recipe.seed,
-    }
-    roll_out = functools.partial(
-        collect,
-        measure=measure,
-        reward_fn=reward_fn,
-        reward_from_trunk=reward_from_trunk,
-        microbatch_size=recipe.ppo.microbatch_size,
-        common_length=lambda longest: int(engine.max(longest)),
-        autocast=engine.autocast,
-        device=engine.device,
-        **sampling,
-    )
-
-    def evaluate_now() -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def evaluate_now() -> Held:
         rewards = {"score": reward_fn, **eval_rewards}
         with engine.whole_weights(actor_critic), engine.autocast():
-            return evaluate(recipe.eval, engine, examples=splits.eval, rewards=rewards, **sampling)
+            return evaluate(recipe.eval, engine, generator, splits.eval, rewards, reference_logprobs)
 
     def trainer_state(num_rollbacks: int, rolled_back: bool) -> dict[str, Any]:
         return {
@@ -142,20 +142,19 @@ def train(
         check_finite = functools.partial(finite_or_stop, engine, run.path, step)
         progress = (step - 1) / recipe.num_steps
         episodes = range((step - 1) * batch_size, step * batch_size)
-        starts = draw_starts(splits.train, episodes, recipe.reset, recipe.rollout, tokenizer, vocabulary,
+        starts = draw_starts(splits.train, episodes, recipe.reset, recipe.rollout, generator,
                              progress, recipe.seed)  # fmt: skip
 
         with engine.whole_weights(actor_critic):
-            local, completions = roll_out(
-                starts[engine.shard(batch_size)],
-                query_length=max(len(start.example.query_ids) for start in starts),
-                phases=phases,
-            )
+            local, completions = collect(starts[engine.shard(batch_size)], generator, engine,
+                                         Measurement(measure, recipe.ppo.microbatch_size),
+                                         reward_fn, phases)  # fmt: skip
         check_finite(local.scores, "the reward", [c.record.origin for c in completions])
         trajectory = local.map(engine.gather_rows)
 
         credit = assign_credit(trajectory, recipe.reward.shaping, recipe.kl, controller.coef,
-                               recipe.advantage, recipe.reset.masking, running)  # fmt: skip
+                               recipe.advantage, recipe.reset.masking, running,
+                               recipe.rollout.rollouts_per_prompt)  # fmt: skip
         metrics = online_metrics(trajectory, credit, controller.coef)
 
         limit = recipe.kl.max_per_token
@@ -170,8 +169,11 @@ def train(
                 # Steps of size 0 count for Adam too: the policy's first real ones would be several times too large.
                 engine.reset_optimizer(group=POLICY_GROUP)
             metrics |= {f"ppo/{name}": value for name, value in update.items()}
-            metrics |= {"optim/policy_learning_rate": rates[0], "optim/critic_learning_rate": rates[1]}
-            controller.update(float(kl_per_token(trajectory, recipe.kl.estimator)), batch_size)
+            names = ("optim/policy_learning_rate", "optim/critic_learning_rate")
+            metrics |= dict(zip(names, rates, strict=False))
+            kl = kl_per_token(trajectory.logprobs, trajectory.ref_logprobs, trajectory.action_mask,
+                              recipe.kl.estimator)  # fmt: skip
+            controller.update(float(kl), batch_size)
             rolled_back = False
         else:
             _roll_back(recipe, engine, run, step, metrics, again=rolled_back)
@@ -210,7 +212,7 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
 
 
 def _check_positions(
-    recipe: OnlineRecipe, splits: Splits, policy, critic: ScalarModel, reward_fn: RewardFn
+    recipe: OnlineRecipe, splits: Splits, policy, critic: ScalarModel | None, reward_fn: RewardFn
 ) -> list[str]:
     """Refuse prompts and responses that are longer than a model has positions; warnings where rotary ones go on."""
     examples, length = [*splits.train, *splits.eval], recipe.rollout.max_response_length
@@ -222,7 +224,7 @@ def _check_positions(
             f"positions; set data.max_prompt_length, or lower rollout.max_response_length={length}"
         )
     key = "rollout.max_response_length"
-    if recipe.critic.path is not None:
+    if critic is not None and recipe.critic.path is not None:
         check_sampling(critic, examples, length, "critic.path", key)
     return check_sampling(policy, examples, length, "model.path", key)
 
@@ -239,33 +241,25 @@ def _load_critic(recipe: OnlineRecipe, policy, tokenizer) -> ScalarModel:
 def _reference(
     recipe: OnlineRecipe, engine: Engine, tokenizer, policy, suppressed_ids: tuple[int, ...]
 ) -> Callable[..., Tensor]:
-    """Log-probs under the policy as it was: the base weights under LoRA, else a frozen second copy.
-
-    A function of a batch and, where it is at hand, the output of the frozen trunk, which the copy shares.
-    """
+    """Log-probs under the policy as it was: of a batch and, where there is one, the output of the frozen trunk."""
+    reference = policy_as_it_starts(recipe.model, engine, tokenizer, policy, recipe.seed)
     score = functools.partial(
         response_logprobs, temperature=recipe.rollout.sampling.temperature, suppressed_ids=suppressed_ids
     )
-    if recipe.model.lora.r:
-        reference, as_it_was = policy, adapter_disabled
-    else:
-        reference = engine.place(load_policy(recipe.model, tokenizer, recipe.seed), as_trained=True)
-        as_it_was = nullcontext
-        if has_trunk(policy):
-            share_trunk(reference, policy)
 
     def logprobs(batch: PaddedBatch, trunk: Tensor | None = None) -> Tensor:
-        with as_it_was(reference), resumed_from(trunk, reference):
-            return score(reference, batch).logprobs
+        return reference.apply(score, batch, trunk=trunk).logprobs
 
     return logprobs
 
 
-def _learning_rates(recipe: OnlineRecipe, step: int) -> tuple[float, float]:
-    """Learning rates of policy and critic at `step` (1-based).
+def _learning_rates(recipe: OnlineRecipe, step: int) -> tuple[float, ...]:
+    """Learning rates of policy and, if there is one, critic at `step` (1-based).
 
     The policy's is 0 during critic pretraining, and its schedule, warm-up included, runs over the steps after it.
     """
+    if not recipe.advantage.needs_critic:
+        return (scheduled_rate(recipe.optim.learning_rate, recipe.optim, step - 1, recipe.num_steps),)
     critic_peak = recipe.critic.learning_rate or recipe.optim.learning_rate
     critic_rate = scheduled_rate(
         critic_peak, recipe.optim, step - 1, recipe.num_steps, warmup_steps=recipe.critic.warmup_steps

@@ -1,4 +1,4 @@
-"""What is reported of a batch of rollouts. Every key is explained in docs/algorithms/drpo.md."""
+"""Summarise a batch of rollouts as metrics. Every key is explained in docs/algorithms/drpo.md."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from drpo.kl import kl_per_token, sequence_kl
 from drpo.rollout.trajectory import Trajectory
 from drpo.tensors import explained_variance, masked_mean, masked_var
-from drpo.trainers.credit import Credit, episode_kl, kl_per_token
+from drpo.trainers.credit import Credit
 
 SHOWN = (
     "objective/score",
@@ -32,12 +33,13 @@ PREFIX_BINS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
 def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> dict[str, float]:
     """Scalars of a whole batch (the rows of all processes), before the update."""
     mask = trajectory.action_mask
+    sampled = (trajectory.logprobs, trajectory.ref_logprobs, mask)
     kl_in_reward = credit.kl.sum(dim=1)
     rows = {
         "score": trajectory.scores,
         "shaped_score": credit.scores,
-        "kl_k1": episode_kl(trajectory, "k1"),
-        "kl_k3": episode_kl(trajectory, "k3"),
+        "kl_k1": sequence_kl(*sampled, "k1"),
+        "kl_k3": sequence_kl(*sampled, "k3"),
         "total": credit.scores - kl_coef * kl_in_reward,
         "length": trajectory.lengths.float(),
         "sampled_length": mask.sum(dim=1).float(),
@@ -47,10 +49,18 @@ def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> di
     metrics["objective/score_std"] = float(trajectory.scores.std(correction=0))
     metrics["objective/length_max"] = float(trajectory.lengths.max())
     for estimator in ("k1", "k3"):
-        metrics[f"objective/kl_{estimator}_per_token"] = float(kl_per_token(trajectory, estimator))
+        metrics[f"objective/kl_{estimator}_per_token"] = float(kl_per_token(*sampled, estimator))
     metrics["objective/kl_coef"] = kl_coef
     metrics["objective/entropy"] = float(masked_mean(trajectory.entropy, mask))
     metrics |= _by_start(trajectory, rows)
+    if trajectory.values is not None:
+        metrics |= _of_the_critic(trajectory, credit)
+    return metrics
+
+
+def _of_the_critic(trajectory: Trajectory, credit: Credit) -> dict[str, float]:
+    """How the critic's values compare with the returns."""
+    metrics = {}
     explained = float(explained_variance(trajectory.values, credit.returns, credit.value_mask))
     if math.isfinite(explained):  # undefined where all returns are equal
         metrics["value/explained_variance"] = explained

@@ -8,13 +8,14 @@ from typing import Literal
 from drpo.config import ConfigError
 from drpo.data.load import DataConfig
 from drpo.engine import EngineConfig
+from drpo.kl import KLConfig
 from drpo.models.loading import ModelConfig
 from drpo.optim import OptimConfig
-from drpo.rollout.collect import RolloutConfig
-from drpo.rollout.evaluate import EvalConfig
+from drpo.rollout.generator import RolloutConfig
+from drpo.rollout.held_out import EvalConfig
 from drpo.rollout.resets import ResetConfig
 from drpo.run.folder import CheckpointConfig, LogConfig, Resume
-from drpo.trainers.credit import AdvantageConfig, KLConfig, ShapingConfig
+from drpo.trainers.credit import AdvantageConfig, ShapingConfig
 from drpo.trainers.ppo_update import PPOConfig
 
 
@@ -122,10 +123,28 @@ class OnlineRecipe:
                 f"{0.2 * self.rollout.batch_size:g}: one update may lower the coefficient by that share, to below 0, "
                 "where diverging from the reference is rewarded"
             )
+        if not self.advantage.needs_critic:
+            self._refuse_critic()
         if self.rollout.batch_size % self.ppo.num_minibatches:
             raise ValueError(
                 f"ppo.num_minibatches ({self.ppo.num_minibatches}) must divide "
                 f"rollout.batch_size ({self.rollout.batch_size})"
+            )
+
+    def _refuse_critic(self) -> None:
+        """Raise ValueError for settings of a critic that advantage.estimator does not need."""
+        estimator = self.advantage.estimator
+        for section, keys in (("critic", None), ("ppo", ("value_coef", "value_clip_range"))):
+            given, plain = getattr(self, section), type(getattr(self, section))()
+            for key in keys or vars(plain):
+                if getattr(given, key) != getattr(plain, key):
+                    raise ValueError(
+                        f"{section}.{key} does not apply to advantage.estimator={estimator}: there is no critic"
+                    )
+        if self.rollout.rollouts_per_prompt < 2:
+            raise ValueError(
+                f"advantage.estimator={estimator} compares the rollouts of a prompt; set "
+                "rollout.rollouts_per_prompt to 2 or more"
             )
 
     @property

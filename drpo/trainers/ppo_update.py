@@ -1,7 +1,8 @@
-"""One PPO update: a few epochs of minibatches over a batch of rollouts."""
+"""Update policy and critic by PPO: a few epochs of minibatches over a batch of rollouts."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,16 +17,6 @@ from drpo.tensors import masked_sum
 from drpo.trainers.credit import Credit
 
 MINIBATCH_STREAM = 3  # keeps the order of minibatches apart from other random numbers
-
-STATISTICS = (
-    "policy_loss",
-    "value_loss",
-    "entropy",
-    "approx_kl",
-    "clip_fraction",
-    "value_clip_fraction",
-    "ratio",
-)
 
 
 @dataclass(frozen=True)
@@ -81,75 +72,81 @@ def ppo_update(
                + value_coef * sum_value_tokens(clipped value loss) / N_value
 
     N counts the tokens of the whole minibatch over all micro-batches and processes, so the result does not
-    depend on how the minibatch is cut. Takes num_epochs * num_minibatches optimizer steps, fewer when
-    `target_kl` ends it. Returns the statistics of STATISTICS, each a token mean per minibatch, averaged
-    over the minibatches, and `grad_norm` (mean, before clipping) and `num_optimizer_steps`.
+    depend on how the minibatch is cut; without a critic the second term is missing. Takes num_epochs * num_minibatches
+    optimizer steps, fewer when `target_kl` ends it. Returns `_losses`' statistics, each a token mean per minibatch,
+    averaged over the minibatches, and `grad_norm` (mean, before clipping) and `num_optimizer_steps`.
     """
-    totals = torch.zeros(len(STATISTICS), dtype=torch.float64)
+    totals: Counter[str] = Counter()
     grad_norms: list[float] = []
     for rows in _minibatches(len(trajectory.scores), config, seed, step):
-        num_policy = credit.policy_mask[rows].sum()
-        num_value = credit.value_mask[rows].sum()
+        counts = (credit.policy_mask[rows].sum(), credit.value_mask[rows].sum())
         local = rows[engine.shard(len(rows))].to(trajectory.scores.device)
-        sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=local.device)
-        microbatches = local.split(config.microbatch_size)
-        row_losses = []
-        for index, part in enumerate(microbatches):
-            last = index == len(microbatches) - 1
-            batch = trajectory.batch.select(part)
-            policy_mask, value_mask = credit.policy_mask[part], credit.value_mask[part]
+        parts = local.split(config.microbatch_size)
+        row_losses, sums = [], None
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
             with engine.accumulating(last):
-                logprobs, entropy, values = model(
-                    batch.queries,
-                    batch.query_mask,
-                    batch.responses,
-                    batch.response_mask,
-                    None if trajectory.trunk is None else trajectory.trunk[part],
-                )
-                policy = ppo_policy_loss(
-                    logprobs, trajectory.logprobs[part], credit.advantages[part], config.clip_range
-                )
-                value = ppo_value_loss(
-                    values, trajectory.values[part], credit.returns[part], config.value_clip_range
-                )
-                policy_loss = masked_sum(policy.loss, policy_mask, dim=1) / num_policy
-                value_loss = masked_sum(value.loss, value_mask, dim=1) / num_value
-                bonus = masked_sum(entropy, policy_mask, dim=1) / num_policy
-                rows_loss = config.value_coef * value_loss
-                if train_policy:
-                    rows_loss = rows_loss + policy_loss
-                    if config.entropy_coef:  # else its gradient, a softmax over the vocabulary, is spared
-                        rows_loss = rows_loss - config.entropy_coef * bonus
-                else:  # keep the policy in the graph with a zero gradient: every process must see all weights
-                    rows_loss = rows_loss + 0.0 * policy_loss
-                engine.backward(rows_loss.sum() * engine.loss_scale(), last)
-            row_losses.append(rows_loss.detach())
-            with torch.no_grad():
-                log_ratio = logprobs.detach() - trajectory.logprobs[part]
-                kl = torch.expm1(log_ratio) - log_ratio
-                sums += torch.stack(
-                    [
-                        policy_loss.sum(),
-                        value_loss.sum(),
-                        bonus.sum(),
-                        masked_sum(kl, policy_mask) / num_policy,
-                        masked_sum(policy.clipped.float(), policy_mask) / num_policy,
-                        masked_sum(value.clipped.float(), value_mask) / num_value,
-                        masked_sum(policy.ratio, policy_mask) / num_policy,
-                    ]
-                ).double()
+                losses, statistics = _losses(model, trajectory, credit, part, counts, config, train_policy)
+                engine.backward(losses.sum() * engine.loss_scale(), last)
+            row_losses.append(losses.detach())
+            values = torch.stack(list(statistics.values())).double()
+            sums = values if sums is None else sums + values
         check_finite(_at_rows(torch.cat(row_losses), local, len(trajectory.scores)), "the loss")
         grad_norms.append(engine.optimizer_step())
         check_finite(torch.tensor([grad_norms[-1]], device=local.device), "the gradient norm")
-        sums = engine.sum(sums).cpu()
-        totals += sums
-        if config.target_kl is not None and sums[STATISTICS.index("approx_kl")] > config.target_kl:
+        means = dict(zip(statistics, engine.sum(sums).tolist(), strict=True))
+        totals.update(means)
+        if config.target_kl is not None and means["approx_kl"] > config.target_kl:
             break
-    means = dict(zip(STATISTICS, (totals / len(grad_norms)).tolist(), strict=True))
-    return means | {
+    return {name: total / len(grad_norms) for name, total in totals.items()} | {
         "grad_norm": float(np.mean(grad_norms)),
         "num_optimizer_steps": float(len(grad_norms)),
     }
+
+
+def _losses(
+    model: nn.Module,
+    trajectory: Trajectory,
+    credit: Credit,
+    rows: Tensor,
+    counts: tuple[Tensor, Tensor],
+    config: PPOConfig,
+    train_policy: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each of some rows, and their share of the minibatch's statistics.
+
+    `counts` are the policy tokens and value tokens of the whole minibatch.
+    """
+    num_policy, num_value = counts
+    batch = trajectory.batch.select(rows)
+    policy_mask, value_mask = credit.policy_mask[rows], credit.value_mask[rows]
+    trunk = None if trajectory.trunk is None else trajectory.trunk[rows]
+    logprobs, entropy, values = model(
+        batch.queries, batch.query_mask, batch.responses, batch.response_mask, trunk
+    )
+    old_logprobs = trajectory.logprobs[rows]
+    policy = ppo_policy_loss(logprobs, old_logprobs, credit.advantages[rows], config.clip_range)
+    policy_loss = masked_sum(policy.loss, policy_mask, dim=1) / num_policy
+    bonus = masked_sum(entropy, policy_mask, dim=1) / num_policy
+    statistics = {"policy_loss": policy_loss.sum(), "entropy": bonus.sum()}
+    terms = []
+    if values is not None:
+        value = ppo_value_loss(values, trajectory.values[rows], credit.returns[rows], config.value_clip_range)
+        value_loss = masked_sum(value.loss, value_mask, dim=1) / num_value
+        statistics["value_loss"] = value_loss.sum()
+        statistics["value_clip_fraction"] = masked_sum(value.clipped.float(), value_mask) / num_value
+        terms.append(config.value_coef * value_loss)
+    # Without training the policy stays in the graph with a zero gradient: every process must see all weights.
+    terms.append(policy_loss if train_policy else 0.0 * policy_loss)
+    if train_policy and config.entropy_coef:  # else its gradient, a softmax over the vocabulary, is spared
+        terms.append(-config.entropy_coef * bonus)
+    with torch.no_grad():
+        log_ratio = logprobs.detach() - old_logprobs
+        kl = torch.expm1(log_ratio) - log_ratio
+        statistics["approx_kl"] = masked_sum(kl, policy_mask) / num_policy
+        statistics["clip_fraction"] = masked_sum(policy.clipped.float(), policy_mask) / num_policy
+        statistics["ratio"] = masked_sum(policy.ratio, policy_mask) / num_policy
+    return sum(terms[1:], terms[0]), {name: value.detach() for name, value in statistics.items()}
 
 
 def _minibatches(num_rows: int, config: PPOConfig, seed: int, step: int) -> Iterator[Tensor]:

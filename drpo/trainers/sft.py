@@ -20,8 +20,8 @@ from drpo.models.positions import check_examples
 from drpo.models.scoring import response_logprobs
 from drpo.models.tokenizer import load_tokenizer, train_tokenizer
 from drpo.rewards import RewardFn
-from drpo.rollout.held_out_samples import SampleConfig, held_out_sampler
-from drpo.run.folder import RunFolder
+from drpo.rollout.held_out import SampleConfig, held_out_sampler
+from drpo.run.folder import Callback, RunFolder
 from drpo.run.result import Result
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
 from drpo.trainers.offline import OfflineRecipe, RowObjective, Rows, fit
@@ -62,9 +62,11 @@ class SFTObjective(RowObjective):
         return masked_sum(-logprobs, batch.response_mask, dim=1), {}
 
 
-def train(recipe: SFTRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) -> Path:
+def train(
+    recipe: SFTRecipe, engine: Engine, rewards: Mapping[str, RewardFn], callbacks: Sequence[Callback] = ()
+) -> Path:
     """Run the recipe and return the folder of the policy. `rewards` score the held-out samples, by name."""
-    run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
+    run = RunFolder(recipe, engine, callbacks)
     tokenizer = tokenizer_for(recipe.model, recipe.data)
     splits = load_examples(recipe.data, tokenizer, "demonstrations")
     run.say_data(splits.report)

@@ -24,6 +24,7 @@ from drpo.engine import Engine, EngineConfig
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.positions import check_sampling
 from drpo.models.tokenizer import load_tokenizer
+from drpo.rollout.generator import Generator
 from drpo.run.folder import RunStopped, flatten
 from eval.completions.fixed_systems import constant_rows, reference_rows
 from eval.completions.imported import file_sha256, import_rows
@@ -128,7 +129,7 @@ def complete_policy(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
         say("\n".join([*notes, report, f"{path}: {there} of {len(requests)} responses are there"]))
     try:
         with engine.autocast():
-            for rows in sample_responses(engine, policy, requests, done, recipe.batch_size):
+            for rows in sample_responses(engine, policy, requests, done):
                 if writer is not None:
                     writer.write(rows)
                     progress.advance(len(rows))
@@ -155,7 +156,10 @@ def _policy(
 ) -> Policy:
     vocabulary = vocabulary_with(recipe.bad_tokens, tokenizer, model)
     placed = engine.place(model, as_trained=False)
-    return Policy(recipe.system, placed, tokenizer, vocabulary, recipe.sampling, recipe.max_response_length)
+    generator = Generator(
+        placed, tokenizer, vocabulary, recipe.sampling, recipe.max_response_length, recipe.batch_size
+    )
+    return Policy(recipe.system, generator)
 
 
 def _meta(

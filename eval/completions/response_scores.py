@@ -14,13 +14,13 @@ from torch import nn
 from drpo.data.chat import ChatTemplate
 from drpo.data.encode import encode_queries, encode_responses
 from drpo.data.in_template import encode_in_template
+from drpo.kl import sequence_kl
 from drpo.models.positions import check_lengths
 from drpo.models.scoring import response_logprobs
 from drpo.rewards import RewardFn
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
 from eval.completions.rows import CompletionRow
 from eval.completions.text_completion import text_completion
-from eval.statistics.frontier import sequence_kls
 
 Say = Callable[[str], object]
 "What is told a line for the user."
@@ -80,7 +80,7 @@ def response_kls(
     The mean is unbiased for responses that the policy sampled at temperature 1 from all ids but `suppressed_ids`, which
     both policies are taken never to say. The tokens are those that were read and sampled, where the rows kept them,
     else those of the texts. `tokenizer` is that of both policies. Raises and says of lengths what `response_nlls` does.
-    Source: Schulman 2020; `eval.statistics.frontier.sequence_kls`.
+    Source: Schulman 2020; `drpo.kl.sequence_kl`.
     """
     responses = [row.meta.get("response_ids") for row in rows]
     encoded = _encoded(tokenizer, rows)
@@ -92,10 +92,14 @@ def response_kls(
     models = {"policy": policy, "kl_reference": reference}
     for part, batch in _batches(models, tokenizer, queries, responses, batch_size, say):
         own, other = (
-            response_logprobs(model, batch, suppressed_ids=suppressed_ids).logprobs.cpu().numpy()
+            response_logprobs(model, batch, suppressed_ids=suppressed_ids).logprobs.double()
             for model in (policy, reference)
         )
-        kls[part] = sequence_kls(own, other, batch.response_mask.cpu().numpy())
+        kls[part] = sequence_kl(own, other, batch.response_mask).cpu().numpy()
+    if not np.isfinite(kls).all():
+        raise FloatingPointError(
+            "the log-probs of a response are not finite; check the model and its precision"
+        )
     return kls
 
 

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from drpo.config import ConfigError
 from drpo.data.encode import Example, encode_responses, said_texts
 from drpo.data.records import DataError
 from drpo.data.views import best_response
 from drpo.engine import Engine
 from drpo.models.stops import stop_ids
-from drpo.rollout.collect import RolloutConfig, Vocabulary, vocabulary_of
-from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
+from drpo.rollout.generator import Generator, Vocabulary, vocabulary_of
 from drpo.run.same_view import require_shared_folder
 from eval.completions.rows import CompletionRow, CompletionsWriter, messages_meta, prompt_id_of
 
@@ -61,46 +59,30 @@ def make_requests(
 
 
 def vocabulary_with(bad_tokens: Sequence[str], tokenizer: Any, policy: nn.Module) -> Vocabulary:
-    """The ids that end a policy's response, and those that it never says. Raises ConfigError as `vocabulary_of`
-    does."""
-    rollout = RolloutConfig(bad_tokens=list(bad_tokens))
-    try:
-        return vocabulary_of(rollout, tokenizer, policy.config.vocab_size, stop_ids(policy))
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("rollout.", "")) from None
+    """Find the ids that end a policy's response, and those that it never says. Raises ConfigError naming bad_tokens."""
+    return vocabulary_of(tokenizer, policy.config.vocab_size, stop_ids(policy), bad_tokens, "bad_tokens")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy with what is needed to sample from it."""
+    """A policy to sample from, under the name that tables give it."""
 
     system: str
-    model: nn.Module
-    tokenizer: Any
-    vocabulary: Vocabulary
-    sampling: SamplingConfig
-    max_response_length: int
+    generator: Generator
 
-    def respond(self, requests: Sequence[Request], batch_size: int) -> list[CompletionRow]:
+    def respond(self, requests: Sequence[Request]) -> list[CompletionRow]:
         """One row for each request, sampled with the numbers of its prompt and seed."""
-        length = self.max_response_length
-        uniforms = [draw_uniforms(r.seed, [int(r.prompt_id, 16)], length) for r in requests]
-        responses = generate(
-            self.model,
+        responses = self.generator.generate(
             [request.example.query_ids for request in requests],
-            [length] * len(requests),
-            torch.cat(uniforms),
-            sampling=self.sampling,
-            stop_ids=self.vocabulary.stop_ids,
-            suppressed_ids=self.vocabulary.suppressed_ids,
-            batch_size=batch_size,
-        )
+            [self.generator.max_response_length] * len(requests),
+            [(request.seed, int(request.prompt_id, 16)) for request in requests],
+        ).tokens
         return [self._row(request, ids) for request, ids in zip(requests, responses, strict=True)]
 
     def _row(self, request: Request, ids: list[int]) -> CompletionRow:
-        ended = ids[-1] in self.vocabulary.stop_ids
+        ended = ids[-1] in self.generator.vocabulary.stop_ids
         record, reference = request.example.record, best_response(request.example.record)
-        (text,) = said_texts(self.tokenizer, [ids[:-1] if ended else ids], [record.opening])
+        (text,) = said_texts(self.generator.tokenizer, [ids[:-1] if ended else ids], [record.opening])
         meta = {"response_ids": ids}  # the text may be encoded otherwise
         if record.chat is not None:  # and the prompt's, by another template
             meta |= {"query_ids": list(request.example.query_ids)} | messages_meta(record)
@@ -118,17 +100,17 @@ class Policy:
 
 
 def sample_responses(
-    engine: Engine, policy: Policy, requests: Sequence[Request], done: Collection[Key], batch_size: int
+    engine: Engine, policy: Policy, requests: Sequence[Request], done: Collection[Key]
 ) -> Iterator[list[CompletionRow]]:
-    """The rows of the requests that are not in `done`, in their order: `batch_size` from each process at a time.
+    """Sample the requests that are not in `done`, in their order: a batch from each process at a time.
 
     All processes must iterate to the end, and all get all rows.
     """
     missing = [request for request in requests if _key(policy.system, request) not in done]
-    size = batch_size * engine.world_size
+    size = policy.generator.batch_size * engine.world_size
     for first in range(0, len(missing), size):
         mine = list(enumerate(missing[first : first + size]))[engine.rank :: engine.world_size]
-        rows = policy.respond([request for _, request in mine], batch_size) if mine else []
+        rows = policy.respond([request for _, request in mine]) if mine else []
         placed = [(place, row) for (place, _), row in zip(mine, rows, strict=True)]
         yield [row for _, row in sorted(engine.gather_objects(placed), key=lambda item: item[0])]
 

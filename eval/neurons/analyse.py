@@ -19,17 +19,11 @@ from drpo.models.model_folder import read_config
 from drpo.models.positions import check_lengths
 from drpo.models.stops import stop_ids
 from drpo.models.tokenizer import load_tokenizer
-from drpo.reward_functions import import_functions
+from drpo.reward_functions import call_reward_fn, import_functions
 from drpo.rewards import RewardFn
-from drpo.rollout.collect import (
-    RolloutConfig,
-    Start,
-    Vocabulary,
-    call_reward_fn,
-    completions_of,
-    vocabulary_of,
-)
-from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
+from drpo.rollout.generator import Generator, vocabulary_of
+from drpo.rollout.sampler import SamplingConfig
+from drpo.rollout.starts import Start
 from eval.neurons.mlp_neurons import mean_activations, num_neurons
 from eval.neurons.neuron_interventions import (
     EditConfig,
@@ -110,15 +104,20 @@ def neuron_shift(recipe: NeuronShiftRecipe, say: Say = print) -> Path:
     ):
         say(note)
     shape = num_neurons(policy)
-    vocabulary = vocabulary_of(RolloutConfig(), tokenizer, policy.config.vocab_size, stop_ids(policy))
+    starts = [Start(row, example) for row, example in enumerate(examples)]
+
+    def written_by(generator: Generator) -> list[list[int]]:
+        return [completion.response_ids for completion in generator.respond(starts)]
+
+    generator = _generator(recipe, policy, tokenizer)
     probe, quality, probe_report = _probe(recipe, policy, tokenizer)
     alignments, cosines = align(policy, probe.weight)
-    written = {"before": _continue(recipe, policy, queries, vocabulary)}
+    written = {"before": written_by(generator)}
     read_before = written["before"]
     halves = [mean_activations(policy, queries[i::2], read_before[i::2], recipe.batch_size) for i in (0, 1)]
     sizes = [sum(map(len, read_before[i::2])) for i in (0, 1)]
     before = (halves[0] * sizes[0] + halves[1] * sizes[1]) / sum(sizes)
-    del policy  # one policy in memory at a time
+    del policy, generator  # one policy in memory at a time
 
     policy = _load(recipe, recipe.after, tokenizer, say)
     if num_neurons(policy) != shape:
@@ -126,7 +125,7 @@ def neuron_shift(recipe: NeuronShiftRecipe, say: Say = print) -> Path:
             f"after: {num_neurons(policy)} (layers, neurons of a layer), but before has {shape}"
         )
     alignments_after, _ = align(policy, probe.weight)
-    written["after"] = _continue(recipe, policy, queries, vocabulary)
+    written["after"] = written_by(_generator(recipe, policy, tokenizer))
     read_after = written["after"] if recipe.continuations == "own" else read_before
     after = mean_activations(policy, queries, read_after, recipe.batch_size)
     del policy
@@ -142,13 +141,11 @@ def neuron_shift(recipe: NeuronShiftRecipe, say: Say = print) -> Path:
     }
     summary["total"]["noise_gross"] = noise_gross(*halves, alignments)
     policy = _load(recipe, recipe.before, tokenizer, say)
+    generator = _generator(recipe, policy, tokenizer)
     if recipe.interventions:
-        written |= intervene(
-            policy, shift, recipe.edit, lambda: _continue(recipe, policy, queries, vocabulary)
-        )
+        written |= intervene(policy, shift, recipe.edit, lambda: written_by(generator))
     measured = {
-        name: _measure(recipe, policy, probe, examples, responses, vocabulary, tokenizer, rewards)
-        for name, responses in written.items()
+        name: _measure(generator, probe, examples, responses, rewards) for name, responses in written.items()
     }
     summary["written"] = written_summary(measured)
     reports = [f"prompts: {len(examples)} of {recipe.split}", splits.report, probe_report]
@@ -193,41 +190,31 @@ def _probe(
     return probe, probe_quality(probe, features[test], labels[test]), texts.report
 
 
-def _continue(
-    recipe: NeuronShiftRecipe, policy: PreTrainedModel, queries: Sequence[list[int]], vocabulary: Vocabulary
-) -> list[list[int]]:
-    """The policy's continuation of every prompt, with the same random numbers each time."""
-    return generate(
-        policy,
-        queries,
-        [recipe.num_new_tokens] * len(queries),
-        draw_uniforms(recipe.seed, range(len(queries)), recipe.num_new_tokens),
-        sampling=recipe.sampling,
-        stop_ids=vocabulary.stop_ids,
-        suppressed_ids=vocabulary.suppressed_ids,
-        batch_size=recipe.batch_size,
-    )
+def _generator(
+    recipe: NeuronShiftRecipe, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Generator:
+    """Samples the same random numbers whichever policy it has."""
+    vocabulary = vocabulary_of(tokenizer, policy.config.vocab_size, stop_ids(policy))
+    sampling, length = recipe.sampling, recipe.num_new_tokens
+    return Generator(policy, tokenizer, vocabulary, sampling, length, recipe.batch_size, recipe.seed)
 
 
 def _measure(
-    recipe: NeuronShiftRecipe,
-    policy: PreTrainedModel,
+    generator: Generator,
     probe: Probe,
     examples: Sequence[Example],
     responses: Sequence[list[int]],
-    vocabulary: Vocabulary,
-    tokenizer: PreTrainedTokenizerBase,
     rewards: Mapping[str, RewardFn],
 ) -> dict[str, list[float]]:
-    """One number a prompt: probe logit (nan for a continuation that stops at once), length, reward functions."""
-    starts = [Start(row, example, (), 0) for row, example in enumerate(examples)]
-    completions = completions_of(starts, responses, vocabulary, tokenizer)
+    """Measure each response: probe logit (nan for a continuation that stops at once), length, reward functions."""
+    completions = generator.completions([Start(row, e) for row, e in enumerate(examples)], responses)
     texts = [c.response_ids[:-1] if c.ended else c.response_ids for c in completions]
     rows = [row for row, text in enumerate(texts) if text]
     logits = torch.full((len(texts),), torch.nan, dtype=torch.float64)
     if rows:
         contexts = [completions[row].query_ids for row in rows]
-        features = mean_hidden_states(policy, contexts, [texts[row] for row in rows], recipe.batch_size)
+        answers = [texts[row] for row in rows]
+        features = mean_hidden_states(generator.policy, contexts, answers, generator.batch_size)
         logits[rows] = probe.logits(features)
     measured = {"probe_logit": logits.tolist(), "length": [float(len(ids)) for ids in responses]}
     return measured | {name: call_reward_fn(fn, completions).tolist() for name, fn in rewards.items()}

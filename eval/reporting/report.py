@@ -48,6 +48,16 @@ def read_comparison(path: Path) -> dict[str, Any]:
         raise DataError(f"{file} is not JSON ({error}); launch/compare.py writes it anew") from None
 
 
+def report(path: Path) -> Path:
+    """Write the pages of a comparison anew, beside its comparison.json; nothing is measured or asked again.
+
+    `path` is that file or its folder. Returns the path of report.html. Raises what `read_comparison` and `write_report`
+    raise.
+    """
+    path = Path(path)
+    return write_report(read_comparison(path), path if path.is_dir() else path.parent)
+
+
 def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     """Write report.html and report.md into `folder`; the path of report.html.
 

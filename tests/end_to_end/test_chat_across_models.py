@@ -24,7 +24,7 @@ from drpo.data.stop import with_stop_token
 from drpo.data.tasks.hh import dialogue, parse_prompt
 from drpo.engine import Engine, EngineConfig
 from drpo.rewards import Completion
-from drpo.rollout.collect import RolloutConfig, vocabulary_of
+from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig
 from eval.completions.fixed_systems import reference_rows
 from eval.completions.response_scores import response_kls, response_nlls, reward_scores
@@ -176,14 +176,8 @@ def test_completions_name_prompt_and_answer_without_markup(config):
     tokenizer = byte_level(chat_template=OTHER)
     examples = load_examples(config, tokenizer, "prompts").train
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    policy = Policy(
-        "sft",
-        model,
-        tokenizer,
-        vocabulary_of(RolloutConfig(), tokenizer, len(tokenizer)),
-        SamplingConfig(),
-        4,
-    )
+    vocabulary = vocabulary_of(tokenizer, len(tokenizer))
+    policy = Policy("sft", Generator(model, tokenizer, vocabulary, SamplingConfig(), 4, batch_size=8))
     (request,) = make_requests(
         [e for e in examples if e.record.shared_prompt.startswith("POST")][:1], None, [0]
     )

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.tokenizer import load_tokenizer
-from drpo.rollout.collect import RolloutConfig, vocabulary_of
+from drpo.rollout.generator import vocabulary_of
 
 
 def test_ids_may_have_holes_as_in_the_vocabularies_of_tiktoken(tmp_path):
@@ -31,7 +31,7 @@ def test_ids_may_have_holes_as_in_the_vocabularies_of_tiktoken(tmp_path):
     sparse.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.pad_token_id == 300 and len(loaded) == 261
-    vocabulary = vocabulary_of(RolloutConfig(), loaded, 384, [299])
+    vocabulary = vocabulary_of(loaded, 384, [299])
     assert vocabulary.stop_ids == (270, 299)
     holes = set(range(256, 300)) - set(moved.values())
     assert set(vocabulary.suppressed_ids) == holes | set(range(300, 384))

@@ -18,7 +18,7 @@ from drpo.data.records import DataError
 from drpo.data.stop import with_stop_token
 from drpo.models.export import save_policy
 from drpo.models.stops import check_stop_token, stop_ids, write_stop_token
-from drpo.rollout.collect import RolloutConfig, vocabulary_of
+from drpo.rollout.generator import vocabulary_of
 
 GEMMA = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -156,7 +156,7 @@ def test_all_that_ends_the_policys_responses_ends_a_sample():
     tokenizer = byte_level()
     ids = tokenizer.get_vocab()
     policy = policy_that_ends_with(ids["<|im_end|>"], ids["<|endoftext|>"])
-    vocabulary = vocabulary_of(RolloutConfig(), tokenizer, 500, stop_ids(policy))
+    vocabulary = vocabulary_of(tokenizer, 500, stop_ids(policy))
     assert vocabulary.stop_ids == (ids["<|endoftext|>"], ids["<|im_end|>"])
     assert stop_ids(policy_that_ends_with(7)) == (7,)
     assert stop_ids(tiny_model("llama")) == ()  # the defaults of an architecture say nothing of a tokenizer

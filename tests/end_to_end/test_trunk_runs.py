@@ -36,7 +36,7 @@ from drpo.models.trunk import trunk_output
 from drpo.rewards import Completion
 from drpo.rollout import collect
 from drpo.tensors import pad_batch
-from drpo.trainers.preference.train import reference
+from drpo.trainers.preference import reference
 from reward_models.score import RewardModelScorer
 
 KINDS = {"all weights": {}, "LoRA": {"lora": {"r": 4}}}
@@ -85,14 +85,13 @@ def test_a_reward_model_and_a_critic_share_the_trunk_they_were_trained_on(chain,
         RECIPE, {"num_steps": 2, "model": model, "critic": {"path": str(chain / "rm" / "reward_model")}}
     )
     runs = []
-    for name, wrapped in {"shared": share, "apart": lambda scorer, policy: False}.items():
-        monkeypatch.setattr(
-            RewardModelScorer, "share_trunk", lambda *a, w=wrapped: shared.append(w(*a)) or shared[-1]
-        )
+    for name, wrapped in {"shared": share, "apart": lambda scorer, policy: None}.items():
+        monkeypatch.setattr(RewardModelScorer, "share_trunk", wrapped)
         engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path / name, 0, 1.0)
         path = str(chain / "rm" / "reward_model")
         reward = RewardModelScorer.load(path, engine, 8, "float32", str(chain / "sft" / "policy"))
         runs.append(reproducible_rows(run_online(chain / "sft" / "policy", tmp_path / name, recipe, reward)))
+        shared.append(reward.shares_trunk)
     assert shared == [True, False]
     assert_close(*runs, 1e-5)
 
@@ -105,7 +104,8 @@ def test_a_reward_model_with_another_stop_token_reads_its_own_tokens(chain, tmp_
     tokenizer = load_tokenizer(policy_path)
     scorer = RewardModelScorer.load(path, engine, 8, "float32", policy_path)
     policy = load_policy(config, tokenizer)
-    assert scorer.share_trunk(policy)
+    scorer.share_trunk(policy)
+    assert scorer.shares_trunk
     record = Record("a b", completion=" c")
     ids = [*encode_response(tokenizer, " c")[:-1], 7]  # the policy stops with token 7
     completion = Completion("a b", " c", True, encode_query(tokenizer, "a b"), ids, record)

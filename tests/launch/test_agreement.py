@@ -16,12 +16,13 @@ from drpo.data.tasks.demo import true_reward
 from eval.judging.judgments import write_judgments
 from eval.judging.openai.prompts import PROMPTS
 from eval.judging.verdict import Verdict
+from eval.labelling.agreement import AgreementRecipe
+from eval.labelling.agreement import agreement as run
 from eval.labelling.label import LabelRecipe, comparisons_to_label
 from eval.labelling.label_agreement import everybodys_habits
 from eval.labelling.label_queue import LabelQueue
 from eval.labelling.labels import LabelsWriter, label_of
 from eval.labelling.ratings import side_by_side
-from launch.agreement import AgreementRecipe, run
 from launch.command_line import find_recipe
 from launch.judge import JudgeRecipe
 from launch.judge import run as run_judge

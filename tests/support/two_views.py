@@ -51,7 +51,7 @@ def main(root: Path) -> None:
             told[case] = str(error)
 
     def opened(folder: Path) -> int | None:
-        run = RunFolder(replace(recipe, run_dir=str(folder)), engine, recipe.checkpoint, recipe.log)
+        run = RunFolder(replace(recipe, run_dir=str(folder)), engine)
         state = run.open()
         if state is None:
             for step in (1, 2):
@@ -74,8 +74,8 @@ def main(root: Path) -> None:
     (root / "file").touch()
     tell("unwritable", lambda: opened(root / "file" / "x"))
     named = [replace(recipe, num_steps=2 + engine.rank)]
-    tell("settings", lambda: RunFolder(named[0], engine, recipe.checkpoint, recipe.log))
-    run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
+    tell("settings", lambda: RunFolder(named[0], engine))
+    run = RunFolder(recipe, engine)
     tell("data", lambda: run.say_data(f"{100 + engine.rank} pairs"))
 
     def cached(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from drpo.preference_losses import kto_loss
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
 from drpo.trainers.offline import Rows
 from drpo.trainers.preference.recipe import LossConfig
-from drpo.trainers.preference.reference import Reference, policy_and_reference
+from drpo.trainers.reference import Reference, policy_and_reference
 
 
 @dataclass(frozen=True, slots=True)

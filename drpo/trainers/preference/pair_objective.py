@@ -16,7 +16,7 @@ from drpo.tensors import PaddedBatch, masked_sum
 from drpo.trainers.offline import Rows
 from drpo.trainers.preference.pairs import Pair, PairBatch, collate_pairs
 from drpo.trainers.preference.recipe import LENGTH_AVERAGED, LossConfig
-from drpo.trainers.preference.reference import Reference, policy_and_reference
+from drpo.trainers.reference import Reference, policy_and_reference
 
 QUANTILES = (0.1, 0.5, 0.9)
 

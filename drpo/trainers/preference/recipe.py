@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from drpo.data.views import View
-from drpo.rollout.held_out_samples import SampleConfig
+from drpo.rollout.held_out import SampleConfig
 from drpo.trainers.offline import OfflineRecipe
 from drpo.trainers.preference.curriculum import CurriculumConfig
 

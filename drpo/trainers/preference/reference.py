@@ -1,81 +1,17 @@
-"""The reference policy of preference training: a frozen copy that may follow the policy, or its base weights."""
+"""The reference policy that preference training starts with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from drpo.engine import Engine
-from drpo.models.adapters import merged_state_dict
 from drpo.models.loading import LoraConfig, load_policy
-from drpo.models.scoring import adapter_disabled
-from drpo.models.trunk import has_trunk, head_is_tied, recorded_trunk, resumed_from, share_trunk
+from drpo.models.trunk import has_trunk, head_is_tied, share_trunk
 from drpo.models.vocabulary import check_same_vocabulary
 from drpo.trainers.preference.recipe import PreferenceRecipe
-
-Score = Callable[..., Tensor]
-"A function of a model and further arguments."
-
-
-class Reference(Protocol):
-    """Scores with the reference policy's weights: score(model, *arguments).
-
-    `trunk` is the policy's frozen trunk's output for what is scored (drpo.models.trunk), where it is at hand.
-    """
-
-    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Tensor: ...
-
-
-def policy_and_reference(
-    policy: nn.Module, reference: Reference, score: Score, *arguments: Any
-) -> tuple[Tensor, Tensor]:
-    """Scores of the policy, and without gradients of the reference; a trunk that both stand on runs once."""
-    with recorded_trunk(policy) as trunks:
-        scores = score(policy, *arguments)
-    with torch.no_grad():
-        return scores, reference.apply(score, *arguments, trunk=trunks[-1] if trunks else None)
-
-
-class AdapterOff:
-    """The base weights of a LoRA policy: no second model in memory."""
-
-    def __init__(self, policy: nn.Module) -> None:
-        self._policy = policy
-
-    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Tensor:
-        with adapter_disabled(self._policy), resumed_from(trunk, self._policy):
-            return score(self._policy, *arguments)
-
-
-class FrozenCopy:
-    """A second model without gradients; with `shares_trunk` it stands on the policy's frozen trunk."""
-
-    def __init__(self, module: nn.Module, shares_trunk: bool = False) -> None:
-        self.module, self._shares_trunk = module, shares_trunk
-
-    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Tensor:
-        with resumed_from(trunk if self._shares_trunk else None, self.module):
-            return score(self.module, *arguments)
-
-    @torch.no_grad()
-    def move_towards(self, policy: nn.Module, mix: float) -> None:
-        """reference <- mix * policy + (1 - mix) * reference, LoRA folded in; Gorbatovski et al. 2024 (TR-DPO), eq. 5.
-
-        The policy's weights must be whole (Engine.whole_weights).
-        """
-        weights = merged_state_dict(policy)
-        own = self.module.state_dict(keep_vars=True)
-        # A tied weight has several names, and must take the step once.
-        for name, tensor in {id(tensor): (name, tensor) for name, tensor in own.items()}.values():
-            target = weights[name].to(tensor.device, tensor.dtype)
-            if tensor.is_floating_point() and mix < 1:
-                tensor.lerp_(target, mix)
-            else:
-                tensor.copy_(target)
+from drpo.trainers.reference import AdapterOff, FrozenCopy
 
 
 def starting_reference(

@@ -29,8 +29,8 @@ from drpo.trainers.preference.dataset_logprobs import all_logprobs
 from drpo.trainers.preference.pair_objective import block_logprobs
 from drpo.trainers.preference.pairs import Pair
 from drpo.trainers.preference.recipe import PreferenceRecipe
-from drpo.trainers.preference.reference import Reference
 from drpo.trainers.preference.stages import PairStages
+from drpo.trainers.reference import Reference
 
 
 def is_cached(recipe: PreferenceRecipe, engine: Engine) -> bool:

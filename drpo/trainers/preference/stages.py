@@ -16,7 +16,7 @@ from drpo.trainers.preference.dataset_logprobs import all_logprobs
 from drpo.trainers.preference.pair_objective import block_logprobs
 from drpo.trainers.preference.pairs import make_pairs
 from drpo.trainers.preference.recipe import PreferenceRecipe
-from drpo.trainers.preference.reference import Reference
+from drpo.trainers.reference import Reference
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -15,26 +15,32 @@ from drpo.models.positions import check_examples
 from drpo.models.scoring import response_logprobs
 from drpo.models.stops import check_stop_token
 from drpo.rewards import RewardFn
-from drpo.rollout.held_out_samples import held_out_sampler
-from drpo.run.folder import RunFolder
+from drpo.rollout.held_out import held_out_sampler
+from drpo.run.folder import Callback, RunFolder
 from drpo.run.result import Result
 from drpo.tensors import PaddedBatch
 from drpo.trainers.offline import fit
 from drpo.trainers.preference.kto_objective import UnpairedObjective, make_labelled
 from drpo.trainers.preference.pair_objective import PairObjective
 from drpo.trainers.preference.recipe import PreferenceRecipe
-from drpo.trainers.preference.reference import FrozenCopy, Reference, starting_reference
+from drpo.trainers.preference.reference import starting_reference
 from drpo.trainers.preference.reference_cache import is_cached, with_cached_reference
 from drpo.trainers.preference.stages import PairStages, pair_stages
+from drpo.trainers.reference import FrozenCopy, Reference
 from drpo.trainers.sft import tokenizer_for
 
 
-def train(recipe: PreferenceRecipe, engine: Engine, rewards: Mapping[str, RewardFn]) -> Path:
+def train(
+    recipe: PreferenceRecipe,
+    engine: Engine,
+    rewards: Mapping[str, RewardFn],
+    callbacks: Sequence[Callback] = (),
+) -> Path:
     """Run the recipe and return the folder of the policy. `rewards` score the held-out samples, by name.
 
     Raises DataError when the data lacks what the loss needs, ConfigError when a cache or setting does not fit.
     """
-    run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
+    run = RunFolder(recipe, engine, callbacks)
     tokenizer = tokenizer_for(recipe.model, recipe.data)
     splits = load_examples(recipe.data, tokenizer, recipe.view)
     policy = load_policy(recipe.model, tokenizer, recipe.seed)

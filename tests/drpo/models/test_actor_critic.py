@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sampled import generate
 from tiny_models import tiny_model
 from torch import nn
 
@@ -10,7 +11,7 @@ from drpo.models.loading import LoraConfig, ModelConfig, fresh_critic, load_poli
 from drpo.models.scalar_head import ScalarModel, token_values
 from drpo.models.scoring import adapter_disabled, response_logprobs
 from drpo.models.tokenizer import train_tokenizer
-from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
+from drpo.rollout.sampler import SamplingConfig, draw_uniforms
 from drpo.tensors import PaddedBatch, pad_batch
 
 QUERIES = [[3, 4, 5], [7] * 11, [9, 8, 7, 6, 5, 4, 3], [10]] * 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sampled import generate
 from tiny_models import ARCHITECTURES, HYBRIDS, MORE, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +17,7 @@ from drpo.models.positions import position_limit
 from drpo.models.scoring import head_is_plain, response_logprobs
 from drpo.models.shared_prompt import can_share_prompt
 from drpo.models.tokenizer import load_tokenizer, train_tokenizer
-from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
+from drpo.rollout.sampler import SamplingConfig, draw_uniforms
 from drpo.tensors import masked_sum, pad_batch
 
 DOCS = Path(__file__).parents[3] / "docs" / "models.md"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from offline_runs import SFT, run_offline
 from online_runs import merged, run_online
+from sampled import generate
 from tiny_models import ARCHITECTURES, HYBRIDS, MORE, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +18,7 @@ from drpo.models.inputs import model_inputs
 from drpo.models.positions import check_examples, check_lengths, check_sampling, position_limit
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import train_tokenizer
-from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate
+from drpo.rollout.sampler import SamplingConfig, draw_uniforms
 from drpo.trainers import sft
 from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.preference.train import train as preference

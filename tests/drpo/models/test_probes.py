@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sampled import generate
 from tiny_models import ARCHITECTURES, HYBRIDS, MORE, REFUSED, VOCAB_SIZE, tiny_model
 
 from drpo.config import ConfigError
@@ -11,7 +12,7 @@ from drpo.models.scalar_head import ScalarModel, token_values
 from drpo.models.scoring import response_logprobs
 from drpo.models.tokenizer import train_tokenizer
 from drpo.models.trunk import freeze_trunk
-from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate, sample_tokens
+from drpo.rollout.sampler import SamplingConfig, draw_uniforms, sample_tokens
 from drpo.tensors import pad_batch
 
 CONTEXTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [20, 21, 22, 23, 24], [12, 13, 14]]

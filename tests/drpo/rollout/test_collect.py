@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -17,11 +16,14 @@ from drpo.models.actor_critic import ActorCritic
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import response_logprobs
 from drpo.models.tokenizer import train_tokenizer
+from drpo.reward_functions import call_reward_fn
 from drpo.rewards import Completion
-from drpo.rollout.collect import RolloutConfig, call_reward_fn, collect, draw_starts, vocabulary_of
-from drpo.rollout.evaluate import EvalConfig, evaluate
+from drpo.rollout.collect import Measured, Measurement, collect
+from drpo.rollout.generator import Generator, RolloutConfig, vocabulary_of
+from drpo.rollout.held_out import EvalConfig, evaluate
 from drpo.rollout.resets import ResetConfig
 from drpo.rollout.sampler import SamplingConfig
+from drpo.rollout.starts import draw_starts
 from drpo.rollout.trajectory import Trajectory
 from drpo.run.metrics import Phases
 
@@ -43,7 +45,7 @@ def tokenizer():
 def models(tokenizer) -> tuple[ActorCritic, torch.nn.Module]:
     """An actor-critic that often stops, over 8 ids more than the tokenizer has; and a reference."""
     policy, reference = (tiny_model("gpt_neox", seed=seed, vocab_size=len(tokenizer) + 8) for seed in (0, 1))
-    vocabulary = vocabulary_of(ROLLOUT, tokenizer, policy.config.vocab_size)
+    vocabulary = vocabulary_of(tokenizer, policy.config.vocab_size)
     actor_critic = ActorCritic(
         policy,
         ScalarModel.from_causal_lm(policy, seed=2),
@@ -71,30 +73,30 @@ def by_length(completions: Sequence[Completion]) -> list[float]:
 
 
 @pytest.fixture
-def rollouts(models, tokenizer, examples) -> Callable[..., tuple[list, Trajectory, list[Completion]]]:
+def engine(tmp_path) -> Engine:
+    return Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path, 0, None)
+
+
+@pytest.fixture
+def generator(models, tokenizer) -> Generator:
+    policy = models[0].policy
+    vocabulary = vocabulary_of(tokenizer, policy.config.vocab_size)
+    batch_size = ROLLOUT.generation_batch_size
+    return Generator(policy, tokenizer, vocabulary, ROLLOUT.sampling, LIMIT, batch_size, seed=3)
+
+
+@pytest.fixture
+def rollouts(models, generator, engine, examples) -> Callable[..., tuple[list, Trajectory, list[Completion]]]:
     actor_critic, reference = models
-    vocabulary = vocabulary_of(ROLLOUT, tokenizer, actor_critic.policy.config.vocab_size)
+
+    def measure(batch, trunk) -> Measured:
+        own = actor_critic(batch.queries, batch.query_mask, batch.responses, batch.response_mask)
+        return Measured(*own, response_logprobs(reference, batch, temperature=0.8).logprobs)
 
     def roll_out(episodes: range, **reset) -> tuple[list, Trajectory, list[Completion]]:
-        starts = draw_starts(examples, episodes, ResetConfig(**reset), ROLLOUT, tokenizer, vocabulary, 0.0, 3)
-        trajectory, completions = collect(
-            starts,
-            policy=actor_critic.policy,
-            measure=lambda b, trunk: actor_critic(b.queries, b.query_mask, b.responses, b.response_mask),
-            reference_logprobs=lambda b, trunk: response_logprobs(reference, b, temperature=0.8).logprobs,
-            reward_fn=by_length,
-            tokenizer=tokenizer,
-            vocabulary=vocabulary,
-            rollout=ROLLOUT,
-            microbatch_size=3,
-            query_length=12,
-            common_length=lambda longest: LIMIT,
-            autocast=contextlib.nullcontext,
-            device=torch.device("cpu"),
-            seed=3,
-            phases=Phases(),
-        )
-        return starts, trajectory, completions
+        starts = draw_starts(examples, episodes, ResetConfig(**reset), ROLLOUT, generator, 0.0, 3)
+        measurement = Measurement(measure, microbatch_size=3)
+        return starts, *collect(starts, generator, engine, measurement, by_length, Phases())
 
     return roll_out
 
@@ -115,7 +117,8 @@ def test_the_policy_writes_at_least_one_token_and_stays_within_the_limit(rollout
     _, trajectory, _ = rollouts(range(64))
     assert bool((trajectory.lengths > trajectory.reset_lengths).all())
     assert int(trajectory.lengths.max()) == LIMIT
-    assert trajectory.responses.shape == (64, LIMIT)
+    assert trajectory.responses.shape == (64, LIMIT)  # the longest of all processes
+    assert trajectory.queries.shape == (64, 5)
 
 
 def test_a_rollout_ends_at_its_stop_token_or_at_the_limit(rollouts, tokenizer):
@@ -217,9 +220,8 @@ def test_a_reward_function_that_returns_another_number_of_scores_is_an_error(rol
 
 def test_stop_and_bad_tokens(tokenizer):
     ids = tokenizer.get_vocab()
-    config = RolloutConfig(bad_tokens=["."])
     policy_stops = [ids["!"], tokenizer.pad_token_id, tokenizer.eos_token_id, ids["."], len(tokenizer) + 5]
-    vocabulary = vocabulary_of(config, tokenizer, len(tokenizer) + 2, policy_stops)
+    vocabulary = vocabulary_of(tokenizer, len(tokenizer) + 2, policy_stops, ["."])
     assert vocabulary.stop_ids == (tokenizer.eos_token_id, ids["!"])  # the others are never sampled
     assert set(vocabulary.suppressed_ids) == {
         tokenizer.pad_token_id,
@@ -227,7 +229,7 @@ def test_stop_and_bad_tokens(tokenizer):
         len(tokenizer),
         len(tokenizer) + 1,
     }
-    plain = vocabulary_of(RolloutConfig(), tokenizer, len(tokenizer))
+    plain = vocabulary_of(tokenizer, len(tokenizer))
     assert plain.stop_ids == (tokenizer.eos_token_id,)
     assert plain.suppressed_ids == (tokenizer.pad_token_id,)
 
@@ -241,7 +243,7 @@ def test_stop_and_bad_tokens(tokenizer):
 )
 def test_tokens_that_make_no_sense_are_refused(tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
-        vocabulary_of(RolloutConfig(**settings), tokenizer, len(tokenizer))
+        vocabulary_of(tokenizer, len(tokenizer), **settings)
 
 
 @pytest.mark.parametrize(
@@ -270,23 +272,16 @@ def test_impossible_settings_are_refused_by_name(settings, key):
 
 
 @pytest.fixture
-def evaluation(models, tokenizer, tmp_path):
-    actor_critic, reference = models
-    engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path, 0, None)
+def evaluation(models, generator, engine):
+    reference = models[1]
+    rewards = {"score": by_length, "twice": lambda cs: [2 * s for s in by_length(cs)]}
 
-    def run(examples, config=None, **changes):
-        arguments = {
-            "policy": actor_critic.policy,
-            "reference_logprobs": lambda b: response_logprobs(reference, b, temperature=0.8).logprobs,
-            "rewards": {"score": by_length, "twice": lambda cs: [2 * s for s in by_length(cs)]},
-            "tokenizer": tokenizer,
-            "vocabulary": vocabulary_of(ROLLOUT, tokenizer, actor_critic.policy.config.vocab_size),
-            "rollout": ROLLOUT,
-            "seed": 0,
-        }
-        return evaluate(
-            config or EvalConfig(temperature=0.8), engine, examples=examples, **arguments | changes
-        )
+    def of_reference(batch):
+        return response_logprobs(reference, batch, temperature=0.8).logprobs
+
+    def run(examples, config=None, reference_logprobs=of_reference):
+        config = config or EvalConfig(temperature=0.8)
+        return evaluate(config, engine, generator, examples, rewards, reference_logprobs)
 
     return run
 
@@ -310,7 +305,7 @@ def test_the_same_seed_evaluates_on_the_same_draws(evaluation, examples):
 
 
 def test_kl_to_oneself_is_zero_and_absent_without_a_reference(evaluation, examples, models, tokenizer):
-    never = vocabulary_of(ROLLOUT, tokenizer, models[0].policy.config.vocab_size).suppressed_ids
+    never = vocabulary_of(tokenizer, models[0].policy.config.vocab_size).suppressed_ids
 
     def own(batch):
         return response_logprobs(models[0].policy, batch, temperature=0.8, suppressed_ids=never).logprobs

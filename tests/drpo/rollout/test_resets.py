@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from drpo.data.encode import Example
 from drpo.data.records import DataError, Record
-from drpo.rollout.collect import RolloutConfig, Vocabulary, draw_starts
+from drpo.rollout.generator import Generator, RolloutConfig, Vocabulary
 from drpo.rollout.resets import (
     ResetConfig,
     check_resets,
@@ -21,6 +21,8 @@ from drpo.rollout.resets import (
     prefix_boundaries,
     reset_response,
 )
+from drpo.rollout.sampler import SamplingConfig
+from drpo.rollout.starts import draw_starts
 
 NO_CHANCE = 1e-4  # p-value below which a seeded sample is called not uniform
 
@@ -316,7 +318,8 @@ def examples() -> list[Example]:
 def starts_of(examples, episodes, reset=None, seed=0, **rollout):
     rollout = RolloutConfig(**{"batch_size": 4, "max_response_length": 50, **rollout})
     vocabulary = Vocabulary(pad_id=99, stop_ids=(0,), suppressed_ids=())
-    return draw_starts(examples, episodes, reset or ResetConfig(), rollout, None, vocabulary, 0.0, seed)
+    generator = Generator(None, None, vocabulary, SamplingConfig(), rollout.max_response_length, 8)
+    return draw_starts(examples, episodes, reset or ResetConfig(), rollout, generator, 0.0, seed)
 
 
 def test_starts_do_not_depend_on_how_episodes_are_batched(examples):

@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sampled import generate
 from scipy import stats
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
-from drpo.rollout.sampler import SamplingConfig, draw_uniforms, generate, sample_tokens
+from drpo.rollout.sampler import SamplingConfig, draw_uniforms, sample_tokens
 
 STOP, PAD = 1, 2
 GREEDY = SamplingConfig(temperature=0.0)

@@ -60,7 +60,7 @@ def opened(recipe: Recipe) -> tuple[RunFolder, dict | None]:
     engine = Engine(replace(recipe.engine, trackers=[]), Path(recipe.run_dir), 0, max_grad_norm=None)
     module = nn.Linear(1, 1)
     engine.prepare(module, torch.optim.AdamW(module.parameters()))
-    run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
+    run = RunFolder(recipe, engine)
     return run, run.open()
 
 

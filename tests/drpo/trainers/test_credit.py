@@ -11,16 +11,14 @@ import torch
 from hand_rollouts import hand_trajectory
 from torch import Tensor
 
-from drpo.rewards import AdaptiveKL, FixedKL, RunningMoments
+from drpo.kl import AdaptiveKL, FixedKL, KLConfig, kl_per_token, sequence_kl
+from drpo.rewards import RunningMoments
 from drpo.rollout.trajectory import Trajectory
 from drpo.trainers.credit import (
     AdvantageConfig,
     Credit,
-    KLConfig,
     ShapingConfig,
     assign_credit,
-    episode_kl,
-    kl_per_token,
 )
 
 PLAIN = ShapingConfig(missing_stop="none")
@@ -256,6 +254,10 @@ def test_normalise_then_clip_then_missing_stop():
     assert close(credit_of(scored(1.0, 3.0, ended=(False, True)), shaping=shaping).scores, [-1.25, 0.75])
 
 
+def sampled(rows: Trajectory) -> tuple[Tensor, Tensor, Tensor]:
+    return rows.logprobs, rows.ref_logprobs, rows.action_mask
+
+
 # --- KL ---------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +270,7 @@ def test_normalise_then_clip_then_missing_stop():
     ],
 )
 def test_the_kl_of_an_episode_is_that_of_its_policy_tokens(trajectory, estimator, expected):
-    assert close(episode_kl(trajectory, estimator), expected)
+    assert close(sequence_kl(*sampled(trajectory), estimator), expected)
 
 
 def test_the_coefficient_scales_the_kl_reward(trajectory):
@@ -293,7 +295,7 @@ def test_controllers():
 @pytest.mark.parametrize("estimator, expected", [("k1", 3 / 5), ("k2", 3.5 / 5), ("k3", 2.58938 / 5)])
 def test_kl_per_token_is_that_of_all_policy_tokens_together(trajectory, estimator, expected):
     """Log-ratios 1, 2 and 0, 1, -1; k3: 0.36788 + 1.13534 and 0 + 0.36788 + 0.71828."""
-    assert kl_per_token(trajectory, estimator).item() == pytest.approx(expected, abs=1e-4)
+    assert kl_per_token(*sampled(trajectory), estimator).item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_same_policy_moves_kl_controllers_of_ppo_and_drpo_alike():
@@ -305,9 +307,9 @@ def test_same_policy_moves_kl_controllers_of_ppo_and_drpo_alike():
     adapted = {}
     for name, forced in (("ppo", [0, 0]), ("drpo", [6, 2])):
         rows = hand_trajectory(lengths=[8, 8], forced=forced, width=8, log_ratios=[[0.55] * 8] * 2)
-        assert close(episode_kl(rows, "k1").mean(), 4.4 if name == "ppo" else 2.2)
+        assert close(sequence_kl(*sampled(rows), "k1").mean(), 4.4 if name == "ppo" else 2.2)
         controller = KLConfig(coef=0.1, target_per_token=0.5, horizon=100).controller()
-        controller.update(kl_per_token(rows, "k1").item(), num_episodes=2)
+        controller.update(kl_per_token(*sampled(rows), "k1").item(), num_episodes=2)
         adapted[name] = controller.coef
     assert adapted["ppo"] == pytest.approx(0.1002, rel=1e-6)
     assert adapted["drpo"] == pytest.approx(0.1002, rel=1e-6)

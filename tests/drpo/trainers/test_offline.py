@@ -71,7 +71,7 @@ def fitted(recipe: OfflineRecipe, train=TRAIN, held_out=(), weight: float = 2.0,
 def fitted_in_stages(recipe: OfflineRecipe, objective: Weight, stages: list, held_out=(), **further):
     forget_precision()
     engine = Engine(recipe.engine, Path(recipe.run_dir), recipe.seed, recipe.optim.max_grad_norm)
-    run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
+    run = RunFolder(recipe, engine)
     try:
         fit(recipe, engine, run, objective, stages, held_out, name="test", **further)
     finally:

@@ -18,7 +18,7 @@ from drpo.data.load import load_examples
 from drpo.data.order import item_at
 from drpo.data.records import Record
 from drpo.models.loading import load_policy
-from drpo.rollout.held_out_samples import SampleConfig
+from drpo.rollout.held_out import SampleConfig
 from drpo.trainers.sft import SFTObjective, tokenizer_for
 
 STOP, PAD = 1, 2

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.records import DataError
 from drpo.data.tasks.demo import DemoConfig
-from drpo.rollout.collect import RolloutConfig, vocabulary_of
+from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig
 from eval.completions.sample import (
     Policy,
@@ -32,17 +32,18 @@ def policy(policy_folder) -> Policy:
     """A random policy that ends about half of its responses: its stop token has a bias."""
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     model = AutoModelForCausalLM.from_pretrained(policy_folder).eval()
-    vocabulary = vocabulary_of(RolloutConfig(), tokenizer, model.config.vocab_size)
+    vocabulary = vocabulary_of(tokenizer, model.config.vocab_size)
     head = torch.nn.Linear(32, model.config.vocab_size)
     head.weight, head.bias.data[:] = model.get_output_embeddings().weight, 0.0
     head.bias.data[tokenizer.eos_token_id] = 3.5
     model.set_output_embeddings(head)
-    return Policy("sft", model, tokenizer, vocabulary, SamplingConfig(temperature=1.3), LENGTH)
+    sampling = SamplingConfig(temperature=1.3)
+    return Policy("sft", Generator(model, tokenizer, vocabulary, sampling, LENGTH, batch_size=64))
 
 
 @pytest.fixture(scope="module")
 def examples(policy):
-    return load_examples(DataConfig(demo=DemoConfig(**DEMO)), policy.tokenizer, "prompts").train
+    return load_examples(DataConfig(demo=DemoConfig(**DEMO)), policy.generator.tokenizer, "prompts").train
 
 
 @torch.no_grad()
@@ -50,25 +51,27 @@ def sampled_alone(policy: Policy, prompt: str, seed: int) -> list[int]:
     """A response token by token, without batch or cache, from numbers of the prompt's sha256 and the seed."""
     number = int(hashlib.sha256(prompt.encode()).hexdigest()[:16], 16)
     uniforms = np.random.default_rng([seed, 0x5A3, number]).random(LENGTH)
-    ids, response = policy.tokenizer(prompt).input_ids, []
+    ids, response = policy.generator.tokenizer(prompt).input_ids, []
     for uniform in uniforms:
-        logits = policy.model(torch.tensor([ids + response])).logits[0, -1] / 1.3
-        logits[policy.tokenizer.pad_token_id] = -torch.inf
+        logits = policy.generator.policy(torch.tensor([ids + response])).logits[0, -1] / 1.3
+        logits[policy.generator.tokenizer.pad_token_id] = -torch.inf
         cdf = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
         response.append(int((cdf <= uniform * cdf[-1]).sum()))
-        if response[-1] == policy.tokenizer.eos_token_id:
+        if response[-1] == policy.generator.tokenizer.eos_token_id:
             break
     return response
 
 
 def test_each_response_is_that_of_its_prompt_and_seed_alone(policy, examples):
     requests = make_requests(examples, 8, [0, 5])
-    rows = policy.respond(requests, batch_size=64)
-    stop = policy.tokenizer.eos_token_id
+    rows = policy.respond(requests)
+    stop = policy.generator.tokenizer.eos_token_id
     for request, row in zip(requests, rows, strict=True):
         prompt = request.example.record.prompt
         expected = sampled_alone(policy, prompt, request.seed)
-        assert row.response == policy.tokenizer.decode(expected[:-1] if expected[-1] == stop else expected)
+        assert row.response == policy.generator.tokenizer.decode(
+            expected[:-1] if expected[-1] == stop else expected
+        )
         assert (row.ended, row.num_tokens) == (expected[-1] == stop, len(expected))
         assert (row.system, row.prompt, row.seed) == ("sft", prompt, request.seed)
         assert row.reference == request.example.record.completion is not None
@@ -77,7 +80,8 @@ def test_each_response_is_that_of_its_prompt_and_seed_alone(policy, examples):
 
     for batch_size, chosen in ((1, requests), (3, requests[::-1]), (5, requests[4:7])):
         by_key = {row.key: row for row in rows}
-        assert all(row == by_key[row.key] for row in policy.respond(chosen, batch_size))
+        cut = replace(policy, generator=replace(policy.generator, batch_size=batch_size))
+        assert all(row == by_key[row.key] for row in cut.respond(chosen))
 
 
 def test_prompts_are_chosen_by_their_hashes(examples):

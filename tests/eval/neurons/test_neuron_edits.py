@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sampled import generate
 from tiny_models import ARCHITECTURES, tiny_model
 from torch import nn
 
-from drpo.rollout.sampler import SamplingConfig, generate
+from drpo.rollout.sampler import SamplingConfig
 from eval.neurons.mlp_neurons import mlp_output_projections, num_neurons, value_vectors
 from eval.neurons.neuron_edits import patched, scaled, tuning_free_factors
 

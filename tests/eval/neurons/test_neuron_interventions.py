@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from sampled import generate
 from tiny_models import tiny_model
 
-from drpo.rollout.sampler import SamplingConfig, generate
+from drpo.rollout.sampler import SamplingConfig
 from eval.neurons.neuron_edits import tuning_free_factors
 from eval.neurons.neuron_interventions import (
     EditConfig,

@@ -14,7 +14,7 @@ from drpo.data.encode import Example
 from drpo.data.records import DataError, Record
 from drpo.trainers.preference.kto_objective import LabelledResponse, UnpairedObjective, make_labelled
 from drpo.trainers.preference.recipe import LossConfig
-from drpo.trainers.preference.reference import FrozenCopy
+from drpo.trainers.reference import FrozenCopy
 
 CPU = torch.device("cpu")
 KTO = LossConfig(name="kto", beta=0.3)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from drpo.trainers.preference.pair_objective import PairObjective
 from drpo.trainers.preference.pairs import Pair
 from drpo.trainers.preference.recipe import DrDPOConfig, LossConfig, TokenWeightsConfig
-from drpo.trainers.preference.reference import FrozenCopy
+from drpo.trainers.reference import FrozenCopy
 
 CPU = torch.device("cpu")
 RAGGED = [slice(0, 8)], [slice(i, i + 1) for i in range(8)], [slice(0, 3), slice(3, 6), slice(6, 8)]

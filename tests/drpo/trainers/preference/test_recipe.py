@@ -7,7 +7,7 @@ import re
 import pytest
 
 from drpo.models.loading import LoraConfig, ModelConfig
-from drpo.rollout.held_out_samples import SampleConfig
+from drpo.rollout.held_out import SampleConfig
 from drpo.trainers.preference.curriculum import CurriculumConfig
 from drpo.trainers.preference.recipe import (
     DrDPOConfig,

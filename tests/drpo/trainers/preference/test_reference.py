@@ -20,7 +20,8 @@ from drpo.models.adapters import add_lora
 from drpo.models.loading import LoraConfig, ModelConfig, load_policy
 from drpo.models.tokenizer import load_tokenizer
 from drpo.trainers.preference.recipe import PreferenceRecipe, ReferenceConfig
-from drpo.trainers.preference.reference import AdapterOff, FrozenCopy, starting_reference
+from drpo.trainers.preference.reference import starting_reference
+from drpo.trainers.reference import AdapterOff, FrozenCopy
 
 LOG_2 = pytest.approx(0.6931472, abs=1e-6)  # the DPO loss of a policy that is its own reference
 

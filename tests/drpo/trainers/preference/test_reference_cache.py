@@ -27,7 +27,7 @@ from drpo.tensors import PaddedBatch
 from drpo.trainers.preference.dataset_logprobs import all_logprobs
 from drpo.trainers.preference.pair_objective import block_logprobs
 from drpo.trainers.preference.recipe import PreferenceRecipe
-from drpo.trainers.preference.train import reference_cache
+from drpo.trainers.preference import reference_cache
 
 RUN = {"num_steps": 2, "eval": {"every": 2}}
 
@@ -286,7 +286,7 @@ def test_an_empty_folder_is_filled_and_one_that_another_run_filled_meanwhile_is_
 def test_log_probs_of_prompts_with_any_number_of_responses_come_in_their_order(tmp_path):
     engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path, 0, None)
     recipe = PreferenceRecipe(run_dir=str(tmp_path / "run"))
-    run = RunFolder(recipe, engine, recipe.checkpoint, recipe.log)
+    run = RunFolder(recipe, engine)
     model = tiny_model("gpt_neox")
     responses = [ids for pair in PAIRS for ids in pair.response_ids]
     prompts = [

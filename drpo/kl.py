@@ -1,0 +1,166 @@
+"""KL to the reference policy: estimates of it, per token and per response, and the coefficient that steers it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from drpo.tensors import masked_sum
+
+Estimator = Literal["k1", "k2", "k3"]
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """The KL penalty to the reference, and its guard."""
+
+    coef: float = 0.05
+    """Weight of the KL in the reward (the start value when `target_per_token` is set)."""
+    estimator: Estimator = "k1"
+    """Estimator that enters the reward (Schulman 2020)."""
+    target_per_token: float | None = None
+    """KL per sampled token, in nats, that an adaptive coefficient steers to, the same notion for PPO and DR-PO; null
+    keeps `coef` fixed. From a target per episode: divide by the sampled tokens of an episode (6 nats, 128 tokens:
+    0.047)."""
+    horizon: float = 10_000
+    """Episodes over which the adaptive coefficient reacts; used with `target_per_token`."""
+    max_per_token: float | None = None
+    """Guard: KL per sampled token, in nats (k3), above which `on_max` happens; null for no guard."""
+    on_max: Literal["stop", "rollback"] = "stop"
+    """stop: end the run with an error that names the last checkpoint. rollback: go back to the weights of the
+    last checkpoint and on with new prompts."""
+
+    RETIRED: ClassVar[dict[str, str]] = {
+        "target": "was a KL per episode, which is fewer sampled tokens under resets than without; write "
+        "kl.target_per_token = target / sampled tokens of an episode (6 nats, 128 tokens: 0.047)",
+        "max": "was a KL per episode, which is fewer sampled tokens under resets than without; write "
+        "kl.max_per_token = max / sampled tokens of an episode",
+    }
+
+    def __post_init__(self) -> None:
+        if self.coef < 0:
+            raise ValueError(f"kl.coef must be >= 0, got {self.coef}")
+        if self.target_per_token is not None and (self.target_per_token <= 0 or self.coef <= 0):
+            raise ValueError("kl.target_per_token needs kl.target_per_token > 0 and kl.coef > 0")
+        if self.horizon <= 0:
+            raise ValueError(f"kl.horizon must be > 0, got {self.horizon}")
+        if self.target_per_token is None and self.horizon != KLConfig.horizon:
+            raise ValueError(
+                f"kl.horizon={self.horizon:g} does nothing without kl.target_per_token; set that, or drop kl.horizon "
+                f"({KLConfig.horizon:g})"
+            )
+        if self.max_per_token is None and self.on_max != "stop":
+            raise ValueError(
+                "kl.on_max=rollback does nothing without kl.max_per_token; set that, or drop kl.on_max (stop)"
+            )
+        if self.max_per_token is not None and self.max_per_token <= 0:
+            raise ValueError(f"kl.max_per_token must be > 0 or null, got {self.max_per_token}")
+
+    def controller(self) -> FixedKL | AdaptiveKL:
+        if self.target_per_token is None:
+            return FixedKL(self.coef)
+        return AdaptiveKL(self.coef, self.target_per_token, self.horizon)
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Tensor:
+    """Per-token estimate (B, R), in nats, of KL(policy || reference) from tokens that the policy sampled.
+
+    With d = logprobs - ref_logprobs:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d.
+    k1 and k3 are unbiased, k2 and k3 never negative. On tokens that the policy did not sample none of
+    them estimates a KL. Raises ValueError on another estimator.
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    log_ratio = logprobs - ref_logprobs
+    match estimator:
+        case "k1":
+            return log_ratio
+        case "k2":
+            return 0.5 * log_ratio**2
+        case "k3":
+            return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"unknown KL estimator {estimator!r}; choose k1, k2 or k3")
+
+
+def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Estimator = "k1") -> Tensor:
+    """Estimate KL(policy || reference) over each whole response (B,), in nats: the sum of `kl_estimate` under `mask`.
+
+    `mask` (B, R) bool covers the tokens that the policy sampled; what lies outside it has no effect. The mean over
+    responses is unbiased for k1 and k3 if these were sampled from `logprobs`' own distribution. k3 is never negative
+    and varies less near the reference; far from it exp(-d) has heavy tails, and k1 is the safer one.
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    return masked_sum(kl_estimate(logprobs, ref_logprobs, estimator), mask, dim=1)
+
+
+def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Estimator) -> Tensor:
+    """Mean KL to the reference over all tokens that the policy sampled, in nats: a scalar.
+
+        sum over rows and sampled tokens of KL_t / number of those tokens
+
+    Forced tokens are in neither sum, so the same policy has the same KL with and without resets. The sum over
+    an episode has not: a reset leaves fewer tokens to sum over.
+    """
+    return sequence_kl(logprobs, ref_logprobs, mask, estimator).sum() / mask.sum()
+
+
+class FixedKL:
+    """A KL coefficient that never moves, so it has no state. Raises ValueError when it is negative."""
+
+    def __init__(self, coef: float) -> None:
+        if not coef >= 0:
+            raise ValueError(f"a KL coefficient must be >= 0, got {coef}")
+        self.coef = coef
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Nothing to do; here so that both coefficients are driven alike."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the coefficient comes from the recipe."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError when the saved run adapted its coefficient."""
+        if state:
+            raise ValueError(
+                f"the KL coefficient is fixed at {self.coef}, but the saved run adapted its own: {state}"
+            )
+
+
+class AdaptiveKL:
+    """A KL coefficient that steers the measured KL (nats per sampled token) to a target.
+
+        error = clip(kl / target - 1, -0.2, 0.2);   coef <- coef (1 + error * num_episodes / horizon)
+
+    Feed it the KL of tokens that the policy sampled, never that of forced ones. Per token, not per episode as in
+    the source: episodes from resets have fewer sampled tokens than those from the prompt. The coefficient stays
+    positive while num_episodes < 5 * horizon.
+    Raises ValueError when an argument is not positive. Source: Ziegler et al. 2019, section 2.2.
+    """
+
+    def __init__(self, coef: float, target: float, horizon: float) -> None:
+        for name, value in (("coef", coef), ("target", target), ("horizon", horizon)):
+            if not value > 0:
+                raise ValueError(f"adaptive KL needs {name} > 0, got {value}")
+        self.coef = coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """Move the coefficient after `num_episodes` of mean KL `kl`. Raises ValueError if not finite."""
+        if not math.isfinite(kl):
+            raise ValueError(f"the measured KL is {kl}; the policy's log-probabilities are broken")
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.coef *= 1 + error * num_episodes / self.horizon
+
+    def state_dict(self) -> dict[str, Any]:
+        """The coefficient as it stands."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved coefficient. Raises KeyError when the saved run had a fixed one."""
+        self.coef = state["coef"]

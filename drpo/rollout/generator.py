@@ -1,0 +1,167 @@
+"""Generate responses: one object for rollouts, held-out evaluation, `eval` and neuron analysis.
+
+    generator.generate(contexts, max_new_tokens, draws)   token ids after any contexts
+    generator.respond(starts)                             finished responses to prompts, as reward functions see them
+
+What does the sampling stands behind `generate`. There is one engine, drpo.rollout.sampler; another one is a function of
+the same arguments in a file of its own, and a `match` here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from drpo.config import ConfigError
+from drpo.data.encode import said_texts
+from drpo.rewards import Completion
+from drpo.rollout.sampler import Generated, SamplingConfig, draw_uniforms, sample
+from drpo.rollout.starts import Start
+
+Draw = tuple[int, int]
+"Seed and number of a response: all that its random numbers depend on."
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How many rollouts a step has and how they are sampled."""
+
+    batch_size: int = 512
+    """Rollouts per step over all processes (episodes)."""
+    rollouts_per_prompt: int = 1
+    """How many rollouts share a prompt; each has its own reset and its own random numbers."""
+    max_response_length: int = 53
+    """Longest response in tokens, forced prefix and stop token included."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
+    """Temperature. top_k and top_p are refused: log-probabilities are those of all tokens."""
+    bad_tokens: list[str] = field(default_factory=list)
+    """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
+    generation_batch_size: int = 64
+    """Rows decoded together on one device."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rollouts_per_prompt", "max_response_length", "generation_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name} must be >= 1, got {getattr(self, name)}")
+        if self.batch_size % self.rollouts_per_prompt:
+            raise ValueError(
+                f"rollout.batch_size ({self.batch_size}) must be a multiple of "
+                f"rollout.rollouts_per_prompt ({self.rollouts_per_prompt})"
+            )
+        if self.sampling.temperature <= 0:
+            raise ValueError("rollout.sampling.temperature must be > 0: greedy rollouts explore nothing")
+        for key, off in (("top_k", 0), ("top_p", 1)):
+            if (value := getattr(self.sampling, key)) != off:
+                raise ValueError(
+                    f"rollout.sampling.{key}={value:g}: rollouts would be drawn from a narrower distribution than the "
+                    "one whose log-probabilities are trained on, so ratios and KL would be wrong; set "
+                    f"rollout.sampling.{key}={off} and use rollout.sampling.temperature"
+                )
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids that matter to sampling."""
+
+    pad_id: int
+    stop_ids: tuple[int, ...]
+    suppressed_ids: tuple[int, ...]
+
+
+def vocabulary_of(
+    tokenizer,
+    num_logits: int,
+    policy_stops: Sequence[int] = (),
+    bad_tokens: Sequence[str] = (),
+    key: str = "rollout.bad_tokens",
+) -> Vocabulary:
+    """Find the ids that end a response, the tokenizer's eos token before those of the policy (`drpo.models.stops`), and
+    the ids that are never sampled: the tokenizer may have none for some of the logits, at the end or in between.
+
+    Raises ConfigError, naming `key`, for a bad token that is not one token of the tokenizer, or that ends responses.
+    """
+    known = tokenizer.get_vocab()
+    if missing := [token for token in bad_tokens if token not in known]:
+        raise ConfigError(f"{key}: {missing} are not single tokens of this tokenizer")
+    bad = {known[token] for token in bad_tokens}
+    never = {tokenizer.pad_token_id} | bad | set(range(num_logits)).difference(known.values())
+    if (stop := tokenizer.eos_token_id) in never:
+        raise ConfigError(
+            f"{key} or padding and the token that ends responses (data.stop_token) share the ids [{stop}]"
+        )
+    suppressed = sorted(i for i in never if i < num_logits)
+    others = [i for i in policy_stops if i != stop and i < num_logits and i not in never]
+    return Vocabulary(tokenizer.pad_token_id, (stop, *others), tuple(suppressed))
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A policy with what it takes to sample from it."""
+
+    policy: nn.Module
+    tokenizer: object
+    vocabulary: Vocabulary
+    sampling: SamplingConfig
+    max_response_length: int
+    "Longest response in tokens, forced prefix and stop token included."
+    batch_size: int
+    "Rows decoded together."
+    seed: int = 0
+    "Seed of the responses of `respond`."
+
+    def generate(
+        self,
+        contexts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        draws: Sequence[Draw],
+        logprobs: bool = False,
+    ) -> Generated:
+        """Sample new tokens after each context, in the order of `contexts`, a sampled stop token included.
+
+        Row i ends at a stop id or after `max_new_tokens[i]` tokens; its text depends on its context and on `draws[i]`
+        alone. With `logprobs` there are the log-probabilities of the new tokens too, under the distribution that they
+        were sampled from. Raises what `drpo.rollout.sampler.sample` raises.
+        """
+        length = max(max_new_tokens, default=0)
+        uniforms = [draw_uniforms(seed, [number], length) for seed, number in draws]
+        return sample(
+            self.policy,
+            contexts,
+            max_new_tokens,
+            torch.cat(uniforms) if uniforms else draw_uniforms(0, [], length),
+            sampling=self.sampling,
+            stop_ids=self.vocabulary.stop_ids,
+            suppressed_ids=self.vocabulary.suppressed_ids,
+            batch_size=self.batch_size,
+            logprobs=logprobs,
+        )
+
+    def respond(self, starts: Sequence[Start]) -> list[Completion]:
+        """Finish the responses that begin as `starts` say; each depends on (seed, episode) alone."""
+        new = self.generate(
+            [[*start.example.query_ids, *start.prefix] for start in starts],
+            [self.max_response_length - len(start.prefix) for start in starts],
+            [(self.seed, start.episode) for start in starts],
+        ).tokens
+        responses = [[*start.prefix, *ids] for start, ids in zip(starts, new, strict=True)]
+        return self.completions(starts, responses)
+
+    def completions(self, starts: Sequence[Start], responses: Sequence[Sequence[int]]) -> list[Completion]:
+        """Describe responses as reward functions see them; `ended` when the last token is a stop token."""
+        ended = [ids[-1] in self.vocabulary.stop_ids for ids in responses]
+        bodies = [ids[:-1] if end else ids for ids, end in zip(responses, ended, strict=True)]
+        texts = said_texts(self.tokenizer, bodies, [start.example.record.opening for start in starts])
+        return [
+            Completion(
+                prompt=start.example.record.prompt,
+                response=text,
+                ended=end,
+                query_ids=list(start.example.query_ids),
+                response_ids=list(ids),
+                record=start.example.record,
+            )
+            for start, ids, text, end in zip(starts, responses, texts, ended, strict=True)
+        ]

@@ -1,0 +1,207 @@
+"""Sample held-out prompts during training: completions of bare prompts, their scores and their KL."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drpo.config import ConfigError
+from drpo.data.encode import Example
+from drpo.engine import Engine
+from drpo.kl import sequence_kl
+from drpo.models.loading import LoraConfig, ModelConfig, load_policy
+from drpo.models.positions import check_sampling
+from drpo.models.scoring import response_logprobs
+from drpo.models.stops import stop_ids
+from drpo.models.vocabulary import check_same_vocabulary
+from drpo.reward_functions import call_reward_fn
+from drpo.rewards import Completion, RewardFn
+from drpo.rollout.generator import Generator, RolloutConfig, vocabulary_of
+from drpo.rollout.sampler import SamplingConfig
+from drpo.rollout.samples import evaluation_sample
+from drpo.rollout.starts import Start
+from drpo.tensors import PaddedBatch, pad_batch
+
+EVAL_SEED_OFFSET = 1_000_003  # the random numbers of evaluation are not those of any rollout
+
+Held = tuple[dict[str, float], list[dict[str, Any]]]
+"Metrics `eval/<name>`, and the completions as sample rows."
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When and how the policy is evaluated on held-out prompts."""
+
+    every: int = 50
+    """Evaluate after every so many steps, and after the last; 0 for never."""
+    num_prompts: int = 64
+    """How many held-out prompts, the same ones every time."""
+    temperature: float = 0.01
+    """Sampling temperature of the evaluation; 0 is greedy."""
+    reward_functions: dict[str, str] = field(default_factory=dict)
+    """Further scores to report, name: module:function."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"eval.every must be >= 0, got {self.every}")
+        if self.num_prompts < 1:
+            raise ValueError(f"eval.num_prompts must be >= 1, got {self.num_prompts}")
+        if self.temperature < 0:
+            raise ValueError(f"eval.temperature must be >= 0, got {self.temperature}")
+        if taken := {"score", "kl", "log_ratio", "length", "ended"} & set(self.reward_functions):
+            raise ValueError(f"eval.reward_functions: {sorted(taken)} are names of other metrics")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Completions of held-out prompts that are written at every evaluation."""
+
+    num_prompts: int = 16
+    """How many held-out prompts; 0 for none."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    max_response_length: int = 53
+    """Longest completion in tokens."""
+    reward_functions: dict[str, str] = field(default_factory=dict)
+    """Scores to report of them, name: module:function."""
+    kl_reference: str | None = None
+    """Folder or hub id of a policy to measure eval/kl to (at other temperatures than 1: eval/log_ratio), kept in memory
+    besides; null: the reference of the loss, if it is in memory and does not move, else neither."""
+
+    def __post_init__(self) -> None:
+        if self.num_prompts < 0:
+            raise ValueError(f"sample.num_prompts must be >= 0, got {self.num_prompts}")
+        if self.temperature < 0:
+            raise ValueError(f"sample.temperature must be >= 0, got {self.temperature}")
+        if self.max_response_length < 1:
+            raise ValueError(f"sample.max_response_length must be >= 1, got {self.max_response_length}")
+        if taken := {"loss", "kl", "log_ratio", "length", "ended"} & set(self.reward_functions):
+            raise ValueError(f"sample.reward_functions: {sorted(taken)} are names of other metrics")
+
+
+@torch.no_grad()
+def evaluate(
+    config: EvalConfig,
+    engine: Engine,
+    generator: Generator,
+    examples: Sequence[Example],
+    rewards: Mapping[str, RewardFn],
+    reference_logprobs: Callable[[PaddedBatch], Tensor] | None,
+) -> Held:
+    """Complete the first `num_prompts` held-out prompts and measure: `eval/<name>`, and sample rows.
+
+    The random numbers depend on (seed, prompt) alone, so runs and steps are compared on the same draws. With a
+    reference there is the mean over completions of sum_t log pi/pi_ref under the generator's temperature, the one at
+    which the policy was trained: `eval/kl` when the completions are drawn at it too, else `eval/log_ratio`, for
+    then it estimates no KL. Processes share the prompts. Raises ConfigError when there are none.
+    """
+    if not examples:
+        raise ConfigError(
+            "there are no held-out prompts to evaluate on; set data.eval_split or data.eval_fraction, or turn the "
+            "evaluation off with eval.every=0"
+        )
+    mine = list(enumerate(examples[: config.num_prompts]))[engine.rank :: engine.world_size]
+    starts = [Start(episode, example) for episode, example in mine]
+    results: list[tuple[int, dict[str, float], dict[str, Any]]] = []
+    if starts:
+        sampling = SamplingConfig(temperature=config.temperature)
+        completions = replace(generator, sampling=sampling, seed=generator.seed + EVAL_SEED_OFFSET).respond(
+            starts
+        )
+        scores = {name: call_reward_fn(fn, completions).tolist() for name, fn in rewards.items()}
+        if reference_logprobs is not None:
+            name = "kl" if config.temperature == generator.sampling.temperature else "log_ratio"
+            scores[name] = _log_ratios(generator, completions, reference_logprobs, engine.device)
+        for row, (start, completion) in enumerate(zip(starts, completions, strict=True)):
+            numbers = {name: values[row] for name, values in scores.items()}
+            length, ended = float(len(completion.response_ids)), float(completion.ended)
+            measured = {**numbers, "length": length, "ended": ended}
+            results.append((start.episode, measured, evaluation_sample(completion, numbers)))
+    everything = sorted(engine.gather_objects(results), key=lambda result: result[0])
+    names = everything[0][1]
+    means = {f"eval/{name}": sum(r[1][name] for r in everything) / len(everything) for name in names}
+    return means, [row for _, _, row in everything]
+
+
+def _log_ratios(
+    generator: Generator,
+    completions: Sequence[Completion],
+    reference_logprobs: Callable[[PaddedBatch], Tensor],
+    device: torch.device,
+) -> list[float]:
+    """sum_t log pi/pi_ref of each completion, at the generator's temperature."""
+    ratios: list[float] = []
+    for first in range(0, len(completions), generator.batch_size):
+        some = completions[first : first + generator.batch_size]
+        batch = pad_batch(
+            [completion.query_ids for completion in some],
+            [completion.response_ids for completion in some],
+            generator.vocabulary.pad_id,
+        ).to(device)
+        logprobs = response_logprobs(
+            generator.policy,
+            batch,
+            temperature=generator.sampling.temperature,
+            suppressed_ids=generator.vocabulary.suppressed_ids,
+        ).logprobs
+        ratios += sequence_kl(
+            logprobs.float(), reference_logprobs(batch).float(), batch.response_mask
+        ).tolist()
+    return ratios
+
+
+def held_out_sampler(
+    config: SampleConfig,
+    engine: Engine,
+    *,
+    policy: nn.Module,
+    tokenizer,
+    examples: Sequence[Example],
+    rewards: Mapping[str, RewardFn],
+    model: ModelConfig,
+    seed: int,
+    reference_logprobs: Callable[[PaddedBatch], Tensor] | None = None,
+) -> Callable[[], Held] | None:
+    """Make a function that samples a completion of each distinct prompt, or None when there is nothing to sample.
+
+    With `reference_logprobs`, or a policy at `config.kl_reference` (loaded as `model` says), the metrics have
+    the mean over completions of log pi/pi_ref in nats: `eval/kl`, which estimates KL(pi, pi_ref), when they are
+    sampled at temperature 1, else `eval/log_ratio`, which does not.
+    """
+    if not config.num_prompts or not examples:
+        return None
+    key = "sample.max_response_length"
+    check_sampling(policy, examples, config.max_response_length, "model.path", key)
+    if config.kl_reference is not None:
+        check_same_vocabulary(tokenizer, config.kl_reference, "sample.kl_reference")
+        whole = {"architecture": {}, "tokenizer": None, "vocab_size": None, "trainable_layers": None}
+        source = replace(model, path=config.kl_reference, lora=LoraConfig(), **whole)
+        frozen = engine.place(load_policy(source, tokenizer, seed, "sample.kl_reference"), as_trained=True)
+        check_sampling(frozen, examples, config.max_response_length, "sample.kl_reference", key)
+        reference_logprobs = functools.partial(_logprobs, frozen)
+    prompts = list({example.record.marked_prompt: example for example in reversed(examples)}.values())[::-1]
+    generator = Generator(
+        policy,
+        tokenizer,
+        vocabulary_of(tokenizer, policy.config.vocab_size, stop_ids(policy)),
+        SamplingConfig(temperature=1.0),
+        config.max_response_length,
+        RolloutConfig.generation_batch_size,
+        seed,
+    )
+    settings = EvalConfig(num_prompts=config.num_prompts, temperature=config.temperature)
+
+    def sample() -> Held:
+        with engine.autocast():
+            return evaluate(settings, engine, generator, prompts, rewards, reference_logprobs)
+
+    return sample
+
+
+def _logprobs(model: nn.Module, batch: PaddedBatch) -> Tensor:
+    return response_logprobs(model, batch).logprobs

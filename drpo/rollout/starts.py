@@ -1,0 +1,60 @@
+"""Draw where rollouts start: at the prompt, or after a prefix of a dataset response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from drpo.data.encode import Example
+from drpo.data.order import item_at
+from drpo.rollout.resets import ResetConfig, draw_reset_length, prefix_boundaries, reset_response
+
+if TYPE_CHECKING:
+    from drpo.rollout.generator import Generator, RolloutConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a rollout starts: the prompt, and `prefix` tokens of a dataset response of `source_length`."""
+
+    episode: int
+    "With the run's seed, all that its random numbers depend on."
+    example: Example
+    prefix: tuple[int, ...] = ()
+    source_length: int = 0
+
+
+def draw_starts(
+    examples: Sequence[Example],
+    episodes: range,
+    reset: ResetConfig,
+    rollout: RolloutConfig,
+    generator: Generator,
+    progress: float,
+    seed: int,
+) -> list[Start]:
+    """Draw the starts of the given episodes; each depends on (seed, episode) alone.
+
+    A dataset response ends at its first stop token, so no prefix goes past an end.
+    """
+    starts = []
+    for episode in episodes:
+        example = item_at(examples, episode // rollout.rollouts_per_prompt, seed)
+        prefix: tuple[int, ...] = ()
+        source_length = 0
+        if reset.proportion > 0:
+            source = _up_to_stop(reset_response(example, reset.source), generator.vocabulary.stop_ids)
+            boundaries = prefix_boundaries(source, reset.boundary, generator.tokenizer)
+            length = draw_reset_length(
+                reset, boundaries, len(source), rollout.max_response_length, progress, seed, episode
+            )
+            prefix = tuple(source[:length])
+            source_length = len(source) if length else 0
+        starts.append(Start(episode, example, prefix, source_length))
+    return starts
+
+
+def _up_to_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> Sequence[int]:
+    ends = [position for position, token in enumerate(ids) if token in stop_ids]
+    return ids[: ends[0] + 1] if ends else ids

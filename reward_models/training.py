@@ -1,0 +1,31 @@
+"""Train a reward model from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from drpo.engine import engine_of
+from drpo.inputs import with_inputs
+from drpo.run.folder import Callback
+from drpo.training import Model, Rows
+from reward_models.train import RewardModelRecipe, train
+
+
+def train_reward_model(
+    recipe: RewardModelRecipe,
+    *,
+    model: Model | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    records: Rows | None = None,
+    callbacks: Sequence[Callback] = (),
+    handle_signals: bool = False,
+) -> Path:
+    """Train a reward model on preference pairs, and return its folder.
+
+    Arguments and errors are those of `drpo.train_online`.
+    """
+    with engine_of(recipe, handle_signals) as engine:
+        return train(with_inputs(recipe, engine, model, tokenizer, records), engine, callbacks)
