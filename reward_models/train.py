@@ -109,8 +109,8 @@ def train(recipe: RewardModelRecipe, engine: Engine, callbacks: Sequence[Callbac
     model.config.chat_template = recipe.data.chat_template
     model.config.chat_template_kwargs = dict(recipe.data.chat_template_kwargs)
     objective = PairObjective(model, tokenizer.pad_token_id, recipe.score.penalty, engine.device)
-    result = Result(recipe, engine, run, objective, model, tokenizer, splits.report, "reward_model")
-    fit(recipe, engine, run, objective, [splits.train], splits.eval, name="reward model", result=result)
+    result = Result(run, objective, model, tokenizer, splits.report, "reward_model")
+    fit(run, objective, [splits.train], splits.eval, name="reward model", result=result)
     if references:
         with engine.whole_weights(objective):
             mean = reference_mean(engine, model, references, tokenizer.pad_token_id, recipe.batch)

@@ -18,7 +18,7 @@ from torch import nn
 from drpo.config import ConfigError
 from drpo.data.encode import said_texts
 from drpo.rewards import Completion
-from drpo.rollout.sampler import Generated, SamplingConfig, draw_uniforms, sample
+from drpo.rollout.sampler import Generated, SamplingConfig, Vocabulary, draw_uniforms, sample
 from drpo.rollout.starts import Start
 
 Draw = tuple[int, int]
@@ -60,15 +60,6 @@ class RolloutConfig:
                     "one whose log-probabilities are trained on, so ratios and KL would be wrong; set "
                     f"rollout.sampling.{key}={off} and use rollout.sampling.temperature"
                 )
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The token ids that matter to sampling."""
-
-    pad_id: int
-    stop_ids: tuple[int, ...]
-    suppressed_ids: tuple[int, ...]
 
 
 def vocabulary_of(
@@ -132,11 +123,10 @@ class Generator:
             contexts,
             max_new_tokens,
             torch.cat(uniforms) if uniforms else draw_uniforms(0, [], length),
-            sampling=self.sampling,
-            stop_ids=self.vocabulary.stop_ids,
-            suppressed_ids=self.vocabulary.suppressed_ids,
-            batch_size=self.batch_size,
-            logprobs=logprobs,
+            self.sampling,
+            self.vocabulary,
+            self.batch_size,
+            logprobs,
         )
 
     def respond(self, starts: Sequence[Start]) -> list[Completion]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,14 @@ class SampleConfig:
             raise ValueError(f"sample.reward_functions: {sorted(taken)} are names of other metrics")
 
 
+class SamplingRecipe(Protocol):
+    """A recipe of a stage that samples held-out prompts."""
+
+    seed: int
+    model: ModelConfig
+    sample: SampleConfig
+
+
 @torch.no_grad()
 def evaluate(
     config: EvalConfig,
@@ -156,23 +164,22 @@ def _log_ratios(
 
 
 def held_out_sampler(
-    config: SampleConfig,
+    recipe: SamplingRecipe,
     engine: Engine,
     *,
     policy: nn.Module,
     tokenizer,
     examples: Sequence[Example],
     rewards: Mapping[str, RewardFn],
-    model: ModelConfig,
-    seed: int,
     reference_logprobs: Callable[[PaddedBatch], Tensor] | None = None,
 ) -> Callable[[], Held] | None:
     """Make a function that samples a completion of each distinct prompt, or None when there is nothing to sample.
 
-    With `reference_logprobs`, or a policy at `config.kl_reference` (loaded as `model` says), the metrics have
+    With `reference_logprobs`, or a policy at `config.kl_reference` (loaded as `recipe.model` says), the metrics have
     the mean over completions of log pi/pi_ref in nats: `eval/kl`, which estimates KL(pi, pi_ref), when they are
     sampled at temperature 1, else `eval/log_ratio`, which does not.
     """
+    config, seed = recipe.sample, recipe.seed
     if not config.num_prompts or not examples:
         return None
     key = "sample.max_response_length"
@@ -180,7 +187,7 @@ def held_out_sampler(
     if config.kl_reference is not None:
         check_same_vocabulary(tokenizer, config.kl_reference, "sample.kl_reference")
         whole = {"architecture": {}, "tokenizer": None, "vocab_size": None, "trainable_layers": None}
-        source = replace(model, path=config.kl_reference, lora=LoraConfig(), **whole)
+        source = replace(recipe.model, path=config.kl_reference, lora=LoraConfig(), **whole)
         frozen = engine.place(load_policy(source, tokenizer, seed, "sample.kl_reference"), as_trained=True)
         check_sampling(frozen, examples, config.max_response_length, "sample.kl_reference", key)
         reference_logprobs = functools.partial(_logprobs, frozen)

@@ -62,6 +62,15 @@ def draw_uniforms(seed: int, episodes: Sequence[int], length: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """The token ids that matter to sampling."""
+
+    pad_id: int
+    stop_ids: tuple[int, ...]
+    suppressed_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Generated:
     """New tokens of each context, in order, and their log-probabilities where they were asked for."""
 
@@ -76,10 +85,8 @@ def sample(
     contexts: Sequence[Sequence[int]],
     max_new_tokens: Sequence[int],
     uniforms: Tensor,
-    *,
     sampling: SamplingConfig,
-    stop_ids: Sequence[int],
-    suppressed_ids: Sequence[int] = (),
+    vocabulary: Vocabulary,
     batch_size: int,
     logprobs: bool = False,
 ) -> Generated:
@@ -115,8 +122,7 @@ def sample(
                 [max_new_tokens[row] for row in rows],
                 uniforms[rows],
                 sampling,
-                frozenset(stop_ids),
-                tuple(suppressed_ids),
+                vocabulary,
                 logprobs,
             )
             for row, tokens, values in zip(rows, continuations, numbers, strict=True):
@@ -162,8 +168,7 @@ def _sample_batch(
     budgets: list[int],
     uniforms: Tensor,
     sampling: SamplingConfig,
-    stop_ids: frozenset[int],
-    suppressed_ids: tuple[int, ...],
+    vocabulary: Vocabulary,
     with_logprobs: bool,
 ) -> tuple[list[list[int]], list[list[float]]]:
     device = causal_lm.get_input_embeddings().weight.device
@@ -207,7 +212,7 @@ def _sample_batch(
         tuple[list[int], Tensor]
     ] = []  # of each step: the rows in the batch, and the token's log-prob
     for step in range(longest):
-        tokens, logprobs = _sample_step(logits, uniforms[:, step], sampling, suppressed_ids)
+        tokens, logprobs = _sample_step(logits, uniforms[:, step], sampling, vocabulary.suppressed_ids)
         if with_logprobs:
             scored.append((live, logprobs))
         for row, token in zip(live, tokens.tolist(), strict=True):  # the one host sync of a step
@@ -219,7 +224,7 @@ def _sample_batch(
                     "finite: the weights or the inputs of the model have diverged"
                 )
             results[row].append(token)
-            if token in stop_ids or len(results[row]) == budgets[row]:
+            if token in vocabulary.stop_ids or len(results[row]) == budgets[row]:
                 running.remove(row)
         if not running:
             break

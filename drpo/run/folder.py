@@ -114,7 +114,7 @@ class RunFolder:
         # With the precision that null stood for: it depends on the machine, and the folder may move to another one.
         precise = dataclasses.replace(recipe.engine, mixed_precision=engine.precision)
         self.recipe = dataclasses.replace(recipe, engine=precise)
-        self._engine, self._checkpoint, self.log = engine, recipe.checkpoint, recipe.log
+        self.engine, self._checkpoint, self.log = engine, recipe.checkpoint, recipe.log
         self._callbacks = callbacks
         self._console = Console()
         self._progress: Progress | None = None
@@ -130,7 +130,7 @@ class RunFolder:
 
         Raises CheckpointError when the folder holds a run with other settings, or another process is training there.
         """
-        engine = self._engine
+        engine = self.engine
         self._lock()
         if engine.is_main and self.recipe.resume == "restart":
             self._set_aside()
@@ -174,7 +174,7 @@ class RunFolder:
 
     def _lock(self) -> None:
         problem = None
-        if self._engine.is_main:
+        if self.engine.is_main:
             try:
                 hold_folder(self.path)
             except BlockingIOError:
@@ -182,7 +182,7 @@ class RunFolder:
                     f"another process is training in {self.path}; wait for it or stop it, or choose another "
                     "run_dir"
                 )
-        if (problem := self._engine.from_main(problem)) is not None:
+        if (problem := self.engine.from_main(problem)) is not None:
             raise CheckpointError(problem)
 
     def _set_aside(self) -> None:
@@ -221,11 +221,11 @@ class RunFolder:
 
         `always` saves now. After a signal the process leaves with exit code 128 + signal, the checkpoint on disk.
         """
-        stop = int(self._engine.max(self._signal or 0))
+        stop = int(self.engine.max(self._signal or 0))
         every = self._checkpoint.every
         if stop or always or step == num_steps or (every and step % every == 0):
-            full = {"settings": flatten(self.recipe), "world_size": self._engine.world_size, **state}
-            folder = save_checkpoint(self._engine, self.path, step, full, self._checkpoint.keep)
+            full = {"settings": flatten(self.recipe), "world_size": self.engine.world_size, **state}
+            folder = save_checkpoint(self.engine, self.path, step, full, self._checkpoint.keep)
             if stop:
                 name = signal.Signals(stop).name
                 self.say(f"{name}: saved {folder}; run the same command again to go on from step {step}")
@@ -239,10 +239,10 @@ class RunFolder:
 
     def record(self, step: int, metrics: dict[str, float], shown: tuple[str, ...]) -> None:
         """One row to metrics.jsonl, the trackers, and (every `log.every` steps) the console."""
-        if not self._engine.is_main:
+        if not self.engine.is_main:
             return
         self.metrics.write({"step": step, **metrics})
-        self._engine.log(metrics, step)
+        self.engine.log(metrics, step)
         for callback in self._callbacks:
             callback(step, metrics)
         if step % self.log.every == 0 or step <= 1:
@@ -252,13 +252,13 @@ class RunFolder:
 
     def write_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Sample rows to completions.jsonl, the first few to the console."""
-        if self._engine.is_main and rows:
+        if self.engine.is_main and rows:
             self.completions.write(*({"step": step, **row} for row in rows))
             self.say(sample_table(rows[: self.log.num_samples], step))
 
     def start_progress(self, description: str, done: int, total: int) -> None:
         """Show a bar, in place of an earlier one."""
-        if self._engine.is_main:
+        if self.engine.is_main:
             if self._progress is not None:
                 self._progress.stop()
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -273,11 +273,11 @@ class RunFolder:
 
     def say_data(self, report: str) -> None:
         """Show what was read. Raises ConfigError when the processes have read different data."""
-        require_same(self._engine, {"data": report}, "data")
+        require_same(self.engine, {"data": report}, "data")
         self.say(report)
 
     def say(self, message: object) -> None:
-        if self._engine.is_main:
+        if self.engine.is_main:
             self._console.print(message, highlight=False, soft_wrap=isinstance(message, str), markup=False)
 
     def close(self) -> None:
@@ -287,7 +287,7 @@ class RunFolder:
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         self._handlers_before = {}
-        self._engine.close()
+        self.engine.close()
 
 
 def _shown(key: str, value: float) -> str:

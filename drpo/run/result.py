@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from drpo.config import git_commit, package_versions
-from drpo.engine import Engine
 from drpo.models.export import save_policy
 from drpo.run.folder import RunFolder
 from drpo.run.metrics import read_metrics, reproducible
@@ -20,8 +19,6 @@ from drpo.run.metrics import read_metrics, reproducible
 class Result:
     """Where the model of a run goes: `<run_dir>/<name>` at the end, `<run_dir>/<name>_step_<n>` where asked before."""
 
-    recipe: Any
-    engine: Engine
     run: RunFolder
     trained: nn.Module
     "The prepared module that `model` is a part of."
@@ -32,7 +29,7 @@ class Result:
 
     def at_step(self, step: int) -> None:
         """Write the model as it is now, if `checkpoint.model_every` says so."""
-        every = self.recipe.checkpoint.model_every
+        every = self.run.recipe.checkpoint.model_every
         if every and step % every == 0:
             self._write(f"{self.name}_step_{step}")
 
@@ -44,11 +41,12 @@ class Result:
 
     def _write(self, name: str) -> Path:
         folder = self.run.path / name
-        with self.engine.whole_weights(self.trained):
-            if self.engine.is_main:
+        engine = self.run.engine
+        with engine.whole_weights(self.trained):
+            if engine.is_main:
                 card = model_card(self.run.recipe, self.data_report, self.run.metrics.path)
                 save_policy(self.model, self.tokenizer, folder, card)
-        self.engine.barrier()
+        engine.barrier()
         return folder
 
 

@@ -1,4 +1,4 @@
-"""The loop that SFT, reward models and preference training share: batches, one optimizer step each, evaluation."""
+"""Train offline: the loop that SFT, reward models and preference training share."""
 
 from __future__ import annotations
 
@@ -136,8 +136,6 @@ class OfflineRecipe:
 
 
 def fit(
-    recipe: OfflineRecipe,
-    engine: Engine,
     run: RunFolder,
     objective: Objective,
     stages: Sequence[Sequence[Any]],
@@ -158,6 +156,7 @@ def fit(
     on between steps. Raises ConfigError when batch.size does not divide over the processes, or a stage is no
     longer than the warm-up; FloatingPointError on inf or nan.
     """
+    recipe, engine = run.recipe, run.engine
     batch, optim, evaluation = recipe.batch, recipe.optim, recipe.eval
     if batch.size % engine.world_size:
         raise ConfigError(f"batch.size={batch.size} does not divide over {engine.world_size} processes")
@@ -166,13 +165,7 @@ def fit(
             "there are no held-out examples to evaluate on; set data.eval_split or data.eval_fraction, or turn the "
             "evaluation off with eval.every=0"
         )
-    schedule = [
-        (examples, stage_step, num_stage_steps, rate)
-        for examples in stages
-        for num_stage_steps in [recipe.num_steps or math.ceil(batch.num_epochs * len(examples) / batch.size)]
-        for stage_step in range(num_stage_steps)
-        for rate in [scheduled_rate(optim.learning_rate, optim, stage_step, num_stage_steps)]
-    ]
+    schedule = _schedule(recipe, stages)
     num_steps = len(schedule)
     optimizer = build_optimizer([objective.model.parameters()], optim, engine.casts_weights)
     module = engine.prepare(objective, optimizer)
@@ -208,6 +201,20 @@ def fit(
         if result is not None:
             result.at_step(step)
         run.save(step, num_steps, {})
+
+
+def _schedule(
+    recipe: OfflineRecipe, stages: Sequence[Sequence[Any]]
+) -> list[tuple[Sequence[Any], int, int, float]]:
+    """Of every step: the examples of its stage, its place in the stage, the stage's length, and the learning rate."""
+    batch, optim = recipe.batch, recipe.optim
+    return [
+        (examples, stage_step, num_stage_steps, rate)
+        for examples in stages
+        for num_stage_steps in [recipe.num_steps or math.ceil(batch.num_epochs * len(examples) / batch.size)]
+        for stage_step in range(num_stage_steps)
+        for rate in [scheduled_rate(optim.learning_rate, optim, stage_step, num_stage_steps)]
+    ]
 
 
 def take_step(

@@ -60,10 +60,8 @@ def ppo_update(
     trajectory: Trajectory,
     credit: Credit,
     config: PPOConfig,
-    *,
     train_policy: bool,
-    seed: int,
-    step: int,
+    draw: tuple[int, int],
     check_finite: Callable[[Tensor, str], None],
 ) -> dict[str, float]:
     """Optimise the actor-critic on a batch that every process holds whole; each computes its share of the rows.
@@ -71,14 +69,15 @@ def ppo_update(
         loss = sum_policy_tokens(clipped policy loss - entropy_coef * entropy) / N_policy
                + value_coef * sum_value_tokens(clipped value loss) / N_value
 
-    N counts the tokens of the whole minibatch over all micro-batches and processes, so the result does not
-    depend on how the minibatch is cut; without a critic the second term is missing. Takes num_epochs * num_minibatches
-    optimizer steps, fewer when `target_kl` ends it. Returns `_losses`' statistics, each a token mean per minibatch,
-    averaged over the minibatches, and `grad_norm` (mean, before clipping) and `num_optimizer_steps`.
+    N counts the tokens of the whole minibatch over all micro-batches and processes, so the result does not depend on
+    how the minibatch is cut. Its order depends on `draw`, the seed and the step. Without a critic the second term is
+    missing. Takes num_epochs * num_minibatches optimizer steps, fewer when `target_kl` ends it. Returns the statistics
+    of `_losses`, each a token mean per minibatch, averaged over the minibatches, and `grad_norm` (mean, before
+    clipping) and `num_optimizer_steps`.
     """
     totals: Counter[str] = Counter()
     grad_norms: list[float] = []
-    for rows in _minibatches(len(trajectory.scores), config, seed, step):
+    for rows in _minibatches(len(trajectory.scores), config, *draw):
         counts = (credit.policy_mask[rows].sum(), credit.value_mask[rows].sum())
         local = rows[engine.shard(len(rows))].to(trajectory.scores.device)
         parts = local.split(config.microbatch_size)

@@ -76,17 +76,15 @@ def train(
     objective = SFTObjective(policy, tokenizer.pad_token_id, recipe.loss_on, engine.device)
 
     sample = held_out_sampler(
-        recipe.sample,
+        recipe,
         engine,
         policy=policy,
         tokenizer=tokenizer,
         examples=splits.eval,
         rewards=rewards,
-        model=recipe.model,
-        seed=recipe.seed,
     )
-    result = Result(recipe, engine, run, objective, policy, tokenizer, splits.report, "policy")
-    fit(recipe, engine, run, objective, [splits.train], splits.eval, name="SFT", result=result, sample=sample)
+    result = Result(run, objective, policy, tokenizer, splits.report, "policy")
+    fit(run, objective, [splits.train], splits.eval, name="SFT", result=result, sample=sample)
     return result.finish()
 
 

@@ -36,7 +36,7 @@ from drpo.models.trunk import trunk_output
 from drpo.rewards import Completion
 from drpo.rollout import collect
 from drpo.tensors import pad_batch
-from drpo.trainers.preference import reference
+from drpo.trainers import reference
 from reward_models.score import RewardModelScorer
 
 KINDS = {"all weights": {}, "LoRA": {"lora": {"r": 4}}}

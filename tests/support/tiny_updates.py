@@ -73,10 +73,9 @@ class Update:
             self.trajectory,
             self.credit,
             PPOConfig(**config),
-            train_policy=train_policy,
-            seed=seed,
-            step=step,
-            check_finite=functools.partial(finite_or_stop, self.engine, self.run_dir, step),
+            train_policy,
+            (seed, step),
+            functools.partial(finite_or_stop, self.engine, self.run_dir, step),
         )
 
     def weights(self, part: str = "") -> Tensor:

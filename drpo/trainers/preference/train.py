@@ -75,20 +75,16 @@ def train(
     if recipe.reference_moves:
         engine.keep_in_state(reference.module)
     sample = held_out_sampler(
-        recipe.sample,
+        recipe,
         engine,
         policy=policy,
         tokenizer=tokenizer,
         examples=splits.eval,
         rewards=rewards,
-        model=recipe.model,
-        seed=recipe.seed,
         reference_logprobs=None if recipe.reference_moves else _sample_scorer(reference),
     )
-    result = Result(recipe, engine, run, objective, policy, tokenizer, data.report, "policy")
+    result = Result(run, objective, policy, tokenizer, data.report, "policy")
     fit(
-        recipe,
-        engine,
         run,
         objective,
         data.stages,

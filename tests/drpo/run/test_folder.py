@@ -343,7 +343,7 @@ def test_samples_go_to_the_file_and_the_first_to_the_console(recipe, capsys):
 
 def test_finite_values_pass(recipe):
     run, _ = opened(recipe)
-    finite_or_stop(run._engine, run.path, 1, torch.tensor([[1.0, -2.0], [3.0, 1e38]]), "the loss")
+    finite_or_stop(run.engine, run.path, 1, torch.tensor([[1.0, -2.0], [3.0, 1e38]]), "the loss")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -351,13 +351,13 @@ def test_a_value_that_is_not_finite_stops_naming_step_rows_and_checkpoint(recipe
     run, _ = opened(recipe)
     values = torch.tensor([[1.0, 2.0], [3.0, bad], [bad, bad]])
     with pytest.raises(FloatingPointError) as caught:
-        finite_or_stop(run._engine, run.path, 7, values, "the reward", ["a:1", "a:2", "b:9"])
+        finite_or_stop(run.engine, run.path, 7, values, "the reward", ["a:1", "a:2", "b:9"])
     message = str(caught.value)
     assert message.startswith("step 7: the reward is not finite in row(s) 1 (a:2), 2 (b:9) of rank 0")
     assert message.endswith("last checkpoint: none")
     steps(run, 1, 2)
     with pytest.raises(FloatingPointError, match="last checkpoint: .*step_2$"):
-        finite_or_stop(run._engine, run.path, 7, values[:, 1], "the loss")
+        finite_or_stop(run.engine, run.path, 7, values[:, 1], "the loss")
 
 
 @pytest.mark.parametrize(

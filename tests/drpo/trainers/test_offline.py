@@ -73,7 +73,7 @@ def fitted_in_stages(recipe: OfflineRecipe, objective: Weight, stages: list, hel
     engine = Engine(recipe.engine, Path(recipe.run_dir), recipe.seed, recipe.optim.max_grad_norm)
     run = RunFolder(recipe, engine)
     try:
-        fit(recipe, engine, run, objective, stages, held_out, name="test", **further)
+        fit(run, objective, stages, held_out, name="test", **further)
     finally:
         run.close()
         forget_precision()

@@ -24,10 +24,10 @@ from drpo.data.tasks.demo import DemoConfig
 from drpo.engine import Engine, EngineConfig
 from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch
+from drpo.trainers.preference import reference_cache
 from drpo.trainers.preference.dataset_logprobs import all_logprobs
 from drpo.trainers.preference.pair_objective import block_logprobs
 from drpo.trainers.preference.recipe import PreferenceRecipe
-from drpo.trainers.preference import reference_cache
 
 RUN = {"num_steps": 2, "eval": {"every": 2}}
 

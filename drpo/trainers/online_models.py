@@ -1,0 +1,134 @@
+"""Load what an online run trains and samples from: policy, critic and reference, prepared and checked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from drpo.config import ConfigError
+from drpo.data.load import Splits
+from drpo.engine import Engine
+from drpo.models.actor_critic import ActorCritic
+from drpo.models.loading import fresh_critic, load_critic, load_policy
+from drpo.models.positions import check_sampling
+from drpo.models.scalar_head import ScalarModel
+from drpo.models.scoring import response_logprobs
+from drpo.models.stops import check_stop_token, stop_ids
+from drpo.models.vocabulary import check_same_texts, check_trained_alike
+from drpo.optim import build_optimizer
+from drpo.rewards import BoundedRewardFn, RewardFn, TrunkRewardFn
+from drpo.rollout.collect import Measured
+from drpo.rollout.generator import Generator, vocabulary_of
+from drpo.tensors import PaddedBatch
+from drpo.trainers.online_recipe import OnlineRecipe
+from drpo.trainers.reference import policy_as_it_starts
+
+
+@dataclass(frozen=True)
+class OnlineModels:
+    """The models of an online run."""
+
+    engine: Engine
+    actor_critic: ActorCritic
+    prepared: nn.Module
+    "The actor-critic as the engine wrapped it: its forwards have gradients on all processes."
+    generator: Generator
+    reference_logprobs: Callable[..., Tensor]
+    "Of a batch and, where there is one, the output of the frozen trunk."
+    notes: list[str]
+    "Warnings for the user."
+
+    @torch.no_grad()
+    def measure(self, batch: PaddedBatch, trunk: Tensor | None) -> Measured:
+        """Log-probs, entropy, values and reference log-probs, by the same forward as training."""
+        with self.engine.autocast():
+            own = self.actor_critic(
+                batch.queries, batch.query_mask, batch.responses, batch.response_mask, trunk
+            )
+            return Measured(*own, self.reference_logprobs(batch, trunk))
+
+
+def load_models(
+    recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer, reward_fn: RewardFn
+) -> OnlineModels:
+    """Load and prepare policy, critic and reference; a reward model that can stands on the policy's frozen trunk.
+
+    Raises ConfigError for models that do not fit each other, the data or the settings.
+    """
+    policy = load_policy(recipe.model, tokenizer, recipe.seed)
+    check_stop_token(policy, tokenizer)
+    rollout = recipe.rollout
+    vocabulary = vocabulary_of(tokenizer, policy.config.vocab_size, stop_ids(policy), rollout.bad_tokens)
+    critic = _load_critic(recipe, policy, tokenizer) if recipe.advantage.needs_critic else None
+    actor_critic = ActorCritic(
+        policy,
+        critic,
+        temperature=rollout.sampling.temperature,
+        suppressed_ids=vocabulary.suppressed_ids,
+        entropy_gradient=recipe.ppo.entropy_coef > 0,
+    )
+    if isinstance(reward_fn, TrunkRewardFn):
+        reward_fn.share_trunk(policy)
+    notes = _check_positions(recipe, splits, policy, critic, reward_fn)
+    trained = [module for module in (policy, critic) if module is not None]
+    optimizer = build_optimizer(
+        [module.parameters() for module in trained], recipe.optim, engine.casts_weights
+    )
+    prepared = engine.prepare(actor_critic, optimizer)
+    reference_logprobs = _reference(recipe, engine, tokenizer, policy, vocabulary.suppressed_ids)
+    generator = Generator(
+        policy,
+        tokenizer,
+        vocabulary,
+        rollout.sampling,
+        rollout.max_response_length,
+        rollout.generation_batch_size,
+        recipe.seed,
+    )
+    return OnlineModels(engine, actor_critic, prepared, generator, reference_logprobs, notes)
+
+
+def _load_critic(recipe: OnlineRecipe, policy, tokenizer) -> ScalarModel:
+    if recipe.critic.path is None:
+        return fresh_critic(policy, recipe.model, recipe.seed)
+    chat, arguments = recipe.data.chat_template, recipe.data.chat_template_kwargs
+    check_same_texts(tokenizer, recipe.critic.path, "critic.path", chat)
+    check_trained_alike(recipe.critic.path, "critic.path", chat, arguments)
+    return load_critic(recipe.critic.path, recipe.model, recipe.seed, policy)
+
+
+def _check_positions(
+    recipe: OnlineRecipe, splits: Splits, policy, critic: ScalarModel | None, reward_fn: RewardFn
+) -> list[str]:
+    """Refuse prompts and responses that are longer than a model has positions; warnings where rotary ones go on."""
+    examples, length = [*splits.train, *splits.eval], recipe.rollout.max_response_length
+    longest = max(len(example.query_ids) for example in examples) + length
+    limit = reward_fn.max_tokens if isinstance(reward_fn, BoundedRewardFn) else None
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"reward.path: prompts and responses take up to {longest} tokens, and the reward model has {limit} "
+            f"positions; set data.max_prompt_length, or lower rollout.max_response_length={length}"
+        )
+    key = "rollout.max_response_length"
+    if critic is not None and recipe.critic.path is not None:
+        check_sampling(critic, examples, length, "critic.path", key)
+    return check_sampling(policy, examples, length, "model.path", key)
+
+
+def _reference(
+    recipe: OnlineRecipe, engine: Engine, tokenizer, policy, suppressed_ids: tuple[int, ...]
+) -> Callable[..., Tensor]:
+    """Log-probs under the policy as it was: of a batch and, where there is one, the output of the frozen trunk."""
+    reference = policy_as_it_starts(recipe.model, engine, tokenizer, policy, recipe.seed)
+    score = functools.partial(
+        response_logprobs, temperature=recipe.rollout.sampling.temperature, suppressed_ids=suppressed_ids
+    )
+
+    def logprobs(batch: PaddedBatch, trunk: Tensor | None = None) -> Tensor:
+        return reference.apply(score, batch, trunk=trunk).logprobs
+
+    return logprobs
