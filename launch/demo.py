@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded demo: SFT, reward model, PPO and DR-PO, their curves, and how they compare.
+"""Run the whole pipeline on the embedded demo: SFT, reward model, PPO and DR-PO, their curves, and how they compare.
 
 python launch/demo.py
 """
@@ -14,23 +14,13 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 from rich.console import Console
-from rich.table import Table
 
-from drpo.data.encode import encode_query, encode_response
-from drpo.data.tasks.demo import DemoConfig
-from drpo.data.tasks.demo_errors import ERROR_KINDS, make_faulty_summaries
-from drpo.engine import Engine, EngineConfig
-from drpo.models.tokenizer import load_tokenizer
-from drpo.rewards import Completion
-from drpo.run.metrics import read_metrics
 from launch.command_line import quieten_libraries
 from launch.demo_inputs import DEMO_RUNS
-from reward_models.score import RewardModelScorer
+from launch.demo_results import error_table, evaluations, plot
 
 STAGES = ("sft", "reward_model", "ppo", "drpo")
 REPORT = DEMO_RUNS / "compare" / "report.html"
-
-CURVES = {"true reward": "eval/true_reward", "reward-model score": "eval/score"}
 
 
 def main() -> None:
@@ -54,58 +44,6 @@ def launch(stage: str) -> None:
     print(f"\n=== {stage}: launch/{stage}.py demo/{stage}.yaml", flush=True)
     if subprocess.run([sys.executable, str(HERE / f"{stage}.py"), f"demo/{stage}.yaml"]).returncode:
         raise SystemExit(f"demo.py: the stage {stage} failed; the same command again goes on from there")
-
-
-def evaluations(run: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics that hold an evaluation, first to last."""
-    return [row for row in read_metrics(run / "metrics.jsonl") if "eval/score" in row]
-
-
-def error_table(reward_model: Path) -> Table:
-    """Reward-model accuracy by kind of error: how often a reference beats the same reference with one fault."""
-    engine = Engine(EngineConfig(trackers=[]), DEMO_RUNS, seed=0, max_grad_norm=None)
-    scorer = RewardModelScorer.load(str(reward_model), engine, 128, "float32", str(reward_model))
-    tokenizer = load_tokenizer(reward_model)
-    summaries = make_faulty_summaries(DemoConfig())
-
-    def scores(texts: list[str], ended: list[bool]):
-        completions = []
-        for summary, text, end in zip(summaries, texts, ended, strict=True):
-            query = encode_query(tokenizer, summary.record.prompt)
-            response = encode_response(tokenizer, text)
-            response = response if end else response[:-1]
-            completions.append(Completion(summary.record.prompt, text, end, query, response, summary.record))
-        return scorer(completions)
-
-    references = scores([s.record.completion for s in summaries], [True] * len(summaries))
-    faulty = scores([s.response for s in summaries], [s.ended for s in summaries])
-    result = Table(title="reward model: a held-out reference against itself with one fault")
-    for name in ("kind of error", "accuracy", "mean score of reference", "mean score of faulty"):
-        result.add_column(name, justify="left" if name == "kind of error" else "right")
-    for kind in ERROR_KINDS:
-        rows = [row for row, summary in enumerate(summaries) if summary.kind == kind]
-        wins = (references[rows] > faulty[rows]).float().mean()
-        result.add_row(kind, f"{wins:.3f}", f"{references[rows].mean():.2f}", f"{faulty[rows].mean():.2f}")
-    return result
-
-
-def plot(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """True reward and reward-model score on held-out prompts over training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharex=True)
-    for axis, (name, key) in zip(axes, CURVES.items(), strict=True):
-        for policy, rows in runs.items():
-            axis.plot([row["step"] for row in rows], [row[key] for row in rows], marker="o", label=policy)
-        axis.set_xlabel("step")
-        axis.set_title(f"{name}, held-out prompts")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":
