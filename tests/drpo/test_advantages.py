@@ -1,4 +1,4 @@
-"""GAE against hand-worked values, a plain loop, and the identities that it must satisfy."""
+"""GAE and leave-one-out against hand-worked values, plain loops, and the identities that they must satisfy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from drpo.advantages import gae
+from drpo.advantages import gae, rloo
 
 T, F = True, False
 
@@ -137,3 +137,34 @@ def test_inputs_are_not_changed():
     before = [x.clone() for x in episodes]
     gae(*episodes, 1.0, 0.95)
     assert all(torch.equal(x, y) for x, y in zip(episodes, before, strict=True))
+
+
+# --- leave-one-out ----------------------------------------------------------------------------------------
+
+
+def test_rloo_by_hand():
+    # Two prompts of three rollouts. Returns 3, 0, 1.5 and -1, -1, 4:
+    #   3 - (0 + 1.5) / 2 = 2.25,  0 - (3 + 1.5) / 2 = -2.25,  1.5 - (3 + 0) / 2 = 0
+    #   -1 - (-1 + 4) / 2 = -2.5 twice,  4 - (-1 - 1) / 2 = 5
+    rewards = torch.tensor([[1.0, 2.0], [0.0, 9.0], [2.0, -0.5], [-1.0, 9.0], [9.0, -1.0], [0.0, 4.0]])
+    mask = torch.tensor([[T, T], [T, F], [T, T], [T, F], [F, T], [T, T]])
+    expected = [[2.25, 2.25], [-2.25, 0], [0, 0], [-2.5, 0], [0, -2.5], [5, 5]]
+    torch.testing.assert_close(rloo(rewards, mask, 3), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 6])
+def test_rloo_of_a_group_sums_to_zero_and_ignores_a_constant(group_size):
+    rewards, _, mask = random_episodes(5, rows=12)
+    mask[:, 0] = True  # no empty row: a return has a token
+    first = mask.long().argmax(dim=1, keepdim=True)
+    advantages = rloo(rewards, mask, group_size)
+    each = advantages.gather(1, first).view(-1, group_size)
+    torch.testing.assert_close(each.sum(dim=1), torch.zeros(12 // group_size, dtype=torch.float64))
+    shifted = rewards.scatter_add(1, first, torch.full((12, 1), 7.0, dtype=torch.float64))
+    torch.testing.assert_close(rloo(shifted, mask, group_size), advantages)
+
+
+@pytest.mark.parametrize(("rows", "group_size"), [(4, 1), (4, 3), (4, 0)])
+def test_rloo_needs_whole_groups_of_two_or_more(rows, group_size):
+    with pytest.raises(ValueError, match=f"4 rollouts do not make groups of {group_size}"):
+        rloo(torch.ones(rows, 2), torch.ones(rows, 2, dtype=torch.bool), group_size)

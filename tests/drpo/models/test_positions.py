@@ -21,7 +21,7 @@ from drpo.models.tokenizer import train_tokenizer
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms
 from drpo.trainers import sft
 from drpo.trainers.preference.recipe import PreferenceRecipe
-from drpo.trainers.preference.train import train as preference
+from drpo.trainers.preference import train as preference
 from drpo.trainers.sft import SFTRecipe
 from reward_models import train as reward_model
 

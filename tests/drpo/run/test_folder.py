@@ -57,7 +57,8 @@ def handlers():
 
 
 def opened(recipe: Recipe) -> tuple[RunFolder, dict | None]:
-    engine = Engine(replace(recipe.engine, trackers=[]), Path(recipe.run_dir), 0, max_grad_norm=None)
+    config = replace(recipe.engine, trackers=[])
+    engine = Engine(config, Path(recipe.run_dir), 0, max_grad_norm=None, handles_signals=True)
     module = nn.Linear(1, 1)
     engine.prepare(module, torch.optim.AdamW(module.parameters()))
     run = RunFolder(recipe, engine)
