@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 from drpo.config import ConfigError
-from launch.environment import environment_text
 
 LAUNCH = Path(__file__).resolve().parent
 COMMANDS = (
@@ -38,6 +37,8 @@ def _run(arguments: list[str]) -> None:
         case [] | ["-h" | "--help", *_]:
             print(__doc__.strip())
         case ["env", *_]:
+            from launch.environment import environment_text  # torch is slow to import, and only this needs it
+
             print(environment_text())
         case ["launch", *rest]:
             _launch(rest)
@@ -78,3 +79,7 @@ def _module(command: str) -> str:
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command}; there are {', '.join(COMMANDS)}, launch and env")
     return command.replace("-", "_")
+
+
+if __name__ == "__main__":
+    main()

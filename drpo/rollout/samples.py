@@ -1,4 +1,4 @@
-"""Sample completions, as rows of completions.jsonl and as a table on the console, forced prefixes marked."""
+"""Sample completions, as rows of samples.jsonl and as a table on the console, forced prefixes marked."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A run's folder and its life: who owns it, what is in it, resuming it, and stopping it on a signal.
 
-The contract (docs/recipes.md): `config.yaml`, `metrics.jsonl`, `completions.jsonl`, `checkpoints/step_<n>/`
+The contract (docs/recipes.md): `config.yaml`, `metrics.jsonl`, `samples.jsonl`, `checkpoints/step_<n>/`
 and, at the end, the result (`policy/` or `reward_model/`).
 """
 
@@ -82,7 +82,7 @@ class LogConfig:
     """Online runs only: write sample rollouts after the first step and then every so many steps; 0 for never. Every
     evaluation writes its completions besides."""
     num_samples: int = 4
-    """Rollouts a sample has, and completions shown on the console (completions.jsonl gets all of an evaluation)."""
+    """Rollouts a sample has, and completions shown on the console (samples.jsonl gets all of an evaluation)."""
 
     def __post_init__(self) -> None:
         for name in ("every", "num_samples"):
@@ -110,7 +110,7 @@ class RunFolder:
     def __init__(self, recipe: Any, engine: Engine, callbacks: Sequence[Callback] = ()) -> None:
         self.path = Path(recipe.run_dir)
         self.metrics = JsonLines(self.path / "metrics.jsonl")
-        self.completions = JsonLines(self.path / "completions.jsonl")
+        self.samples = JsonLines(self.path / "samples.jsonl")
         # With the precision that null stood for: it depends on the machine, and the folder may move to another one.
         precise = dataclasses.replace(recipe.engine, mixed_precision=engine.precision)
         self.recipe = dataclasses.replace(recipe, engine=precise)
@@ -155,7 +155,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             step = state["step"] if state else -1
             self.metrics.keep_up_to(step)
-            self.completions.keep_up_to(step)
+            self.samples.keep_up_to(step)
             save_resolved(self.recipe, self.path / "config.yaml")
         engine.start_trackers(flatten(self.recipe))
         for number in (signal.SIGTERM, signal.SIGINT) if engine.handles_signals else ():
@@ -251,9 +251,9 @@ class RunFolder:
             )
 
     def write_samples(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Sample rows to completions.jsonl, the first few to the console."""
+        """Write sample rows to samples.jsonl, the first few to the console."""
         if self.engine.is_main and rows:
-            self.completions.write(*({"step": step, **row} for row in rows))
+            self.samples.write(*({"step": step, **row} for row in rows))
             self.say(sample_table(rows[: self.log.num_samples], step))
 
     def start_progress(self, description: str, done: int, total: int) -> None:

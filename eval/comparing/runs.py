@@ -246,7 +246,7 @@ def _training_run(policy: str) -> tuple[str | None, list[dict[str, Any]]]:
     folder = Path(policy).parent
     if not (Path(policy).is_dir() and (folder / "metrics.jsonl").is_file()):
         return None, []
-    config, samples = folder / "config.yaml", folder / "completions.jsonl"
+    config, samples = folder / "config.yaml", folder / "samples.jsonl"
     rollouts = []
     if samples.is_file():
         on_the_way = re.search(r"_step_(\d+)$", Path(policy).name)  # written by checkpoint.model_every

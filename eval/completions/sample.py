@@ -153,7 +153,7 @@ def open_file(
 def _open(path: Path, meta: Mapping[str, Any]) -> CompletionsWriter:
     if path.exists() and not path.with_suffix(".meta.json").exists():
         raise DataError(
-            f"{path} is there without {path.with_suffix('.meta.json').name}: a training run's samples, or a file from "
+            f"{path} is there without {path.with_suffix('.meta.json').name}: a file from "
             "elsewhere; choose another run_dir"
         )
     return CompletionsWriter(path, meta)

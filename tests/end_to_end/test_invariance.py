@@ -193,9 +193,7 @@ def assert_same_preferences(folder: Path, prefix: str, names=PREFERENCES) -> Non
         assert_same_policy(one, other, 2e-4)
         rows = metrics_of(one)
         assert len(rows) == 4 and "eval/loss" in rows[-1] and "eval/length" in rows[-1]
-        texts = [
-            (folder / f"{p}_{name}" / "completions.jsonl").read_text().splitlines() for p in ("one", prefix)
-        ]
+        texts = [(folder / f"{p}_{name}" / "samples.jsonl").read_text().splitlines() for p in ("one", prefix)]
         left, right = ([json.loads(line) for line in lines] for lines in texts)
         assert [row["continuation"] for row in left] == [row["continuation"] for row in right]
         assert len(left) == 10  # 5 prompts at 2 evaluations

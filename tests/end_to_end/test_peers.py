@@ -210,7 +210,7 @@ def test_11_evaluation_logging_samples_and_checkpoints_come_when_asked_for(onlin
     assert steps_with(rows, "ppo/") == [1, 2, 3, 4, 5]
     shown = re.findall(r"^step (\d+):", capsys.readouterr().out, flags=re.M)
     assert [int(step) for step in shown] == [0, 1, 3]
-    samples = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     steps = {kind: {s["step"] for s in samples if s["split"] == kind} for kind in ("rollout", "eval")}
     assert steps == {"rollout": {1, 4}, "eval": {0, 2, 4, 5}}
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_4", "step_5"}
@@ -219,7 +219,7 @@ def test_11_evaluation_logging_samples_and_checkpoints_come_when_asked_for(onlin
 def test_11_nothing_comes_when_it_is_off(online_run):
     rows, folder = online_run(num_steps=2)
     assert steps_with(rows, "eval/") == []
-    assert not (folder / "completions.jsonl").exists()
+    assert not (folder / "samples.jsonl").exists()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_2"]  # the end is always saved
 
 

@@ -70,7 +70,7 @@ def test_the_whole_chain_runs_in_a_few_steps(task, launcher, tmp_path):
 
 
 def completions(run_dir: Path) -> tuple[list[dict], list[dict]]:
-    rows = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     return [row for row in rows if row["split"] == "rollout"], [row for row in rows if row["split"] == "eval"]
 
 

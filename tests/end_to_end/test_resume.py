@@ -63,7 +63,7 @@ def test_killed_and_resumed_equals_uninterrupted(folder, launcher):
 
 
 def completions(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
 
 
 def test_sigterm_saves_says_so_and_the_run_goes_on(folder):

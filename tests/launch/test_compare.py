@@ -52,7 +52,7 @@ def policies(tmp_path_factory) -> Path:
         "continuation": " soap",
     }
     rows = [{**rollout, "step": step, "ended": True, "scores": {"score": 0.5}} for step in (1, 7)]
-    (run_folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run_folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -134,7 +134,7 @@ def test_a_comparison_from_policies_to_report(folder, capsys):
 def test_a_policy_on_the_way_has_no_rollouts_of_later_steps(folder):
     for place in ("policies/policy_step_3", "policies/policy"):
         shutil.copytree("runs/a_0/policy", place)
-    for name in ("metrics.jsonl", "completions.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl"):
         shutil.copy(f"runs/a_0/{name}", "policies")
     systems = [
         {"name": "early", "policies": ["policies/policy_step_3"]},

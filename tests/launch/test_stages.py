@@ -158,7 +158,7 @@ def test_the_last_line_is_the_path_of_the_result(chain):
     assert last_line(out) == str(folder / "first" / "policy")
     assert sorted(path.name for path in (folder / "first").iterdir()) == [
         "checkpoints",
-        "completions.jsonl",
+        "samples.jsonl",
         "config.yaml",
         "metrics.jsonl",
         "policy",
@@ -192,7 +192,7 @@ def test_metrics_have_a_row_a_step_and_completions_their_step(chain):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert all("time/step" in row and "perf/episodes_per_second" in row for row in rows[1:])
     assert all(isinstance(value, int | float) for row in rows for value in row.values())
-    samples = [json.loads(line) for line in (folder / "first" / "completions.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (folder / "first" / "samples.jsonl").read_text().splitlines()]
     assert {row["step"] for row in samples} == {0, 1, 2, 4}  # evaluations and every other step
     assert all({"prompt", "prefix", "continuation", "ended", "scores"} <= row.keys() for row in samples)
 
@@ -223,7 +223,7 @@ def test_the_reward_model_is_such_a_folder_too_and_scores_every_completion(chain
     model = RewardModel.from_pretrained(folder / "rm" / "reward_model")
     assert model.config.centre != 0
     assert "score:\n  aggregation: last" in (folder / "rm" / "reward_model" / "README.md").read_text()
-    samples = [json.loads(line) for line in (folder / "first" / "completions.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (folder / "first" / "samples.jsonl").read_text().splitlines()]
     scores = [row["scores"]["score"] for row in samples if row["split"] == "eval" and row["step"] == 4]
     assert len(set(scores)) == 8
     assert metrics_of(folder / "first")[-1]["eval/score"] == pytest.approx(sum(scores) / 8)
@@ -249,7 +249,7 @@ def test_a_users_reward_function_in_the_working_directory_is_found(folder):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert last_line(done.stdout) == str(folder / "mine" / "policy")
-    samples = [json.loads(line) for line in (folder / "mine" / "completions.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (folder / "mine" / "samples.jsonl").read_text().splitlines()]
     held_out = [row for row in samples if row["split"] == "eval"]
     assert held_out
     assert all(row["scores"]["score"] == len(row["continuation"].split()) for row in held_out)

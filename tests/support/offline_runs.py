@@ -14,8 +14,8 @@ from drpo.data.tasks.demo import true_rewards
 from drpo.engine import Engine
 from drpo.run.metrics import read_metrics, reproducible
 from drpo.trainers import sft
-from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.preference import train as preference
+from drpo.trainers.preference.recipe import PreferenceRecipe
 from reward_models import train as reward_model
 
 RECIPE = {

@@ -20,8 +20,8 @@ from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import train_tokenizer
 from drpo.rollout.sampler import SamplingConfig, draw_uniforms
 from drpo.trainers import sft
-from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.preference import train as preference
+from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.sft import SFTRecipe
 from reward_models import train as reward_model
 

@@ -69,7 +69,7 @@ def steps(run: RunFolder, first: int, last: int, num_steps: int = 4) -> None:
     """What a trainer does in each step."""
     for step in range(first, last + 1):
         run.record(step, {"train/loss": 1 / step}, ("train/loss",))
-        run.completions.write({"step": step, "text": "a"}, {"step": step, "text": "b"})
+        run.samples.write({"step": step, "text": "a"}, {"step": step, "text": "b"})
         run.save(step, num_steps, {"kl": step / 10})
 
 
@@ -130,7 +130,7 @@ def test_resuming_gives_the_state_and_drops_what_came_after_it(recipe):
     run, state = opened(recipe)
     assert (state["step"], state["kl"], state["world_size"]) == (2, 0.2, 1)
     assert written_steps(run.metrics.path) == [1, 2]
-    assert written_steps(run.completions.path) == [1, 1, 2, 2]
+    assert written_steps(run.samples.path) == [1, 1, 2, 2]
     steps(run, 3, 4)
     assert written_steps(run.metrics.path) == [1, 2, 3, 4]
 
@@ -330,7 +330,7 @@ def test_samples_go_to_the_file_and_the_first_to_the_console(recipe, capsys):
     row = {"prompt": "P [bold]", "prefix": "forced ", "ended": True, "scores": {"score": 0.5}}
     run.write_samples(3, [row | {"continuation": "alpha"}, row | {"continuation": "beta"}])
     run.write_samples(4, [])
-    written = read_metrics(run.completions.path)
+    written = read_metrics(run.samples.path)
     assert [(r["step"], r["continuation"], r["prefix"]) for r in written] == [
         (3, "alpha", "forced "),
         (3, "beta", "forced "),

@@ -32,7 +32,7 @@ def test_floats_come_back_exactly(tmp_path):
 
 
 def test_keep_up_to_drops_later_steps_and_keeps_earlier_lines_as_they_are(tmp_path):
-    lines = JsonLines(tmp_path / "completions.jsonl")
+    lines = JsonLines(tmp_path / "samples.jsonl")
     lines.write({"step": 1, "n": 0}, {"step": 1, "n": 1}, {"step": 2}, {"step": 3})
     before = lines.path.read_bytes().splitlines(keepends=True)
     lines.keep_up_to(2)
@@ -69,7 +69,7 @@ def test_a_file_that_is_not_there_stays_away(tmp_path):
 def test_a_last_line_cut_anywhere_by_a_kill_is_dropped(tmp_path):
     first = '{"step": 1, "text": "grün 猫"}\n'.encode()
     second = '{"step": 2, "text": "grün 猫"}\n'.encode()
-    lines = JsonLines(tmp_path / "completions.jsonl")
+    lines = JsonLines(tmp_path / "samples.jsonl")
     for length in range(len(second)):  # in the middle of a character too
         lines.path.write_bytes(first + second[:length])
         lines.keep_up_to(2)
@@ -84,7 +84,7 @@ def test_a_last_line_cut_anywhere_by_a_kill_is_dropped(tmp_path):
 )
 def test_line_separators_in_a_text_do_not_break_its_line(tmp_path, separator):
     rows = [{"step": 1, "text": f"a{separator}b"}, {"step": 2}]
-    lines = JsonLines(tmp_path / "completions.jsonl")
+    lines = JsonLines(tmp_path / "samples.jsonl")
     lines.write(*rows)
     assert read_metrics(lines.path) == rows
     lines.keep_up_to(1)

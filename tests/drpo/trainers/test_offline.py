@@ -142,7 +142,7 @@ def test_evaluates_the_first_examples_every_so_many_steps_and_after_the_last(tmp
     assert list(evaluated) == [2, 4, 5]
     assert all(row["eval/x"] == pytest.approx(16 / 2) for row in evaluated.values())
     assert [row["eval/true_reward"] for row in evaluated.values()] == [1.0, 2.0, 3.0]
-    written = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["continuation"]) for row in written] == [
         (2, "first"),
         (4, "second"),

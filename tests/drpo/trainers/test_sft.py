@@ -124,7 +124,7 @@ def test_samples_are_written_and_scored_at_every_evaluation(tmp_path):
         "reward_functions": {"true_reward": "drpo.data.tasks.demo:true_rewards"},
     }
     _, rows = run_sft(tmp_path / "run", sample=sample, eval={"every": 2})
-    written = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     for step in (2, 3):
         here = [row for row in written if row["step"] == step]
         assert len({row["prompt"] for row in here}) == 5

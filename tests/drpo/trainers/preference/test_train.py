@@ -100,7 +100,7 @@ def test_samples_are_written_and_their_kl_is_to_the_reference(preference_run, po
     rewards = {"true_reward": "drpo.data.tasks.demo:true_rewards"}
     sample = {"num_prompts": 4, "max_response_length": 6, "reward_functions": rewards}
     rows, folder = preference_run(sample=sample, eval={"every": 3})
-    written = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len({row["prompt"] for row in written}) == len(written) == 4
     for name in ("true_reward", "kl"):
         scores = [row["scores"][name] for row in written]
