@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,10 +80,15 @@ def test_two_processes_are_launched_with_a_shipped_config(tmp_path):
 @pytest.mark.slow
 def test_a_wheel_runs_the_chain_in_a_fresh_folder(tmp_path):
     """Recipes, accelerate configs, pages and prices are in it, and nothing reads the source tree."""
-    wheels, site, folder = (tmp_path / name for name in ("wheels", "site", "folder"))
+    source, wheels, site, folder = (tmp_path / name for name in ("source", "wheels", "site", "folder"))
     folder.mkdir()
+    names = ("drpo", "reward_models", "eval", "launch", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+    for name in names:  # a build leaves files in its source
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        source.mkdir(exist_ok=True)
+        copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(ROOT)]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)]
     subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = wheels.glob("drpo-*.whl")
     subprocess.run(

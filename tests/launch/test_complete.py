@@ -221,7 +221,7 @@ def test_a_file_made_elsewhere_joins_the_same_way(tmp_path):
 def test_the_samples_of_a_training_run_are_not_overwritten(policy_folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "completions.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(DataError, match="without completions.meta.json: a training run's samples"):
+    with pytest.raises(DataError, match="without completions.meta.json: a file from elsewhere"):
         complete(policy_folder, tmp_path / "run")
     assert (tmp_path / "run" / "completions.jsonl").read_text() == '{"step": 1}\n'
 
