@@ -30,7 +30,8 @@ LAYERS = (
         "reward_functions",
     ),
     ("models", "engine", "run.metrics", "optim"),
-    ("run", "rollout"),
+    ("run",),
+    ("rollout",),
     ("trainers", "inputs"),
     ("training",),
 )

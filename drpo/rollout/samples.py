@@ -1,18 +1,13 @@
-"""Sample completions, as rows of samples.jsonl and as a table on the console, forced prefixes marked."""
+"""Describe sample completions as rows of samples.jsonl, forced prefixes apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from drpo.data.encode import said_texts
 from drpo.rewards import Completion
 from drpo.rollout.trajectory import Trajectory
-
-PROMPT_TAIL = 160  # characters of a prompt that the table shows
 
 
 def rollout_samples(
@@ -50,19 +45,3 @@ def evaluation_sample(completion: Completion, scores: dict[str, float]) -> dict[
         "ended": completion.ended,
         "scores": scores,
     }
-
-
-def sample_table(rows: Sequence[dict[str, Any]], step: int) -> Table:
-    """A console table of sample rows; the forced prefix is shown in reverse."""
-    table = Table(title=f"samples at step {step} (forced prefix in reverse; | = stopped)", show_lines=True)
-    table.add_column("prompt", ratio=2, overflow="fold")
-    table.add_column("response", ratio=3, overflow="fold")
-    table.add_column("scores", justify="right")
-    for row in rows:
-        prompt = row["prompt"]
-        shown = prompt if len(prompt) <= PROMPT_TAIL else "..." + prompt[-PROMPT_TAIL:]
-        response = Text(row["prefix"], style="reverse") + Text(row["continuation"])
-        response.append(" |" if row["ended"] else " ...")
-        scores = "\n".join(f"{name} {value:.3f}" for name, value in row["scores"].items())
-        table.add_row(Text(shown), response, scores)
-    return table

@@ -28,7 +28,6 @@ from rich.progress import (
 
 from drpo.config import ConfigError, load_recipe, options, save_resolved
 from drpo.engine import Engine
-from drpo.rollout.samples import sample_table
 from drpo.run.checkpoints import (
     CheckpointError,
     list_checkpoints,
@@ -39,6 +38,7 @@ from drpo.run.checkpoints import (
 from drpo.run.lock import hold_folder, release_folder
 from drpo.run.metrics import JsonLines
 from drpo.run.same_view import require_same, require_shared_folder
+from drpo.run.sample_table import sample_table
 
 # Keys and sections that do not change what is computed: they may differ between a run and its resumption.
 FREE_ON_RESUME = (
