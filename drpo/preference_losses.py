@@ -102,6 +102,16 @@ def _require_gaps(valid_mask: Tensor, gaps: Tensor, scale: str, needed: str) -> 
 # --- losses of the margin ---------------------------------------------------------------------------------
 
 
+def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """Negative log-likelihood (B,), in nats, that the chosen response of each pair wins: the loss of reward models.
+
+        -log sigmoid(chosen_scores - rejected_scores)
+
+    Both are (B,). Equal scores cost log 2. Source: Stiennon et al. 2020, section 3.4.
+    """
+    return -F.logsigmoid(chosen_scores - rejected_scores)
+
+
 def dpo_loss(margins: Tensor) -> Tensor:
     """Negative log-likelihood (B,) that the chosen response wins, by Bradley-Terry on the implicit rewards.
 

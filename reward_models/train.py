@@ -18,12 +18,12 @@ from drpo.models.loading import load_policy
 from drpo.models.positions import check_examples
 from drpo.models.probes import can_probe_now, check_scalar_model
 from drpo.models.trunk import freeze_trunk
+from drpo.preference_losses import bradley_terry_loss
 from drpo.run.folder import Callback, RunFolder
 from drpo.run.result import Result
 from drpo.tensors import PaddedBatch, pad_batch
 from drpo.trainers.offline import BatchConfig, OfflineRecipe, RowObjective, Rows, fit
 from drpo.trainers.sft import tokenizer_for
-from reward_models.losses import bradley_terry_loss
 from reward_models.model import Aggregation, RewardModel
 
 

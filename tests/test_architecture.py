@@ -45,7 +45,6 @@ PURE = (
     "drpo.kl",
     "drpo.rewards",
     "drpo.rollout.trajectory",
-    "reward_models.losses",
     "eval.statistics.intervals",
     "eval.statistics.win_rate",
     "eval.statistics.position_bias",

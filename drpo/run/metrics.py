@@ -7,7 +7,6 @@ key is reproducible: a run that was killed and resumed writes the same values as
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -81,11 +80,6 @@ class Phases:
         """`time/<phase>` of every phase and `time/step` of the whole."""
         total = time.perf_counter() - self._start
         return {f"time/{name}": value for name, value in self._seconds.items()} | {"time/step": total}
-
-
-def non_finite(row: Mapping[str, float]) -> list[str]:
-    """The keys of a row whose values are inf or nan."""
-    return [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
 
 
 def peak_memory_gib(device: torch.device) -> float:

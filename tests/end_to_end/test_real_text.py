@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from real_data import DATA
 from tiny_runs import CLEAN, ddp
 
-from drpo.run.metrics import non_finite, read_metrics
+from drpo.run.metrics import read_metrics
 
 FILES = {"tldr": DATA / "tldr" / "axis.jsonl", "hh": DATA / "hh" / "harmless-base.jsonl.gz"}
 PROMPT_END = {"tldr": "\n\nTL;DR:", "hh": "\n\nAssistant:"}
@@ -58,7 +59,7 @@ def test_the_whole_chain_runs_in_a_few_steps(task, launcher, tmp_path):
     drpo = start(launcher, task, "drpo", tmp_path, *ONLINE)
     metrics = read_metrics(drpo / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2]
-    assert [non_finite(row) for row in metrics] == [[], [], []]
+    assert len(metrics) == 3 and all(math.isfinite(value) for row in metrics for value in row.values())
     assert all(row["ppo/num_optimizer_steps"] == 4 for row in metrics[1:])
     rollouts, evaluations = completions(drpo)
     assert len(rollouts) == 2 * 4 and len(evaluations) == 2 * 4

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from drpo.data.records import DataError
-from drpo.run.metrics import JsonLines, Phases, non_finite, read_metrics, reproducible
+from drpo.run.metrics import JsonLines, Phases, read_metrics, reproducible
 
 
 def test_rows_are_appended_one_object_a_line(tmp_path):
@@ -94,11 +94,6 @@ def test_line_separators_in_a_text_do_not_break_its_line(tmp_path, separator):
 def test_reproducible_leaves_out_times_and_throughput_only():
     row = {"step": 1, "time/step": 0.1, "perf/tokens": 9.0, "train/time/x": 1.0, "timed": 2.0, "eval/kl": 3.0}
     assert reproducible(row) == {"step": 1, "train/time/x": 1.0, "timed": 2.0, "eval/kl": 3.0}
-
-
-def test_non_finite_names_the_keys():
-    row = {"a": 1.0, "b": math.nan, "c": -math.inf, "d": 3, "e": math.inf}
-    assert non_finite(row) == ["b", "c", "e"]
 
 
 def test_phases_add_up_repeats_and_survive_errors():
