@@ -6,19 +6,18 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 from killed_runs import start, wait_for_step
 from tiny_runs import (
-    CLEAN,
     ONLINE,
     PREFERENCE,
     SEVERAL,
     SFT,
     ddp,
     deepspeed,
+    finished,
     metrics_of,
     partitioned,
     plain,
@@ -86,13 +85,7 @@ def test_a_finished_run_is_not_run_again(folder):
 
 def test_other_settings_are_refused_by_name(folder):
     run(plain("sft"), "sft.yaml", "run_dir=refused", cwd=folder)
-    done = subprocess.run(
-        [*plain("sft"), "sft.yaml", "run_dir=refused", "seed=5"],
-        cwd=folder,
-        env=CLEAN,
-        capture_output=True,
-        text=True,
-    )
+    done = finished(plain("sft"), "sft.yaml", "run_dir=refused", "seed=5", cwd=folder)
     assert done.returncode != 0
     assert "seed: 0 -> 5" in done.stderr and "resume=restart" in done.stderr
     assert "Traceback" not in done.stderr
@@ -102,9 +95,7 @@ def test_other_settings_are_refused_by_name(folder):
 def test_a_kl_above_the_guard_stops_or_rolls_back(folder, on_max):
     arguments = ["drpo.yaml", f"run_dir=guard_{on_max}", "kl.max_per_token=1e-6", f"kl.on_max={on_max}"]
     if on_max == "stop":
-        done = subprocess.run(
-            [*plain("drpo"), *arguments], cwd=folder, env=CLEAN, capture_output=True, text=True
-        )
+        done = finished(plain("drpo"), *arguments, cwd=folder)
         assert done.returncode != 0
         assert "kl.max_per_token=1e-06" in done.stderr and "guard_stop/checkpoints/step_1" in done.stderr
     else:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from online_runs import forget_precision
-from tiny_runs import CLEAN, PREFERENCE, metrics_of, plain, run, write_recipe
+from tiny_runs import PREFERENCE, finished, metrics_of, plain, run, write_recipe
 from transformers import AutoModelForCausalLM
 
 from drpo.trainers.preference.recipe import PreferenceRecipe
@@ -44,8 +43,7 @@ def test_a_run_leaves_a_policy_and_prints_its_path_last(folder):
 
 
 def test_an_error_is_one_message_on_standard_error(folder):
-    command = [*plain("dpo"), "dpo.yaml", "run_dir=failed", "loss.offset={}"]
-    done = subprocess.run(command, cwd=folder, env=CLEAN, capture_output=True, text=True)
+    done = finished(plain("dpo"), "dpo.yaml", "run_dir=failed", "loss.offset={}", cwd=folder)
     assert done.returncode == 1
     assert done.stderr.startswith("dpo.py: 1"), done.stderr  # 16 or so of as many pairs are bad
     assert "loss.offset needs chosen_score" in done.stderr and "own.jsonl:1" in done.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from label_runs import BETTER, WORSE, Client, better_slot, comparisons
-from tiny_runs import CLEAN, plain
+from tiny_runs import CLEAN, finished, plain
 
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
@@ -102,9 +102,7 @@ def test_annotators_in_the_recipe_get_an_address_each(folder):
     client = Client(process.url, "anna")
     pair = client.state()["pair"]
     assert client.label(pair["id"], "tie")[0] == 400
-    second = subprocess.run(
-        [*plain("label"), "label.yaml"], cwd=folder, env=CLEAN, capture_output=True, text=True, timeout=120
-    )
+    second = finished(plain("label"), "label.yaml", cwd=folder)
     assert second.returncode == 1 and "is open in another run of launch/label.py" in second.stderr
     assert process.end(signal.SIGINT) == 0
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from report_comparisons import comparison
-from tiny_runs import CLEAN, ROOT
+from tiny_runs import finished, plain
 
 from launch.report import main
 
 
 def test_writes_the_pages_anew_from_the_file_alone(tmp_path):
     (tmp_path / "comparison.json").write_text(json.dumps(comparison()), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "launch" / "report.py"), str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, env=CLEAN, capture_output=True, text=True)
+    done = finished(plain("report"), str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = Path(done.stdout.strip().splitlines()[-1])
     assert page == (tmp_path / "report.html").resolve()

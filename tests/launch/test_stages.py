@@ -22,6 +22,7 @@ from tiny_runs import (
     accelerate,
     ddp,
     deepspeed,
+    finished,
     metrics_of,
     plain,
     run,
@@ -101,6 +102,19 @@ def test_help_lists_the_keys_from_any_folder(script, tmp_path):
     assert out.startswith(f"usage: {script}.py [recipe.yaml] [section.key=value ...]")
     for key in ("run_dir", *KEYS[script]):
         assert re.search(rf"^  {re.escape(key)}  \(.*; default ", out, re.MULTILINE), key
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").rglob("*.py")), ids=lambda path: path.stem)
+def test_a_script_puts_the_project_before_its_own_folder(script):
+    """Else launch/drpo.py would hide the package drpo, whatever is imported next."""
+    code = script.read_text()
+    if "__main__" not in code or script.stem == "cli":
+        return
+    project = "parent" if script.parent.name == "launch" else "parents[1]"
+    first = re.search(r"^from (drpo|reward_models|eval|launch)\b", code, re.MULTILINE)
+    before = code[: first.start()]
+    assert "if Path(sys.path[0]).resolve() == HERE:" in before, f"{script} does not guard its imports"
+    assert f"    sys.path[0] = str(HERE.{project})\n" in before
 
 
 @pytest.mark.parametrize(
@@ -267,9 +281,7 @@ def test_a_users_reward_function_in_the_working_directory_is_found(folder):
     ids=["recipe", "data"],
 )
 def test_an_error_is_one_message_on_standard_error(folder, script, arguments, message):
-    done = subprocess.run(
-        [*plain(script), *arguments, "run_dir=failed"], cwd=folder, env=CLEAN, capture_output=True, text=True
-    )
+    done = finished(plain(script), *arguments, "run_dir=failed", cwd=folder)
     assert done.returncode == 1
     assert done.stderr.startswith(message), done.stderr
     assert "Traceback" not in done.stderr and "Traceback" not in done.stdout

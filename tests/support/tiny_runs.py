@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import warm_python
 import yaml
 
 from drpo.run.metrics import read_metrics, reproducible
@@ -126,11 +127,20 @@ def accelerate() -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch"]
 
 
+def finished(
+    command: list[str], *arguments: str, cwd: Path, env: dict[str, str] = CLEAN, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """A process that has run to its end; one of our scripts need not import torch for itself."""
+    whole = [*command, *arguments]
+    script = Path(whole[1])
+    if whole[0] == sys.executable and script.parent in (ROOT / "launch", ROOT / "launch" / "experiments"):
+        return warm_python.completed(whole, cwd, env, timeout)
+    return subprocess.run(whole, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
 def run(command: list[str], *arguments: str, cwd: Path, timeout: float = 300) -> str:
     """Run to the end; standard output. Fails with everything the process wrote."""
-    done = subprocess.run(
-        [*command, *arguments], cwd=cwd, env=CLEAN, capture_output=True, text=True, timeout=timeout
-    )
+    done = finished(command, *arguments, cwd=cwd, timeout=timeout)
     assert done.returncode == 0, f"code {done.returncode}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
     return done.stdout
 
