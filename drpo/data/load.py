@@ -197,7 +197,7 @@ def load_examples(
     if not train_examples and not held_out_only:
         raise DataError("\n".join(["no examples are left to train on", *report]))
     if config.noise.on:
-        train_examples, notes = _with_noise(train_examples, config, tokenizer)
+        train_examples, notes = add_noise(train_examples, config.noise)
         report += notes
     parts = {"eval": eval_examples} if held_out_only else {"train": train_examples, "eval": eval_examples}
     for name, part in parts.items():
@@ -300,12 +300,3 @@ def _encode(
         else:
             examples.append(example)
     return examples
-
-
-def _with_noise(
-    examples: list[Example], config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], list[str]]:
-    records, notes = add_noise([example.record for example in examples], config.noise)
-    queries = {example.record.marked_prompt: example.query_ids for example in examples}
-    # Every response has passed the length limit beside the prompt that it came from.
-    return list(encode_records(tokenizer, records, queries, "pairs", max_response_length=None)), notes
