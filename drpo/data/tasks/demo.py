@@ -17,10 +17,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from drpo.data.records import Record
 from drpo.data.tasks.demo_writers import ITEMS, Split, as_text, demonstrate, draw_post, draw_several, draw_two
+from drpo.data.tasks.task import Task
+from drpo.data.views import View, view_name
+
+if TYPE_CHECKING:
+    from drpo.data.load import DataConfig
 
 DemoView = Literal["demonstrations", "pairs", "prompts", "ranked"]
 
@@ -205,3 +210,14 @@ def make_demo(config: DemoConfig, view: DemoView, split: Split) -> list[Record]:
                 record = replace(record, responses=responses, scores=scores)
         records.append(record)
     return records
+
+
+def demo_records(config: DataConfig, view: View, split: Split) -> tuple[list[Record], list[str]]:
+    """Make the records of one split of a recipe, and a line for the report."""
+    made = "pairs" if view == "unpaired" else view
+    records = make_demo(config.demo, made, split)[: config.limit]
+    return records, [f"demo/{split}: {len(records)} {view_name(made)} made"]
+
+
+FILE_KEYS = ("path", "subset", "train_split", "eval_split", "eval_fraction", "split_seed", "columns")
+TASK = Task("demo", make=demo_records, eval_split="eval", unused=(*FILE_KEYS, "chat_template"))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from drpo.data.chat import ChatTemplate, is_conversation, require_messages, split_conversation
+from drpo.data.dialogue import ASSISTANT, HUMAN, dialogue, parse_turns, split_dialogue
 from drpo.data.files import Row, Table, convert_rows
 from drpo.data.records import (
     BadRows,
@@ -18,7 +19,7 @@ from drpo.data.records import (
     require_scores,
     require_text,
 )
-from drpo.data.tasks.hh import ASSISTANT, HUMAN, dialogue, parse_turns, split_dialogue
+from drpo.data.tasks.task import Task
 
 TEXT_FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "responses", "scores")
 EXTRA_FIELDS = ("label", "chosen_score", "rejected_score", "chosen_relevance", "rejected_relevance")
@@ -184,3 +185,10 @@ def _as_messages(prompt: Any, implicit: bool) -> list:
 def _json_value(value: Any) -> Any:
     """Values that JSON does not know, such as dates, are kept as text."""
     return value if isinstance(value, str | int | float | list | dict | None) else str(value)
+
+
+TASK = Task(
+    "own",
+    read=lambda table, bad, config, chat: (own_records(table, bad, config.columns, chat), []),
+    columns=FIELDS,
+)

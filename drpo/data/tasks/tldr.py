@@ -25,6 +25,7 @@ from drpo.data.records import (
     require_scores,
     require_text,
 )
+from drpo.data.tasks.task import Task
 
 ENDING = "\n\nTL;DR:"
 INSTRUCTION = "Summarize the following Reddit post in one or two sentences."
@@ -253,3 +254,12 @@ def _merge_ranked(records: list[Record]) -> list[Record]:
             )
         )
     return merged
+
+
+TASK = Task(
+    "tldr",
+    read=lambda table, bad, config, chat: tldr_records(table, bad, chat),
+    keep=keep_column,
+    truncation="paragraph",
+    by_paragraph=truncate_query,
+)
