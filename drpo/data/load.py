@@ -1,5 +1,4 @@
-"""Section `data` of a recipe, and the one way from it to tokenised examples: read, view, split, truncate,
-encode."""
+"""Section `data` of a recipe, and its way to tokenised examples: read, view, split, truncate, encode."""
 
 from __future__ import annotations
 
@@ -144,7 +143,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples to train on and held-out ones, and a report of what was read and left out."""
+    """Examples to train on and held-out ones, and a report of the rows that were read and left out."""
 
     train: list[Example]
     eval: list[Example]
@@ -156,12 +155,12 @@ def load_examples(
 ) -> Splits:
     """Read, split and encode the data of a recipe.
 
-    Demonstrations and unpaired responses have `completion_ids`, pairs `chosen_ids` and `rejected_ids`,
-    ranked rows `ranked_ids`, prompts (each distinct one once) whatever responses the data has. No prompt is
-    in both splits. Noise is put on the train split's pairs, after everything that cannot be used has been
-    left out. `held_out_only` leaves `train` empty, and its split unread where it can: whoever trains on nothing need
-    not wait for it. Raises DataError for data that is not there, for noise in another view, and when more than
-    `max_bad_fraction` of the rows, or of the examples made from them, are bad.
+    Demonstrations and unpaired responses have `completion_ids`, pairs `chosen_ids` and `rejected_ids`, ranked rows
+    `ranked_ids`, prompts (each distinct one once) those of all responses that the data has. No prompt is in both
+    splits. Noise is put on the train split's pairs, after everything that cannot be used has been left out.
+    `held_out_only` leaves `train` empty, and its split unread where possible. Raises DataError for missing data,
+    for noise in another view, and when more than `max_bad_fraction` of the rows, or of the examples made from them,
+    are bad.
     """
     if config.noise.on and view != "pairs":
         raise DataError(
@@ -203,8 +202,10 @@ def load_examples(
 
 
 def load_texts(config: DataConfig) -> list[str]:
-    """The distinct prompt and response texts of the train split, without held-out prompts: to train a
-    tokenizer on."""
+    """Return the distinct prompt and response texts of the train split, to train a tokenizer on.
+
+    Held-out prompts are left out.
+    """
     if config.chat_template:
         raise DataError(
             "data.chat_template=true needs a tokenizer that has one: none can be trained on the data"
@@ -222,7 +223,10 @@ def load_texts(config: DataConfig) -> list[str]:
 def read_records(
     config: DataConfig, split: str, view: View, chat: ChatTemplate | None, report: list[str]
 ) -> list[Record]:
-    """Read the records of one split, or make them for `view`, and add lines to the report; DataError as above."""
+    """Return the records of one split, read or made for `view`, and add lines to the report.
+
+    Raises DataError for missing data and for too many bad rows.
+    """
     task = TASKS[config.task]
     if task.make is not None:
         records, notes = task.make(config, view, split)
