@@ -87,6 +87,7 @@ class DataConfig:
             "eval_fraction",
             "must be at least 0 and below 1",
         )
+        check(self.task in TASKS, "task", f"must be one of {', '.join(TASKS)}")
         task = TASKS[self.task]
         if task.read is not None:
             check(bool(self.path), "path", f"must say where the data for data.task={self.task} is")
