@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from drpo.config import ConfigError
 from drpo.data.load import DataConfig
 from drpo.data.records import DataError
+from drpo.data.tasks.registry import TASKS
 from drpo.engine import Engine
 from drpo.models.loading import ModelConfig
 
@@ -63,7 +64,7 @@ def _with_model(config: ModelConfig, engine: Engine, model: Any, tokenizer: Any,
 def _with_records(config: DataConfig, engine: Engine, records: Any, folder: Path) -> DataConfig:
     if config.path is not None:
         raise ConfigError(f"records are given, and data.path={config.path} too: leave one out")
-    own = {} if config.task in ("tldr", "hh") else {"task": "own"}
+    own = {} if TASKS[config.task].read is not None else {"task": "own"}
     if isinstance(records, str | Path):
         return replace(config, path=str(records), **own)
     _write(engine, folder, lambda target: _save_rows(records, target))

@@ -1,5 +1,4 @@
-"""Conversations through the tokenizer's chat template: one prompt text, and the response texts that follow
-it."""
+"""Conversations in the tokenizer's chat template: one prompt text, and the response texts that follow it."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 
 
 def is_conversation(value: object) -> bool:
-    """Whether `value` is a non-empty list of messages, {"role": ..., "content": ...} each."""
+    """Return whether `value` is a non-empty list of messages, {"role": ..., "content": ...} each."""
     return (
         isinstance(value, list)
         and len(value) > 0
@@ -32,7 +31,7 @@ def is_conversation(value: object) -> bool:
 
 
 def require_messages(values: Sequence[object], field: str) -> list[Message]:
-    """The values as messages, without keys whose value is None; RowError for one that is no message, or has no role."""
+    """Return the values as messages, without keys whose value is None; RowError for one without a role."""
     for number, message in enumerate(values, start=1):
         where = f"message {number} of {field}"
         if not isinstance(message, Mapping):
@@ -44,12 +43,15 @@ def require_messages(values: Sequence[object], field: str) -> list[Message]:
 
 
 def without_none(messages: Sequence[Message]) -> list[Message]:
-    """The messages without keys whose value is None: columnar files give every message the keys of any."""
+    """Drop the keys of messages whose value is None.
+
+    Columnar files give every message the keys of any.
+    """
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def split_conversation(messages: Sequence[Message]) -> tuple[list[Message], str]:
-    """The messages before the last one, and the text of the last, which must be the assistant's."""
+    """Split off the text of the last message, which must be the assistant's."""
     last = messages[-1]
     if last["role"] != "assistant":
         raise RowError("no assistant turn", f"the last message is by {last['role']!r}")
@@ -61,12 +63,12 @@ def split_conversation(messages: Sequence[Message]) -> tuple[list[Message], str]
 
 
 class ChatTemplate:
-    """Renders prompts and responses so that prompt + response + stop token is the template's text of the whole
-    conversation, up to the token that ends the assistant's turn.
+    """The tokenizer's chat template, as renderer of prompts and responses.
 
-    `arguments` are the template's own (enable_thinking: false). A template that renders no header for the
-    assistant gets the one that it writes before a reply as the end of the prompt. Raises DataError, saying which
-    property is missing, if the tokenizer has no template or one that cannot be used.
+    Prompt + response + stop token is the template's text of the whole conversation, up to the token that ends the
+    assistant's turn. `arguments` are the template's own (enable_thinking: false). A template that renders no header
+    for the assistant gets the one that it writes before a reply as the end of the prompt. Raises DataError, naming
+    the property that is missing, if the tokenizer has no template or one that cannot be used.
     """
 
     def __init__(
@@ -101,11 +103,11 @@ class ChatTemplate:
         self.stop_token, self._tail = self._end_of_turn(question, stop_token)
 
     def render(self, messages: Sequence[Message], responses: Sequence[str]) -> tuple[str, list[str]]:
-        """The prompt as text and, for each response, the text that follows it up to the stop token.
+        """Render the prompt as text and, for each response, the text that follows it up to the stop token.
 
-        Raises RowError when a message has no role or no text, when the prompt does not end with a message to answer,
-        and when the template refuses the conversation, renders its prompt otherwise once a response follows, or
-        changes the response.
+        Raises RowError when a message has no role or no text, when the prompt does not end with a message to
+        answer, and when the template refuses the conversation, renders its prompt otherwise once a response
+        follows, or changes the response.
         """
         for message in messages:
             role, content = require_text(message.get("role"), "role in a message"), message.get("content")
@@ -118,7 +120,7 @@ class ChatTemplate:
         return prompt, [self._response(prompt, messages, response) for response in responses]
 
     def chat(self, messages: Sequence[Message], source: str) -> Chat:
-        """What a record keeps of the rendered conversation; `source` is the prompt as the data has it."""
+        """Return what a record keeps of the rendered conversation; `source` is the prompt as the data has it."""
         kept = tuple(without_none(messages))
         return Chat(kept, source, self.opening, self._spelled(kept), self._arguments)
 
@@ -141,10 +143,10 @@ class ChatTemplate:
         return body + self._tail
 
     def _end_of_turn(self, question: Message, asked: str | None) -> tuple[str | None, str]:
-        """The token that ends the assistant's turn, and what stands before it.
+        """Return the token that ends the assistant's turn, and the text between reply and token.
 
-        It is the first special token behind a reply: at the end of a conversation or, where a turn ends without
-        one, before the next user's. None without one, or the one that was asked for.
+        It is the first special token after a reply: at the end of a conversation or, where a turn ends without one,
+        before the next user's. None without one, or the one that was asked for.
         """
         place, token = find_special(self._closing, self._special)
         if token is not None and asked in (None, token):
@@ -170,7 +172,7 @@ class ChatTemplate:
         return token if place == 0 and token != self._tokenizer.bos_token else None
 
     def _spelled(self, messages: Sequence[Message]) -> tuple[Span, ...]:
-        """Where the prompt has special tokens that messages spell out, which are ordinary text: places in it."""
+        """Find special tokens that messages spell out, which are ordinary text: their places in the prompt."""
         if not any(find_special(message["content"], self._special)[1] for message in messages):
             return ()
         stand_ins = {token: chr(0xF0000 + number) for number, token in enumerate(sorted(self._special))}
@@ -207,7 +209,7 @@ class ChatTemplate:
         return text[len(prompt) :]
 
     def _remedy(self) -> str:
-        """The argument that makes the template usable, or that there is none."""
+        """Return the argument that makes the template usable, or a note that there is none."""
         for name in THINKING_SWITCHES:
             if name not in self._arguments:
                 try:

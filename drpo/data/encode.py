@@ -1,4 +1,4 @@
-"""From records to token ids. Queries and responses are encoded apart and joined as ids, never as text."""
+"""Tokenise records: queries and responses are encoded separately and joined as ids, never as text."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ ANCHORS = ("\n", ".", "a", "\n.")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenised record. Responses end with the stop token, except where a view cuts them at the length
-    limit; those that a view does not use are None or empty."""
+    """One tokenised record, with the ids of the responses that its view uses; others are None or empty.
+
+    Responses end with the stop token, except where a view cuts them at the length limit.
+    """
 
     record: Record
     query_ids: list[int]
@@ -33,13 +35,15 @@ class Example:
 
 
 def encode_query(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Ids of a prompt: with the BOS token if the tokenizer adds one (once, also if a chat template wrote it
-    already), without the EOS token that some tokenizers append."""
+    """Encode a prompt, with the BOS token if the tokenizer adds one and without an appended EOS token.
+
+    BOS comes once, also if a chat template has written it already.
+    """
     return encode_queries(tokenizer, [prompt])[0]
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a response that continues a prompt, and the stop token `tokenizer.eos_token_id`.
+    """Encode a response that continues a prompt, and append the stop token `tokenizer.eos_token_id`.
 
     Special tokens spelled out in the text are encoded as ordinary text: the only stop token is the last id.
     """
@@ -51,13 +55,13 @@ def encode_queries(
     prompts: Sequence[str],
     literal: Mapping[str, Sequence[Span]] | None = None,
 ) -> list[list[int]]:
-    """`encode_query` of many prompts; `literal` says, by prompt, where special tokens are ordinary text."""
+    """Encode many prompts; `literal` maps a prompt to places where special tokens are ordinary text."""
     places = literal or {}
     return encode_prompts(tokenizer, [(prompt, tuple(places.get(prompt, ()))) for prompt in prompts])
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[MarkedPrompt]) -> list[list[int]]:
-    """`encode_query` of many prompts, each with its own places where special tokens are ordinary text."""
+    """Encode many prompts, each with its own places where special tokens are ordinary text."""
     opening = _opening_ids(tokenizer)
     encoded = [_open(opening, ids) for ids in _encode(tokenizer, [text for text, _ in prompts])]
     for number, (text, literal) in enumerate(prompts):
@@ -67,7 +71,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[MarkedP
 
 
 def query_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, Sequence[Span]], int]:
-    """A function that gives the length of a prompt in `encode_prompts`, for many calls."""
+    """Return a function that computes the length of a prompt in `encode_prompts`, for many calls."""
     opening = _opening_ids(tokenizer)
 
     def num_tokens(text: str, literal: Sequence[Span] = ()) -> int:
@@ -81,8 +85,10 @@ def query_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, Sequence
 def encode_responses(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], opening: str = ""
 ) -> list[list[int]]:
-    """`encode_response` of many texts. Special tokens of the `opening` that a chat template wrote before some of
-    them stay special. Raises DataError if the tokenizer has no EOS token."""
+    """Encode many responses as `encode_response` does; DataError if the tokenizer has no EOS token.
+
+    Some of the texts may begin with the `opening` that a chat template wrote: its special tokens stay special.
+    """
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, which ends responses: set tokenizer.eos_token")
     head, head_ids = _head(tokenizer, opening)
@@ -94,8 +100,10 @@ def encode_responses(
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text that response ids add to a prompt, as it is: with its leading space, which some tokenizers drop
-    at the start of a text. Of a character that the ids hold only in part, "\ufffd" is left."""
+    """Decode response ids to the text that they add to a prompt, leading space included.
+
+    Some tokenizers drop that space at the start of a text. A character that is only partly there becomes "\ufffd".
+    """
     anchor = _encode(tokenizer, ANCHORS[:1])[0]
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     text = tokenizer.decode([*anchor, *ids], **options)
@@ -105,8 +113,10 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
 def said_texts(
     tokenizer: PreTrainedTokenizerBase, responses: Sequence[Sequence[int]], openings: Sequence[str]
 ) -> list[str]:
-    """What sampled responses say, for readers other than the model: `decode_response` without special tokens, and
-    without the opening that the chat template has before a reply, where the model wrote it."""
+    """Decode sampled responses for readers other than the model: without special tokens and template openings.
+
+    An opening is what the chat template writes before a reply; it is removed where the model wrote it.
+    """
     tokens = special_tokens(tokenizer)
     special = set(tokens.values())
     plain = {opening: _without(opening, tokens) for opening in set(openings)}
@@ -126,12 +136,11 @@ def encode_records(
     view: View,
     max_response_length: int | None = None,
 ) -> Iterator[Example | RowError]:
-    """An Example for each record, in order, or the RowError that stands for it; `queries` holds the ids by
-    prompt.
+    """Yield an Example for each record, in order, or the RowError that takes its place.
 
-    Records with a response of more than `max_response_length` tokens, stop token included, are errors. In
-    the prompts view such a response is cut there: only a prefix of it can ever start a rollout. Examples
-    with the same text share its list of ids.
+    `queries` contains the ids by prompt. Records with a response of more than `max_response_length` tokens, stop
+    token included, are errors. In the prompts view such a response is cut there: only a prefix of it can ever start
+    a rollout. Examples with the same text share its list of ids.
     """
     texts = list(dict.fromkeys(text for record in records for text in _responses(record, view)))
     # One template made all of them, so its opening is the same.
@@ -170,10 +179,9 @@ def encode_records(
 
 
 def longest_fit(fits: Callable[[int], bool], length: int) -> int:
-    """An n < `length` for which n characters fit and n + 1 do not, 0 if none do; by bisection.
+    """Find by bisection an n < `length` such that n characters fit and n + 1 do not; 0 if none do.
 
-    It is the largest such n as long as more characters make no fewer tokens, which holds but for a few
-    characters.
+    It is the largest such n as long as more characters make no fewer tokens, which holds but for a few characters.
     """
     best, too_long = 0, length
     while too_long - best > 1:
@@ -186,8 +194,7 @@ def longest_fit(fits: Callable[[int], bool], length: int) -> int:
 
 
 def truncate_left(prompt: str, num_tokens: Callable[[str], int], max_length: int) -> str:
-    """The end of the prompt that fits into `max_length` tokens (see `longest_fit`); RowError if nothing
-    does."""
+    """Return the end of the prompt that fits into `max_length` tokens; RowError if nothing does."""
     if num_tokens(prompt) <= max_length:
         return prompt
     kept = longest_fit(lambda n: num_tokens(prompt[len(prompt) - n :]) <= max_length, len(prompt))
@@ -229,7 +236,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options)
 
 
 def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text: [BOS] or nothing."""
+    """Return what the tokenizer puts before a text: [BOS] or nothing."""
     plain = _encode(tokenizer, ["a"])[0]
     with_special = tokenizer("a").input_ids
     for start in range(len(with_special) - len(plain) + 1):
@@ -239,7 +246,7 @@ def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts that go on from another; special tokens spelled out in them are ordinary text."""
+    """Encode texts that continue another text; special tokens spelled out in them are ordinary text."""
     if _joins(tokenizer):
         return _encode(tokenizer, texts, split_special_tokens=True)
     # SentencePiece-like tokenizers put a space before any text: encode behind an anchor, then cut it off.
@@ -260,7 +267,10 @@ def _encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[st
 def _encode_markup(
     tokenizer: PreTrainedTokenizerBase, text: str, literal: Sequence[Span], starts: bool
 ) -> list[int]:
-    """Ids of a text whose special tokens are special but for those in `literal`; `starts` a text, or goes on."""
+    """Encode a text with special tokens, except for those in `literal`.
+
+    `starts` is True for the beginning of a sequence, False for a continuation.
+    """
     tokens = special_tokens(tokenizer)
     ids: list[int] = []
     begin = search = 0
@@ -281,7 +291,7 @@ def _encode_markup(
 
 
 def _head(tokenizer: PreTrainedTokenizerBase, opening: str) -> tuple[str, list[int]]:
-    """An opening up to its last special token, and its ids; what follows is read with the response."""
+    """Split off an opening up to its last special token, and its ids; the rest is encoded with the response."""
     tokens = special_tokens(tokenizer) if opening else {}
     end, (place, token) = 0, find_special(opening, tokens)
     while token is not None:
@@ -296,7 +306,7 @@ def _without(text: str, tokens: Mapping[str, int]) -> str:
 
 
 def _joins(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ids of texts encoded apart, joined, are the ids of the joined text."""
+    """Return whether the ids of texts encoded separately, joined, are the ids of the joined text."""
     first, spaced, plain = _encode(tokenizer, ["a", " b", "b"])
     decode = tokenizer.decode
     return decode(first + spaced) == "a b" and decode(first + plain) == "ab"

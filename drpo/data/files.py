@@ -1,4 +1,4 @@
-"""Rows from local files, saved `datasets` folders and the hub, each with its origin."""
+"""Read rows from local files, saved `datasets` folders and the hub, each with its origin."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ RawRow = tuple[int, Any]
 
 
 class Row(NamedTuple):
-    """One row: its columns, and where it stands ("axis.jsonl:17"; CSV and JSON lines count lines, others
-    rows)."""
+    """The columns of one row, and its origin: "axis.jsonl:17".
+
+    CSV and JSON lines count lines, other formats rows.
+    """
 
     values: dict[str, Any]
     origin: str
@@ -47,7 +49,7 @@ class Table:
 
 
 def keep_all(column: str) -> bool:
-    """Keep this column, whatever it is."""
+    """Keep every column."""
     return True
 
 
@@ -99,7 +101,7 @@ def read_table(
 
 
 def convert_rows(table: Table, bad: BadRows, to_record: Callable[[Row], Record]) -> list[Record]:
-    """The records of a table; a row for which `to_record` raises RowError is added to `bad`."""
+    """Convert the rows of a table to records; rows for which `to_record` raises RowError are added to `bad`."""
     records = []
     for row in table.rows:
         try:
@@ -166,7 +168,7 @@ def _read_files(files: list[Path], keep: Callable[[str], bool]) -> Iterator[tupl
 
 
 def _byte_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers; only "\\n" ends a line. A damaged archive is an error that says where."""
+    """Yield lines with their numbers; only "\\n" ends a line. DataError, with the place, for a damaged archive."""
     number = 0
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
@@ -207,7 +209,7 @@ def _json_array(file: Path) -> Iterator[RawRow]:
 
 
 def _csv(file: Path) -> Iterator[RawRow]:
-    """An empty cell is a missing value. A row that spans lines has the number of its first line."""
+    """Yield rows; an empty cell is a missing value, a row over several lines has the number of its first."""
 
     def text_lines() -> Iterator[str]:
         for number, line in _byte_lines(file):

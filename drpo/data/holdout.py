@@ -1,4 +1,4 @@
-"""Which prompts are held out: a hash of the prompt decides, so that SFT, reward model and RL agree on them."""
+"""Hold out prompts by a hash of the prompt, so that SFT, reward model and RL agree on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from drpo.data.records import DataError, Record
 
 
 def is_held_out(prompt: str, fraction: float, seed: int) -> bool:
-    """Whether a prompt is held out: hash(seed, prompt) < fraction, with a hash uniform on [0, 1).
+    """Return whether a prompt is held out: hash(seed, prompt) < fraction, with a hash uniform on [0, 1).
 
     The answer depends on nothing else: not on the other prompts, their order or number.
     """
@@ -18,8 +18,7 @@ def is_held_out(prompt: str, fraction: float, seed: int) -> bool:
 
 
 def hold_out(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """The records to train on, and those whose prompt is held out; DataError if a fraction > 0 holds out
-    none."""
+    """Split records by whether their prompt is held out; DataError if a fraction > 0 holds out none."""
     train = [record for record in records if not is_held_out(record.shared_prompt, fraction, seed)]
     held_out = [record for record in records if is_held_out(record.shared_prompt, fraction, seed)]
     if fraction > 0 and not held_out:

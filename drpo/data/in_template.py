@@ -1,4 +1,4 @@
-"""Texts that somebody wrote, as another model reads them: through its own chat template."""
+"""Existing texts in another model's chat template."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from drpo.data.chat import ChatTemplate
+from drpo.data.dialogue import parse_prompt
 from drpo.data.encode import encode_queries, encode_responses
 from drpo.data.records import DataError, Message, RowError
-from drpo.data.tasks.hh import parse_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,10 +22,10 @@ def encode_in_template(
     ended: bool,
     messages: Sequence[Message] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Ids of a prompt and of a response to it, in the template's markup, with the stop token where it `ended`.
+    """Encode a prompt and a response to it in the template's markup, with the stop token if it `ended`.
 
     The turns are `messages` or those that the text of the prompt holds (`parse_prompt`). The response is taken as it
-    is, whatever the template would make of it. Raises DataError when the template refuses the turns.
+    is, without the changes that the template would make. Raises DataError when the template refuses the turns.
     """
     turns = parse_prompt(prompt) if messages is None else list(messages)
     try:

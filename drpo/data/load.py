@@ -1,23 +1,20 @@
-"""Section `data` of a recipe, and the one way from it to tokenised examples: read, view, split, truncate,
-encode."""
+"""Section `data` of a recipe, and its way to tokenised examples: read, view, split, truncate, encode."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from drpo.data.chat import ChatTemplate
 from drpo.data.encode import Example, encode_prompts, encode_records
-from drpo.data.files import keep_all, read_table
+from drpo.data.files import read_table
 from drpo.data.holdout import hold_out
 from drpo.data.noise import NoiseConfig, add_noise
 from drpo.data.records import BadRows, DataError, Record, RowError
 from drpo.data.stop import template_of, with_stop_token
-from drpo.data.tasks.demo import DemoConfig, make_demo
-from drpo.data.tasks.hh import hh_records
-from drpo.data.tasks.own import FIELDS, own_records
-from drpo.data.tasks.tldr import keep_column, tldr_records
+from drpo.data.tasks.demo import DemoConfig
+from drpo.data.tasks.registry import TASKS, TaskName
 from drpo.data.template_arguments import RESERVED
 from drpo.data.truncation import Truncation, shorten_prompts
 from drpo.data.views import View, distinct_prompts, view_name, view_records
@@ -32,8 +29,9 @@ DEFAULT_EVAL_FRACTION = 0.05
 class DataConfig:
     """What to train on (section `data` of a recipe)."""
 
-    task: Literal["demo", "tldr", "hh", "own"] = "demo"
-    "demo: generated; tldr: Reddit posts and summaries; hh: Anthropic's dialogues; own: your data."
+    task: TaskName = "demo"
+    """The kind of data. demo: generated; own: your data; the others are data sets, such as tldr (Reddit posts and
+    summaries) and hh (Anthropic's dialogues)."""
     path: str | None = None
     """A file (.jsonl, .json, .csv, each also .gz; .parquet), a folder of files named after their splits, a
     folder that `datasets` saved, or a hub id such as trl-lib/tldr. Not for the demo."""
@@ -68,8 +66,8 @@ class DataConfig:
     is a bad row; a longer response to reset to is cut, since only a prefix of it is used."""
     truncation: Truncation | None = None
     """What happens to a longer prompt. refuse: it is a bad row; left: its last tokens are kept; paragraph:
-    the post loses its last paragraphs (tldr only). null = paragraph for tldr, left for hh without chat
-    template, else refuse."""
+    the post loses its last paragraphs (not for every task). null = the task's own: paragraph for tldr, left for hh
+    without chat template, refuse for most."""
     max_bad_fraction: float = 0.01
     "Stop when more than this share of the rows is bad."
     demo: DemoConfig = field(default_factory=DemoConfig)
@@ -89,29 +87,25 @@ class DataConfig:
             "eval_fraction",
             "must be at least 0 and below 1",
         )
-        if self.task == "demo":
-            for name in (
-                "path",
-                "subset",
-                "eval_split",
-                "eval_fraction",
-                "split_seed",
-                "columns",
-                "chat_template",
-            ):
-                check(not getattr(self, name), name, "does not apply to data.task=demo")
-            check(self.train_split == "train", "train_split", "does not apply to data.task=demo")
-        else:
+        check(self.task in TASKS, "task", f"must be one of {', '.join(TASKS)}")
+        task = TASKS[self.task]
+        if task.read is not None:
             check(bool(self.path), "path", f"must say where the data for data.task={self.task} is")
-            check(self.demo == DemoConfig(), "demo", f"does not apply to data.task={self.task}")
+        for option in fields(self):
+            if option.name in task.unused:
+                value = getattr(self, option.name)
+                default = option.default_factory() if option.default is MISSING else option.default
+                unset = value == default or not (value or default)
+                check(unset, option.name, f"does not apply to data.task={self.task}")
         if self.eval_split is not None:
             check(self.eval_split != self.train_split, "eval_split", "must differ from data.train_split")
             check(self.eval_fraction is None, "eval_fraction", "does not apply when data.eval_split is given")
             check(self.split_seed == 0, "split_seed", "does not apply when data.eval_split is given")
-        check(self.task == "own" or not self.columns, "columns", "applies to data.task=own only")
+        owners = " or ".join(name for name, other in TASKS.items() if other.columns)
+        check(bool(task.columns) or not self.columns, "columns", f"applies to data.task={owners} only")
         for name in self.columns:
-            if name not in FIELDS:
-                raise ValueError(f"data.columns.{name} is unknown; the fields are: {', '.join(FIELDS)}")
+            if name not in task.columns:
+                raise ValueError(f"data.columns.{name} is unknown; the fields are: {', '.join(task.columns)}")
         check(
             self.chat_template or not self.chat_template_kwargs, "chat_template_kwargs", "needs chat_template"
         )
@@ -124,20 +118,23 @@ class DataConfig:
             check(self.truncation != "left", "truncation", "must not cut the opening of a chat template")
         if self.truncation is not None:
             check(self.max_prompt_length is not None, "truncation", "needs data.max_prompt_length")
+            owners = " or ".join(name for name, other in TASKS.items() if other.by_paragraph)
             check(
-                self.truncation != "paragraph" or self.task == "tldr",
+                self.truncation != "paragraph" or task.by_paragraph is not None,
                 "truncation",
-                "can be paragraph for data.task=tldr only",
+                f"can be paragraph for data.task={owners} only",
             )
 
     @property
     def prompt_truncation(self) -> Truncation:
-        """`truncation`, or the task's own."""
-        if self.truncation is not None:
-            return self.truncation
-        if self.task == "tldr":
-            return "paragraph"
-        return "left" if self.task == "hh" and not self.chat_template else "refuse"
+        """`truncation`, or the task's own, which never cuts the opening of a chat template."""
+        own = TASKS[self.task].truncation
+        return self.truncation or ("refuse" if own == "left" and self.chat_template else own)
+
+    @property
+    def held_out_split(self) -> str | None:
+        """`eval_split`, or the task's own; None when a part of the train split is held out."""
+        return TASKS[self.task].eval_split if self.eval_split is None else self.eval_split
 
     @property
     def held_out_fraction(self) -> float:
@@ -147,7 +144,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples to train on and held-out ones, and a report of what was read and left out."""
+    """Examples to train on and held-out ones, and a report of the rows that were read and left out."""
 
     train: list[Example]
     eval: list[Example]
@@ -159,12 +156,12 @@ def load_examples(
 ) -> Splits:
     """Read, split and encode the data of a recipe.
 
-    Demonstrations and unpaired responses have `completion_ids`, pairs `chosen_ids` and `rejected_ids`,
-    ranked rows `ranked_ids`, prompts (each distinct one once) whatever responses the data has. No prompt is
-    in both splits. Noise is put on the train split's pairs, after everything that cannot be used has been
-    left out. `held_out_only` leaves `train` empty, and its split unread where it can: whoever trains on nothing need
-    not wait for it. Raises DataError for data that is not there, for noise in another view, and when more than
-    `max_bad_fraction` of the rows, or of the examples made from them, are bad.
+    Demonstrations and unpaired responses have `completion_ids`, pairs `chosen_ids` and `rejected_ids`, ranked rows
+    `ranked_ids`, prompts (each distinct one once) those of all responses that the data has. No prompt is in both
+    splits. Noise is put on the train split's pairs, after everything that cannot be used has been left out.
+    `held_out_only` leaves `train` empty, and its split unread where possible. Raises DataError for missing data,
+    for noise in another view, and when more than `max_bad_fraction` of the rows, or of the examples made from them,
+    are bad.
     """
     if config.noise.on and view != "pairs":
         raise DataError(
@@ -174,8 +171,7 @@ def load_examples(
     tokenizer = with_stop_token(tokenizer, config)
     chat = template_of(config, tokenizer)
     bad, report, what = BadRows("examples"), [], view_name(view)
-    eval_split = "eval" if config.task == "demo" else config.eval_split
-    train = []
+    eval_split, train = config.held_out_split, []
     if eval_split is None or not held_out_only:
         train = _read_view(config, config.train_split, view, chat, bad, report)
     if eval_split is not None:
@@ -197,7 +193,7 @@ def load_examples(
     if not train_examples and not held_out_only:
         raise DataError("\n".join(["no examples are left to train on", *report]))
     if config.noise.on:
-        train_examples, notes = _with_noise(train_examples, config, tokenizer)
+        train_examples, notes = add_noise(train_examples, config.noise)
         report += notes
     parts = {"eval": eval_examples} if held_out_only else {"train": train_examples, "eval": eval_examples}
     for name, part in parts.items():
@@ -207,18 +203,17 @@ def load_examples(
 
 
 def load_texts(config: DataConfig) -> list[str]:
-    """The distinct prompt and response texts of the train split, without held-out prompts: to train a
-    tokenizer on."""
+    """Return the distinct prompt and response texts of the train split, to train a tokenizer on.
+
+    Held-out prompts are left out.
+    """
     if config.chat_template:
         raise DataError(
             "data.chat_template=true needs a tokenizer that has one: none can be trained on the data"
         )
-    if config.task == "demo":
-        records = make_demo(config.demo, "prompts", "train")[: config.limit]
-    else:
-        records = read_records(config, config.train_split, None, [])
-        if config.eval_split is None:
-            records, _ = hold_out(records, config.held_out_fraction, config.split_seed)
+    records = read_records(config, config.train_split, "prompts", None, [])
+    if config.held_out_split is None:
+        records, _ = hold_out(records, config.held_out_fraction, config.split_seed)
     texts: dict[str | None, None] = {}
     for record in records:
         own = (record.prompt, record.completion, record.chosen, record.rejected, *record.responses)
@@ -227,28 +222,28 @@ def load_texts(config: DataConfig) -> list[str]:
 
 
 def read_records(
-    config: DataConfig, split: str, chat: ChatTemplate | None, report: list[str]
+    config: DataConfig, split: str, view: View, chat: ChatTemplate | None, report: list[str]
 ) -> list[Record]:
-    """The records of one split of the files or the hub, and lines for the report. Raises DataError as
-    above."""
+    """Return the records of one split, read or made for `view`, and add lines to the report.
+
+    Raises DataError for missing data and for too many bad rows.
+    """
+    task = TASKS[config.task]
+    if task.make is not None:
+        records, notes = task.make(config, view, split)
+        report += notes
+        return records
     bad = BadRows()
     table = read_table(
         config.path,
         split,
         bad,
         subset=config.subset,
-        subset_is_folder=config.task == "hh",
+        subset_is_folder=task.subset_is_folder,
         limit=config.limit,
-        keep=keep_column if config.task == "tldr" else keep_all,
+        keep=task.keep,
     )
-    notes: list[str] = []
-    match config.task:
-        case "tldr":
-            records, notes = tldr_records(table, bad, chat)
-        case "hh":
-            records = hh_records(table, bad, chat)
-        case "own":
-            records = own_records(table, bad, config.columns, chat)
+    records, notes = task.read(table, bad, config, chat)
     bad.check(table.num_rows, config.max_bad_fraction)
     report.append(f"{table.name}: {table.num_rows} rows read, {len(bad)} bad")
     report += [bad.summary()] * bool(len(bad)) + notes
@@ -258,13 +253,7 @@ def read_records(
 def _read_view(
     config: DataConfig, split: str, view: View, chat: ChatTemplate | None, bad: BadRows, report: list[str]
 ) -> list[Record]:
-    if config.task == "demo":
-        made = "pairs" if view == "unpaired" else view
-        records = make_demo(config.demo, made, split)[: config.limit]
-        report.append(f"demo/{split}: {len(records)} {view_name(made)} made")
-    else:
-        records = read_records(config, split, chat, report)
-    records, notes = view_records(records, view, bad)
+    records, notes = view_records(read_records(config, split, view, chat, report), view, bad)
     report += notes
     return records
 
@@ -279,7 +268,8 @@ def _encode(
 ) -> list[Example]:
     prompts = list(dict.fromkeys(record.marked_prompt for record in records))
     queries = dict(zip(prompts, encode_prompts(tokenizer, prompts), strict=True))
-    shortened = shorten_prompts(queries, config.max_prompt_length, config.prompt_truncation, tokenizer)
+    cut = TASKS[config.task].cut(config.prompt_truncation)
+    shortened = shorten_prompts(queries, config.max_prompt_length, cut, tokenizer)
     new_prompts = [prompt for prompt in shortened.values() if not isinstance(prompt, RowError)]
     queries |= dict(zip(new_prompts, encode_prompts(tokenizer, new_prompts), strict=True))
     fitting = []
@@ -300,12 +290,3 @@ def _encode(
         else:
             examples.append(example)
     return examples
-
-
-def _with_noise(
-    examples: list[Example], config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], list[str]]:
-    records, notes = add_noise([example.record for example in examples], config.noise)
-    queries = {example.record.marked_prompt: example.query_ids for example in examples}
-    # Every response has passed the length limit beside the prompt that it came from.
-    return list(encode_records(tokenizer, records, queries, "pairs", max_response_length=None)), notes

@@ -1,4 +1,4 @@
-"""Special tokens in texts: which ones there are, where they stand, and whether they are markup or spelled out."""
+"""Special tokens in texts: their places, and whether they are markup or spelled out."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ MarkedPrompt = tuple[str, tuple[Span, ...]]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The special tokens and their ids: all those that are never ordinary text, with or without a role."""
+    """Return the special tokens and their ids: all that are never ordinary text, with or without a role."""
     added = tokenizer.added_tokens_decoder.items()
     with_role = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return {token.content: i for i, token in added if token.special} | dict(with_role)
 
 
 def find_special(text: str, tokens: Collection[str], start: int = 0) -> tuple[int, str | None]:
-    """The place of the first of `tokens` in a text and which one it is, the longest there; (len(text), None)
-    without one."""
+    """Return the place of the first of `tokens` in a text, and the longest token there.
+
+    Without one it is (len(text), None).
+    """
     found = [(place, token) for token in tokens if token and (place := text.find(token, start)) >= 0]
     return min(found, key=lambda item: (item[0], -len(item[1])), default=(len(text), None))

@@ -1,4 +1,4 @@
-"""The order in which examples are seen: pass after pass, each in its own seeded order, without any state."""
+"""The order of examples: pass after pass, each in its own seeded order, without any state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 def item_at(items: Sequence[Item], index: int, seed: int) -> Item:
-    """The `index`-th item of an endless sequence of shuffled passes over `items`.
+    """Return the `index`-th item of an endless sequence of shuffled passes over `items`.
 
     A function of (seed, index) alone: a resumed run needs no cursor, and every process can look up any index.
     """

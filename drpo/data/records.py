@@ -16,11 +16,11 @@ MAX_SCORE = sys.float_info.max
 
 
 class DataError(ValueError):
-    """The data cannot be used as asked; the message says what was wrong, where, and what to do."""
+    """Data that cannot be used as asked; the message names the fault, its place and the remedy."""
 
 
 class RowError(Exception):
-    """One row cannot become a record: `kind` is counted, `detail` is shown for the first few of a kind."""
+    """A row that cannot become a record: `kind` is counted, `detail` is shown for the first few of a kind."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -30,7 +30,7 @@ class RowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """How a chat template made a record's texts, and what they were made of."""
+    """How a chat template made a record's texts, and from which messages."""
 
     messages: tuple[Message, ...]
     "The turns of the prompt: a model with another template renders them anew."
@@ -46,10 +46,10 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One prompt with whatever the data says about responses to it.
+    """One prompt with all that the data has on responses to it.
 
-    Response texts carry their own leading whitespace (" a summary") and never a stop token: that is added
-    when a response is encoded. `prompt + response` is the text as the model sees it.
+    Response texts have their own leading whitespace (" a summary") and no stop token, which is added when a
+    response is encoded. `prompt + response` is the text as the model sees it.
     """
 
     prompt: str
@@ -65,7 +65,7 @@ class Record:
     scores: tuple[float, ...] = ()
     "Ranked data: one score for each response, higher is better."
     origin: str = ""
-    'Where the row stands, as "axis.jsonl:17".'
+    'Place of the row, as "axis.jsonl:17".'
     extra: Mapping[str, Any] = field(default_factory=dict)
     "Everything else that the row carried, as JSON values."
     chat: Chat | None = None
@@ -73,32 +73,32 @@ class Record:
 
     @property
     def shared_prompt(self) -> str:
-        """The prompt as every model, judge and stage knows it, whatever chat template rendered `prompt`."""
+        """The prompt as every model, judge and stage knows it, independent of the chat template."""
         return self.prompt if self.chat is None else self.chat.source
 
     @property
     def marked_prompt(self) -> MarkedPrompt:
-        """The prompt with what is ordinary text in it: prompts are the same tokens when these are equal."""
+        """The prompt and the special tokens in it that are ordinary text; equal values are the same tokens."""
         return self.prompt, () if self.chat is None else self.chat.literal
 
     @property
     def opening(self) -> str:
-        """What a chat template writes between the prompt and a plain reply; "" without one."""
+        """The text that a chat template writes between the prompt and a plain reply; "" without one."""
         return "" if self.chat is None else self.chat.opening
 
     def with_prompt(self, prompt: MarkedPrompt) -> Record:
-        """The record with another text of its prompt, such as a shorter one."""
+        """Return the record with another text of its prompt, such as a shorter one."""
         text, literal = prompt
         chat = None if self.chat is None else replace(self.chat, literal=literal)
         return replace(self, prompt=text, chat=chat)
 
     def said(self, response: str) -> str:
-        """A response of this record without what a chat template writes before it."""
+        """Return a response of this record without the text that a chat template writes before it."""
         return response.removeprefix(self.opening)
 
 
 class BadRows:
-    """Counts bad rows by kind and remembers the first few of each kind with their origin."""
+    """Counter of bad rows by kind, with the first few of each kind and their origin."""
 
     def __init__(self, unit: str = "rows") -> None:
         self.unit = unit
@@ -116,7 +116,7 @@ class BadRows:
             shown.append(f"{origin}: {detail}" if detail else origin)
 
     def summary(self) -> str:
-        """A line for each kind with its count, and below it the first few of that kind."""
+        """Return a line for each kind with its count, and below it the first few of that kind."""
         if not self.counts:
             return f"no bad {self.unit}"
         lines = []
@@ -140,7 +140,7 @@ class BadRows:
 
 
 def require_text(value: object, field: str) -> str:
-    """`value` if it is usable text, else RowError: missing field, wrong type, empty text, invalid text."""
+    """Return `value` if it is usable text, else raise RowError: missing, wrong type, empty or invalid."""
     if value is None:
         raise RowError("missing field", f"no {field}")
     if not isinstance(value, str):
@@ -152,7 +152,7 @@ def require_text(value: object, field: str) -> str:
 
 
 def require_encodable(text: str, field: str) -> None:
-    """RowError when a text has no UTF-8, which JSON can spell: half of a surrogate pair."""
+    """Raise RowError when a text has no UTF-8, which JSON can spell: half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -160,7 +160,7 @@ def require_encodable(text: str, field: str) -> None:
 
 
 def require_scores(value: object, field: str, num_responses: int) -> tuple[float, ...]:
-    """`value` as one finite number for each response, else RowError."""
+    """Return `value` as one finite number for each response, else raise RowError."""
     if value is None:
         raise RowError("missing field", f"no {field}")
     if not isinstance(value, list | tuple):
@@ -176,6 +176,6 @@ def require_scores(value: object, field: str, num_responses: int) -> tuple[float
 
 
 def require_different(chosen: str, rejected: str) -> None:
-    """RowError when the two responses of a pair say the same, surrounding whitespace aside."""
+    """Raise RowError when the two responses of a pair are equal, surrounding whitespace aside."""
     if chosen.strip() == rejected.strip():
         raise RowError("chosen = rejected", repr(chosen.strip()[:60]))

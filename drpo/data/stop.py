@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 def template_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    """The tokenizer's chat template as the data asks for it; None for data without one. Raises DataError for one that
-    cannot be used, or does not read an argument that it is given."""
+    """Return the tokenizer's chat template as the data asks for it; None for data without one.
+
+    Raises DataError for a template that cannot be used, or does not read an argument that it is given.
+    """
     if not config.chat_template:
         return None
     check_arguments(tokenizer, config.chat_template_kwargs)
@@ -25,11 +27,11 @@ def template_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatT
 
 
 def with_stop_token(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer whose eos token is the one that ends responses: a copy, if it was another.
+    """Return the tokenizer with the stop token of responses as its eos token: a copy, if it was another.
 
-    It is `data.stop_token`; without one the end of turn of the chat template, or the tokenizer's own. Whatever
-    encodes, samples, scores or is saved with this tokenizer then agrees. Raises DataError for a token that the
-    tokenizer has not, or pads with.
+    It is `data.stop_token`; without one the end of turn of the chat template, or the tokenizer's own. Encoding,
+    sampling, scoring and saving with this tokenizer then agree. Raises DataError for a token that the tokenizer
+    does not have, or pads with.
     """
     token = config.stop_token
     if token is not None and token not in tokenizer.get_vocab():
@@ -52,7 +54,7 @@ def with_stop_token(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> P
 
 
 def ending_with(tokenizer: PreTrainedTokenizerBase, token: str) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer whose eos token is `token`."""
+    """Copy the tokenizer, with `token` as its eos token."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = token
     return tokenizer

@@ -1,4 +1,4 @@
-"""The arguments of a chat template: names that it reads, so that a misspelt one is not taken for set."""
+"""The arguments of a chat template: names that it reads, so that a misspelt one is refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_arguments(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) 
 
 
 def template_variables(template: str) -> set[str]:
-    """The names that a template reads and does not set itself, without those that it is always given."""
+    """Return the names that a template reads, except those that it sets or is always given."""
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     parsed = environment.parse(GENERATION.sub("", template))
     return find_undeclared_variables(parsed) - RESERVED - FUNCTIONS

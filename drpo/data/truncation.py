@@ -1,29 +1,32 @@
-"""What stands for a prompt that is too long: its truncation, or the reason to leave it out."""
+"""Truncate prompts that are too long, or reject them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from drpo.data.encode import query_counter, truncate_left
+from drpo.data.encode import query_counter
 from drpo.data.markup import MarkedPrompt, Span
 from drpo.data.records import RowError
-from drpo.data.tasks.tldr import truncate_query
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Truncation = Literal["refuse", "left", "paragraph"]
+Cut = Callable[[str, Callable[[str], int], int], str]
+"Shorten a text to a number of tokens, given the function that counts them; RowError if nothing of it fits."
 
 
 def shorten_prompts(
     queries: Mapping[MarkedPrompt, list[int]],
     max_length: int | None,
-    truncation: Truncation,
+    cut: Cut | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[MarkedPrompt, MarkedPrompt | RowError]:
-    """For each prompt of more than `max_length` tokens its truncation, or the RowError; `queries` holds the
-    ids by prompt."""
+    """Return, for each prompt of more than `max_length` tokens, its truncation or a RowError.
+
+    `queries` contains the ids by prompt; `cut` shortens a text, None refuses every long prompt.
+    """
     if max_length is None:
         return {}
     num_tokens = query_counter(tokenizer)
@@ -32,9 +35,9 @@ def shorten_prompts(
         if len(ids) <= max_length:
             continue
         try:
-            if truncation == "refuse":
+            if cut is None:
                 raise RowError("prompt too long", f"{len(ids)} tokens, data.max_prompt_length={max_length}")
-            shortened[prompt] = _shorten(prompt, max_length, truncation, num_tokens)
+            shortened[prompt] = _shorten(prompt, max_length, cut, num_tokens)
         except RowError as error:
             shortened[prompt] = error
     return shortened
@@ -43,18 +46,17 @@ def shorten_prompts(
 def _shorten(
     prompt: MarkedPrompt,
     max_length: int,
-    truncation: Truncation,
+    cut: Cut,
     num_tokens: Callable[[str, Sequence[Span]], int],
 ) -> MarkedPrompt:
     text, literal = prompt
 
     def left(shorter: str) -> tuple[Span, ...]:
-        """Those of the places that a text has still: it is the same until one ends."""
+        """Return those of the places that are still in a text, which is the same until one ends."""
         return tuple(span for span in literal if text[: span[1]] == shorter[: span[1]])
 
     def length(shorter: str) -> int:
         return num_tokens(shorter, left(shorter))
 
-    cut = truncate_left if truncation == "left" else truncate_query
     shorter = cut(text, length, max_length)
     return shorter, left(shorter)

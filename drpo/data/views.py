@@ -1,5 +1,8 @@
-"""What a trainer sees of the records: demonstrations (SFT), pairs (reward model, DPO), prompts (online RL),
-ranked responses (curricula) or unpaired responses (KTO)."""
+"""A view = which fields a stage trains on.
+
+demonstrations (SFT), pairs (reward model, DPO), prompts (online RL), ranked responses (curricula) or unpaired
+responses (KTO). Each function maps records to records in which these fields are filled.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,9 @@ NEEDS = {
 
 
 def view_records(records: Sequence[Record], view: View, bad: BadRows) -> tuple[list[Record], list[str]]:
-    """The records of a view, and notes on what was left out by design.
+    """Return the records of a view, and notes on what was left out by design.
 
-    Raises DataError when no record at all has what the view needs; single ones that lack it are added to
-    `bad`.
+    Raises DataError when no record at all has what the view needs; single ones that lack it are added to `bad`.
     """
     match view:
         case "demonstrations":
@@ -41,7 +43,7 @@ def view_records(records: Sequence[Record], view: View, bad: BadRows) -> tuple[l
 
 
 def view_name(view: View) -> str:
-    """What the examples of a view are called in reports."""
+    """Return the name of a view's examples in reports."""
     match view:
         case "ranked":
             return "ranked rows"
@@ -52,7 +54,7 @@ def view_name(view: View) -> str:
 
 
 def best_response(record: Record) -> str | None:
-    """The completion, else the (first) response of the highest score, else the chosen one, else None."""
+    """Return the completion, else the (first) response of the highest score, else the chosen one, else None."""
     if record.completion is not None:
         return record.completion
     if record.scores:
@@ -61,7 +63,7 @@ def best_response(record: Record) -> str | None:
 
 
 def demonstrations(records: Sequence[Record], bad: BadRows) -> list[Record]:
-    """One demonstration from each record, as its completion: its best response."""
+    """Make one demonstration from each record: its best response, as completion."""
     found = []
     for record in records:
         completion = best_response(record)
@@ -73,11 +75,10 @@ def demonstrations(records: Sequence[Record], bad: BadRows) -> list[Record]:
 
 
 def pairs(records: Sequence[Record], bad: BadRows) -> tuple[list[Record], list[str]]:
-    """The pair of each record; of ranked data every two responses of unequal score, once, the higher one
-    chosen.
+    """Make the pair of each record; in ranked data every two responses of unequal score are a pair.
 
-    The scores of such a pair are in its `extra`, as chosen_score and rejected_score. Where the data has
-    them, they must be two numbers.
+    The response of the higher score is the chosen one; both scores are in `extra`, as chosen_score and
+    rejected_score. Where the data has them itself, they must be two numbers.
     """
     found, num_ties, num_ranked = [], 0, 0
     for record in records:
@@ -105,7 +106,7 @@ def pairs(records: Sequence[Record], bad: BadRows) -> tuple[list[Record], list[s
 
 
 def _with_pair_scores(record: Record) -> Record:
-    """The record with its chosen_score and rejected_score as floats, if it has them."""
+    """Return the record with its chosen_score and rejected_score as floats, if it has them."""
     given = [name for name in PAIR_SCORES if record.extra.get(name) is not None]
     if not given:
         extra = {name: value for name, value in record.extra.items() if name not in PAIR_SCORES}
@@ -123,7 +124,7 @@ def _unequal_pairs(record: Record) -> Iterator[Record]:
 
 
 def pair_of(record: Record, chosen: int, rejected: int) -> Record:
-    """The pair of two ranked responses, given by their places, with their scores in its `extra`."""
+    """Make the pair of two ranked responses, given by their places, with their scores in `extra`."""
     scores = {"chosen_score": record.scores[chosen], "rejected_score": record.scores[rejected]}
     return Record(
         record.prompt,
@@ -136,7 +137,7 @@ def pair_of(record: Record, chosen: int, rejected: int) -> Record:
 
 
 def ranked(records: Sequence[Record], bad: BadRows) -> tuple[list[Record], list[str]]:
-    """The records with two or more scored responses."""
+    """Select the records with two or more scored responses."""
     found, num_single = [], 0
     for record in records:
         if len(record.scores) >= 2:
@@ -150,10 +151,10 @@ def ranked(records: Sequence[Record], bad: BadRows) -> tuple[list[Record], list[
 
 
 def unpaired(records: Sequence[Record], bad: BadRows) -> list[Record]:
-    """Single responses as completions, good or bad by the bool `label` in their `extra`.
+    """Make single responses as completions, good or bad by the bool `label` in their `extra`.
 
-    A completion with a label is one; without a label, the chosen response of a pair is a good one and the
-    rejected response a bad one.
+    A completion with a label is one; without a label, the chosen response of a pair is a good one and the rejected
+    response a bad one.
     """
     found = []
     for record in records:
@@ -175,20 +176,20 @@ def unpaired(records: Sequence[Record], bad: BadRows) -> list[Record]:
 
 
 def _truth(label: object) -> bool | None:
-    """A label as true or false, also where it is written as 1 or 0, a number or (in CSV) a text."""
+    """Return a label as a bool, also where it is written as 1 or 0, a number or (in CSV) a text; else None."""
     if isinstance(label, str):
         return {"1": True, "0": False}.get(label.strip())
     return bool(label) if isinstance(label, int | float) and label in (0, 1) else None
 
 
 def prompts(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """Each distinct prompt once, as `distinct_prompts` gives it, with its best response as completion."""
+    """Return the distinct prompts, each with its best response as completion, and notes."""
     distinct, notes = distinct_prompts(records)
     return [replace(record, completion=best_response(record)) for record in distinct], notes
 
 
 def distinct_prompts(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """The first record of each prompt, in order, and a note on how many others there were."""
+    """Return the first record of each prompt, in order, and a note on the number of others."""
     first: dict[MarkedPrompt, Record] = {}
     for record in records:
         first.setdefault(record.marked_prompt, record)

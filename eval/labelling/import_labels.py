@@ -18,7 +18,7 @@ from typing import Any
 from drpo.config import save_resolved
 from drpo.data.load import DataConfig, read_records
 from drpo.data.records import BadRows, DataError, Record, RowError
-from drpo.data.tasks.demo import make_demo
+from drpo.data.tasks.registry import TASKS
 from drpo.data.views import view_records
 from eval.completions.rows import CompletionRow, CompletionsWriter, prompt_id_of
 from eval.judging.matchup import Comparison
@@ -49,8 +49,11 @@ class ImportLabelsRecipe:
             default = option.default_factory() if callable(option.default_factory) else option.default
             if getattr(self.data, option.name) != default:
                 raise ValueError(f"data.{option.name} does not apply to labels: they are of whole texts")
-        if self.data.task == "demo" and self.split not in ("train", "eval"):
-            raise ValueError(f"split must be train or eval for data.task=demo, got {self.split}")
+        eval_split = TASKS[self.data.task].eval_split
+        if eval_split is not None and self.split not in ("train", eval_split):
+            raise ValueError(
+                f"split must be train or {eval_split} for data.task={self.data.task}, got {self.split}"
+            )
 
 
 def import_labels(recipe: ImportLabelsRecipe, say: Say = print) -> Path:
@@ -62,10 +65,7 @@ def import_labels(recipe: ImportLabelsRecipe, say: Say = print) -> Path:
             raise DataError(f"{folder / name} is there already; choose another run_dir or remove it")
     report: list[str] = []
     bad = BadRows()
-    if config.task == "demo":
-        records = make_demo(config.demo, "pairs", recipe.split)[: config.limit]
-    else:
-        records = read_records(config, recipe.split, None, report)
+    records = read_records(config, recipe.split, "pairs", None, report)
     records, notes = view_records(records, "pairs", bad)
     rows, labels, counts = labels_from_pairs(records, bad)
     bad.check(len(records), config.max_bad_fraction)

@@ -186,7 +186,7 @@ def check(recipe: SmolLMExperimentRecipe) -> None:
 def records_of(recipe: SmolLMExperimentRecipe, path: str) -> list[Record]:
     """The rows of a file, as all stages read them but for the chat template."""
     data = _load(SFTRecipe, "sft", recipe.sft, [*recipe.shared, *recipe.sft.overrides]).data
-    return read_records(replace(data, path=path), data.train_split, None, [])
+    return read_records(replace(data, path=path), data.train_split, "prompts", None, [])
 
 
 def _load(recipe_class: type, name: str, stage: StageConfig, overrides: list[str]) -> Any:

@@ -17,11 +17,11 @@ from tiny_tokenizers import CHATML, byte_level, single_bytes
 
 from drpo.config import ConfigError
 from drpo.data.chat import ChatTemplate
+from drpo.data.dialogue import dialogue, parse_prompt
 from drpo.data.in_template import encode_in_template
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.records import Chat, DataError, Record
 from drpo.data.stop import with_stop_token
-from drpo.data.tasks.hh import dialogue, parse_prompt
 from drpo.engine import Engine, EngineConfig
 from drpo.rewards import Completion
 from drpo.rollout.generator import Generator, vocabulary_of

@@ -41,6 +41,8 @@ def start(launcher, task: str, stage: str, folder: Path, *overrides: str, timeou
         *launcher(stage),
         f"{task}/smoke_{stage}.yaml",
         f"data.path={FILES[task].resolve()}",
+        "data.subset=null",
+        "data.train_split=train",
         *overrides,
     ]
     done = subprocess.run(command, cwd=folder, env=CLEAN, capture_output=True, text=True, timeout=timeout)

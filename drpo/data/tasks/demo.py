@@ -1,14 +1,14 @@
 """The demo task: made-up forum posts, summaries of uneven quality and a true reward that can be computed.
 
-A post says which things are there and which ones are needed::
+A post lists the things that are there and those that are needed::
 
     SUBREDDIT: r/camping
     POST: we have lamp mug but need rope soap tent
     TL;DR: rope soap tent
 
-A good summary names all the things needed, in the order of the post, and stops. Reading costs, and only a
-complete summary is useful: an unfinished one is worth less with every word. So a policy that rarely completes
-a summary from the bare prompt learns to say little, unless its rollouts start inside complete ones.
+A good summary names all the things needed, in the order of the post, and stops. Reading costs, and only a complete
+summary is useful: an unfinished one is worth less with every word. So a policy that rarely completes a summary from
+the bare prompt learns to write little, unless its rollouts start inside complete ones.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from drpo.data.records import Record
 from drpo.data.tasks.demo_writers import ITEMS, Split, as_text, demonstrate, draw_post, draw_several, draw_two
+from drpo.data.tasks.task import Task
+from drpo.data.views import View, view_name
+
+if TYPE_CHECKING:
+    from drpo.data.load import DataConfig
 
 DemoView = Literal["demonstrations", "pairs", "prompts", "ranked"]
 
@@ -83,7 +88,7 @@ class DemoConfig:
 
 
 class Scorable(Protocol):
-    """What `true_rewards` reads of a completion (`drpo.rewards.Completion` has it)."""
+    """The part of a completion that `true_rewards` reads (`drpo.rewards.Completion` has it)."""
 
     @property
     def prompt(self) -> str: ...
@@ -94,7 +99,7 @@ class Scorable(Protocol):
 
 
 def needed_items(prompt: str) -> list[str]:
-    """Items that a post says are needed, in its order.
+    """Return the needed items of a post, in its order.
 
     Raises ValueError when the prompt is not a demo post.
     """
@@ -119,10 +124,11 @@ def _count_wrong(needed: Sequence[str], words: Sequence[str]) -> int:
 
 
 def true_reward(prompt: str, response: str, ended: bool) -> float:
-    """Worth of a summary: 4 when complete, else -0.25 a right item, -2 a wrong item, if empty, if not ended.
+    """Compute the worth of a summary.
 
-    An item is right when the post needs it and no earlier right item comes after it in the post. Complete
-    means exactly the needed items in the post's order, and a stop.
+    It is 4 when complete, else -0.25 for each right item, -2 for each wrong one, -2 if empty and -2 if not ended.
+    An item is right when the post needs it and no earlier right item comes after it in the post. Complete means
+    exactly the needed items in the post's order, and a stop.
     """
     needed, words = needed_items(prompt), response.split()
     if ended and words == needed:
@@ -133,12 +139,12 @@ def true_reward(prompt: str, response: str, ended: bool) -> float:
 
 
 def true_rewards(completions: Sequence[Scorable]) -> list[float]:
-    """`true_reward` of each completion: the demo's reward function for online training."""
+    """Compute `true_reward` of each completion: the demo's reward function for online training."""
     return [true_reward(c.prompt, c.response, c.ended) for c in completions]
 
 
 def error_kind(prompt: str, response: str, ended: bool) -> str:
-    """First that applies: no_stop, complete, wrong_item, wrong_order (or said twice), incomplete."""
+    """Return the first that applies: no_stop, complete, wrong_item, wrong_order (or repeated), incomplete."""
     needed, words = needed_items(prompt), response.split()
     if not ended:
         return "no_stop"
@@ -150,7 +156,7 @@ def error_kind(prompt: str, response: str, ended: bool) -> str:
 
 
 def _label(config: DemoConfig, prompt: str, a: str, b: str, rng: random.Random) -> tuple[str, str]:
-    """Chosen and rejected: P(a is chosen) = sigmoid((reward(a) - reward(b)) / T)."""
+    """Draw chosen and rejected: P(a is chosen) = sigmoid((reward(a) - reward(b)) / T)."""
     margin = true_reward(prompt, a, True) - true_reward(prompt, b, True)
     if config.annotator_temperature == 0:
         a_wins = margin > 0 or (margin == 0 and rng.random() < 0.5)
@@ -161,22 +167,22 @@ def _label(config: DemoConfig, prompt: str, a: str, b: str, rng: random.Random) 
 
 
 def _rate(config: DemoConfig, prompt: str, response: str, rng: random.Random) -> float:
-    """The reward as the same annotator sees it: plus Gumbel noise of scale T.
+    """Draw the reward as the same annotator sees it: plus Gumbel noise of scale T.
 
-    Two such ratings are ordered as `_label` orders pairs, for the difference of two Gumbel variables is
-    logistic. At T = 0 it is the true reward.
+    Two such ratings are ordered as `_label` orders pairs, for the difference of two Gumbel variables is logistic.
+    At T = 0 it is the true reward.
     """
     noise = -log(max(rng.expovariate(1.0), 1e-300))
     return true_reward(prompt, response, True) + config.annotator_temperature * noise
 
 
 def make_demo(config: DemoConfig, view: DemoView, split: Split) -> list[Record]:
-    """The records of one view; post i is the same in every view, and no post of one split is in the other.
+    """Make the records of one view and split; post i is the same in every view.
 
-    demonstrations: `completion` by a writer of uneven quality. pairs: `chosen`, `rejected` by the annotator,
-    with their true rewards in `extra` as chosen_score and rejected_score; a wrong label has a gap below 0.
-    prompts: `completion` is the complete reference, `chosen` and `rejected` a labelled pair. ranked:
-    `responses` with `scores` by the annotator.
+    No post of one split is in the other. demonstrations: `completion` by a writer of uneven quality. pairs:
+    `chosen`, `rejected` by the annotator, with their true rewards in `extra` as chosen_score and rejected_score; a
+    wrong label has a gap below 0. prompts: `completion` is the complete reference, `chosen` and `rejected` a
+    labelled pair. ranked: `responses` with `scores` by the annotator.
     """
     posts, writers, annotator, rater = (
         random.Random(f"{config.seed}/{split}/{stream}")
@@ -205,3 +211,14 @@ def make_demo(config: DemoConfig, view: DemoView, split: Split) -> list[Record]:
                 record = replace(record, responses=responses, scores=scores)
         records.append(record)
     return records
+
+
+def demo_records(config: DataConfig, view: View, split: Split) -> tuple[list[Record], list[str]]:
+    """Make the records of one split of a recipe, and a line for the report."""
+    made = "pairs" if view == "unpaired" else view
+    records = make_demo(config.demo, made, split)[: config.limit]
+    return records, [f"demo/{split}: {len(records)} {view_name(made)} made"]
+
+
+FILE_KEYS = ("path", "subset", "train_split", "eval_split", "eval_fraction", "split_seed", "columns")
+TASK = Task("demo", make=demo_records, eval_split="eval", unused=(*FILE_KEYS, "chat_template"))

@@ -1,4 +1,4 @@
-"""Demo summaries with one known kind of error each: does a reward see it?"""
+"""Demo summaries with one known kind of error each, to test whether a reward sees it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FaultySummary:
 
 
 def make_faulty_summaries(config: DemoConfig) -> list[FaultySummary]:
-    """One summary of every kind in ERROR_KINDS for every held-out post, from the config's seed.
+    """Make one summary of every kind in ERROR_KINDS for every held-out post, from the config's seed.
 
     incomplete: cut after 1 to n-1 items. wrong_item: one item replaced by one that is not needed. wrong_order: two
     neighbours swapped. no_stop: the reference without its stop token.

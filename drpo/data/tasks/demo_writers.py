@@ -26,25 +26,25 @@ ITEMS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """A post and what belongs into its summary."""
+    """A post, with the items that belong into its summary and those that do not."""
 
     prompt: str
     needed: tuple[str, ...]
     spare: tuple[str, ...]  # in the post, but not needed
 
     def other(self, rng: random.Random) -> str:
-        """An item that does not belong into the summary: one that the post has, or one from elsewhere."""
+        """Draw an item that does not belong into the summary: from the post, or from elsewhere."""
         if self.spare and rng.random() < 0.5:
             return rng.choice(self.spare)
         return rng.choice([item for item in ITEMS if item not in self.needed])
 
     def any_other(self, rng: random.Random) -> str:
-        """A slip: an item that does not belong there, or a needed one, likely in the wrong place."""
+        """Draw a slip: an item that does not belong there, or a needed one, likely in the wrong place."""
         return self.other(rng) if rng.random() < 0.6 else rng.choice(self.needed)
 
 
 def draw_post(config: DemoConfig, rng: random.Random, split: Split) -> Post:
-    """The next post of a split."""
+    """Draw the next post of a split."""
     while True:
         items = rng.sample(ITEMS, config.num_items)
         needed, spare = tuple(items[: config.num_needed]), tuple(items[config.num_needed :])
@@ -91,7 +91,7 @@ _EDITS = (_replace, _insert, _repeat, _swap, _drop, _cut)
 
 
 def demonstrate(config: DemoConfig, post: Post, rng: random.Random) -> list[str]:
-    """A summary by a writer who may stop after each item and slips now and then."""
+    """Write a summary as a writer who may stop after each item and slips now and then."""
     words: list[str] = []
     for item in post.needed:
         if rng.random() < config.error_rate:
@@ -103,13 +103,13 @@ def demonstrate(config: DemoConfig, post: Post, rng: random.Random) -> list[str]
 
 
 def _careless(post: Post, words: list[str], rng: random.Random) -> list[str]:
-    """The words by a writer who gets some, and up to all of them, wrong."""
+    """Rewrite the words as a writer who gets some, and up to all of them, wrong."""
     error_rate = rng.random()
     return [post.any_other(rng) if rng.random() < error_rate else word for word in words]
 
 
 def _draft(config: DemoConfig, post: Post, rng: random.Random) -> list[str]:
-    """One side of a pair: a demonstration, or the reference cut anywhere and sometimes edited."""
+    """Write one side of a pair: a demonstration, or the reference cut anywhere and sometimes edited."""
     if rng.random() < 0.25:
         return demonstrate(config, post, rng)
     words = list(post.needed) if rng.random() < 0.5 else _cut(post, list(post.needed), rng)
@@ -117,9 +117,10 @@ def _draft(config: DemoConfig, post: Post, rng: random.Random) -> list[str]:
 
 
 def draw_two(config: DemoConfig, post: Post, rng: random.Random) -> tuple[str, str]:
-    """Two different summaries: 7 of 10 times they differ by carelessness, 1 by one edit, else altogether.
+    """Draw two different summaries.
 
-    The first kind has many errors in text of equal length. Without it a reward model learns length alone.
+    7 of 10 times they differ by carelessness, 1 by one edit, else altogether. The first kind has many errors in
+    text of equal length. Without it a reward model learns length alone.
     """
     first = second = _draft(config, post, rng)
     while second == first:
@@ -135,7 +136,7 @@ def draw_two(config: DemoConfig, post: Post, rng: random.Random) -> tuple[str, s
 
 
 def draw_several(config: DemoConfig, post: Post, rng: random.Random, number: int) -> tuple[str, ...]:
-    """`number` different summaries by the writers of `draw_two`."""
+    """Draw `number` different summaries by the writers of `draw_two`."""
     drawn: dict[str, None] = {}
     while len(drawn) < number:
         drawn |= dict.fromkeys(draw_two(config, post, rng))
@@ -143,5 +144,5 @@ def draw_several(config: DemoConfig, post: Post, rng: random.Random, number: int
 
 
 def as_text(words: Sequence[str]) -> str:
-    """A summary as it follows its prompt."""
+    """Join the words of a summary as it follows its prompt."""
     return "".join(f" {word}" for word in words)

@@ -1,5 +1,7 @@
-"""Own data in TRL's dataset conventions: prompt, completion, chosen, rejected, messages, as text or as
-conversations; and `responses` + `scores` for ranked data."""
+"""Own data in TRL's dataset conventions, and `responses` + `scores` for ranked data.
+
+The columns prompt, completion, chosen, rejected and messages contain text or conversations.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from drpo.data.chat import ChatTemplate, is_conversation, require_messages, split_conversation
+from drpo.data.dialogue import ASSISTANT, HUMAN, dialogue, parse_turns, split_dialogue
 from drpo.data.files import Row, Table, convert_rows
 from drpo.data.records import (
     BadRows,
@@ -18,11 +21,11 @@ from drpo.data.records import (
     require_scores,
     require_text,
 )
-from drpo.data.tasks.hh import ASSISTANT, HUMAN, dialogue, parse_turns, split_dialogue
+from drpo.data.tasks.task import Task
 
 TEXT_FIELDS = ("prompt", "completion", "chosen", "rejected", "messages", "responses", "scores")
 EXTRA_FIELDS = ("label", "chosen_score", "rejected_score", "chosen_relevance", "rejected_relevance")
-"What is said of responses; it is kept in `extra`, and checked by what reads it."
+"Facts on responses: kept in `extra`, and checked where they are used."
 FIELDS = (*TEXT_FIELDS, *EXTRA_FIELDS)
 RESPONSE_FIELDS = ("completion", "chosen", "rejected")
 CONVERSATION_FIELDS = ("prompt", "messages", *RESPONSE_FIELDS)
@@ -33,10 +36,9 @@ PROMPT_SOURCES = ("prompt", "messages", "chosen")
 def own_records(
     table: Table, bad: BadRows, columns: Mapping[str, str], chat: ChatTemplate | None = None
 ) -> list[Record]:
-    """The records of a table whose column `columns[field]` (default: `field`) holds the field.
+    """Convert a table to records; the column `columns[field]` (default: `field`) contains the field.
 
-    Raises DataError, naming the columns that are there, when a mapped column or every source of prompts is
-    missing.
+    Raises DataError, naming the columns that are there, when a mapped column or every source of prompts is missing.
     """
     for field, column in columns.items():
         if column not in table.columns:
@@ -53,13 +55,12 @@ def own_records(
 
 
 def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) -> Record:
-    """One row as a record.
+    """Convert one row to a record.
 
-    A response column may hold a text, an assistant message, or a whole dialogue that ends with the
-    assistant's turn (implicit prompt: a conversation, or text with "\\n\\nAssistant:" turns): the turns
-    before it are the prompt, and all response columns must agree on it. `messages` is a completion with
-    implicit prompt. With `chat`, a text prompt is one user message, and whitespace around responses is left
-    to the template.
+    A response column may contain a text, an assistant message, or a whole dialogue that ends with the assistant's
+    turn (implicit prompt: a conversation, or text with "\\n\\nAssistant:" turns): the turns before it are the
+    prompt, and all response columns must agree on it. `messages` is a completion with implicit prompt. With `chat`,
+    a text prompt is one user message, and whitespace around responses is left to the template.
     """
     extra = dict(row.values)
     fields = {field: _parse(field, extra.pop(columns.get(field, field), None)) for field in FIELDS}
@@ -106,7 +107,7 @@ def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) 
 
 
 def _parse(field: str, value: Any) -> Any:
-    """A CSV file has only text: lists and numbers are JSON there, a label is true or false."""
+    """Parse a value; a CSV file has only text, so lists and numbers are JSON there and a label true or false."""
     if field == "label" and isinstance(value, str):
         return {"true": True, "false": False}.get(value.lower(), value)
     if field in JSON_FIELDS and isinstance(value, str):
@@ -120,7 +121,7 @@ def _parse(field: str, value: Any) -> Any:
 
 
 def _messages(field: str, value: Any) -> Any:
-    """A list with messages as messages, anything else as it is."""
+    """Check and return a list of messages; return any other value unchanged."""
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         return require_messages(value, field)
     return value
@@ -145,7 +146,7 @@ def _ranked(responses: Any, scores: Any) -> list:
 
 
 def _split_response(name: str, value: Any, implicit: bool) -> tuple[list | str | None, str]:
-    """The part of a response column that belongs to the prompt (None: nothing), and the response."""
+    """Split a response column into the part that belongs to the prompt (None: nothing) and the response."""
     if is_conversation(value):
         context, text = split_conversation(value)
         return context or None, text
@@ -158,7 +159,7 @@ def _split_response(name: str, value: Any, implicit: bool) -> tuple[list | str |
 
 
 def _agree(prompt: Any, contexts: list[list | str | None]) -> Any:
-    """The one prompt that the prompt column and the turns before the responses make."""
+    """Return the one prompt of the prompt column and the turns before the responses; RowError if they differ."""
     turns = [context for context in contexts if context is not None]
     if any(context != turns[0] for context in turns):
         raise RowError("prompts differ", "the responses answer different dialogues")
@@ -182,5 +183,12 @@ def _as_messages(prompt: Any, implicit: bool) -> list:
 
 
 def _json_value(value: Any) -> Any:
-    """Values that JSON does not know, such as dates, are kept as text."""
+    """Return a JSON value; others, such as dates, become text."""
     return value if isinstance(value, str | int | float | list | dict | None) else str(value)
+
+
+TASK = Task(
+    "own",
+    read=lambda table, bad, config, chat: (own_records(table, bad, config.columns, chat), []),
+    columns=FIELDS,
+)

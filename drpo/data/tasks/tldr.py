@@ -1,9 +1,11 @@
-"""Reddit posts and their summaries (TL;DR): openai/summarize_from_feedback, trl-lib/tldr, the N+ sets,
-axis.jsonl.
+"""Reddit posts and their summaries (TL;DR).
 
-One template for all: `SUBREDDIT: r/{}\\n\\nTITLE: {}\\n\\nPOST: {}\\n\\nTL;DR:`, without the lines that a
-row has no value for; a summary follows with a leading space (Huang et al. 2024, "The N+ implementation
-details of RLHF with PPO", details 1-3).
+Sources: openai/summarize_from_feedback, trl-lib/tldr, the N+ sets, axis.jsonl. All have one template::
+
+    SUBREDDIT: r/{}\\n\\nTITLE: {}\\n\\nPOST: {}\\n\\nTL;DR:
+
+without the lines that a row has no value for; a summary follows with a leading space (Huang et al. 2024, "The N+
+implementation details of RLHF with PPO", details 1-3).
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from drpo.data.records import (
     require_scores,
     require_text,
 )
+from drpo.data.tasks.task import Task
 
 ENDING = "\n\nTL;DR:"
 INSTRUCTION = "Summarize the following Reddit post in one or two sentences."
-"What a chat model is asked: in its own conversations nothing says that TL;DR asks for a summary of this length."
+"The request to a chat model: its own conversations do not show that TL;DR asks for a summary of this length."
 POST_LINE = re.compile(r"(?:\A|\n\n)POST: ")
 RESPONSES = ("completion", "chosen", "rejected")
 PREPROCESSED = ("query", "chosen", "rejected", "reference_response")
@@ -36,23 +39,23 @@ PREPROCESSED = ("query", "chosen", "rejected", "reference_response")
 
 
 def keep_column(column: str) -> bool:
-    """Leave out the token ids that the N+ sets carry: they belong to their tokenizer, and are slow to read."""
+    """Exclude the token ids of the N+ sets: they belong to another tokenizer, and are slow to read."""
     return "_token" not in column
 
 
 def format_query(post: str, title: str | None = None, subreddit: str | None = None) -> str:
-    """The prompt for one post."""
+    """Format the prompt of one post."""
     lines = [f"SUBREDDIT: r/{subreddit}"] if subreddit else []
     lines += [f"TITLE: {title}"] if title else []
     return "\n\n".join([*lines, f"POST: {post}"]) + ENDING
 
 
 def truncate_query(query: str, num_tokens: Callable[[str], int], max_length: int) -> str:
-    """The query with its post shortened to at most `max_length` tokens (N+ detail 2).
+    """Shorten the post in a query to at most `max_length` tokens (N+ detail 2).
 
-    Paragraphs go first: the post is cut at its last newline again and again. If its first paragraph alone
-    is too long, that is shortened from the end. The other lines, the ending "TL;DR:" and what a chat template puts
-    around them always stay; RowError if there is no room for any of the post.
+    Paragraphs go first: the post is cut at its last newline again and again. If its first paragraph alone is too
+    long, that is shortened from the end. The other lines, the ending "TL;DR:" and what a chat template puts around
+    them always stay; RowError if there is no room for any of the post.
     """
     if num_tokens(query) <= max_length:
         return query
@@ -76,10 +79,10 @@ def truncate_query(query: str, num_tokens: Callable[[str], int], max_length: int
 def tldr_records(
     table: Table, bad: BadRows, chat: ChatTemplate | None = None
 ) -> tuple[list[Record], list[str]]:
-    """The records of a table in any of the known layouts, and notes on what was left out by design.
+    """Convert a table in any of the known layouts to records, with notes on what was left out by design.
 
-    With `chat` they go through the chat template. Raises DataError, naming the columns that are there, for an unknown
-    layout.
+    With `chat` they go through the chat template. Raises DataError, naming the columns that are there, for an
+    unknown layout.
     """
 
     def convert(table: Table, to_record: Callable[[Row], Record]) -> list[Record]:
@@ -107,7 +110,7 @@ def tldr_records(
 
 
 def chat_record(record: Record, chat: ChatTemplate) -> Record:
-    """The record as a conversation: a user's message that asks for the summary, and the summaries as answers."""
+    """Convert a record to a conversation: a user's message asks for the summary, the summaries answer it."""
     messages = [{"role": "user", "content": f"{INSTRUCTION}\n\n{record.prompt}"}]
     texts = {name: text for name in RESPONSES if (text := getattr(record, name)) is not None}
     prompt, rendered = chat.render(messages, [text.strip() for text in (*texts.values(), *record.responses)])
@@ -124,7 +127,10 @@ def chat_record(record: Record, chat: ChatTemplate) -> Record:
 
 
 def ranked_record(row: Row) -> Record:
-    """axis.jsonl: post, summaries, overall (one score for each summary); title and subreddit may be there."""
+    """Convert a row of axis.jsonl: post, summaries, overall (one score for each summary).
+
+    The columns title and subreddit are optional.
+    """
     values = dict(row.values)
     summaries, scores = values.pop("summaries", None), values.pop("overall", None)
     if not isinstance(summaries, list):
@@ -142,15 +148,17 @@ def ranked_record(row: Row) -> Record:
 
 
 def demonstration_record(row: Row) -> Record:
-    """N+ SFT sets: id, subreddit, title, post, summary, and columns made from these."""
+    """Convert a row of the N+ SFT sets: id, subreddit, title, post, summary, and columns made from these."""
     values = {name: value for name, value in row.values.items() if not name.startswith(PREPROCESSED)}
     completion = _response(values.pop("summary", None), "summary")
     return Record(_query(values), completion=completion, origin=row.origin, extra=values)
 
 
 def comparison_record(row: Row) -> Record:
-    """openai/summarize_from_feedback comparisons: info, two summaries, choice; also with the N+ sets'
-    columns."""
+    """Convert a comparison of openai/summarize_from_feedback: info, two summaries, choice.
+
+    Columns that the N+ sets add are left out.
+    """
     values = {name: value for name, value in row.values.items() if not name.startswith(PREPROCESSED)}
     summaries, choice = values.pop("summaries", None), values.pop("choice", None)
     if not isinstance(summaries, list) or not all(isinstance(summary, Mapping) for summary in summaries):
@@ -170,7 +178,7 @@ def comparison_record(row: Row) -> Record:
 
 
 def axis_record(row: Row) -> Record:
-    """openai/summarize_from_feedback axis: info, and one summary with its scores by one worker."""
+    """Convert a row of summarize_from_feedback's axis part: info, and one summary scored by one worker."""
     values = dict(row.values)
     summary = values.pop("summary", None)
     if not isinstance(summary, Mapping):
@@ -186,8 +194,7 @@ def axis_record(row: Row) -> Record:
 
 
 def formatted_record(row: Row) -> Record:
-    """trl-lib/tldr (prompt, completion) and trl-lib/tldr-preference (prompt, chosen, rejected): ready
-    prompts."""
+    """Convert a row of trl-lib/tldr or trl-lib/tldr-preference, whose prompts are formatted already."""
     values = dict(row.values)
     prompt = require_text(values.pop("prompt", None), "prompt")
     if not prompt.endswith(ENDING):
@@ -210,13 +217,13 @@ def _query(info: Any) -> str:
 
 
 def _response(value: Any, field: str) -> str:
-    """The summary with exactly what the template needs before it: some leading whitespace."""
+    """Return the summary with exactly what the template needs before it: some leading whitespace."""
     text = require_text(value, field)
     return text if text[0].isspace() else " " + text
 
 
 def _posts_only(table: Table) -> tuple[Table, list[str]]:
-    """The hub sets mix Reddit posts with news articles (CNN/DM), which are another task."""
+    """Drop the news articles (CNN/DM), another task, that the hub sets mix with Reddit posts."""
 
     def is_article(row: Row) -> bool:
         info = row.values.get("info")
@@ -231,8 +238,10 @@ def _posts_only(table: Table) -> tuple[Table, list[str]]:
 
 
 def _merge_ranked(records: list[Record]) -> list[Record]:
-    """One record for each post, with every summary once; a summary scored by several workers has its mean
-    score."""
+    """Merge records into one for each post, with every summary once.
+
+    A summary scored by several workers has the mean score.
+    """
     posts: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         posts.setdefault(record.prompt, {}).setdefault(record.responses[0], []).append(record)
@@ -253,3 +262,12 @@ def _merge_ranked(records: list[Record]) -> list[Record]:
             )
         )
     return merged
+
+
+TASK = Task(
+    "tldr",
+    read=lambda table, bad, config, chat: tldr_records(table, bad, chat),
+    keep=keep_column,
+    truncation="paragraph",
+    by_paragraph=truncate_query,
+)

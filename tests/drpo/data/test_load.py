@@ -51,6 +51,7 @@ def prompts_of(examples):
         ({"split_seed": 1}, "data.split_seed"),
         ({"train_split": "test"}, "data.train_split"),
         ({"task": "tldr"}, "data.path"),
+        ({"task": "reddit", "path": "x"}, "data.task"),
         ({"task": "hh", "path": ""}, "data.path"),
         ({"task": "own", "path": "x", "demo": DemoConfig(seed=3)}, "data.demo"),
         ({"task": "own", "path": "x", "limit": 0}, "data.limit"),

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 
 import pytest
-from tiny_tokenizers import byte_level, single_bytes
+from tiny_tokenizers import CHATML, byte_level, single_bytes
 
+from drpo.data.encode import Example, encode_prompts, encode_records
 from drpo.data.load import DataConfig, load_examples
-from drpo.data.noise import NoiseConfig, add_noise
+from drpo.data.noise import NoiseConfig
+from drpo.data.noise import add_noise as add_noise_to_examples
 from drpo.data.records import DataError, Record
+from drpo.data.stop import with_stop_token
 from drpo.data.tasks.demo import DemoConfig, true_reward
 
 EXTRA = {
@@ -17,6 +22,19 @@ EXTRA = {
     "chosen_relevance": [1],
     "rejected_relevance": [0],
 }
+
+
+def add_noise(pairs: list[Record], config: NoiseConfig) -> tuple[list[Record], list[str]]:
+    """The noise on examples of these records, each response with ids of its own."""
+    texts = {text: [i] for i, text in enumerate({t for pair in pairs for t in (pair.chosen, pair.rejected)})}
+    examples = [
+        Example(pair, [0], chosen_ids=texts[pair.chosen], rejected_ids=texts[pair.rejected]) for pair in pairs
+    ]
+    noisy, notes = add_noise_to_examples(examples, config)
+    for example in noisy:
+        ids = (example.chosen_ids, example.rejected_ids)
+        assert ids == (texts[example.record.chosen], texts[example.record.rejected])
+    return [example.record for example in noisy], notes
 
 
 def pairs_of(num_pairs: int, num_prompts: int | None = None) -> list[Record]:
@@ -127,7 +145,9 @@ def test_the_flips_do_not_depend_on_the_other_noise():
 
 def test_noise_that_cannot_be_made_is_refused():
     with pytest.raises(DataError, match="f:9 is none"):
-        add_noise([Record("p", completion=" c", origin="f:9")], NoiseConfig(flip_rate=0.1))
+        add_noise_to_examples(
+            [Example(Record("p", completion=" c", origin="f:9"), [1])], NoiseConfig(flip_rate=0.1)
+        )
     with pytest.raises(DataError, match=r"data\.noise\.off_topic_rate needs pairs on at least 2"):
         add_noise(pairs_of(4, num_prompts=1), NoiseConfig(off_topic_rate=0.1))
 
@@ -164,6 +184,54 @@ def test_only_train_pairs_get_noise_and_their_ids_follow(tmp_path):
     share = f"({num_flipped / len(noisy.train):.1%})"
     assert f"noise: {num_flipped} of {len(noisy.train)} pairs flipped {share}" in noisy.report
     assert "noise" not in clean.report and "1 x response too long" in noisy.report
+
+
+def spoilt_and_encoded_again(tokenizer, examples: list[Example], noise: NoiseConfig) -> list[Example]:
+    """The definition of the noise, on the texts alone: draw, exchange texts, encode everything anew."""
+    records, num_seen = [], {}
+    for example in examples:
+        old = example.record
+        place = num_seen[old.prompt] = num_seen.get(old.prompt, -1) + 1
+        rng = random.Random(f"{noise.seed}/{place}/{old.prompt}")
+        flipped, off_topic = rng.random() < noise.flip_rate, rng.random() < noise.off_topic_rate
+        source = old
+        while off_topic and source.prompt == old.prompt:
+            source = rng.choice(examples).record
+        other = {"chosen": "rejected", "rejected": "chosen"} if flipped else {}
+        extra = {k: v for k, v in old.extra.items() if k.partition("_")[0] not in ("chosen", "rejected")}
+        for key, value in source.extra.items():
+            side, _, rest = key.partition("_")
+            if side in ("chosen", "rejected"):
+                extra[f"{other.get(side, side)}_{rest}"] = value
+        new = {other.get(side, side): getattr(source, side) for side in ("chosen", "rejected")}
+        extra |= {"flipped": flipped, "off_topic": off_topic}
+        records.append(replace(old, **new, extra=extra))
+    prompts = [record.marked_prompt for record in records]
+    queries = dict(zip(prompts, encode_prompts(tokenizer, prompts), strict=True))
+    return list(encode_records(tokenizer, records, queries, "pairs"))
+
+
+@pytest.mark.parametrize("data", ["demo", "own", "own in a chat template"])
+def test_noise_on_examples_is_noise_on_texts_that_are_encoded_again(data, tmp_path):
+    if data == "demo":
+        tokenizer, options = byte_level(), {"demo": DemoConfig(num_train=120, num_eval=4)}
+    else:
+        rows = [
+            {"prompt": f"prompt {i % 40}", "chosen": f" a{i}", "rejected": f" b{i} <eos>", **EXTRA, "id": i}
+            for i in range(120)
+        ]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        chat = data != "own"
+        tokenizer = byte_level(chat_template=CHATML) if chat else single_bytes(bos=True)
+        options = {"task": "own", "path": str(path), "max_prompt_length": 60, "chat_template": chat}
+    noise = NoiseConfig(flip_rate=0.4, off_topic_rate=0.3, seed=5)
+    clean = load_examples(DataConfig(**options), tokenizer, "pairs")
+    noisy = load_examples(DataConfig(**options, noise=noise), tokenizer, "pairs")
+    tokenizer = with_stop_token(tokenizer, DataConfig(**options))
+    assert noisy.train == spoilt_and_encoded_again(tokenizer, clean.train, noise)
+    kinds = {(e.record.extra["flipped"], e.record.extra["off_topic"]) for e in noisy.train}
+    assert len(kinds) == 4 and noisy.eval == clean.eval
 
 
 @pytest.mark.parametrize("view", ["demonstrations", "prompts", "ranked", "unpaired"])

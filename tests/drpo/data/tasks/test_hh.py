@@ -9,9 +9,10 @@ from real_data import DATA
 from tiny_tokenizers import CHATML, byte_level
 
 from drpo.data.chat import ChatTemplate
+from drpo.data.dialogue import parse_turns, split_dialogue
 from drpo.data.files import Row, Table, read_table
 from drpo.data.records import BadRows, DataError, RowError
-from drpo.data.tasks.hh import hh_record, hh_records, parse_turns, split_dialogue, split_pair
+from drpo.data.tasks.hh import hh_record, hh_records, split_pair
 
 FILE = DATA / "hh/harmless-base.jsonl.gz"
 CONTEXT = "\n\nHuman: hello\n\nAssistant: Hi!\n\nHuman: can you?\n\nAssistant:"
