@@ -21,7 +21,7 @@ from eval.judging.judge import JudgeConfig, JudgeStopped
 from eval.judging.matchup import Question
 from eval.judging.openai.answer_body import decoded
 from eval.judging.openai.budget import Budget, BudgetReached, Reservation
-from eval.judging.openai.rate_limit import RateLimiter, Start
+from eval.judging.openai.rate_limit import Admission, RateLimiter
 from eval.judging.openai.request import Asking, Request, stored_verdicts
 from eval.judging.openai.retry import Failure, RetryConfig, classify, delay_before_retry, unclear_text
 from eval.judging.openai.store import Call, Store
@@ -144,7 +144,7 @@ class OpenAIJudge:
         """Raises JudgeStopped when the run has to stop, or has stopped while this was waiting."""
         first_sent = None
         for attempt in range(1, self._retry.max_attempts + 1):
-            reservation, start = await self._leave_to_send(request)
+            reservation, admission = await self._leave_to_send(request)
             sent = time.monotonic()
             first_sent = first_sent or sent
             try:
@@ -175,15 +175,14 @@ class OpenAIJudge:
                     self._limiter.pause(failure.retry_after)
                 await self._unless_stopped(asyncio.sleep(delay))
             else:
-                self._limiter.observe(headers)
                 if call.prompt_tokens is not None and call.completion_tokens is not None:
-                    self._limiter.correct(start, call.prompt_tokens + call.completion_tokens)
+                    self._limiter.correct(admission, call.prompt_tokens + call.completion_tokens)
                 await self._budget.settle(reservation, self._asking.paid(request, call), "answered", call)
                 self._failures_in_a_row = 0
                 return call
         raise AssertionError("the loop returns in its last round")
 
-    async def _leave_to_send(self, request: Request) -> tuple[Reservation, Start]:
+    async def _leave_to_send(self, request: Request) -> tuple[Reservation, Admission]:
         """Wait for room in the budget, then for the pace."""
         reserving = self._budget.reserve(request.key, self._asking.most(request))
         try:
@@ -192,11 +191,11 @@ class OpenAIJudge:
             raise self._halt(JudgeStopped(str(error))) from None
         try:
             tokens = request.prompt_tokens_about + self._asking.config.max_output_tokens
-            start = await self._unless_stopped(self._limiter.wait(tokens))
+            admission = await self._unless_stopped(self._limiter.wait(tokens))
         except BaseException:
             await self._budget.withdraw(reservation)
             raise
-        return reservation, start
+        return reservation, admission
 
     async def _send(self, body: Mapping[str, Any]) -> tuple[Any, Mapping[str, str]]:
         """The JSON of an answer, and its headers. Any exception of the client, or NotAnAnswer."""

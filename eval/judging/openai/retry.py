@@ -16,7 +16,6 @@ import openai
 
 from eval.json_rows import encodable
 from eval.judging.openai.error_causes import Cause, cause_of, read_error
-from eval.judging.openai.rate_limit import parse_duration
 
 Action = Literal["retry", "refused", "give_up", "stop"]
 """retry: it may pass. refused: the API would not have this text judged. give_up: this request cannot work, others may.
@@ -30,6 +29,9 @@ SETTINGS = frozenset(
 )
 _HINT = re.compile(
     r"(?:try again|retry) (?:in|after) ([\d.hms]*\d(?:ms|[hms])?)( seconds?| secs?)?", re.IGNORECASE
+)
+_DURATION = re.compile(
+    r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
 )
 
 
@@ -195,6 +197,15 @@ def retry_hint(message: str) -> float | None:
     """Return the seconds that an error message asks to wait ("try again in 7m12s"), None if it names none."""
     found = _HINT.search(message)
     return None if found is None else parse_duration(found.group(1) + ("s" if found.group(2) else ""))
+
+
+def parse_duration(text: str) -> float | None:
+    """Return the seconds of a duration as the API writes it ("1m30s", "120ms", "2s"); None for anything else."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match or not any(match.groups()):
+        return None
+    hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
 
 
 def delay_before_retry(

@@ -21,7 +21,7 @@ from eval.judging.openai.openai_judge import OpenAIJudge, make_client
 from eval.judging.openai.preflight import check_model, known_form, probe_form
 from eval.judging.openai.prices import load_price
 from eval.judging.openai.prompts import load_prompt
-from eval.judging.openai.rate_limit import WINDOW, RateLimiter
+from eval.judging.openai.rate_limit import RateLimiter
 from eval.judging.openai.request import Asking, stored_verdicts
 from eval.judging.openai.store import Store
 from eval.progress import Say
@@ -82,7 +82,7 @@ async def _ask(
 ) -> Outcome:
     async with client:
         budget = Budget(store, recipe.budget)
-        limiter = RateLimiter(recipe.limits, store.recent_requests(WINDOW))
+        limiter = RateLimiter(recipe.limits)
 
         def live(asking: Asking) -> OpenAIJudge:
             concurrency = recipe.limits.concurrency

@@ -244,20 +244,6 @@ class Store:
         ).fetchone()
         return Ledger(*row)
 
-    def recent_requests(self, seconds: float) -> list[tuple[float, float]]:
-        """(seconds ago, tokens) of the last `seconds`' live requests, oldest first; 0 tokens without an answer."""
-        rows = self._db.execute(
-            "SELECT started, coalesce(prompt_tokens + completion_tokens, 0) FROM requests LEFT JOIN calls ON "
-            "calls.key = requests.key AND status != 'failed' WHERE batch IS NULL ORDER BY requests.id DESC"
-        )
-        recent, today = [], datetime.now(timezone.utc)
-        for started, tokens in rows:
-            age = (today - datetime.fromisoformat(started)).total_seconds()
-            if age > seconds:
-                break
-            recent.append((max(age, 0.0), float(tokens)))
-        return recent[::-1]
-
     # --- batches and facts ------------------------------------------------------------------------------
 
     def put_batch(
