@@ -1,6 +1,6 @@
 """What a judge is, whatever stands behind it, and the recipe's section that chooses one.
 
-A judge takes questions (a comparison and an order) and yields one verdict for each, in whatever order they come:
+A judge takes questions (a matchup and an order) and yields one verdict for each, in whatever order they come:
 
     async for verdict in judge.verdicts(questions): ...
 

@@ -29,7 +29,7 @@ from eval.judging.judgments import (
 )
 from eval.judging.matchup import Question, first_prompts, pair_up, questions_of
 from eval.judging.offline_judges import score_judge
-from eval.judging.openai.batch_api import BatchConfig
+from eval.judging.openai.batch_api import BatchAPIConfig
 from eval.judging.openai.budget import BudgetConfig
 from eval.judging.openai.rate_limit import LimitsConfig
 from eval.judging.openai.retry import RetryConfig
@@ -56,14 +56,14 @@ class JudgeRecipe:
     prompt: str | None = None
     """judge.kind=openai: what is asked, tldr-1, hh_helpful-1, hh_harmless-1, or a .yaml file with one's own prompt."""
     orders: Literal["both", "one"] = "both"
-    """Show each comparison in both orders, or in one that is drawn by the seed: half the cost, but what the slot
+    """Show each matchup in both orders, or in one that is drawn by the seed: half the cost, but what the slot
     decides then counts as the response's merit."""
     ties: bool = True
     """Whether the judge may call a tie."""
     half_tie: Literal["half", "tie"] = "half"
     """What a win in one order and a tie in the other count: 0.75 (half), or 0.5 (tie)."""
     max_undecided: float = 0.05
-    """The run ends with an error, everything written, when a larger share of the comparisons is undecided."""
+    """The run ends with an error, everything written, when a larger share of the matchups is undecided."""
     max_failed: float = 0.0
     """The same for verdicts that failed; the same command again asks for them again."""
     seed: int = 0
@@ -74,7 +74,7 @@ class JudgeRecipe:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
+    batch: BatchAPIConfig = field(default_factory=BatchAPIConfig)
 
     def __post_init__(self) -> None:
         for name in ("max_undecided", "max_failed"):
@@ -95,7 +95,7 @@ class JudgeRecipe:
             for name, default in sections:
                 _refuse(getattr(self, name) != default, name, where)
         if self.judge.kind != "openai" or self.judge.backend != "batch":
-            _refuse(self.batch != BatchConfig(), "batch", "this judge; it is for judge.backend=batch")
+            _refuse(self.batch != BatchAPIConfig(), "batch", "this judge; it is for judge.backend=batch")
 
     @property
     def store_path(self) -> Path:
@@ -120,13 +120,13 @@ def judge(recipe: JudgeRecipe, say: Say = print) -> Path:
             "constant one is written 'system=\"null\"')"
         )
     rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
-    comparisons = pair_up(rows, recipe.system, recipe.baseline)
+    matchups = pair_up(rows, recipe.system, recipe.baseline)
     if recipe.num_prompts is not None:
-        there = len({comparison.prompt_id for comparison in comparisons})
+        there = len({matchup.prompt_id for matchup in matchups})
         if there < recipe.num_prompts:
             say(f"num_prompts={recipe.num_prompts}, but the files have {there} prompts: all are judged")
-        comparisons = first_prompts(comparisons, recipe.num_prompts)
-    questions = questions_of(comparisons, recipe.orders, recipe.seed)
+        matchups = first_prompts(matchups, recipe.num_prompts)
+    questions = questions_of(matchups, recipe.orders, recipe.seed)
     folder = Path(recipe.run_dir)
     with _disk_trouble_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _write(
 ) -> Path:
     """judgments.jsonl and summary.json, also of a run that was stopped. Raises RunStopped for one that is not whole."""
     folder, judge = Path(recipe.run_dir), recipe.judge
-    place = {_place(question.comparison, question.order): i for i, question in enumerate(questions)}
+    place = {_place(question.matchup, question.order): i for i, question in enumerate(questions)}
     verdicts = sorted(outcome.verdicts, key=lambda verdict: place[_place(verdict, verdict.order)])
     name = judge.model or judge.path or judge.function
     common = {

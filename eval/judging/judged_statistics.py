@@ -27,7 +27,7 @@ class Suspected:
 
     responses: int
     score: float
-    "Sum of their scores, undecided comparisons left out."
+    "Sum of their scores, undecided matchups left out."
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class JudgedStatistics:
     num_comparisons: int
     undecided: int
     statuses: dict[Status, int]
-    "How many verdicts came out which way; a comparison has one for each order."
+    "How many verdicts came out which way; a matchup has one for each order."
     win_rate: WinRate | None
     "Of system a; None when nothing is decided."
     win_rate_missing: str | None
@@ -48,7 +48,7 @@ class JudgedStatistics:
     "Also `.consistency`: the share with the same verdict in both orders; None when one order was asked."
     position_bias_missing: str | None
     mean_length_a: float | None
-    "Characters, over all comparisons."
+    "Characters, over all matchups."
     mean_length_b: float | None
     suspected_a: Suspected
     suspected_b: Suspected
@@ -112,7 +112,7 @@ def _without_nan(result: Result) -> Result:
 
 
 def _slots(judgments: Sequence[Judgment]) -> list[tuple[float | None, ...]]:
-    """(n, 2), or (n, 1) where one order was asked. A comparison that was stopped between its orders lacks one."""
+    """(n, 2), or (n, 1) where one order was asked. A matchup that was stopped between its orders lacks one."""
     both = any(_was_to_be_asked_twice(judgment) for judgment in judgments)
     return [(*j.first_slot_wins, None)[:2] if both else j.first_slot_wins for j in judgments]
 

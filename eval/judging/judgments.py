@@ -74,13 +74,13 @@ def write_judgments(
 def read_answers(path: Path) -> dict[tuple[str, int, str], str]:
     """Read the judge's answers by (prompt_id, seed, order), leaving out questions without one.
 
-    Raises DataError as `read_judgments` does.
+    Raises DataError as `read_verdicts` does.
     """
     rows = _read_final(path, lambda row: ((row["prompt_id"], row["seed"], row["order"]), row.get("text")))
     return {key: text for key, text in rows if text is not None}
 
 
-def read_judgments(path: Path | str) -> list[Verdict]:
+def read_verdicts(path: Path | str) -> list[Verdict]:
     """The verdicts of a judgments file. Raises DataError for a missing file or a line that is no judgment."""
     return _read_final(Path(path), _verdict)
 

@@ -17,12 +17,12 @@ from drpo.reward_functions import import_functions
 from drpo.rewards import Completion, RewardFn
 from eval.completions.text_completion import text_completion
 from eval.judging.judge import JudgeConfig, JudgeStopped
-from eval.judging.matchup import Comparison, Question
+from eval.judging.matchup import Matchup, Question
 from eval.judging.verdict import Verdict, Winner, verdict_on
 from reward_models.score import RewardModelScorer
 
 CHUNK = 512
-"Comparisons scored together."
+"Matchups scored together."
 
 _Text = tuple[str, str, bool]
 
@@ -42,16 +42,16 @@ class ScoreJudge:
             if self._stopped is not None:
                 raise self._stopped
             chunk = questions[first : first + CHUNK]
-            scores = await asyncio.to_thread(self._score, [question.comparison for question in chunk])
+            scores = await asyncio.to_thread(self._score, [question.matchup for question in chunk])
             for question in chunk:
                 yield self._verdict(question, scores)
 
-    def _score(self, comparisons: Sequence[Comparison]) -> dict[_Text, float]:
+    def _score(self, matchups: Sequence[Matchup]) -> dict[_Text, float]:
         """The score of each different completion. Raises ValueError unless there is one number for each."""
         completions: dict[_Text, Completion] = {}
-        for comparison in comparisons:
-            for text in _texts(comparison):
-                completions[text] = text_completion(*text, comparison.reference, comparison.messages)
+        for matchup in matchups:
+            for text in _texts(matchup):
+                completions[text] = text_completion(*text, matchup.reference, matchup.messages)
         scores = [float(score) for score in self._reward_fn(list(completions.values()))]
         if len(scores) != len(completions):
             raise ValueError(
@@ -60,17 +60,17 @@ class ScoreJudge:
         return dict(zip(completions, scores, strict=True))
 
     def _verdict(self, question: Question, scores: dict[_Text, float]) -> Verdict:
-        a, b = (scores[text] for text in _texts(question.comparison))
+        a, b = (scores[text] for text in _texts(question.matchup))
         if not (math.isfinite(a) and math.isfinite(b)):
             return verdict_on(question, "failed", None, f"scores {a} and {b} are not both finite")
         winner: Winner = "tie" if abs(a - b) <= self._tie_margin else ("a" if a > b else "b")
         return verdict_on(question, "ok", winner, scores=(a, b))
 
 
-def _texts(comparison: Comparison) -> tuple[_Text, _Text]:
+def _texts(matchup: Matchup) -> tuple[_Text, _Text]:
     return (
-        (comparison.prompt, comparison.response_a, comparison.ended_a),
-        (comparison.prompt, comparison.response_b, comparison.ended_b),
+        (matchup.prompt, matchup.response_a, matchup.ended_a),
+        (matchup.prompt, matchup.response_b, matchup.ended_b),
     )
 
 

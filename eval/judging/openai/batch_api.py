@@ -22,7 +22,7 @@ from eval.judging.matchup import Question
 from eval.judging.openai.answer_body import decoded
 from eval.judging.openai.batch_replies import batch_called, reasons_of, rows_in, status_of, with_id
 from eval.judging.openai.budget import Budget, BudgetReached
-from eval.judging.openai.request import Asking, Request
+from eval.judging.openai.request import JudgeSetup, Request
 from eval.judging.openai.retry import (
     Failure,
     NotAnAnswer,
@@ -42,7 +42,7 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 
 
 @dataclass(frozen=True)
-class BatchConfig:
+class BatchAPIConfig:
     """How batches are submitted (section `batch`, for judge.backend=batch)."""
 
     poll_seconds: float = 60.0
@@ -67,14 +67,14 @@ class BatchJudge:
     def __init__(
         self,
         client: AsyncOpenAI,
-        asking: Asking,
+        setup: JudgeSetup,
         store: Store,
         budget: Budget,
-        config: BatchConfig,
+        config: BatchAPIConfig,
         retry: RetryConfig,
         say: Callable[[str], None],
     ) -> None:
-        self._client, self._asking, self._store, self._budget = client, asking, store, budget
+        self._client, self._setup, self._store, self._budget = client, setup, store, budget
         self._config, self._retry, self._say = config, retry, say
         self._failures: dict[str, list[Call]] = {}
         self._hopeless: set[str] = set()
@@ -96,16 +96,16 @@ class BatchJudge:
         except JudgeStopped as error:
             stopped = error
         for question in questions:
-            request, calls = self._asking.unanswered(question, self._store)
+            request, calls = self._setup.unanswered(question, self._store)
             failed = [] if request is None else self._failures.get(request.key, [])[-1:]
             if request is None or failed:
-                yield self._asking.verdict(question, [*calls, *failed])
+                yield self._setup.verdict(question, [*calls, *failed])
         if stopped is not None:
             raise stopped
 
     def _missing(self, questions: Sequence[Question]) -> list[Request]:
         """The requests that are to be submitted now, each once."""
-        requests = (self._asking.unanswered(question, self._store)[0] for question in questions)
+        requests = (self._setup.unanswered(question, self._store)[0] for question in questions)
         unique = {request.key: request for request in requests if request is not None}
         return [r for r in unique.values() if not self._given_up(r.key)]
 
@@ -118,7 +118,7 @@ class BatchJudge:
         name = uuid.uuid4().hex
         try:
             keys = [request.key for request in requests]
-            self._budget.reserve_all(keys, [self._asking.most(r) for r in requests], name)
+            self._budget.reserve_all(keys, [self._setup.most(r) for r in requests], name)
         except BudgetReached as error:
             raise JudgeStopped(str(error)) from None
         self._store.put_batch(name, None, "open", [(r.key, r.sample, r.body) for r in requests])
@@ -197,7 +197,7 @@ class BatchJudge:
                 continue
             self._store.update_batch(name, batch_id, "open")
             batch = await self._wait_for(batch_id)
-            requests = {key: self._asking.restored(key, sample, body) for key, sample, body in rows}
+            requests = {key: self._setup.restored(key, sample, body) for key, sample, body in rows}
             try:
                 await self._merge(name, batch, requests)
             finally:
@@ -243,7 +243,7 @@ class BatchJudge:
         body, status = response.get("body"), status_of(row, response)
         if 200 <= status < 300:
             try:
-                call = self._asking.answered(request, body, "batch", 1, None, response.get("request_id"))
+                call = self._setup.answered(request, body, "batch", 1, None, response.get("request_id"))
             except NotAnAnswer as error:
                 failure = classify(error)
             else:
@@ -256,7 +256,7 @@ class BatchJudge:
             failure = replace(failure, action="stop", detail=unclear_text(failure))
         call = None
         if failure.action == "refused":
-            call = self._asking.unanswerable(request, "batch", "refused", failure.detail, 1)
+            call = self._setup.unanswerable(request, "batch", "refused", failure.detail, 1)
         paid = reserved if failure.may_be_paid else 0.0
         self._budget.settle_one(number, reserved, paid, failure.detail, call)
         if failure.action in ("retry", "give_up"):
@@ -266,7 +266,7 @@ class BatchJudge:
         return failure
 
     def _note_failure(self, request: Request, detail: str) -> None:
-        call = self._asking.unanswerable(request, "batch", "failed", detail, 1)
+        call = self._setup.unanswerable(request, "batch", "failed", detail, 1)
         self._store.record_failure(call)
         self._failures.setdefault(request.key, []).append(call)
 

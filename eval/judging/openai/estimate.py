@@ -8,7 +8,7 @@ from statistics import fmean
 
 from drpo.run.folder import RunStopped
 from eval.judging.matchup import Question
-from eval.judging.openai.request import Asking
+from eval.judging.openai.request import JudgeSetup
 from eval.judging.openai.store import Store
 
 
@@ -65,9 +65,9 @@ def total_text(estimates: Sequence[Estimate]) -> str:
     return ", ".join(parts)
 
 
-def estimate(asking: Asking, questions: Sequence[Question], store: Store) -> Estimate:
+def estimate(setup: JudgeSetup, questions: Sequence[Question], store: Store) -> Estimate:
     """What asking these questions will take; those that the store settles cost nothing."""
-    unanswered = [asking.unanswered(question, store)[0] for question in questions]
+    unanswered = [setup.unanswered(question, store)[0] for question in questions]
     unanswered = [request for request in unanswered if request is not None]
     requests = list({request.key: request for request in unanswered}.values())
     num_open = len(requests)
@@ -75,10 +75,10 @@ def estimate(asking: Asking, questions: Sequence[Question], store: Store) -> Est
     answers = [
         call.completion_tokens
         for call in store.calls()
-        if call.model == asking.config.model and call.completion_tokens is not None
+        if call.model == setup.config.model and call.completion_tokens is not None
     ]
     answer_tokens = fmean(answers) if answers else None
-    price = asking.price
+    price = setup.price
     about = None
     if price is not None and answer_tokens is not None:
         about = (prompt_tokens * price.input + num_open * answer_tokens * price.output) / 1e6
@@ -89,7 +89,7 @@ def estimate(asking: Asking, questions: Sequence[Question], store: Store) -> Est
         prompt_tokens,
         answer_tokens,
         about,
-        None if price is None else sum(asking.most(request) for request in requests),
+        None if price is None else sum(setup.most(request) for request in requests),
         None if price is None else price.as_of,
     )
 

@@ -22,7 +22,7 @@ from eval.judging.matchup import Question
 from eval.judging.openai.answer_body import decoded
 from eval.judging.openai.budget import Budget, BudgetReached, Reservation
 from eval.judging.openai.rate_limit import Admission, RateLimiter
-from eval.judging.openai.request import Asking, Request, stored_verdicts
+from eval.judging.openai.request import JudgeSetup, Request, stored_verdicts
 from eval.judging.openai.retry import Failure, RetryConfig, classify, delay_before_retry, unclear_text
 from eval.judging.openai.store import Call, Store
 from eval.judging.verdict import Verdict
@@ -52,7 +52,7 @@ class OpenAIJudge:
     def __init__(
         self,
         client: AsyncOpenAI,
-        asking: Asking,
+        setup: JudgeSetup,
         store: Store,
         budget: Budget,
         limiter: RateLimiter,
@@ -60,7 +60,7 @@ class OpenAIJudge:
         concurrency: int,
         rng: random.Random | None = None,
     ) -> None:
-        self._client, self._asking, self._store, self._budget = client, asking, store, budget
+        self._client, self._setup, self._store, self._budget = client, setup, store, budget
         self._limiter, self._retry, self._concurrency = limiter, retry, concurrency
         self._rng = rng or random.Random()
         self._under_way: dict[str, asyncio.Task[Call]] = {}
@@ -109,7 +109,7 @@ class OpenAIJudge:
                     raise result
             if self._stopped is not None:
                 left = [question for question in questions if question not in yielded]
-                for verdict in stored_verdicts(self._asking, left, self._store):  # needs no asking
+                for verdict in stored_verdicts(self._setup, left, self._store):  # needs no asking
                     yield verdict
                 raise self._stopped
         finally:
@@ -121,12 +121,12 @@ class OpenAIJudge:
     async def _ask(self, question: Question) -> Verdict:
         """Ask until there is an answer that can be read, or until asking again is used up."""
         while True:
-            request, calls = self._asking.unanswered(question, self._store)
+            request, calls = self._setup.unanswered(question, self._store)
             if request is None:
-                return self._asking.verdict(question, calls)
+                return self._setup.verdict(question, calls)
             call = await self.call(request)
             if call.status == "failed":
-                return self._asking.verdict(question, [*calls, call])
+                return self._setup.verdict(question, [*calls, call])
 
     async def call(self, request: Request) -> Call:
         """The answer to a request: the stored one, the one that another worker is waiting for, or a new one."""
@@ -149,14 +149,14 @@ class OpenAIJudge:
             first_sent = first_sent or sent
             try:
                 payload, headers = await self._send(request.body)
-                call = self._asking.answered(
+                call = self._setup.answered(
                     request, payload, "live", attempt, time.monotonic() - sent, headers.get("x-request-id")
                 )
             except Exception as error:  # after a cancellation the reservation stays open: it may be paid
                 failure = classify(error)
                 paid = reservation.usd if failure.may_be_paid else 0.0
                 if failure.action == "refused":
-                    call = self._asking.unanswerable(request, "live", "refused", failure.detail, attempt)
+                    call = self._setup.unanswerable(request, "live", "refused", failure.detail, attempt)
                     await self._budget.settle(reservation, paid, failure.detail, call)
                     return call
                 await self._budget.settle(reservation, paid, failure.detail)
@@ -177,20 +177,20 @@ class OpenAIJudge:
             else:
                 if call.prompt_tokens is not None and call.completion_tokens is not None:
                     self._limiter.correct(admission, call.prompt_tokens + call.completion_tokens)
-                await self._budget.settle(reservation, self._asking.paid(request, call), "answered", call)
+                await self._budget.settle(reservation, self._setup.paid(request, call), "answered", call)
                 self._failures_in_a_row = 0
                 return call
         raise AssertionError("the loop returns in its last round")
 
     async def _leave_to_send(self, request: Request) -> tuple[Reservation, Admission]:
         """Wait for room in the budget, then for the pace."""
-        reserving = self._budget.reserve(request.key, self._asking.most(request))
+        reserving = self._budget.reserve(request.key, self._setup.most(request))
         try:
             reservation = await self._unless_stopped(reserving)
         except BudgetReached as error:
             raise self._halt(JudgeStopped(str(error))) from None
         try:
-            tokens = request.prompt_tokens_about + self._asking.config.max_output_tokens
+            tokens = request.prompt_tokens_about + self._setup.config.max_output_tokens
             admission = await self._unless_stopped(self._limiter.wait(tokens))
         except BaseException:
             await self._budget.withdraw(reservation)
@@ -205,7 +205,7 @@ class OpenAIJudge:
         return decoded(raw.text), raw.headers
 
     def _failed(self, request: Request, failure: Failure, num_attempts: int) -> Call:
-        call = self._asking.unanswerable(request, "live", "failed", failure.detail, num_attempts)
+        call = self._setup.unanswerable(request, "live", "failed", failure.detail, num_attempts)
         self._store.record_failure(call)
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._retry.max_failures_in_a_row:

@@ -35,7 +35,7 @@ class JudgePrompt:
     question: str
     "What decides."
     material: str
-    "What the prompt of a comparison is: Post, Conversation."
+    "What the prompt of a matchup is: Post, Conversation."
     noun: str
     "What a response is: Summary, Response."
     label: str
@@ -116,13 +116,13 @@ def messages_for(
     prompt: JudgePrompt, question: Question, form: Form, ties: bool, sample: int
 ) -> list[dict[str, str]]:
     """The messages of one call. `sample` > 0 asks again after an answer that could not be read."""
-    comparison = question.comparison
-    first, second = comparison.shown(question.order)
-    code = marker_code(prompt, (comparison.prompt, first, second), sample)
+    matchup = question.matchup
+    first, second = matchup.shown(question.order)
+    code = marker_code(prompt, (matchup.prompt, first, second), sample)
     sections = [
         _section(title, text, code)
         for title, text in (
-            (prompt.material, comparison.prompt),
+            (prompt.material, matchup.prompt),
             (f"{prompt.noun} A", first),
             (f"{prompt.noun} B", second),
         )

@@ -14,7 +14,7 @@ from eval.judging.openai.answer_body import said_in, text_or_none
 from eval.judging.openai.prices import Price, Tokens, prompt_tokens_about, prompt_tokens_at_most
 from eval.judging.openai.prompts import JudgePrompt, messages_for, response_format
 from eval.judging.openai.store import Call, Store, call_key, now
-from eval.judging.openai.verdict_parser import Answer, Form, Reading, read_answer
+from eval.judging.openai.verdict_parser import Answer, Form, ParsedAnswer, read_answer
 from eval.judging.verdict import Verdict, verdict_on, winner_of
 
 MAX_TOKENS = 10**9
@@ -33,7 +33,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Asking:
+class JudgeSetup:
     """Everything about the asking that all calls of a run share."""
 
     config: JudgeConfig
@@ -72,12 +72,12 @@ class Asking:
             return 0.0
         return self.price.at_most(request.prompt_tokens_at_most, self.config.max_output_tokens)
 
-    def read(self, call: Call) -> Reading:
+    def read(self, call: Call) -> ParsedAnswer:
         """What a call's answer says, by today's parser."""
         if call.status == "failed" or (call.text is None and call.status == "refused"):
-            return Reading(call.status, None, call.detail)
+            return ParsedAnswer(call.status, None, call.detail)
         if call.text is None and call.finish_reason is None:  # no choices
-            return Reading("malformed", None, call.detail)
+            return ParsedAnswer("malformed", None, call.detail)
         answer = Answer(call.text, call.refusal, call.finish_reason)
         return read_answer(answer, self.form, self.prompt.label, self.prompt.noun, self.ties)
 
@@ -96,14 +96,14 @@ class Asking:
 
     def verdict(self, question: Question, calls: list[Call]) -> Verdict:
         """The verdict on a question by the last of its calls."""
-        reading = self.read(calls[-1])
-        comparison = question.comparison
+        parsed = self.read(calls[-1])
+        matchup = question.matchup
         return verdict_on(
             question,
-            reading.status,
-            None if reading.slot is None else winner_of(reading.slot, question.order),
-            reading.detail,
-            (suspicions(comparison.response_a), suspicions(comparison.response_b)),
+            parsed.status,
+            None if parsed.slot is None else winner_of(parsed.slot, question.order),
+            parsed.detail,
+            (suspicions(matchup.response_a), suspicions(matchup.response_b)),
             keys=tuple(call.key for call in calls),
         )
 
@@ -136,8 +136,8 @@ class Asking:
             status="ok" if there else "malformed",
             **self._usage(payload.get("usage"), request.body["model"]),
         )
-        reading = self.read(call)
-        return replace(call, status=reading.status, slot=reading.slot, detail=reading.detail)
+        parsed = self.read(call)
+        return replace(call, status=parsed.status, slot=parsed.slot, detail=parsed.detail)
 
     def paid(self, request: Request, call: Call) -> float:
         """Dollars to book for an answered request: its cost, or its bound where the server did not count."""
@@ -186,10 +186,10 @@ class Asking:
         }
 
 
-def stored_verdicts(asking: Asking, questions: Iterable[Question], store: Store) -> list[Verdict]:
+def stored_verdicts(setup: JudgeSetup, questions: Iterable[Question], store: Store) -> list[Verdict]:
     """The verdicts of the questions that the store settles."""
-    found = ((question, *asking.unanswered(question, store)) for question in questions)
-    return [asking.verdict(question, calls) for question, request, calls in found if request is None]
+    found = ((question, *setup.unanswered(question, store)) for question in questions)
+    return [setup.verdict(question, calls) for question, request, calls in found if request is None]
 
 
 def _count(usage: Any, name: str) -> int | None:

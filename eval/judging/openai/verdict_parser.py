@@ -46,7 +46,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ParsedAnswer:
     """What an answer says: the slot that won when the status is "ok", else why there is none."""
 
     status: Status
@@ -58,35 +58,35 @@ class _Unreadable(ValueError):
     """The answer holds no verdict; the message says what it holds instead."""
 
 
-def read_answer(answer: Answer, form: Form, label: str, noun: str, ties: bool) -> Reading:
+def read_answer(answer: Answer, form: Form, label: str, noun: str, ties: bool) -> ParsedAnswer:
     """Status and slot of an answer that was asked for in this form.
 
     `label` introduces the verdict in the text form ("Preferred"), `noun` is what the prompt calls a response
     ("Summary"). An answer that was cut off is truncated even where a verdict can be made out: its end is unknown.
     """
     if answer.refusal:
-        return Reading("refused", detail=_shorten(answer.refusal))
+        return ParsedAnswer("refused", detail=_shorten(answer.refusal))
     reason = (answer.finish_reason or "").lower()
     if reason.partition(":")[0] in _FILTERED:  # Gemini: "content_filter: PROHIBITED_CONTENT"
         why = "" if reason == "content_filter" else f" ({answer.finish_reason})"
-        return Reading("refused", detail=f"stopped by the content filter{why}")
+        return ParsedAnswer("refused", detail=f"stopped by the content filter{why}")
     if reason in _CUT:
-        return Reading("truncated", detail="the answer reached its length limit")
+        return ParsedAnswer("truncated", detail="the answer reached its length limit")
     whole = (answer.text or "").strip()
     text = whole if form == "json" and _is_json(whole) else after_thoughts(whole)
     if text is None:  # a verdict in thoughts is a draft
-        return Reading("malformed", detail="thoughts without an end")
+        return ParsedAnswer("malformed", detail="thoughts without an end")
     if not text:
-        return Reading("malformed", detail=_nothing_said(whole, reason))
+        return ParsedAnswer("malformed", detail=_nothing_said(whole, reason))
     try:
         slot = _read_json(text, noun) if form == "json" else _read_text(text, label, noun)
     except _Unreadable as error:
         if _REFUSAL.match(text):
-            return Reading("refused", detail=_shorten(text))
-        return Reading("malformed", detail=str(error))
+            return ParsedAnswer("refused", detail=_shorten(text))
+        return ParsedAnswer("malformed", detail=str(error))
     if slot == "tie" and not ties:
-        return Reading("malformed", detail="a tie, which was not among the choices")
-    return Reading("ok", slot)
+        return ParsedAnswer("malformed", detail="a tie, which was not among the choices")
+    return ParsedAnswer("ok", slot)
 
 
 def _nothing_said(whole: str, reason: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from eval.judging.judge import JudgeConfig
-from eval.judging.matchup import Comparison, Question
+from eval.judging.matchup import Matchup, Question
 from eval.judging.openai.prompts import PROMPTS
-from eval.judging.openai.request import Asking
+from eval.judging.openai.request import JudgeSetup
 from eval.judging.openai.verdict_parser import PARSER_VERSION
 
-COMPARISON = Comparison("id", "POST: my hat\nTL;DR:", "x", " lost hat\n", "y", "  found hat")
+MATCHUP = Matchup("id", "POST: my hat\nTL;DR:", "x", " lost hat\n", "y", "  found hat")
 PLAIN = {"model": "gpt-5.4-mini"}
 LOCAL = {
     "model": "gpt-5.4-mini",
@@ -33,8 +33,8 @@ LOCAL = {
     ],
 )
 def test_keys_of_first_questions_are_those_of_stored_answers(prompt, form, key):
-    asking = Asking(JudgeConfig(**PLAIN, form=form), PROMPTS[prompt], True, form, None)
-    assert asking.request(Question(COMPARISON, "ab"), 0).key == key
+    setup = JudgeSetup(JudgeConfig(**PLAIN, form=form), PROMPTS[prompt], True, form, None)
+    assert setup.request(Question(MATCHUP, "ab"), 0).key == key
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_keys_of_first_questions_are_those_of_stored_answers(prompt, form, key):
     ],
 )
 def test_keys_of_other_settings_are_those_of_stored_answers(form, key):
-    asking = Asking(JudgeConfig(**LOCAL, form=form), PROMPTS["tldr-1"], False, form, None)
-    assert asking.request(Question(COMPARISON, "ba"), 1).key == key
+    setup = JudgeSetup(JudgeConfig(**LOCAL, form=form), PROMPTS["tldr-1"], False, form, None)
+    assert setup.request(Question(MATCHUP, "ba"), 1).key == key
 
 
 def test_parser_version_is_that_of_stored_answers():
