@@ -15,7 +15,7 @@ from drpo.data.records import DataError
 from eval.completions.rows import load_completions
 from eval.judging.attacks import with_controls
 from eval.judging.matchup import Matchup, first_prompts, pair_up
-from eval.judging.openai.prompts import load_prompt
+from eval.judging.openai.pairwise import load_prompt
 from eval.labelling.label_queue import LabelQueue
 from eval.labelling.label_server import LabelServer, is_loopback
 from eval.labelling.labels import LabelsWriter, checked_annotator

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from drpo.data.records import BadRows, DataError
 from eval.judging.matchup import Matchup, Order
-from eval.judging.openai.prompts import JudgePrompt
+from eval.judging.openai.pairwise import PairwisePrompt
 from eval.judging.verdict import winner_of
 from eval.labelling.labels import (
     Key,
@@ -48,7 +48,7 @@ class LabelQueue:
         self,
         matchups: Sequence[Matchup],
         writer: LabelsWriter,
-        prompt: JudgePrompt,
+        prompt: PairwisePrompt,
         ties: bool,
         annotators: Sequence[str] = (),
         seed: int = 0,

@@ -14,7 +14,7 @@ from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
 from drpo.data.tasks.demo import true_reward
 from eval.judging.judgments import write_judgments
-from eval.judging.openai.prompts import PROMPTS
+from eval.judging.openai.pairwise import PROMPTS
 from eval.judging.verdict import Verdict
 from eval.labelling.agreement import AgreementRecipe
 from eval.labelling.agreement import agreement as run

@@ -18,8 +18,8 @@ from eval.judging.matchup import Matchup, Question, questions_of
 from eval.judging.openai.batch_api import BatchAPIConfig, BatchJudge
 from eval.judging.openai.budget import Budget, BudgetConfig
 from eval.judging.openai.openai_judge import OpenAIJudge
+from eval.judging.openai.pairwise import PROMPTS
 from eval.judging.openai.prices import Price
-from eval.judging.openai.prompts import PROMPTS
 from eval.judging.openai.rate_limit import LimitsConfig, RateLimiter
 from eval.judging.openai.request import JudgeSetup
 from eval.judging.openai.retry import RetryConfig

@@ -13,7 +13,7 @@ from typing import Any
 
 from eval.completions.rows import prompt_id_of
 from eval.judging.matchup import Matchup
-from eval.judging.openai.prompts import PROMPTS
+from eval.judging.openai.pairwise import PROMPTS
 from eval.labelling.label_queue import LabelQueue
 from eval.labelling.label_server import LabelServer
 from eval.labelling.labels import LabelsWriter

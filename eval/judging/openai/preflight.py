@@ -14,12 +14,12 @@ from openai import AsyncOpenAI
 from eval.completions.rows import prompt_id_of
 from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Matchup, Question
+from eval.judging.openai.answer import Form, ParsedAnswer
 from eval.judging.openai.answer_body import decoded
 from eval.judging.openai.openai_judge import OpenAIJudge
 from eval.judging.openai.request import JudgeSetup
 from eval.judging.openai.retry import NotAnAnswer, classify
 from eval.judging.openai.store import Call, Store, call_key
-from eval.judging.openai.verdict_parser import Form, ParsedAnswer
 
 WARN_DAYS = 60
 "A model that is shut down within so many days is warned of."

@@ -10,11 +10,10 @@ from typing import Any
 from eval.judging.injection import suspicions
 from eval.judging.judge import JudgeConfig
 from eval.judging.matchup import Question
+from eval.judging.openai.answer import Answer, Form, JudgePrompt, ParsedAnswer
 from eval.judging.openai.answer_body import said_in, text_or_none
 from eval.judging.openai.prices import Price, Tokens, prompt_tokens_about, prompt_tokens_at_most
-from eval.judging.openai.prompts import JudgePrompt, messages_for, response_format
 from eval.judging.openai.store import Call, Store, call_key, now
-from eval.judging.openai.verdict_parser import Answer, Form, ParsedAnswer, read_answer
 from eval.judging.verdict import Verdict, verdict_on, winner_of
 
 MAX_TOKENS = 10**9
@@ -47,7 +46,7 @@ class JudgeSetup:
         config = self.config
         body: dict[str, Any] = {
             "model": config.model,
-            "messages": messages_for(self.prompt, question, self.form, self.ties, sample),
+            "messages": self.prompt.messages(question, self.form, self.ties, sample),
             config.output_limit: config.max_output_tokens,
         }
         if config.temperature is not None:
@@ -55,7 +54,7 @@ class JudgeSetup:
         if config.reasoning_effort is not None:
             body["reasoning_effort"] = config.reasoning_effort
         if self.form == "json":
-            body["response_format"] = response_format(self.ties)
+            body["response_format"] = self.prompt.response_format(self.ties)
         key = call_key({"url": config.url.rstrip("/"), "body": body, "sample": sample})
         return self.restored(key, sample, body)
 
@@ -79,7 +78,7 @@ class JudgeSetup:
         if call.text is None and call.finish_reason is None:  # no choices
             return ParsedAnswer("malformed", None, call.detail)
         answer = Answer(call.text, call.refusal, call.finish_reason)
-        return read_answer(answer, self.form, self.prompt.label, self.prompt.noun, self.ties)
+        return self.prompt.parse(answer, self.form, self.ties)
 
     def unanswered(self, question: Question, store: Store) -> tuple[Request | None, list[Call]]:
         """The request to send next for a question, None if it is settled, and the answers that are stored."""

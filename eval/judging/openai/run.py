@@ -18,9 +18,9 @@ from eval.judging.openai.batch_api import BatchJudge
 from eval.judging.openai.budget import Budget
 from eval.judging.openai.estimate import DryRun, estimate
 from eval.judging.openai.openai_judge import OpenAIJudge, make_client
+from eval.judging.openai.pairwise import load_prompt
 from eval.judging.openai.preflight import check_model, known_form, probe_form
 from eval.judging.openai.prices import load_price
-from eval.judging.openai.prompts import load_prompt
 from eval.judging.openai.rate_limit import RateLimiter
 from eval.judging.openai.request import JudgeSetup, stored_verdicts
 from eval.judging.openai.store import Store

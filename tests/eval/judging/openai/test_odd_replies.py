@@ -9,8 +9,8 @@ import pytest
 from judge_runs import PRICE, judge, judge_by_batch, matchups
 from stub_judge_server import Reply, StubServer, at_first, chat_completion, in_turn, longer_wins, verdict_text
 
-from eval.judging.openai.prompts import PROMPTS
-from eval.judging.openai.verdict_parser import Answer, read_answer
+from eval.judging.openai.answer import Answer
+from eval.judging.openai.pairwise import PROMPTS
 
 JSON = {"Content-Type": "application/json"}
 NESTED = "[" * 5000
@@ -147,7 +147,7 @@ def test_answer_without_choices_is_asked_again(store, ask):
 @pytest.mark.parametrize("form", ["json", "text"])
 def test_deeply_nested_answer_is_malformed(form):
     for text in (NESTED, '{"a":' * 5000, f"```json\n{NESTED}\n```"):
-        parsed = read_answer(Answer(text), form, PROMPTS["tldr-1"].label, PROMPTS["tldr-1"].noun, True)
+        parsed = PROMPTS["tldr-1"].parse(Answer(text), form, True)
         assert (parsed.status, parsed.slot) == ("malformed", None)
 
 
@@ -162,7 +162,7 @@ def test_long_runs_of_whitespace_are_read_in_linear_time():
         (f'```json{gap}{{"preferred": "A"}}{gap}```', "json", "first"),
         (f"```json{gap}x", "json", None),
     ):
-        parsed = read_answer(Answer(text), form, prompt.label, prompt.noun, True)
+        parsed = prompt.parse(Answer(text), form, True)
         assert (parsed.status, parsed.slot) == ("ok" if slot else "malformed", slot)
 
 

@@ -6,9 +6,8 @@ import pytest
 
 from eval.judging.judge import JudgeConfig
 from eval.judging.matchup import Matchup, Question
-from eval.judging.openai.prompts import PROMPTS
+from eval.judging.openai.pairwise import PARSER_VERSION, PROMPTS
 from eval.judging.openai.request import JudgeSetup
-from eval.judging.openai.verdict_parser import PARSER_VERSION
 
 MATCHUP = Matchup("id", "POST: my hat\nTL;DR:", "x", " lost hat\n", "y", "  found hat")
 PLAIN = {"model": "gpt-5.4-mini"}

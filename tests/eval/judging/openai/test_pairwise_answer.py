@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from eval.judging.openai.verdict_parser import Answer, ParsedAnswer, read_answer
+from eval.judging.openai.answer import Answer, ParsedAnswer
+from eval.judging.openai.pairwise import PROMPTS
 
 SAME = [
     "X",
@@ -43,7 +44,7 @@ OTHER = [
 
 
 def read(text: str | None, form: str = "text", ties: bool = True, **answer) -> ParsedAnswer:
-    return read_answer(Answer(text, **answer), form, "Preferred", "Summary", ties)
+    return PROMPTS["tldr-1"].parse(Answer(text, **answer), form, ties)
 
 
 @pytest.mark.parametrize("dress", SAME)

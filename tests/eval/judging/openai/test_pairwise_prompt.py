@@ -14,15 +14,15 @@ from drpo.config import ConfigError
 from eval.completions.rows import NULL_RESPONSE
 from eval.judging.attacks import ATTACKS
 from eval.judging.matchup import Matchup, Question
-from eval.judging.openai import prompts as judge_prompts
-from eval.judging.openai.prompts import PROMPTS, load_prompt, marker_code, messages_for, response_format
+from eval.judging.openai import pairwise
+from eval.judging.openai.pairwise import PROMPTS, load_prompt, marker_code
 
 TLDR = PROMPTS["tldr-1"]
 MATCHUP = Matchup("id", "POST: my hat\nTL;DR:", "x", " lost hat\n", "y", "  found hat")
 
 
 def messages(matchup=MATCHUP, order="ab", prompt=TLDR, form="text", ties=False, sample=0) -> list[str]:
-    made = messages_for(prompt, Question(matchup, order), form, ties, sample)
+    made = prompt.messages(Question(matchup, order), form, ties, sample)
     assert [m["role"] for m in made] == ["system", "user"]
     return [m["content"] for m in made]
 
@@ -69,10 +69,13 @@ def test_each_order_shows_each_response_in_its_place():
 def test_forms_and_ties():
     assert '{"comparison": ' in messages(form="json")[1] and "Comparison: <" not in messages(form="json")[1]
     assert '"A", "B" or "tie"' in messages(ties=True)[1]
-    enum = response_format(True)["json_schema"]["schema"]["properties"]["preferred"]["enum"]
+    enum = TLDR.response_format(True)["json_schema"]["schema"]["properties"]["preferred"]["enum"]
     assert enum == ["A", "B", "tie"]
-    assert response_format(False)["json_schema"]["schema"]["properties"]["preferred"]["enum"] == ["A", "B"]
-    assert response_format(False)["json_schema"]["strict"] is True
+    assert TLDR.response_format(False)["json_schema"]["schema"]["properties"]["preferred"]["enum"] == [
+        "A",
+        "B",
+    ]
+    assert TLDR.response_format(False)["json_schema"]["strict"] is True
 
 
 # --- markers ----------------------------------------------------------------------------------------------
@@ -117,8 +120,8 @@ def test_the_code_stands_in_none_of_the_texts(monkeypatch):
         def hexdigest(self):
             return self.value
 
-    monkeypatch.setattr(judge_prompts, "hashlib", type("fake", (), {"sha256": Hash}))
-    assert marker_code(TLDR, ("A" * 16, "x " + "b" * 20, ""), 0) == "c" * 16
+    monkeypatch.setattr(pairwise, "hashlib", type("fake", (), {"sha256": Hash}))
+    assert marker_code(TLDR.name, ("A" * 16, "x " + "b" * 20, ""), 0) == "c" * 16
 
 
 def test_every_call_has_its_own_markers_and_always_the_same():
