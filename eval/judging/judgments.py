@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 
 from drpo.data.records import DataError
 from drpo.jsonl import lines_of
+from drpo.run.folder import RunStopped
 from eval.atomic_write import write_whole
 from eval.judging.openai.store import Call, Ledger
 from eval.judging.verdict import Verdict
@@ -41,6 +44,18 @@ _OF_CALL = (
 def tool_versions() -> str:
     """What made a judgments file."""
     return ", ".join(f"{name} {metadata.version(name)}" for name in ("drpo", "openai"))
+
+
+@contextmanager
+def disk_trouble_explained(folder: Path) -> Iterator[None]:
+    """Raise RunStopped for a full disk or a folder that may not be written."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise RunStopped(
+            f"the run cannot write its files ({error}). Answers that the store took are kept; make room in {folder}, "
+            "and the same command goes on from there"
+        ) from error
 
 
 def judgment_rows(

@@ -13,7 +13,8 @@ from openai import AsyncOpenAI
 from stub_judge_server import KEY, MODEL, StubServer
 
 from eval.completions.rows import prompt_id_of
-from eval.judging.judge import JudgeConfig, JudgeStopped
+from eval.judging.judge import JudgeStopped
+from eval.judging.judges import JudgeConfig
 from eval.judging.matchup import Matchup, Question, questions_of
 from eval.judging.openai.batch_api import BatchAPIConfig, BatchJudge
 from eval.judging.openai.budget import Budget, BudgetConfig

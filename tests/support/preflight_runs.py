@@ -13,7 +13,7 @@ from stub_judge_server import (
     StubServer,
 )
 
-from eval.judging.judge import JudgeConfig
+from eval.judging.judges import JudgeConfig
 from eval.judging.openai.budget import Budget, BudgetConfig
 from eval.judging.openai.openai_judge import OpenAIJudge
 from eval.judging.openai.preflight import check_model, probe_form

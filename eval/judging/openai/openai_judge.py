@@ -17,20 +17,21 @@ from typing import Any, TypeVar
 from openai import AsyncOpenAI
 
 from drpo.config import ConfigError
-from eval.judging.judge import JudgeConfig, JudgeStopped
+from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Question
 from eval.judging.openai.answer_body import decoded
 from eval.judging.openai.budget import Budget, BudgetReached, Reservation
 from eval.judging.openai.rate_limit import Admission, RateLimiter
 from eval.judging.openai.request import JudgeSetup, Request, stored_verdicts
 from eval.judging.openai.retry import Failure, RetryConfig, classify, delay_before_retry, unclear_text
+from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Call, Store
 from eval.judging.verdict import Verdict
 
 Result = TypeVar("Result")
 
 
-def make_client(config: JudgeConfig, retry: RetryConfig) -> AsyncOpenAI:
+def make_client(config: OpenAISettings, retry: RetryConfig) -> AsyncOpenAI:
     """The API's client. Raises ConfigError when the key is not in the environment.
 
     OpenAI's key is sent to OpenAI only: another server gets the one that the recipe names, or none.

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eval.judging.injection import suspicions
-from eval.judging.judge import JudgeConfig
 from eval.judging.matchup import Question
 from eval.judging.openai.answer import Answer, Form, JudgePrompt, ParsedAnswer
 from eval.judging.openai.answer_body import said_in, text_or_none
 from eval.judging.openai.prices import Price, Tokens, prompt_tokens_about, prompt_tokens_at_most
+from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Call, Store, call_key, now
 from eval.judging.verdict import Verdict, verdict_on, winner_of
 
@@ -35,7 +35,7 @@ class Request:
 class JudgeSetup:
     """Everything about the asking that all calls of a run share."""
 
-    config: JudgeConfig
+    config: OpenAISettings
     prompt: JudgePrompt
     ties: bool
     form: Form

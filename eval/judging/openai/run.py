@@ -6,15 +6,17 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openai import AsyncOpenAI
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, refuse
 from eval.judging.collect import collect_verdicts
-from eval.judging.judge import JudgeStopped, Outcome
+from eval.judging.judge import JudgeKind, JudgeStopped, Outcome
+from eval.judging.judgments import disk_trouble_explained
 from eval.judging.matchup import Question
-from eval.judging.openai.batch_api import BatchJudge
+from eval.judging.openai.batch_api import BatchAPIConfig, BatchJudge
 from eval.judging.openai.budget import Budget
 from eval.judging.openai.estimate import DryRun, estimate
 from eval.judging.openai.openai_judge import OpenAIJudge, make_client
@@ -23,6 +25,7 @@ from eval.judging.openai.preflight import check_model, known_form, probe_form
 from eval.judging.openai.prices import load_price
 from eval.judging.openai.rate_limit import RateLimiter
 from eval.judging.openai.request import JudgeSetup, stored_verdicts
+from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Store
 from eval.progress import Say
 
@@ -51,7 +54,7 @@ def ask_openai(recipe: JudgeRecipe, questions: Sequence[Question], say: Say) -> 
         )
     form = "json" if config.form == "auto" else config.form
     setup = JudgeSetup(config, load_prompt(recipe.prompt), recipe.ties, form, price)
-    with closing(Store(recipe.store_path)) as store:
+    with disk_trouble_explained(Path(recipe.run_dir)), closing(Store(recipe.store_path)) as store:
         ledger = store.ledger()
         if ledger.num_open:
             say(
@@ -99,3 +102,17 @@ async def _ask(
             return await collect_verdicts(live(setup), questions, say)
         judge = BatchJudge(client, setup, store, budget, recipe.batch, recipe.retry, say)
         return await collect_verdicts(judge, questions, say)
+
+
+def _check_recipe(recipe: JudgeRecipe) -> None:
+    given = recipe.judge.backend != "batch" and recipe.batch != BatchAPIConfig()
+    refuse(given, "batch", "does not apply to this judge; it is for judge.backend=batch")
+
+
+OPENAI = JudgeKind(
+    OpenAISettings,
+    ask_openai,
+    named_by="model",
+    recipe_keys=("prompt", "store", "budget", "limits", "retry", "batch"),
+    check_recipe=_check_recipe,
+)

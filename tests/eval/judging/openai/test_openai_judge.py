@@ -22,7 +22,7 @@ from stub_judge_server import (
 )
 
 from drpo.config import ConfigError
-from eval.judging.judge import JudgeConfig
+from eval.judging.judges import JudgeConfig
 from eval.judging.matchup import questions_of
 from eval.judging.openai.budget import BudgetConfig
 from eval.judging.openai.openai_judge import make_client

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eval.judging.judge import JudgeConfig
+from eval.judging.judges import JudgeConfig
 from eval.judging.matchup import Matchup, Question
 from eval.judging.openai.pairwise import PARSER_VERSION, PROMPTS
 from eval.judging.openai.request import JudgeSetup

@@ -1,4 +1,4 @@
-"""A judge that compares scores: a reward model's, or those of any reward function, such as the demo's true reward.
+"""Judges that compare scores: a reward model's, or those of any reward function, such as the demo's true reward.
 
 Nothing is paid, so nothing is stored: a rerun scores again. The slot of a response plays no part, so both orders
 agree by construction.
@@ -9,17 +9,23 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, key, refuse, setting
 from drpo.engine import Engine, EngineConfig
 from drpo.reward_functions import import_functions
 from drpo.rewards import Completion, RewardFn
 from eval.completions.text_completion import text_completion
-from eval.judging.judge import JudgeConfig, JudgeStopped
+from eval.judging.collect import asked_by
+from eval.judging.judge import JudgeKind, JudgeSettings, JudgeStopped
 from eval.judging.matchup import Matchup, Question
 from eval.judging.verdict import Verdict, Winner, verdict_on
 from reward_models.score import RewardModelScorer
+
+if TYPE_CHECKING:
+    from eval.judging.judge_systems import JudgeRecipe
 
 CHUNK = 512
 "Matchups scored together."
@@ -47,7 +53,7 @@ class ScoreJudge:
                 yield self._verdict(question, scores)
 
     def _score(self, matchups: Sequence[Matchup]) -> dict[_Text, float]:
-        """The score of each different completion. Raises ValueError unless there is one number for each."""
+        """Score each different completion. Raises ValueError unless there is one number for each."""
         completions: dict[_Text, Completion] = {}
         for matchup in matchups:
             for text in _texts(matchup):
@@ -74,19 +80,64 @@ def _texts(matchup: Matchup) -> tuple[_Text, _Text]:
     )
 
 
-def score_judge(config: JudgeConfig, run_dir: Path) -> ScoreJudge:
-    """The judge of judge.kind=function or reward_model. Raises ConfigError when nothing is named."""
-    if config.kind == "function":
-        if config.function is None:
-            raise ConfigError("judge.function must name a callable, as module:function")
-        function = import_functions({"function": config.function}, "judge")["function"]
-        return ScoreJudge(function, config.tie_margin)
-    if config.path is None:
+# --- kinds ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoreSettings(JudgeSettings):
+    """The setting that both kinds share."""
+
+    tie_margin: float = setting(0.0, ge=0)
+    """reward_model, function: scores that differ by no more than this are a tie."""
+
+
+@dataclass(frozen=True)
+class RewardModelSettings(ScoreSettings):
+    """A reward model and how it is loaded."""
+
+    path: str | None = None
+    """reward_model: its folder or hub id."""
+    batch_size: int = setting(16, ge=1)
+    """reward_model: responses scored together."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """reward_model: precision."""
+
+
+@dataclass(frozen=True)
+class FunctionSettings(ScoreSettings):
+    """A reward function."""
+
+    function: str | None = None
+    """function: module:function, a callable that scores completions, such as drpo.data.tasks.demo:true_rewards."""
+
+
+def reward_model_judge(settings: RewardModelSettings, run_dir: Path) -> ScoreJudge:
+    """Load a reward model as a judge of texts: responses come from anywhere, so there are no token ids to share."""
+    if settings.path is None:
         raise ConfigError("judge.path must name a reward model")
-    return ScoreJudge(_reward_model(config, run_dir), config.tie_margin)
-
-
-def _reward_model(config: JudgeConfig, run_dir: Path) -> RewardModelScorer:
-    """The reward model on texts: the responses come from anywhere, so there are no token ids to share."""
     engine = Engine(EngineConfig(trackers=[]), run_dir, seed=0, max_grad_norm=None)
-    return RewardModelScorer.load(config.path, engine, config.batch_size, config.dtype, None, "judge.path")
+    scorer = RewardModelScorer.load(
+        settings.path, engine, settings.batch_size, settings.dtype, None, "judge.path"
+    )
+    return ScoreJudge(scorer, settings.tie_margin)
+
+
+def function_judge(settings: FunctionSettings, run_dir: Path) -> ScoreJudge:
+    """Import a reward function as a judge."""
+    if settings.function is None:
+        raise ConfigError("judge.function must name a callable, as module:function")
+    function = import_functions({"function": settings.function}, "judge")["function"]
+    return ScoreJudge(function, settings.tie_margin)
+
+
+def _ties_allowed(recipe: JudgeRecipe) -> None:
+    where = f"{key('judge.kind')}={recipe.judge.kind}"
+    refuse(not recipe.ties, "ties=false", f"does not apply to {where}: equal scores are a tie")
+
+
+REWARD_MODEL = JudgeKind(
+    RewardModelSettings, asked_by(reward_model_judge), named_by="path", check_recipe=_ties_allowed
+)
+FUNCTION = JudgeKind(
+    FunctionSettings, asked_by(function_judge), named_by="function", check_recipe=_ties_allowed
+)

@@ -16,9 +16,10 @@ from tiny_tokenizers import single_bytes
 from drpo.config import ConfigError
 from drpo.data.tasks.demo import DemoConfig, make_demo
 from eval.completions.rows import prompt_id_of
-from eval.judging.judge import JudgeConfig, JudgeStopped
+from eval.judging.judge import JudgeStopped
+from eval.judging.judges import JudgeConfig
 from eval.judging.matchup import Matchup, Question, questions_of
-from eval.judging.offline_judges import CHUNK, ScoreJudge, score_judge
+from eval.judging.score_judges import CHUNK, ScoreJudge, function_judge, reward_model_judge
 from eval.judging.verdict import Verdict, combine_all
 from reward_models.model import RewardModel
 
@@ -38,7 +39,7 @@ def verdicts_of(judge: ScoreJudge, questions: Sequence[Question]) -> list[Verdic
 
 def true_reward_judge(**changes) -> ScoreJudge:
     config = JudgeConfig(kind="function", function="drpo.data.tasks.demo:true_rewards", **changes)
-    return score_judge(config, Path("unused"))
+    return function_judge(config, Path("unused"))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_a_reward_model_judges_as_it_scores(reward_model, tmp_path):
         Matchup("id", prompt, "x", a, "y", b, seed=i, ended_a=ended_a, ended_b=ended_b)
         for i, ((a, ended_a), (b, ended_b)) in enumerate(itertools.combinations(texts, 2))
     ]
-    judge = score_judge(JudgeConfig(kind="reward_model", path=str(folder), batch_size=3), tmp_path)
+    judge = reward_model_judge(JudgeConfig(kind="reward_model", path=str(folder), batch_size=3), tmp_path)
     verdicts = verdicts_of(judge, [Question(c, "ba") for c in compared])
     for matchup, verdict in zip(compared, verdicts, strict=True):
         scores = (alone(matchup.response_a), alone(matchup.response_b))
@@ -145,6 +146,6 @@ def test_a_reward_model_judges_as_it_scores(reward_model, tmp_path):
 
 def test_a_judge_must_be_named(tmp_path):
     with pytest.raises(ConfigError, match="judge.function must name a callable"):
-        score_judge(JudgeConfig(kind="function"), tmp_path)
+        function_judge(JudgeConfig(kind="function"), tmp_path)
     with pytest.raises(ConfigError, match="judge.path must name a reward model"):
-        score_judge(JudgeConfig(kind="reward_model"), tmp_path)
+        reward_model_judge(JudgeConfig(kind="reward_model"), tmp_path)
