@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drpo.config import ConfigError, Section, key, refuse, save_resolved, setting
+from drpo.jsonl import write_whole
 from drpo.run.folder import RunStopped
-from eval.atomic_write import write_whole
 from eval.completions.rows import load_completions
 from eval.judging.attacks import with_controls
 from eval.judging.judge import Outcome

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from drpo.data.records import DataError
-from drpo.jsonl import lines_of
+from drpo.jsonl import lines_of, write_whole
 from drpo.run.folder import RunStopped
-from eval.atomic_write import write_whole
 from eval.judging.openai.store import Call, Ledger
 from eval.judging.verdict import Verdict
 

@@ -17,7 +17,7 @@ from drpo.config import ConfigError, key, refuse, setting
 from drpo.engine import Engine, EngineConfig
 from drpo.reward_functions import import_functions
 from drpo.rewards import Completion, RewardFn
-from eval.completions.text_completion import text_completion
+from eval.completions.response_scores import text_completion
 from eval.judging.collect import asked_by
 from eval.judging.judge import JudgeKind, JudgeSettings, JudgeStopped
 from eval.judging.matchup import Matchup, Question

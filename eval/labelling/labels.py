@@ -25,8 +25,7 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 
 from drpo.data.records import BadRows, DataError, RowError
-from drpo.jsonl import lines_of
-from eval.json_rows import fields_of_line
+from drpo.jsonl import fields_of_line, lines_of
 from eval.judging.matchup import Matchup, Order
 from eval.judging.verdict import Winner
 

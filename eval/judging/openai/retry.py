@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import openai
 
-from eval.json_rows import encodable
+from drpo.jsonl import encodable
 from eval.judging.openai.error_causes import Cause, cause_of, read_error
 
 Action = Literal["retry", "refused", "give_up", "stop"]

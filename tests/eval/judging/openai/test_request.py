@@ -1,4 +1,4 @@
-"""The keys of stored answers, by value: an answer that was paid for stays valid only while its key stays the same."""
+"""The keys of stored answers, by value: a paid answer stays valid while its key stays the same. Other prompts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from eval.judging.judges import JudgeConfig
 from eval.judging.matchup import Matchup, Question
+from eval.judging.openai.answer import Unreadable, parse_answer
 from eval.judging.openai.pairwise import PARSER_VERSION, PROMPTS
 from eval.judging.openai.request import JudgeSetup
 
@@ -50,3 +51,45 @@ def test_keys_of_other_settings_are_those_of_stored_answers(form, key):
 
 def test_parser_version_is_that_of_stored_answers():
     assert PARSER_VERSION == 2
+
+
+class YesOrNo:
+    """Another way of asking: whether the first response is better than the second."""
+
+    def messages(self, question, form, ties, sample):
+        first, second = question.matchup.shown(question.order)
+        return [
+            {"role": "user", "content": f"Is {first.strip()!r} better than {second.strip()!r}? ({sample})"}
+        ]
+
+    def response_format(self, ties):
+        return {"type": "yes or no"}
+
+    def parse(self, answer, form, ties):
+        def read_slot(text):
+            if text not in ("yes", "no"):
+                raise Unreadable(f"neither yes nor no: {text}")
+            return "first" if text == "yes" else "second"
+
+        return parse_answer(answer, form, read_slot)
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "winner"),
+    [
+        ("yes", "ok", "b"),
+        ("<think>yes</think> no", "ok", "a"),
+        ("maybe", "malformed", None),
+        ("I'm sorry, but I cannot judge this.", "refused", None),
+    ],
+)
+def test_another_way_of_asking_is_sent_and_read(text, status, winner):
+    config = JudgeConfig(model="m", form="text")
+    setup, question = JudgeSetup(config, YesOrNo(), True, "text", None), Question(MATCHUP, "ba")
+    request = setup.request(question, 0)
+    assert request.body["messages"] == [
+        {"role": "user", "content": "Is 'found hat' better than 'lost hat'? (0)"}
+    ]
+    payload = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+    verdict = setup.verdict(question, [setup.answered(request, payload, "live", 1, None, None)])
+    assert (verdict.status, verdict.winner) == (status, winner)
