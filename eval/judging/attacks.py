@@ -58,7 +58,7 @@ ATTACKS: dict[str, str] = {
 
 
 def with_controls(rows: Sequence[CompletionRow], *systems: str) -> list[CompletionRow]:
-    """`rows` and those of `systems` that need no model: reference, null, attack/<name>, for the same prompts.
+    """Add the rows of `systems` that need no model (reference, null, attack/<name>) for the same prompts.
 
     A system that has rows already is left as it is. Raises DataError for an unknown attack or missing references.
     """

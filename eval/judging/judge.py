@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class JudgeStopped(Exception):
-    """The run cannot go on until somebody acts. What was answered is kept, and a rerun resumes from there."""
+    """The run cannot go on until somebody acts. Answers are kept, and a rerun resumes from there."""
 
     def __init__(self, reason: str, param: str | None = None) -> None:
         super().__init__(reason)

@@ -94,7 +94,7 @@ def _default(field: Field) -> Any:
 
 
 def judge(recipe: JudgeRecipe, say: Say = print) -> Path:
-    """Pair the responses up, ask the judge, write its verdicts. Returns the path of judgments.jsonl.
+    """Pair the responses up, ask the judge, write its verdicts, and return the path of judgments.jsonl.
 
     Leaves judgments.jsonl, summary.json, config.yaml and, for a model behind an API, the store in `run_dir`. A second
     call asks only what has no answer yet. Raises ConfigError or DataError for what cannot be read, RunStopped for a run
@@ -128,7 +128,7 @@ def _write(
     outcome: Outcome,
     say: Say,
 ) -> Path:
-    """judgments.jsonl and summary.json, also of a run that was stopped. Raises RunStopped for one that is not whole."""
+    """Write judgments.jsonl and summary.json, also of a stopped run. Raises RunStopped for an incomplete one."""
     folder = Path(recipe.run_dir)
     place = {_place(question.matchup, question.order): i for i, question in enumerate(questions)}
     verdicts = sorted(outcome.verdicts, key=lambda verdict: place[_place(verdict, verdict.order)])

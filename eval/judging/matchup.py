@@ -34,21 +34,21 @@ class Matchup:
     "The turns that the prompt was made into, for a judge with a chat template; None for those that the text holds."
 
     def shown(self, order: Order) -> tuple[str, str]:
-        """The two responses as they are shown: first, second."""
+        """Return the two responses as they are shown: first, second."""
         pair = (self.response_a, self.response_b)
         return pair if order == "ab" else pair[::-1]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A matchup in one order: what a judge is asked."""
+    """A matchup in one order, as a judge is asked."""
 
     matchup: Matchup
     order: Order
 
 
 def pair_up(completions: Sequence[CompletionRow], system: str, baseline: str) -> list[Matchup]:
-    """Every response of `system` (as a) against the baseline's (as b) to the same prompt, in the order of the file.
+    """Match every response of `system` (as a) with the baseline's (as b) to the same prompt, in file order.
 
     Where the baseline has one response to a prompt, it meets all of the system's; where it has several, those of
     the same seed meet. Raises DataError when a system is not there, the two are the same, or prompts (counted)
@@ -102,7 +102,7 @@ def _compare(a: CompletionRow, b: CompletionRow) -> Matchup:
 
 
 def first_prompts(matchups: Sequence[Matchup], num_prompts: int) -> list[Matchup]:
-    """The matchups of `num_prompts` prompts, chosen by the prompts' own hashes.
+    """Select the matchups of `num_prompts` prompts by the hashes of the prompts.
 
     So a choice depends on no order of a file, and a smaller one is part of a larger one.
     """
@@ -111,7 +111,7 @@ def first_prompts(matchups: Sequence[Matchup], num_prompts: int) -> list[Matchup
 
 
 def questions_of(matchups: Sequence[Matchup], orders: Literal["both", "one"], seed: int) -> list[Question]:
-    """What to ask: each matchup in both orders, or in one that is drawn for it by (seed, matchup)."""
+    """Ask each matchup in both orders, or in one that is drawn for it by (seed, matchup)."""
     if orders == "both":
         return [Question(matchup, order) for matchup in matchups for order in ("ab", "ba")]
     return [Question(matchup, _drawn_order(matchup, seed)) for matchup in matchups]

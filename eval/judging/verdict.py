@@ -1,4 +1,4 @@
-"""Verdicts: what a judge said about a matchup in one order, and what both orders say together.
+"""Verdicts: a judge's answer on a matchup in one order, and both orders combined.
 
 A failure is never data. A verdict has a winner when its status is "ok" and at no other time, and a matchup has a
 score when all of its verdicts have a winner (or a tie).
@@ -36,7 +36,7 @@ class Verdict:
     "Characters of system a's response."
     length_b: int
     detail: str = ""
-    "Why there is no winner, in the words of whoever failed."
+    "Why there is no winner: the error message."
     suspicions_a: tuple[str, ...] = ()
     "What in system a's response looks like an attempt to sway the judge. It changes no verdict."
     suspicions_b: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Verdict:
 
     @property
     def first_slot_won(self) -> float | None:
-        """1 if the response that was shown first won, 0 if the other did, 0.5 for a tie, None without a verdict."""
+        """Return 1 if the response shown first won, 0 if the other did, 0.5 for a tie, None without a verdict."""
         match self.winner:
             case None:
                 return None
@@ -61,7 +61,7 @@ class Verdict:
 
 
 def winner_of(slot: Slot, order: Order) -> Winner:
-    """The system behind a slot."""
+    """Return the system whose response was shown in a slot."""
     if slot == "tie":
         return "tie"
     return "a" if (slot == "first") == (order == "ab") else "b"
@@ -76,7 +76,7 @@ def verdict_on(
     scores: tuple[float, float] | None = None,
     keys: tuple[str, ...] = (),
 ) -> Verdict:
-    """The verdict on a question, with what it takes over from the matchup."""
+    """Make the verdict on a question, with the fields of its matchup."""
     matchup = question.matchup
     return Verdict(
         matchup.prompt_id,
@@ -101,7 +101,7 @@ def verdict_on(
 
 @dataclass(frozen=True, slots=True)
 class Judgment:
-    """What the verdicts on one matchup say together."""
+    """The verdicts on one matchup, combined."""
 
     prompt_id: str
     system_a: str
@@ -127,7 +127,7 @@ _SHARE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 def combine(
     verdicts: Sequence[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
 ) -> Judgment:
-    """One judgment from the verdicts on one matchup, each order once; `orders` says what was to be asked.
+    """Combine the verdicts on one matchup, each order once; `orders` is what was to be asked.
 
         both orders agree          1, 0.5 or 0           consistent
         one slot wins both times   0.5                   inconsistent: the slot decided, not the response
@@ -174,7 +174,7 @@ def combine(
 def combine_all(
     verdicts: Iterable[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
 ) -> list[Judgment]:
-    """A judgment for each matchup, in the order in which their first verdicts come."""
+    """Make a judgment for each matchup, in the order of their first verdicts."""
     groups: dict[tuple, list[Verdict]] = {}
     for verdict in verdicts:
         groups.setdefault(_matchup_key(verdict), []).append(verdict)

@@ -62,7 +62,7 @@ class BatchAPIConfig:
 
 
 class BatchJudge:
-    """Asks a model, by batches."""
+    """A judge that asks a model through the Batch API."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class BatchJudge:
             raise stopped
 
     def _missing(self, questions: Sequence[Question]) -> list[Request]:
-        """The requests that are to be submitted now, each once."""
+        """Return the requests to submit now, each once."""
         requests = (self._setup.unanswered(question, self._store)[0] for question in questions)
         unique = {request.key: request for request in requests if request is not None}
         return [r for r in unique.values() if not self._given_up(r.key)]
@@ -152,7 +152,7 @@ class BatchJudge:
         return (await self._ask(create)).id
 
     async def _listed(self, name: str) -> Batch | None:
-        """The batch that carries our name, None if there is none."""
+        """Return the batch with this name in its metadata, None if there is none."""
         raw = await self._client.batches.with_raw_response.list(
             limit=100
         )  # the client cannot page through HTML
@@ -163,7 +163,7 @@ class BatchJudge:
         return rows_in((await self._client.files.content(file_id)).content, file_id, num_expected)
 
     async def _ask(self, request: Callable[[], Any]) -> Any:
-        """One request about batches, tried again while that may help. Raises JudgeStopped when it does not."""
+        """Send a request about batches, retried while that may help. Raises JudgeStopped when it does not."""
         for attempt in range(1, self._retry.max_attempts + 1):
             try:
                 return await request()
@@ -175,7 +175,7 @@ class BatchJudge:
                 await self._sleep(self._retry.base_delay * 2**attempt if delay is None else delay)
 
     async def _sleep(self, seconds: float) -> None:
-        """Raises JudgeStopped when the run is asked to stop; batches go on without us."""
+        """Sleep. Raises JudgeStopped when the run is asked to stop; submitted batches continue at the API."""
         try:
             await asyncio.wait_for(self._stopping.wait(), seconds)
         except asyncio.TimeoutError:
@@ -185,7 +185,7 @@ class BatchJudge:
     # --- merging ----------------------------------------------------------------------------------------
 
     async def _merge_open(self) -> None:
-        """Wait for every submitted batch, of this run or an earlier one, and keep what it brought."""
+        """Wait for every submitted batch, of this run or an earlier one, and store its answers."""
         for name, batch_id, rows in self._store.open_batches():
             if batch_id is None:
                 found = await self._ask(lambda name=name: self._listed(name))
@@ -238,7 +238,7 @@ class BatchJudge:
             raise JudgeStopped(stop.detail, stop.param)
 
     def _settle(self, request: Request, row: dict[str, Any], number: int, reserved: float) -> Failure | None:
-        """Book one row of a batch; its failure, if it is one."""
+        """Book one row of a batch, and return its failure, if it is one."""
         response = row["response"] if isinstance(row.get("response"), dict) else {}
         body, status = response.get("body"), status_of(row, response)
         if 200 <= status < 300:
@@ -277,7 +277,7 @@ def _line(request: Request) -> bytes:
 
 
 def _chunks(requests: Sequence[Request], max_requests: int) -> Iterator[list[Request]]:
-    """In order, each within the API's limits on rows and bytes."""
+    """Split requests, in order, into batches within the API's limits on rows and bytes."""
     chunk: list[Request] = []
     size = 0
     for request in requests:

@@ -1,4 +1,4 @@
-"""What a run will cost, before it starts."""
+"""Estimate the cost of a run before it starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eval.judging.openai.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Each question that is still open, asked once."""
+    """Numbers and cost of the questions that are still open, each asked once."""
 
     num_questions: int
     num_stored: int
@@ -32,11 +32,11 @@ class Estimate:
 
     @property
     def num_calls(self) -> int:
-        """Calls to be made, if every answer can be read."""
+        """Return the number of calls, if every answer can be read."""
         return self.num_questions - self.num_stored - self.num_repeats
 
     def text(self) -> str:
-        """One line to read before saying yes."""
+        """Format the estimate on one line."""
         parts = [
             f"{self.num_questions} questions, {self.num_stored} of them answered in the store"
             + (f", {self.num_repeats} the same as others" if self.num_repeats else "")
@@ -54,7 +54,7 @@ class Estimate:
 
 
 def total_text(estimates: Sequence[Estimate]) -> str:
-    """Several of them, added up; questions that two of them share count twice."""
+    """Add up several estimates and format them; questions that two of them share count twice."""
     calls = sum(each.num_calls for each in estimates)
     tokens = sum(each.prompt_tokens_about for each in estimates)
     parts = [f"at most {calls} calls, about {tokens:,.0f} prompt tokens"]
@@ -66,7 +66,7 @@ def total_text(estimates: Sequence[Estimate]) -> str:
 
 
 def estimate(setup: JudgeSetup, questions: Sequence[Question], store: Store) -> Estimate:
-    """What asking these questions will take; those that the store settles cost nothing."""
+    """Estimate what these questions cost; those that the store answers cost nothing."""
     unanswered = [setup.unanswered(question, store)[0] for question in questions]
     unanswered = [request for request in unanswered if request is not None]
     requests = list({request.key: request for request in unanswered}.values())
@@ -95,7 +95,7 @@ def estimate(setup: JudgeSetup, questions: Sequence[Question], store: Store) -> 
 
 
 class DryRun(RunStopped):
-    """Nothing was asked, as the recipe says; `estimate` is what asking would take."""
+    """Nothing was asked, as the recipe wants; `estimate` is what asking would cost."""
 
     def __init__(self, estimate: Estimate) -> None:
         super().__init__("budget.dry_run: nothing was asked")

@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 def make_client(config: OpenAISettings, retry: RetryConfig) -> AsyncOpenAI:
-    """The API's client. Raises ConfigError when the key is not in the environment.
+    """Make the client of the API. Raises ConfigError when the key is not in the environment.
 
     OpenAI's key is sent to OpenAI only: another server gets the one that the recipe names, or none.
     """
@@ -48,7 +48,7 @@ def make_client(config: OpenAISettings, retry: RetryConfig) -> AsyncOpenAI:
 
 
 class OpenAIJudge:
-    """Asks a model, live."""
+    """A judge that asks a model, one request a call."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class OpenAIJudge:
                 return self._setup.verdict(question, [*calls, call])
 
     async def call(self, request: Request) -> Call:
-        """The answer to a request: the stored one, the one that another worker is waiting for, or a new one."""
+        """Return the stored answer to a request, the one that another worker waits for, or a new one."""
         stored = self._store.answer(request.key)
         if stored is not None:
             return stored
@@ -142,7 +142,7 @@ class OpenAIJudge:
         return await task
 
     async def _send_until_answered(self, request: Request) -> Call:
-        """Raises JudgeStopped when the run has to stop, or has stopped while this was waiting."""
+        """Send a request until it has an answer or has failed. Raises JudgeStopped when the run has to stop."""
         first_sent = None
         for attempt in range(1, self._retry.max_attempts + 1):
             reservation, admission = await self._leave_to_send(request)
@@ -199,7 +199,7 @@ class OpenAIJudge:
         return reservation, admission
 
     async def _send(self, body: Mapping[str, Any]) -> tuple[Any, Mapping[str, str]]:
-        """The JSON of an answer, and its headers. Any exception of the client, or NotAnAnswer."""
+        """Return the JSON of an answer and its headers. Raises what the client raises, or NotAnAnswer."""
         raw = await asyncio.wait_for(
             self._client.chat.completions.with_raw_response.create(**body), self._retry.timeout
         )
@@ -216,7 +216,7 @@ class OpenAIJudge:
         return call
 
     async def _unless_stopped(self, waiting: Coroutine[Any, Any, Result]) -> Result:
-        """Wait for something that a stop ends. Raises JudgeStopped then."""
+        """Wait for a coroutine. Raises JudgeStopped when the run is stopped first."""
         task = asyncio.ensure_future(waiting)
         stop = asyncio.ensure_future(self._stop_event.wait())
         try:

@@ -1,4 +1,4 @@
-"""Before the first question: is the model there, for how long, and in which form does it answer?"""
+"""Checks before the first question: the model exists, when it is shut down, in which form it answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PROBE = Question(
 async def check_model(
     client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[str], None], today: date | None = None
 ) -> None:
-    """See that the model exists and is not shut down; say when it will be.
+    """Check that the model exists and is not shut down, and warn of a shutdown to come.
 
     Raises JudgeStopped when OpenAI does not have it, it is shut down, the key is not accepted, its money is used up or
     nobody listens. Transient errors, other servers that cannot tell and keys without permission to look models up are
@@ -78,8 +78,10 @@ async def check_model(
 
 
 async def _check_listed(client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[str], None]) -> None:
-    """OpenAI has no such model. Another server may list its models without telling about one, and may load what it
-    does not list, so there the first call decides."""
+    """Look for the model in the list of models, after a look-up by name found none.
+
+    Other servers than OpenAI's may load what they do not list, so there the first call decides.
+    """
     config = setup.config
     try:
         raw = (
@@ -118,7 +120,7 @@ def _date(text: object) -> date | None:
 
 
 def known_form(setup: JudgeSetup, store: Store) -> Form | None:
-    """The form in which this model with these settings answered an earlier probe."""
+    """Return the form in which this model with these settings answered an earlier probe, None before one."""
     return store.fact(_fact_name(setup))
 
 

@@ -22,7 +22,7 @@ MAX_TOKENS = 10**9
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is sent for a question."""
+    """The body that is sent for a question, its key in the store, and bounds on its tokens."""
 
     key: str
     sample: int
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class JudgeSetup:
-    """Everything about the asking that all calls of a run share."""
+    """Settings, prompt, form and price that all calls of a run share."""
 
     config: OpenAISettings
     prompt: JudgePrompt
@@ -42,7 +42,7 @@ class JudgeSetup:
     price: Price | None
 
     def request(self, question: Question, sample: int) -> Request:
-        """The request of a question, asked for the first time or (sample > 0) again."""
+        """Make the request of a question, asked for the first time or (sample > 0) again."""
         config = self.config
         body: dict[str, Any] = {
             "model": config.model,
@@ -59,20 +59,20 @@ class JudgeSetup:
         return self.restored(key, sample, body)
 
     def restored(self, key: str, sample: int, body: dict[str, Any]) -> Request:
-        """A request that was made before, from its parts."""
+        """Make a request from its stored parts."""
         texts = [message["content"] for message in body["messages"]]
         if "response_format" in body:
             texts.append(json.dumps(body["response_format"]))
         return Request(key, sample, body, prompt_tokens_at_most(texts), prompt_tokens_about(texts))
 
     def most(self, request: Request) -> float:
-        """Dollars that one sending of a request cannot exceed; 0 without a price."""
+        """Return the dollars that one sending of a request cannot exceed; 0 without a price."""
         if self.price is None:
             return 0.0
         return self.price.at_most(request.prompt_tokens_at_most, self.config.max_output_tokens)
 
     def read(self, call: Call) -> ParsedAnswer:
-        """What a call's answer says, by today's parser."""
+        """Parse the answer of a call with the current parser."""
         if call.status == "failed" or (call.text is None and call.status == "refused"):
             return ParsedAnswer(call.status, None, call.detail)
         if call.text is None and call.finish_reason is None:  # no choices
@@ -81,7 +81,7 @@ class JudgeSetup:
         return self.prompt.parse(answer, self.form, self.ties)
 
     def unanswered(self, question: Question, store: Store) -> tuple[Request | None, list[Call]]:
-        """The request to send next for a question, None if it is settled, and the answers that are stored."""
+        """Return the next request of a question, None if it is answered, and its stored answers."""
         calls: list[Call] = []
         for sample in range(1 + self.config.max_reasks):
             request = self.request(question, sample)
@@ -94,7 +94,7 @@ class JudgeSetup:
         return None, calls
 
     def verdict(self, question: Question, calls: list[Call]) -> Verdict:
-        """The verdict on a question by the last of its calls."""
+        """Return the verdict on a question by the last of its calls."""
         parsed = self.read(calls[-1])
         matchup = question.matchup
         return verdict_on(
@@ -139,13 +139,13 @@ class JudgeSetup:
         return replace(call, status=parsed.status, slot=parsed.slot, detail=parsed.detail)
 
     def paid(self, request: Request, call: Call) -> float:
-        """Dollars to book for an answered request: its cost, or its bound where the server did not count."""
+        """Return the dollars to book for an answer: its cost, or the bound where the server did not count."""
         return self.most(request) if call.cost is None else call.cost
 
     def unanswerable(
         self, request: Request, backend: str, status: str, detail: str, num_attempts: int
     ) -> Call:
-        """The record of a call without an answer: failed, or refused before any model saw it."""
+        """Record a call without an answer: failed, or refused before it reached a model."""
         return self._record(request, backend, status=status, detail=detail, num_attempts=num_attempts)
 
     def _record(self, request: Request, backend: str, **values: Any) -> Call:
@@ -161,7 +161,7 @@ class JudgeSetup:
         return Call(**{**empty, **known, **values})
 
     def _usage(self, usage: Any, model: str) -> dict[str, Any]:
-        """Return tokens and cost; empty if the server does not count both sides, so that the upper bound is charged."""
+        """Return tokens and cost; empty if the server does not count both sides: the upper bound is charged."""
         prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
         if prompt is None or completion is None:
             return {}
@@ -186,7 +186,7 @@ class JudgeSetup:
 
 
 def stored_verdicts(setup: JudgeSetup, questions: Iterable[Question], store: Store) -> list[Verdict]:
-    """The verdicts of the questions that the store settles."""
+    """Return the verdicts of the questions that the store answers."""
     found = ((question, *setup.unanswered(question, store)) for question in questions)
     return [setup.verdict(question, calls) for question, request, calls in found if request is None]
 

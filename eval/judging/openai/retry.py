@@ -1,4 +1,4 @@
-"""What to do when a request gets no answer: try again, give this one up, or stop the whole run."""
+"""Policy for requests without an answer: retry, give this one up, or stop the whole run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RetryConfig:
 
 
 class NotAnAnswer(Exception):
-    """The server said 200, but with something that is no chat completion: a page of a proxy, say."""
+    """A body with status 200 that is no chat completion, such as the page of a proxy."""
 
 
 class ErrorInAnswer(NotAnAnswer):
@@ -92,7 +92,7 @@ class Failure:
 
 
 def classify(error: Exception) -> Failure:
-    """What follows from an error of the client. Re-raises what is not an error of a request."""
+    """Decide on an error of the client. Re-raises what is not an error of a request."""
     match error:
         case openai.APIStatusError():
             return classify_status(error.status_code, error.response.text, error.response.headers)
@@ -178,7 +178,7 @@ def unclear_text(failure: Failure) -> str:
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by retry-after-ms or Retry-After (a number, or a date); None if neither can be read."""
+    """Return the seconds to wait by retry-after-ms or Retry-After (number or date); None without either."""
     for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) / per_second
@@ -200,7 +200,7 @@ def retry_hint(message: str) -> float | None:
 
 
 def parse_duration(text: str) -> float | None:
-    """Return the seconds of a duration as the API writes it ("1m30s", "120ms", "2s"); None for anything else."""
+    """Return the seconds of a duration as APIs write it ("1m30s", "120ms", "2s"); None for other text."""
     match = _DURATION.fullmatch(text.strip())
     if not match or not any(match.groups()):
         return None
@@ -211,7 +211,7 @@ def parse_duration(text: str) -> float | None:
 def delay_before_retry(
     config: RetryConfig, attempt: int, retry_after: float | None, rng: random.Random
 ) -> float:
-    """Seconds before the next attempt, after `attempt` of them.
+    """Draw the seconds before the next attempt, after `attempt` of them.
 
         retry_after + U(0, base)                       when the API names a time
         U(0, min(max_delay, base * 2^(attempt - 1)))   otherwise ("full jitter", Brooker 2015)
