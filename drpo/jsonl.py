@@ -1,13 +1,16 @@
-"""Read JSONL: one JSON object a line."""
+"""Read JSONL (one JSON object a line), check the fields of its lines, and write whole files atomically."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, AnyStr
 
-from drpo.data.records import DataError
+from drpo.data.records import DataError, RowError, require_encodable
+
+MAX_INT = 2**63 - 1
 
 
 def lines_of(text: AnyStr) -> Iterator[tuple[int, AnyStr]]:
@@ -38,3 +41,47 @@ def read_objects(path: Path | str) -> list[dict[str, Any]]:
     """Read the objects of a JSONL file. Raises DataError that names file and line for anything else."""
     lines = lines_of(Path(path).read_bytes())
     return [object_in(line, f"{path}:{number}") for number, line in lines]
+
+
+def fields_of_line(line: bytes, types: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+    """Parse a line of a file of our own. Raises RowError unless it has all fields of `types` and no others.
+
+    Whole numbers must lie in [0, 2^63), and what is text must be encodable. A bool is no number.
+    """
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RowError("invalid JSON", str(error)) from None
+    if not isinstance(values, dict):
+        raise RowError("wrong type", f"a row is an object, not {type(values).__name__}")
+    for name, allowed in types.items():
+        if name not in values:
+            raise RowError("missing field", f"no {name}")
+        value = values[name]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise RowError("wrong type", f"{name} is {type(value).__name__}")
+        if isinstance(value, int) and float not in allowed and not 0 <= value <= MAX_INT:
+            raise RowError("number out of range", f"{name} must be in [0, 2^63)")
+        if isinstance(value, str):
+            require_encodable(value, name)
+    if extra := values.keys() - types.keys():
+        raise RowError("unknown field", ", ".join(sorted(extra)))
+    return values
+
+
+def encodable(text: str) -> str:
+    """Replace the halves of surrogate pairs, which JSON can contain and no file can."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace the content of a file by `text` (UTF-8), atomically: a kill or a full disk leaves the old content."""
+    replacement = path.with_name(path.name + ".tmp")
+    try:
+        with replacement.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        replacement.replace(path)
+    finally:
+        replacement.unlink(missing_ok=True)

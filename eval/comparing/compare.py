@@ -33,6 +33,7 @@ from eval.comparing.runs import (
 )
 from eval.comparing.systems import KL, Measure, Run, System, measures_of
 from eval.completions.rows import REFERENCE
+from eval.judging.judges import KINDS
 from eval.judging.judgments import tokens_and_cost
 from eval.judging.matchup import pair_up
 from eval.judging.openai.estimate import DryRun, Estimate, total_text
@@ -161,12 +162,17 @@ def _judge(
         completions=[str(file) for file in files],
         system=one.name,
         baseline=other.name,
-        store=str(recipe.store) if recipe.judging.judge.kind == "openai" else None,
+        store=str(recipe.store) if _keeps_store(recipe) else None,
     )
     try:
         return judge_run(asked, one.runs[own], say)
     except DryRun as stopped:
         return stopped.estimate
+
+
+def _keeps_store(recipe: CompareRecipe) -> bool:
+    """Whether the judge is one whose answers are stored, because they are paid."""
+    return "store" in KINDS[recipe.judging.judge.kind].recipe_keys
 
 
 # --- the result -----------------------------------------------------------------------------------------
@@ -193,13 +199,13 @@ def _description(recipe: CompareRecipe) -> dict[str, Any]:
 
 
 def _judge_description(recipe: CompareRecipe) -> dict[str, Any]:
-    judging, judge, spent = recipe.judging, recipe.judging.judge, None
-    if judge.kind == "openai":
+    judging, spent = recipe.judging, None
+    if _keeps_store(recipe):
         with closing(Store(recipe.store)) as store:
             spent = tokens_and_cost(store.calls())
     return {
-        "kind": judge.kind,
-        "name": judge.model or judge.path or judge.function,
+        "kind": judging.judge.kind,
+        "name": judging.judge.name,
         "prompt": judging.prompt,
         "orders": judging.orders,
         "ties": judging.ties,

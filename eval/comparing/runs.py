@@ -38,7 +38,7 @@ from eval.completions.rows import (
 )
 from eval.completions.sample import open_file, vocabulary_with, with_num_tokens
 from eval.judging.judge_systems import JudgeRecipe, judge
-from eval.judging.judgments import read_answers, read_judgments
+from eval.judging.judgments import read_answers, read_verdicts
 from eval.judging.verdict import combine_all
 from eval.progress import Say
 from eval.statistics.across_runs import Values
@@ -268,7 +268,7 @@ def _training_run(policy: str) -> tuple[str | None, list[dict[str, Any]]]:
 def judge_run(recipe: JudgeRecipe, run: Run, say: Say) -> Run:
     """`run` with the verdicts of the judge's recipe, which is about its system."""
     path = judge(recipe, say)
-    verdicts = read_judgments(path)
+    verdicts = read_verdicts(path)
     judgments = combine_all(verdicts, recipe.half_tie, recipe.orders)
     values = {**run.values, WIN_RATE: judged_values(judgments)}
     return replace(run, values=values, verdicts=verdicts, judgments=judgments, answers=read_answers(path))

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from drpo.data.files import Row, read_table
 from drpo.data.records import BadRows, DataError, RowError, require_text
+from drpo.jsonl import MAX_INT
 from eval.completions.rows import CompletionRow, import_alpaca_eval, prompt_id_of
-from eval.json_rows import MAX_INT
 
 FIELDS = ("prompt", "response", "system", "reference", "ended", "seed", "num_tokens")
 

@@ -14,13 +14,13 @@ from torch import nn
 from drpo.data.chat import ChatTemplate
 from drpo.data.encode import encode_queries, encode_responses
 from drpo.data.in_template import encode_in_template
+from drpo.data.records import Chat, Message, Record
 from drpo.kl import sequence_kl
 from drpo.models.positions import check_lengths
 from drpo.models.scoring import response_logprobs
-from drpo.rewards import RewardFn
+from drpo.rewards import Completion, RewardFn
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
 from eval.completions.rows import CompletionRow
-from eval.completions.text_completion import text_completion
 
 Say = Callable[[str], object]
 "What is told a line for the user."
@@ -149,3 +149,15 @@ def reward_scores(reward_fn: RewardFn, rows: Sequence[CompletionRow]) -> NDArray
             f"{rows[bad[0]].prompt_id}"
         )
     return scores
+
+
+def text_completion(
+    prompt: str, response: str, ended: bool, reference: str | None, messages: Sequence[Message] | None
+) -> Completion:
+    """Make the completion that a reward function takes from texts alone, without token ids.
+
+    `messages` are the turns that policies were shown for the prompt. A model with a chat template reads these, since
+    it learned on prompts made in this way; None leaves it what the text of the prompt holds.
+    """
+    chat = None if messages is None else Chat(tuple(messages), prompt)
+    return Completion(prompt, response, ended, [], [], Record(prompt, completion=reference, chat=chat))

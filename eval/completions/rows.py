@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo.data.records import BadRows, DataError, Message, Record, RowError, require_encodable, require_text
-from drpo.jsonl import lines_of
-from eval.atomic_write import write_whole
-from eval.json_rows import fields_of_line
+from drpo.jsonl import fields_of_line, lines_of, write_whole
 
 REFERENCE = "reference"
 "System of the dataset's own responses."

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from eval.judging.judge import Judge, JudgeStopped, Outcome
 from eval.judging.matchup import Question
 from eval.judging.verdict import Verdict
 from eval.progress import Progress, Say
+
+if TYPE_CHECKING:
+    from eval.judging.judge_systems import JudgeRecipe
 
 
 async def collect_verdicts(judge: Judge, questions: Sequence[Question], say: Say) -> Outcome:
@@ -39,3 +44,15 @@ async def collect_verdicts(judge: Judge, questions: Sequence[Question], say: Say
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
     return Outcome(verdicts)
+
+
+def asked_by(
+    make: Callable[[Any, Path], Judge],
+) -> Callable[[JudgeRecipe, Sequence[Question], Say], Outcome]:
+    """Return the `ask` of a kind whose judge is made by `make(settings, run_dir)` and needs nothing else."""
+
+    def ask(recipe: JudgeRecipe, questions: Sequence[Question], say: Say) -> Outcome:
+        judge = make(recipe.judge, Path(recipe.run_dir))
+        return asyncio.run(collect_verdicts(judge, questions, say))
+
+    return ask

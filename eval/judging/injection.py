@@ -1,4 +1,4 @@
-"""Signs that a response speaks to the judge and not to its reader.
+"""Signs that a response addresses the judge and not its reader.
 
 A sign changes no verdict: flagged responses are counted and shown, with how often they won. Texts about judging can
 be flagged in good faith.
@@ -52,7 +52,7 @@ _PATTERNS = {
 
 
 def suspicions(response: str) -> tuple[str, ...]:
-    """The signs in a response, in words; look-alike letters and invisible characters hide none."""
+    """List the signs in a response, in words; look-alike letters and invisible characters hide none."""
     plain = _HIDDEN.sub("", unicodedata.normalize("NFKC", response))
     found = [sign for sign, pattern in _PATTERNS.items() if pattern.search(plain)]
     if _HIDDEN.search(response):

@@ -1,32 +1,31 @@
-"""What a judge is, whatever stands behind it, and the recipe's section that chooses one.
+"""The interface of judges, and what a kind of judge provides to be chosen in a recipe.
 
-A judge takes questions (a comparison and an order) and yields one verdict for each, in whatever order they come:
+A judge takes questions (a matchup and an order) and yields one verdict for each, in any order:
 
     async for verdict in judge.verdicts(questions): ...
 
-`openai_judge` asks a model through an OpenAI-compatible API, `batch_api` asks it through the Batch API, and
-`offline_judges` compares scores of a reward model or of any reward function. The first two share one store, so no
-answer is paid twice.
+A kind of judge is one module that holds its settings, its prompt beside the parser (where it has them), and a function
+that makes the judge: a `JudgeKind`. The registry of kinds is `judges`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from drpo.config import Section
 from eval.judging.matchup import Question
 from eval.judging.verdict import Verdict
+from eval.progress import Say
 
 if TYPE_CHECKING:
+    from eval.judging.judge_systems import JudgeRecipe
     from eval.judging.openai.store import Call, Ledger
-
-OPENAI_URL = "https://api.openai.com/v1"
 
 
 class JudgeStopped(Exception):
-    """The run cannot go on until somebody acts. What was answered is kept, and a rerun goes on from there."""
+    """The run cannot go on until somebody acts. Answers are kept, and a rerun resumes from there."""
 
     def __init__(self, reason: str, param: str | None = None) -> None:
         super().__init__(reason)
@@ -36,7 +35,7 @@ class JudgeStopped(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a judge answered, and what it cost."""
+    """The answers of a judge, and their cost."""
 
     verdicts: Sequence[Verdict]
     stopped: JudgeStopped | None = None
@@ -47,97 +46,42 @@ class Outcome:
 
 
 class Judge(Protocol):
-    """Whatever compares responses."""
+    """Anything that compares responses."""
 
     def verdicts(self, questions: Sequence[Question]) -> AsyncIterator[Verdict]:
-        """One verdict for each question. Raises JudgeStopped, after all verdicts that could still be had."""
+        """Yield one verdict for each question. Raises JudgeStopped, after all verdicts that could still be had."""
         ...
 
     def stop(self, reason: str) -> None:
-        """Ask no more; what is under way is waited for and kept, then `verdicts` raises JudgeStopped."""
+        """Ask no more; requests under way are waited for and kept, then `verdicts` raises JudgeStopped."""
         ...
 
 
-_OPENAI_ONLY = (
-    *("model", "base_url", "api_key_env", "backend", "form", "probe", "temperature", "reasoning_effort"),
-    *("max_output_tokens", "output_limit", "max_reasks"),
-)
-_APPLIES = {
-    "openai": _OPENAI_ONLY,
-    "reward_model": ("path", "batch_size", "dtype", "tie_margin"),
-    "function": ("function", "tie_margin"),
-}
+# --- kinds ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
-    """Who judges (section `judge`)."""
+class JudgeSettings(Section):
+    """Base of the settings of each kind; its subclasses together are the section `judge` of a recipe."""
 
-    kind: Literal["openai", "reward_model", "function"] = "openai"
-    """openai: a model behind an OpenAI-compatible API. reward_model: the response that a reward model scores higher.
-    function: the same with a reward function."""
-    model: str | None = None
-    """openai: name of the model. There is no default, for models are retired."""
-    base_url: str | None = None
-    """openai: address of another server than OpenAI's, such as http://localhost:8000/v1."""
-    api_key_env: str | None = None
-    """openai: environment variable with the API key. Without base_url it is OPENAI_API_KEY; another server is sent no
-    key unless one is named here."""
-    backend: Literal["live", "batch"] = "live"
-    """openai: one request a call, or the Batch API (cheaper, done within a day)."""
-    form: Literal["auto", "json", "text"] = "auto"
-    """openai: how the verdict is given: by a JSON schema, as text, or by a schema if the probe shows that the model
-    keeps to one."""
-    probe: bool = True
-    """openai: ask one easy question first, to see that the model takes the settings and answers in the form."""
-    temperature: float | None = 0.0
-    """openai: sampling temperature; null sends none, for models that take none."""
-    reasoning_effort: str | None = None
-    """openai: how long a reasoning model thinks; null sends nothing."""
-    max_output_tokens: int = 1024
-    """openai: longest answer in tokens, thoughts included. A reservation in the budget is for this length."""
-    output_limit: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
-    """openai: the API's name for that limit; some local servers know the old name only."""
-    max_reasks: int = 2
-    """openai: how often a question is asked again when its answer cannot be read."""
-    function: str | None = None
-    """function: module:function, a callable that scores completions, such as drpo.data.tasks.demo:true_rewards."""
-    path: str | None = None
-    """reward_model: its folder or hub id."""
-    batch_size: int = 16
-    """reward_model: responses scored together."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """reward_model: precision."""
-    tie_margin: float = 0.0
-    """reward_model, function: scores that differ by no more than this are a tie."""
+    kind: str = "openai"
+    """The kind of judge."""
 
-    def __post_init__(self) -> None:
-        applies = {"kind", *_APPLIES[self.kind]}
-        for field in dataclasses.fields(self):
-            if field.name not in applies and getattr(self, field.name) != field.default:
-                raise ValueError(f"judge.{field.name} does not apply to judge.kind={self.kind}")
-        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"judge.base_url must begin with http:// or https://, got {self.base_url!r}")
-        for name in ("model", "reasoning_effort"):
-            value = getattr(self, name)
-            if value is not None and not value.strip():
-                raise ValueError(f"judge.{name} must be a name or null, got {value!r}")
-        if self.max_output_tokens < 1:
-            raise ValueError(f"judge.max_output_tokens must be >= 1, got {self.max_output_tokens}")
-        if self.max_reasks < 0:
-            raise ValueError(f"judge.max_reasks must be >= 0, got {self.max_reasks}")
-        if self.temperature is not None and not 0 <= self.temperature <= 2:
-            raise ValueError(f"judge.temperature must be in [0, 2] or null, got {self.temperature}")
-        if self.batch_size < 1:
-            raise ValueError(f"judge.batch_size must be >= 1, got {self.batch_size}")
-        if not self.tie_margin >= 0:
-            raise ValueError(f"judge.tie_margin must be >= 0, got {self.tie_margin}")
-        if self.form == "auto" and not self.probe:
-            raise ValueError(
-                "judge.form=auto is found out by the probe; with judge.probe=false choose json or text"
-            )
 
-    @property
-    def url(self) -> str:
-        """Where requests go."""
-        return self.base_url or OPENAI_URL
+def no_rule(recipe: JudgeRecipe) -> None:
+    """Accept any recipe."""
+
+
+@dataclass(frozen=True)
+class JudgeKind:
+    """A kind of judge: its settings and how it answers the questions of a recipe."""
+
+    settings: type[JudgeSettings]
+    ask: Callable[[JudgeRecipe, Sequence[Question], Say], Outcome]
+    "`asked_by(make)` (eval/judging/collect.py) where a function makes the judge from its settings."
+    named_by: str
+    "The setting that names the judge in results."
+    recipe_keys: tuple[str, ...] = ()
+    "Keys of the recipe, outside `judge`, that apply to this kind and not to every kind."
+    check_recipe: Callable[[JudgeRecipe], None] = no_rule
+    "Raises ConfigError for a recipe that does not suit the kind."

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from drpo.config import ConfigError, save_resolved
+from drpo.config import ConfigError, Section, key, refuse, save_resolved, setting
+from drpo.jsonl import write_whole
 from drpo.run.folder import RunStopped
-from eval.atomic_write import write_whole
 from eval.completions.rows import load_completions
 from eval.judging.attacks import with_controls
-from eval.judging.collect import collect_verdicts
-from eval.judging.judge import JudgeConfig, Outcome
+from eval.judging.judge import Outcome
 from eval.judging.judged_statistics import JudgedStatistics, judged_statistics, statistics_text
+from eval.judging.judges import KINDS, JudgeConfig
 from eval.judging.judgments import (
+    disk_trouble_explained,
     reasons,
     reasons_text,
     spent_text,
@@ -28,18 +26,16 @@ from eval.judging.judgments import (
     write_judgments,
 )
 from eval.judging.matchup import Question, first_prompts, pair_up, questions_of
-from eval.judging.offline_judges import score_judge
-from eval.judging.openai.batch_api import BatchConfig
+from eval.judging.openai.batch_api import BatchAPIConfig
 from eval.judging.openai.budget import BudgetConfig
 from eval.judging.openai.rate_limit import LimitsConfig
 from eval.judging.openai.retry import RetryConfig
-from eval.judging.openai.run import ask_openai
 from eval.judging.verdict import combine_all
 from eval.progress import Say
 
 
 @dataclass(frozen=True)
-class JudgeRecipe:
+class JudgeRecipe(Section):
     """One system against a baseline, judged on the prompts that both answered."""
 
     run_dir: str = "runs/judge"
@@ -51,20 +47,20 @@ class JudgeRecipe:
     and attack/<name> (eval/judging/attacks.py)."""
     baseline: str = "reference"
     """The system that it is compared with."""
-    num_prompts: int | None = None
+    num_prompts: int | None = setting(None, ge=1)
     """Judge on so many of the prompts, chosen by their hashes; null for all."""
     prompt: str | None = None
     """judge.kind=openai: what is asked, tldr-1, hh_helpful-1, hh_harmless-1, or a .yaml file with one's own prompt."""
     orders: Literal["both", "one"] = "both"
-    """Show each comparison in both orders, or in one that is drawn by the seed: half the cost, but what the slot
+    """Show each matchup in both orders, or in one that is drawn by the seed: half the cost, but what the slot
     decides then counts as the response's merit."""
     ties: bool = True
     """Whether the judge may call a tie."""
     half_tie: Literal["half", "tie"] = "half"
     """What a win in one order and a tie in the other count: 0.75 (half), or 0.5 (tie)."""
-    max_undecided: float = 0.05
-    """The run ends with an error, everything written, when a larger share of the comparisons is undecided."""
-    max_failed: float = 0.0
+    max_undecided: float = setting(0.05, ge=0, le=1)
+    """The run ends with an error, everything written, when a larger share of the matchups is undecided."""
+    max_failed: float = setting(0.0, ge=0, le=1)
     """The same for verdicts that failed; the same command again asks for them again."""
     seed: int = 0
     """Draws the orders for orders=one."""
@@ -74,41 +70,31 @@ class JudgeRecipe:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
+    batch: BatchAPIConfig = field(default_factory=BatchAPIConfig)
 
-    def __post_init__(self) -> None:
-        for name in ("max_undecided", "max_failed"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.num_prompts is not None and self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be >= 1 or null, got {self.num_prompts}")
-        if self.orders == "both":
-            _refuse(self.seed != 0, "seed", "orders=both")
-        else:
-            _refuse(self.half_tie != "half", "half_tie", "orders=one")
-        if self.judge.kind != "openai":
-            where = f"judge.kind={self.judge.kind}"
-            _refuse(self.prompt is not None, "prompt", where)
-            _refuse(self.store is not None, "store", where)
-            _refuse(not self.ties, "ties=false", f"{where}: equal scores are a tie")
-            sections = (("budget", BudgetConfig()), ("limits", LimitsConfig()), ("retry", RetryConfig()))
-            for name, default in sections:
-                _refuse(getattr(self, name) != default, name, where)
-        if self.judge.kind != "openai" or self.judge.backend != "batch":
-            _refuse(self.batch != BatchConfig(), "batch", "this judge; it is for judge.backend=batch")
+    def check(self) -> None:
+        both = f"{key('orders')}=both"
+        refuse(self.orders == "both" and self.seed != 0, "seed", f"does not apply to {both}")
+        one = self.orders == "one" and self.half_tie != "half"
+        refuse(one, "half_tie", f"does not apply to {key('orders')}=one")
+        kind = KINDS[self.judge.kind]
+        plain = {field.name: _default(field) for field in fields(self)}
+        rule = f"does not apply to {key('judge.kind')}={self.judge.kind}"
+        for name in (name for other in KINDS.values() for name in other.recipe_keys):
+            refuse(name not in kind.recipe_keys and getattr(self, name) != plain[name], name, rule)
+        kind.check_recipe(self)
 
     @property
     def store_path(self) -> Path:
         return Path(self.store) if self.store else Path(self.run_dir) / "verdicts.sqlite"
 
 
-def _refuse(given: bool, name: str, where: str) -> None:
-    if given:
-        raise ValueError(f"{name} does not apply to {where}")
+def _default(field: Field) -> Any:
+    return field.default if field.default is not MISSING else field.default_factory()
 
 
 def judge(recipe: JudgeRecipe, say: Say = print) -> Path:
-    """Pair the responses up, ask the judge, write its verdicts. Returns the path of judgments.jsonl.
+    """Pair the responses up, ask the judge, write its verdicts, and return the path of judgments.jsonl.
 
     Leaves judgments.jsonl, summary.json, config.yaml and, for a model behind an API, the store in `run_dir`. A second
     call asks only what has no answer yet. Raises ConfigError or DataError for what cannot be read, RunStopped for a run
@@ -120,37 +106,20 @@ def judge(recipe: JudgeRecipe, say: Say = print) -> Path:
             "constant one is written 'system=\"null\"')"
         )
     rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
-    comparisons = pair_up(rows, recipe.system, recipe.baseline)
+    matchups = pair_up(rows, recipe.system, recipe.baseline)
     if recipe.num_prompts is not None:
-        there = len({comparison.prompt_id for comparison in comparisons})
+        there = len({matchup.prompt_id for matchup in matchups})
         if there < recipe.num_prompts:
             say(f"num_prompts={recipe.num_prompts}, but the files have {there} prompts: all are judged")
-        comparisons = first_prompts(comparisons, recipe.num_prompts)
-    questions = questions_of(comparisons, recipe.orders, recipe.seed)
+        matchups = first_prompts(matchups, recipe.num_prompts)
+    questions = questions_of(matchups, recipe.orders, recipe.seed)
     folder = Path(recipe.run_dir)
-    with _disk_trouble_explained(folder):
+    with disk_trouble_explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_resolved(recipe, folder / "config.yaml")
-    if recipe.judge.kind == "openai":
-        with _disk_trouble_explained(folder):
-            outcome = ask_openai(recipe, questions, say)
-    else:
-        scoring = score_judge(recipe.judge, folder)
-        outcome = asyncio.run(collect_verdicts(scoring, questions, say))
-    with _disk_trouble_explained(folder):
+    outcome = KINDS[recipe.judge.kind].ask(recipe, questions, say)
+    with disk_trouble_explained(folder):
         return _write(recipe, questions, outcome, say)
-
-
-@contextmanager
-def _disk_trouble_explained(folder: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written becomes a RunStopped."""
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        raise RunStopped(
-            f"the run cannot write its files ({error}). Answers that the store took are kept; make room in {folder}, "
-            "and the same command goes on from there"
-        ) from error
 
 
 def _write(
@@ -159,13 +128,12 @@ def _write(
     outcome: Outcome,
     say: Say,
 ) -> Path:
-    """judgments.jsonl and summary.json, also of a run that was stopped. Raises RunStopped for one that is not whole."""
-    folder, judge = Path(recipe.run_dir), recipe.judge
-    place = {_place(question.comparison, question.order): i for i, question in enumerate(questions)}
+    """Write judgments.jsonl and summary.json, also of a stopped run. Raises RunStopped for an incomplete one."""
+    folder = Path(recipe.run_dir)
+    place = {_place(question.matchup, question.order): i for i, question in enumerate(questions)}
     verdicts = sorted(outcome.verdicts, key=lambda verdict: place[_place(verdict, verdict.order)])
-    name = judge.model or judge.path or judge.function
     common = {
-        "judge": name,
+        "judge": recipe.judge.name,
         "prompt_name": recipe.prompt,
         "orders": recipe.orders,
         "versions": tool_versions(),

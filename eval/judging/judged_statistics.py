@@ -27,7 +27,7 @@ class Suspected:
 
     responses: int
     score: float
-    "Sum of their scores, undecided comparisons left out."
+    "Sum of their scores, undecided matchups left out."
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class JudgedStatistics:
     num_comparisons: int
     undecided: int
     statuses: dict[Status, int]
-    "How many verdicts came out which way; a comparison has one for each order."
+    "How many verdicts came out which way; a matchup has one for each order."
     win_rate: WinRate | None
     "Of system a; None when nothing is decided."
     win_rate_missing: str | None
@@ -48,14 +48,14 @@ class JudgedStatistics:
     "Also `.consistency`: the share with the same verdict in both orders; None when one order was asked."
     position_bias_missing: str | None
     mean_length_a: float | None
-    "Characters, over all comparisons."
+    "Characters, over all matchups."
     mean_length_b: float | None
     suspected_a: Suspected
     suspected_b: Suspected
 
 
 def judged_statistics(judgments: Sequence[Judgment], confidence: float = 0.95) -> JudgedStatistics:
-    """All numbers of one system against one other, with intervals that count each prompt once.
+    """Compute all numbers of one system against another, with intervals that count each prompt once.
 
     A number that cannot be had (nothing decided, too few or too uniform lengths) is None, with the reason beside it.
     Raises ValueError for judgments on more than one pair of systems.
@@ -93,7 +93,7 @@ def judged_statistics(judgments: Sequence[Judgment], confidence: float = 0.95) -
 
 
 def _if_defined(statistic: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """A statistic, or the words in which it refuses to be computed."""
+    """Return a statistic, or the reason why it is not defined."""
     try:
         return _without_nan(statistic()), None
     except ValueError as error:
@@ -112,13 +112,13 @@ def _without_nan(result: Result) -> Result:
 
 
 def _slots(judgments: Sequence[Judgment]) -> list[tuple[float | None, ...]]:
-    """(n, 2), or (n, 1) where one order was asked. A comparison that was stopped between its orders lacks one."""
+    """Return (n, 2), or (n, 1) where one order was asked; None where a run was stopped in between."""
     both = any(_was_to_be_asked_twice(judgment) for judgment in judgments)
     return [(*j.first_slot_wins, None)[:2] if both else j.first_slot_wins for j in judgments]
 
 
 def _was_to_be_asked_twice(judgment: Judgment) -> bool:
-    """Two verdicts, or one that did not suffice for a score."""
+    """Return whether both orders were to be asked: two verdicts, or one that did not suffice for a score."""
     slots = judgment.first_slot_wins
     return len(slots) == 2 or (judgment.score is None and None not in slots)
 
@@ -131,7 +131,7 @@ def _suspected(scores: Sequence[float | None]) -> Suspected:
 
 
 def statistics_text(statistics: JudgedStatistics, system: str, baseline: str) -> str:
-    """The numbers on a few lines."""
+    """Format the numbers on a few lines."""
     if statistics.num_comparisons == 0:
         return f"{system} against {baseline}: no verdicts"
     rate, length, bias = statistics.win_rate, statistics.length_controlled, statistics.position_bias

@@ -1,18 +1,20 @@
-"""judgments.jsonl, one line for each call (or for each verdict of a judge that is not called), and what it cost."""
+"""The file judgments.jsonl, a line for each call or for each verdict of an uncalled judge, and its cost."""
 
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 from drpo.data.records import DataError
-from drpo.jsonl import lines_of
-from eval.atomic_write import write_whole
+from drpo.jsonl import lines_of, write_whole
+from drpo.run.folder import RunStopped
 from eval.judging.openai.store import Call, Ledger
 from eval.judging.verdict import Verdict
 
@@ -39,14 +41,26 @@ _OF_CALL = (
 
 
 def tool_versions() -> str:
-    """What made a judgments file."""
+    """Return the versions of the packages that make a judgments file."""
     return ", ".join(f"{name} {metadata.version(name)}" for name in ("drpo", "openai"))
+
+
+@contextmanager
+def disk_trouble_explained(folder: Path) -> Iterator[None]:
+    """Raise RunStopped for a full disk or a folder that may not be written."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise RunStopped(
+            f"the run cannot write its files ({error}). Answers that the store took are kept; make room in {folder}, "
+            "and the same command goes on from there"
+        ) from error
 
 
 def judgment_rows(
     verdict: Verdict, calls: Mapping[str, Call], common: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The lines of one verdict. The last one decides (`final`); earlier ones are answers that could not be read."""
+    """Make the lines of a verdict: the last one decides (`final`), earlier ones are unreadable answers."""
     values = asdict(verdict)
     keys = values.pop("keys")
     rows = []
@@ -74,14 +88,14 @@ def write_judgments(
 def read_answers(path: Path) -> dict[tuple[str, int, str], str]:
     """Read the judge's answers by (prompt_id, seed, order), leaving out questions without one.
 
-    Raises DataError as `read_judgments` does.
+    Raises DataError as `read_verdicts` does.
     """
     rows = _read_final(path, lambda row: ((row["prompt_id"], row["seed"], row["order"]), row.get("text")))
     return {key: text for key, text in rows if text is not None}
 
 
-def read_judgments(path: Path | str) -> list[Verdict]:
-    """The verdicts of a judgments file. Raises DataError for a missing file or a line that is no judgment."""
+def read_verdicts(path: Path | str) -> list[Verdict]:
+    """Read the verdicts of a judgments file. Raises DataError if it is missing or a line is no verdict."""
     return _read_final(Path(path), _verdict)
 
 
@@ -124,7 +138,7 @@ def reasons_text(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def tokens_and_cost(calls: Sequence[Call]) -> dict[str, Any]:
-    """Sums over calls by kind of token; `cost` is None where no call has one."""
+    """Sum calls by kind of token; `cost` is None where no call has one."""
     kinds = ("prompt_tokens", "cached_tokens", "cache_write_tokens", "completion_tokens", "reasoning_tokens")
     sums = {kind: sum(getattr(call, kind) or 0 for call in calls) for kind in kinds}
     costs = [call.cost for call in calls if call.cost is not None]
@@ -132,7 +146,7 @@ def tokens_and_cost(calls: Sequence[Call]) -> dict[str, Any]:
 
 
 def spent_text(spent: Mapping[str, Any], ledger: Ledger) -> str:
-    """What `tokens_and_cost` gave for a run, and what the store holds in all, on two lines."""
+    """Format the sums of `tokens_and_cost` for a run, and those of the whole store, on two lines."""
     cost = "price unknown" if spent["cost"] is None else f"${spent['cost']:.4f}"
     paid = "" if spent["cost"] is None else f", ${ledger.usd:.4f} at most"
     return (

@@ -1,4 +1,4 @@
-"""Comparisons: two systems' responses to the same prompt, for a judge to choose between."""
+"""Matchups: two systems' responses to the same prompt, for a judge to choose between."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Order = Literal["ab", "ba"]
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Matchup:
     """One response of system a and one of system b to the same prompt."""
 
     prompt_id: str
@@ -25,7 +25,7 @@ class Comparison:
     system_b: str
     response_b: str
     seed: int = 0
-    "Seed of system a's response: tells apart the comparisons of several responses to one prompt."
+    "Seed of system a's response: tells apart the matchups of several responses to one prompt."
     ended_a: bool = True
     ended_b: bool = True
     reference: str | None = None
@@ -34,21 +34,21 @@ class Comparison:
     "The turns that the prompt was made into, for a judge with a chat template; None for those that the text holds."
 
     def shown(self, order: Order) -> tuple[str, str]:
-        """The two responses as they are shown: first, second."""
+        """Return the two responses as they are shown: first, second."""
         pair = (self.response_a, self.response_b)
         return pair if order == "ab" else pair[::-1]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A comparison in one order: what a judge is asked."""
+    """A matchup in one order, as a judge is asked."""
 
-    comparison: Comparison
+    matchup: Matchup
     order: Order
 
 
-def pair_up(completions: Sequence[CompletionRow], system: str, baseline: str) -> list[Comparison]:
-    """Every response of `system` (as a) against the baseline's (as b) to the same prompt, in the order of the file.
+def pair_up(completions: Sequence[CompletionRow], system: str, baseline: str) -> list[Matchup]:
+    """Match every response of `system` (as a) with the baseline's (as b) to the same prompt, in file order.
 
     Where the baseline has one response to a prompt, it meets all of the system's; where it has several, those of
     the same seed meet. Raises DataError when a system is not there, the two are the same, or prompts (counted)
@@ -65,7 +65,7 @@ def pair_up(completions: Sequence[CompletionRow], system: str, baseline: str) ->
         if row.system == baseline:
             of_baseline.setdefault(row.prompt_id, {})[row.seed] = row
 
-    bad, comparisons = BadRows("prompts"), []
+    bad, matchups = BadRows("prompts"), []
     own = [row for row in completions if row.system == system]
     for row in own:
         rivals = of_baseline.get(row.prompt_id, {})
@@ -74,7 +74,7 @@ def pair_up(completions: Sequence[CompletionRow], system: str, baseline: str) ->
             kind = f"no response of {baseline}" if not rivals else f"no response of {baseline} with this seed"
             bad.add(kind, f"prompt {row.prompt_id}, seed {row.seed}")
             continue
-        comparisons.append(_compare(row, rival))
+        matchups.append(_compare(row, rival))
     for prompt_id in sorted(of_baseline.keys() - {row.prompt_id for row in own}):
         bad.add(f"no response of {system}", f"prompt {prompt_id}")
     if bad:
@@ -82,11 +82,11 @@ def pair_up(completions: Sequence[CompletionRow], system: str, baseline: str) ->
             f"{system} and {baseline} were not given the same prompts:\n{bad.summary()}\n"
             "Complete the files, or leave these prompts out of both."
         )
-    return comparisons
+    return matchups
 
 
-def _compare(a: CompletionRow, b: CompletionRow) -> Comparison:
-    return Comparison(
+def _compare(a: CompletionRow, b: CompletionRow) -> Matchup:
+    return Matchup(
         a.prompt_id,
         a.prompt,
         a.system,
@@ -101,24 +101,22 @@ def _compare(a: CompletionRow, b: CompletionRow) -> Comparison:
     )
 
 
-def first_prompts(comparisons: Sequence[Comparison], num_prompts: int) -> list[Comparison]:
-    """The comparisons of `num_prompts` prompts, chosen by the prompts' own hashes.
+def first_prompts(matchups: Sequence[Matchup], num_prompts: int) -> list[Matchup]:
+    """Select the matchups of `num_prompts` prompts by the hashes of the prompts.
 
     So a choice depends on no order of a file, and a smaller one is part of a larger one.
     """
-    chosen = set(sorted({c.prompt_id for c in comparisons})[:num_prompts])
-    return [c for c in comparisons if c.prompt_id in chosen]
+    chosen = set(sorted({c.prompt_id for c in matchups})[:num_prompts])
+    return [c for c in matchups if c.prompt_id in chosen]
 
 
-def questions_of(
-    comparisons: Sequence[Comparison], orders: Literal["both", "one"], seed: int
-) -> list[Question]:
-    """What to ask: each comparison in both orders, or in one that is drawn for it by (seed, comparison)."""
+def questions_of(matchups: Sequence[Matchup], orders: Literal["both", "one"], seed: int) -> list[Question]:
+    """Ask each matchup in both orders, or in one that is drawn for it by (seed, matchup)."""
     if orders == "both":
-        return [Question(comparison, order) for comparison in comparisons for order in ("ab", "ba")]
-    return [Question(comparison, _drawn_order(comparison, seed)) for comparison in comparisons]
+        return [Question(matchup, order) for matchup in matchups for order in ("ab", "ba")]
+    return [Question(matchup, _drawn_order(matchup, seed)) for matchup in matchups]
 
 
-def _drawn_order(comparison: Comparison, seed: int) -> Order:
-    drawn = f"{seed}/{comparison.prompt_id}/{comparison.system_a}/{comparison.system_b}/{comparison.seed}"
+def _drawn_order(matchup: Matchup, seed: int) -> Order:
+    drawn = f"{seed}/{matchup.prompt_id}/{matchup.system_a}/{matchup.system_b}/{matchup.seed}"
     return "ab" if hashlib.sha256(drawn.encode()).digest()[0] % 2 else "ba"

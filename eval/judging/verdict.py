@@ -1,6 +1,6 @@
-"""Verdicts: what a judge said about a comparison in one order, and what both orders say together.
+"""Verdicts: a judge's answer on a matchup in one order, and both orders combined.
 
-A failure is never data. A verdict has a winner when its status is "ok" and at no other time, and a comparison has a
+A failure is never data. A verdict has a winner when its status is "ok" and at no other time, and a matchup has a
 score when all of its verdicts have a winner (or a tie).
 """
 
@@ -36,7 +36,7 @@ class Verdict:
     "Characters of system a's response."
     length_b: int
     detail: str = ""
-    "Why there is no winner, in the words of whoever failed."
+    "Why there is no winner: the error message."
     suspicions_a: tuple[str, ...] = ()
     "What in system a's response looks like an attempt to sway the judge. It changes no verdict."
     suspicions_b: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Verdict:
 
     @property
     def first_slot_won(self) -> float | None:
-        """1 if the response that was shown first won, 0 if the other did, 0.5 for a tie, None without a verdict."""
+        """Return 1 if the response shown first won, 0 if the other did, 0.5 for a tie, None without a verdict."""
         match self.winner:
             case None:
                 return None
@@ -61,7 +61,7 @@ class Verdict:
 
 
 def winner_of(slot: Slot, order: Order) -> Winner:
-    """The system behind a slot."""
+    """Return the system whose response was shown in a slot."""
     if slot == "tie":
         return "tie"
     return "a" if (slot == "first") == (order == "ab") else "b"
@@ -76,18 +76,18 @@ def verdict_on(
     scores: tuple[float, float] | None = None,
     keys: tuple[str, ...] = (),
 ) -> Verdict:
-    """The verdict on a question, with what it takes over from the comparison."""
-    comparison = question.comparison
+    """Make the verdict on a question, with the fields of its matchup."""
+    matchup = question.matchup
     return Verdict(
-        comparison.prompt_id,
-        comparison.system_a,
-        comparison.system_b,
-        comparison.seed,
+        matchup.prompt_id,
+        matchup.system_a,
+        matchup.system_b,
+        matchup.seed,
         question.order,
         status,
         winner,
-        len(comparison.response_a),
-        len(comparison.response_b),
+        len(matchup.response_a),
+        len(matchup.response_b),
         detail,
         tuple(suspicions[0]),
         tuple(suspicions[1]),
@@ -101,7 +101,7 @@ def verdict_on(
 
 @dataclass(frozen=True, slots=True)
 class Judgment:
-    """What the verdicts on one comparison say together."""
+    """The verdicts on one matchup, combined."""
 
     prompt_id: str
     system_a: str
@@ -127,18 +127,18 @@ _SHARE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 def combine(
     verdicts: Sequence[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
 ) -> Judgment:
-    """One judgment from the verdicts on one comparison, each order once; `orders` says what was to be asked.
+    """Combine the verdicts on one matchup, each order once; `orders` is what was to be asked.
 
         both orders agree          1, 0.5 or 0           consistent
         one slot wins both times   0.5                   inconsistent: the slot decided, not the response
         a win and a tie            "half": 0.75 or 0.25, "tie": 0.5; inconsistent
         one of them has no winner, or was not asked yet: None, for it is never imputed from the other
 
-    Raises ValueError for verdicts on different comparisons, twice on one order, or two where one was to be asked.
+    Raises ValueError for verdicts on different matchups, twice on one order, or two where one was to be asked.
     """
     if not verdicts:
         raise ValueError("no verdicts to combine")
-    if len({_comparison_key(v) for v in verdicts}) > 1:
+    if len({_matchup_key(v) for v in verdicts}) > 1:
         raise ValueError("verdicts on different comparisons cannot be combined")
     asked = [v.order for v in verdicts]
     if len(set(asked)) < len(asked):
@@ -174,12 +174,12 @@ def combine(
 def combine_all(
     verdicts: Iterable[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
 ) -> list[Judgment]:
-    """A judgment for each comparison, in the order in which their first verdicts come."""
+    """Make a judgment for each matchup, in the order of their first verdicts."""
     groups: dict[tuple, list[Verdict]] = {}
     for verdict in verdicts:
-        groups.setdefault(_comparison_key(verdict), []).append(verdict)
+        groups.setdefault(_matchup_key(verdict), []).append(verdict)
     return [combine(group, half_tie, orders) for group in groups.values()]
 
 
-def _comparison_key(verdict: Verdict) -> tuple[str, str, str, int]:
+def _matchup_key(verdict: Verdict) -> tuple[str, str, str, int]:
     return verdict.prompt_id, verdict.system_a, verdict.system_b, verdict.seed

@@ -26,7 +26,7 @@ from eval.labelling.ratings import Ratings, read_judge_file, side_by_side
 
 @dataclass(frozen=True)
 class AgreementRecipe:
-    """Judges and people on the same comparisons."""
+    """Judges and people on the same matchups."""
 
     run_dir: str = "runs/agreement"
     """Folder of the results."""
@@ -84,7 +84,7 @@ def agreement(recipe: AgreementRecipe) -> Path:
 
 
 def _counts(ratings: Ratings) -> dict[str, int]:
-    """How many comparisons there are of each kind."""
+    """How many matchups there are of each kind."""
     nobody = np.zeros((len(ratings.keys), 1), dtype=bool)
     judged, labelled = (
         np.concatenate([nobody, *(~np.isnan(rater.scores[:, None]) for rater in raters)], axis=1)

@@ -3,7 +3,7 @@
     prompt with pairs 0, 1, ...:   system text_1 with seed i: one response of pair i,   text_2: the other one
 
 Which response is text_1 is settled by the hashes of the two, and so is the number of a pair, so neither the order of
-the data nor the label decides it, and the same pair labelled by several people is one comparison.
+the data nor the label decides it, and the same pair labelled by several people is one matchup.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from drpo.data.records import BadRows, DataError, Record, RowError
 from drpo.data.tasks.registry import TASKS
 from drpo.data.views import view_records
 from eval.completions.rows import CompletionRow, CompletionsWriter, prompt_id_of
-from eval.judging.matchup import Comparison
+from eval.judging.matchup import Matchup
 from eval.labelling.labels import Label, LabelsWriter, checked_annotator, label_of, text_hash
 from eval.progress import Say
 
@@ -104,20 +104,16 @@ def labels_from_pairs(
     num_labels: Counter[int] = Counter()
     for prompt, by_texts in pairs.items():
         for seed, texts in enumerate(sorted(by_texts, key=lambda texts: [text_hash(text) for text in texts])):
-            comparison = Comparison(
-                prompt_id_of(prompt), prompt, SYSTEMS[0], texts[0], SYSTEMS[1], texts[1], seed
-            )
+            matchup = Matchup(prompt_id_of(prompt), prompt, SYSTEMS[0], texts[0], SYSTEMS[1], texts[1], seed)
             rows += [
-                CompletionRow(system, comparison.prompt_id, prompt, text, True, None, seed)
+                CompletionRow(system, matchup.prompt_id, prompt, text, True, None, seed)
                 for system, text in zip(SYSTEMS, texts, strict=True)
             ]
             said = by_texts[texts]
             num_labels[len({annotator for _, annotator, _ in said})] += 1
             for record, annotator, confidence in said:
                 winner = "a" if record.chosen == texts[0] else "b"
-                labels.append(
-                    label_of(comparison, annotator, "labelled", winner, None, confidence=confidence)
-                )
+                labels.append(label_of(matchup, annotator, "labelled", winner, None, confidence=confidence))
     num_pairs, num_places = sum(num_labels.values()), sum(n * count for n, count in num_labels.items())
     several = num_pairs - num_labels[1]
     counts = {

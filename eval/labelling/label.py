@@ -14,8 +14,8 @@ from drpo.config import ConfigError, save_resolved
 from drpo.data.records import DataError
 from eval.completions.rows import load_completions
 from eval.judging.attacks import with_controls
-from eval.judging.matchup import Comparison, first_prompts, pair_up
-from eval.judging.openai.prompts import load_prompt
+from eval.judging.matchup import Matchup, first_prompts, pair_up
+from eval.judging.openai.pairwise import load_prompt
 from eval.labelling.label_queue import LabelQueue
 from eval.labelling.label_server import LabelServer, is_loopback
 from eval.labelling.labels import LabelsWriter, checked_annotator
@@ -78,7 +78,7 @@ def label(recipe: LabelRecipe, say: Say = print) -> Path:
     if recipe.prompt is None:
         raise ConfigError("prompt must say what the annotators are asked, such as prompt=tldr-1")
     prompt = load_prompt(recipe.prompt)
-    comparisons = comparisons_to_label(recipe, say)
+    matchups = matchups_to_label(recipe, say)
     folder = Path(recipe.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "labels.jsonl"
@@ -87,7 +87,7 @@ def label(recipe: LabelRecipe, say: Say = print) -> Path:
         say(
             f"{path}: {writer.num_cut} bytes of a label are cut off, which a kill left unfinished; it did not count"
         )
-    queue = LabelQueue(comparisons, writer, prompt, recipe.ties, recipe.annotators, recipe.seed)
+    queue = LabelQueue(matchups, writer, prompt, recipe.ties, recipe.annotators, recipe.seed)
     save_resolved(recipe, folder / "config.yaml")
     try:
         server = LabelServer(queue, recipe.host, recipe.port)
@@ -100,19 +100,19 @@ def label(recipe: LabelRecipe, say: Say = print) -> Path:
     return path
 
 
-def comparisons_to_label(recipe: LabelRecipe, say: Say = print) -> list[Comparison]:
-    """The recipe's comparisons, without those of two equal responses, about which there is nothing to say."""
+def matchups_to_label(recipe: LabelRecipe, say: Say = print) -> list[Matchup]:
+    """The recipe's matchups, without those of two equal responses, about which there is nothing to say."""
     rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
-    comparisons = pair_up(rows, recipe.system, recipe.baseline)
+    matchups = pair_up(rows, recipe.system, recipe.baseline)
     if recipe.num_prompts is not None:
-        comparisons = first_prompts(comparisons, recipe.num_prompts)
-    different = [c for c in comparisons if c.response_a.strip() != c.response_b.strip()]
+        matchups = first_prompts(matchups, recipe.num_prompts)
+    different = [c for c in matchups if c.response_a.strip() != c.response_b.strip()]
     if not different:
         raise DataError(
             f"{recipe.system} and {recipe.baseline} gave equal responses everywhere: nothing to label"
         )
-    if len(different) < len(comparisons):
-        say(f"{len(comparisons) - len(different)} of {len(comparisons)} pairs are left out: equal responses")
+    if len(different) < len(matchups):
+        say(f"{len(matchups) - len(different)} of {len(matchups)} pairs are left out: equal responses")
     return different
 
 

@@ -20,7 +20,7 @@ ALL_LABELS = "all labels"
 
 @dataclass(frozen=True)
 class Together:
-    """Two raters on the comparisons that both decided."""
+    """Two raters on the matchups that both decided."""
 
     kind: str
     "judge and person, judge and majority, judge and judge, or person and person."
@@ -31,7 +31,7 @@ class Together:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """A judge against people, on the comparisons with several labels."""
+    """A judge against people, on the matchups with several labels."""
 
     judge: str
     ceiling: HumanCeiling
@@ -39,7 +39,7 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class PeopleTogether:
-    """The chance that two annotators of a comparison agree, and kappa, over the `num_pairs` with several labels."""
+    """The chance that two annotators of a matchup agree, and kappa, over the `num_pairs` with several labels."""
 
     num_pairs: int
     agreement: Interval
@@ -66,7 +66,7 @@ class Habits:
 
 @dataclass(frozen=True)
 class SystemWinRate:
-    """Win rate of system a, by a judge and by the majority of people, on the comparisons that both decided."""
+    """Win rate of system a, by a judge and by the majority of people, on the matchups that both decided."""
 
     judge: str
     system_a: str
@@ -92,7 +92,7 @@ class ByConfidence:
 def everybody_together(ratings: Ratings) -> list[Together]:
     """Judges with each annotator and, where there are several, with their majority; judges, and people, in pairs.
 
-    Two who decided no comparison in common are left out.
+    Two who decided no matchup in common are left out.
     """
     prompt_ids = ratings.prompt_ids
     judges = [(judge.name, judge.scores) for judge in ratings.judges]
@@ -112,7 +112,7 @@ def everybody_together(ratings: Ratings) -> list[Together]:
 
 
 def ceilings(ratings: Ratings) -> list[Ceiling]:
-    """Each judge beside people on the comparisons with several labels; without those, nothing."""
+    """Each judge beside people on the matchups with several labels; without those, nothing."""
     several, prompt_ids = _several_labels(ratings), ratings.prompt_ids
     found = []
     for judge in ratings.judges:
@@ -124,7 +124,7 @@ def ceilings(ratings: Ratings) -> list[Ceiling]:
 
 
 def people_together(ratings: Ratings) -> PeopleTogether | None:
-    """How far people agree on all comparisons with several labels; None without those."""
+    """How far people agree on all matchups with several labels; None without those."""
     rows = _several_labels(ratings)
     if not rows.any():
         return None
@@ -152,7 +152,7 @@ def by_confidence(ratings: Ratings) -> list[ByConfidence]:
 
 
 def _several_labels(ratings: Ratings) -> NDArray[np.bool_]:
-    """(n,): whether two annotators or more decided the comparison."""
+    """(n,): whether two annotators or more decided the matchup."""
     if len(ratings.people) < 2:
         return np.zeros(len(ratings.keys), dtype=bool)
     return (~np.isnan(ratings.labels)).sum(axis=1) >= 2

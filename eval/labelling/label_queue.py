@@ -1,4 +1,4 @@
-"""Who has still to label what: every annotator's own order of the comparisons, what is done, and undoing it."""
+"""Who has still to label what: every annotator's own order of the matchups, what is done, and undoing it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from drpo.data.records import BadRows, DataError
-from eval.judging.matchup import Comparison, Order
-from eval.judging.openai.prompts import JudgePrompt
+from eval.judging.matchup import Matchup, Order
+from eval.judging.openai.pairwise import PairwisePrompt
 from eval.judging.verdict import winner_of
 from eval.labelling.labels import (
     Key,
@@ -37,18 +37,18 @@ class LabelRefused(Exception):
 
 
 class LabelQueue:
-    """The comparisons of one labels file, for several annotators at a time; each labels all of them.
+    """The matchups of one labels file, for several annotators at a time; each labels all of them.
 
-    Nothing that leaves it names a system: `state` shows a comparison under a number that is drawn anew for each
-    queue, its responses as first and second. Both the order of the comparisons and which response stands first are
-    functions of (seed, annotator, comparison) alone.
+    Nothing that leaves it names a system: `state` shows a matchup under a number that is drawn anew for each
+    queue, its responses as first and second. Both the order of the matchups and which response stands first are
+    functions of (seed, annotator, matchup) alone.
     """
 
     def __init__(
         self,
-        comparisons: Sequence[Comparison],
+        matchups: Sequence[Matchup],
         writer: LabelsWriter,
-        prompt: JudgePrompt,
+        prompt: PairwisePrompt,
         ties: bool,
         annotators: Sequence[str] = (),
         seed: int = 0,
@@ -61,8 +61,8 @@ class LabelQueue:
         self._writer = writer
         self._lock = threading.Lock()
         self._allowed = tuple(annotators)
-        self._by_id = {secrets.token_hex(8): comparison for comparison in comparisons}
-        self._id_of = {_key(comparison): pair for pair, comparison in self._by_id.items()}
+        self._by_id = {secrets.token_hex(8): matchup for matchup in matchups}
+        self._id_of = {_key(matchup): pair for pair, matchup in self._by_id.items()}
         self._orders: dict[str, list[str]] = {}
         self._done: dict[str, dict[str, Label]] = {}  # annotator -> pair -> label, the latest last
         self._refuse_other(writer.labels)
@@ -80,14 +80,14 @@ class LabelQueue:
             self._writer.close()
 
     def progress(self) -> dict[str, int]:
-        """How many comparisons each known annotator is through with."""
+        """How many matchups each known annotator is through with."""
         with self._lock:
             return {
                 name: len(self._done.get(name, {})) for name in dict.fromkeys((*self._allowed, *self._done))
             }
 
     def state(self, name: Any) -> dict[str, Any]:
-        """What the page shows an annotator: the next comparison, or none, and how far they are.
+        """What the page shows an annotator: the next matchup, or none, and how far they are.
 
         Raises LabelRefused for a name that may not label.
         """
@@ -95,9 +95,9 @@ class LabelQueue:
             return self._state(self._annotator(name))
 
     def choose(self, name: Any, pair: Any, choice: Any, seconds: Any) -> dict[str, Any]:
-        """Store what an annotator says of a comparison, and return the new state.
+        """Store what an annotator says of a matchup, and return the new state.
 
-        Raises LabelRefused for anything that is not a first verdict on one of the comparisons; nothing is stored.
+        Raises LabelRefused for anything that is not a first verdict on one of the matchups; nothing is stored.
         """
         with self._lock:
             annotator = self._annotator(name)
@@ -113,12 +113,12 @@ class LabelQueue:
                 raise LabelRefused(404, "there is no such pair")
             if pair in self._done.get(annotator, {}):
                 raise LabelRefused(409, "this pair is labelled already, perhaps in another window")
-            comparison = self._by_id[pair]
-            order = self._slots(annotator, comparison)
+            matchup = self._by_id[pair]
+            order = self._slots(annotator, matchup)
             winner = None if choice == "skip" else winner_of(choice, order)
             status = "skipped" if choice == "skip" else "labelled"
             label = label_of(
-                comparison, annotator, status, winner, order, self.prompt.name, round(float(seconds), 2)
+                matchup, annotator, status, winner, order, self.prompt.name, round(float(seconds), 2)
             )
             self._writer.append([label])
             self._done.setdefault(annotator, {})[pair] = label
@@ -133,10 +133,8 @@ class LabelQueue:
                 raise LabelRefused(409, "there is nothing to undo")
             if not isinstance(pair, str) or pair != next(reversed(done)):
                 raise LabelRefused(409, "this is not the last label, perhaps because of another window")
-            comparison, label = self._by_id[pair], done[pair]
-            self._writer.append(
-                [label_of(comparison, annotator, "undone", None, label.order, self.prompt.name)]
-            )
+            matchup, label = self._by_id[pair], done[pair]
+            self._writer.append([label_of(matchup, annotator, "undone", None, label.order, self.prompt.name)])
             del done[pair]
             return self._state(annotator, pair)
 
@@ -163,9 +161,9 @@ class LabelQueue:
         }
 
     def _shown(self, annotator: str, pair: str) -> dict[str, str]:
-        comparison = self._by_id[pair]
-        first, second = comparison.shown(self._slots(annotator, comparison))
-        return {"id": pair, "prompt": comparison.prompt, "first": first, "second": second}
+        matchup = self._by_id[pair]
+        first, second = matchup.shown(self._slots(annotator, matchup))
+        return {"id": pair, "prompt": matchup.prompt, "first": first, "second": second}
 
     def _order(self, annotator: str) -> list[str]:
         if annotator not in self._orders:
@@ -176,8 +174,8 @@ class LabelQueue:
             self._orders[annotator] = sorted(drawn, key=drawn.__getitem__)
         return self._orders[annotator]
 
-    def _slots(self, annotator: str, comparison: Comparison) -> Order:
-        return "ab" if _hash(self.seed, "slots", annotator.casefold(), *_key(comparison))[0] % 2 else "ba"
+    def _slots(self, annotator: str, matchup: Matchup) -> Order:
+        return "ab" if _hash(self.seed, "slots", annotator.casefold(), *_key(matchup))[0] % 2 else "ba"
 
     def _annotator(self, name: Any) -> str:
         try:
@@ -197,13 +195,13 @@ class LabelQueue:
             pair = self._id_of.get(label.key)
             if pair is None:
                 continue
-            comparison = self._by_id[pair]
+            matchup = self._by_id[pair]
             where = f"{label.annotator} on prompt {label.prompt_id}"
             if label.question != self.prompt.name:
                 bad.add(f"answer to {label.question}, not to {self.prompt.name}", where)
             elif (label.hash_a, label.hash_b) != (
-                text_hash(comparison.response_a),
-                text_hash(comparison.response_b),
+                text_hash(matchup.response_a),
+                text_hash(matchup.response_b),
             ):
                 bad.add("label of other texts", where)
         if bad:
@@ -213,8 +211,8 @@ class LabelQueue:
             )
 
 
-def _key(comparison: Comparison) -> Key:
-    return comparison.prompt_id, comparison.system_a, comparison.system_b, comparison.seed
+def _key(matchup: Matchup) -> Key:
+    return matchup.prompt_id, matchup.system_a, matchup.system_b, matchup.seed
 
 
 def _hash(*drawn: Any) -> bytes:

@@ -1,10 +1,10 @@
-"""What people said of comparisons, on disk: one JSON line for each keystroke, only ever appended.
+"""What people said of matchups, on disk: one JSON line for each keystroke, only ever appended.
 
     {"prompt_id": "9c1185a5c5e9fc54", "system_a": "drpo", "system_b": "ppo", "seed": 0, "annotator": "anna",
      "order": "ba", "status": "labelled", "winner": "a", "hash_a": "...", "hash_b": "...", "length_a": 88,
      "length_b": 120, "question": "tldr-1", "seconds": 11.2, "confidence": null, "time": "2026-11-21T09:00:00+00:00"}
 
-The last row of an annotator on a comparison counts. The hashes are those of the two texts that were shown, so a
+The last row of an annotator on a matchup counts. The hashes are those of the two texts that were shown, so a
 label never passes for one of other texts.
 """
 
@@ -25,16 +25,15 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 
 from drpo.data.records import BadRows, DataError, RowError
-from drpo.jsonl import lines_of
-from eval.json_rows import fields_of_line
-from eval.judging.matchup import Comparison, Order
+from drpo.jsonl import fields_of_line, lines_of
+from eval.judging.matchup import Matchup, Order
 from eval.judging.verdict import Winner
 
 Status = Literal["labelled", "skipped", "undone"]
 """labelled: there is a winner or a tie. skipped: the annotator gave no verdict. undone: what they said before of
-this comparison is taken back."""
+this matchup is taken back."""
 Key = tuple[str, str, str, int]
-"prompt_id, system_a, system_b, seed: what names a comparison."
+"prompt_id, system_a, system_b, seed: what names a matchup."
 
 MAX_NAME = 40
 _LINE_START = b'{"prompt_id": "'
@@ -44,7 +43,7 @@ _SCORE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What one annotator said of one comparison; `winner` is in terms of the systems, the order undone."""
+    """What one annotator said of one matchup; `winner` is in terms of the systems, the order undone."""
 
     prompt_id: str
     system_a: str
@@ -65,7 +64,7 @@ class Label:
     question: str | None
     "Name of what was asked, such as tldr-1; None where nobody knows."
     seconds: float | None
-    "From the moment the comparison was shown."
+    "From the moment the matchup was shown."
     confidence: float | None
     "How sure the annotator was, on the data's own scale."
     time: str
@@ -76,7 +75,7 @@ class Label:
 
     @property
     def key(self) -> Key:
-        """The comparison that it is about."""
+        """The matchup that it is about."""
         return self.prompt_id, self.system_a, self.system_b, self.seed
 
     @property
@@ -98,7 +97,7 @@ def text_hash(text: str) -> str:
 
 
 def label_of(
-    comparison: Comparison,
+    matchup: Matchup,
     annotator: str,
     status: Status,
     winner: Winner | None,
@@ -107,8 +106,8 @@ def label_of(
     seconds: float | None = None,
     confidence: float | None = None,
 ) -> Label:
-    """A label on a comparison, made now, with what it takes over from the comparison."""
-    c = comparison
+    """A label on a matchup, made now, with what it takes over from the matchup."""
+    c = matchup
     return Label(
         *(c.prompt_id, c.system_a, c.system_b, c.seed, annotator, order, status, winner),
         *(text_hash(c.response_a), text_hash(c.response_b), len(c.response_a), len(c.response_b)),
@@ -160,7 +159,7 @@ def read_labels(path: Path | str) -> list[Label]:
 
 
 def current_labels(labels: Iterable[Label]) -> list[Label]:
-    """What counts: of each annotator and comparison the last row, unless that one takes the label back."""
+    """What counts: of each annotator and matchup the last row, unless that one takes the label back."""
     last: dict[tuple[str, Key], Label] = {}
     for label in labels:
         last.pop((label.annotator, label.key), None)  # so that the order is that of the last rows
@@ -169,7 +168,7 @@ def current_labels(labels: Iterable[Label]) -> list[Label]:
 
 
 def load_labels(paths: Sequence[Path | str]) -> list[Label]:
-    """The current labels of several files. Raises DataError when two files have one annotator's on a comparison."""
+    """The current labels of several files. Raises DataError when two files have one annotator's on a matchup."""
     seen: dict[tuple[str, Key], Path | str] = {}
     labels = []
     for path in paths:

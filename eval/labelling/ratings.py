@@ -1,7 +1,7 @@
-"""Judges and people side by side: what each of them said, row by row of the same comparison.
+"""Judges and people side by side: what each of them said, row by row of the same matchup.
 
-Comparisons are the same when prompt, systems and seed are, also where one file names the two systems the other way
-round. The first file to name a comparison settles its texts: what was said of other texts is left out, and counted.
+Matchups are the same when prompt, systems and seed are, also where one file names the two systems the other way
+round. The first file to name a matchup settles its texts: what was said of other texts is left out, and counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drpo.jsonl import lines_of
-from eval.judging.judgments import read_judgments
+from eval.judging.judgments import read_verdicts
 from eval.judging.verdict import HalfTie, Judgment, combine_all
 from eval.labelling.labels import Key, Label
 
@@ -34,8 +34,8 @@ class JudgeFile:
 
 
 def read_judge_file(path: Path | str, half_tie: HalfTie = "half") -> JudgeFile:
-    """A judgments file with its verdicts combined. Raises DataError as `read_judgments` does."""
-    verdicts = read_judgments(path)
+    """A judgments file with its verdicts combined. Raises DataError as `read_verdicts` does."""
+    verdicts = read_verdicts(path)
     first = next((json.loads(line) for _, line in lines_of(Path(path).read_bytes())), {})
     judgments = combine_all(verdicts, half_tie, first.get("orders", "both"))
     return JudgeFile(str(first.get("judge", path)), first.get("prompt_name"), judgments)
@@ -56,7 +56,7 @@ class Rater:
 
 @dataclass(frozen=True)
 class Ratings:
-    """What everybody said of `keys`, the comparisons."""
+    """What everybody said of `keys`, the matchups."""
 
     keys: list[Key]
     longer_a: Scores
@@ -106,7 +106,7 @@ class _Said:
 
 
 class _Rows:
-    """The comparisons so far, with the lengths and, once a label has said them, the hashes of their two texts."""
+    """The matchups so far, with the lengths and, once a label has said them, the hashes of their two texts."""
 
     def __init__(self) -> None:
         self.index: dict[Key, int] = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,15 +25,14 @@ ELO_PER_LOGIT = 400 / math.log(10)
 ELO_CENTRE = 1000.0
 RIDGE = 0.1  # precision of the normal prior that replaces an infinite strength: a deviation of 550 Elo
 MAX_STEPS = 200
-WIN, TIE, LOSS = range(3)
+WIN, LOSS = range(2)
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
     """Systems by falling strength. `strengths`, `low`, `high` (K,) are log-odds; `elo*` the same on Elo's scale.
 
-    They are relative to `anchor` (strength 0, Elo 1000), or to the mean of all systems when it is None. Under
-    Davidson's model `tie_strength` is nu, else None.
+    They are relative to `anchor` (strength 0, Elo 1000), or to the mean of all systems when it is None.
     """
 
     systems: tuple[str, ...]
@@ -42,7 +40,6 @@ class Ranking:
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     anchor: str | None
-    tie_strength: float | None
     num_comparisons: int
     num_prompts: int
     undecided: int
@@ -67,25 +64,23 @@ def bradley_terry(
     systems_b: ArrayLike,
     scores: ArrayLike,
     prompt_ids: ArrayLike | None = None,
-    ties: Literal["half", "davidson"] = "half",
     anchor: str | None = None,
     confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Ranking:
-    """Maximum-likelihood strengths of all systems, with bootstrap intervals over prompts.
+    """Estimate the strengths of all systems by maximum likelihood, with bootstrap intervals over prompts.
 
-        half:      P(a beats b) = sigmoid(s_a - s_b);  a score y is y wins and 1 - y losses
-        davidson:  P(a) : P(tie) : P(b) = exp((s_a - s_b) / 2) : nu : exp((s_b - s_a) / 2)
+        P(a beats b) = sigmoid(s_a - s_b);  a score y is y wins and 1 - y losses, a tie half of each
 
-    `systems_a`, `systems_b` (n,) names, `scores` (n,) of system a in [0, 1], nan = undecided; davidson needs scores
-    of 0, 0.5 and 1. The limits are percentiles over resampled prompts. The estimate exists only if no group of
-    systems won everything against the rest (Ford 1957); otherwise a warning names the systems at fault,
-    strengths are held finite by a normal prior of precision 0.1, and the limits are widened to those
-    of the prior and the likelihood's curvature. The same prior is used in resamples that need it.
+    `systems_a`, `systems_b` (n,) names, `scores` (n,) of system a in [0, 1], nan = undecided. The limits are
+    percentiles over resampled prompts. The estimate exists only if no group of systems won everything against
+    the rest (Ford 1957); otherwise a warning names the systems at fault, strengths are held finite by a normal
+    prior of precision 0.1, and the limits are widened to those of the prior and the likelihood's curvature.
+    The same prior is used in resamples that need it.
     Raises ValueError on unequal rows, a system against itself, no decided comparison, an unknown anchor,
-    fewer than two prompts, systems that no chain of comparisons joins, shared scores or no ties with davidson.
-    Sources: Bradley and Terry 1952; Davidson 1970; Ford 1957; Chiang et al. 2024 (Chatbot Arena).
+    fewer than two prompts, or systems that no chain of comparisons joins.
+    Sources: Bradley and Terry 1952; Ford 1957; Chiang et al. 2024 (Chatbot Arena).
     """
     confidence = checked_confidence(confidence)
     scores = checked_scores(scores)
@@ -106,13 +101,13 @@ def bradley_terry(
     num_prompts = int(codes.max()) + 1
     if num_prompts < 2:
         raise ValueError("all decided comparisons are on one prompt; an interval needs at least two prompts")
-    per_prompt, pairs = _results(index_a, index_b, scores[decided], codes, len(systems), ties)
+    per_prompt, pairs = _results(index_a, index_b, scores[decided], codes, len(systems))
     table = per_prompt.sum(axis=0, keepdims=True)
     _check_connected(table, pairs, systems)
 
-    strengths, nu, covariance = _fit(table, pairs, len(systems), ties)
+    strengths, covariance = _fit(table, pairs, len(systems))
     resampled = _resampled_tables(per_prompt, num_resamples, seed)
-    draws = _fit(resampled, pairs, len(systems), ties)[0]
+    draws = _fit(resampled, pairs, len(systems))[0]
     centre = np.eye(len(systems)) - 1 / len(systems)
     if anchor is not None:
         centre = np.eye(len(systems)) - (systems == anchor)
@@ -132,7 +127,6 @@ def bradley_terry(
         low=low[order],
         high=high[order],
         anchor=anchor,
-        tie_strength=float(nu[0]) if ties == "davidson" else None,
         num_comparisons=int(decided.sum()),
         num_prompts=num_prompts,
         undecided=int((~decided).sum()),
@@ -141,32 +135,19 @@ def bradley_terry(
 
 
 def _results(
-    index_a: NDArray, index_b: NDArray, scores: NDArray, codes: NDArray, num_systems: int, ties: str
+    index_a: NDArray, index_b: NDArray, scores: NDArray, codes: NDArray, num_systems: int
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Wins, ties and losses of the first of each pair, by prompt (P, M, 3), and the pairs (M, 2), first < second."""
+    """Count wins and losses of the first of each pair, by prompt (P, M, 2); pairs (M, 2) have first < second."""
     first, second = np.minimum(index_a, index_b), np.maximum(index_a, index_b)
     keys, pair = np.unique(first * num_systems + second, return_inverse=True)
     scores = np.where(index_a == first, scores, 1 - scores)
-    match ties:
-        case "half":
-            outcomes = np.stack([scores, np.zeros_like(scores), 1 - scores], axis=1)
-        case "davidson":
-            if not np.isin(scores, (0.0, 0.5, 1.0)).all():
-                raise ValueError(
-                    'ties="davidson" needs scores of 0, 0.5 and 1; use ties="half" for shared ones'
-                )
-            if not (scores == 0.5).any() or (scores == 0.5).all():
-                raise ValueError('ties="davidson" needs both ties and wins; use ties="half"')
-            outcomes = np.stack([scores == 1, scores == 0.5, scores == 0], axis=1).astype(np.float64)
-        case _:
-            raise ValueError(f"ties must be half or davidson, got {ties!r}")
-    results = np.zeros((int(codes.max()) + 1, len(keys), 3))
-    np.add.at(results, (codes, pair), outcomes)
+    results = np.zeros((int(codes.max()) + 1, len(keys), 2))
+    np.add.at(results, (codes, pair), np.stack([scores, 1 - scores], axis=1))
     return results, np.stack([keys // num_systems, keys % num_systems], axis=1)
 
 
 def _resampled_tables(per_prompt: NDArray, num_resamples: int, seed: int) -> NDArray[np.float64]:
-    """(R, M, 3): as many prompts as there are, drawn with replacement, R times."""
+    """Sum as many prompts as there are, drawn with replacement, R times: (R, M, 2)."""
     num_prompts = len(per_prompt)
     rng = np.random.default_rng(seed)
     flat = per_prompt.reshape(num_prompts, -1)
@@ -180,15 +161,15 @@ def _resampled_tables(per_prompt: NDArray, num_resamples: int, seed: int) -> NDA
 
 
 def _edges(tables: NDArray, pairs: NDArray, num_systems: int) -> NDArray[np.bool_]:
-    """(B, K, K): does the row's system have anything, a win or a tie, from the column's?"""
+    """Return (B, K, K): has the row's system a win, or a part of one, over the column's?"""
     edges = np.zeros((len(tables), num_systems, num_systems), dtype=bool)
-    edges[:, pairs[:, 0], pairs[:, 1]] = tables[:, :, WIN] + tables[:, :, TIE] > 0
-    edges[:, pairs[:, 1], pairs[:, 0]] = tables[:, :, LOSS] + tables[:, :, TIE] > 0
+    edges[:, pairs[:, 0], pairs[:, 1]] = tables[:, :, WIN] > 0
+    edges[:, pairs[:, 1], pairs[:, 0]] = tables[:, :, LOSS] > 0
     return edges
 
 
 def _reachable(edges: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(B, K, K): is there a chain of edges from the row's system to the column's?"""
+    """Return (B, K, K): is there a chain of edges from the row's system to the column's?"""
     reach = edges | np.eye(edges.shape[-1], dtype=bool)
     for _ in range(max(1, math.ceil(math.log2(edges.shape[-1])))):
         reach = np.matmul(reach.astype(np.float32), reach.astype(np.float32)) > 0
@@ -216,52 +197,37 @@ def _separation_warning(beats: NDArray[np.bool_], systems: NDArray) -> str:
 
 
 def _fit(
-    tables: NDArray[np.float64], pairs: NDArray[np.intp], num_systems: int, ties: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Strengths (B, K) of mean 0, nu (B,), and the inverse of the penalised information (B, K, K).
+    tables: NDArray[np.float64], pairs: NDArray[np.intp], num_systems: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return strengths (B, K) of mean 0 and the inverse of the penalised information (B, K, K).
 
-    Newton's method on all B tables (B, M, 3) at once, no step longer than 1 in any coordinate. Both models are
-    exponential families in (s, log nu), so the log-likelihood is concave and the information its curvature.
+    Newton's method on all B tables (B, M, 2) at once, no step longer than 1 in any coordinate. The model is an
+    exponential family, so the log-likelihood is concave and the information its curvature.
     """
-    davidson = ties == "davidson"
-    num_tables, size = len(tables), num_systems + davidson
+    num_tables = len(tables)
     sign = np.zeros((len(pairs), num_systems))
     sign[np.arange(len(pairs)), pairs[:, 0]], sign[np.arange(len(pairs)), pairs[:, 1]] = 1, -1
-    totals, num_ties = tables.sum(axis=2), tables[:, :, TIE].sum(axis=1)
+    totals = tables.sum(axis=2)
     held = ~_reachable(_edges(tables, pairs, num_systems)).all(axis=(1, 2))
-    if davidson:
-        held |= (num_ties == 0) | (num_ties == totals.sum(axis=1))
     ridge = np.where(held, RIDGE, 0.0)
-    level = np.zeros((size, size))  # fixes the level of s, on which the likelihood does not depend
-    level[:num_systems, :num_systems] = 1.0
-    x = np.zeros((num_tables, size))
+    level = np.ones(
+        (num_systems, num_systems)
+    )  # fixes the mean of s, on which the likelihood does not depend
+    s = np.zeros((num_tables, num_systems))
     for _ in range(MAX_STEPS):
-        half_gap = x[:, :num_systems] @ sign.T / 2
-        logits = np.stack([half_gap, np.full_like(half_gap, -np.inf), -half_gap], axis=2)
-        if davidson:
-            logits[:, :, TIE] = x[:, -1:]
+        half_gap = s @ sign.T / 2
+        logits = np.stack([half_gap, -half_gap], axis=2)
         probs = np.exp(logits - logits.max(axis=2, keepdims=True))
         probs /= probs.sum(axis=2, keepdims=True)
         lead = (probs[:, :, WIN] - probs[:, :, LOSS]) / 2
-        gradient = ((tables[:, :, WIN] - tables[:, :, LOSS]) / 2 - totals * lead) @ sign
+        gradient = ((tables[:, :, WIN] - tables[:, :, LOSS]) / 2 - totals * lead) @ sign - ridge[:, None] * s
         spread = totals * ((probs[:, :, WIN] + probs[:, :, LOSS]) / 4 - lead**2)
-        information = np.zeros((num_tables, size, size)) + level
-        information[:, :num_systems, :num_systems] += np.einsum(
-            "mi,bm,mj->bij", sign, spread, sign, optimize=True
-        )
-        if davidson:
-            tie = probs[:, :, TIE]
-            gradient = np.append(gradient, (num_ties - (totals * tie).sum(axis=1))[:, None], axis=1)
-            cross = -(totals * lead * tie) @ sign
-            information[:, :num_systems, -1] = information[:, -1, :num_systems] = cross
-            information[:, -1, -1] = (totals * tie * (1 - tie)).sum(axis=1)
-        gradient = gradient - ridge[:, None] * x
-        information += ridge[:, None, None] * np.eye(size)
+        information = level + np.einsum("mi,bm,mj->bij", sign, spread, sign, optimize=True)
+        information += ridge[:, None, None] * np.eye(num_systems)
         step = np.linalg.solve(information, gradient[:, :, None])[:, :, 0]
         if np.abs(step).max() < 1e-9:
             break
-        x = x + step * np.minimum(1.0, 1.0 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-300))
+        s = s + step * np.minimum(1.0, 1.0 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-300))
     else:
         raise ValueError(f"strengths did not settle in {MAX_STEPS} steps; the results are too one-sided")
-    covariance = np.linalg.inv(information)[:, :num_systems, :num_systems]
-    return x[:, :num_systems], np.exp(x[:, -1]), covariance
+    return s, np.linalg.inv(information)

@@ -52,7 +52,7 @@ def length_controlled_win_rate(
     prompt_ids: ArrayLike | None = None,
     confidence: float = 0.95,
 ) -> LengthControlled:
-    """Win rate at equal length, from a logistic regression of the score on the difference in length.
+    """Estimate the win rate at equal length by a logistic regression of the score on the length difference.
 
         logit P(a beats b) = theta + phi tanh(d / sd(d)),   d = length_a - length_b,    rate = sigmoid(theta)
 
@@ -71,61 +71,24 @@ def length_controlled_win_rate(
     """
     confidence = checked_confidence(confidence)
     scores = checked_scores(scores)
-    length_a, length_b = without_nan(length_a, "length_a"), without_nan(length_b, "length_b")
-    same_rows("scores", len(scores), {"length_a": len(length_a), "length_b": len(length_b)})
-    if min(length_a.min(), length_b.min()) < 0:
-        raise ValueError("length_a and length_b must be >= 0; give characters or tokens of each response")
+    longer = _length_difference(length_a, length_b, len(scores))
     codes = prompt_codes(prompt_ids, len(scores))
     decided = ~np.isnan(scores)
-    wins, codes = scores[decided], np.unique(codes[decided], return_inverse=True)[1]
-    longer = (length_a - length_b)[decided]
-    num_prompts = len(np.unique(codes))
-    if num_prompts < MIN_DECIDED:
-        raise ValueError(
-            f"{len(wins)} of {len(scores)} comparisons are decided, on {num_prompts} prompts; length control needs at "
-            f"least {MIN_DECIDED} prompts"
-        )
-    notes = []
-    if np.ptp(longer) == 0 and longer[0] != 0:
-        raise ValueError(
-            f"length_a - length_b is {longer[0]:g} in every comparison, so the effect of length cannot be told "
-            "from that of the system; report the plain win rate"
-        )
+    wins, longer, codes = scores[decided], longer[decided], np.unique(codes[decided], return_inverse=True)[1]
+    _require_overlap(longer, len(np.unique(codes)), len(scores))
     differ = np.ptp(longer) > 0
-    reach = (np.abs(longer) <= FAR * longer.std()).mean()
-    if differ and reach < MIN_REACH:
-        raise ValueError(
-            f"responses differ in length by {longer.mean():.3g} on average (sd {longer.std():.3g}): equal length is "
-            f"{FAR:g} deviations or more away from {1 - reach:.0%} of them, so nothing tells the rate there"
-        )
     x = np.tanh(longer / longer.std()) if differ else np.zeros(len(longer))
     near_share = float((np.abs(x) <= NEAR).mean())
     longer_share = float(((x > 0) + 0.5 * (x == 0)).mean())
+    notes = []
     if near_share < MIN_NEAR_SHARE or min(longer_share, 1 - longer_share) < MIN_SIDE_SHARE:
         notes.append(
             f"little overlap in length: {near_share:.0%} of comparisons are of about equal length and system a "
             f"is the longer one in {longer_share:.0%}; the rate at equal length is extrapolated"
         )
-    design = np.stack([np.ones_like(x), x], axis=1) if differ else np.ones((len(x), 1))
-    uniform = np.ptp(wins) == 0 and 0 < wins[0] < 1
-    if uniform or _separated(wins, x):
-        notes.append(_no_estimate(uniform, wins))
-        method = "glm_ridge"
-        ends = np.array([[1.0, 1.0], [1.0, -1.0]])[:, : design.shape[1]]
-        fit = _fit(
-            np.append(wins, [0.5, 0.5]),
-            np.concatenate([design, ends]),
-            freq_weights=np.append(1 / np.bincount(codes)[codes], [0.5, 0.5]),  # each prompt counts once
-        )
-    elif len(np.unique(codes)) == len(codes):
-        method = "glm_hc1"
-        # For a GLM, statsmodels takes "HC1" as HC0; n / (n - k) is what makes it HC1.
-        scaling = {"scaling_factor": len(wins) / (len(wins) - design.shape[1])}
-        fit = _fit(wins, design, cov_type="HC0", cov_kwds=scaling)
-    else:
-        method = "glm_clustered"
-        fit = _fit(wins, design, cov_type="cluster", cov_kwds={"groups": codes})
-    equal_length = fit.get_prediction(np.eye(1, design.shape[1]))
+    fit, method, note = _regression(wins, x, codes, differ)
+    notes += [note] if note else []
+    equal_length = fit.get_prediction(np.eye(1, 1 + differ))
     low, high = equal_length.conf_int(alpha=1 - confidence)[0]
     if not np.isfinite([low, high]).all():
         raise ValueError("the regression on length has no finite solution here; report the plain win rate")
@@ -146,6 +109,54 @@ def length_controlled_win_rate(
         method=method,
         warnings=tuple(notes),
     )
+
+
+def _length_difference(length_a: ArrayLike, length_b: ArrayLike, num_scores: int) -> NDArray[np.float64]:
+    """Return length_a - length_b (n,). Raises ValueError for negative or missing lengths and unequal rows."""
+    length_a, length_b = without_nan(length_a, "length_a"), without_nan(length_b, "length_b")
+    same_rows("scores", num_scores, {"length_a": len(length_a), "length_b": len(length_b)})
+    if min(length_a.min(), length_b.min()) < 0:
+        raise ValueError("length_a and length_b must be >= 0; give characters or tokens of each response")
+    return length_a - length_b
+
+
+def _require_overlap(longer: NDArray[np.float64], num_prompts: int, num_scores: int) -> None:
+    """Raise ValueError where the decided comparisons cannot show the rate at equal length."""
+    if num_prompts < MIN_DECIDED:
+        raise ValueError(
+            f"{len(longer)} of {num_scores} comparisons are decided, on {num_prompts} prompts; length control needs at "
+            f"least {MIN_DECIDED} prompts"
+        )
+    if np.ptp(longer) == 0 and longer[0] != 0:
+        raise ValueError(
+            f"length_a - length_b is {longer[0]:g} in every comparison, so the effect of length cannot be told "
+            "from that of the system; report the plain win rate"
+        )
+    reach = (np.abs(longer) <= FAR * longer.std()).mean()
+    if np.ptp(longer) > 0 and reach < MIN_REACH:
+        raise ValueError(
+            f"responses differ in length by {longer.mean():.3g} on average (sd {longer.std():.3g}): equal length is "
+            f"{FAR:g} deviations or more away from {1 - reach:.0%} of them, so nothing tells the rate there"
+        )
+
+
+def _regression(wins: NDArray[np.float64], x: NDArray[np.float64], codes: NDArray, differ: bool):
+    """Fit the scores (n,) on 1 and, if lengths `differ`, on x. Returns fit, method and a warning or ""."""
+    design = np.stack([np.ones_like(x), x], axis=1) if differ else np.ones((len(x), 1))
+    uniform = np.ptp(wins) == 0 and 0 < wins[0] < 1
+    if uniform or _separated(wins, x):
+        ends = np.array([[1.0, 1.0], [1.0, -1.0]])[:, : design.shape[1]]
+        fit = _fit(
+            np.append(wins, [0.5, 0.5]),
+            np.concatenate([design, ends]),
+            freq_weights=np.append(1 / np.bincount(codes)[codes], [0.5, 0.5]),  # each prompt counts once
+        )
+        return fit, "glm_ridge", _no_estimate(uniform, wins)
+    if len(np.unique(codes)) == len(codes):
+        # For a GLM, statsmodels takes "HC1" as HC0; n / (n - k) is what makes it HC1.
+        scaling = {"scaling_factor": len(wins) / (len(wins) - design.shape[1])}
+        return _fit(wins, design, cov_type="HC0", cov_kwds=scaling), "glm_hc1", ""
+    return _fit(wins, design, cov_type="cluster", cov_kwds={"groups": codes}), "glm_clustered", ""
 
 
 def _no_estimate(uniform: bool, wins: NDArray[np.float64]) -> str:

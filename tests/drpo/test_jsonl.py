@@ -1,4 +1,4 @@
-"""Lines and objects of JSONL files: where a line ends, and what a damaged one says."""
+"""Lines and objects of JSONL files: where a line ends, what a damaged one says; atomic writes of whole files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from drpo.data.records import DataError
-from drpo.jsonl import lines_of, read_objects
+from drpo.data.records import DataError, RowError
+from drpo.jsonl import encodable, fields_of_line, lines_of, read_objects, write_whole
 
 CUT_BY_SPLITLINES = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 "What `str.splitlines` takes for an end of line and JSON does not (the controls are escaped by `json.dumps`)."
@@ -40,3 +40,31 @@ def test_damaged_line_is_named(tmp_path, line):
     path.write_bytes(b'{"step": 1}\n\n' + line + b'\n{"step": 2}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:3 (is not JSON|must be a JSON object)"):
         read_objects(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        (b"{", "invalid JSON"),
+        (b"[]", "wrong type"),
+        (b'{"n": 1}', "missing field"),
+        (b'{"n": true, "t": "x"}', "wrong type"),
+        (b'{"n": -1, "t": "x"}', "number out of range"),
+        (b'{"n": 1, "t": "x", "more": 2}', "unknown field"),
+    ],
+)
+def test_line_without_exactly_its_fields_is_refused(line, kind):
+    types = {"n": (int,), "t": (str,)}
+    assert fields_of_line(b'{"t": "x", "n": 1}', types) == {"t": "x", "n": 1}
+    with pytest.raises(RowError, match=f"^{kind}"):
+        fields_of_line(line, types)
+
+
+def test_text_that_cannot_be_written_leaves_the_old_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_whole(path, "old\n")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "new \ud800\n")
+    assert path.read_text() == "old\n" and [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+    write_whole(path, encodable("new \ud800, \ud83d\ude00\n"))
+    assert path.read_text(encoding="utf-8") == "new \ufffd, \U0001f600\n"

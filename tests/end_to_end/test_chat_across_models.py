@@ -37,7 +37,7 @@ from eval.completions.rows import (
 )
 from eval.completions.sample import Policy, make_requests
 from eval.judging.matchup import pair_up, questions_of
-from eval.judging.offline_judges import ScoreJudge
+from eval.judging.score_judges import ScoreJudge
 from reward_models.score import RewardModelScorer
 
 OTHER = (  # no header of its own before an answer, markup of special tokens before the text

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from judge_runs import comparisons
+from judge_runs import matchups
 from tiny_models import tiny_model
 from tiny_runs import CLEAN, plain
 from tiny_tokenizers import CHATML, byte_level
@@ -26,7 +26,7 @@ from tiny_tokenizers import CHATML, byte_level
 from drpo.config import load_recipe
 from drpo.run.folder import RunStopped
 from eval.completions.rows import CompletionRow, CompletionsWriter
-from eval.judging.judgments import read_judgments
+from eval.judging.judgments import read_verdicts
 from launch.judge import JudgeRecipe, run
 
 for needed in ("fastapi", "uvicorn", "requests"):
@@ -107,7 +107,7 @@ def wait_until_up(address: str, process: subprocess.Popen, log: Path) -> None:
 def write_recipe(folder: Path, url: str, model: Path, **changes) -> Path:
     """A recipe of launch/judge.py on the responses of two systems."""
     rows = []
-    for c in comparisons(NUM):
+    for c in matchups(NUM):
         for system, response in ((c.system_a, c.response_a), (c.system_b, c.response_b)):
             rows.append(CompletionRow(system, c.prompt_id, c.prompt, response, True, 9, 0))
     CompletionsWriter(folder / "c.jsonl", {}).write(rows)
@@ -162,7 +162,7 @@ def test_a_local_model_that_gives_no_verdicts_wins_nothing_for_anybody(
     counts = summary(tmp_path)
     assert counts["statuses"] == {**dict.fromkeys(counts["statuses"], 0), status: 2 * NUM}
     assert counts["win_rate"] is None and f"all {NUM} comparisons are undecided" in counts["win_rate_missing"]
-    verdicts = read_judgments(tmp_path / "run/judgments.jsonl")
+    verdicts = read_verdicts(tmp_path / "run/judgments.jsonl")
     assert {verdict.winner for verdict in verdicts} == {None}
     rows = [json.loads(line) for line in (tmp_path / "run/judgments.jsonl").read_text().splitlines()]
     assert len(rows) == (4 * NUM if status == "malformed" else 2 * NUM), "unreadable ones were asked again"

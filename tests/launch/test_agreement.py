@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from label_runs import BETTER, WORSE, comparisons
+from label_runs import BETTER, WORSE, matchups
 
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
 from drpo.data.tasks.demo import true_reward
 from eval.judging.judgments import write_judgments
-from eval.judging.openai.prompts import PROMPTS
+from eval.judging.openai.pairwise import PROMPTS
 from eval.judging.verdict import Verdict
 from eval.labelling.agreement import AgreementRecipe
 from eval.labelling.agreement import agreement as run
-from eval.labelling.label import LabelRecipe, comparisons_to_label
+from eval.labelling.label import LabelRecipe, matchups_to_label
 from eval.labelling.label_agreement import everybodys_habits
 from eval.labelling.label_queue import LabelQueue
 from eval.labelling.labels import LabelsWriter, label_of
@@ -27,7 +27,7 @@ from launch.command_line import find_recipe
 from launch.judge import JudgeRecipe
 from launch.judge import run as run_judge
 
-COMPARED = comparisons(10)
+COMPARED = matchups(10)
 NAMES = {"a": "a", "b": "b", "t": "tie", "s": None}
 JUDGE, ANNA, BEN = "aaaaabbbbt", "aaabbbbbat", "aabb"
 
@@ -248,7 +248,7 @@ def test_the_demo_from_judge_and_labels_to_the_table(folder, capsys):
     judge = load_recipe(JudgeRecipe, find_recipe("demo/judge.yaml"), [])
     label = load_recipe(LabelRecipe, find_recipe("demo/label.yaml"), [])
     run_judge(judge)
-    compared = comparisons_to_label(label)
+    compared = matchups_to_label(label)
     path = Path(label.run_dir) / "labels.jsonl"
     with closing(LabelQueue(compared, LabelsWriter(path), PROMPTS["tldr-1"], ties=True)) as queue:
         while pair := (state := queue.state("anna"))["pair"]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from judge_commands import NUM, recipe, rows_of, start, wait_for
-from judge_runs import comparisons
+from judge_runs import matchups
 from stub_judge_server import (
     KEY,
     MODEL,
@@ -31,7 +31,7 @@ from stub_judge_server import (
 from drpo.config import ConfigError, load_recipe
 from drpo.run.folder import RunStopped
 from eval.completions.rows import prompt_id_of
-from eval.judging.judgments import read_judgments
+from eval.judging.judgments import read_verdicts
 from eval.judging.openai.store import Store
 from launch.command_line import find_recipe
 from launch.judge import JudgeRecipe, run
@@ -48,7 +48,7 @@ def test_a_run_leaves_a_line_for_each_call_and_a_summary(folder, capsys):
     assert [row["status"] for row in rows[:4]] == ["malformed", "ok", "malformed", "ok"]
     assert [row["order"] for row in rows] == ["ab", "ab", "ba", "ba", *["ab", "ba"] * 5]
     first = rows[1]
-    assert first["prompt_id"] == prompt_id_of(comparisons()[0].prompt)
+    assert first["prompt_id"] == prompt_id_of(matchups()[0].prompt)
     assert (first["winner"], first["text"]) == ("a", '{"comparison": "One is better.", "preferred": "A"}')
     assert (first["model_returned"], first["fingerprint"]) == (f"{MODEL}-2026-01-01", "fp_1")
     assert (first["prompt_tokens"], first["completion_tokens"], first["num_attempts"]) == (400, 30, 1)
@@ -66,7 +66,7 @@ def test_a_run_leaves_a_line_for_each_call_and_a_summary(folder, capsys):
     assert "good against long: 6 comparisons, 6 won, 0 tied, 0 lost, 0 undecided" in printed
     assert "win rate 100.0% [61.0%, 100.0%] over 6 prompts" in printed
     assert KEY not in (folder / "run" / "config.yaml").read_text()
-    assert [v.winner for v in read_judgments(path)] == ["a"] * 12
+    assert [v.winner for v in read_verdicts(path)] == ["a"] * 12
 
 
 @pytest.mark.parametrize("body", ["return 1 / 0", "return [1.0]", "return None", 'return ["x" for _ in c]'])
@@ -105,11 +105,11 @@ def test_the_demo_recipe_runs_offline(tmp_path, monkeypatch):
 def test_an_attack_and_the_null_model_are_systems(folder):
     with StubServer(more_of_the_post_wins) as server:
         run(recipe(server, folder, system="attack/verdict_lines", baseline="null", max_undecided=1.0))
-        verdicts = read_judgments("run/judgments.jsonl")
+        verdicts = read_verdicts("run/judgments.jsonl")
         run(recipe(server, folder, system="null", baseline="reference"))
     assert {v.winner for v in verdicts} == {"tie"}
     assert all(v.suspicions_a == ("announces a verdict",) and v.suspicions_b == () for v in verdicts)
-    assert {v.winner for v in read_judgments("run/judgments.jsonl")} == {"b"}
+    assert {v.winner for v in read_verdicts("run/judgments.jsonl")} == {"b"}
 
 
 # --- kill, stop, resume -----------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_kill_9_loses_no_answer_and_no_answer_is_paid_twice(folder, capsys):
     texts = server.texts()
     assert [texts.count(text) for text in paid] == [1] * num_answered
     assert len(texts) == 2 * NUM + 4, "only what had no answer was asked again"
-    assert len(read_judgments(folder / "run" / "judgments.jsonl")) == 2 * NUM
+    assert len(read_verdicts(folder / "run" / "judgments.jsonl")) == 2 * NUM
 
 
 def test_an_interrupt_waits_for_what_is_under_way_and_writes_what_there_is(folder):
@@ -285,8 +285,8 @@ WRONG = [
     ({"form": "auto", "probe": False}, {}, "judge.form=auto is found out by the probe"),
     ({}, {"orders": "one", "half_tie": "tie"}, "half_tie does not apply to orders=one"),
     ({}, {"seed": 3}, "seed does not apply to orders=both"),
-    ({}, {"max_undecided": 2.0}, "max_undecided must be in"),
-    ({"temperature": 3.0}, {}, "judge.temperature must be in"),
+    ({}, {"max_undecided": 2.0}, "max_undecided must be >= 0 and <= 1, got 2"),
+    ({"temperature": 3.0}, {}, "judge.temperature must be >= 0 and <= 2 or null, got 3"),
     ({"temperature": float("nan")}, {}, "judge.temperature is nan; give a finite number"),
     ({"base_url": ""}, {}, "judge.base_url must begin with http"),
     ({"base_url": "localhost:8000/v1"}, {}, "judge.base_url must begin with http"),

@@ -26,7 +26,7 @@ from tiny_runs import CLEAN, plain
 
 from drpo.config import load_recipe
 from drpo.run.folder import RunStopped
-from eval.judging.judgments import read_judgments
+from eval.judging.judgments import read_verdicts
 from eval.judging.openai.store import Store
 from launch.judge import JudgeRecipe, run
 
@@ -40,7 +40,7 @@ def summary(name: str) -> dict:
 
 
 def test_several_systems_on_one_store_in_one_process(folder):
-    """The probe is paid once, comparisons that two runs share are paid once, and what a run leaves open is closed."""
+    """The probe is paid once, matchups that two runs share are paid once, and what a run leaves open is closed."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with StubServer(longer_wins) as server:
         shared = {"store": "all.sqlite", "judge": AUTO}
@@ -155,7 +155,7 @@ def test_an_interrupt_ends_offline_judging_too(folder):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 1 and "SIGINT: stopped" in err and "512 of 3000 verdicts" in err, err
-    assert out.count("scoring") == 0 and len(read_judgments(folder / "run" / "judgments.jsonl")) == 512
+    assert out.count("scoring") == 0 and len(read_verdicts(folder / "run" / "judgments.jsonl")) == 512
 
 
 # --- disks and files --------------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from label_runs import BETTER, WORSE, Client, better_slot, comparisons
+from label_runs import BETTER, WORSE, Client, better_slot, matchups
 from tiny_runs import CLEAN, finished, plain
 
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
 from eval.completions.rows import CompletionRow, CompletionsWriter
-from eval.labelling.label import comparisons_to_label
+from eval.labelling.label import matchups_to_label
 from eval.labelling.labels import read_labels
 from launch.command_line import find_recipe
 from launch.label import LabelRecipe, run
@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """A user's folder with the completions of two systems."""
     monkeypatch.chdir(tmp_path)
     rows = []
-    for c in comparisons(5):
+    for c in matchups(5):
         for system, response in ((c.system_a, c.response_a), (c.system_b, c.response_b)):
             rows.append(CompletionRow(system, c.prompt_id, c.prompt, response, True, 9, 0, "the reference"))
     CompletionsWriter(tmp_path / "completions.jsonl", {}).write(rows)
@@ -118,29 +118,29 @@ def recipe(**changes) -> LabelRecipe:
 def test_equal_responses_are_left_out_and_counted(folder, capsys):
     rows = [
         CompletionRow(system, c.prompt_id, c.prompt, text, True, 1, 0)
-        for i, c in enumerate(comparisons(3))
+        for i, c in enumerate(matchups(3))
         for system, text in (("one", " alike"), ("two", "alike \n" if i < 2 else " other"))
     ]
     CompletionsWriter("alike.jsonl", {}).write(rows)
-    (left,) = comparisons_to_label(recipe(completions=["alike.jsonl"], system="one", baseline="two"))
-    assert left.prompt == comparisons(3)[2].prompt
+    (left,) = matchups_to_label(recipe(completions=["alike.jsonl"], system="one", baseline="two"))
+    assert left.prompt == matchups(3)[2].prompt
     assert "2 of 3 pairs are left out: equal responses" in capsys.readouterr().out
     CompletionsWriter("same.jsonl", {}).write(rows[:4])
     with pytest.raises(DataError, match="nothing to label"):
-        comparisons_to_label(recipe(completions=["same.jsonl"], system="one", baseline="two"))
+        matchups_to_label(recipe(completions=["same.jsonl"], system="one", baseline="two"))
 
 
 def test_num_prompts_and_systems_without_rows_are_those_of_the_judge(folder):
-    wanted = sorted(c.prompt_id for c in comparisons(5))[:2]
-    assert sorted(c.prompt_id for c in comparisons_to_label(recipe(num_prompts=2))) == wanted
-    against = comparisons_to_label(recipe(baseline="reference"))
+    wanted = sorted(c.prompt_id for c in matchups(5))[:2]
+    assert sorted(c.prompt_id for c in matchups_to_label(recipe(num_prompts=2))) == wanted
+    against = matchups_to_label(recipe(baseline="reference"))
     assert {c.response_b for c in against} == {"the reference"}
 
 
 def test_the_demo_recipe_has_pairs_offline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo = load_recipe(LabelRecipe, find_recipe("demo/label.yaml"), [])
-    compared = comparisons_to_label(demo)
+    compared = matchups_to_label(demo)
     assert 30 < len(compared) <= 40 and {(c.system_a, c.system_b) for c in compared} == {
         ("chosen", "rejected")
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from judge_runs import comparisons
+from judge_runs import matchups
 from stub_judge_server import (
     KEY,
     MODEL,
@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STUB_KEY", KEY)
     rows = []
-    for c in comparisons(NUM):
+    for c in matchups(NUM):
         for system, response in ((c.system_a, c.response_a), (c.system_b, c.response_b)):
             rows.append(CompletionRow(system, c.prompt_id, c.prompt, response, True, 9, 0, c.response_a))
     CompletionsWriter(tmp_path / "completions.jsonl", {}).write(rows)

@@ -13,25 +13,26 @@ from openai import AsyncOpenAI
 from stub_judge_server import KEY, MODEL, StubServer
 
 from eval.completions.rows import prompt_id_of
-from eval.judging.judge import JudgeConfig, JudgeStopped
-from eval.judging.matchup import Comparison, Question, questions_of
-from eval.judging.openai.batch_api import BatchConfig, BatchJudge
+from eval.judging.judge import JudgeStopped
+from eval.judging.judges import JudgeConfig
+from eval.judging.matchup import Matchup, Question, questions_of
+from eval.judging.openai.batch_api import BatchAPIConfig, BatchJudge
 from eval.judging.openai.budget import Budget, BudgetConfig
 from eval.judging.openai.openai_judge import OpenAIJudge
+from eval.judging.openai.pairwise import PROMPTS
 from eval.judging.openai.prices import Price
-from eval.judging.openai.prompts import PROMPTS
 from eval.judging.openai.rate_limit import LimitsConfig, RateLimiter
-from eval.judging.openai.request import Asking
+from eval.judging.openai.request import JudgeSetup
 from eval.judging.openai.retry import RetryConfig
 from eval.judging.openai.store import Call, Ledger, Store
 from eval.judging.verdict import Judgment, Verdict, combine_all
 
 PRICE = Price(input=10.0, cached=1.0, cache_write=10.0, output=100.0, as_of="now")
 PATIENT = RetryConfig(timeout=20.0, max_attempts=4, max_elapsed=20.0, base_delay=0.01, max_delay=0.02)
-QUICK = BatchConfig(poll_seconds=0.01)
+QUICK = BatchAPIConfig(poll_seconds=0.01)
 
 
-def comparisons(num: int = 6) -> list[Comparison]:
+def matchups(num: int = 6) -> list[Matchup]:
     """Posts of three facts: system a summarises all of them, b one and says so at length."""
     made = []
     for i in range(num):
@@ -39,14 +40,14 @@ def comparisons(num: int = 6) -> list[Comparison]:
         post = f"POST: my {facts[0]} broke the {facts[1]} with a {facts[2]}, what now?\nTL;DR:"
         good = f" {' '.join(facts)}"
         long = f" something about {facts[0]}, as the author goes on and on and on telling everybody around"
-        made.append(Comparison(prompt_id_of(post), post, "good", good, "long", long))
+        made.append(Matchup(prompt_id_of(post), post, "good", good, "long", long))
     return made
 
 
-def asking(
+def judge_setup(
     config: JudgeConfig, prompt: str = "tldr-1", ties: bool = True, price: Price | None = PRICE
-) -> Asking:
-    return Asking(config, PROMPTS[prompt], ties, "json" if config.form == "auto" else config.form, price)
+) -> JudgeSetup:
+    return JudgeSetup(config, PROMPTS[prompt], ties, "json" if config.form == "auto" else config.form, price)
 
 
 def judge_config(server: StubServer, **changes) -> JudgeConfig:
@@ -85,7 +86,7 @@ class Run:
 def judge(
     server: StubServer,
     store: Path,
-    compared: Sequence[Comparison] | None = None,
+    compared: Sequence[Matchup] | None = None,
     *,
     questions: Sequence[Question] | None = None,
     config: JudgeConfig | None = None,
@@ -97,9 +98,9 @@ def judge(
     retry: RetryConfig = PATIENT,
     key: str = KEY,
 ) -> Run:
-    """Ask the questions (both orders of every comparison) and return what is known then."""
+    """Ask the questions (both orders of every matchup) and return what is known then."""
     if questions is None:
-        questions = questions_of(comparisons() if compared is None else compared, "both", 0)
+        questions = questions_of(matchups() if compared is None else compared, "both", 0)
     config = config or judge_config(server)
     limits = limits or LimitsConfig()
 
@@ -108,7 +109,7 @@ def judge(
         async with client:
             judge = OpenAIJudge(
                 client,
-                asking(config, prompt, ties, price),
+                judge_setup(config, prompt, ties, price),
                 open_store,
                 Budget(open_store, budget or BudgetConfig()),
                 RateLimiter(limits),
@@ -133,20 +134,20 @@ def judge_by_batch(
     server: StubServer,
     store_path,
     compared=None,
-    config: BatchConfig = QUICK,
+    config: BatchAPIConfig = QUICK,
     budget: BudgetConfig | None = None,
     judge_settings: JudgeConfig | None = None,
     prepare: Callable[[BatchJudge], None] = lambda judge: None,
 ) -> Run:
     """Ask by batches; `prepare` may change the judge before it starts."""
-    questions = questions_of(comparisons(4) if compared is None else compared, "both", 0)
+    questions = questions_of(matchups(4) if compared is None else compared, "both", 0)
     settings = judge_settings or judge_config(server, backend="batch")
 
     async def run(open_store):
         async with AsyncOpenAI(api_key=KEY, base_url=settings.url, max_retries=0, timeout=20) as client:
             spending = Budget(open_store, budget or BudgetConfig())
             made = BatchJudge(
-                client, asking(settings), open_store, spending, config, PATIENT, lambda text: None
+                client, judge_setup(settings), open_store, spending, config, PATIENT, lambda text: None
             )
             prepare(made)
             verdicts = []

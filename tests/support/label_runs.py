@@ -1,4 +1,4 @@
-"""Comparisons to label, and a label server in this process with a plain HTTP client."""
+"""Matchups to label, and a label server in this process with a plain HTTP client."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.completions.rows import prompt_id_of
-from eval.judging.matchup import Comparison
-from eval.judging.openai.prompts import PROMPTS
+from eval.judging.matchup import Matchup
+from eval.judging.openai.pairwise import PROMPTS
 from eval.labelling.label_queue import LabelQueue
 from eval.labelling.label_server import LabelServer
 from eval.labelling.labels import LabelsWriter
@@ -22,24 +22,22 @@ BETTER, WORSE = "zebra-policy", "walrus-policy"
 "Names that no text of the pages holds by chance."
 
 
-def comparisons(num: int = 6, better: str = BETTER, worse: str = WORSE) -> list[Comparison]:
+def matchups(num: int = 6, better: str = BETTER, worse: str = WORSE) -> list[Matchup]:
     """Posts of which `better` names the topic and `worse` does not."""
     made = []
     for i in range(num):
         post = f"POST: my topic{i:03d} is late, what now?\nTL;DR:"
         made.append(
-            Comparison(
-                prompt_id_of(post), post, better, f" topic{i:03d} is late", worse, f" it is number {i}"
-            )
+            Matchup(prompt_id_of(post), post, better, f" topic{i:03d} is late", worse, f" it is number {i}")
         )
     return made
 
 
 def queue(
-    path: Path, compared: Sequence[Comparison] | None = None, ties: bool = True, **changes: Any
+    path: Path, compared: Sequence[Matchup] | None = None, ties: bool = True, **changes: Any
 ) -> LabelQueue:
     """A queue on the labels file `path`, which stays open."""
-    compared = comparisons() if compared is None else compared
+    compared = matchups() if compared is None else compared
     return LabelQueue(compared, LabelsWriter(path), PROMPTS["tldr-1"], ties, **changes)
 
 

@@ -6,14 +6,14 @@ import asyncio
 from contextlib import closing
 from datetime import date
 
-from judge_runs import PATIENT, asking, judge_config
+from judge_runs import PATIENT, judge_config, judge_setup
 from openai import AsyncOpenAI
 from stub_judge_server import (
     KEY,
     StubServer,
 )
 
-from eval.judging.judge import JudgeConfig
+from eval.judging.judges import JudgeConfig
 from eval.judging.openai.budget import Budget, BudgetConfig
 from eval.judging.openai.openai_judge import OpenAIJudge
 from eval.judging.openai.preflight import check_model, probe_form
@@ -31,7 +31,7 @@ def check(server: StubServer, key: str = KEY, config: JudgeConfig | None = None)
 
     async def run():
         async with AsyncOpenAI(api_key=key, base_url=server.url, max_retries=0, timeout=20) as client:
-            await check_model(client, asking(config), said.append, TODAY)
+            await check_model(client, judge_setup(config), said.append, TODAY)
 
     asyncio.run(run())
     return said
@@ -48,7 +48,7 @@ def probe(server: StubServer, store_path, config: JudgeConfig, retry: RetryConfi
             def make(asked):
                 return OpenAIJudge(client, asked, store, budget, limiter, retry, 1)
 
-            return await probe_form(make, asking(config), store, said.append)
+            return await probe_form(make, judge_setup(config), store, said.append)
 
     with closing(Store(store_path)) as store:
         return asyncio.run(run(store)), said

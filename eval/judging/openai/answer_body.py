@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drpo.jsonl import lines_of
-from eval.json_rows import encodable
+from drpo.jsonl import encodable, lines_of
 from eval.judging.openai.retry import ErrorInAnswer, NotAnAnswer
 
 _BROKEN = frozenset({"error", "insufficient_system_resource", "network_error", "abort"})

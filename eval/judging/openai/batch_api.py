@@ -22,7 +22,7 @@ from eval.judging.matchup import Question
 from eval.judging.openai.answer_body import decoded
 from eval.judging.openai.batch_replies import batch_called, reasons_of, rows_in, status_of, with_id
 from eval.judging.openai.budget import Budget, BudgetReached
-from eval.judging.openai.request import Asking, Request
+from eval.judging.openai.request import JudgeSetup, Request
 from eval.judging.openai.retry import (
     Failure,
     NotAnAnswer,
@@ -42,7 +42,7 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 
 
 @dataclass(frozen=True)
-class BatchConfig:
+class BatchAPIConfig:
     """How batches are submitted (section `batch`, for judge.backend=batch)."""
 
     poll_seconds: float = 60.0
@@ -62,19 +62,19 @@ class BatchConfig:
 
 
 class BatchJudge:
-    """Asks a model, by batches."""
+    """A judge that asks a model through the Batch API."""
 
     def __init__(
         self,
         client: AsyncOpenAI,
-        asking: Asking,
+        setup: JudgeSetup,
         store: Store,
         budget: Budget,
-        config: BatchConfig,
+        config: BatchAPIConfig,
         retry: RetryConfig,
         say: Callable[[str], None],
     ) -> None:
-        self._client, self._asking, self._store, self._budget = client, asking, store, budget
+        self._client, self._setup, self._store, self._budget = client, setup, store, budget
         self._config, self._retry, self._say = config, retry, say
         self._failures: dict[str, list[Call]] = {}
         self._hopeless: set[str] = set()
@@ -96,16 +96,16 @@ class BatchJudge:
         except JudgeStopped as error:
             stopped = error
         for question in questions:
-            request, calls = self._asking.unanswered(question, self._store)
+            request, calls = self._setup.unanswered(question, self._store)
             failed = [] if request is None else self._failures.get(request.key, [])[-1:]
             if request is None or failed:
-                yield self._asking.verdict(question, [*calls, *failed])
+                yield self._setup.verdict(question, [*calls, *failed])
         if stopped is not None:
             raise stopped
 
     def _missing(self, questions: Sequence[Question]) -> list[Request]:
-        """The requests that are to be submitted now, each once."""
-        requests = (self._asking.unanswered(question, self._store)[0] for question in questions)
+        """Return the requests to submit now, each once."""
+        requests = (self._setup.unanswered(question, self._store)[0] for question in questions)
         unique = {request.key: request for request in requests if request is not None}
         return [r for r in unique.values() if not self._given_up(r.key)]
 
@@ -118,7 +118,7 @@ class BatchJudge:
         name = uuid.uuid4().hex
         try:
             keys = [request.key for request in requests]
-            self._budget.reserve_all(keys, [self._asking.most(r) for r in requests], name)
+            self._budget.reserve_all(keys, [self._setup.most(r) for r in requests], name)
         except BudgetReached as error:
             raise JudgeStopped(str(error)) from None
         self._store.put_batch(name, None, "open", [(r.key, r.sample, r.body) for r in requests])
@@ -152,7 +152,7 @@ class BatchJudge:
         return (await self._ask(create)).id
 
     async def _listed(self, name: str) -> Batch | None:
-        """The batch that carries our name, None if there is none."""
+        """Return the batch with this name in its metadata, None if there is none."""
         raw = await self._client.batches.with_raw_response.list(
             limit=100
         )  # the client cannot page through HTML
@@ -163,7 +163,7 @@ class BatchJudge:
         return rows_in((await self._client.files.content(file_id)).content, file_id, num_expected)
 
     async def _ask(self, request: Callable[[], Any]) -> Any:
-        """One request about batches, tried again while that may help. Raises JudgeStopped when it does not."""
+        """Send a request about batches, retried while that may help. Raises JudgeStopped when it does not."""
         for attempt in range(1, self._retry.max_attempts + 1):
             try:
                 return await request()
@@ -175,7 +175,7 @@ class BatchJudge:
                 await self._sleep(self._retry.base_delay * 2**attempt if delay is None else delay)
 
     async def _sleep(self, seconds: float) -> None:
-        """Raises JudgeStopped when the run is asked to stop; batches go on without us."""
+        """Sleep. Raises JudgeStopped when the run is asked to stop; submitted batches continue at the API."""
         try:
             await asyncio.wait_for(self._stopping.wait(), seconds)
         except asyncio.TimeoutError:
@@ -185,7 +185,7 @@ class BatchJudge:
     # --- merging ----------------------------------------------------------------------------------------
 
     async def _merge_open(self) -> None:
-        """Wait for every submitted batch, of this run or an earlier one, and keep what it brought."""
+        """Wait for every submitted batch, of this run or an earlier one, and store its answers."""
         for name, batch_id, rows in self._store.open_batches():
             if batch_id is None:
                 found = await self._ask(lambda name=name: self._listed(name))
@@ -197,7 +197,7 @@ class BatchJudge:
                 continue
             self._store.update_batch(name, batch_id, "open")
             batch = await self._wait_for(batch_id)
-            requests = {key: self._asking.restored(key, sample, body) for key, sample, body in rows}
+            requests = {key: self._setup.restored(key, sample, body) for key, sample, body in rows}
             try:
                 await self._merge(name, batch, requests)
             finally:
@@ -238,12 +238,12 @@ class BatchJudge:
             raise JudgeStopped(stop.detail, stop.param)
 
     def _settle(self, request: Request, row: dict[str, Any], number: int, reserved: float) -> Failure | None:
-        """Book one row of a batch; its failure, if it is one."""
+        """Book one row of a batch, and return its failure, if it is one."""
         response = row["response"] if isinstance(row.get("response"), dict) else {}
         body, status = response.get("body"), status_of(row, response)
         if 200 <= status < 300:
             try:
-                call = self._asking.answered(request, body, "batch", 1, None, response.get("request_id"))
+                call = self._setup.answered(request, body, "batch", 1, None, response.get("request_id"))
             except NotAnAnswer as error:
                 failure = classify(error)
             else:
@@ -256,7 +256,7 @@ class BatchJudge:
             failure = replace(failure, action="stop", detail=unclear_text(failure))
         call = None
         if failure.action == "refused":
-            call = self._asking.unanswerable(request, "batch", "refused", failure.detail, 1)
+            call = self._setup.unanswerable(request, "batch", "refused", failure.detail, 1)
         paid = reserved if failure.may_be_paid else 0.0
         self._budget.settle_one(number, reserved, paid, failure.detail, call)
         if failure.action in ("retry", "give_up"):
@@ -266,7 +266,7 @@ class BatchJudge:
         return failure
 
     def _note_failure(self, request: Request, detail: str) -> None:
-        call = self._asking.unanswerable(request, "batch", "failed", detail, 1)
+        call = self._setup.unanswerable(request, "batch", "failed", detail, 1)
         self._store.record_failure(call)
         self._failures.setdefault(request.key, []).append(call)
 
@@ -277,7 +277,7 @@ def _line(request: Request) -> bytes:
 
 
 def _chunks(requests: Sequence[Request], max_requests: int) -> Iterator[list[Request]]:
-    """In order, each within the API's limits on rows and bytes."""
+    """Split requests, in order, into batches within the API's limits on rows and bytes."""
     chunk: list[Request] = []
     size = 0
     for request in requests:

@@ -1,4 +1,4 @@
-"""Read replies of the Batch API: files, batches, rows. Whatever stands in their place raises NotAnAnswer."""
+"""Read replies of the Batch API: files, batches, rows. Anything else raises NotAnAnswer."""
 
 from __future__ import annotations
 

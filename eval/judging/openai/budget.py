@@ -63,11 +63,11 @@ class Budget:
 
     @property
     def reserved(self) -> float:
-        """Dollars reserved for requests under way."""
+        """Return the dollars reserved for requests under way."""
         return sum(self._reserved.values())
 
     async def reserve(self, key: str, usd: float) -> Reservation:
-        """Leave to send one request that costs at most `usd`.
+        """Wait for leave to send one request that costs at most `usd`.
 
         Waits while requests under way hold what it needs, for they may cost less than they reserved.
         Raises BudgetReached when nothing is under way and it still does not fit.
@@ -85,7 +85,7 @@ class Budget:
     async def settle(
         self, reservation: Reservation, usd: float, outcome: str, call: Call | None = None
     ) -> None:
-        """Put what a request did cost in place of its reservation, and keep the answer that it brought."""
+        """Replace a reservation by the cost of its request, and keep the answer."""
         self._store.settle(reservation.number, usd, outcome, call)
         self.spent += usd
         del self._reserved[reservation.number]
@@ -110,7 +110,7 @@ class Budget:
         self.num_requests += len(keys)
 
     def settle_one(self, number: int, reserved: float, usd: float, outcome: str, call: Call | None) -> None:
-        """As `settle`, for a request of a batch that this run or an earlier one submitted."""
+        """Settle a request of a batch that this run or an earlier one submitted."""
         self._store.settle(number, usd, outcome, call)
         if self._reserved.pop(number, None) is None:  # an earlier run reserved it, so `spent` holds its bound
             self.spent -= reserved
@@ -121,7 +121,7 @@ class Budget:
         return cap is not None and self.num_requests + count > cap
 
     def _refusal(self, usd: float, count: int) -> str | None:
-        """Why `count` more requests of at most `usd` dollars together may not be sent, None if they may."""
+        """Return why `count` more requests of at most `usd` dollars may not be sent, None if they may."""
         what = "the next request" if count == 1 else f"the next {count} requests"
         if self._calls_used_up(count):
             return (

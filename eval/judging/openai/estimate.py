@@ -1,4 +1,4 @@
-"""What a run will cost, before it starts."""
+"""Estimate the cost of a run before it starts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from statistics import fmean
 
 from drpo.run.folder import RunStopped
 from eval.judging.matchup import Question
-from eval.judging.openai.request import Asking
+from eval.judging.openai.request import JudgeSetup
 from eval.judging.openai.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Each question that is still open, asked once."""
+    """Numbers and cost of the questions that are still open, each asked once."""
 
     num_questions: int
     num_stored: int
@@ -32,11 +32,11 @@ class Estimate:
 
     @property
     def num_calls(self) -> int:
-        """Calls to be made, if every answer can be read."""
+        """Return the number of calls, if every answer can be read."""
         return self.num_questions - self.num_stored - self.num_repeats
 
     def text(self) -> str:
-        """One line to read before saying yes."""
+        """Format the estimate on one line."""
         parts = [
             f"{self.num_questions} questions, {self.num_stored} of them answered in the store"
             + (f", {self.num_repeats} the same as others" if self.num_repeats else "")
@@ -54,7 +54,7 @@ class Estimate:
 
 
 def total_text(estimates: Sequence[Estimate]) -> str:
-    """Several of them, added up; questions that two of them share count twice."""
+    """Add up several estimates and format them; questions that two of them share count twice."""
     calls = sum(each.num_calls for each in estimates)
     tokens = sum(each.prompt_tokens_about for each in estimates)
     parts = [f"at most {calls} calls, about {tokens:,.0f} prompt tokens"]
@@ -65,9 +65,9 @@ def total_text(estimates: Sequence[Estimate]) -> str:
     return ", ".join(parts)
 
 
-def estimate(asking: Asking, questions: Sequence[Question], store: Store) -> Estimate:
-    """What asking these questions will take; those that the store settles cost nothing."""
-    unanswered = [asking.unanswered(question, store)[0] for question in questions]
+def estimate(setup: JudgeSetup, questions: Sequence[Question], store: Store) -> Estimate:
+    """Estimate what these questions cost; those that the store answers cost nothing."""
+    unanswered = [setup.unanswered(question, store)[0] for question in questions]
     unanswered = [request for request in unanswered if request is not None]
     requests = list({request.key: request for request in unanswered}.values())
     num_open = len(requests)
@@ -75,10 +75,10 @@ def estimate(asking: Asking, questions: Sequence[Question], store: Store) -> Est
     answers = [
         call.completion_tokens
         for call in store.calls()
-        if call.model == asking.config.model and call.completion_tokens is not None
+        if call.model == setup.config.model and call.completion_tokens is not None
     ]
     answer_tokens = fmean(answers) if answers else None
-    price = asking.price
+    price = setup.price
     about = None
     if price is not None and answer_tokens is not None:
         about = (prompt_tokens * price.input + num_open * answer_tokens * price.output) / 1e6
@@ -89,13 +89,13 @@ def estimate(asking: Asking, questions: Sequence[Question], store: Store) -> Est
         prompt_tokens,
         answer_tokens,
         about,
-        None if price is None else sum(asking.most(request) for request in requests),
+        None if price is None else sum(setup.most(request) for request in requests),
         None if price is None else price.as_of,
     )
 
 
 class DryRun(RunStopped):
-    """Nothing was asked, as the recipe says; `estimate` is what asking would take."""
+    """Nothing was asked, as the recipe wants; `estimate` is what asking would cost."""
 
     def __init__(self, estimate: Estimate) -> None:
         super().__init__("budget.dry_run: nothing was asked")

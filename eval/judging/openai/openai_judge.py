@@ -17,21 +17,22 @@ from typing import Any, TypeVar
 from openai import AsyncOpenAI
 
 from drpo.config import ConfigError
-from eval.judging.judge import JudgeConfig, JudgeStopped
+from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Question
 from eval.judging.openai.answer_body import decoded
 from eval.judging.openai.budget import Budget, BudgetReached, Reservation
-from eval.judging.openai.rate_limit import RateLimiter, Start
-from eval.judging.openai.request import Asking, Request, stored_verdicts
+from eval.judging.openai.rate_limit import Admission, RateLimiter
+from eval.judging.openai.request import JudgeSetup, Request, stored_verdicts
 from eval.judging.openai.retry import Failure, RetryConfig, classify, delay_before_retry, unclear_text
+from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Call, Store
 from eval.judging.verdict import Verdict
 
 Result = TypeVar("Result")
 
 
-def make_client(config: JudgeConfig, retry: RetryConfig) -> AsyncOpenAI:
-    """The API's client. Raises ConfigError when the key is not in the environment.
+def make_client(config: OpenAISettings, retry: RetryConfig) -> AsyncOpenAI:
+    """Make the client of the API. Raises ConfigError when the key is not in the environment.
 
     OpenAI's key is sent to OpenAI only: another server gets the one that the recipe names, or none.
     """
@@ -47,12 +48,12 @@ def make_client(config: JudgeConfig, retry: RetryConfig) -> AsyncOpenAI:
 
 
 class OpenAIJudge:
-    """Asks a model, live."""
+    """A judge that asks a model, one request a call."""
 
     def __init__(
         self,
         client: AsyncOpenAI,
-        asking: Asking,
+        setup: JudgeSetup,
         store: Store,
         budget: Budget,
         limiter: RateLimiter,
@@ -60,7 +61,7 @@ class OpenAIJudge:
         concurrency: int,
         rng: random.Random | None = None,
     ) -> None:
-        self._client, self._asking, self._store, self._budget = client, asking, store, budget
+        self._client, self._setup, self._store, self._budget = client, setup, store, budget
         self._limiter, self._retry, self._concurrency = limiter, retry, concurrency
         self._rng = rng or random.Random()
         self._under_way: dict[str, asyncio.Task[Call]] = {}
@@ -109,7 +110,7 @@ class OpenAIJudge:
                     raise result
             if self._stopped is not None:
                 left = [question for question in questions if question not in yielded]
-                for verdict in stored_verdicts(self._asking, left, self._store):  # needs no asking
+                for verdict in stored_verdicts(self._setup, left, self._store):  # needs no asking
                     yield verdict
                 raise self._stopped
         finally:
@@ -121,15 +122,15 @@ class OpenAIJudge:
     async def _ask(self, question: Question) -> Verdict:
         """Ask until there is an answer that can be read, or until asking again is used up."""
         while True:
-            request, calls = self._asking.unanswered(question, self._store)
+            request, calls = self._setup.unanswered(question, self._store)
             if request is None:
-                return self._asking.verdict(question, calls)
+                return self._setup.verdict(question, calls)
             call = await self.call(request)
             if call.status == "failed":
-                return self._asking.verdict(question, [*calls, call])
+                return self._setup.verdict(question, [*calls, call])
 
     async def call(self, request: Request) -> Call:
-        """The answer to a request: the stored one, the one that another worker is waiting for, or a new one."""
+        """Return the stored answer to a request, the one that another worker waits for, or a new one."""
         stored = self._store.answer(request.key)
         if stored is not None:
             return stored
@@ -141,22 +142,22 @@ class OpenAIJudge:
         return await task
 
     async def _send_until_answered(self, request: Request) -> Call:
-        """Raises JudgeStopped when the run has to stop, or has stopped while this was waiting."""
+        """Send a request until it has an answer or has failed. Raises JudgeStopped when the run has to stop."""
         first_sent = None
         for attempt in range(1, self._retry.max_attempts + 1):
-            reservation, start = await self._leave_to_send(request)
+            reservation, admission = await self._leave_to_send(request)
             sent = time.monotonic()
             first_sent = first_sent or sent
             try:
                 payload, headers = await self._send(request.body)
-                call = self._asking.answered(
+                call = self._setup.answered(
                     request, payload, "live", attempt, time.monotonic() - sent, headers.get("x-request-id")
                 )
             except Exception as error:  # after a cancellation the reservation stays open: it may be paid
                 failure = classify(error)
                 paid = reservation.usd if failure.may_be_paid else 0.0
                 if failure.action == "refused":
-                    call = self._asking.unanswerable(request, "live", "refused", failure.detail, attempt)
+                    call = self._setup.unanswerable(request, "live", "refused", failure.detail, attempt)
                     await self._budget.settle(reservation, paid, failure.detail, call)
                     return call
                 await self._budget.settle(reservation, paid, failure.detail)
@@ -175,38 +176,37 @@ class OpenAIJudge:
                     self._limiter.pause(failure.retry_after)
                 await self._unless_stopped(asyncio.sleep(delay))
             else:
-                self._limiter.observe(headers)
                 if call.prompt_tokens is not None and call.completion_tokens is not None:
-                    self._limiter.correct(start, call.prompt_tokens + call.completion_tokens)
-                await self._budget.settle(reservation, self._asking.paid(request, call), "answered", call)
+                    self._limiter.correct(admission, call.prompt_tokens + call.completion_tokens)
+                await self._budget.settle(reservation, self._setup.paid(request, call), "answered", call)
                 self._failures_in_a_row = 0
                 return call
         raise AssertionError("the loop returns in its last round")
 
-    async def _leave_to_send(self, request: Request) -> tuple[Reservation, Start]:
+    async def _leave_to_send(self, request: Request) -> tuple[Reservation, Admission]:
         """Wait for room in the budget, then for the pace."""
-        reserving = self._budget.reserve(request.key, self._asking.most(request))
+        reserving = self._budget.reserve(request.key, self._setup.most(request))
         try:
             reservation = await self._unless_stopped(reserving)
         except BudgetReached as error:
             raise self._halt(JudgeStopped(str(error))) from None
         try:
-            tokens = request.prompt_tokens_about + self._asking.config.max_output_tokens
-            start = await self._unless_stopped(self._limiter.wait(tokens))
+            tokens = request.prompt_tokens_about + self._setup.config.max_output_tokens
+            admission = await self._unless_stopped(self._limiter.wait(tokens))
         except BaseException:
             await self._budget.withdraw(reservation)
             raise
-        return reservation, start
+        return reservation, admission
 
     async def _send(self, body: Mapping[str, Any]) -> tuple[Any, Mapping[str, str]]:
-        """The JSON of an answer, and its headers. Any exception of the client, or NotAnAnswer."""
+        """Return the JSON of an answer and its headers. Raises what the client raises, or NotAnAnswer."""
         raw = await asyncio.wait_for(
             self._client.chat.completions.with_raw_response.create(**body), self._retry.timeout
         )
         return decoded(raw.text), raw.headers
 
     def _failed(self, request: Request, failure: Failure, num_attempts: int) -> Call:
-        call = self._asking.unanswerable(request, "live", "failed", failure.detail, num_attempts)
+        call = self._setup.unanswerable(request, "live", "failed", failure.detail, num_attempts)
         self._store.record_failure(call)
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._retry.max_failures_in_a_row:
@@ -216,7 +216,7 @@ class OpenAIJudge:
         return call
 
     async def _unless_stopped(self, waiting: Coroutine[Any, Any, Result]) -> Result:
-        """Wait for something that a stop ends. Raises JudgeStopped then."""
+        """Wait for a coroutine. Raises JudgeStopped when the run is stopped first."""
         task = asyncio.ensure_future(waiting)
         stop = asyncio.ensure_future(self._stop_event.wait())
         try:

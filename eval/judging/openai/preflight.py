@@ -1,4 +1,4 @@
-"""Before the first question: is the model there, for how long, and in which form does it answer?"""
+"""Checks before the first question: the model exists, when it is shut down, in which form it answers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from openai import AsyncOpenAI
 
 from eval.completions.rows import prompt_id_of
 from eval.judging.judge import JudgeStopped
-from eval.judging.matchup import Comparison, Question
+from eval.judging.matchup import Matchup, Question
+from eval.judging.openai.answer import Form, ParsedAnswer
 from eval.judging.openai.answer_body import decoded
 from eval.judging.openai.openai_judge import OpenAIJudge
-from eval.judging.openai.request import Asking
+from eval.judging.openai.request import JudgeSetup
 from eval.judging.openai.retry import NotAnAnswer, classify
 from eval.judging.openai.store import Call, Store, call_key
-from eval.judging.openai.verdict_parser import Form, Reading
 
 WARN_DAYS = 60
 "A model that is shut down within so many days is warned of."
@@ -30,7 +30,7 @@ _POST = (
     "comes on Friday. Nobody in my family can take it. How do I find it a good home by then?"
 )
 PROBE = Question(
-    Comparison(
+    Matchup(
         prompt_id_of(_POST),
         _POST,
         "probe",
@@ -44,19 +44,19 @@ PROBE = Question(
 
 
 async def check_model(
-    client: AsyncOpenAI, asking: Asking, say: Callable[[str], None], today: date | None = None
+    client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[str], None], today: date | None = None
 ) -> None:
-    """See that the model exists and is not shut down; say when it will be.
+    """Check that the model exists and is not shut down, and warn of a shutdown to come.
 
     Raises JudgeStopped when OpenAI does not have it, it is shut down, the key is not accepted, its money is used up or
     nobody listens. Transient errors, other servers that cannot tell and keys without permission to look models up are
     only reported.
     """
-    config = asking.config
+    config = setup.config
     try:
         model = await client.models.retrieve(config.model)
     except openai.NotFoundError:
-        await _check_listed(client, asking, say)
+        await _check_listed(client, setup, say)
         return
     except Exception as error:
         failure = classify(error)
@@ -77,10 +77,12 @@ async def check_model(
         )
 
 
-async def _check_listed(client: AsyncOpenAI, asking: Asking, say: Callable[[str], None]) -> None:
-    """OpenAI has no such model. Another server may list its models without telling about one, and may load what it
-    does not list, so there the first call decides."""
-    config = asking.config
+async def _check_listed(client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[str], None]) -> None:
+    """Look for the model in the list of models, after a look-up by name found none.
+
+    Other servers than OpenAI's may load what they do not list, so there the first call decides.
+    """
+    config = setup.config
     try:
         raw = (
             await client.models.with_raw_response.list()
@@ -117,32 +119,35 @@ def _date(text: object) -> date | None:
         return None
 
 
-def known_form(asking: Asking, store: Store) -> Form | None:
-    """The form in which this model with these settings answered an earlier probe."""
-    return store.fact(_fact_name(asking))
+def known_form(setup: JudgeSetup, store: Store) -> Form | None:
+    """Return the form in which this model with these settings answered an earlier probe, None before one."""
+    return store.fact(_fact_name(setup))
 
 
-def _fact_name(asking: Asking) -> str:
-    request = replace(asking, form="json").request(PROBE, 0)
-    return f"form:{call_key({'probe': request.key, 'asked': asking.config.form})}"
+def _fact_name(setup: JudgeSetup) -> str:
+    request = replace(setup, form="json").request(PROBE, 0)
+    return f"form:{call_key({'probe': request.key, 'asked': setup.config.form})}"
 
 
 async def probe_form(
-    make_judge: Callable[[Asking], OpenAIJudge], asking: Asking, store: Store, say: Callable[[str], None]
+    make_judge: Callable[[JudgeSetup], OpenAIJudge],
+    setup: JudgeSetup,
+    store: Store,
+    say: Callable[[str], None],
 ) -> Form:
     """Ask one easy question and return the form in which the model answers: a schema if it keeps to one, else text.
 
     What was found out is kept in the store, so a rerun asks in the same form and pays for no second probe.
     Raises JudgeStopped when the model refuses a setting, gives no answer, or needs more room than it has.
     """
-    known = known_form(asking, store)
+    known = known_form(setup, store)
     if known is not None:
         return known
-    wanted = asking.config.form
+    wanted = setup.config.form
     forms: tuple[Form, ...] = ("json", "text") if wanted == "auto" else (wanted,)
     for form in forms:
         last = form == forms[-1]
-        asked = replace(asking, form=form)
+        asked = replace(setup, form=form)
         try:
             call = await make_judge(asked).call(asked.request(PROBE, 0))
         except JudgeStopped as error:
@@ -151,8 +156,8 @@ async def probe_form(
             if error.param == "temperature":
                 raise JudgeStopped(f"{error}; give judge.temperature=null") from None
             raise
-        reading = asked.read(call)
-        match reading.status:
+        parsed = asked.read(call)
+        match parsed.status:
             case "ok":
                 break
             case "truncated":
@@ -161,13 +166,13 @@ async def probe_form(
                     "reasoning models need more, for their thoughts count"
                 )
             case "failed" if last:
-                raise JudgeStopped(f"the probe got no answer: {reading.detail}")
+                raise JudgeStopped(f"the probe got no answer: {parsed.detail}")
         if last:
-            say(f"the answer to a probe cannot be read ({reading.status}: {_shown(reading, call)})")
-    store.put_fact(_fact_name(asking), form)
+            say(f"the answer to a probe cannot be read ({parsed.status}: {_shown(parsed, call)})")
+    store.put_fact(_fact_name(setup), form)
     return form
 
 
-def _shown(reading: Reading, call: Call) -> str:
+def _shown(parsed: ParsedAnswer, call: Call) -> str:
     text = " ".join((call.text or "").split())
-    return f"{reading.detail}; it says {text[:100]!r}" if text else reading.detail
+    return f"{parsed.detail}; it says {text[:100]!r}" if text else parsed.detail

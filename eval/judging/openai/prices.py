@@ -47,7 +47,7 @@ class Price:
     as_of: str
 
     def cost(self, tokens: Tokens) -> float:
-        """Dollars: cached and cache-written prompt tokens at their own price, all completion tokens at one."""
+        """Return dollars: cached and cache-written prompt tokens at their own prices, completion tokens at one."""
         plain = max(
             0, tokens.prompt - tokens.cached - tokens.cache_write
         )  # some do not count those in prompt
@@ -59,13 +59,13 @@ class Price:
         ) / MILLION
 
     def at_most(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """Dollars that a call of so many tokens cannot exceed, whatever is cached."""
+        """Return the dollars that a call of so many tokens cannot exceed, whether cached or not."""
         dearest = max(self.input, self.cached, self.cache_write)
         return (prompt_tokens * dearest + completion_tokens * self.output) / MILLION
 
 
 def load_price(path: Path | str, model: str, batch: bool) -> Price | None:
-    """The price of a model, None if the table does not have it.
+    """Read the price of a model, None if the table does not have it.
 
     A table's name stands for that model and its dated snapshots: "m" for m and m-2026-01-31, not for m-mini.
     Raises ConfigError for a malformed table.
@@ -102,7 +102,7 @@ def _number(value: Any) -> float:
 
 
 def prompt_tokens_at_most(texts: list[str]) -> int:
-    """A number of tokens that a prompt of these messages cannot exceed.
+    """Return a number of tokens that a prompt of these messages cannot exceed.
 
     No token of a byte-level vocabulary is shorter than one byte; what the chat format adds is counted generously.
     """
@@ -110,5 +110,5 @@ def prompt_tokens_at_most(texts: list[str]) -> int:
 
 
 def prompt_tokens_about(texts: list[str]) -> float:
-    """Roughly how many tokens a prompt of these messages has."""
+    """Estimate the tokens of a prompt of these messages."""
     return sum(len(text.encode()) / BYTES_PER_TOKEN + 4 for text in texts)

@@ -1,70 +1,55 @@
-"""How fast the judge is asked: requests at once, and requests and tokens in any minute, shared by all workers."""
+"""The pace of a run: requests at once, and requests and tokens in any minute, shared by all workers."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+
+from drpo.config import Section, setting
 
 WINDOW = 60.0
 "Seconds in which the limits hold."
-_DURATION = re.compile(
-    r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
-)
 
 
 @dataclass(frozen=True)
-class LimitsConfig:
-    """How fast the judge is asked (section `limits`)."""
+class LimitsConfig(Section):
+    """Limits on the pace of requests (section `limits`)."""
 
-    concurrency: int = 8
+    concurrency: int = setting(8, ge=1)
     """Requests under way at once."""
-    requests_per_minute: int | None = None
-    """The most requests started in any 60 seconds; null for no limit of ours. The API's own headers are heeded too."""
-    tokens_per_minute: int | None = None
-    """The most tokens in any 60 seconds, prompt and answer together; a request counts with its longest possible answer
-    until it is answered."""
-
-    def __post_init__(self) -> None:
-        if self.concurrency < 1:
-            raise ValueError(f"limits.concurrency must be >= 1, got {self.concurrency}")
-        for name in ("requests_per_minute", "tokens_per_minute"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"limits.{name} must be >= 1 or null, got {value}")
+    requests_per_minute: int | None = setting(None, ge=1)
+    """The most requests that this run starts in any 60 seconds; null for no limit."""
+    tokens_per_minute: int | None = setting(None, ge=1)
+    """The most tokens of this run in any 60 seconds, prompt and answer together; a request counts with its longest
+    possible answer until it is answered. null for no limit."""
 
 
-class Start:
-    """A request that was let through, with the tokens that it counts for."""
+@dataclass(slots=True)
+class Admission:
+    """A request that was let through at `time`, with the tokens that it counts for."""
 
-    __slots__ = ("time", "tokens")
-
-    def __init__(self, time: float, tokens: float) -> None:
-        self.time, self.tokens = time, tokens
+    time: float
+    tokens: float
 
 
 class RateLimiter:
-    """Lets requests through so that no window of 60 seconds has more than the limits, first come first served.
-
-    `earlier` are (seconds ago, tokens) of requests that earlier runs started, oldest first: they count, too.
-    """
+    """Lets requests through, first come first served, so that no window of 60 seconds has more than the limits."""
 
     def __init__(
         self,
         config: LimitsConfig,
-        earlier: Iterable[tuple[float, float]] = (),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         self._config, self._clock, self._sleep = config, clock, sleep
-        self._starts = deque(Start(clock() - age, tokens) for age, tokens in earlier)
+        self._admitted: deque[Admission] = deque()
         self._not_before = 0.0
         self._turn = asyncio.Lock()
 
-    async def wait(self, tokens: float) -> Start:
+    async def wait(self, tokens: float) -> Admission:
         """Return when a request of about `tokens` tokens may start.
 
         One that is larger than the limit alone starts when nothing else is in the window.
@@ -72,48 +57,32 @@ class RateLimiter:
         async with self._turn:
             while (delay := self._delay(tokens)) > 1e-6:
                 await self._sleep(delay)
-            start = Start(self._clock(), tokens)
-            self._starts.append(start)
-            return start
+            admission = Admission(self._clock(), tokens)
+            self._admitted.append(admission)
+            return admission
 
-    def correct(self, start: Start, tokens: float) -> None:
-        """A request turned out to have so many tokens."""
-        start.tokens = tokens
+    def correct(self, admission: Admission, tokens: float) -> None:
+        """Set the tokens that a request turned out to have."""
+        admission.tokens = tokens
 
     def pause(self, seconds: float) -> None:
-        """Nothing starts for so many seconds: the API asked for it."""
+        """Let nothing start for so many seconds, as an answer's Retry-After asks."""
         self._not_before = max(self._not_before, self._clock() + seconds)
 
-    def observe(self, headers: Mapping[str, str]) -> None:
-        """Pause until the reset that an answer's x-ratelimit headers name, if they say that nothing is left."""
-        for kind in ("requests", "tokens"):
-            remaining = headers.get(f"x-ratelimit-remaining-{kind}")
-            reset = parse_duration(headers.get(f"x-ratelimit-reset-{kind}", ""))
-            if remaining is not None and remaining.strip() == "0" and reset is not None:
-                self.pause(min(reset, WINDOW))
-
     def _delay(self, tokens: float) -> float:
+        """Return the seconds until a request may start; <= 0 for now."""
         now = self._clock()
-        while self._starts and self._starts[0].time <= now - WINDOW:
-            self._starts.popleft()
+        while self._admitted and self._admitted[0].time <= now - WINDOW:
+            self._admitted.popleft()
         delays = [self._not_before - now]
-        requests, most = self._config.requests_per_minute, self._config.tokens_per_minute
-        if requests is not None and len(self._starts) >= requests:
-            delays.append(self._starts[0].time + WINDOW - now)
-        if most is not None:
-            total = tokens + sum(start.tokens for start in self._starts)
-            for start in self._starts:
-                if total <= most:
+        requests, max_tokens = self._config.requests_per_minute, self._config.tokens_per_minute
+        if requests is not None and len(self._admitted) >= requests:
+            delays.append(self._admitted[0].time + WINDOW - now)
+        if max_tokens is not None:
+            total = tokens + sum(admission.tokens for admission in self._admitted)
+            for admission in self._admitted:
+                if total <= max_tokens:
                     break
-                delays.append(start.time + WINDOW - now)
-                total -= start.tokens
+                delays.append(admission.time + WINDOW - now)
+                total -= admission.tokens
         return max(delays)
-
-
-def parse_duration(text: str) -> float | None:
-    """Seconds of a duration as the API writes it ("1m30s", "120ms", "2s"); None for anything else."""
-    match = _DURATION.fullmatch(text.strip())
-    if not match or not any(match.groups()):
-        return None
-    hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eval.judging.injection import suspicions
-from eval.judging.judge import JudgeConfig
 from eval.judging.matchup import Question
+from eval.judging.openai.answer import Answer, Form, JudgePrompt, ParsedAnswer
 from eval.judging.openai.answer_body import said_in, text_or_none
 from eval.judging.openai.prices import Price, Tokens, prompt_tokens_about, prompt_tokens_at_most
-from eval.judging.openai.prompts import JudgePrompt, messages_for, response_format
+from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Call, Store, call_key, now
-from eval.judging.openai.verdict_parser import Answer, Form, Reading, read_answer
 from eval.judging.verdict import Verdict, verdict_on, winner_of
 
 MAX_TOKENS = 10**9
@@ -23,7 +22,7 @@ MAX_TOKENS = 10**9
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is sent for a question."""
+    """The body that is sent for a question, its key in the store, and bounds on its tokens."""
 
     key: str
     sample: int
@@ -33,21 +32,21 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Asking:
-    """Everything about the asking that all calls of a run share."""
+class JudgeSetup:
+    """Settings, prompt, form and price that all calls of a run share."""
 
-    config: JudgeConfig
+    config: OpenAISettings
     prompt: JudgePrompt
     ties: bool
     form: Form
     price: Price | None
 
     def request(self, question: Question, sample: int) -> Request:
-        """The request of a question, asked for the first time or (sample > 0) again."""
+        """Make the request of a question, asked for the first time or (sample > 0) again."""
         config = self.config
         body: dict[str, Any] = {
             "model": config.model,
-            "messages": messages_for(self.prompt, question, self.form, self.ties, sample),
+            "messages": self.prompt.messages(question, self.form, self.ties, sample),
             config.output_limit: config.max_output_tokens,
         }
         if config.temperature is not None:
@@ -55,34 +54,34 @@ class Asking:
         if config.reasoning_effort is not None:
             body["reasoning_effort"] = config.reasoning_effort
         if self.form == "json":
-            body["response_format"] = response_format(self.ties)
+            body["response_format"] = self.prompt.response_format(self.ties)
         key = call_key({"url": config.url.rstrip("/"), "body": body, "sample": sample})
         return self.restored(key, sample, body)
 
     def restored(self, key: str, sample: int, body: dict[str, Any]) -> Request:
-        """A request that was made before, from its parts."""
+        """Make a request from its stored parts."""
         texts = [message["content"] for message in body["messages"]]
         if "response_format" in body:
             texts.append(json.dumps(body["response_format"]))
         return Request(key, sample, body, prompt_tokens_at_most(texts), prompt_tokens_about(texts))
 
     def most(self, request: Request) -> float:
-        """Dollars that one sending of a request cannot exceed; 0 without a price."""
+        """Return the dollars that one sending of a request cannot exceed; 0 without a price."""
         if self.price is None:
             return 0.0
         return self.price.at_most(request.prompt_tokens_at_most, self.config.max_output_tokens)
 
-    def read(self, call: Call) -> Reading:
-        """What a call's answer says, by today's parser."""
+    def read(self, call: Call) -> ParsedAnswer:
+        """Parse the answer of a call with the current parser."""
         if call.status == "failed" or (call.text is None and call.status == "refused"):
-            return Reading(call.status, None, call.detail)
+            return ParsedAnswer(call.status, None, call.detail)
         if call.text is None and call.finish_reason is None:  # no choices
-            return Reading("malformed", None, call.detail)
+            return ParsedAnswer("malformed", None, call.detail)
         answer = Answer(call.text, call.refusal, call.finish_reason)
-        return read_answer(answer, self.form, self.prompt.label, self.prompt.noun, self.ties)
+        return self.prompt.parse(answer, self.form, self.ties)
 
     def unanswered(self, question: Question, store: Store) -> tuple[Request | None, list[Call]]:
-        """The request to send next for a question, None if it is settled, and the answers that are stored."""
+        """Return the next request of a question, None if it is answered, and its stored answers."""
         calls: list[Call] = []
         for sample in range(1 + self.config.max_reasks):
             request = self.request(question, sample)
@@ -95,15 +94,15 @@ class Asking:
         return None, calls
 
     def verdict(self, question: Question, calls: list[Call]) -> Verdict:
-        """The verdict on a question by the last of its calls."""
-        reading = self.read(calls[-1])
-        comparison = question.comparison
+        """Return the verdict on a question by the last of its calls."""
+        parsed = self.read(calls[-1])
+        matchup = question.matchup
         return verdict_on(
             question,
-            reading.status,
-            None if reading.slot is None else winner_of(reading.slot, question.order),
-            reading.detail,
-            (suspicions(comparison.response_a), suspicions(comparison.response_b)),
+            parsed.status,
+            None if parsed.slot is None else winner_of(parsed.slot, question.order),
+            parsed.detail,
+            (suspicions(matchup.response_a), suspicions(matchup.response_b)),
             keys=tuple(call.key for call in calls),
         )
 
@@ -136,17 +135,17 @@ class Asking:
             status="ok" if there else "malformed",
             **self._usage(payload.get("usage"), request.body["model"]),
         )
-        reading = self.read(call)
-        return replace(call, status=reading.status, slot=reading.slot, detail=reading.detail)
+        parsed = self.read(call)
+        return replace(call, status=parsed.status, slot=parsed.slot, detail=parsed.detail)
 
     def paid(self, request: Request, call: Call) -> float:
-        """Dollars to book for an answered request: its cost, or its bound where the server did not count."""
+        """Return the dollars to book for an answer: its cost, or the bound where the server did not count."""
         return self.most(request) if call.cost is None else call.cost
 
     def unanswerable(
         self, request: Request, backend: str, status: str, detail: str, num_attempts: int
     ) -> Call:
-        """The record of a call without an answer: failed, or refused before any model saw it."""
+        """Record a call without an answer: failed, or refused before it reached a model."""
         return self._record(request, backend, status=status, detail=detail, num_attempts=num_attempts)
 
     def _record(self, request: Request, backend: str, **values: Any) -> Call:
@@ -162,7 +161,7 @@ class Asking:
         return Call(**{**empty, **known, **values})
 
     def _usage(self, usage: Any, model: str) -> dict[str, Any]:
-        """Return tokens and cost; empty if the server does not count both sides, so that the upper bound is charged."""
+        """Return tokens and cost; empty if the server does not count both sides: the upper bound is charged."""
         prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
         if prompt is None or completion is None:
             return {}
@@ -186,10 +185,10 @@ class Asking:
         }
 
 
-def stored_verdicts(asking: Asking, questions: Iterable[Question], store: Store) -> list[Verdict]:
-    """The verdicts of the questions that the store settles."""
-    found = ((question, *asking.unanswered(question, store)) for question in questions)
-    return [asking.verdict(question, calls) for question, request, calls in found if request is None]
+def stored_verdicts(setup: JudgeSetup, questions: Iterable[Question], store: Store) -> list[Verdict]:
+    """Return the verdicts of the questions that the store answers."""
+    found = ((question, *setup.unanswered(question, store)) for question in questions)
+    return [setup.verdict(question, calls) for question, request, calls in found if request is None]
 
 
 def _count(usage: Any, name: str) -> int | None:

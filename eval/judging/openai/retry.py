@@ -1,4 +1,4 @@
-"""What to do when a request gets no answer: try again, give this one up, or stop the whole run."""
+"""Policy for requests without an answer: retry, give this one up, or stop the whole run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 import openai
 
-from eval.json_rows import encodable
+from drpo.jsonl import encodable
 from eval.judging.openai.error_causes import Cause, cause_of, read_error
-from eval.judging.openai.rate_limit import parse_duration
 
 Action = Literal["retry", "refused", "give_up", "stop"]
 """retry: it may pass. refused: the API would not have this text judged. give_up: this request cannot work, others may.
@@ -30,6 +29,9 @@ SETTINGS = frozenset(
 )
 _HINT = re.compile(
     r"(?:try again|retry) (?:in|after) ([\d.hms]*\d(?:ms|[hms])?)( seconds?| secs?)?", re.IGNORECASE
+)
+_DURATION = re.compile(
+    r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
 )
 
 
@@ -60,7 +62,7 @@ class RetryConfig:
 
 
 class NotAnAnswer(Exception):
-    """The server said 200, but with something that is no chat completion: a page of a proxy, say."""
+    """A body with status 200 that is no chat completion, such as the page of a proxy."""
 
 
 class ErrorInAnswer(NotAnAnswer):
@@ -90,7 +92,7 @@ class Failure:
 
 
 def classify(error: Exception) -> Failure:
-    """What follows from an error of the client. Re-raises what is not an error of a request."""
+    """Decide on an error of the client. Re-raises what is not an error of a request."""
     match error:
         case openai.APIStatusError():
             return classify_status(error.status_code, error.response.text, error.response.headers)
@@ -176,7 +178,7 @@ def unclear_text(failure: Failure) -> str:
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by retry-after-ms or Retry-After (a number, or a date); None if neither can be read."""
+    """Return the seconds to wait by retry-after-ms or Retry-After (number or date); None without either."""
     for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) / per_second
@@ -197,10 +199,19 @@ def retry_hint(message: str) -> float | None:
     return None if found is None else parse_duration(found.group(1) + ("s" if found.group(2) else ""))
 
 
+def parse_duration(text: str) -> float | None:
+    """Return the seconds of a duration as APIs write it ("1m30s", "120ms", "2s"); None for other text."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match or not any(match.groups()):
+        return None
+    hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
+
+
 def delay_before_retry(
     config: RetryConfig, attempt: int, retry_after: float | None, rng: random.Random
 ) -> float:
-    """Seconds before the next attempt, after `attempt` of them.
+    """Draw the seconds before the next attempt, after `attempt` of them.
 
         retry_after + U(0, base)                       when the API names a time
         U(0, min(max_delay, base * 2^(attempt - 1)))   otherwise ("full jitter", Brooker 2015)

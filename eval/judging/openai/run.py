@@ -6,23 +6,26 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openai import AsyncOpenAI
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, refuse
 from eval.judging.collect import collect_verdicts
-from eval.judging.judge import JudgeStopped, Outcome
+from eval.judging.judge import JudgeKind, JudgeStopped, Outcome
+from eval.judging.judgments import disk_trouble_explained
 from eval.judging.matchup import Question
-from eval.judging.openai.batch_api import BatchJudge
+from eval.judging.openai.batch_api import BatchAPIConfig, BatchJudge
 from eval.judging.openai.budget import Budget
 from eval.judging.openai.estimate import DryRun, estimate
 from eval.judging.openai.openai_judge import OpenAIJudge, make_client
+from eval.judging.openai.pairwise import load_prompt
 from eval.judging.openai.preflight import check_model, known_form, probe_form
 from eval.judging.openai.prices import load_price
-from eval.judging.openai.prompts import load_prompt
-from eval.judging.openai.rate_limit import WINDOW, RateLimiter
-from eval.judging.openai.request import Asking, stored_verdicts
+from eval.judging.openai.rate_limit import RateLimiter
+from eval.judging.openai.request import JudgeSetup, stored_verdicts
+from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Store
 from eval.progress import Say
 
@@ -50,52 +53,66 @@ def ask_openai(recipe: JudgeRecipe, questions: Sequence[Question], say: Say) -> 
             "give a table with budget.prices, or cap budget.max_calls"
         )
     form = "json" if config.form == "auto" else config.form
-    asking = Asking(config, load_prompt(recipe.prompt), recipe.ties, form, price)
-    with closing(Store(recipe.store_path)) as store:
+    setup = JudgeSetup(config, load_prompt(recipe.prompt), recipe.ties, form, price)
+    with disk_trouble_explained(Path(recipe.run_dir)), closing(Store(recipe.store_path)) as store:
         ledger = store.ledger()
         if ledger.num_open:
             say(
                 f"{ledger.num_open} requests had no end when an earlier run was killed: they may have been paid, and "
                 f"count against the budget with ${ledger.open_usd:.4f}"
             )
-        asking = replace(asking, form=known_form(asking, store) or form)
+        setup = replace(setup, form=known_form(setup, store) or form)
         if recipe.budget.dry_run:
-            estimated = estimate(asking, questions, store)
+            estimated = estimate(setup, questions, store)
             say(estimated.text())
             raise DryRun(estimated)
-        outcome = Outcome(stored_verdicts(asking, questions, store))
+        outcome = Outcome(stored_verdicts(setup, questions, store))
         if len(outcome.verdicts) < len(questions) or store.open_batches():
             client = make_client(config, recipe.retry)
-            outcome = asyncio.run(_ask(recipe, client, asking, store, questions, say))
+            outcome = asyncio.run(_ask(recipe, client, setup, store, questions, say))
         else:  # neither a key nor a network is needed, nor that the model is still there
-            say(estimate(asking, questions, store).text())
+            say(estimate(setup, questions, store).text())
         return replace(outcome, calls=store.calls(), ledger=store.ledger())
 
 
 async def _ask(
     recipe: JudgeRecipe,
     client: AsyncOpenAI,
-    asking: Asking,
+    setup: JudgeSetup,
     store: Store,
     questions: Sequence[Question],
     say: Say,
 ) -> Outcome:
     async with client:
         budget = Budget(store, recipe.budget)
-        limiter = RateLimiter(recipe.limits, store.recent_requests(WINDOW))
+        limiter = RateLimiter(recipe.limits)
 
-        def live(asking: Asking) -> OpenAIJudge:
+        def live(setup: JudgeSetup) -> OpenAIJudge:
             concurrency = recipe.limits.concurrency
-            return OpenAIJudge(client, asking, store, budget, limiter, recipe.retry, concurrency)
+            return OpenAIJudge(client, setup, store, budget, limiter, recipe.retry, concurrency)
 
         try:
-            await check_model(client, asking, say)
+            await check_model(client, setup, say)
             if recipe.judge.probe:
-                asking = replace(asking, form=await probe_form(live, asking, store, say))
+                setup = replace(setup, form=await probe_form(live, setup, store, say))
         except JudgeStopped as stopped:
-            return Outcome(stored_verdicts(asking, questions, store), stopped)
-        say(estimate(asking, questions, store).text())
+            return Outcome(stored_verdicts(setup, questions, store), stopped)
+        say(estimate(setup, questions, store).text())
         if recipe.judge.backend == "live":
-            return await collect_verdicts(live(asking), questions, say)
-        judge = BatchJudge(client, asking, store, budget, recipe.batch, recipe.retry, say)
+            return await collect_verdicts(live(setup), questions, say)
+        judge = BatchJudge(client, setup, store, budget, recipe.batch, recipe.retry, say)
         return await collect_verdicts(judge, questions, say)
+
+
+def _check_recipe(recipe: JudgeRecipe) -> None:
+    given = recipe.judge.backend != "batch" and recipe.batch != BatchAPIConfig()
+    refuse(given, "batch", "does not apply to this judge; it is for judge.backend=batch")
+
+
+OPENAI = JudgeKind(
+    OpenAISettings,
+    ask_openai,
+    named_by="model",
+    recipe_keys=("prompt", "store", "budget", "limits", "retry", "batch"),
+    check_recipe=_check_recipe,
+)

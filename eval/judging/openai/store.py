@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One question put to the judge, with its answer as it came and what was read out of it."""
+    """One question put to the judge, with its answer as received and as parsed."""
 
     key: str
     "Hash of the request and of what it was sent to."
@@ -86,19 +86,19 @@ _TABLES = {"calls", "requests", "batches", "facts"}
 
 
 def call_key(parts: Mapping[str, Any]) -> str:
-    """sha256 of everything that could change an answer, as 64 hex digits."""
+    """Return the sha256 of everything that could change an answer, as 64 hex digits."""
     canonical = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def now() -> str:
-    """UTC, to the millisecond."""
+    """Return the time in UTC, to the millisecond."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What the requests of a store add up to."""
+    """Sums over the requests of a store."""
 
     num_requests: int
     usd: float
@@ -180,19 +180,19 @@ class Store:
     # --- answers ----------------------------------------------------------------------------------------
 
     def answer(self, key: str) -> Call | None:
-        """The stored answer to a call. A failure is no answer."""
+        """Return the stored answer to a call; a failure is no answer."""
         row = self._db.execute(
             f"SELECT {', '.join(_COLUMNS)} FROM calls WHERE key = ? AND status != 'failed'", (key,)
         ).fetchone()
         return None if row is None else Call(*row)
 
     def answered_by(self, model: str) -> bool:
-        """Whether the store has any verdict of this model."""
+        """Return whether the store has any verdict of this model."""
         row = self._db.execute("SELECT 1 FROM calls WHERE model = ? AND status = 'ok' LIMIT 1", (model,))
         return row.fetchone() is not None
 
     def calls(self) -> list[Call]:
-        """Every call, failures included, in the order in which they ended."""
+        """Return every call, failures included, in the order in which they ended."""
         rows = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM calls ORDER BY id")
         return [Call(*row) for row in rows]
 
@@ -207,7 +207,7 @@ class Store:
     # --- ledger -----------------------------------------------------------------------------------------
 
     def open_requests(self, keys: Sequence[str], usd: Sequence[float], batch: str | None = None) -> list[int]:
-        """Enter requests that are about to be sent, each with the most it can cost; their numbers."""
+        """Enter requests before they are sent, each with the most it can cost; return their numbers."""
         started = now()
         with self._transaction():
             return [
@@ -230,49 +230,35 @@ class Store:
         self._db.execute("DELETE FROM requests WHERE id = ? AND usd IS NULL", (request,))
 
     def open_requests_of(self, batch: str) -> dict[str, tuple[int, float]]:
-        """key -> number and reserved dollars of a batch's requests that are not settled."""
+        """Return key -> number and reserved dollars of the requests of a batch that are not settled."""
         rows = self._db.execute(
             "SELECT key, id, reserved FROM requests WHERE batch = ? AND usd IS NULL", (batch,)
         )
         return {key: (number, reserved) for key, number, reserved in rows}
 
     def ledger(self) -> Ledger:
-        """What all requests add up to, those of earlier runs included."""
+        """Sum all requests, those of earlier runs included."""
         row = self._db.execute(
             "SELECT count(*), total(coalesce(usd, reserved)), count(*) - count(usd), "
             "total(CASE WHEN usd IS NULL THEN reserved END) FROM requests"
         ).fetchone()
         return Ledger(*row)
 
-    def recent_requests(self, seconds: float) -> list[tuple[float, float]]:
-        """(seconds ago, tokens) of the last `seconds`' live requests, oldest first; 0 tokens without an answer."""
-        rows = self._db.execute(
-            "SELECT started, coalesce(prompt_tokens + completion_tokens, 0) FROM requests LEFT JOIN calls ON "
-            "calls.key = requests.key AND status != 'failed' WHERE batch IS NULL ORDER BY requests.id DESC"
-        )
-        recent, today = [], datetime.now(timezone.utc)
-        for started, tokens in rows:
-            age = (today - datetime.fromisoformat(started)).total_seconds()
-            if age > seconds:
-                break
-            recent.append((max(age, 0.0), float(tokens)))
-        return recent[::-1]
-
     # --- batches and facts ------------------------------------------------------------------------------
 
     def put_batch(
         self, name: str, batch_id: str | None, state: str, requests: Sequence[tuple[str, int, dict[str, Any]]]
     ) -> None:
-        """Enter a batch: our name for it, the API's once it gave one, and its requests as key, sample and body."""
+        """Enter a batch: our name, the API's id once known, and its requests as key, sample and body."""
         row = (name, batch_id, state, json.dumps(list(requests)), now())
         self._db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
 
     def update_batch(self, name: str, batch_id: str | None, state: str) -> None:
-        """Enter what became of a batch; "open" is one whose answers are still to come."""
+        """Update a batch; "open" is one whose answers are still to come."""
         self._db.execute("UPDATE batches SET id = ?, state = ? WHERE name = ?", (batch_id, state, name))
 
     def open_batches(self) -> list[tuple[str, str | None, list[tuple[str, int, dict[str, Any]]]]]:
-        """(name, id, requests) of the batches that have not been merged."""
+        """Return (name, id, requests) of the batches that have not been merged."""
         rows = self._db.execute(
             "SELECT name, id, requests FROM batches WHERE state = 'open' ORDER BY started"
         )
@@ -286,7 +272,7 @@ class Store:
         )
 
     def fact(self, name: str) -> Any:
-        """What was kept under a name, None if nothing was."""
+        """Return the value under a name, None if there is none."""
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else json.loads(row[0])
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from judge_runs import comparisons, judge, judge_config
+from judge_runs import judge, judge_config, matchups
 from real_data import DATA
 from stub_judge_server import StubServer, more_of_the_post_wins
 
@@ -24,7 +24,7 @@ SYSTEMS = ["null", *(f"attack/{name}" for name in ATTACKS)]
 def honest_rows() -> list[CompletionRow]:
     return [
         CompletionRow("honest", prompt_id_of(c.prompt), c.prompt, c.response_b, True, 9, 0, c.response_a)
-        for c in comparisons(4)
+        for c in matchups(4)
     ]
 
 
@@ -57,7 +57,7 @@ def test_a_judge_that_is_swayed_shows_in_the_summary(tmp_path):
     compared = pair_up(with_controls(honest_rows(), "attack/authority"), "attack/authority", "honest")
     compared += [
         replace(c, system_a="attack/authority", system_b="honest", prompt_id=c.prompt_id + "x")
-        for c in comparisons(2)
+        for c in matchups(2)
     ]
     with StubServer(gullible) as server:
         run = judge(server, tmp_path / "s.sqlite", compared)

@@ -9,23 +9,23 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from judge_runs import comparisons, judge
+from judge_runs import judge, matchups
 from stub_judge_server import Shown, StubServer, first_slot_wins, longer_wins
 
 from eval.completions.rows import prompt_id_of
 from eval.judging.judged_statistics import Suspected, judged_statistics, statistics_text
-from eval.judging.matchup import Comparison, Question
+from eval.judging.matchup import Matchup, Question
 from eval.judging.verdict import combine_all, verdict_on
 
 
 def both(name: str, ab, ba, suspicions=((), ()), lengths=(2, 1)) -> list:
-    """Verdicts on one comparison: winners, or statuses where there is none; None was not asked."""
+    """Verdicts on one matchup: winners, or statuses where there is none; None was not asked."""
     made = []
     for order, outcome in (("ab", ab), ("ba", ba)):
         if outcome is None:
             continue
         ok = outcome in ("a", "b", "tie")
-        question = Question(Comparison(name, "post", "x", "a" * lengths[0], "y", "b" * lengths[1]), order)
+        question = Question(Matchup(name, "post", "x", "a" * lengths[0], "y", "b" * lengths[1]), order)
         status, winner = ("ok", outcome) if ok else (outcome, None)
         made.append(verdict_on(question, status, winner, "", suspicions))
     return made
@@ -134,14 +134,14 @@ def test_pairs_of_systems_are_not_pooled():
 # --- biased judges behind a server ------------------------------------------------------------------------
 
 
-def uneven(num: int, seed: int) -> list[Comparison]:
+def uneven(num: int, seed: int) -> list[Matchup]:
     """Two systems of equal merit; a is mostly the longer one."""
     rng = random.Random(seed)
     made = []
     for i in range(num):
         length_a, length_b = (max(1, round(rng.gauss(mean, 12))) for mean in (60, 50))
         post = f"post {i}"
-        made.append(Comparison(prompt_id_of(post), post, "a", "a" * length_a, "b", "b" * length_b))
+        made.append(Matchup(prompt_id_of(post), post, "a", "a" * length_a, "b", "b" * length_b))
     return made
 
 
@@ -166,7 +166,7 @@ def test_a_taste_for_length_shows_and_is_taken_out(tmp_path):
 
 def test_a_judge_of_the_first_slot_is_worth_nothing(tmp_path):
     with StubServer(first_slot_wins) as server:
-        run = judge(server, tmp_path / "s.sqlite", comparisons(12))
+        run = judge(server, tmp_path / "s.sqlite", matchups(12))
     statistics = judged_statistics(run.judgments)
     bias, rate = statistics.position_bias, statistics.win_rate
     assert rate.rate == 0.5 and rate.low == pytest.approx(0.5 * 0.025 ** (1 / 12))
@@ -178,7 +178,7 @@ def test_a_judge_of_the_first_slot_is_worth_nothing(tmp_path):
 
 def test_a_judge_of_length_alone_gains_nothing_where_lengths_are_equal(tmp_path):
     equal = [
-        Comparison(prompt_id_of(str(i)), f"post {i}", "x", f" {i:05d}", "y", f" {i:04d}a") for i in range(12)
+        Matchup(prompt_id_of(str(i)), f"post {i}", "x", f" {i:05d}", "y", f" {i:04d}a") for i in range(12)
     ]
     with StubServer(longer_wins) as server:
         run = judge(server, tmp_path / "s.sqlite", equal)

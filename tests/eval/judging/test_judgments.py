@@ -6,7 +6,7 @@ import json
 from contextlib import closing
 
 import pytest
-from judge_runs import asking, comparisons, judge, judge_config
+from judge_runs import judge, judge_config, judge_setup, matchups
 from stub_judge_server import (
     Reply,
     StubServer,
@@ -18,12 +18,12 @@ from stub_judge_server import (
 from drpo.data.records import DataError
 from eval.judging.judgments import (
     read_answers,
-    read_judgments,
+    read_verdicts,
     spent_text,
     tokens_and_cost,
     write_judgments,
 )
-from eval.judging.matchup import Comparison, Question, questions_of
+from eval.judging.matchup import Matchup, Question, questions_of
 from eval.judging.openai.estimate import estimate
 from eval.judging.openai.store import Call, Ledger, Store
 from eval.judging.verdict import verdict_on
@@ -38,9 +38,9 @@ def call(key: str, **changes) -> Call:
 
 
 def test_verdicts_come_back_and_earlier_calls_are_lines_of_their_own(tmp_path):
-    question = Question(Comparison("p", "post", "x", "aé", "y", "b\u2028"), "ab")
+    question = Question(Matchup("p", "post", "x", "aé", "y", "b\u2028"), "ab")
     asked = verdict_on(question, "ok", "b", suspicions=(("shouts",), ()), keys=("k0", "k1"))
-    scored = verdict_on(Question(question.comparison, "ba"), "ok", "tie", scores=(1.5, 1.5))
+    scored = verdict_on(Question(question.matchup, "ba"), "ok", "tie", scores=(1.5, 1.5))
     calls = [
         call("k0", status="malformed", text="\u2028Hm"),
         call("k1", status="failed"),
@@ -55,7 +55,7 @@ def test_verdicts_come_back_and_earlier_calls_are_lines_of_their_own(tmp_path):
         (True, "ok", "tie", "j"),
     ]
     assert (rows[0]["text"], rows[1]["text"], rows[1]["cost"]) == ("\u2028Hm", "B", 0.5)
-    first, second = read_judgments(path)
+    first, second = read_verdicts(path)
     assert (first.winner, first.suspicions_a, first.keys) == ("b", ("shouts",), ("k1",))
     assert second == scored
 
@@ -63,22 +63,22 @@ def test_verdicts_come_back_and_earlier_calls_are_lines_of_their_own(tmp_path):
 @pytest.mark.parametrize("cut", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
 def test_unicode_line_ends_in_answers_come_back(tmp_path, cut):
     texts = {"ab": f"One is better.{cut}Preferred: A", "ba": f"{cut}B{cut}"}
-    comparison = Comparison("p", "post", "x", "a", "y", f"b{cut}")
+    matchup = Matchup("p", "post", "x", "a", "y", f"b{cut}")
     verdicts = [
-        verdict_on(Question(comparison, order), "ok", "b", keys=(f"early {order}", order)) for order in texts
+        verdict_on(Question(matchup, order), "ok", "b", keys=(f"early {order}", order)) for order in texts
     ]
     calls = [call(order, text=text) for order, text in texts.items()]
     calls += [call(f"early {order}", text=f"Hm.{cut}", status="malformed") for order in texts]
     path = tmp_path / "judgments.jsonl"
     write_judgments(path, verdicts, calls, {"judge": f"j{cut}", "prompt_name": "tldr-1", "orders": "both"})
     assert read_answers(path) == {("p", 0, order): text for order, text in texts.items()}
-    assert [(v.order, v.winner) for v in read_judgments(path)] == [("ab", "b"), ("ba", "b")]
+    assert [(v.order, v.winner) for v in read_verdicts(path)] == [("ab", "b"), ("ba", "b")]
     found = read_judge_file(path)
     assert (found.name, found.question) == (f"j{cut}", "tldr-1")
 
 
 def test_questions_without_an_answer_are_left_out(tmp_path):
-    question = Question(Comparison("p", "post", "x", "a", "y", "b"), "ab")
+    question = Question(Matchup("p", "post", "x", "a", "y", "b"), "ab")
     path = tmp_path / "judgments.jsonl"
     write_judgments(path, [verdict_on(question, "ok", "tie", scores=(1.5, 1.5))], [], {})
     assert read_answers(path) == {}
@@ -89,12 +89,12 @@ def test_questions_without_an_answer_are_left_out(tmp_path):
 
 
 def test_a_file_that_is_none_is_told(tmp_path):
-    for read in (read_judgments, read_answers):
+    for read in (read_verdicts, read_answers):
         with pytest.raises(DataError, match="no judgments file"):
             read(tmp_path / "j.jsonl")
     for line in ("[" * 5000, '{"final": true}', "{", '{"final": true, "winner": "a"}', "[]"):
         (tmp_path / "j.jsonl").write_text(line + "\n")
-        for read in (read_judgments, read_answers):
+        for read in (read_verdicts, read_answers):
             with pytest.raises(DataError, match="j.jsonl:1 is not a judgment"):
                 read(tmp_path / "j.jsonl")
 
@@ -128,14 +128,14 @@ def test_the_estimate_counts_what_is_open_and_bounds_what_it_costs(tmp_path):
         return Reply(body=chat_completion(verdict_text(shown.body, "A"), usage=usage))
 
     with StubServer(answer) as server:
-        asked = asking(judge_config(server))
-        questions = questions_of(comparisons(5), "both", 0)
+        asked = judge_setup(judge_config(server))
+        questions = questions_of(matchups(5), "both", 0)
         with closing(Store(path)) as store:
             before = estimate(asked, questions, store)
-        judge(server, path, comparisons(2))
+        judge(server, path, matchups(2))
         with closing(Store(path)) as store:
             after = estimate(asked, questions, store)
-        spent = judge(server, path, comparisons(5)).ledger.usd
+        spent = judge(server, path, matchups(5)).ledger.usd
         with closing(Store(path)) as store:
             done = estimate(asked, questions, store)
     assert (before.num_calls, before.num_stored, before.usd_about) == (10, 0, None)
@@ -154,10 +154,10 @@ def test_the_estimate_counts_what_is_open_and_bounds_what_it_costs(tmp_path):
 
 def test_questions_that_show_the_same_are_one_call(tmp_path):
     """Equal responses look alike in both orders."""
-    same = Comparison("p", "post", "x", " hat", "y", " hat")
-    questions = questions_of([same, *comparisons(1)], "both", 0)
+    same = Matchup("p", "post", "x", " hat", "y", " hat")
+    questions = questions_of([same, *matchups(1)], "both", 0)
     with StubServer(longer_wins) as server:
-        asked = asking(judge_config(server))
+        asked = judge_setup(judge_config(server))
         with closing(Store(tmp_path / "s.sqlite")) as store:
             made = estimate(asked, questions, store)
         run = judge(server, tmp_path / "s.sqlite", questions=questions)
@@ -169,5 +169,5 @@ def test_questions_that_show_the_same_are_one_call(tmp_path):
 def test_without_a_price_the_estimate_has_no_dollars(tmp_path):
     with closing(Store(tmp_path / "s.sqlite")) as store:
         config = judge_config(type("server", (), {"url": "http://x/v1"}))
-        made = estimate(asking(config, price=None), questions_of(comparisons(1), "both", 0), store)
+        made = estimate(judge_setup(config, price=None), questions_of(matchups(1), "both", 0), store)
     assert made.usd_at_most is None and "no price known" in made.text()

@@ -67,7 +67,7 @@ def test_both_orders_or_one_that_is_drawn_for_each_comparison():
     both = questions_of(made, "both", 0)
     assert [q.order for q in both] == ["ab", "ba"] * 400
     one = questions_of(made, "one", 3)
-    assert [q.comparison for q in one] == made
+    assert [q.matchup for q in one] == made
     share = sum(q.order == "ab" for q in one) / 400
     assert 0.4 < share < 0.6, "0.5 +- 4 standard deviations"
     assert one == questions_of(made, "one", 3) != questions_of(made, "one", 4)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from eval.judging.matchup import Comparison, Question
+from eval.judging.matchup import Matchup, Question
 from eval.judging.verdict import Verdict, combine, combine_all, verdict_on, winner_of
 
-COMPARISON = Comparison("p1", "a post", "x", "four", "y", "seventy", seed=5)
+MATCHUP = Matchup("p1", "a post", "x", "four", "y", "seventy", seed=5)
 
 
 def verdict(order: str, winner: str | None, status: str = "ok") -> Verdict:
-    return verdict_on(Question(COMPARISON, order), status, winner)
+    return verdict_on(Question(MATCHUP, order), status, winner)
 
 
 def test_the_order_is_undone():
@@ -81,14 +81,14 @@ def test_only_an_ok_verdict_has_a_winner():
 
 
 def test_a_judgment_knows_lengths_and_suspicions():
-    question = Question(COMPARISON, "ab")
+    question = Question(MATCHUP, "ab")
     judgment = combine([verdict_on(question, "ok", "a", suspicions=(("shouts",), ()))], orders="one")
     assert (judgment.length_a, judgment.length_b, judgment.seed) == (4, 7, 5)
     assert judgment.suspected_a and not judgment.suspected_b
 
 
 def test_comparisons_are_told_apart():
-    other = Comparison("p2", "b post", "x", "a", "y", "b")
+    other = Matchup("p2", "b post", "x", "a", "y", "b")
     verdicts = [
         verdict("ab", "a"),
         verdict_on(Question(other, "ab"), "ok", "b"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from label_runs import BETTER, WORSE, comparisons, queue, serving
+from label_runs import BETTER, WORSE, matchups, queue, serving
 
-from eval.judging.matchup import Comparison
+from eval.judging.matchup import Matchup
 from eval.labelling.labels import current_labels, read_labels
 
 PAIR = "document.body.dataset.pair"
@@ -150,7 +150,7 @@ XSS = (
 
 def test_responses_are_shown_as_text(chromium, path):
     compared = [
-        Comparison(f"{i:016x}", f"Prompt {i} {text}", BETTER, f" {text} a", WORSE, f" {text} b")
+        Matchup(f"{i:016x}", f"Prompt {i} {text}", BETTER, f" {text} a", WORSE, f" {text} b")
         for i, text in enumerate(XSS)
     ]
     with serving(queue(path, compared)) as server:
@@ -169,7 +169,7 @@ def test_responses_are_shown_as_text(chromium, path):
 
 
 def test_an_empty_response_is_told_from_one_that_says_so(chromium, path):
-    compared = [Comparison("0" * 16, "Prompt", BETTER, "\n", WORSE, "nothing was written")]
+    compared = [Matchup("0" * 16, "Prompt", BETTER, "\n", WORSE, "nothing was written")]
     with serving(queue(path, compared)) as server:
         page = Page(chromium, server.url).open()
         classes = [page.page.get_attribute(place, "class") for place in ("#first", "#second")]
@@ -222,8 +222,8 @@ def test_buttons_work_and_the_focus_is_seen(chromium, path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_narrow_screen(chromium, path, scheme):
     """Long posts, a word without an end, 40 characters of name: no sideways scrolling, the buttons always there."""
-    long = Comparison("0" * 16, "word " * 900 + "x" * 400, BETTER, " y" * 300 + "z" * 300, WORSE, " short")
-    with serving(queue(path, [long, *comparisons(2)])) as server:
+    long = Matchup("0" * 16, "word " * 900 + "x" * 400, BETTER, " y" * 300 + "z" * 300, WORSE, " short")
+    with serving(queue(path, [long, *matchups(2)])) as server:
         page = Page(chromium, server.url, 360, 640, color_scheme=scheme, has_touch=True).open(
             "?annotator=" + "a" * 40
         )

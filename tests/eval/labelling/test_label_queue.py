@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from label_runs import BETTER, WORSE, better_slot, comparisons, queue
+from label_runs import BETTER, WORSE, better_slot, matchups, queue
 
 from drpo.data.records import DataError
 from eval.labelling.label_queue import LabelRefused
@@ -34,7 +34,7 @@ def label_all(queue, annotator: str, choose=better_slot) -> list[dict]:
 def test_every_pair_is_shown_once_and_the_winner_is_the_system_behind_the_slot(path):
     full = queue(path)
     shown = label_all(full, "anna")
-    assert sorted(pair["prompt"] for pair in shown) == [c.prompt for c in comparisons()]
+    assert sorted(pair["prompt"] for pair in shown) == [c.prompt for c in matchups()]
     labels = read_labels(path)
     assert [label.winner for label in labels] == ["a"] * 6 and {label.question for label in labels} == {
         "tldr-1"
@@ -49,7 +49,7 @@ def test_every_pair_is_shown_once_and_the_winner_is_the_system_behind_the_slot(p
     "choice, winners", [("first", {"ab": "a", "ba": "b"}), ("second", {"ab": "b", "ba": "a"}), ("tie", None)]
 )
 def test_choices_by_slot(path, choice, winners):
-    label_all(queue(path, comparisons(30)), "anna", lambda pair: choice)
+    label_all(queue(path, matchups(30)), "anna", lambda pair: choice)
     labels = read_labels(path)
     assert {label.order for label in labels} == {"ab", "ba"}
     assert all(label.winner == (winners[label.order] if winners else "tie") for label in labels)
@@ -60,7 +60,7 @@ def test_the_order_is_the_annotators_own_and_not_the_files(tmp_path):
         pairs = label_all(queue(tmp_path / name, compared, seed=seed), annotator)
         return [(pair["prompt"], pair["first"]) for pair in pairs]
 
-    some = comparisons(12)
+    some = matchups(12)
     anna = shown("1", "anna", some)
     assert shown("2", "anna", some[::-1]) == anna
     assert shown("3", "Anna", some) == anna
@@ -75,7 +75,7 @@ def test_the_order_is_the_annotators_own_and_not_the_files(tmp_path):
 
 def test_the_slots_are_drawn_evenly(path):
     """400 fair coins: within 5 standard deviations, for either annotator and for both being alike."""
-    compared = comparisons(400)
+    compared = matchups(400)
     full = queue(path, compared)
     first = {name: {p["prompt"]: better_slot(p) for p in label_all(full, name)} for name in ("anna", "ben")}
     for slots in first.values():
@@ -149,12 +149,12 @@ def test_a_new_queue_goes_on_where_the_last_one_was(path):
 
 
 def test_more_prompts_keep_the_labels_there_are(path):
-    before = queue(path, comparisons(4))
+    before = queue(path, matchups(4))
     label_all(before, "anna")
     before.close()
-    after = queue(path, comparisons(6))
+    after = queue(path, matchups(6))
     assert after.state("anna")["done"] == 4
-    assert {pair["prompt"] for pair in label_all(after, "anna")} == {c.prompt for c in comparisons()[4:]}
+    assert {pair["prompt"] for pair in label_all(after, "anna")} == {c.prompt for c in matchups()[4:]}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_labels_of_other_texts_are_refused(path, change, message):
     before = queue(path)
     label_all(before, "anna")
     before.close()
-    first, *others = comparisons()
+    first, *others = matchups()
     with pytest.raises(DataError, match=message):
         queue(path, [replace(first, **change), *others])
 

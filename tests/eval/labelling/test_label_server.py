@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from label_runs import BETTER, WORSE, Client, better_slot, comparisons, queue, serving
+from label_runs import BETTER, WORSE, Client, better_slot, matchups, queue, serving
 
 from eval.labelling.label_server import MAX_BODY, LabelServer, is_loopback
 from eval.labelling.labels import read_labels
@@ -236,7 +236,7 @@ def test_a_server_that_is_ending_takes_no_label(path):
 
 def test_annotators_at_the_same_time_lose_and_double_nothing(path):
     """Four people, two windows each; both windows of a person answer the same pair at the same moment."""
-    compared, names = comparisons(12), ["anna", "ben", "carl", "dora"]
+    compared, names = matchups(12), ["anna", "ben", "carl", "dora"]
     start = threading.Barrier(2 * len(names))
 
     def label_everything(url: str, name: str) -> list[int]:

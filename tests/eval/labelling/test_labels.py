@@ -8,7 +8,7 @@ import resource
 from dataclasses import replace
 
 import pytest
-from label_runs import BETTER, WORSE, comparisons
+from label_runs import BETTER, WORSE, matchups
 
 from drpo.data.records import DataError
 from eval.labelling.labels import (
@@ -20,11 +20,11 @@ from eval.labelling.labels import (
     read_labels,
 )
 
-FIRST, SECOND, *_ = comparisons()
+FIRST, SECOND, *_ = matchups()
 
 
-def label(comparison=FIRST, annotator="anna", status="labelled", winner="a", order="ab", **more):
-    return label_of(comparison, annotator, status, winner, order, **more)
+def label(matchup=FIRST, annotator="anna", status="labelled", winner="a", order="ab", **more):
+    return label_of(matchup, annotator, status, winner, order, **more)
 
 
 def rows_of(path) -> list[dict]:

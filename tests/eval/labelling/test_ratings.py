@@ -1,4 +1,4 @@
-"""Judges and people side by side: the same comparison is one row, other texts are left out and counted."""
+"""Judges and people side by side: the same matchup is one row, other texts are left out and counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from label_runs import BETTER, WORSE, comparisons
+from label_runs import BETTER, WORSE, matchups
 
 from drpo.data.records import DataError
 from eval.judging.judgments import write_judgments
@@ -16,11 +16,11 @@ from eval.labelling.labels import label_of
 from eval.labelling.ratings import JudgeFile, read_judge_file, side_by_side
 
 NAN = np.nan
-COMPARED = comparisons(4)
+COMPARED = matchups(4)
 
 
-def verdict(comparison, order, winner, status="ok"):
-    c = comparison
+def verdict(matchup, order, winner, status="ok"):
+    c = matchup
     return Verdict(
         *(c.prompt_id, c.system_a, c.system_b, c.seed, order, status, winner),
         *(len(c.response_a), len(c.response_b)),
@@ -45,9 +45,9 @@ def labels(annotator, *winners, compared=COMPARED, order="ab", confidence=None):
     ]
 
 
-def turned(comparison):
-    """The same comparison, the systems named the other way round."""
-    c = comparison
+def turned(matchup):
+    """The same matchup, the systems named the other way round."""
+    c = matchup
     return replace(
         c, system_a=c.system_b, response_a=c.response_b, system_b=c.system_a, response_b=c.response_a
     )

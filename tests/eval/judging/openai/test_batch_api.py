@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 
 import pytest
-from judge_runs import PRICE, comparisons, judge, judge_by_batch
+from judge_runs import PRICE, judge, judge_by_batch, matchups
 from stub_judge_server import (
     Reply,
     StubServer,
@@ -18,7 +18,7 @@ from stub_judge_server import (
     longer_wins,
 )
 
-from eval.judging.openai.batch_api import BatchConfig, BatchJudge
+from eval.judging.openai.batch_api import BatchAPIConfig, BatchJudge
 from eval.judging.openai.budget import BudgetConfig
 
 
@@ -35,10 +35,10 @@ def test_a_batch_gives_the_verdicts_of_live_calls_and_shares_their_store(store, 
     with StubServer(longer_wins) as server:
         run = judge_by_batch(server, store)
         assert num_batches(server) == 1 and server.paths.count("POST /v1/chat/completions") == 0
-        live = judge(server, tmp_path / "live.sqlite", comparisons(4))
+        live = judge(server, tmp_path / "live.sqlite", matchups(4))
         assert sorted(map(str, run.judgments)) == sorted(map(str, live.judgments)) and run.rate == 0.0
         num_chats = len(server.chats)
-        again = judge(server, store, comparisons(5))
+        again = judge(server, store, matchups(5))
     assert len(server.chats) == num_chats + 2 and len(again.verdicts) == 10, "live asks only what is new"
     assert {call.backend for call in run.calls} == {"batch"}
     assert run.ledger.num_open == 0
@@ -49,7 +49,7 @@ def test_a_batch_gives_the_verdicts_of_live_calls_and_shares_their_store(store, 
 
 def test_what_is_answered_already_is_not_submitted(store):
     with StubServer(longer_wins) as server:
-        judge(server, store, comparisons(3))
+        judge(server, store, matchups(3))
         judge_by_batch(server, store)
         assert [len(f.splitlines()) for f in server.files.values()] == [2, 2]  # input and output
         judge_by_batch(server, store)
@@ -69,10 +69,10 @@ def test_an_expired_batch_keeps_what_it_finished_and_the_rest_is_submitted_again
 
 def test_what_never_comes_back_has_failed_after_some_submissions(store):
     with StubServer(longer_wins, batch_plan=lambda n, rows: {"status": "expired", "answer": 0}) as server:
-        run = judge_by_batch(server, store, comparisons(1))
+        run = judge_by_batch(server, store, matchups(1))
         assert num_batches(server) == 3 and run.statuses() == {"failed": 2} and run.ledger.usd == 0.0
         server.batch_plan = None
-        again = judge_by_batch(server, store, comparisons(1))
+        again = judge_by_batch(server, store, matchups(1))
     assert again.statuses() == {"ok": 2}
 
 
@@ -107,14 +107,14 @@ def test_unreadable_answers_are_asked_again_in_the_next_batch(store):
         return "A" if "in any other form" in shown.body["messages"][1]["content"] else "Hm."
 
     with StubServer(behave) as server:
-        run = judge_by_batch(server, store, comparisons(2))
+        run = judge_by_batch(server, store, matchups(2))
     assert num_batches(server) == 2 and run.statuses() == {"ok": 4}
     assert all(len(v.keys) == 2 for v in run.verdicts)
 
 
 def test_large_sets_go_in_several_batches(store):
     with StubServer(longer_wins) as server:
-        run = judge_by_batch(server, store, config=BatchConfig(poll_seconds=0.01, max_requests=3))
+        run = judge_by_batch(server, store, config=BatchAPIConfig(poll_seconds=0.01, max_requests=3))
     assert num_batches(server) == 3 and run.statuses() == {"ok": 8}
 
 
@@ -193,10 +193,10 @@ def test_a_batch_is_found_again_after_a_kill(store, method, when, num_before):
 def test_answers_of_an_earlier_batch_are_kept_whatever_is_asked_today(store):
     with StubServer(longer_wins) as server:
         with pytest.raises(Killed):
-            judge_by_batch(server, store, comparisons(4), prepare=kill_at("_submit", "after"))
-        few = judge_by_batch(server, store, comparisons(1))
+            judge_by_batch(server, store, matchups(4), prepare=kill_at("_submit", "after"))
+        few = judge_by_batch(server, store, matchups(1))
         assert len(few.verdicts) == 2 and len(few.calls) == 8
-        assert judge_by_batch(server, store, comparisons(4)).statuses() == {"ok": 8}
+        assert judge_by_batch(server, store, matchups(4)).statuses() == {"ok": 8}
     assert num_batches(server) == 1
 
 
@@ -288,6 +288,6 @@ def test_pages_only_stop_the_run_with_a_reason(store, monkeypatch):
 
 def test_limits_of_the_api():
     with pytest.raises(ValueError, match="batch.max_requests must be in"):
-        BatchConfig(max_requests=60_000)
+        BatchAPIConfig(max_requests=60_000)
     with pytest.raises(ValueError, match="batch.poll_seconds must be positive"):
-        BatchConfig(poll_seconds=0)
+        BatchAPIConfig(poll_seconds=0)

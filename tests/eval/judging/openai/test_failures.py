@@ -7,7 +7,7 @@ import json
 import time
 
 import pytest
-from judge_runs import comparisons, judge, judge_config
+from judge_runs import judge, judge_config, matchups
 from stub_judge_server import (
     Reply,
     StubServer,
@@ -53,7 +53,7 @@ PASSING = {
 @pytest.mark.parametrize("reply", PASSING.values(), ids=PASSING)
 def test_what_may_pass_is_tried_again(store, reply):
     with StubServer(at_first(reply, then=longer_wins)) as server:
-        run = judge(server, store, comparisons(2))
+        run = judge(server, store, matchups(2))
     assert run.stopped is None and run.statuses() == {"ok": 4} and run.rate == 0.0
     assert len(server.chats) == 8 and run.ledger.num_requests == 8
     assert {call.num_attempts for call in run.calls} == {2}
@@ -62,12 +62,12 @@ def test_what_may_pass_is_tried_again(store, reply):
 @pytest.mark.parametrize("reply", PASSING.values(), ids=PASSING)
 def test_what_does_not_pass_has_failed_and_is_asked_again_by_a_rerun(store, reply):
     with StubServer(lambda shown, count: reply) as server:
-        run = judge(server, store, comparisons(2), retry=HASTY)
+        run = judge(server, store, matchups(2), retry=HASTY)
         assert run.statuses() == {"failed": 4} and len(server.chats) == 8
         assert all(v.winner is None and v.detail for v in run.verdicts)
         assert [j.score for j in run.judgments] == [None, None]
         server.behaviour = longer_wins
-        again = judge(server, store, comparisons(2))
+        again = judge(server, store, matchups(2))
     assert again.statuses() == {"ok": 4} and len(server.chats) == 12
 
 
@@ -88,7 +88,7 @@ def in_two_seconds(shown, count):
 def test_retry_after_is_heeded(store, limited, at_least):
     """Lower bounds on time, which no slow machine can miss."""
     with StubServer(in_turn(limited, longer_wins)) as server:
-        judge(server, store, questions=questions_of(comparisons(1), "both", 0)[:1], limits=ONE_WORKER)
+        judge(server, store, questions=questions_of(matchups(1), "both", 0)[:1], limits=ONE_WORKER)
     first, second = server.chats
     assert second.start - first.start >= at_least
 
@@ -101,7 +101,7 @@ def test_one_retry_after_holds_everybody_back(store):
         return Reply(body=chat_completion(verdict_text(shown.body, "A")), wait=0.1)
 
     with StubServer(in_turn(limited, slowly)) as server:
-        judge(server, store, comparisons(2), limits=LimitsConfig(concurrency=2))
+        judge(server, store, matchups(2), limits=LimitsConfig(concurrency=2))
     times = [chat.start for chat in server.chats]
     assert len([t for t in times if t - times[0] < 0.5]) == 2, "only what was under way already"
 
@@ -118,14 +118,14 @@ def test_a_retry_after_beyond_patience_is_not_waited_for(store):
 def test_a_timeout_is_tried_again(store):
     impatient = RetryConfig(timeout=0.5, max_attempts=3, base_delay=0.01)
     with StubServer(at_first(Reply(hang=True), then=longer_wins)) as server:
-        run = judge(server, store, comparisons(1), retry=impatient)
+        run = judge(server, store, matchups(1), retry=impatient)
     assert run.statuses() == {"ok": 2} and len(server.chats) == 4
 
 
 def test_nobody_listening_is_a_failure_that_costs_nothing(store):
     with StubServer() as server:
         gone = judge_config(server)
-    run = judge(server, store, comparisons(1), config=gone, retry=HASTY)
+    run = judge(server, store, matchups(1), config=gone, retry=HASTY)
     assert run.statuses() == {"failed": 2} and run.ledger.usd == 0.0
     assert "connection failed" in run.verdicts[0].detail
 
@@ -133,7 +133,7 @@ def test_nobody_listening_is_a_failure_that_costs_nothing(store):
 def test_a_judge_that_is_down_stops_the_run(store):
     patience = RetryConfig(max_attempts=1, max_failures_in_a_row=5)
     with StubServer(lambda shown, count: error(500, "down")) as server:
-        run = judge(server, store, comparisons(50), retry=patience, limits=ONE_WORKER)
+        run = judge(server, store, matchups(50), retry=patience, limits=ONE_WORKER)
     assert len(server.chats) == 5 and "5 questions in a row got no answer: HTTP 500: " in str(run.stopped)
 
 
@@ -167,11 +167,11 @@ STOPPING = {
 @pytest.mark.parametrize(("reply", "message"), STOPPING.values(), ids=STOPPING)
 def test_what_concerns_every_question_stops_the_run_at_once_and_keeps_what_is_there(store, reply, message):
     with StubServer(in_turn(*[longer_wins] * 5, reply)) as server:
-        run = judge(server, store, comparisons(20), limits=ONE_WORKER)
+        run = judge(server, store, matchups(20), limits=ONE_WORKER)
         assert message in str(run.stopped)
         assert len(server.chats) == 6 and run.statuses() == {"ok": 5}
         server.behaviour = longer_wins
-        rest = judge(server, store, comparisons(20))
+        rest = judge(server, store, matchups(20))
     assert rest.stopped is None and len(rest.verdicts) == 40
     assert len(server.answered_texts()) == 40 == len(set(server.answered_texts()))
 
@@ -184,7 +184,7 @@ def test_what_is_under_way_when_the_run_stops_is_kept(store):
 
     quota = error(429, "You exceeded your current quota", "insufficient_quota")
     with StubServer(in_turn(slowly, slowly, slowly, quota)) as server:
-        run = judge(server, store, comparisons(20), limits=LimitsConfig(concurrency=4))
+        run = judge(server, store, matchups(20), limits=LimitsConfig(concurrency=4))
     assert "quota" in str(run.stopped)
     assert len(server.chats) == 4 and run.statuses() == {"ok": 3}
     assert run.ledger.num_open == 0
@@ -212,7 +212,7 @@ def test_what_concerns_one_question_fails_that_one(store):
         return too_long if "rabbit001" in shown.material else longer_wins(shown, count)
 
     with StubServer(behave) as server:
-        run = judge(server, store, comparisons(3))
+        run = judge(server, store, matchups(3))
     assert run.statuses() == {"ok": 4, "failed": 2} and len(server.chats) == 6, "it is not tried again"
     failed = [v for v in run.verdicts if v.status == "failed"]
     assert all("context_length_exceeded" in v.detail for v in failed)
@@ -242,10 +242,10 @@ NO_VERDICTS = {
 @pytest.mark.parametrize(("reply", "status", "num_asked"), NO_VERDICTS.values(), ids=NO_VERDICTS)
 def test_an_answer_without_a_verdict_has_its_status_and_no_winner(store, reply, status, num_asked):
     with StubServer(lambda shown, count: reply) as server:
-        run = judge(server, store, comparisons(1))
+        run = judge(server, store, matchups(1))
         assert run.statuses() == {status: 2} and len(server.chats) == 2 * num_asked
         assert all(v.winner is None for v in run.verdicts) and run.judgments[0].score is None
-        judge(server, store, comparisons(1))
+        judge(server, store, matchups(1))
     assert len(server.chats) == 2 * num_asked, "it is an answer, and it was paid for"
 
 
@@ -257,7 +257,7 @@ def test_one_order_without_a_verdict_leaves_the_comparison_undecided(store):
         return "A" if good_first else Reply(body=chat_completion(None, refusal="no"))
 
     with StubServer(refuses_the_second) as server:
-        run = judge(server, store, comparisons(3))
+        run = judge(server, store, matchups(3))
     assert run.statuses() == {"ok": 3, "refused": 3}
     assert [j.score for j in run.judgments] == [None] * 3
     assert [j.statuses for j in run.judgments] == [("ok", "refused")] * 3
@@ -267,7 +267,7 @@ def test_half_a_character_in_an_answer_is_kept_as_a_replacement(store):
     answer = '{"choices": [{"message": {"content": "\\ud83d Preferred: A"}, "finish_reason": "stop"}]}'
     reply = Reply(200, answer, {"Content-Type": "application/json"})
     with StubServer(lambda shown, count: reply) as server:
-        run = judge(server, store, comparisons(1))
+        run = judge(server, store, matchups(1))
     assert run.statuses() == {"malformed": 2} and run.calls[0].text == "\ufffd Preferred: A"
 
 
@@ -275,7 +275,7 @@ def test_a_server_that_counts_no_tokens_is_booked_at_the_bound(store):
     """Local servers may send no usage; with a price the cap must hold all the same."""
     body = {**chat_completion(json.dumps({"comparison": "", "preferred": "B"})), "usage": None}
     with StubServer(lambda shown, count: Reply(body=body)) as server:
-        run = judge(server, store, comparisons(1))
-        free = judge(server, store.with_suffix(".free"), comparisons(1), price=None)
+        run = judge(server, store, matchups(1))
+        free = judge(server, store.with_suffix(".free"), matchups(1), price=None)
     assert run.calls[0].cost is None and run.ledger.usd > 2 * 100 * 100e-6
     assert free.ledger.usd == 0.0 and free.statuses() == {"ok": 2}

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from judge_runs import PRICE, comparisons, judge, judge_by_batch
+from judge_runs import PRICE, judge, judge_by_batch, matchups
 from stub_judge_server import Reply, StubServer, at_first, chat_completion, in_turn, longer_wins, verdict_text
 
-from eval.judging.openai.prompts import PROMPTS
-from eval.judging.openai.verdict_parser import Answer, read_answer
+from eval.judging.openai.answer import Answer
+from eval.judging.openai.pairwise import PROMPTS
 
 JSON = {"Content-Type": "application/json"}
 NESTED = "[" * 5000
@@ -83,7 +83,7 @@ READ = {
 @pytest.mark.parametrize("behaviour", READ.values(), ids=READ)
 def test_odd_answer_is_read_live(store, behaviour):
     with StubServer(behaviour) as server:
-        run = judge(server, store, comparisons(1))
+        run = judge(server, store, matchups(1))
     assert run.stopped is None and run.statuses() == {"ok": 2} and len(server.chats) == 2
     assert run.ledger.num_open == 0 and run.ledger.usd > 0
 
@@ -91,7 +91,7 @@ def test_odd_answer_is_read_live(store, behaviour):
 @pytest.mark.parametrize("behaviour", READ.values(), ids=READ)
 def test_odd_answer_is_read_from_a_batch(store, behaviour):
     with StubServer(behaviour) as server:
-        run = judge_by_batch(server, store, comparisons(1))
+        run = judge_by_batch(server, store, matchups(1))
     assert run.stopped is None and run.statuses() == {"ok": 2} and len(server.chats) == 2
     assert len(server.batches) == 1 and run.ledger.num_open == 0 and run.ledger.usd > 0
 
@@ -123,7 +123,7 @@ NO_ANSWER = {
 @pytest.mark.parametrize("reply", NO_ANSWER.values(), ids=NO_ANSWER)
 def test_reply_without_an_answer_is_asked_again_live(store, reply):
     with StubServer(at_first(reply, then=longer_wins)) as server:
-        run = judge(server, store, comparisons(1))
+        run = judge(server, store, matchups(1))
     assert run.stopped is None and run.statuses() == {"ok": 2} and len(server.chats) == 4
     assert {call.num_attempts for call in run.calls} == {2} and run.ledger.num_open == 0
 
@@ -131,7 +131,7 @@ def test_reply_without_an_answer_is_asked_again_live(store, reply):
 @pytest.mark.parametrize("reply", NO_ANSWER.values(), ids=NO_ANSWER)
 def test_reply_without_an_answer_is_asked_again_by_batch(store, reply):
     with StubServer(at_first(reply, then=longer_wins)) as server:
-        run = judge_by_batch(server, store, comparisons(1))
+        run = judge_by_batch(server, store, matchups(1))
     assert run.stopped is None and run.statuses() == {"ok": 2} and len(server.chats) == 4
     assert len(server.batches) == 2 and run.ledger.num_open == 0
 
@@ -140,15 +140,15 @@ def test_reply_without_an_answer_is_asked_again_by_batch(store, reply):
 def test_answer_without_choices_is_asked_again(store, ask):
     empty = Reply(body={**chat_completion(None), "choices": []})
     with StubServer(in_turn(empty, empty, longer_wins)) as server:
-        run = ask(server, store, comparisons(1))
+        run = ask(server, store, matchups(1))
     assert run.stopped is None and run.statuses() == {"ok": 2} and len(server.chats) == 4
 
 
 @pytest.mark.parametrize("form", ["json", "text"])
 def test_deeply_nested_answer_is_malformed(form):
     for text in (NESTED, '{"a":' * 5000, f"```json\n{NESTED}\n```"):
-        reading = read_answer(Answer(text), form, PROMPTS["tldr-1"].label, PROMPTS["tldr-1"].noun, True)
-        assert (reading.status, reading.slot) == ("malformed", None)
+        parsed = PROMPTS["tldr-1"].parse(Answer(text), form, True)
+        assert (parsed.status, parsed.slot) == ("malformed", None)
 
 
 def test_long_runs_of_whitespace_are_read_in_linear_time():
@@ -162,8 +162,8 @@ def test_long_runs_of_whitespace_are_read_in_linear_time():
         (f'```json{gap}{{"preferred": "A"}}{gap}```', "json", "first"),
         (f"```json{gap}x", "json", None),
     ):
-        reading = read_answer(Answer(text), form, prompt.label, prompt.noun, True)
-        assert (reading.status, reading.slot) == ("ok" if slot else "malformed", slot)
+        parsed = prompt.parse(Answer(text), form, True)
+        assert (parsed.status, parsed.slot) == ("ok" if slot else "malformed", slot)
 
 
 def test_cached_tokens_beyond_the_prompt_cost_no_negative_amount(store):
@@ -174,7 +174,7 @@ def test_cached_tokens_beyond_the_prompt_cost_no_negative_amount(store):
         "prompt_tokens_details": {"cached_tokens": 3000},
     }
     with StubServer(changed(usage=usage)) as server:
-        run = judge(server, store, comparisons(1))
+        run = judge(server, store, matchups(1))
     assert run.ledger.usd == pytest.approx(2 * (3000 * PRICE.cached + 30 * PRICE.output) / 1e6)
 
 
@@ -219,7 +219,7 @@ def change_first_rows(server: StubServer, **fields: Any) -> None:
 def test_odd_row_of_a_batch_is_read(store, fields):
     with StubServer(longer_wins) as server:
         change_first_rows(server, **fields)
-        run = judge_by_batch(server, store, comparisons(1))
+        run = judge_by_batch(server, store, matchups(1))
     assert run.stopped is None and run.statuses() == {"ok": 2} and len(server.batches) == 1
 
 
@@ -238,7 +238,7 @@ def test_odd_row_of_a_batch_is_read(store, fields):
 def test_row_without_an_answer_is_submitted_again(store, fields):
     with StubServer(longer_wins) as server:
         change_first_rows(server, **fields)
-        run = judge_by_batch(server, store, comparisons(1))
+        run = judge_by_batch(server, store, matchups(1))
     assert run.stopped is None and run.statuses() == {"ok": 2} and len(server.batches) == 2
     assert run.ledger.num_open == 0
 
@@ -251,7 +251,7 @@ def test_unicode_line_ends_do_not_cut_a_row(store, cut, end):
 
     with StubServer(behave) as server:
         change_answer_files(server, lambda content: content.replace("\n", end) + end)
-        run = judge_by_batch(server, store, comparisons(2))
+        run = judge_by_batch(server, store, matchups(2))
         assert any(cut in content for content in server.files.values())
     assert run.stopped is None and run.statuses() == {"ok": 4} and len(server.batches) == 1
     assert all(json.loads(call.text)["comparison"] == f"One{cut}is{cut}" for call in run.calls)
@@ -273,7 +273,7 @@ def test_unicode_line_ends_do_not_cut_a_row(store, cut, end):
 def test_damaged_answer_file_stops_the_run_and_nothing_is_paid_twice(store, file, message):
     with StubServer(longer_wins) as server:
         change_answer_files(server, lambda content: file)
-        run = judge_by_batch(server, store, comparisons(1))
+        run = judge_by_batch(server, store, matchups(1))
         assert message in str(run.stopped) and run.ledger.num_open == 2
         del server.keep_file
         server.files["file-1"] = "\n".join(
@@ -289,7 +289,7 @@ def test_damaged_answer_file_stops_the_run_and_nothing_is_paid_twice(store, file
             for line in server.files["file-0"].split("\n")
             if line
         )
-        again = judge_by_batch(server, store, comparisons(1))
+        again = judge_by_batch(server, store, matchups(1))
     assert again.statuses() == {"ok": 2} and len(server.batches) == 1
 
 
@@ -307,5 +307,5 @@ def test_damaged_answer_file_stops_the_run_and_nothing_is_paid_twice(store, file
 def test_odd_reasons_of_a_batch_that_is_not_accepted(store, errors, message):
     plan = {"status": "failed", "errors": errors}
     with StubServer(longer_wins, batch_plan=lambda number, rows: plan) as server:
-        run = judge_by_batch(server, store, comparisons(1))
+        run = judge_by_batch(server, store, matchups(1))
     assert message in str(run.stopped) and run.ledger.usd == 0.0

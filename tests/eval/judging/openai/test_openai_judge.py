@@ -7,7 +7,7 @@ import json
 import time
 
 import pytest
-from judge_runs import PRICE, comparisons, judge, judge_config
+from judge_runs import PRICE, judge, judge_config, matchups
 from stub_judge_server import (
     Reply,
     StubServer,
@@ -22,7 +22,7 @@ from stub_judge_server import (
 )
 
 from drpo.config import ConfigError
-from eval.judging.judge import JudgeConfig
+from eval.judging.judges import JudgeConfig
 from eval.judging.matchup import questions_of
 from eval.judging.openai.budget import BudgetConfig
 from eval.judging.openai.openai_judge import make_client
@@ -49,7 +49,7 @@ def test_a_judge_that_always_picks_the_first_slot_gives_half_and_no_consistency(
 def test_in_one_order_such_a_judge_seems_to_have_an_opinion(store):
     """Why both orders are the default."""
     with StubServer(first_slot_wins) as server:
-        run = judge(server, store, questions=questions_of(comparisons(), "both", 0)[::2])
+        run = judge(server, store, questions=questions_of(matchups(), "both", 0)[::2])
     run.orders = "one"
     assert run.rate == 1.0 and [j.consistent for j in run.judgments] == [None] * 6
 
@@ -67,7 +67,7 @@ def test_the_order_is_undone(store, form, prompt):
 def test_a_tie_counts_half_where_ties_are_allowed_and_is_unreadable_elsewhere(store, tmp_path):
     with StubServer(lambda shown, count: "tie") as server:
         allowed = judge(server, store)
-        forbidden = judge(server, tmp_path / "other.sqlite", comparisons(1), ties=False)
+        forbidden = judge(server, tmp_path / "other.sqlite", matchups(1), ties=False)
     assert allowed.rate == 0.5 and all(j.consistent for j in allowed.judgments)
     assert forbidden.statuses() == {"malformed": 2}
     assert forbidden.judgments[0].score is None
@@ -83,7 +83,7 @@ def test_each_call_is_recorded_with_tokens_cost_and_model(store):
     }
     answer = json.dumps({"comparison": "x", "preferred": "A"})
     with StubServer(lambda shown, count: Reply(body=chat_completion(answer, usage=usage))) as server:
-        run = judge(server, store, comparisons(1))
+        run = judge(server, store, matchups(1))
     for call in run.calls:
         tokens = (call.prompt_tokens, call.cached_tokens, call.cache_write_tokens)
         assert tokens == (1000, 600, 100) and (call.completion_tokens, call.reasoning_tokens) == (50, 20)
@@ -101,7 +101,7 @@ def test_each_call_is_recorded_with_tokens_cost_and_model(store):
 
 def test_an_unreadable_answer_is_asked_again_with_a_reminder(store):
     with StubServer(in_turn("Hm.", "B is nice", first_slot_wins)) as server:
-        run = judge(server, store, questions=questions_of(comparisons(1), "both", 0)[:1])
+        run = judge(server, store, questions=questions_of(matchups(1), "both", 0)[:1])
     assert [v.winner for v in run.verdicts] == ["a"] and len(run.verdicts[0].keys) == 3
     assert [call.status for call in run.calls] == ["malformed", "malformed", "ok"]
     texts = server.texts()
@@ -111,8 +111,8 @@ def test_an_unreadable_answer_is_asked_again_with_a_reminder(store):
 
 def test_a_judge_that_never_answers_readably_is_asked_three_times_and_decides_nothing(store):
     with StubServer(lambda shown, count: "I like both") as server:
-        run = judge(server, store, comparisons(2))
-        again = judge(server, store, comparisons(2))
+        run = judge(server, store, matchups(2))
+        again = judge(server, store, matchups(2))
     assert run.statuses() == {"malformed": 4} and len(server.chats) == 12
     assert all(j.score is None for j in run.judgments)
     assert sorted(map(str, again.verdicts)) == sorted(map(str, run.verdicts)), "paid for, so not asked again"
@@ -144,10 +144,10 @@ def test_whatever_could_change_an_answer_is_asked_anew(store, change):
     of_run = {name: change[name] for name in change if name in ("prompt", "ties")}
     of_config = {name: change[name] for name in change if name not in of_run}
     with StubServer(longer_wins, models={"stub-judge": None, "other-judge": None}) as server:
-        judge(server, store, comparisons(2))
-        judge(server, store, comparisons(2), config=judge_config(server, **of_config), **of_run)
+        judge(server, store, matchups(2))
+        judge(server, store, matchups(2), config=judge_config(server, **of_config), **of_run)
         assert len(server.chats) == 8
-        judge(server, store, comparisons(2))  # and the first answers are still there
+        judge(server, store, matchups(2))  # and the first answers are still there
     assert len(server.chats) == 8
 
 
@@ -159,7 +159,7 @@ def test_another_server_is_another_judge(store):
 
 
 def test_a_changed_response_is_asked_anew_and_the_others_are_not(store):
-    before = comparisons(3)
+    before = matchups(3)
     after = [dataclasses.replace(before[0], response_a=" something else"), *before[1:]]
     with StubServer(longer_wins) as server:
         judge(server, store, before)
@@ -169,7 +169,7 @@ def test_a_changed_response_is_asked_anew_and_the_others_are_not(store):
 
 def test_the_same_question_twice_is_asked_once(store):
     """Greedy decoding gives several seeds the same response; both wait for one call."""
-    first = comparisons(1)[0]
+    first = matchups(1)[0]
     seeds = [dataclasses.replace(first, seed=seed) for seed in range(4)]
 
     def slowly(shown, count):
@@ -218,7 +218,7 @@ def test_the_cap_in_dollars_is_not_passed_by_one_of_many_calls_at_once(store):
         run = judge(
             server,
             store,
-            comparisons(20),
+            matchups(20),
             budget=BudgetConfig(max_usd=cap),
             limits=LimitsConfig(concurrency=16),
         )
@@ -229,10 +229,10 @@ def test_the_cap_in_dollars_is_not_passed_by_one_of_many_calls_at_once(store):
         num_before = len(server.chats)
         assert 5 < num_before < 40 and len(run.verdicts) == num_before
 
-        again = judge(server, store, comparisons(20), budget=BudgetConfig(max_usd=cap))
+        again = judge(server, store, matchups(20), budget=BudgetConfig(max_usd=cap))
         assert len(server.chats) == num_before, "the cap holds over runs"
         assert len(again.verdicts) == num_before, "what is paid is still to be had"
-        more = judge(server, store, comparisons(20), budget=BudgetConfig(max_usd=100.0))
+        more = judge(server, store, matchups(20), budget=BudgetConfig(max_usd=100.0))
     assert more.stopped is None and len(more.verdicts) == 40 == len(server.chats)
 
 
@@ -249,13 +249,13 @@ def test_the_cap_in_calls_counts_retries(store):
         run = judge(
             server,
             store,
-            comparisons(10),
+            matchups(10),
             budget=BudgetConfig(max_calls=13),
             limits=LimitsConfig(concurrency=8),
         )
         assert len(server.chats) == 13 == run.ledger.num_requests
         assert "budget.max_calls=13" in str(run.stopped)
-        judge(server, store, comparisons(10), budget=BudgetConfig(max_calls=13))
+        judge(server, store, matchups(10), budget=BudgetConfig(max_calls=13))
     assert len(server.chats) == 13
 
 
@@ -263,7 +263,7 @@ def test_a_request_that_may_have_been_paid_counts_against_the_cap(store):
     """Nobody knows whether a timed-out request was worked on, so its reservation stays spent."""
     impatient = RetryConfig(timeout=0.3, max_attempts=1)
     with StubServer(lambda shown, count: Reply(hang=True)) as server:
-        questions = questions_of(comparisons(1), "both", 0)[:1]
+        questions = questions_of(matchups(1), "both", 0)[:1]
         run = judge(server, store, questions=questions, retry=impatient)
     assert run.statuses() == {"failed": 1} and run.calls[0].cost is None
     sent = sum(len(message["content"].encode()) for message in server.chats[0].body["messages"])
@@ -290,15 +290,6 @@ def test_no_more_requests_are_under_way_than_allowed(store):
     with StubServer(count_them) as server:
         judge(server, store, limits=LimitsConfig(concurrency=3))
     assert most == 3
-
-
-def test_an_exhausted_limit_in_the_headers_pauses_everybody(store):
-    """A lower bound on time, which no slow machine can miss."""
-    headers = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "150ms"}
-    with StubServer(longer_wins, headers=headers) as server:
-        judge(server, store, comparisons(2), limits=LimitsConfig(concurrency=1))
-    starts = [chat.start for chat in server.chats]
-    assert all(later - earlier >= 0.14 for earlier, later in zip(starts, starts[1:], strict=False))
 
 
 # --- keys -------------------------------------------------------------------------------------------------

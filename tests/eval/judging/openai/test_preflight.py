@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from judge_runs import asking, judge_config
+from judge_runs import judge_config, judge_setup
 from preflight_runs import check, probe
 from stub_judge_server import (
     MODEL,
@@ -96,8 +96,8 @@ def test_a_model_that_keeps_to_a_schema_is_asked_by_it(store):
         assert len(server.chats) == 1 and "response_format" in server.chats[0].body
         assert probe(server, store, config) == ("json", []) and len(server.chats) == 1, "it is paid once"
         with closing(Store(store)) as kept:
-            assert known_form(asking(config), kept) == "json"
-            assert known_form(asking(replace(config, temperature=None)), kept) is None
+            assert known_form(judge_setup(config), kept) == "json"
+            assert known_form(judge_setup(replace(config, temperature=None)), kept) is None
 
 
 def refuses_schema(shown, count):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from judge_runs import PATIENT, comparisons, judge, judge_by_batch, judge_config
+from judge_runs import PATIENT, judge, judge_by_batch, judge_config, matchups
 from preflight_runs import check, probe
 from stub_judge_server import (
     MODEL,
@@ -73,12 +73,12 @@ def only(word: str, reply: Reply):
 
 def test_flagged_prompt_is_refused_and_others_judged(store):
     with StubServer(only("rabbit001", FLAGGED)) as server:
-        run = judge(server, store, comparisons(4))
+        run = judge(server, store, matchups(4))
         assert run.stopped is None and run.statuses() == {"ok": 6, "refused": 2}
         assert {v.detail for v in run.verdicts if v.status == "refused"} == {
             "HTTP 403: Input flagged (violence)"
         }
-        again = judge(server, store, comparisons(4))
+        again = judge(server, store, matchups(4))
     assert len(server.chats) == 8 and again.statuses() == run.statuses(), "a rerun asks nothing"
     paid = [call.cost for call in run.calls if call.cost is not None]
     assert run.ledger.usd == pytest.approx(sum(paid)) and len(paid) == 6
@@ -86,27 +86,27 @@ def test_flagged_prompt_is_refused_and_others_judged(store):
 
 def test_unclear_403_after_answers_fails_one_question(store):
     with StubServer(only("rabbit003", UNCLEAR)) as server:
-        run = judge(server, store, comparisons(4), limits=ONE_WORKER)
+        run = judge(server, store, matchups(4), limits=ONE_WORKER)
         assert run.stopped is None and run.statuses() == {"ok": 6, "failed": 2} and len(server.chats) == 8
         assert "you have been blocked" in next(v.detail for v in run.verdicts if v.status == "failed")
         server.behaviour = longer_wins
-        again = judge(server, store, comparisons(4))
+        again = judge(server, store, matchups(4))
     assert again.statuses() == {"ok": 8} and len(server.chats) == 10
 
 
 def test_unclear_403_before_any_answer_stops_the_run(store):
     with StubServer(lambda shown, count: UNCLEAR) as server:
-        run = judge(server, store, comparisons(20), limits=ONE_WORKER)
+        run = judge(server, store, matchups(20), limits=ONE_WORKER)
         assert len(server.chats) == 1 and run.verdicts == [] and run.ledger.usd == 0.0
         assert "because of the key, the place or the text (HTTP 403: <html>Sorry" in str(run.stopped)
         server.behaviour = longer_wins
-        assert judge(server, store, comparisons(20)).statuses() == {"ok": 40}
+        assert judge(server, store, matchups(20)).statuses() == {"ok": 40}
 
 
 def test_unclear_403s_in_a_row_stop_the_run(store):
     patience = RetryConfig(max_failures_in_a_row=3)
     with StubServer(in_turn(longer_wins, UNCLEAR)) as server:
-        run = judge(server, store, comparisons(20), limits=ONE_WORKER, retry=patience)
+        run = judge(server, store, matchups(20), limits=ONE_WORKER, retry=patience)
     assert len(server.chats) == 4 and "3 questions in a row got no answer: HTTP 403" in str(run.stopped)
 
 
@@ -122,7 +122,7 @@ def test_finish_reasons_of_other_providers_are_known(store):
         return Reply(body=chat_completion(verdict_text(shown.body, "A"), finish_reason=reason))
 
     with StubServer(behave) as server:
-        run = judge(server, store, comparisons(3))
+        run = judge(server, store, matchups(3))
     assert run.statuses() == {"refused": 4, "truncated": 2} and len(server.chats) == 6
     assert "stopped by the content filter (SAFETY)" in {v.detail for v in run.verdicts}
 
@@ -133,19 +133,19 @@ def test_finish_reasons_of_other_providers_are_known(store):
 @pytest.mark.parametrize("reply", BROKE.values(), ids=BROKE)
 def test_exhausted_credit_stops_the_run_and_loses_nothing(store, reply):
     with StubServer(in_turn(longer_wins, longer_wins, reply)) as server:
-        run = judge(server, store, comparisons(5), limits=ONE_WORKER)
+        run = judge(server, store, matchups(5), limits=ONE_WORKER)
         assert "money or quota is used up" in str(run.stopped)
         assert len(server.chats) == 3 and run.statuses() == {"ok": 2} and run.ledger.num_open == 0
         assert {call.status for call in run.calls} == {"ok"}, "it is no answer, and no failure of a question"
         server.behaviour = longer_wins
-        rest = judge(server, store, comparisons(5))
+        rest = judge(server, store, matchups(5))
     assert rest.statuses() == {"ok": 10} and len(server.chats) == 11
 
 
 def test_daily_limit_beyond_max_elapsed_stops_the_run(store):
     limit = error(429, "Rate limit of 50 per 86400s exceeded for UserByModelByDay", Retry_After="39404")
     with StubServer(in_turn(longer_wins, limit)) as server:
-        run = judge(server, store, comparisons(20), limits=ONE_WORKER)
+        run = judge(server, store, matchups(20), limits=ONE_WORKER)
     assert len(server.chats) == 2 and "UserByModelByDay" in str(run.stopped)
 
 
@@ -181,14 +181,14 @@ def test_paid_verdict_is_read_in_every_body_format(store, form, shape, kind):
         return Reply(200, body, {"Content-Type": kind})
 
     with StubServer(behave) as server:
-        run = judge(server, store, comparisons(2), config=judge_config(server, form=form))
+        run = judge(server, store, matchups(2), config=judge_config(server, form=form))
     assert run.statuses() == {"ok": 4} and run.rate == 0.0 and len(server.chats) == 4
 
 
 def test_interrupted_answer_is_retried(store):
     half = Reply(body=chat_completion('{"preferred"', finish_reason="error"))
     with StubServer(at_first(half, then=longer_wins)) as server:
-        run = judge(server, store, comparisons(1))
+        run = judge(server, store, matchups(1))
     assert run.statuses() == {"ok": 2} and len(server.chats) == 4
 
 
@@ -199,7 +199,7 @@ def test_unreadable_usage_is_charged_at_the_bound(store, usage):
     """It must not be free: the cap would not hold."""
     body = {**chat_completion(json.dumps({"comparison": "", "preferred": "B"})), "usage": usage}
     with StubServer(lambda shown, count: Reply(body=body)) as server:
-        run = judge(server, store, questions=questions_of(comparisons(1), "both", 0)[:1])
+        run = judge(server, store, questions=questions_of(matchups(1), "both", 0)[:1])
     assert run.calls[0].cost is None and run.ledger.usd > 100 * 100e-6
 
 

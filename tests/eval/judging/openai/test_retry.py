@@ -19,6 +19,7 @@ from eval.judging.openai.retry import (
     classify,
     classify_status,
     delay_before_retry,
+    parse_duration,
     parse_retry_after,
     retry_hint,
 )
@@ -146,3 +147,19 @@ def test_what_is_no_error_of_a_request_is_not_swallowed():
 def test_patience_must_be_positive(name):
     with pytest.raises(ValueError, match=f"retry.{name} must be positive"):
         RetryConfig(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1s", 1),
+        ("6m0s", 360),
+        ("120ms", 0.12),
+        ("1h2m3.5s", 3723.5),
+        ("7.66s", 7.66),
+        ("", None),
+        ("5", None),
+    ],
+)
+def test_durations_of_the_api(text, seconds):
+    assert parse_duration(text) == (None if seconds is None else pytest.approx(seconds))

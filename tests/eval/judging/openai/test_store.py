@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from datetime import datetime, timedelta, timezone
 
 import pytest
 from tiny_runs import CLEAN, ROOT
@@ -129,22 +128,6 @@ def test_a_place_where_no_store_can_be_is_told(tmp_path):
     for path in (tmp_path / "file" / "s.sqlite", tmp_path / "folder"):
         with pytest.raises(DataError, match="no store of verdicts can be kept at"):
             Store(path)
-
-
-def test_requests_of_the_last_minute(path):
-    with closing(Store(path)) as store:
-        (number,) = store.open_requests(["old"], [1.0])
-        store.settle(number, 0.5, "answered", call("old", prompt_tokens=5, completion_tokens=5))
-    with sqlite3.connect(path) as db:
-        past = (datetime.now(timezone.utc) - timedelta(seconds=70)).isoformat(timespec="milliseconds")
-        db.execute("UPDATE requests SET started = ?", (past,))
-    with closing(Store(path)) as store:
-        (number, _) = store.open_requests(["a", "b"], [1.0, 1.0])
-        store.open_requests(["c"], [1.0], batch="mine")
-        store.settle(number, 0.5, "answered", call("a", prompt_tokens=300, completion_tokens=40))
-        recent = store.recent_requests(60.0)
-        assert [tokens for _, tokens in recent] == [340.0, 0.0] and all(0 <= age < 30 for age, _ in recent)
-        assert [tokens for _, tokens in store.recent_requests(100.0)] == [10.0, 340.0, 0.0]
 
 
 KILLED = """

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from eval.judging.openai.answer import Answer
+from eval.judging.openai.pairwise import PROMPTS
 from eval.judging.openai.thoughts import after_thoughts
-from eval.judging.openai.verdict_parser import Answer, read_answer
 
 DRAFT = "Preferred: A\nNo, the other one says more.\nPreferred: A"
 MARKERS = {
@@ -36,7 +37,7 @@ ENDINGS = ["", "<|return|>", "<|END_RESPONSE|>", "</answer>\n", "<|end|><|return
 
 
 def read(text: str, form: str = "text"):
-    return read_answer(Answer(text), form, "Preferred", "Summary", True)
+    return PROMPTS["tldr-1"].parse(Answer(text), form, True)
 
 
 @pytest.mark.parametrize(("begin", "end"), MARKERS.values(), ids=MARKERS)

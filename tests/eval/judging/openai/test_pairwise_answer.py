@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from eval.judging.openai.verdict_parser import Answer, Reading, read_answer
+from eval.judging.openai.answer import Answer, ParsedAnswer
+from eval.judging.openai.pairwise import PROMPTS
 
 SAME = [
     "X",
@@ -42,8 +43,8 @@ OTHER = [
 ]
 
 
-def read(text: str | None, form: str = "text", ties: bool = True, **answer) -> Reading:
-    return read_answer(Answer(text, **answer), form, "Preferred", "Summary", ties)
+def read(text: str | None, form: str = "text", ties: bool = True, **answer) -> ParsedAnswer:
+    return PROMPTS["tldr-1"].parse(Answer(text, **answer), form, ties)
 
 
 @pytest.mark.parametrize("dress", SAME)
@@ -60,8 +61,8 @@ def test_dress_does_not_change_a_verdict(dress, letter):
         f"One is better.\n{said}",
         said,
     ):
-        assert read(text) == Reading("ok", slot), text
-    assert read(json.dumps({"comparison": "One.", "preferred": said}), "json") == Reading("ok", slot)
+        assert read(text) == ParsedAnswer("ok", slot), text
+    assert read(json.dumps({"comparison": "One.", "preferred": said}), "json") == ParsedAnswer("ok", slot)
 
 
 @pytest.mark.parametrize("said", OTHER)
@@ -90,28 +91,28 @@ def test_unclear_texts_are_malformed(text):
 
 
 def test_the_labelled_line_decides_whatever_stands_elsewhere():
-    assert read("Preferred: A\n\nB") == Reading("ok", "first")
+    assert read("Preferred: A\n\nB") == ParsedAnswer("ok", "first")
 
 
 def test_a_verdict_in_the_thoughts_is_a_draft():
-    assert read("<think>Preferred: A\nhm</think>\nPreferred: B") == Reading("ok", "second")
+    assert read("<think>Preferred: A\nhm</think>\nPreferred: B") == ParsedAnswer("ok", "second")
 
 
 def test_a_quoted_verdict_that_agrees_does_no_harm():
-    assert read("The summary says\nPreferred: B\nwhich I do not follow.\nPreferred: B") == Reading(
+    assert read("The summary says\nPreferred: B\nwhich I do not follow.\nPreferred: B") == ParsedAnswer(
         "ok", "second"
     )
 
 
 def test_ties_only_where_they_are_allowed():
     for text, form in (("Preferred: **Tie**", "text"), ('{"comparison": "", "preferred": "tie"}', "json")):
-        assert read(text, form) == Reading("ok", "tie")
+        assert read(text, form) == ParsedAnswer("ok", "tie")
         assert read(text, form, ties=False).status == "malformed"
 
 
 def test_json_in_a_fence_and_with_more_keys_is_read():
-    assert read('```json\n{"comparison": "x", "preferred": "B"}\n```', "json") == Reading("ok", "second")
-    assert read('{"preferred": "B", "confidence": 3}', "json") == Reading("ok", "second")
+    assert read('```json\n{"comparison": "x", "preferred": "B"}\n```', "json") == ParsedAnswer("ok", "second")
+    assert read('{"preferred": "B", "confidence": 3}', "json") == ParsedAnswer("ok", "second")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_a_refusal_in_words_is_a_refusal(text, form):
 
 
 def test_a_polite_verdict_is_a_verdict():
-    assert read("I'm sorry to say that both are weak.\nPreferred: B") == Reading("ok", "second")
+    assert read("I'm sorry to say that both are weak.\nPreferred: B") == ParsedAnswer("ok", "second")
 
 
 def test_the_apis_own_signs_come_first():

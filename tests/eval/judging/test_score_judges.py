@@ -16,17 +16,18 @@ from tiny_tokenizers import single_bytes
 from drpo.config import ConfigError
 from drpo.data.tasks.demo import DemoConfig, make_demo
 from eval.completions.rows import prompt_id_of
-from eval.judging.judge import JudgeConfig, JudgeStopped
-from eval.judging.matchup import Comparison, Question, questions_of
-from eval.judging.offline_judges import CHUNK, ScoreJudge, score_judge
+from eval.judging.judge import JudgeStopped
+from eval.judging.judges import JudgeConfig
+from eval.judging.matchup import Matchup, Question, questions_of
+from eval.judging.score_judges import CHUNK, ScoreJudge, function_judge, reward_model_judge
 from eval.judging.verdict import Verdict, combine_all
 from reward_models.model import RewardModel
 
 POST = "SUBREDDIT: r/camping\nPOST: we have lamp mug but need rope soap tent\nTL;DR:"
 
 
-def compare(a: str, b: str, **changes) -> Comparison:
-    return Comparison(prompt_id_of(POST), POST, "x", a, "y", b, **changes)
+def compare(a: str, b: str, **changes) -> Matchup:
+    return Matchup(prompt_id_of(POST), POST, "x", a, "y", b, **changes)
 
 
 def verdicts_of(judge: ScoreJudge, questions: Sequence[Question]) -> list[Verdict]:
@@ -38,7 +39,7 @@ def verdicts_of(judge: ScoreJudge, questions: Sequence[Question]) -> list[Verdic
 
 def true_reward_judge(**changes) -> ScoreJudge:
     config = JudgeConfig(kind="function", function="drpo.data.tasks.demo:true_rewards", **changes)
-    return score_judge(config, Path("unused"))
+    return function_judge(config, Path("unused"))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_the_true_reward_judges_by_its_rule(a, b, ended, winner, scores):
 def test_both_orders_agree_and_the_reference_is_known():
     made = make_demo(DemoConfig(num_eval=CHUNK + 40), "prompts", "eval")
     compared = [
-        Comparison(prompt_id_of(r.prompt), r.prompt, "x", r.chosen, "y", r.rejected, reference=r.completion)
+        Matchup(prompt_id_of(r.prompt), r.prompt, "x", r.chosen, "y", r.rejected, reference=r.completion)
         for r in made
     ]
     seen = []
@@ -132,19 +133,19 @@ def test_a_reward_model_judges_as_it_scores(reward_model, tmp_path):
         return float(hidden @ model.head.weight[0] + model.head.bias - model.config.centre)
 
     compared = [
-        Comparison("id", prompt, "x", a, "y", b, seed=i, ended_a=ended_a, ended_b=ended_b)
+        Matchup("id", prompt, "x", a, "y", b, seed=i, ended_a=ended_a, ended_b=ended_b)
         for i, ((a, ended_a), (b, ended_b)) in enumerate(itertools.combinations(texts, 2))
     ]
-    judge = score_judge(JudgeConfig(kind="reward_model", path=str(folder), batch_size=3), tmp_path)
+    judge = reward_model_judge(JudgeConfig(kind="reward_model", path=str(folder), batch_size=3), tmp_path)
     verdicts = verdicts_of(judge, [Question(c, "ba") for c in compared])
-    for comparison, verdict in zip(compared, verdicts, strict=True):
-        scores = (alone(comparison.response_a), alone(comparison.response_b))
+    for matchup, verdict in zip(compared, verdicts, strict=True):
+        scores = (alone(matchup.response_a), alone(matchup.response_b))
         assert verdict.scores == pytest.approx(scores, abs=1e-5)
         assert verdict.winner == ("a" if scores[0] > scores[1] else "b")
 
 
 def test_a_judge_must_be_named(tmp_path):
     with pytest.raises(ConfigError, match="judge.function must name a callable"):
-        score_judge(JudgeConfig(kind="function"), tmp_path)
+        function_judge(JudgeConfig(kind="function"), tmp_path)
     with pytest.raises(ConfigError, match="judge.path must name a reward model"):
-        score_judge(JudgeConfig(kind="reward_model"), tmp_path)
+        reward_model_judge(JudgeConfig(kind="reward_model"), tmp_path)
