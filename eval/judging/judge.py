@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from drpo.config import Section, key, refuse, refuse_changed, setting
 from eval.judging.matchup import Question
 from eval.judging.verdict import Verdict
 
@@ -70,7 +71,7 @@ _APPLIES = {
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class JudgeConfig(Section):
     """Who judges (section `judge`)."""
 
     kind: Literal["openai", "reward_model", "function"] = "openai"
@@ -90,52 +91,42 @@ class JudgeConfig:
     keeps to one."""
     probe: bool = True
     """openai: ask one easy question first, to see that the model takes the settings and answers in the form."""
-    temperature: float | None = 0.0
+    temperature: float | None = setting(0.0, ge=0, le=2)
     """openai: sampling temperature; null sends none, for models that take none."""
     reasoning_effort: str | None = None
     """openai: how long a reasoning model thinks; null sends nothing."""
-    max_output_tokens: int = 1024
+    max_output_tokens: int = setting(1024, ge=1)
     """openai: longest answer in tokens, thoughts included. A reservation in the budget is for this length."""
     output_limit: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
     """openai: the API's name for that limit; some local servers know the old name only."""
-    max_reasks: int = 2
+    max_reasks: int = setting(2, ge=0)
     """openai: how often a question is asked again when its answer cannot be read."""
     function: str | None = None
     """function: module:function, a callable that scores completions, such as drpo.data.tasks.demo:true_rewards."""
     path: str | None = None
     """reward_model: its folder or hub id."""
-    batch_size: int = 16
+    batch_size: int = setting(16, ge=1)
     """reward_model: responses scored together."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """reward_model: precision."""
-    tie_margin: float = 0.0
+    tie_margin: float = setting(0.0, ge=0)
     """reward_model, function: scores that differ by no more than this are a tie."""
 
-    def __post_init__(self) -> None:
-        applies = {"kind", *_APPLIES[self.kind]}
-        for field in dataclasses.fields(self):
-            if field.name not in applies and getattr(self, field.name) != field.default:
-                raise ValueError(f"judge.{field.name} does not apply to judge.kind={self.kind}")
-        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"judge.base_url must begin with http:// or https://, got {self.base_url!r}")
+    def check(self) -> None:
+        names = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in ("kind", *_APPLIES[self.kind])
+        ]
+        refuse_changed(self, names, f"does not apply to {key('kind')}={self.kind}")
+        if self.base_url is not None:
+            rule = f"must begin with http:// or https://, got {self.base_url!r}"
+            refuse(not self.base_url.startswith(("http://", "https://")), "base_url", rule)
         for name in ("model", "reasoning_effort"):
             value = getattr(self, name)
-            if value is not None and not value.strip():
-                raise ValueError(f"judge.{name} must be a name or null, got {value!r}")
-        if self.max_output_tokens < 1:
-            raise ValueError(f"judge.max_output_tokens must be >= 1, got {self.max_output_tokens}")
-        if self.max_reasks < 0:
-            raise ValueError(f"judge.max_reasks must be >= 0, got {self.max_reasks}")
-        if self.temperature is not None and not 0 <= self.temperature <= 2:
-            raise ValueError(f"judge.temperature must be in [0, 2] or null, got {self.temperature}")
-        if self.batch_size < 1:
-            raise ValueError(f"judge.batch_size must be >= 1, got {self.batch_size}")
-        if not self.tie_margin >= 0:
-            raise ValueError(f"judge.tie_margin must be >= 0, got {self.tie_margin}")
-        if self.form == "auto" and not self.probe:
-            raise ValueError(
-                "judge.form=auto is found out by the probe; with judge.probe=false choose json or text"
-            )
+            refuse(value is not None and not value.strip(), name, f"must be a name or null, got {value!r}")
+        rule = f"can be auto only with the probe, which finds it out; with {key('probe')}=false choose json or text"
+        refuse(self.form == "auto" and not self.probe, "form", rule)
 
     @property
     def url(self) -> str:

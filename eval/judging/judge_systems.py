@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from drpo.config import ConfigError, save_resolved
+from drpo.config import ConfigError, Section, key, refuse_changed, save_resolved, setting
 from drpo.run.folder import RunStopped
 from eval.atomic_write import write_whole
 from eval.completions.rows import load_completions
@@ -39,7 +39,7 @@ from eval.progress import Say
 
 
 @dataclass(frozen=True)
-class JudgeRecipe:
+class JudgeRecipe(Section):
     """One system against a baseline, judged on the prompts that both answered."""
 
     run_dir: str = "runs/judge"
@@ -51,7 +51,7 @@ class JudgeRecipe:
     and attack/<name> (eval/judging/attacks.py)."""
     baseline: str = "reference"
     """The system that it is compared with."""
-    num_prompts: int | None = None
+    num_prompts: int | None = setting(None, ge=1)
     """Judge on so many of the prompts, chosen by their hashes; null for all."""
     prompt: str | None = None
     """judge.kind=openai: what is asked, tldr-1, hh_helpful-1, hh_harmless-1, or a .yaml file with one's own prompt."""
@@ -62,9 +62,9 @@ class JudgeRecipe:
     """Whether the judge may call a tie."""
     half_tie: Literal["half", "tie"] = "half"
     """What a win in one order and a tie in the other count: 0.75 (half), or 0.5 (tie)."""
-    max_undecided: float = 0.05
+    max_undecided: float = setting(0.05, ge=0, le=1)
     """The run ends with an error, everything written, when a larger share of the comparisons is undecided."""
-    max_failed: float = 0.0
+    max_failed: float = setting(0.0, ge=0, le=1)
     """The same for verdicts that failed; the same command again asks for them again."""
     seed: int = 0
     """Draws the orders for orders=one."""
@@ -76,35 +76,19 @@ class JudgeRecipe:
     retry: RetryConfig = field(default_factory=RetryConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
 
-    def __post_init__(self) -> None:
-        for name in ("max_undecided", "max_failed"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.num_prompts is not None and self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be >= 1 or null, got {self.num_prompts}")
-        if self.orders == "both":
-            _refuse(self.seed != 0, "seed", "orders=both")
-        else:
-            _refuse(self.half_tie != "half", "half_tie", "orders=one")
+    def check(self) -> None:
+        orders = f"does not apply to {key('orders')}={self.orders}"
+        refuse_changed(self, ["seed" if self.orders == "both" else "half_tie"], orders)
         if self.judge.kind != "openai":
-            where = f"judge.kind={self.judge.kind}"
-            _refuse(self.prompt is not None, "prompt", where)
-            _refuse(self.store is not None, "store", where)
-            _refuse(not self.ties, "ties=false", f"{where}: equal scores are a tie")
-            sections = (("budget", BudgetConfig()), ("limits", LimitsConfig()), ("retry", RetryConfig()))
-            for name, default in sections:
-                _refuse(getattr(self, name) != default, name, where)
+            rule = f"does not apply to {key('judge.kind')}={self.judge.kind}"
+            refuse_changed(self, ("prompt", "store", "budget", "limits", "retry"), rule)
+            refuse_changed(self, ["ties"], f"{rule}: equal scores are a tie")
         if self.judge.kind != "openai" or self.judge.backend != "batch":
-            _refuse(self.batch != BatchConfig(), "batch", "this judge; it is for judge.backend=batch")
+            refuse_changed(self, ["batch"], f"is for {key('judge.backend')}=batch")
 
     @property
     def store_path(self) -> Path:
         return Path(self.store) if self.store else Path(self.run_dir) / "verdicts.sqlite"
-
-
-def _refuse(given: bool, name: str, where: str) -> None:
-    if given:
-        raise ValueError(f"{name} does not apply to {where}")
 
 
 def judge(recipe: JudgeRecipe, say: Say = print) -> Path:

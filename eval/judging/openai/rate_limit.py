@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from drpo.config import Section, setting
+
 WINDOW = 60.0
 "Seconds in which the limits hold."
 _DURATION = re.compile(
@@ -17,24 +19,16 @@ _DURATION = re.compile(
 
 
 @dataclass(frozen=True)
-class LimitsConfig:
+class LimitsConfig(Section):
     """How fast the judge is asked (section `limits`)."""
 
-    concurrency: int = 8
+    concurrency: int = setting(8, ge=1)
     """Requests under way at once."""
-    requests_per_minute: int | None = None
+    requests_per_minute: int | None = setting(None, ge=1)
     """The most requests started in any 60 seconds; null for no limit of ours. The API's own headers are heeded too."""
-    tokens_per_minute: int | None = None
+    tokens_per_minute: int | None = setting(None, ge=1)
     """The most tokens in any 60 seconds, prompt and answer together; a request counts with its longest possible answer
     until it is answered."""
-
-    def __post_init__(self) -> None:
-        if self.concurrency < 1:
-            raise ValueError(f"limits.concurrency must be >= 1, got {self.concurrency}")
-        for name in ("requests_per_minute", "tokens_per_minute"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"limits.{name} must be >= 1 or null, got {value}")
 
 
 class Start:
