@@ -91,12 +91,12 @@ class OnlineRecipe(Section):
         )
         for section in ("optim", "critic"):
             steps = getattr(self, section).warmup_steps or 0
-            rule = f"({steps}) must be below num_steps ({self.num_steps})"
+            rule = f"is {steps}, it must be below num_steps, {self.num_steps}"
             refuse(steps >= self.num_steps, f"{section}.warmup_steps", rule)
         refuse(
             alone < self.num_steps <= alone + warmup,
             "optim.warmup_steps",
-            f"({warmup}) must be below the steps in which the policy learns, num_steps - critic.pretrain_steps = "
+            f"is {warmup}, it must be below the steps in which the policy learns, num_steps - critic.pretrain_steps = "
             f"{self.num_steps - alone}",
         )
         longest, shortest = self.rollout.max_response_length, self.reset.min_length

@@ -117,9 +117,7 @@ class CompareRecipe(Section):
             refuse(name in names[:index], place, f"must differ from the other names, got {name!r} twice")
         # A file system may know no upper and lower case.
         folders = {slug(name).casefold() for name in (*names, REFERENCE)}
-        rule = (
-            f"must have names that differ as names of folders, and from {REFERENCE}, got {', '.join(names)}"
-        )
+        rule = f"are too much alike, or like {REFERENCE}, for the names of folders: {', '.join(names)}"
         refuse(len(folders) < len(names) + 1, "systems", rule)
 
     def _refuse_unequal_rivals(self) -> None:

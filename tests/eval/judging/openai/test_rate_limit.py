@@ -155,7 +155,7 @@ def test_durations_of_the_api(text, seconds):
 
 
 def test_limits_must_be_positive():
-    with pytest.raises(ValueError, match="limits.concurrency must be >= 1"):
+    with pytest.raises(ValueError, match="^concurrency must be >= 1"):
         LimitsConfig(concurrency=0)
-    with pytest.raises(ValueError, match="limits.tokens_per_minute must be >= 1 or null"):
+    with pytest.raises(ValueError, match="^tokens_per_minute must be >= 1 or null"):
         LimitsConfig(tokens_per_minute=0)
