@@ -16,7 +16,7 @@ import math
 import platform
 import subprocess
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
@@ -84,23 +84,30 @@ def setting(
 
 
 class Section:
-    """Base of config dataclasses: takes nested sections as mappings too, checks bounds, then calls `check`."""
+    """Base of config dataclasses: takes nested sections as mappings too, checks numbers, then calls `check`."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            section = _section_class(hints[field.name])
-            if section is not None and isinstance(value, Mapping):
-                object.__setattr__(self, field.name, make_section(section, value, f"{key(field.name)}."))
+            if _section_class(hints[field.name]) is not None:
+                value = _as_sections(hints[field.name], value, key(field.name), _default(field))
+                object.__setattr__(self, field.name, value)
+            _check_finite(value, key(field.name))
             bounds = field.metadata.get("bounds")
             if bounds is not None and value is not None and not bounds.holds(value):
                 or_null = " or null" if type(None) in get_args(hints[field.name]) else ""
-                raise ConfigError(f"{key(field.name)} must be {bounds}{or_null}, got {value:g}")
+                raise ConfigError(f"{key(field.name)} must be {bounds}{or_null}, got {value}")
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError, with `key(...)` of what is wrong, when settings do not go together."""
+        """Raise ConfigError, with `key(...)` of what is wrong, when settings do not go together."""
+
+    def changed(self) -> list[str]:
+        """Names of the settings that differ from their defaults, in the order of the source."""
+        return [
+            field.name for field in dataclasses.fields(self) if getattr(self, field.name) != _default(field)
+        ]
 
 
 def refuse(given: bool, name: str, rule: str) -> None:
@@ -109,24 +116,58 @@ def refuse(given: bool, name: str, rule: str) -> None:
         raise ConfigError(f"{key(name)} {rule}")
 
 
-def make_section(section: type[Recipe], values: Mapping[str, Any], prefix: str = "") -> Recipe:
-    """Make a section from a mapping, as strictly as from a recipe; `prefix` is where it stands, dot included."""
-    defaults = OmegaConf.structured(section)
-    _unlock(defaults)
+def refuse_changed(section: Section, names: Collection[str], rule: str, within: str = "") -> None:
+    """Raise ConfigError `<full key> <rule>` for the first of `names` that is not at its default in `section`.
+
+    `within` is where that section stands in the one that is being checked: `critic.`.
+    """
+    for name in section.changed():
+        refuse(name in names, within + name, rule)
+
+
+def make_section(
+    section: type[Recipe], values: Mapping[str, Any], prefix: str = "", default: Recipe | None = None
+) -> Recipe:
+    """Make a section from a mapping over `default`, as strictly as from a recipe file.
+
+    `prefix` is where the section stands, dot included: `rollout.`. Raises ConfigError naming the full key.
+    """
+    base = OmegaConf.structured(section if default is None else default)
+    _unlock(base)
     try:
         given = OmegaConf.create(dict(values))
-        _check_kinds(given, defaults, prefix)
-        merged = OmegaConf.merge(defaults, given)
-        _check_finite(merged)
-        return _made(merged, prefix)
+        _check_kinds(given, base, prefix)
+        return _made(OmegaConf.merge(base, given), prefix)
     except OmegaConfBaseException as error:
-        raise ConfigError(prefix + _explain(error, section, None)) from None
+        raise ConfigError(_explain(error, section, prefix=prefix)) from None
 
 
 def _section_class(hint: Any) -> type | None:
-    """The section class that a field holds, also an optional one."""
-    kinds = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
-    return kinds[0] if kinds and get_origin(hint) is not list else None
+    """The section class that a field holds: one, an optional one, or a list or mapping of them."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    return next((found for part in get_args(hint) if (found := _section_class(part)) is not None), None)
+
+
+def _as_sections(hint: Any, value: Any, place: str, default: Any = None) -> Any:
+    """Replace the mappings that stand for sections in the value of a field by sections; `place` is its full key."""
+    section, container = _section_class(hint), get_origin(hint)
+    if container is list and isinstance(value, list | tuple):
+        return [_as_sections(section, item, f"{place}[{i}]") for i, item in enumerate(value)]
+    if container is dict and isinstance(value, Mapping):
+        return {name: _as_sections(section, item, f"{place}.{name}") for name, item in value.items()}
+    if container in (list, dict):
+        raise ConfigError(f"{place} must be a {container.__name__} of sections, got {value!r}")
+    if isinstance(value, Mapping):
+        return make_section(section, value, f"{place}.", default if isinstance(default, section) else None)
+    if not (isinstance(value, section) or value is None and type(None) in get_args(hint)):
+        raise ConfigError(_no_section(section, value, place))
+    return value
+
+
+def _no_section(section: type, value: Any, place: str) -> str:
+    known = ", ".join(f"{place}.{field.name}" for field in dataclasses.fields(section))
+    return f"{place} is a section, found {value!r}; known keys there: {known}"
 
 
 def _made(node, prefix: str) -> Any:
@@ -138,6 +179,8 @@ def _made(node, prefix: str) -> Any:
             values[name] = None
         elif OmegaConf.is_dict(child) and dataclasses.is_dataclass(OmegaConf.get_type(child)):
             values[name] = _made(child, f"{prefix}{name}.")
+        elif OmegaConf.is_dict(child) and dataclasses.is_dataclass(child._metadata.element_type):
+            values[name] = {inner: _made(child[inner], f"{prefix}{name}.{inner}.") for inner in child}
         elif OmegaConf.is_list(child) and dataclasses.is_dataclass(child._metadata.element_type):
             values[name] = [_made(item, f"{prefix}{name}[{i}].") for i, item in enumerate(child)]
         else:
@@ -156,25 +199,23 @@ def load_recipe(recipe_class: type[Recipe], path: Path | None, overrides: Sequen
     """Merge defaults < recipe file < overrides (`section.key=value`), and validate every value.
 
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type, or a value that the
-    dataclass's `__post_init__` refuses.
+    section's bounds or `check` refuse.
     """
     layers = [OmegaConf.structured(recipe_class)]
     if path is not None:
         layers.append(_read_recipe(Path(path), recipe_class))
     given = []
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
+        name, equals, value = override.partition("=")
+        if not equals or not name:
             raise ConfigError(f"{override!r} is not an override: write section.key=value")
-        given.append(f"{key}={quote_words(value, kind_at(recipe_class, key))}")
+        given.append(f"{name}={quote_words(value, kind_at(recipe_class, name))}")
     try:
         layers.append(OmegaConf.from_dotlist(given))
         _unlock(layers[0])
         for layer in layers[1:]:
             _check_kinds(layer, layers[0])
-        merged = OmegaConf.merge(*layers)
-        _check_finite(merged)
-        return _made(merged, "")
+        return _made(OmegaConf.merge(*layers), "")
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, recipe_class, path)) from None
     except (ValueError, yaml.YAMLError) as error:
@@ -188,22 +229,20 @@ def _check_kinds(given, defaults, prefix: str = "") -> None:
             if name in (retired := getattr(OmegaConf.get_type(defaults), "RETIRED", {})):
                 raise ConfigError(f"{prefix}{name} {retired[name]}")
             continue  # the merge names unknown keys
-        key, value, default = f"{prefix}{name}", given._get_node(name), defaults._get_node(name)
-        if OmegaConf.is_dict(default) and dataclasses.is_dataclass(OmegaConf.get_type(default)):
+        place, value, default = f"{prefix}{name}", given._get_node(name), defaults._get_node(name)
+        if OmegaConf.is_dict(default) and dataclasses.is_dataclass(section := OmegaConf.get_type(default)):
             if not OmegaConf.is_dict(value):
-                known = ", ".join(f"{key}.{child}" for child in default)
-                raise ConfigError(f"{key} is a section, found {given[name]!r}; known keys there: {known}")
-            _check_kinds(value, default, f"{key}.")
+                raise ConfigError(_no_section(section, given[name], place))
+            _check_kinds(value, default, f"{place}.")
         elif OmegaConf.is_list(default) and OmegaConf.is_dict(value):
-            raise ConfigError(
-                f"{key} is a list, written {key}=[a,b], found keys: {', '.join(map(str, value))}"
-            )
+            found = ", ".join(map(str, value))
+            raise ConfigError(f"{place} is a list, written {place}=[a,b], found keys: {found}")
         elif OmegaConf.is_list(default) and OmegaConf.is_list(value):
-            _check_items(value, default._metadata.element_type, key)
+            _check_items(value, default._metadata.element_type, place)
         elif OmegaConf.is_list(default) and not (value._is_none() or value._is_interpolation()):
-            raise ConfigError(f"{key} is a list, written {key}=[a,b], found {given[name]!r}")
+            raise ConfigError(f"{place} is a list, written {place}=[a,b], found {given[name]!r}")
         elif OmegaConf.is_dict(default) and OmegaConf.is_list(value):
-            raise ConfigError(f"{key} is a mapping, written {key}.name=value, found a list: {value}")
+            raise ConfigError(f"{place} is a mapping, written {place}.name=value, found a list: {value}")
 
 
 def _check_items(items, item_class: type, key: str) -> None:
@@ -212,30 +251,28 @@ def _check_items(items, item_class: type, key: str) -> None:
         item, place = items._get_node(index), f"{key}[{index}]"
         if dataclasses.is_dataclass(item_class):
             if not OmegaConf.is_dict(item):
-                known = ", ".join(field.name for field in dataclasses.fields(item_class))
-                raise ConfigError(f"{place} is a section, found {items[index]!r}; known keys there: {known}")
+                raise ConfigError(_no_section(item_class, items[index], place))
             defaults = OmegaConf.structured(item_class)
             _unlock(defaults)
             _check_kinds(item, defaults, f"{place}.")
             try:
                 OmegaConf.merge(defaults, item)
             except OmegaConfBaseException as error:
-                raise ConfigError(f"{place}.{_explain(error, item_class, None)}") from None
+                raise ConfigError(_explain(error, item_class, prefix=f"{place}.")) from None
         elif item_class in (str, int, float, bool) and OmegaConf.is_config(item):
             raise ConfigError(f"{place} must be one value, found {item}")
 
 
-def _check_finite(node) -> None:
+def _check_finite(value: Any, place: str) -> None:
     """No setting is inf or nan: comparisons with nan are false, so that it would pass every check of a range."""
-    for key in node if OmegaConf.is_dict(node) else range(len(node)):
-        child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
-        if OmegaConf.is_config(child):
-            if not child._is_none():
-                _check_finite(child)
-        elif child is not None and isinstance(value := child._value(), float) and not math.isfinite(value):
-            raise ConfigError(
-                f"{child._get_full_key(None)} is {value}; give a finite number, or null where it may be off"
-            )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{place} is {value}; give a finite number, or null where it may be off")
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_finite(inner, f"{place}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            _check_finite(inner, f"{place}[{index}]")
 
 
 def _unlock(node) -> None:
@@ -261,16 +298,16 @@ def _read_recipe(path: Path, recipe_class: type):
     return node
 
 
-def _explain(error: OmegaConfBaseException, recipe_class: type, path: Path | None) -> str:
+def _explain(error: OmegaConfBaseException, section: type, path: Path | None = None, prefix: str = "") -> str:
     key = error.full_key or ""
     where = f" (recipe {path} or an override)" if path else ""
-    first_line = str(error).splitlines()[0]
-    message = f"{key}: {first_line}{where}" if key else f"{first_line}{where}"
-    known = [option.key for option in options(recipe_class)]
+    place = f"{prefix}{key}".rstrip(".")
+    message = f"{place}: " * bool(place) + str(error).splitlines()[0] + where
+    known = [option.key for option in options(section)]
     if key and key.partition("[")[0] not in known:
         level = key.rpartition(".")[0] + "." if "." in key else ""
         there = dict.fromkeys(level + k[len(level) :].partition(".")[0] for k in known if k.startswith(level))
-        message += f"\nknown keys there: {', '.join(there)}"
+        message += f"\nknown keys there: {', '.join(prefix + name for name in there)}"
     return message
 
 

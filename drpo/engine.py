@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, Section, setting
 from drpo.precision import PRECISIONS, choose_precision, settled_why, slow_bf16_warning
 
 FLAGS = tuple(f"ACCELERATE_{name}" for name in ("USE_CPU", "USE_FSDP", "DEBUG_MODE", "CPU_AFFINITY"))
@@ -28,7 +28,7 @@ FLAGS = tuple(f"ACCELERATE_{name}" for name in ("USE_CPU", "USE_FSDP", "DEBUG_MO
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Section):
     """Precision and trackers; what runs where is said by `accelerate launch`."""
 
     mixed_precision: Literal["no", "bf16"] | None = None
@@ -38,12 +38,8 @@ class EngineConfig:
     """accelerate trackers by name (tensorboard, wandb, comet_ml, mlflow, ...); [] for none."""
     project: str = "drpo"
     """Project name given to the trackers."""
-    timeout_minutes: float = 60.0
+    timeout_minutes: float = setting(60.0, gt=0)
     """How long a process waits for the others (a checkpoint being written, a slow reward) before the run fails."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.timeout_minutes < float("inf"):
-            raise ValueError(f"engine.timeout_minutes must be > 0 and finite, got {self.timeout_minutes}")
 
 
 def _check_flags() -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,58 +12,6 @@ from torch import Tensor
 from drpo.tensors import masked_sum
 
 Estimator = Literal["k1", "k2", "k3"]
-
-
-@dataclass(frozen=True)
-class KLConfig:
-    """The KL penalty to the reference, and its guard."""
-
-    coef: float = 0.05
-    """Weight of the KL in the reward (the start value when `target_per_token` is set)."""
-    estimator: Estimator = "k1"
-    """Estimator that enters the reward (Schulman 2020)."""
-    target_per_token: float | None = None
-    """KL per sampled token, in nats, that an adaptive coefficient steers to, the same notion for PPO and DR-PO; null
-    keeps `coef` fixed. From a target per episode: divide by the sampled tokens of an episode (6 nats, 128 tokens:
-    0.047)."""
-    horizon: float = 10_000
-    """Episodes over which the adaptive coefficient reacts; used with `target_per_token`."""
-    max_per_token: float | None = None
-    """Guard: KL per sampled token, in nats (k3), above which `on_max` happens; null for no guard."""
-    on_max: Literal["stop", "rollback"] = "stop"
-    """stop: end the run with an error that names the last checkpoint. rollback: go back to the weights of the
-    last checkpoint and on with new prompts."""
-
-    RETIRED: ClassVar[dict[str, str]] = {
-        "target": "was a KL per episode, which is fewer sampled tokens under resets than without; write "
-        "kl.target_per_token = target / sampled tokens of an episode (6 nats, 128 tokens: 0.047)",
-        "max": "was a KL per episode, which is fewer sampled tokens under resets than without; write "
-        "kl.max_per_token = max / sampled tokens of an episode",
-    }
-
-    def __post_init__(self) -> None:
-        if self.coef < 0:
-            raise ValueError(f"kl.coef must be >= 0, got {self.coef}")
-        if self.target_per_token is not None and (self.target_per_token <= 0 or self.coef <= 0):
-            raise ValueError("kl.target_per_token needs kl.target_per_token > 0 and kl.coef > 0")
-        if self.horizon <= 0:
-            raise ValueError(f"kl.horizon must be > 0, got {self.horizon}")
-        if self.target_per_token is None and self.horizon != KLConfig.horizon:
-            raise ValueError(
-                f"kl.horizon={self.horizon:g} does nothing without kl.target_per_token; set that, or drop kl.horizon "
-                f"({KLConfig.horizon:g})"
-            )
-        if self.max_per_token is None and self.on_max != "stop":
-            raise ValueError(
-                "kl.on_max=rollback does nothing without kl.max_per_token; set that, or drop kl.on_max (stop)"
-            )
-        if self.max_per_token is not None and self.max_per_token <= 0:
-            raise ValueError(f"kl.max_per_token must be > 0 or null, got {self.max_per_token}")
-
-    def controller(self) -> FixedKL | AdaptiveKL:
-        if self.target_per_token is None:
-            return FixedKL(self.coef)
-        return AdaptiveKL(self.coef, self.target_per_token, self.horizon)
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Tensor:

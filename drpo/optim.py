@@ -8,42 +8,32 @@ from typing import Literal
 
 import torch
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, Section, refuse, setting
 from drpo.schedules import learning_rate_factor
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = 3e-6
+    learning_rate: float = setting(3e-6, gt=0)
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How it falls from the peak to 0 at the last step (constant: not at all)."""
-    warmup_steps: int = 0
+    warmup_steps: int = setting(0, ge=0)
     """Steps of linear warm-up."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, ge=0)
     """AdamW's weight decay."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's decay rates of the two moments."""
-    eps: float = 1e-5
+    eps: float = setting(1e-5, gt=0)
     """AdamW's epsilon."""
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: float | None = setting(1.0, gt=0)
     """Clip the global gradient norm to this; null for no clipping."""
 
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"optim.learning_rate must be > 0, got {self.learning_rate}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps must be >= 0, got {self.warmup_steps}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas must be two numbers in [0, 1), got {self.betas}")
-        if self.weight_decay < 0:
-            raise ValueError(f"optim.weight_decay must be >= 0, got {self.weight_decay}")
-        if self.eps <= 0:
-            raise ValueError(f"optim.eps must be > 0, got {self.eps}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ValueError(f"optim.max_grad_norm must be > 0 or null, got {self.max_grad_norm}")
+    def check(self) -> None:
+        wrong = len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas)
+        refuse(wrong, "betas", f"must be two numbers in [0, 1), got {self.betas}")
 
 
 def build_optimizer(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from drpo.config import Section, refuse, setting
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.noise import NoiseConfig
@@ -28,21 +29,15 @@ from reward_models.model import Aggregation, RewardModel
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(Section):
     """What the score is."""
 
     aggregation: Aggregation = "last"
     """last: the head at the last response token is the score. sum: the heads at all response tokens are summed."""
-    penalty: float = 0.0
+    penalty: float = setting(0.0, ge=0)
     """Weight of the mean squared score in the loss; keeps scores near 0."""
-    num_centring: int = 1024
+    num_centring: int = setting(1024, ge=0)
     """How many references fix the zero of the score (their mean score becomes 0); 0 leaves it where it is."""
-
-    def __post_init__(self) -> None:
-        if self.penalty < 0:
-            raise ValueError(f"score.penalty must be >= 0, got {self.penalty}")
-        if self.num_centring < 0:
-            raise ValueError(f"score.num_centring must be >= 0, got {self.num_centring}")
 
 
 @dataclass(frozen=True)
@@ -55,10 +50,9 @@ class RewardModelRecipe(OfflineRecipe):
     references: DataConfig | None = None
     """Data whose completions fix the zero of the score (written like `data`); null: those of `data`."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.model.lora.r:
-            raise ValueError("model.lora: a reward model is trained in full; set model.lora.r=0")
+    def check(self) -> None:
+        super().check()
+        refuse(self.model.lora.r > 0, "model.lora.r", "must be 0: a reward model is trained in full")
 
 
 class PairObjective(RowObjective):

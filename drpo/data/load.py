@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.data.chat import ChatTemplate
 from drpo.data.encode import Example, encode_prompts, encode_records
 from drpo.data.files import read_table
@@ -23,10 +24,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_EVAL_FRACTION = 0.05
+NOT_FOR_THE_DEMO = (
+    *("path", "subset", "train_split", "eval_split", "eval_fraction", "split_seed"),
+    *("columns", "chat_template"),
+)
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """What to train on (section `data` of a recipe)."""
 
     task: TaskName = "demo"
@@ -41,12 +46,12 @@ class DataConfig:
     "The split to train on. A single file is the split train."
     eval_split: str | None = None
     "The split to evaluate on. Without it a part of the train split is held out."
-    eval_fraction: float | None = None
+    eval_fraction: float | None = setting(None, ge=0, lt=1)
     """Share of the distinct prompts to hold out by a hash of the prompt, the same ones in every stage; null
     = 0.05."""
     split_seed: int = 0
     "Seed of that hash: keep it the same for SFT, reward model and RL."
-    limit: int | None = None
+    limit: int | None = setting(None, ge=1)
     "Read only the first this many rows of each split."
     columns: dict[str, str] = field(default_factory=dict)
     """For own data: the name of your column for each of prompt, completion, chosen, rejected, messages,
@@ -59,71 +64,49 @@ class DataConfig:
     stop_token: str | None = None
     """The token that ends a response, in training and in sampling; null = the one that ends the assistant's
     turn in the chat template, else the tokenizer's eos token."""
-    max_prompt_length: int | None = None
+    max_prompt_length: int | None = setting(None, ge=1)
     "The most tokens of a prompt; null = no limit."
-    max_response_length: int | None = None
+    max_response_length: int | None = setting(None, ge=1)
     """The most tokens of a response, stop token included; null = no limit. A longer demonstration or pair
     is a bad row; a longer response to reset to is cut, since only a prefix of it is used."""
     truncation: Truncation | None = None
     """What happens to a longer prompt. refuse: it is a bad row; left: its last tokens are kept; paragraph:
     the post loses its last paragraphs (not for every task). null = the task's own: paragraph for tldr, left for hh
     without chat template, refuse for most."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = setting(0.01, ge=0, le=1)
     "Stop when more than this share of the rows is bad."
     demo: DemoConfig = field(default_factory=DemoConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
 
-    def __post_init__(self) -> None:
-        def check(ok: bool, name: str, rule: str) -> None:
-            if not ok:
-                raise ValueError(f"data.{name} {rule}, got {getattr(self, name)!r}")
-
-        for name in ("limit", "max_prompt_length", "max_response_length"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, name, "must be at least 1, or null")
-        check(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "must be between 0 and 1")
-        check(
-            self.eval_fraction is None or 0 <= self.eval_fraction < 1,
-            "eval_fraction",
-            "must be at least 0 and below 1",
-        )
-        check(self.task in TASKS, "task", f"must be one of {', '.join(TASKS)}")
-        task = TASKS[self.task]
+    def check(self) -> None:
+        refuse(self.task not in TASKS, "task", f"must be one of {', '.join(TASKS)}, got {self.task!r}")
+        task, given = TASKS[self.task], f"{key('task')}={self.task}"
         if task.read is not None:
-            check(bool(self.path), "path", f"must say where the data for data.task={self.task} is")
-        for option in fields(self):
-            if option.name in task.unused:
-                value = getattr(self, option.name)
-                default = option.default_factory() if option.default is MISSING else option.default
-                unset = value == default or not (value or default)
-                check(unset, option.name, f"does not apply to data.task={self.task}")
+            refuse(not self.path, "path", f"must name the data for {given}, got {self.path!r}")
+        refuse_changed(self, task.unused, f"does not apply to {given}")
         if self.eval_split is not None:
-            check(self.eval_split != self.train_split, "eval_split", "must differ from data.train_split")
-            check(self.eval_fraction is None, "eval_fraction", "does not apply when data.eval_split is given")
-            check(self.split_seed == 0, "split_seed", "does not apply when data.eval_split is given")
-        owners = " or ".join(name for name, other in TASKS.items() if other.columns)
-        check(bool(task.columns) or not self.columns, "columns", f"applies to data.task={owners} only")
+            rule = f"must differ from {key('train_split')}, got {self.eval_split!r}"
+            refuse(self.eval_split == self.train_split, "eval_split", rule)
+            rule = f"does not apply when {key('eval_split')} is given"
+            refuse_changed(self, ("eval_fraction", "split_seed"), rule)
+        if not task.columns:
+            owners = " or ".join(name for name, other in TASKS.items() if other.columns)
+            refuse_changed(self, ["columns"], f"applies to {key('task')}={owners} only")
         for name in self.columns:
-            if name not in task.columns:
-                raise ValueError(f"data.columns.{name} is unknown; the fields are: {', '.join(task.columns)}")
-        check(
-            self.chat_template or not self.chat_template_kwargs, "chat_template_kwargs", "needs chat_template"
-        )
-        if taken := RESERVED & set(self.chat_template_kwargs):
-            raise ValueError(
-                f"data.chat_template_kwargs.{min(taken)} is not the template's own: DRPO sets it, or it would do "
-                "nothing; leave it out"
-            )
-        if self.chat_template:
-            check(self.truncation != "left", "truncation", "must not cut the opening of a chat template")
+            rule = f"is unknown; the fields are: {', '.join(task.columns)}"
+            refuse(name not in task.columns, f"columns.{name}", rule)
+        if not self.chat_template:
+            refuse_changed(self, ["chat_template_kwargs"], f"needs {key('chat_template')}=true")
+        for name in self.chat_template_kwargs:
+            rule = "is not the template's own: DRPO sets it, or it would do nothing; leave it out"
+            refuse(name in RESERVED, f"chat_template_kwargs.{name}", rule)
+        rule = f"must not cut the opening of a chat template, got {self.truncation}"
+        refuse(self.chat_template and self.truncation == "left", "truncation", rule)
         if self.truncation is not None:
-            check(self.max_prompt_length is not None, "truncation", "needs data.max_prompt_length")
+            refuse(self.max_prompt_length is None, "truncation", f"needs {key('max_prompt_length')}")
             owners = " or ".join(name for name, other in TASKS.items() if other.by_paragraph)
-            check(
-                self.truncation != "paragraph" or task.by_paragraph is not None,
-                "truncation",
-                f"can be paragraph for data.task={owners} only",
-            )
+            rule = f"can be paragraph for {key('task')}={owners} only, got {given}"
+            refuse(self.truncation == "paragraph" and task.by_paragraph is None, "truncation", rule)
 
     @property
     def prompt_truncation(self) -> Truncation:

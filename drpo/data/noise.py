@@ -7,28 +7,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from drpo.config import Section, setting
 from drpo.data.encode import Example
 from drpo.data.records import DataError
 
 
 @dataclass(frozen=True)
-class NoiseConfig:
+class NoiseConfig(Section):
     """Noise that is put on the pairs to train on (section `data.noise`); held-out pairs stay as they are."""
 
-    flip_rate: float = 0.0
+    flip_rate: float = setting(0.0, ge=0, le=1)
     """Pairwise noise: chance that the two responses of a pair change places."""
-    off_topic_rate: float = 0.0
+    off_topic_rate: float = setting(0.0, ge=0, le=1)
     """Pointwise noise: chance that both responses of a pair are replaced by those of a pair on another
     prompt."""
-    seed: int = 0
+    seed: int = setting(0, ge=0)
     """Seed of the noise. Under one seed, the pairs hit at a rate are among those hit at a higher rate."""
-
-    def __post_init__(self) -> None:
-        for name in ("flip_rate", "off_topic_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.noise.{name} must be between 0 and 1, got {getattr(self, name)!r}")
-        if self.seed < 0:
-            raise ValueError(f"data.noise.seed must be at least 0, got {self.seed}")
 
     @property
     def on(self) -> bool:

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, Section, key, refuse, setting
 from drpo.models.adapters import add_lora
 from drpo.models.attention import attention_errors
 from drpo.models.causal_lm import fresh_causal_lm, read_causal_lm
@@ -34,28 +34,24 @@ _ROPE_KEYS = {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base", "pa
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021) in place of full fine-tuning; without dropout."""
 
-    r: int = 0
+    r: int = setting(0, ge=0)
     """Rank of the update; 0 trains all weights."""
-    alpha: float = 16.0
+    alpha: float = setting(16.0, gt=0)
     """The update is scaled by alpha / r."""
     target_modules: list[str] | None = None
     """Names of the linear layers that get an adapter; null: all but the output embedding and the routers of experts.
     Experts that transformers keeps as one fused parameter get none."""
 
-    def __post_init__(self) -> None:
-        if self.r < 0:
-            raise ValueError(f"model.lora.r must be 0 (off) or positive, got {self.r}")
-        if not self.alpha > 0:
-            raise ValueError(f"model.lora.alpha must be positive, got {self.alpha}")
-        if self.target_modules is not None and not self.target_modules:
-            raise ValueError("model.lora.target_modules is empty; name layers, or null for all linear layers")
+    def check(self) -> None:
+        rule = "is empty; name layers, or null for all linear layers"
+        refuse(self.target_modules == [], "target_modules", rule)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """Which model, in which precision, and how it is trained."""
 
     path: str | None = None
@@ -65,7 +61,7 @@ class ModelConfig:
     """From scratch: model_type and further keys of that transformers config (hidden_size, ...)."""
     tokenizer: str | None = None
     """Folder, hub id or GGUF file of the tokenizer; null: the model's own, or from scratch one trained on the data."""
-    vocab_size: int | None = None
+    vocab_size: int | None = setting(None, ge=SMALLEST_VOCABULARY)
     """Size of the byte-level BPE tokenizer that is trained on the data (from scratch without a tokenizer)."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Precision of the weights; auto: as saved. Trained weights are float32 (bf16 autocast comes on top), but for
@@ -74,60 +70,40 @@ class ModelConfig:
     """eager, sdpa, flash_attention_2, ...; null: transformers' choice."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    trainable_layers: int | None = None
+    trainable_layers: int | None = setting(None, ge=1)
     """Train this many of the top layers (in full or with LoRA) and freeze what is below: policy, reference, critic and,
     if it was trained so from the same weights, the reward model share it, and it runs once for a batch of rollouts."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    def __post_init__(self) -> None:
-        if self.path is not None and self.architecture:
-            raise ValueError(
-                "model.architecture is for a model from scratch; give it or model.path, not both"
-            )
-        if self.architecture:
+    def check(self) -> None:
+        scratch = bool(self.architecture)
+        rule = f"is for a model from scratch; give it or {key('path')}, not both"
+        refuse(scratch and self.path is not None, "architecture", rule)
+        if scratch:
             _check_architecture(self.architecture)
-            if self.tokenizer is None and self.vocab_size is None:
-                raise ValueError("model.vocab_size: a model from scratch needs it, or model.tokenizer")
-        if self.vocab_size is not None:
-            if self.path is not None or self.tokenizer is not None:
-                raise ValueError(
-                    "model.vocab_size is for a tokenizer trained on the data; leave it out beside model.path or "
-                    "model.tokenizer"
-                )
-            if self.vocab_size < SMALLEST_VOCABULARY:
-                raise ValueError(
-                    f"model.vocab_size must be at least {SMALLEST_VOCABULARY} (all bytes, stop and pad), "
-                    f"got {self.vocab_size}"
-                )
-        if self.trainable_layers is not None:
-            if self.trainable_layers < 1:
-                raise ValueError(
-                    f"model.trainable_layers must be >= 1, or null to train all layers, got {self.trainable_layers}"
-                )
-            if self.architecture:
-                raise ValueError(
-                    "model.trainable_layers freezes trained layers; set it to null for a model from scratch"
-                )
-        if self.lora.r and self.architecture:
-            raise ValueError("model.lora trains an adapter beside a trained model; set lora.r=0 from scratch")
+            rule = f"must be given for a model from scratch, or {key('tokenizer')}"
+            refuse(self.tokenizer is None and self.vocab_size is None, "vocab_size", rule)
+            rule = "freezes trained layers; set it to null for a model from scratch"
+            refuse(self.trainable_layers is not None, "trainable_layers", rule)
+            rule = "adds adapters to a trained model; set it to 0 for a model from scratch"
+            refuse(self.lora.r > 0, "lora.r", rule)
+        for name in ("path", "tokenizer"):
+            rule = f"is for a tokenizer trained on the data; leave it out beside {key(name)}"
+            refuse(None not in (self.vocab_size, getattr(self, name)), "vocab_size", rule)
 
 
 def _check_architecture(architecture: dict[str, Any]) -> None:
     model_type = architecture.get("model_type")
     if model_type not in CONFIG_MAPPING:
         close = ", ".join(difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), n=5))
-        raise ValueError(
-            f"model.architecture.model_type: transformers has no {model_type!r}"
-            + (f"; did you mean {close}?" if close else "; for example gpt_neox or llama")
-        )
+        advice = f"did you mean {close}?" if close else "for example gpt_neox or llama"
+        refuse(True, "architecture.model_type", f"is unknown to transformers, got {model_type!r}; {advice}")
     default = CONFIG_MAPPING[model_type]()
-    for key in architecture:
-        if key != "model_type" and key not in _ROPE_KEYS and not hasattr(default, key):
-            close = ", ".join(difflib.get_close_matches(key, vars(default), n=3))
-            raise ValueError(
-                f"model.architecture.{key}: {model_type} has no such key"
-                + (f"; did you mean {close}?" if close else "")
-            )
+    for name in architecture:
+        if name != "model_type" and name not in _ROPE_KEYS and not hasattr(default, name):
+            close = ", ".join(difflib.get_close_matches(name, vars(default), n=3))
+            advice = f"; did you mean {close}?" if close else ""
+            refuse(True, f"architecture.{name}", f"is no key of {model_type}{advice}")
 
 
 def load_policy(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, Section, key, refuse, setting
 from drpo.data.encode import said_texts
 from drpo.rewards import Completion
 from drpo.rollout.sampler import Generated, SamplingConfig, Vocabulary, draw_uniforms, sample
@@ -26,40 +26,34 @@ Draw = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Section):
     """How many rollouts a step has and how they are sampled."""
 
-    batch_size: int = 512
+    batch_size: int = setting(512, ge=1)
     """Rollouts per step over all processes (episodes)."""
-    rollouts_per_prompt: int = 1
+    rollouts_per_prompt: int = setting(1, ge=1)
     """How many rollouts share a prompt; each has its own reset and its own random numbers."""
-    max_response_length: int = 53
+    max_response_length: int = setting(53, ge=1)
     """Longest response in tokens, forced prefix and stop token included."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
     """Temperature. top_k and top_p are refused: log-probabilities are those of all tokens."""
     bad_tokens: list[str] = field(default_factory=list)
     """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
-    generation_batch_size: int = 64
+    generation_batch_size: int = setting(64, ge=1)
     """Rows decoded together on one device."""
 
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "rollouts_per_prompt", "max_response_length", "generation_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rollout.{name} must be >= 1, got {getattr(self, name)}")
-        if self.batch_size % self.rollouts_per_prompt:
-            raise ValueError(
-                f"rollout.batch_size ({self.batch_size}) must be a multiple of "
-                f"rollout.rollouts_per_prompt ({self.rollouts_per_prompt})"
+    def check(self) -> None:
+        rule = f"must be a multiple of {key('rollouts_per_prompt')} ({self.rollouts_per_prompt})"
+        refuse(self.batch_size % self.rollouts_per_prompt != 0, "batch_size", f"({self.batch_size}) {rule}")
+        rule = "must be > 0: greedy rollouts explore nothing"
+        refuse(self.sampling.temperature == 0, "sampling.temperature", rule)
+        for name, off in (("top_k", 0), ("top_p", 1)):
+            rule = (
+                f"must be {off}, got {getattr(self.sampling, name):g}: rollouts would be drawn from a narrower "
+                "distribution than the one whose log-probabilities are trained on, so ratios and KL would be wrong; "
+                f"use {key('sampling.temperature')}"
             )
-        if self.sampling.temperature <= 0:
-            raise ValueError("rollout.sampling.temperature must be > 0: greedy rollouts explore nothing")
-        for key, off in (("top_k", 0), ("top_p", 1)):
-            if (value := getattr(self.sampling, key)) != off:
-                raise ValueError(
-                    f"rollout.sampling.{key}={value:g}: rollouts would be drawn from a narrower distribution than the "
-                    "one whose log-probabilities are trained on, so ratios and KL would be wrong; set "
-                    f"rollout.sampling.{key}={off} and use rollout.sampling.temperature"
-                )
+            refuse(getattr(self.sampling, name) != off, f"sampling.{name}", rule)
 
 
 def vocabulary_of(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, Section, refuse, setting
 from drpo.data.encode import Example
 from drpo.engine import Engine
 from drpo.kl import sequence_kl
@@ -34,38 +34,33 @@ Held = tuple[dict[str, float], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Section):
     """When and how the policy is evaluated on held-out prompts."""
 
-    every: int = 50
+    every: int = setting(50, ge=0)
     """Evaluate after every so many steps, and after the last; 0 for never."""
-    num_prompts: int = 64
+    num_prompts: int = setting(64, ge=1)
     """How many held-out prompts, the same ones every time."""
-    temperature: float = 0.01
+    temperature: float = setting(0.01, ge=0)
     """Sampling temperature of the evaluation; 0 is greedy."""
     reward_functions: dict[str, str] = field(default_factory=dict)
     """Further scores to report, name: module:function."""
 
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"eval.every must be >= 0, got {self.every}")
-        if self.num_prompts < 1:
-            raise ValueError(f"eval.num_prompts must be >= 1, got {self.num_prompts}")
-        if self.temperature < 0:
-            raise ValueError(f"eval.temperature must be >= 0, got {self.temperature}")
-        if taken := {"score", "kl", "log_ratio", "length", "ended"} & set(self.reward_functions):
-            raise ValueError(f"eval.reward_functions: {sorted(taken)} are names of other metrics")
+    def check(self) -> None:
+        for name in self.reward_functions:
+            taken = name in ("score", "kl", "log_ratio", "length", "ended")
+            refuse(taken, f"reward_functions.{name}", "is the name of another metric; choose another")
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Section):
     """Completions of held-out prompts that are written at every evaluation."""
 
-    num_prompts: int = 16
+    num_prompts: int = setting(16, ge=0)
     """How many held-out prompts; 0 for none."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, ge=0)
     """Sampling temperature; 0 is greedy."""
-    max_response_length: int = 53
+    max_response_length: int = setting(53, ge=1)
     """Longest completion in tokens."""
     reward_functions: dict[str, str] = field(default_factory=dict)
     """Scores to report of them, name: module:function."""
@@ -73,15 +68,10 @@ class SampleConfig:
     """Folder or hub id of a policy to measure eval/kl to (at other temperatures than 1: eval/log_ratio), kept in memory
     besides; null: the reference of the loss, if it is in memory and does not move, else neither."""
 
-    def __post_init__(self) -> None:
-        if self.num_prompts < 0:
-            raise ValueError(f"sample.num_prompts must be >= 0, got {self.num_prompts}")
-        if self.temperature < 0:
-            raise ValueError(f"sample.temperature must be >= 0, got {self.temperature}")
-        if self.max_response_length < 1:
-            raise ValueError(f"sample.max_response_length must be >= 1, got {self.max_response_length}")
-        if taken := {"loss", "kl", "log_ratio", "length", "ended"} & set(self.reward_functions):
-            raise ValueError(f"sample.reward_functions: {sorted(taken)} are names of other metrics")
+    def check(self) -> None:
+        for name in self.reward_functions:
+            taken = name in ("loss", "kl", "log_ratio", "length", "ended")
+            refuse(taken, f"reward_functions.{name}", "is the name of another metric; choose another")
 
 
 class SamplingRecipe(Protocol):

@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.data.encode import Example
 from drpo.data.records import DataError
 
@@ -22,22 +23,22 @@ RESET_STREAM = 1  # keeps the random numbers of resets apart from those of sampl
 
 
 @dataclass(frozen=True)
-class ResetConfig:
+class ResetConfig(Section):
     """Which rollouts are reset, to what, and how deep."""
 
-    proportion: float = 1.0
+    proportion: float = setting(1.0, ge=0, le=1)
     """The paper's beta: the probability that a rollout starts from a prefix of a dataset response. 0 is PPO."""
     source: Literal["reference", "chosen", "rejected", "best"] = "reference"
     """Whose prefix: reference (the record's completion), chosen, rejected, or best (the best-scored response)."""
     length: Literal["uniform", "curriculum"] = "uniform"
     """uniform: the prefix length is uniform over the allowed ones. curriculum: from late to early prefixes."""
-    min_length: int = 0
+    min_length: int = setting(0, ge=0)
     """Shortest prefix in tokens: 0 as in the paper (the bare prompt is one of the states), 1 as in the release."""
-    min_fraction: float = 0.0
+    min_fraction: float = setting(0.0, ge=0, le=1)
     """Shortest prefix as a fraction of the response's length."""
-    max_fraction: float = 1.0
+    max_fraction: float = setting(1.0, ge=0, le=1)
     """Longest prefix as a fraction of the response's length; the last token is never forced."""
-    curriculum_end: float = 0.5
+    curriculum_end: float = setting(0.5, gt=0, le=1)
     """curriculum: share of training after which all allowed lengths are drawn. Until then the shortest one
     falls linearly from the longest to min_length."""
     boundary: Literal["token", "sentence", "turn"] = "token"
@@ -46,20 +47,11 @@ class ResetConfig:
     """paper: forced tokens carry no loss, KL, whitening or statistics. release: as in the released code only the
     policy loss leaves them out."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.proportion <= 1:
-            raise ValueError(f"reset.proportion must lie in [0, 1], got {self.proportion}")
-        if not 0 <= self.min_fraction <= self.max_fraction <= 1:
-            raise ValueError(
-                "reset.min_fraction and reset.max_fraction must satisfy 0 <= min <= max <= 1, "
-                f"got {self.min_fraction} and {self.max_fraction}"
-            )
-        if self.min_length < 0:
-            raise ValueError(f"reset.min_length must be >= 0, got {self.min_length}")
-        if not 0 < self.curriculum_end <= 1:
-            raise ValueError(f"reset.curriculum_end must lie in (0, 1], got {self.curriculum_end}")
-        if self.length == "uniform" and self.curriculum_end != 0.5:
-            raise ValueError("reset.curriculum_end applies to reset.length=curriculum only")
+    def check(self) -> None:
+        rule = f"({self.min_fraction}) must be <= {key('max_fraction')} ({self.max_fraction})"
+        refuse(self.min_fraction > self.max_fraction, "min_fraction", rule)
+        if self.length == "uniform":
+            refuse_changed(self, ["curriculum_end"], f"applies to {key('length')}=curriculum only")
 
 
 def reset_response(example: Example, source: str) -> list[int]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from drpo.config import Section, key, refuse_changed, setting
 from drpo.models.inputs import takes_position_ids, unwrap_peft
 from drpo.models.positions import check_lengths
 from drpo.models.probes import check_policy
@@ -28,27 +29,19 @@ _BLOCK = 256
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Section):
     """How the next token is chosen."""
 
-    temperature: float = 1.0
+    temperature: float = setting(1.0, ge=0)
     """Divides the logits; 0 takes the most likely token (greedy)."""
-    top_k: int = 0
+    top_k: int = setting(0, ge=0)
     """Keep the k most likely tokens (and ties with the last of them); 0 keeps all."""
-    top_p: float = 1.0
+    top_p: float = setting(1.0, gt=0, le=1)
     """Keep the fewest most likely tokens whose probabilities (after top-k) sum to this; 1 keeps all."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"sampling.temperature must be 0 (greedy) or positive, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"sampling.top_k must be 0 (off) or positive, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p must lie in (0, 1], got {self.top_p}")
-        if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
-            raise ValueError(
-                "sampling.top_k and sampling.top_p do not apply to sampling.temperature 0 (greedy)"
-            )
+    def check(self) -> None:
+        if self.temperature == 0:
+            refuse_changed(self, ("top_k", "top_p"), f"does not apply to {key('temperature')}=0 (greedy)")
 
 
 def draw_uniforms(seed: int, episodes: Sequence[int], length: int) -> Tensor:

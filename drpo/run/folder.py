@@ -26,7 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from drpo.config import ConfigError, load_recipe, options, save_resolved
+from drpo.config import ConfigError, Section, load_recipe, options, save_resolved, setting
 from drpo.engine import Engine
 from drpo.run.checkpoints import (
     CheckpointError,
@@ -53,43 +53,29 @@ FREE_ON_RESUME = (
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When to save and how much to keep."""
 
-    every: int = 50
+    every: int = setting(50, ge=0)
     """Save after every so many steps; 0 saves at the end only."""
-    keep: int = 2
+    keep: int = setting(2, ge=1)
     """How many of the newest checkpoints stay on disk."""
-    model_every: int = 0
+    model_every: int = setting(0, ge=0)
     """Write the model as it is after every so many steps, as a folder of its own (policy_step_20, ...) that stays and
     that launch/compare.py can put on a curve; 0 for the end only."""
 
-    def __post_init__(self) -> None:
-        for name in ("every", "model_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"checkpoint.{name} must be >= 0, got {getattr(self, name)}")
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep must be >= 1, got {self.keep}")
-
 
 @dataclass(frozen=True)
-class LogConfig:
+class LogConfig(Section):
     """What is shown and how often."""
 
-    every: int = 1
+    every: int = setting(1, ge=1)
     """Show a line on the console after every so many steps (metrics.jsonl gets every step)."""
-    samples_every: int = 20
+    samples_every: int = setting(20, ge=0)
     """Online runs only: write sample rollouts after the first step and then every so many steps; 0 for never. Every
     evaluation writes its completions besides."""
-    num_samples: int = 4
+    num_samples: int = setting(4, ge=1)
     """Rollouts a sample has, and completions shown on the console (samples.jsonl gets all of an evaluation)."""
-
-    def __post_init__(self) -> None:
-        for name in ("every", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"log.{name} must be >= 1, got {getattr(self, name)}")
-        if self.samples_every < 0:
-            raise ValueError(f"log.samples_every must be >= 0, got {self.samples_every}")
 
 
 Resume = Literal["auto", "restart"]

@@ -3,69 +3,103 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from drpo.advantages import gae, rloo
-from drpo.kl import KLConfig, kl_estimate
+from drpo.config import Section, key, refuse, refuse_changed, setting
+from drpo.kl import AdaptiveKL, Estimator, FixedKL, kl_estimate
 from drpo.rewards import RunningMoments, shape_scores, token_rewards
 from drpo.rollout.trajectory import Trajectory
 from drpo.tensors import masked_whiten
 
 
 @dataclass(frozen=True)
-class ShapingConfig:
+class ShapingConfig(Section):
     """What happens to a raw reward before the policy is trained on it, in the order of the fields."""
 
     normalise: Literal["none", "running", "batch"] = "none"
     """running: minus the mean and over the standard deviation of all scores so far; batch: of this step's."""
-    clip: float | None = None
+    clip: float | None = setting(None, gt=0)
     """Scores are held within [-clip, clip]; null for no limit."""
     missing_stop: Literal["none", "replace", "subtract"] = "replace"
     """A response that never ended: its score is replaced by -missing_stop_penalty, or the penalty taken off."""
-    missing_stop_penalty: float = 1.0
+    missing_stop_penalty: float = setting(1.0, ge=0)
     """Size of that penalty, >= 0."""
     length_penalty: float = 0.0
     """Taken off the score for each response token."""
 
-    def __post_init__(self) -> None:
-        if self.missing_stop_penalty < 0:
-            raise ValueError(
-                f"reward.shaping.missing_stop_penalty must be >= 0, got {self.missing_stop_penalty}"
-            )
-        if self.missing_stop == "none" and self.missing_stop_penalty != ShapingConfig.missing_stop_penalty:
-            raise ValueError(
-                f"reward.shaping.missing_stop_penalty={self.missing_stop_penalty:g} does nothing with "
-                "reward.shaping.missing_stop=none; set that to replace or subtract, or drop the penalty (1)"
-            )
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"reward.shaping.clip must be > 0 or null, got {self.clip}")
+    def check(self) -> None:
+        if self.missing_stop == "none":
+            rule = f"does nothing with {key('missing_stop')}=none; set that to replace or subtract, or drop the penalty"
+            refuse_changed(self, ["missing_stop_penalty"], rule)
 
 
 @dataclass(frozen=True)
-class AdvantageConfig:
+class KLConfig(Section):
+    """The KL penalty to the reference, and its guard."""
+
+    coef: float = setting(0.05, ge=0)
+    """Weight of the KL in the reward (the start value when `target_per_token` is set)."""
+    estimator: Estimator = "k1"
+    """Estimator that enters the reward (Schulman 2020)."""
+    target_per_token: float | None = setting(None, gt=0)
+    """KL per sampled token, in nats, that an adaptive coefficient steers to, the same notion for PPO and DR-PO; null
+    keeps `coef` fixed. From a target per episode: divide by the sampled tokens of an episode (6 nats, 128 tokens:
+    0.047)."""
+    horizon: float = setting(10_000, gt=0)
+    """Episodes over which the adaptive coefficient reacts; used with `target_per_token`."""
+    max_per_token: float | None = setting(None, gt=0)
+    """Guard: KL per sampled token, in nats (k3), above which `on_max` happens; null for no guard."""
+    on_max: Literal["stop", "rollback"] = "stop"
+    """stop: end the run with an error that names the last checkpoint. rollback: go back to the weights of the
+    last checkpoint and on with new prompts."""
+
+    RETIRED: ClassVar[dict[str, str]] = {
+        "target": "was a KL per episode, which is fewer sampled tokens under resets than without; write "
+        "kl.target_per_token = target / sampled tokens of an episode (6 nats, 128 tokens: 0.047)",
+        "max": "was a KL per episode, which is fewer sampled tokens under resets than without; write "
+        "kl.max_per_token = max / sampled tokens of an episode",
+    }
+
+    def check(self) -> None:
+        if self.target_per_token is None:
+            rule = f"does nothing without {key('target_per_token')}; set that, or drop {key('horizon')}"
+            refuse_changed(self, ["horizon"], rule)
+        else:
+            refuse(self.coef == 0, "coef", f"must be > 0 where {key('target_per_token')} adapts it, got 0")
+        if self.max_per_token is None:
+            rule = f"does nothing without {key('max_per_token')}; set that, or drop {key('on_max')}"
+            refuse_changed(self, ["on_max"], rule)
+
+    def controller(self) -> FixedKL | AdaptiveKL:
+        if self.target_per_token is None:
+            return FixedKL(self.coef)
+        return AdaptiveKL(self.coef, self.target_per_token, self.horizon)
+
+
+@dataclass(frozen=True)
+class AdvantageConfig(Section):
     """How the reward of a response is turned into the advantages of its tokens."""
 
     estimator: Literal["gae", "rloo"] = "gae"
     """gae: generalised advantage estimation over a critic's values. rloo: the return less the mean return of the other
     rollouts of the prompt (rollout.rollouts_per_prompt), without a critic."""
-    gamma: float = 1.0
+    gamma: float = setting(1.0, ge=0, le=1)
     """Discount per token; for gae."""
-    lam: float = 0.95
+    lam: float = setting(0.95, ge=0, le=1)
     """Lambda of GAE; for gae."""
     whiten: bool = True
     """Scale advantages to mean 0 and variance 1 over the tokens of the whole batch, all processes together."""
     whiten_rewards: bool = False
     """Scale per-token rewards to variance 1 (the mean stays) before GAE, as the released code does."""
 
-    def __post_init__(self) -> None:
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"advantage.{name} must lie in [0, 1], got {getattr(self, name)}")
-            if not self.needs_critic and getattr(self, name) != getattr(AdvantageConfig, name):
-                raise ValueError(f"advantage.{name} does not apply to advantage.estimator={self.estimator}")
+    def check(self) -> None:
+        if not self.needs_critic:
+            rule = f"does not apply to {key('estimator')}={self.estimator}"
+            refuse_changed(self, ("gamma", "lam"), rule)
 
     @property
     def needs_critic(self) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from drpo.engine import Engine
-from drpo.kl import KLConfig
 from drpo.run.checkpoints import list_checkpoints, step_of
 from drpo.run.folder import RunFolder, RunStopped
+from drpo.trainers.credit import KLConfig
 
 MEASURED = "objective/kl_k3_per_token"
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, Section, refuse, refuse_changed, setting
 from drpo.data.load import DataConfig
 from drpo.data.order import item_at
 from drpo.engine import Engine, EngineConfig
@@ -63,49 +63,36 @@ class RowObjective(nn.Module):
 
 
 @dataclass(frozen=True)
-class BatchConfig:
+class BatchConfig(Section):
     """How many examples a step has and how many fit on a device."""
 
-    size: int = 64
+    size: int = setting(64, ge=1)
     """Examples per optimizer step over all processes."""
-    microbatch_size: int = 8
+    microbatch_size: int = setting(8, ge=1)
     """Examples per forward on one device; changes memory and speed, not the result."""
-    num_epochs: float = 1.0
+    num_epochs: float = setting(1.0, gt=0)
     """Passes over the data when num_steps is null."""
 
-    def __post_init__(self) -> None:
-        for name in ("size", "microbatch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"batch.{name} must be >= 1, got {getattr(self, name)}")
-        if self.num_epochs <= 0:
-            raise ValueError(f"batch.num_epochs must be > 0, got {self.num_epochs}")
-
 
 @dataclass(frozen=True)
-class OfflineEvalConfig:
+class OfflineEvalConfig(Section):
     """When the held-out examples are looked at."""
 
-    every: int = 50
+    every: int = setting(50, ge=0)
     """Evaluate after every so many steps, and after the last; 0 for never."""
-    num_examples: int = 512
+    num_examples: int = setting(512, ge=1)
     """How many held-out examples, the first ones."""
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"eval.every must be >= 0, got {self.every}")
-        if self.num_examples < 1:
-            raise ValueError(f"eval.num_examples must be >= 1, got {self.num_examples}")
 
 
 @dataclass(frozen=True)
-class OfflineRecipe:
+class OfflineRecipe(Section):
     """What the recipes of all offline stages share."""
 
     run_dir: str = "runs/offline"
     """Folder of the run."""
-    seed: int = 0
+    seed: int = setting(0, ge=0)
     """Seed of all randomness."""
-    num_steps: int | None = None
+    num_steps: int | None = setting(None, ge=1)
     """Optimizer steps; null: batch.num_epochs passes over the data."""
     resume: Resume = "auto"
     """auto: go on from the last checkpoint in run_dir, if any. restart: move an earlier run aside."""
@@ -118,21 +105,15 @@ class OfflineRecipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
-    def __post_init__(self) -> None:
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps must be >= 1 or null, got {self.num_steps}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
-        if self.num_steps is not None and self.batch.num_epochs != BatchConfig.num_epochs:
-            raise ValueError(
-                f"num_steps={self.num_steps} and batch.num_epochs={self.batch.num_epochs:g} both say how long to "
-                "train; set num_steps=null, or drop batch.num_epochs (1)"
-            )
-        if self.log.samples_every not in (0, LogConfig.samples_every):
-            raise ValueError(
-                "log.samples_every is for online runs; offline stages sample at every evaluation (eval.every): drop it "
-                f"({LogConfig.samples_every})"
-            )
+    def check(self) -> None:
+        if self.num_steps is not None:
+            rule = f"and num_steps={self.num_steps} both set the length of training; set num_steps=null, or drop it"
+            refuse_changed(self.batch, ["num_epochs"], rule, "batch.")
+        refuse(
+            self.log.samples_every not in (0, LogConfig.samples_every),
+            "log.samples_every",
+            "is for online runs; offline stages sample at every evaluation (eval.every): drop it",
+        )
 
 
 def fit(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from drpo.config import Section, setting
 from drpo.engine import Engine
 from drpo.losses import ppo_policy_loss, ppo_value_loss
 from drpo.rollout.trajectory import Trajectory
@@ -20,38 +21,25 @@ MINIBATCH_STREAM = 3  # keeps the order of minibatches apart from other random n
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(Section):
     """How the clipped objective is optimised."""
 
-    num_epochs: int = 4
+    num_epochs: int = setting(4, ge=1)
     """Passes over each batch of rollouts."""
-    num_minibatches: int = 1
+    num_minibatches: int = setting(1, ge=1)
     """Optimizer steps per pass: the batch is cut into this many minibatches."""
-    microbatch_size: int = 4
+    microbatch_size: int = setting(4, ge=1)
     """Rows per forward on one device; changes memory and speed, not the result."""
-    clip_range: float = 0.2
+    clip_range: float = setting(0.2, gt=0)
     """Clipping of the probability ratio."""
-    value_clip_range: float = 0.2
+    value_clip_range: float = setting(0.2, gt=0)
     """Clipping of the value around the rollout's value."""
-    value_coef: float = 0.1
+    value_coef: float = setting(0.1, ge=0)
     """Weight of the value loss."""
-    entropy_coef: float = 0.0
+    entropy_coef: float = setting(0.0, ge=0)
     """Weight of the entropy bonus."""
-    target_kl: float | None = None
+    target_kl: float | None = setting(None, gt=0)
     """Leave the update early when a minibatch's KL between old and new policy (k3, nats per token) is above this."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_epochs", "num_minibatches", "microbatch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ppo.{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("clip_range", "value_clip_range"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"ppo.{name} must be > 0, got {getattr(self, name)}")
-        for name in ("value_coef", "entropy_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"ppo.{name} must be >= 0, got {getattr(self, name)}")
-        if self.target_kl is not None and self.target_kl <= 0:
-            raise ValueError(f"ppo.target_kl must be > 0 or null, got {self.target_kl}")
 
 
 def ppo_update(

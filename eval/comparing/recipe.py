@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from drpo.config import Section, key, refuse, refuse_changed, setting
 from eval.comparing.systems import measures_of
 from eval.completions.recipe import CompleteRecipe
-from eval.completions.rows import REFERENCE
+from eval.completions.rows import NULL, REFERENCE
 from eval.judging.judge_systems import JudgeRecipe
 
 REWARD_MODEL = "reward_model"
@@ -30,7 +30,7 @@ MAX_NAME = 200
 
 
 @dataclass(frozen=True)
-class SystemConfig:
+class SystemConfig(Section):
     """A row of the table: a method, a setting of it or a step of its training, with one checkpoint for each seed."""
 
     name: str = ""
@@ -46,24 +46,20 @@ class SystemConfig:
     kl_references: list[str] = field(default_factory=list)
     """In place of kl_reference: the reference of each of the policies, in their order."""
 
-    def __post_init__(self) -> None:
-        if bool(self.policies) == bool(self.completions):
-            raise ValueError(f"systems: {self.name or 'a row'} must have either policies or completions")
-        if self.kl_references and len(self.kl_references) != len(self.policies):
-            raise ValueError(
-                f"systems: {self.name} has {len(self.policies)} policies but {len(self.kl_references)} kl_references"
-            )
-        for path in (*self.policies, *self.completions):
-            if (self.policies or self.completions).count(path) > 1:
-                raise ValueError(
-                    f"systems: {self.name} names {path} twice; each is to be a run of its own, with a training seed"
-                )
-        if self.setting is not None and not math.isfinite(self.setting):
-            raise ValueError(f"systems: {self.name}: setting must be a finite number, got {self.setting}")
+    def check(self) -> None:
+        rule = f"or {key('completions')} must be given, and not both"
+        refuse(bool(self.policies) == bool(self.completions), "policies", rule)
+        paths = self.policies or self.completions
+        name = "policies" if self.policies else "completions"
+        rule = f"({len(self.kl_references)}) must be as many as {key('policies')} ({len(self.policies)})"
+        refuse(len(self.kl_references) not in (0, len(self.policies)), "kl_references", rule)
+        for path in paths:
+            rule = f"names {path} twice; each is to be a run of its own, with a training seed"
+            refuse(paths.count(path) > 1, name, rule)
 
 
 @dataclass(frozen=True)
-class CompareRecipe:
+class CompareRecipe(Section):
     """Several systems on the same held-out prompts."""
 
     run_dir: str = "runs/compare"
@@ -91,50 +87,49 @@ class CompareRecipe:
     comparison whose answers are to count here."""
     setting_name: str = "setting"
     """What the systems' `setting` is: beta, learning rate, step, ..."""
-    num_examples: int = 500
+    num_examples: int = setting(500, ge=0)
     """The report shows the responses to so many prompts; all are in the completions."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         names = [system.name for system in self.systems]
-        for name in names:
-            if not name.strip() or name in ("reference", "null") or "attack/" in name:
-                raise ValueError(f"systems: {name!r} cannot be the name of a system; choose another")
-            if not name.isprintable() or len(name.encode()) > MAX_NAME:
-                raise ValueError(
-                    f"systems: {name[:40]!r} cannot be the name of a system: at most {MAX_NAME} bytes, all visible"
-                )
-            if names.count(name) > 1:
-                raise ValueError(f"systems: two are called {name!r}; tell them apart")
-        if self.systems and self.baseline not in (*names, REFERENCE):
-            raise ValueError(
-                f"baseline must be {REFERENCE} or one of {', '.join(names)}, got {self.baseline}"
-            )
-        if self.num_examples < 0:
-            raise ValueError(f"num_examples must be >= 0, got {self.num_examples}")
-        _refuse_own("complete", self.complete, CompleteRecipe(), OWN_COMPLETE_KEYS)
-        _refuse_own("judging", self.judging, JudgeRecipe(), OWN_JUDGE_KEYS)
+        self._check_names(names)
+        if self.systems:
+            rule = f"must be {REFERENCE} or one of {', '.join(names)}, got {self.baseline}"
+            refuse(self.baseline not in (*names, REFERENCE), "baseline", rule)
+        rule = "is set by the comparison itself; leave it out"
+        refuse_changed(self.complete, OWN_COMPLETE_KEYS, rule, "complete.")
+        refuse_changed(self.judging, OWN_JUDGE_KEYS, rule, "judging.")
         if self.pairs != "none":
             self._refuse_unequal_rivals()
         columns = {REWARD_MODEL} | {measure.key for measure in measures_of(self.baseline, True, True, ())}
         for name in self.reward_functions:
-            if name in columns or not name.strip():
-                raise ValueError(f"reward_functions.{name} is the name of a column, or none; choose another")
+            rule = "is the name of a column, or none; choose another"
+            refuse(name in columns or not name.strip(), f"reward_functions.{name}", rule)
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        """Raise ConfigError for names that cannot be told apart, in a table or as folders."""
+        for index, name in enumerate(names):
+            place = f"systems[{index}].name"
+            unfit = not name.strip() or name in (REFERENCE, NULL) or "attack/" in name
+            refuse(unfit, place, f"cannot be {name!r}; choose another")
+            unfit = not name.isprintable() or len(name.encode()) > MAX_NAME
+            refuse(unfit, place, f"must be at most {MAX_NAME} bytes, all visible, got {name[:40]!r}")
+            refuse(name in names[:index], place, f"must differ from the other names, got {name!r} twice")
         # A file system may know no upper and lower case.
-        if len({slug(name).casefold() for name in (*names, REFERENCE)}) < len(names) + 1:
-            raise ValueError(
-                f"systems: {', '.join(names)} are too much alike, or like {REFERENCE}, for the names of folders"
-            )
+        folders = {slug(name).casefold() for name in (*names, REFERENCE)}
+        rule = f"are too much alike, or like {REFERENCE}, for the names of folders: {', '.join(names)}"
+        refuse(len(folders) < len(names) + 1, "systems", rule)
 
     def _refuse_unequal_rivals(self) -> None:
         """Each run meets the baseline's run of its number, and systems that met other runs of it do not compare."""
         num_runs = {system.name: len(system.policies or system.completions) for system in self.systems}
         rivals = num_runs.pop(self.baseline, 1)
         for name, number in num_runs.items():
-            if rivals > 1 and number != rivals:
-                raise ValueError(
-                    f"baseline: {self.baseline} has {rivals} runs and {name} has {number}, so the systems would not "
-                    "meet the same baseline; give each as many, or the baseline one"
-                )
+            rule = (
+                f"{self.baseline} has {rivals} runs and {name} has {number}, so the systems would not meet the same "
+                "baseline; give each as many, or the baseline one"
+            )
+            refuse(rivals > 1 and number != rivals, "baseline", rule)
 
     def folder_of(self, name: str, index: int) -> Path:
         """Where the completions of a run are."""
@@ -144,12 +139,6 @@ class CompareRecipe:
     def store(self) -> Path:
         """The answers of a judge that is paid, to all questions of the comparison."""
         return Path(self.judging.store or Path(self.run_dir) / "verdicts.sqlite")
-
-
-def _refuse_own(section: str, given: Any, plain: Any, names: Sequence[str]) -> None:
-    for name in names:
-        if getattr(given, name) != getattr(plain, name):
-            raise ValueError(f"{section}.{name} is set by the comparison itself; leave it out")
 
 
 def slug(name: str) -> str:

@@ -94,10 +94,7 @@ def asked_prompts(
 def _vocabulary(path: str, key: str) -> dict[str, int]:
     """What the tokenizer at a folder or hub id knows, where there is a model beside it."""
     read_config(path, key)
-    try:
-        return load_tokenizer(path).get_vocab()
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("model.tokenizer", key, 1)) from None
+    return load_tokenizer(path, key).get_vocab()
 
 
 def check_runs_differ(name: str, runs: Sequence[Run]) -> None:

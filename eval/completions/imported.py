@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from drpo.config import Section, key, refuse, refuse_changed
 from drpo.data.files import Row, read_table
 from drpo.data.records import BadRows, DataError, RowError, require_text
 from drpo.jsonl import MAX_INT
@@ -18,7 +19,7 @@ FIELDS = ("prompt", "response", "system", "reference", "ended", "seed", "num_tok
 
 
 @dataclass(frozen=True)
-class ImportConfig:
+class ImportConfig(Section):
     """Completions to take over from a file, in place of a policy's."""
 
     path: str | None = None
@@ -29,12 +30,11 @@ class ImportConfig:
     """The name of the file's column for each of prompt, response, system, reference, ended, seed, num_tokens, where it
     differs: imported.columns.response=answer. Other columns are kept in meta."""
 
-    def __post_init__(self) -> None:
-        if self.columns and self.format != "columns":
-            raise ValueError(f"imported.columns does not apply to imported.format={self.format}")
+    def check(self) -> None:
+        if self.format != "columns":
+            refuse_changed(self, ["columns"], f"does not apply to {key('format')}={self.format}")
         for name in self.columns:
-            if name not in FIELDS:
-                raise ValueError(f"imported.columns.{name} is unknown; the fields are: {', '.join(FIELDS)}")
+            refuse(name not in FIELDS, f"columns.{name}", f"is unknown; the fields are: {', '.join(FIELDS)}")
 
 
 def import_rows(config: ImportConfig, system: str | None) -> list[CompletionRow]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.data.load import DataConfig
 from drpo.rollout.sampler import SamplingConfig
 from eval.completions.imported import ImportConfig
 from eval.completions.rows import NULL, REFERENCE
 
+FOR_AN_IMPORT = (
+    *("run_dir", "system", "dtype", "attn_implementation", "mixed_precision", "batch_size"),
+    *("reference", "null_response", "perplexity_policy", "imported"),
+)
+"Keys that apply to a file made elsewhere, which has its texts already."
+
 
 @dataclass(frozen=True)
-class CompleteRecipe:
+class CompleteRecipe(Section):
     """A policy's responses to prompts."""
 
     run_dir: str = "runs/complete"
@@ -31,19 +38,19 @@ class CompleteRecipe:
     data: DataConfig = field(default_factory=DataConfig)
     split: Literal["train", "eval"] = "eval"
     """Which split of the data the prompts are from; eval are the held-out ones."""
-    num_prompts: int | None = None
+    num_prompts: int | None = setting(None, ge=1)
     """So many of the prompts, chosen by their hashes; null for all."""
-    num_responses: int = 1
+    num_responses: int = setting(1, ge=1)
     """Responses to each prompt, with the seeds seed, seed + 1, ..."""
-    seed: int = 0
+    seed: int = setting(0, ge=0)
     """With the prompt, all that a response's random numbers depend on."""
-    max_response_length: int = 53
+    max_response_length: int = setting(53, ge=1)
     """The most tokens of a response, stop token included."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
     """Temperature (0 is greedy), top_k, top_p."""
     bad_tokens: list[str] = field(default_factory=list)
     """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
-    batch_size: int = 32
+    batch_size: int = setting(32, ge=1)
     """Responses sampled together on one device; the file is written after each batch."""
     reference: bool = False
     """Add the dataset's own responses as the system "reference"."""
@@ -53,28 +60,20 @@ class CompleteRecipe:
     """Measure the responses' perplexity under this policy, a folder, hub id or GGUF file; null: do not."""
     imported: ImportConfig = field(default_factory=ImportConfig)
 
-    def __post_init__(self) -> None:
-        for name in ("num_responses", "max_response_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.num_prompts is not None and self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be >= 1 or null, got {self.num_prompts}")
-        if not 0 <= self.seed < 2**63 - self.num_responses:
-            raise ValueError(f"seed must be in [0, 2^63 - num_responses), got {self.seed}")
-        if self.num_responses > 1 and self.sampling.temperature == 0:
-            raise ValueError("num_responses > 1 does not apply to sampling.temperature=0: all would be alike")
-        if self.system is not None and (self.system in (REFERENCE, NULL) or "attack/" in self.system):
-            raise ValueError(f"system={self.system} is the name of a built-in system; choose another")
+    def check(self) -> None:
+        rule = f"must be below 2^63 - {key('num_responses')}, got {self.seed}"
+        refuse(self.seed >= 2**63 - self.num_responses, "seed", rule)
+        rule = f"must be 1 for {key('sampling.temperature')}=0, which gives the same response each time"
+        refuse(self.num_responses > 1 and self.sampling.temperature == 0, "num_responses", rule)
+        if self.system is not None:
+            taken = self.system in (REFERENCE, NULL) or "attack/" in self.system
+            refuse(
+                taken,
+                "system",
+                f"must not be the name of a built-in system, got {self.system}; choose another",
+            )
         if self.imported.path is not None:
-            self._refuse_beside_import()
-        elif self.imported != ImportConfig():
-            raise ValueError("imported.format and imported.columns need imported.path")
-
-    def _refuse_beside_import(self) -> None:
-        """A file made elsewhere has its texts already."""
-        taken = {"run_dir", "system", "dtype", "attn_implementation", "mixed_precision", "batch_size"}
-        taken |= {"reference", "null_response", "perplexity_policy", "imported"}
-        plain = CompleteRecipe()
-        for name in sorted(vars(self).keys() - taken):
-            if getattr(self, name) != getattr(plain, name):
-                raise ValueError(f"{name} does not apply to imported.path={self.imported.path}")
+            names = [field.name for field in fields(self) if field.name not in FOR_AN_IMPORT]
+            refuse_changed(self, names, f"does not apply to {key('imported.path')}={self.imported.path}")
+        else:
+            refuse_changed(self, ["imported"], f"needs {key('imported.path')}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from drpo.config import ConfigError, Section, key, refuse, save_resolved, setting
+from drpo.config import ConfigError, Section, key, refuse_changed, save_resolved, setting
 from drpo.jsonl import write_whole
 from drpo.run.folder import RunStopped
 from eval.completions.rows import load_completions
@@ -73,24 +73,17 @@ class JudgeRecipe(Section):
     batch: BatchAPIConfig = field(default_factory=BatchAPIConfig)
 
     def check(self) -> None:
-        both = f"{key('orders')}=both"
-        refuse(self.orders == "both" and self.seed != 0, "seed", f"does not apply to {both}")
-        one = self.orders == "one" and self.half_tie != "half"
-        refuse(one, "half_tie", f"does not apply to {key('orders')}=one")
+        orders = f"does not apply to {key('orders')}={self.orders}"
+        refuse_changed(self, ["seed" if self.orders == "both" else "half_tie"], orders)
         kind = KINDS[self.judge.kind]
-        plain = {field.name: _default(field) for field in fields(self)}
+        others = {name for other in KINDS.values() for name in other.recipe_keys} - set(kind.recipe_keys)
         rule = f"does not apply to {key('judge.kind')}={self.judge.kind}"
-        for name in (name for other in KINDS.values() for name in other.recipe_keys):
-            refuse(name not in kind.recipe_keys and getattr(self, name) != plain[name], name, rule)
+        refuse_changed(self, [field.name for field in fields(self) if field.name in others], rule)
         kind.check_recipe(self)
 
     @property
     def store_path(self) -> Path:
         return Path(self.store) if self.store else Path(self.run_dir) / "verdicts.sqlite"
-
-
-def _default(field: Field) -> Any:
-    return field.default if field.default is not MISSING else field.default_factory()
 
 
 def judge(recipe: JudgeRecipe, say: Say = print) -> Path:

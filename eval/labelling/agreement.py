@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from drpo.config import ConfigError, save_resolved
+from drpo.config import ConfigError, Section, refuse, save_resolved
 from drpo.data.records import DataError
 from eval.labelling.agreement_tables import show_agreement
 from eval.labelling.label_agreement import (
@@ -25,7 +25,7 @@ from eval.labelling.ratings import Ratings, read_judge_file, side_by_side
 
 
 @dataclass(frozen=True)
-class AgreementRecipe:
+class AgreementRecipe(Section):
     """Judges and people on the same matchups."""
 
     run_dir: str = "runs/agreement"
@@ -37,12 +37,10 @@ class AgreementRecipe:
     half_tie: Literal["half", "tie"] = "half"
     """What a judge's win in one order and tie in the other count: 0.75, a win here, or 0.5 (tie), a tie."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         for path in self.judgments:
-            if self.judgments.count(path) > 1:
-                raise ValueError(
-                    f"judgments names {path} twice, and a judge agrees with itself; give each file once"
-                )
+            rule = f"names {path} twice, and a judge agrees with itself; give each file once"
+            refuse(self.judgments.count(path) > 1, "judgments", rule)
 
 
 def agreement(recipe: AgreementRecipe) -> Path:

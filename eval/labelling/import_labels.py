@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from drpo.config import save_resolved
+from drpo.config import Section, refuse, refuse_changed, save_resolved
 from drpo.data.load import DataConfig, read_records
 from drpo.data.records import BadRows, DataError, Record, RowError
 from drpo.data.tasks.registry import TASKS
@@ -33,7 +33,7 @@ APPLIES = ("task", "path", "subset", "limit", "columns", "max_bad_fraction", "de
 
 
 @dataclass(frozen=True)
-class ImportLabelsRecipe:
+class ImportLabelsRecipe(Section):
     """Pairs of which people chose one response."""
 
     run_dir: str = "runs/import_labels"
@@ -42,18 +42,12 @@ class ImportLabelsRecipe:
     """The split of the data; a single file is the split train, and the demo has train and eval."""
     data: DataConfig = field(default_factory=DataConfig)
 
-    def __post_init__(self) -> None:
-        for option in fields(DataConfig):
-            if option.name in APPLIES:
-                continue
-            default = option.default_factory() if callable(option.default_factory) else option.default
-            if getattr(self.data, option.name) != default:
-                raise ValueError(f"data.{option.name} does not apply to labels: they are of whole texts")
+    def check(self) -> None:
+        names = [field.name for field in fields(DataConfig) if field.name not in APPLIES]
+        refuse_changed(self.data, names, "does not apply to labels: they are of whole texts", "data.")
         eval_split = TASKS[self.data.task].eval_split
-        if eval_split is not None and self.split not in ("train", eval_split):
-            raise ValueError(
-                f"split must be train or {eval_split} for data.task={self.data.task}, got {self.split}"
-            )
+        rule = f"must be train or {eval_split} for data.task={self.data.task}, got {self.split}"
+        refuse(eval_split is not None and self.split not in ("train", eval_split), "split", rule)
 
 
 def import_labels(recipe: ImportLabelsRecipe, say: Say = print) -> Path:

@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import quote
 
-from drpo.config import ConfigError, save_resolved
+from drpo.config import ConfigError, Section, key, refuse, save_resolved, setting
 from drpo.data.records import DataError
 from eval.completions.rows import load_completions
 from eval.judging.attacks import with_controls
@@ -23,7 +23,7 @@ from eval.progress import Say
 
 
 @dataclass(frozen=True)
-class LabelRecipe:
+class LabelRecipe(Section):
     """One system against a baseline, compared by people on the prompts that both answered."""
 
     run_dir: str = "runs/label"
@@ -35,7 +35,7 @@ class LabelRecipe:
     constant) and attack/<name> (eval/judging/attacks.py)."""
     baseline: str = "reference"
     """The system that it is compared with."""
-    num_prompts: int | None = None
+    num_prompts: int | None = setting(None, ge=1)
     """So many of the prompts, chosen by their hashes as launch/judge.py chooses them; null for all."""
     prompt: str | None = None
     """What is asked: tldr-1, hh_helpful-1, hh_harmless-1, or a .yaml file with one's own prompt."""
@@ -47,28 +47,24 @@ class LabelRecipe:
     """Draws the order of the pairs and which response stands first, for each annotator anew."""
     host: str = "127.0.0.1"
     """Address to listen on. Any other than this machine's own lets whoever reaches it read the texts and label."""
-    port: int = 0
+    port: int = setting(0, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
 
-    def __post_init__(self) -> None:
-        if self.num_prompts is not None and self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be >= 1 or null, got {self.num_prompts}")
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port must be in [0, 65535], got {self.port}")
+    def check(self) -> None:
         for name in self.annotators:
-            if checked_annotator(name) != name:
-                raise ValueError(f"annotators must be plain names, got {name!r}")
-        if len({name.casefold() for name in self.annotators}) < len(self.annotators):
-            raise ValueError(
-                f"annotators must differ in more than upper and lower case, got {self.annotators}"
-            )
-        if self.host != "localhost":
-            try:
-                address = ip_address(self.host)
-            except ValueError:
-                raise ValueError(f"host must be an address such as 127.0.0.1, got {self.host!r}") from None
-            if address.is_unspecified:
-                raise ValueError(f"host must be one address, by which the page is opened, got {self.host}")
+            refuse(checked_annotator(name) != name, "annotators", f"must be plain names, got {name!r}")
+        alike = len({name.casefold() for name in self.annotators}) < len(self.annotators)
+        refuse(alike, "annotators", f"must differ in more than upper and lower case, got {self.annotators}")
+        if self.host == "localhost":
+            return
+        try:
+            address = ip_address(self.host)
+        except ValueError:
+            raise ConfigError(
+                f"{key('host')} must be an address such as 127.0.0.1, got {self.host!r}"
+            ) from None
+        rule = f"must be one address, by which the page is opened, got {self.host}"
+        refuse(address.is_unspecified, "host", rule)
 
 
 def label(recipe: LabelRecipe, say: Say = print) -> Path:

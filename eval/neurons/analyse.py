@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from drpo.config import ConfigError, save_resolved
+from drpo.config import ConfigError, Section, refuse, refuse_changed, save_resolved, setting
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.stop import with_stop_token
@@ -38,7 +38,7 @@ from eval.progress import Say
 
 
 @dataclass(frozen=True)
-class NeuronShiftRecipe:
+class NeuronShiftRecipe(Section):
     """Two policies, a probe direction, and the prompts on which their neurons are compared."""
 
     run_dir: str = "runs/neuron_shift"
@@ -54,16 +54,16 @@ class NeuronShiftRecipe:
     data: DataConfig = field(default_factory=DataConfig)
     split: Literal["train", "eval"] = "eval"
     """Which split of the data the prompts are from; eval are the held-out ones."""
-    num_prompts: int = 256
+    num_prompts: int = setting(256, ge=2)
     """The first this many prompts; all if there are fewer."""
-    num_new_tokens: int = 20
+    num_new_tokens: int = setting(20, ge=1)
     """The most tokens of a continuation, stop token included."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
     """Temperature (0 is greedy), top_k, top_p of the continuations."""
     continuations: Literal["own", "before"] = "own"
     """own: each policy is recorded on what it writes itself; before: both on what the policy before training writes,
     so that only the weights differ."""
-    batch_size: int = 32
+    batch_size: int = setting(32, ge=1)
     """Prompts or texts at a time."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     interventions: bool = True
@@ -72,16 +72,14 @@ class NeuronShiftRecipe:
     reward_functions: dict[str, str] = field(default_factory=dict)
     """Further measurements of what the policies write, name: module:function."""
 
-    def __post_init__(self) -> None:
-        for name, least in (("num_prompts", 2), ("num_new_tokens", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
-        if self.probe.source == "demo" and self.data.task != "demo":
-            raise ValueError(f"probe.source=demo needs data.task=demo, got data.task={self.data.task}")
-        if not self.interventions and self.edit != EditConfig():
-            raise ValueError("edit does not apply to interventions=false")
-        if taken := {"probe_logit", "length"} & set(self.reward_functions):
-            raise ValueError(f"reward_functions: {sorted(taken)} are names of other measurements")
+    def check(self) -> None:
+        rule = f"can be demo for data.task=demo only, got data.task={self.data.task}"
+        refuse(self.probe.source == "demo" and self.data.task != "demo", "probe.source", rule)
+        if not self.interventions:
+            refuse_changed(self, ["edit"], "does not apply to interventions=false")
+        for name in self.reward_functions:
+            taken = name in ("probe_logit", "length")
+            refuse(taken, f"reward_functions.{name}", "is the name of another measurement; choose another")
 
 
 def neuron_shift(recipe: NeuronShiftRecipe, say: Say = print) -> Path:

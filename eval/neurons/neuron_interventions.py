@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from drpo.config import Section, setting
 from eval.neurons.neuron_edits import patched, scaled, tuning_free_factors
 from eval.neurons.neuron_shift import NeuronShift
 
@@ -18,20 +19,15 @@ Continuations = list[list[int]]
 
 
 @dataclass(frozen=True)
-class EditConfig:
+class EditConfig(Section):
     """Tuning-free editing (section `edit` of a recipe)."""
 
-    alpha: float = 0.05
+    alpha: float = setting(0.05, ge=0, le=1)
     """Neurons toward the probe direction are scaled by 1 - alpha, those away from it by 1 + alpha."""
-    fraction: float = 0.5
+    fraction: float = setting(0.5, ge=0, le=1)
     """Share of each kind of neuron that is scaled: largest |cosine| where dampened, smallest where strengthened."""
-    skip_most_active: float = 0.0
+    skip_most_active: float = setting(0.0, ge=0, le=1)
     """Share of all neurons, those of the largest |mean activation|, that is left alone."""
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "fraction", "skip_most_active"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"edit.{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
 def intervene(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.data.encode import encode_queries, encode_responses
 from drpo.data.files import Row, read_table
 from drpo.data.holdout import is_held_out
@@ -15,6 +16,7 @@ from drpo.data.tasks.demo_errors import make_faulty_summaries
 NUM_DEMO_POSTS = 1024
 APPLIES_TO = {
     "fault": ("demo",),
+    "path": ("texts", "file"),
     **dict.fromkeys(("split", "text_column", "label_column"), ("texts",)),
     **dict.fromkeys(("max_length", "l2", "holdout"), ("demo", "texts")),
 }
@@ -22,7 +24,7 @@ LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(Section):
     """The probe direction (section `probe` of a recipe)."""
 
     source: Literal["demo", "texts", "file"] = "demo"
@@ -40,29 +42,19 @@ class ProbeConfig:
     """For texts: the name of the column text."""
     label_column: str = "label"
     """For texts: the name of the column label."""
-    max_length: int | None = None
+    max_length: int | None = setting(None, ge=1)
     """The most tokens of prompt and text together; a longer row is a bad row. null = no limit."""
-    l2: float = 1.0
+    l2: float = setting(1.0, gt=0)
     """Strength of the penalty l2/2 |w|^2 beside the loss summed over the texts (1 / C of scikit-learn)."""
-    holdout: float = 0.2
+    holdout: float = setting(0.2, gt=0, lt=1)
     """Share of the distinct prompts (or texts without one) on which the probe is tested, not fitted."""
 
-    def __post_init__(self) -> None:
-        def check(ok: bool, name: str, rule: str) -> None:
-            if not ok:
-                raise ValueError(f"probe.{name} {rule}, got {getattr(self, name)!r}")
-
-        if self.source == "demo":
-            check(self.path is None, "path", "does not apply to probe.source=demo")
-        else:
-            check(bool(self.path), "path", f"must say where the probe's {self.source} is")
-        default = type(self).__dataclass_fields__
-        for name, sources in APPLIES_TO.items():
-            untouched = getattr(self, name) == default[name].default
-            check(self.source in sources or untouched, name, f"does not apply to probe.source={self.source}")
-        check(self.max_length is None or self.max_length >= 1, "max_length", "must be at least 1, or null")
-        check(self.l2 > 0, "l2", "must be positive")
-        check(0 < self.holdout < 1, "holdout", "must be above 0 and below 1")
+    def check(self) -> None:
+        source = f"{key('source')}={self.source}"
+        if self.source != "demo":
+            refuse(not self.path, "path", f"must name the file of {source}, got {self.path!r}")
+        names = [name for name, sources in APPLIES_TO.items() if self.source not in sources]
+        refuse_changed(self, names, f"does not apply to {source}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +136,10 @@ def demo_texts(config: DemoConfig, fault: str) -> list[ProbeText]:
 
 def _read(config: ProbeConfig, bad: BadRows) -> tuple[list[ProbeText], int, str]:
     table = read_table(config.path, config.split, bad)
-    for key in ("text_column", "label_column"):
-        if getattr(config, key) not in table.columns:
+    for name in ("text_column", "label_column"):
+        if getattr(config, name) not in table.columns:
             raise DataError(
-                f"no column {getattr(config, key)!r} (probe.{key}) in {table.name}; "
+                f"no column {getattr(config, name)!r} (probe.{name}) in {table.name}; "
                 f"its columns are: {', '.join(table.columns)}"
             )
     texts = []

@@ -27,7 +27,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, Section, refuse, setting
 from drpo.data.order import item_at
 from drpo.optim import OptimConfig
 from drpo.precision import multiplies_bf16
@@ -45,7 +45,7 @@ def _fast_bf16() -> bool:
 
 
 @dataclass(frozen=True)
-class BenchmarkRecipe:
+class BenchmarkRecipe(Section):
     """One comparison: a model, the shape of the data, and how often it is measured."""
 
     run_dir: str = "runs/benchmark"
@@ -62,37 +62,30 @@ class BenchmarkRecipe:
     """Ours computes each prompt once; false: as separate rows, to see what sharing brings."""
     prompt_lengths: list[int] = field(default_factory=lambda: [256, 300])
     """Shortest and longest prompt in tokens; in between all are equally likely."""
-    response_length: float = 34.0
+    response_length: float = setting(34.0, ge=4)
     """Mean tokens of a response, stop token included, normal with a quarter of it as standard deviation."""
-    batch_size: int = 16
+    batch_size: int = setting(16, ge=1)
     """Pairs per optimizer step."""
-    microbatch_size: int = 8
+    microbatch_size: int = setting(8, ge=1)
     """Pairs per forward."""
     num_steps: int = 6
     """Optimizer steps of a measurement."""
-    warmup_steps: int = 2
+    warmup_steps: int = setting(2, ge=1)
     """How many of them are not timed."""
-    num_repeats: int = 5
+    num_repeats: int = setting(5, ge=1)
     """Pairs of measurements for each precision."""
-    num_threads: int = 2
+    num_threads: int = setting(2, ge=1)
     """OMP_NUM_THREADS of every process."""
     seed: int = 0
     """Seed of weights and data."""
 
-    def __post_init__(self) -> None:
-        if len(self.prompt_lengths) != 2 or not 1 <= self.prompt_lengths[0] <= self.prompt_lengths[1]:
-            raise ValueError(f"prompt_lengths must be two rising numbers >= 1, got {self.prompt_lengths}")
-        if self.response_length < 4:
-            raise ValueError(f"response_length must be >= 4, got {self.response_length}")
-        if self.batch_size % self.microbatch_size:
-            raise ValueError(
-                f"batch_size={self.batch_size} must be a multiple of microbatch_size={self.microbatch_size}"
-            )
-        if not 1 <= self.warmup_steps < self.num_steps:
-            raise ValueError(f"warmup_steps must be >= 1 and below num_steps, got {self.warmup_steps}")
-        for name in ("num_repeats", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+    def check(self) -> None:
+        wrong = len(self.prompt_lengths) != 2 or not 1 <= self.prompt_lengths[0] <= self.prompt_lengths[1]
+        refuse(wrong, "prompt_lengths", f"must be two rising numbers >= 1, got {self.prompt_lengths}")
+        rule = f"({self.batch_size}) must be a multiple of microbatch_size ({self.microbatch_size})"
+        refuse(self.batch_size % self.microbatch_size != 0, "batch_size", rule)
+        rule = f"({self.warmup_steps}) must be below num_steps ({self.num_steps})"
+        refuse(self.warmup_steps >= self.num_steps, "warmup_steps", rule)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parents[1])
 
 
+from drpo.config import Section, refuse, setting
 from drpo.run.metrics import read_metrics
 from launch.command_line import main
 from launch.experiments.seed_grid import RunGrid, interval, launch_once
@@ -33,7 +34,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class TableConfig:
+class TableConfig(Section):
     """One table: every method in every setting, over seeds."""
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -54,11 +55,9 @@ class TableConfig:
     """Name of a column -> the metric that it shows: of the last evaluation, or the mean over the last 50 steps that
     have it (train/...); {} for true reward, preference accuracy, KL, length and share of ended samples."""
 
-    def __post_init__(self) -> None:
-        if len(self.seeds) < 2:
-            raise ValueError(f"seeds of a table must be two or more, for intervals, got {self.seeds}")
-        if not self.methods:
-            raise ValueError("a table needs methods")
+    def check(self) -> None:
+        refuse(len(self.seeds) < 2, "seeds", f"must be two or more, for intervals, got {self.seeds}")
+        refuse(not self.methods, "methods", "is empty; give at least one")
 
     @property
     def named_settings(self) -> dict[str, list[str]]:
@@ -72,7 +71,7 @@ class TableConfig:
 
 
 @dataclass(frozen=True)
-class PreferenceExperimentRecipe:
+class PreferenceExperimentRecipe(Section):
     """The tables of an experiment."""
 
     run_dir: str = "runs/preference_experiment"
@@ -81,16 +80,14 @@ class PreferenceExperimentRecipe:
     """Title -> table."""
     only: list[str] = field(default_factory=list)
     """Titles of the tables to make; [] for all."""
-    num_jobs: int = 2
+    num_jobs: int = setting(2, ge=1)
     """Runs at a time, each on its share of the cores."""
 
-    def __post_init__(self) -> None:
-        if not self.tables:
-            raise ValueError("tables: give at least one")
-        if unknown := sorted(set(self.only) - set(self.tables)):
-            raise ValueError(f"only: no table {', '.join(unknown)}; there are {', '.join(self.tables)}")
-        if self.num_jobs < 1:
-            raise ValueError(f"num_jobs must be >= 1, got {self.num_jobs}")
+    def check(self) -> None:
+        refuse(not self.tables, "tables", "is empty; give at least one")
+        unknown = sorted(set(self.only) - set(self.tables))
+        rule = f"has no table {', '.join(unknown)}; there are {', '.join(self.tables)}"
+        refuse(bool(unknown), "only", rule)
 
 
 def run(recipe: PreferenceExperimentRecipe) -> Path:
@@ -102,10 +99,10 @@ def run(recipe: PreferenceExperimentRecipe) -> Path:
         _sft_dir(root, table, seed): (table, seed) for table in tables.values() for seed in table.seeds
     }
     runs = [
-        (title, seed, setting, method)
+        (title, seed, setting_name, method)
         for title, table in tables.items()
         for seed in table.seeds
-        for setting in table.named_settings
+        for setting_name in table.named_settings
         for method in table.methods
     ]
     with RunGrid(recipe.num_jobs, len(policies) + len(runs)) as grid:
@@ -116,11 +113,11 @@ def run(recipe: PreferenceExperimentRecipe) -> Path:
             grid.advance()
 
         def train(cell: tuple[str, int, str, str]) -> None:
-            title, seed, setting, method = cell
+            title, seed, setting_name, method = cell
             table = tables[title]
             policy = _sft_dir(root, table, seed) / "policy"
             overrides = [*_shared(table, seed), f"model.path={policy}", f"sample.kl_reference={policy}"]
-            overrides += [*table.overrides, *table.named_settings[setting], *table.methods[method]]
+            overrides += [*table.overrides, *table.named_settings[setting_name], *table.methods[method]]
             launch_once("dpo", table.recipe, _run_dir(root, *cell), overrides, recipe.num_jobs)
             grid.advance()
 
@@ -149,8 +146,8 @@ def _sft_dir(root: Path, table: TableConfig, seed: int) -> Path:
     return root / "sft" / name / str(seed)
 
 
-def _run_dir(root: Path, title: str, seed: int, setting: str, method: str) -> Path:
-    return root / _slug(title) / _slug(setting or "all") / _slug(method) / str(seed)
+def _run_dir(root: Path, title: str, seed: int, setting_name: str, method: str) -> Path:
+    return root / _slug(title) / _slug(setting_name or "all") / _slug(method) / str(seed)
 
 
 def _slug(text: str) -> str:
@@ -163,11 +160,13 @@ def _results(root: Path, title: str, table: TableConfig) -> list[dict]:
     for name, key in table.named_columns.items():
         sft = [_last(_sft_dir(root, table, seed), key) for seed in table.seeds]
         rows[0][name] = None if None in sft else sft
-    for setting in table.named_settings:
+    for setting_name in table.named_settings:
         for method in table.methods:
-            row = {"setting": setting, "method": method}
+            row = {"setting": setting_name, "method": method}
             for name, key in table.named_columns.items():
-                values = [_last(_run_dir(root, title, seed, setting, method), key) for seed in table.seeds]
+                values = [
+                    _last(_run_dir(root, title, seed, setting_name, method), key) for seed in table.seeds
+                ]
                 row[name] = None if None in values else values
             rows.append(row)
     return rows
@@ -217,11 +216,11 @@ def _plot(table: TableConfig, rows: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(
         1, len(table.named_settings), figsize=size, sharex=True, sharey=True, squeeze=False
     )
-    for axis, setting in zip(axes[0], table.named_settings, strict=True):
-        shown = [row for row in rows if row[name] is not None and row["setting"] in (setting, "")]
+    for axis, setting_name in zip(axes[0], table.named_settings, strict=True):
+        shown = [row for row in rows if row[name] is not None and row["setting"] in (setting_name, "")]
         means, halves = zip(*(interval(row[name]) for row in shown), strict=True)
         axis.errorbar(means, [row["method"] for row in shown], xerr=halves, fmt="o", capsize=3)
-        axis.set_title(setting)
+        axis.set_title(setting_name)
         axis.set_xlabel(f"{name} (95% interval)")
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].invert_yaxis()

@@ -19,6 +19,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 
 import numpy as np
 
+from drpo.config import Section, refuse, setting
 from drpo.run.metrics import read_metrics
 from launch.command_line import StageFailed, main
 from launch.experiments.seed_grid import RunGrid, interval, launch_once
@@ -27,7 +28,7 @@ TRUE_REWARD = "drpo.data.tasks.demo:true_rewards"
 
 
 @dataclass(frozen=True)
-class ExperimentRecipe:
+class ExperimentRecipe(Section):
     """The grid of the experiment."""
 
     run_dir: str = "runs/reset_experiment"
@@ -38,18 +39,15 @@ class ExperimentRecipe:
     """Settings of reset.proportion; 0 is PPO and must be among them."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """Seeds; each has its own posts, SFT policy and online runs."""
-    num_jobs: int = 2
+    num_jobs: int = setting(2, ge=1)
     """Runs at a time, each on its share of the cores."""
     online: list[str] = field(default_factory=list)
     """Further overrides of demo/drpo.yaml for the online runs."""
 
-    def __post_init__(self) -> None:
-        if 0.0 not in self.betas:
-            raise ValueError(f"betas must hold 0.0 (PPO), to which the others are compared, got {self.betas}")
-        if len(self.seeds) < 2:
-            raise ValueError(f"seeds must be two or more, for intervals, got {self.seeds}")
-        if self.num_jobs < 1:
-            raise ValueError(f"num_jobs must be >= 1, got {self.num_jobs}")
+    def check(self) -> None:
+        rule = f"must hold 0.0 (PPO), to which the others are compared, got {self.betas}"
+        refuse(0.0 not in self.betas, "betas", rule)
+        refuse(len(self.seeds) < 2, "seeds", f"must be two or more, for intervals, got {self.seeds}")
 
 
 def run(recipe: ExperimentRecipe) -> Path:

@@ -23,7 +23,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 
 import yaml
 
-from drpo.config import ConfigError, load_recipe
+from drpo.config import ConfigError, Section, load_recipe, refuse, setting
 from drpo.data.load import read_records
 from drpo.data.records import Record
 from drpo.run.metrics import read_metrics
@@ -55,7 +55,7 @@ SPLIT = ("data.eval_", "data.split_seed", "data.train_split", "data.limit")
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(Section):
     """A stage of the chain: a launch script, its recipe and what differs from it."""
 
     script: str = ""
@@ -67,7 +67,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class SmolLMExperimentRecipe:
+class SmolLMExperimentRecipe(Section):
     """One task, several methods, several seeds."""
 
     run_dir: str = "runs/smollm/experiment"
@@ -88,14 +88,12 @@ class SmolLMExperimentRecipe:
     """Name in the table -> stage."""
     compare: StageConfig = field(default_factory=StageConfig)
     """The comparison; its systems are the methods."""
-    num_jobs: int = 2
+    num_jobs: int = setting(2, ge=1)
     """Runs at a time, each on its share of the cores."""
 
-    def __post_init__(self) -> None:
-        if len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be two or more different numbers, for intervals, got {self.seeds}")
-        if self.num_jobs < 1:
-            raise ValueError(f"num_jobs must be >= 1, got {self.num_jobs}")
+    def check(self) -> None:
+        unfit = len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds)
+        refuse(unfit, "seeds", f"must be two or more different numbers, for intervals, got {self.seeds}")
 
 
 def run(recipe: SmolLMExperimentRecipe) -> Path:

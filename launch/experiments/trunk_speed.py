@@ -23,7 +23,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 import numpy as np
 import yaml
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, Section, refuse, setting
 from drpo.models.tokenizer import load_tokenizer
 from drpo.run.metrics import read_metrics
 from launch.command_line import call, main
@@ -34,7 +34,7 @@ REWARD = "def score(completions):\n    return [float(len(c.response_ids)) for c 
 
 
 @dataclass(frozen=True)
-class TrunkSpeedRecipe:
+class TrunkSpeedRecipe(Section):
     """One comparison: a policy, the shape of a step, and how often it is measured."""
 
     run_dir: str = "runs/trunk_speed"
@@ -45,7 +45,7 @@ class TrunkSpeedRecipe:
     """Another checkout of the project that runs LoRA on all layers; null: this one."""
     trainable_layers: list[int] = field(default_factory=lambda: [4, 2])
     """How many top layers train, a measurement each."""
-    lora_rank: int = 16
+    lora_rank: int = setting(16, ge=1)
     """Rank of all adapters."""
     prompt_length: int = 256
     """Tokens of every prompt."""
@@ -57,23 +57,17 @@ class TrunkSpeedRecipe:
     """Rows per forward."""
     num_epochs: int = 4
     """Passes over the rollouts."""
-    num_steps: int = 2
+    num_steps: int = setting(2, ge=2)
     """Steps of a measurement; the first is not counted."""
-    num_repeats: int = 3
+    num_repeats: int = setting(3, ge=1)
     """Rounds of measurements."""
-    num_threads: int = 2
+    num_threads: int = setting(2, ge=1)
     """OMP_NUM_THREADS of every process."""
     seed: int = 0
     """Seed of prompts and rollouts."""
 
-    def __post_init__(self) -> None:
-        if self.num_steps < 2:
-            raise ValueError(f"num_steps must be >= 2, the first being a warm-up, got {self.num_steps}")
-        for name in ("num_repeats", "num_threads", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if not self.trainable_layers:
-            raise ValueError("trainable_layers is empty; name at least one number of layers")
+    def check(self) -> None:
+        refuse(not self.trainable_layers, "trainable_layers", "is empty; name at least one number of layers")
 
 
 def run(recipe: TrunkSpeedRecipe) -> Path:

@@ -11,11 +11,21 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from drpo.config import ConfigError, help_text, load_recipe, options, package_versions, save_resolved
+from drpo.config import (
+    ConfigError,
+    Section,
+    help_text,
+    key,
+    load_recipe,
+    options,
+    package_versions,
+    refuse,
+    save_resolved,
+)
 
 
 @dataclass(frozen=True)
-class Inner:
+class Inner(Section):
     """A section inside a section."""
 
     rate: float = 1.0
@@ -23,7 +33,7 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Item:
+class Item(Section):
     """A section of which a recipe has a list."""
 
     name: str = ""
@@ -31,13 +41,12 @@ class Item:
     paths: list[str] = field(default_factory=list)
     """Where it is."""
 
-    def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("items: each must have a name")
+    def check(self) -> None:
+        refuse(not self.name, "name", "must not be empty")
 
 
 @dataclass(frozen=True)
-class ListRecipe:
+class ListRecipe(Section):
     """A recipe with a list of sections."""
 
     items: list[Item] = field(default_factory=list)
@@ -45,7 +54,7 @@ class ListRecipe:
 
 
 @dataclass(frozen=True)
-class Section:
+class Part(Section):
     """A section with one field of every kind that recipes use."""
 
     size: int = 8
@@ -63,20 +72,20 @@ class Section:
     """Anything."""
     inner: Inner = field(default_factory=lambda: Inner(rate=0.7))
 
-    def __post_init__(self) -> None:
-        if 2 * self.half > self.size:
-            raise ValueError(f"section.half ({self.half}) must be at most half of section.size ({self.size})")
+    def check(self) -> None:
+        rule = f"({self.half}) must be at most half of {key('size')} ({self.size})"
+        refuse(2 * self.half > self.size, "half", rule)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Section):
     """A recipe."""
 
     run_dir: str = "runs/x"
     """Folder."""
     flag: bool = False
     """Yes or no."""
-    section: Section = field(default_factory=Section)
+    section: Part = field(default_factory=Part)
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -98,7 +107,7 @@ def test_defaults_then_file_then_overrides(tmp_path):
     path = written(tmp_path, "run_dir: runs/file\nsection:\n  size: 16\n  half: 6\n  inner: {rate: 2.0}\n")
     recipe = load_recipe(Recipe, path, ["section.half=5", "section.inner.rate=3e-4", "section.limit=0.5"])
     assert recipe == Recipe(
-        run_dir="runs/file", section=Section(size=16, half=5, limit=0.5, inner=Inner(rate=3e-4))
+        run_dir="runs/file", section=Part(size=16, half=5, limit=0.5, inner=Inner(rate=3e-4))
     )
 
 
@@ -194,13 +203,16 @@ def test_a_wrong_type_is_refused_naming_the_full_key(override, key):
     "items, message",
     [
         ("SFT", "items is a list, written items=[a,b], found 'SFT'"),
-        ("[SFT]", "items[0] is a section, found 'SFT'; known keys there: name, paths"),
-        ("[{name: a}, null]", "items[1] is a section, found None; known keys there: name, paths"),
+        ("[SFT]", "items[0] is a section, found 'SFT'; known keys there: items[0].name, items[0].paths"),
+        (
+            "[{name: a}, null]",
+            "items[1] is a section, found None; known keys there: items[1].name, items[1].paths",
+        ),
         ("[{name: a}, {name: b, path: c}]", "items[1].path: Key 'path' not in 'Item'"),
         ("[{name: a, paths: b}]", "items[0].paths is a list, written items[0].paths=[a,b], found 'b'"),
         ("[{name: a, paths: [{b: c}]}]", "items[0].paths[0] must be one value, found {'b': 'c'}"),
         ("[{name: null}]", "items[0].name: "),
-        ("[{}]", "items: each must have a name"),
+        ("[{name: a}, {}]", "items[1].name must not be empty"),
     ],
 )
 def test_a_list_of_sections_names_the_item_and_its_key(tmp_path, items, message):
@@ -292,7 +304,7 @@ def test_help_shows_every_key_with_type_default_and_help():
 
 def test_a_field_without_default_is_shown_as_required():
     @dataclass(frozen=True)
-    class Strict:
+    class Strict(Section):
         path: str
         """Where."""
 
@@ -306,7 +318,7 @@ def test_a_saved_recipe_loads_as_the_same_recipe(tmp_path):
     recipe = Recipe(
         run_dir="5",
         flag=True,
-        section=Section(limit=1e-7, names=["null", "1"], extra={"a": {"b": [1, None]}}, inner=Inner(3.0)),
+        section=Part(limit=1e-7, names=["null", "1"], extra={"a": {"b": [1, None]}}, inner=Inner(3.0)),
     )
     save_resolved(recipe, tmp_path / "config.yaml")
     assert load_recipe(Recipe, tmp_path / "config.yaml", []) == recipe
@@ -323,24 +335,24 @@ def test_a_saved_recipe_holds_every_key_and_says_commit_and_versions(tmp_path):
 
 
 @pytest.mark.parametrize("word", [".nan", "nan", ".inf", "-.inf", "inf"])
-@pytest.mark.parametrize("key", ["inner.rate", "rates[0]", "rates_by_name.a"])
-def test_a_number_that_is_none_is_refused_wherever_it_stands(key, word, tmp_path):
+@pytest.mark.parametrize("place", ["inner.rate", "rates[0]", "rates_by_name.a"])
+def test_a_number_that_is_none_is_refused_wherever_it_stands(place, word, tmp_path):
     """nan passes every comparison, so that no check of a range would stop it."""
 
     @dataclass(frozen=True)
-    class Numbers:
+    class Numbers(Section):
         inner: Inner = field(default_factory=Inner)
         rates: list[float] = field(default_factory=list)
         rates_by_name: dict[str, Any] = field(default_factory=dict)
 
-    name, _, rest = key.replace("[0]", ".0").partition(".")
+    name = place.replace("[0]", "").partition(".")[0]
     value = yaml.safe_load(word)
-    if key == "rates_by_name.a" and isinstance(value, str):
+    if place == "rates_by_name.a" and isinstance(value, str):
         return  # where text may stand, a bare nan is text
     nested = {"inner": {"rate": value}, "rates": [value], "rates_by_name": {"a": value}}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({name: nested[name]}))
-    with pytest.raises(ConfigError, match=re.escape(key) + " is -?(nan|inf); give a finite number"):
+    with pytest.raises(ConfigError, match=re.escape(place) + " is -?(nan|inf); give a finite number"):
         load_recipe(Numbers, path, [])
     if name == "inner":
         with pytest.raises(ConfigError, match="inner.rate is -?(nan|inf)"):

@@ -301,24 +301,26 @@ def test_two_processes_find_what_one_finds(folder):
 
 WRONG = {
     "systems must name what is compared": {"systems": []},
-    "must have either policies or completions": {"systems": [{"name": "x"}]},
-    "has 1 policies but 2 kl_references": {
+    r"systems\[0\].policies or systems\[0\].completions must be given": {"systems": [{"name": "x"}]},
+    r"systems\[0\].kl_references \(2\) must be as many as systems\[0\].policies \(1\)": {
         "systems": [{"name": "x", "policies": ["p"], "kl_references": ["a", "b"]}]
     },
-    "two are called 'x'": {"systems": [{"name": "x", "policies": ["p"]}] * 2},
+    r"systems\[1\].name must differ .* got 'x' twice": {"systems": [{"name": "x", "policies": ["p"]}] * 2},
     "too much alike": {"systems": [{"name": "x y", "policies": ["p"]}, {"name": "x_y", "policies": ["p"]}]},
-    "'reference' cannot be the name": {"systems": [{"name": "reference", "policies": ["p"]}]},
+    r"systems\[0\].name cannot be 'reference'": {"systems": [{"name": "reference", "policies": ["p"]}]},
     "baseline must be reference or one of base, A, moved, got B": {"baseline": "B"},
     "complete.policy is set by the comparison itself": {"complete": {"policy": "p"}},
     "judging.system is set by the comparison itself": {"judging": {"system": "x"}},
     "baseline: A, moved has 2 runs and base has 1": {"baseline": "A, moved"},
-    "systems: x names p twice": {"systems": [{"name": "x", "policies": ["p", "p"]}]},
+    r"systems\[0\].policies names p twice": {"systems": [{"name": "x", "policies": ["p", "p"]}]},
     "setting is nan; give a finite number": {
         "systems": [{"name": "x", "policies": ["p"], "setting": float("nan")}]
     },
-    "'a.nb' cannot be the name": {"systems": [{"name": "a\nb", "policies": ["p"]}]},
+    "all visible, got 'a.nb'": {"systems": [{"name": "a\nb", "policies": ["p"]}]},
     "at most 200 bytes": {"systems": [{"name": "x" * 201, "policies": ["p"]}]},
-    "X, x are too much alike": {"systems": [{"name": name, "policies": ["p"]} for name in ("X", "x")]},
+    "systems are too much alike, .*: X, x": {
+        "systems": [{"name": name, "policies": ["p"]} for name in ("X", "x")]
+    },
     "too much alike, or like reference": {"systems": [{"name": "Reference!", "policies": ["p"]}]},
     r"systems\[1\].policies\[0\]: no folder './none'": {
         "systems": [{"name": "a", "policies": ["runs/base/policy"]}, {"name": "b", "policies": ["./none"]}]

@@ -229,14 +229,17 @@ def test_the_samples_of_a_training_run_are_not_overwritten(policy_folder, tmp_pa
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_responses": 2, "sampling": {"temperature": 0.0}}, "num_responses > 1 does not apply"),
-        ({"system": "reference"}, "system=reference is the name of a built-in system"),
+        (
+            {"num_responses": 2, "sampling": {"temperature": 0.0}},
+            "num_responses must be 1 for sampling.temperature=0",
+        ),
+        ({"system": "reference"}, "system must not be the name of a built-in system, got reference"),
         ({"imported": {"path": "x.jsonl"}}, "data does not apply to imported.path=x.jsonl"),
-        ({"imported": {"columns": {"prompt": "q"}}}, "need imported.path"),
+        ({"imported": {"columns": {"prompt": "q"}}}, "imported needs imported.path"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
         ({"num_prompts": 0}, "num_prompts must be >= 1 or null, got 0"),
-        ({"seed": -1}, "seed must be in .*, got -1"),
-        ({"seed": 2**63 - 1}, "seed must be in .*, got 9223372036854775807"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"seed": 2**63 - 1}, "seed must be below .*, got 9223372036854775807"),
     ],
 )
 def test_what_does_not_apply_is_refused(policy_folder, tmp_path, changes, message):

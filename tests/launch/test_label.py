@@ -150,7 +150,7 @@ def test_the_demo_recipe_has_pairs_offline(tmp_path, monkeypatch):
     "change, message",
     [
         ({"num_prompts": 0}, "num_prompts must be >= 1"),
-        ({"port": 70000}, "port must be in"),
+        ({"port": 70000}, "port must be >= 0 and <= 65535"),
         ({"annotators": ["<b>"]}, "not an annotator's name"),
         ({"annotators": [" anna"]}, "annotators must be plain names"),
         ({"annotators": ["anna", "Anna"]}, "upper and lower case"),

@@ -284,16 +284,16 @@ def test_recipes_are_frozen_all_the_way_down(recipe_class):
         (
             "tldr/drpo_1b.yaml",
             "kl.on_max=rollback",
-            "kl.on_max=rollback does nothing without kl.max_per_token",
+            "kl.on_max does nothing without kl.max_per_token",
         ),
         (
             "hh/drpo_1b.yaml",
             "reward.shaping.missing_stop_penalty=2",
             "does nothing with reward.shaping.missing_stop=none",
         ),
-        ("tldr/drpo_1b.yaml", "rollout.sampling.top_p=0.9", "rollout.sampling.top_p=0.9"),
+        ("tldr/drpo_1b.yaml", "rollout.sampling.top_p=0.9", "rollout.sampling.top_p must be 1, got 0.9"),
         ("tldr/drpo_1b.yaml", "reset.min_length=53", "reset.min_length (53) must be below"),
-        ("demo/sft.yaml", "batch.num_epochs=2", "num_steps=600 and batch.num_epochs=2"),
+        ("demo/sft.yaml", "batch.num_epochs=2", "batch.num_epochs and num_steps=600 both"),
         ("demo/dpo.yaml", "log.samples_every=5", "log.samples_every is for online runs"),
         ("hh/drpo_1b.yaml", "kl.target=6", "kl.target was a KL per episode"),
         ("hh/drpo_1b.yaml", "kl.max=20", "write kl.max_per_token ="),
@@ -315,9 +315,7 @@ def test_an_impossible_combination_is_refused_naming_the_key(name, override, key
 def test_key_of_reward_models_is_refused_beside_a_reward_function(key):
     name, _, value = key.partition("=")
     value = int(value) if value.isdigit() else value
-    with pytest.raises(
-        ValueError, match=rf"reward\.{name} is for a reward model .* drop it \(reward\.{name}="
-    ):
+    with pytest.raises(ValueError, match=rf"^{name} is for a reward model \(path\), .* drop it"):
         RewardConfig(function="a:b", **{name: value})
     RewardConfig(path="runs/reward_model", **{name: value})
 

@@ -197,11 +197,11 @@ def test_the_penalty_keeps_scores_near_zero(tmp_path):
 
 @pytest.mark.parametrize("changes", [{"penalty": -1.0}, {"num_centring": -1}])
 def test_score_values_are_checked(changes):
-    with pytest.raises(ValueError, match=f"score.{next(iter(changes))} must be >= 0"):
+    with pytest.raises(ValueError, match=f"^{next(iter(changes))} must be >= 0"):
         ScoreConfig(**changes)
 
 
 def test_adapters_are_refused():
     lora = type(ModelConfig().lora)(r=4)
-    with pytest.raises(ValueError, match="model.lora: a reward model is trained in full"):
+    with pytest.raises(ValueError, match="^model.lora.r must be 0: a reward model is trained in full"):
         RewardModelRecipe(model=ModelConfig(path="x", lora=lora))

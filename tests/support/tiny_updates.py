@@ -12,13 +12,12 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from drpo.engine import Engine, EngineConfig
-from drpo.kl import KLConfig
 from drpo.models.actor_critic import ActorCritic
 from drpo.models.scalar_head import ScalarModel
 from drpo.rewards import RunningMoments
 from drpo.rollout.trajectory import Trajectory
 from drpo.tensors import pad_batch
-from drpo.trainers.credit import AdvantageConfig, Credit, ShapingConfig, assign_credit
+from drpo.trainers.credit import AdvantageConfig, Credit, KLConfig, ShapingConfig, assign_credit
 from drpo.trainers.finite import finite_or_stop
 from drpo.trainers.ppo_update import PPOConfig, ppo_update
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from math import exp, log
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from drpo.config import Section, key, refuse, setting
 from drpo.data.records import Record
 from drpo.data.tasks.demo_writers import ITEMS, Split, as_text, demonstrate, draw_post, draw_several, draw_two
 from drpo.data.tasks.task import Task
@@ -38,48 +39,33 @@ WRONG_COST = 2.0
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Section):
     """The demo task (section `data.demo` of a recipe)."""
 
-    completion_rate: float = 1 / 128
+    completion_rate: float = setting(1 / 128, gt=0, le=1)
     """Share of the demonstrations that are finished. From the bare prompt an SFT policy finishes about as
     often, or less where this is small: 0.2 is "often", 0.003 "hardly ever", 0.001 "never"."""
-    num_items: int = 12
+    num_items: int = setting(12, ge=2, le=len(ITEMS) - 1)
     """Items in a post."""
-    num_needed: int = 8
+    num_needed: int = setting(8, ge=2)
     """Items of a post that belong into its summary."""
-    error_rate: float = 0.02
+    error_rate: float = setting(0.02, ge=0, lt=1)
     """Chance of a slip (a wrong item, or one in the wrong place) at each word of a demonstration."""
-    annotator_temperature: float = 0.5
+    annotator_temperature: float = setting(0.5, ge=0)
     """Temperature of the Bradley-Terry annotator, P(a over b) = sigmoid((reward(a) - reward(b)) / T).
     At 0 the better one always wins."""
-    num_ranked: int = 4
+    num_ranked: int = setting(4, ge=2, le=32)
     """Responses to each post in ranked data."""
-    num_train: int = 38400
+    num_train: int = setting(38400, ge=1)
     """Posts to train on."""
-    num_eval: int = 256
+    num_eval: int = setting(256, ge=1)
     """Held-out posts."""
-    seed: int = 0
+    seed: int = setting(0, ge=0)
     """Seed of posts, writers and annotator."""
 
-    def __post_init__(self) -> None:
-        def check(ok: bool, field: str, rule: str) -> None:
-            if not ok:
-                raise ValueError(f"data.demo.{field} must be {rule}, got {getattr(self, field)!r}")
-
-        check(0 < self.completion_rate <= 1, "completion_rate", "above 0 and at most 1")
-        check(2 <= self.num_items <= len(ITEMS) - 1, "num_items", f"between 2 and {len(ITEMS) - 1}")
-        check(
-            2 <= self.num_needed <= self.num_items,
-            "num_needed",
-            f"between 2 and data.demo.num_items ({self.num_items})",
-        )
-        check(0 <= self.error_rate < 1, "error_rate", "at least 0 and below 1")
-        check(self.annotator_temperature >= 0, "annotator_temperature", "at least 0")
-        check(2 <= self.num_ranked <= 32, "num_ranked", "between 2 and 32")
-        check(self.num_train > 0, "num_train", "positive")
-        check(self.num_eval > 0, "num_eval", "positive")
-        check(self.seed >= 0, "seed", "at least 0")
+    def check(self) -> None:
+        rule = f"({self.num_needed}) must be <= {key('num_items')} ({self.num_items})"
+        refuse(self.num_needed > self.num_items, "num_needed", rule)
 
     @property
     def stop_rate(self) -> float:

@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
+from drpo.config import Section, setting
 from drpo.data.encode import Example
 from drpo.data.records import DataError, RowError, require_different
 from drpo.data.views import pair_of
 
 
 @dataclass(frozen=True)
-class CurriculumConfig:
+class CurriculumConfig(Section):
     """Training in stages of growing difficulty (section `curriculum`)."""
 
-    num_stages: int = 3
+    num_stages: int = setting(3, ge=1)
     """Stages, of equally many pairs each; 1 pools all pairs."""
     pairs: Literal["best_vs_rest", "best_vs_worst", "all"] = "best_vs_rest"
     """Pairs of a prompt: its best response with each other one, as in Curry-DPO; the best with the worst alone; or
@@ -31,10 +32,6 @@ class CurriculumConfig:
     run began with."""
     reset_optimizer: bool = True
     """Begin every stage with an empty optimizer state."""
-
-    def __post_init__(self) -> None:
-        if self.num_stages < 1:
-            raise ValueError(f"curriculum.num_stages must be at least 1, got {self.num_stages}")
 
 
 def build_stages(

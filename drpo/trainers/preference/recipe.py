@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
+from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.data.views import View
 from drpo.rollout.held_out import SampleConfig
 from drpo.trainers.offline import OfflineRecipe
@@ -16,6 +17,7 @@ LossName = Literal[
 OF_THE_MARGIN = ("dpo", "cdpo", "robust", "hinge")  # functions of h alone: offsets and divergences change h
 LENGTH_AVERAGED = ("ipo_avg", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
+PAIRS_ONLY = "is about pairs of responses, and loss.name=kto takes single ones; drop it"
 METRICS = frozenset(
     "accuracy reward_margin chosen_reward rejected_reward chosen_logprobs rejected_logprobs implicit_kl weight "
     "pair_loss pair_loss_p10 pair_loss_p50 pair_loss_p90 "
@@ -25,10 +27,10 @@ METRICS = frozenset(
 
 
 @dataclass(frozen=True)
-class OffsetConfig:
+class OffsetConfig(Section):
     """ODPO: the margin must exceed alpha f(score gap). The scores stand beside the pairs in the data."""
 
-    alpha: float = 1.0
+    alpha: float = setting(1.0, ge=0)
     """Scale of the offset; 0 is DPO."""
     scale: Literal["identity", "log", "log1p"] = "log"
     """f. log is the released one: negative for gaps below 1."""
@@ -36,62 +38,50 @@ class OffsetConfig:
     """What happens to a pair whose chosen response has no higher score: the run stops; the pair is left out of
     training; it is trained without offset. Counted in every case."""
 
-    def __post_init__(self) -> None:
-        if self.alpha < 0:
-            raise ValueError(f"loss.offset.alpha must be >= 0, got {self.alpha}")
-
 
 @dataclass(frozen=True)
-class DrDPOConfig:
+class DrDPOConfig(Section):
     """Dr. DPO: pairs of small loss count more, w = softmax(-loss / beta_prime), against flipped labels."""
 
-    beta_prime: float = 1.0
+    beta_prime: float = setting(1.0, gt=0)
     """Temperature of the weights: infinity weighs all pairs alike, 0 leaves the pair of smallest loss."""
     over: Literal["step", "microbatch"] = "step"
     """Where the weights sum to 1: over the optimizer step of all processes, at the price of a second forward; or
     over each micro-batch of each process, as in the released code."""
 
-    def __post_init__(self) -> None:
-        if not self.beta_prime > 0:
-            raise ValueError(f"loss.dr_dpo.beta_prime must be > 0, got {self.beta_prime}")
-
 
 @dataclass(frozen=True)
-class TokenWeightsConfig:
+class TokenWeightsConfig(Section):
     """Token-weighted DPO: log-probabilities of tokens that the data labels irrelevant are scaled by gamma."""
 
-    gamma: float = 0.0
+    gamma: float = setting(0.0, ge=0, le=1)
     """Weight of irrelevant tokens; 1 is the loss without weights, 0 leaves them out."""
     labels: Literal["line", "token"] = "line"
     """What a label in chosen_relevance and rejected_relevance stands for."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"loss.token_weights.gamma must be between 0 and 1, got {self.gamma}")
-
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Section):
     """The loss of a pair and what is put on top of it."""
 
     name: LossName = "dpo"
     """dpo; cdpo (label smoothing); robust (rDPO); hinge (SLiC); ipo (summed), ipo_avg (length-averaged); apo_zero,
     apo_down; sppo; simpo, orpo (without reference); kto (single responses, labelled good or bad)."""
-    beta: float = 0.1
+    beta: float = setting(0.1, gt=0)
     """Strength of the KL constraint; scale of the implicit reward. Not for orpo."""
-    label_smoothing: float | None = None
+    label_smoothing: float | None = setting(None, ge=0, lt=0.5)
     """cdpo, robust: the assumed share of flipped labels."""
-    target_margin: float | None = None
+    target_margin: float | None = setting(None, ge=0)
     """simpo: gamma, the margin that the scaled log-probabilities must reach."""
-    odds_coef: float | None = None
+    odds_coef: float | None = setting(None, gt=0)
     """orpo: lambda, the weight of the odds ratio beside the likelihood."""
-    desirable_weight: float | None = None
+    desirable_weight: float | None = setting(None, gt=0)
     """kto: weight of good responses; null: 1."""
-    undesirable_weight: float | None = None
+    undesirable_weight: float | None = setting(None, gt=0)
     """kto: weight of bad responses; null: 1."""
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
     """f-DPO: the divergence from the reference that is constrained; for dpo, cdpo, robust and hinge."""
-    divergence_alpha: float | None = None
+    divergence_alpha: float | None = setting(None, gt=0, lt=1)
     """divergence=alpha: its alpha, between 0 (reverse KL) and 1 (forward KL)."""
     offset: OffsetConfig | None = None
     """ODPO, on dpo, cdpo, robust and hinge; null: none."""
@@ -100,48 +90,35 @@ class LossConfig:
     token_weights: TokenWeightsConfig | None = None
     """Token weights, on every loss of summed log-probabilities of pairs; null: all tokens count alike."""
 
-    def __post_init__(self) -> None:
-        def only_for(key: str, names: tuple[str, ...], needed: bool = True) -> None:
-            given = getattr(self, key) is not None
-            if given and self.name not in names:
-                raise ValueError(f"loss.{key} is for loss.name={'|'.join(names)}, not for {self.name}")
-            if needed and not given and self.name in names:
-                raise ValueError(f"loss.name={self.name} needs loss.{key}")
-
-        if not self.beta > 0:
-            raise ValueError(f"loss.beta must be > 0, got {self.beta}")
-        if self.name == "orpo" and self.beta != LossConfig.beta:
-            raise ValueError("loss.beta is not for loss.name=orpo, whose weight is loss.odds_coef; drop it")
-        only_for("label_smoothing", ("cdpo", "robust"))
-        only_for("target_margin", ("simpo",))
-        only_for("odds_coef", ("orpo",))
-        only_for("desirable_weight", ("kto",), needed=False)
-        only_for("undesirable_weight", ("kto",), needed=False)
-        only_for("offset", OF_THE_MARGIN, needed=False)
-        summed = tuple(n for n in LossName.__args__ if n not in (*LENGTH_AVERAGED, "kto"))
-        only_for("token_weights", summed, needed=False)
-        only_for("dr_dpo", tuple(n for n in LossName.__args__ if n != "kto"), needed=False)
-        if self.label_smoothing is not None and not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"loss.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        for key in ("odds_coef", "desirable_weight", "undesirable_weight"):
-            if getattr(self, key) is not None and not getattr(self, key) > 0:
-                raise ValueError(f"loss.{key} must be > 0, got {getattr(self, key)}")
-        if self.target_margin is not None and self.target_margin < 0:
-            raise ValueError(f"loss.target_margin must be >= 0, got {self.target_margin}")
+    def check(self) -> None:
+        if self.name == "orpo":
+            rule = f"is not for {key('name')}=orpo, whose weight is {key('odds_coef')}; drop it"
+            refuse_changed(self, ["beta"], rule)
+        self._only_for("label_smoothing", ("cdpo", "robust"), needed=True)
+        self._only_for("target_margin", ("simpo",), needed=True)
+        self._only_for("odds_coef", ("orpo",), needed=True)
+        self._only_for("desirable_weight", ("kto",))
+        self._only_for("undesirable_weight", ("kto",))
+        self._only_for("offset", OF_THE_MARGIN)
+        self._only_for("divergence", OF_THE_MARGIN)
+        names = get_args(LossName)
+        self._only_for("token_weights", tuple(n for n in names if n not in (*LENGTH_AVERAGED, "kto")))
+        self._only_for("dr_dpo", tuple(n for n in names if n != "kto"))
         if self.divergence != "reverse_kl":
-            if self.name not in OF_THE_MARGIN:
-                raise ValueError(
-                    f"loss.divergence is for loss.name={'|'.join(OF_THE_MARGIN)}, not {self.name}"
-                )
-            if self.token_weights is not None:
-                raise ValueError(
-                    "loss.divergence other than reverse_kl takes the probability ratio of whole responses, which "
-                    "token weights do not leave whole; drop loss.token_weights"
-                )
-        if (self.divergence == "alpha") != (self.divergence_alpha is not None):
-            raise ValueError("loss.divergence=alpha and loss.divergence_alpha go together")
-        if self.divergence_alpha is not None and not 0 < self.divergence_alpha < 1:
-            raise ValueError(f"loss.divergence_alpha must be between 0 and 1, got {self.divergence_alpha}")
+            rule = (
+                f"does not go with {key('divergence')}={self.divergence}, which takes the probability ratio of whole "
+                "responses; drop one"
+            )
+            refuse(self.token_weights is not None, "token_weights", rule)
+        rule = f"and {key('divergence')}=alpha go together; give both or neither"
+        refuse((self.divergence == "alpha") != (self.divergence_alpha is not None), "divergence_alpha", rule)
+
+    def _only_for(self, name: str, losses: tuple[str, ...], needed: bool = False) -> None:
+        """Raise ConfigError when a setting is given for another loss, or `needed` and missing for one of `losses`."""
+        rule = f"is for {key('name')}={'|'.join(losses)}, not for {self.name}"
+        refuse(name in self.changed() and self.name not in losses, name, rule)
+        missing = needed and self.name in losses and getattr(self, name) is None
+        refuse(missing, name, f"must be given for {key('name')}={self.name}")
 
     @property
     def needs_reference(self) -> bool:
@@ -150,7 +127,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class ReferenceConfig:
+class ReferenceConfig(Section):
     """The policy that the log-ratios are taken to."""
 
     path: str | None = None
@@ -158,21 +135,16 @@ class ReferenceConfig:
     cache_dir: str | None = None
     """Folder for the log-probabilities of all responses, computed once before training and reused by every run with
     the same reference and data; null: computed in every step."""
-    sync_every: int = 0
+    sync_every: int = setting(0, ge=0)
     """TR-DPO: after every so many steps the reference moves towards the policy; 0: never."""
-    sync_mix: float = 1.0
+    sync_mix: float = setting(1.0, gt=0, le=1)
     """How far it moves: reference <- mix * policy + (1 - mix) * reference."""
 
-    def __post_init__(self) -> None:
-        if self.sync_every < 0:
-            raise ValueError(f"reference.sync_every must be >= 0, got {self.sync_every}")
-        if not 0 < self.sync_mix <= 1:
-            raise ValueError(f"reference.sync_mix must be above 0 and at most 1, got {self.sync_mix}")
-        if self.sync_mix != 1 and not self.sync_every:
-            raise ValueError("reference.sync_mix does nothing without reference.sync_every")
-        if self.cache_dir is not None and self.sync_every:
-            raise ValueError("reference.cache_dir keeps the log-probs of a reference that does not move; drop it or "
-                             "reference.sync_every")  # fmt: skip
+    def check(self) -> None:
+        if not self.sync_every:
+            refuse_changed(self, ["sync_mix"], f"does nothing without {key('sync_every')}")
+        rule = f"keeps the log-probs of a reference that does not move; drop it or {key('sync_every')}"
+        refuse(self.cache_dir is not None and self.sync_every > 0, "cache_dir", rule)
 
 
 @dataclass(frozen=True)
@@ -189,38 +161,26 @@ class PreferenceRecipe(OfflineRecipe):
     """Compute the prompt once for both responses of a pair where the architecture allows; false: always twice."""
     sample: SampleConfig = field(default_factory=SampleConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if taken := METRICS & set(self.sample.reward_functions):
-            raise ValueError(f"sample.reward_functions: {sorted(taken)} are names of other metrics")
-        if not self.loss.needs_reference and self.reference != ReferenceConfig():
-            raise ValueError(
-                f"reference: loss.name={self.loss.name} has no reference policy; drop the section"
-            )
-        if self.loss.name == "kto" and self.reference.cache_dir is not None:
-            raise ValueError(
-                "reference.cache_dir holds log-probs of pairs, and loss.name=kto takes single responses"
-            )
-        if self.loss.name == "kto" and not self.share_prompts:
-            raise ValueError(
-                "share_prompts is about the two responses of a pair; loss.name=kto takes single ones"
-            )
-        if self.curriculum is not None:
-            if self.loss.name == "kto":
-                raise ValueError("curriculum makes pairs, and loss.name=kto takes single responses")
-            if self.orders_by_reference and not self.loss.needs_reference:
-                raise ValueError(
-                    f"curriculum.order=reference_gap: loss.name={self.loss.name} has no reference"
-                )
-            if self.reference_moves_per_stage and self.reference.cache_dir is not None:
-                raise ValueError(
-                    "reference.cache_dir keeps the log-probs of a reference that does not move; drop it, or set "
-                    "curriculum.reference=initial"
-                )
-            if self.reference_moves_per_stage and self.reference.sync_every:
-                raise ValueError(
-                    "curriculum.reference=last and reference.sync_every both move the reference; choose one"
-                )
+    def check(self) -> None:
+        super().check()
+        for name in self.sample.reward_functions:
+            rule = "is the name of another metric; choose another"
+            refuse(name in METRICS, f"sample.reward_functions.{name}", rule)
+        loss = f"loss.name={self.loss.name}"
+        if not self.loss.needs_reference:
+            rule = f"does not apply to {loss}, which has no reference policy; drop the section"
+            refuse_changed(self, ["reference"], rule)
+            rule = f"must not be reference_gap for {loss}, which has no reference policy"
+            refuse(self.orders_by_reference, "curriculum.order", rule)
+        if self.loss.name == "kto":
+            refuse(self.reference.cache_dir is not None, "reference.cache_dir", PAIRS_ONLY)
+            refuse(not self.share_prompts, "share_prompts", PAIRS_ONLY)
+            refuse(self.curriculum is not None, "curriculum", PAIRS_ONLY)
+        if self.reference_moves_per_stage:
+            rule = "keeps the log-probs of a reference that does not move; drop it, or set curriculum.reference=initial"
+            refuse(self.reference.cache_dir is not None, "reference.cache_dir", rule)
+            rule = "and curriculum.reference=last both move the reference; choose one"
+            refuse(self.reference.sync_every > 0, "reference.sync_every", rule)
 
     @property
     def view(self) -> View:

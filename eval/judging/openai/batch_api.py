@@ -17,6 +17,7 @@ from typing import Any
 from openai import AsyncOpenAI
 from openai.types import Batch, FileObject
 
+from drpo.config import Section, setting
 from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Question
 from eval.judging.openai.answer_body import decoded
@@ -42,23 +43,15 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 
 
 @dataclass(frozen=True)
-class BatchAPIConfig:
+class BatchAPIConfig(Section):
     """How batches are submitted (section `batch`, for judge.backend=batch)."""
 
-    poll_seconds: float = 60.0
+    poll_seconds: float = setting(60.0, gt=0)
     """Time between two looks at a batch."""
-    max_requests: int = 50_000
+    max_requests: int = setting(50_000, ge=1, le=50_000)
     """Requests of one batch; the API takes 50000 at most, an account's queue may take fewer."""
-    max_submissions: int = 3
+    max_submissions: int = setting(3, ge=1)
     """How often a request that came back without an answer is submitted, all in all."""
-
-    def __post_init__(self) -> None:
-        if not self.poll_seconds > 0:
-            raise ValueError(f"batch.poll_seconds must be positive, got {self.poll_seconds}")
-        if not 1 <= self.max_requests <= 50_000:
-            raise ValueError(f"batch.max_requests must be in [1, 50000], got {self.max_requests}")
-        if self.max_submissions < 1:
-            raise ValueError(f"batch.max_submissions must be >= 1, got {self.max_submissions}")
 
 
 class BatchJudge:

@@ -10,29 +10,24 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from drpo.config import Section, setting
 from eval.judging.openai.prices import PRICES
 from eval.judging.openai.store import Call, Store
 
 
 @dataclass(frozen=True)
-class BudgetConfig:
+class BudgetConfig(Section):
     """What the judge's calls may cost (section `budget`)."""
 
-    max_usd: float | None = None
+    max_usd: float | None = setting(None, ge=0)
     """The most dollars that the calls of this store may ever cost, earlier runs included; null for no cap. Needs a
     price for the model."""
-    max_calls: int | None = None
+    max_calls: int | None = setting(None, ge=0)
     """The most requests that this store may ever send, retries and earlier runs included; null for no cap."""
     prices: str | None = None
     """A YAML table of prices in place of eval/judging/openai/prices.yaml."""
     dry_run: bool = False
     """Stop after the estimate: nothing is asked."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_usd", "max_calls"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"budget.{name} must be >= 0 or null, got {value}")
 
     @property
     def prices_path(self) -> str:

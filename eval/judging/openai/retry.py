@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import openai
 
+from drpo.config import Section, setting
 from drpo.jsonl import encodable
 from eval.judging.openai.error_causes import Cause, cause_of, read_error
 
@@ -36,29 +37,21 @@ _DURATION = re.compile(
 
 
 @dataclass(frozen=True)
-class RetryConfig:
+class RetryConfig(Section):
     """How patient the judge's client is (section `retry`)."""
 
-    timeout: float = 120.0
+    timeout: float = setting(120.0, gt=0)
     """Seconds for one request."""
-    max_attempts: int = 8
+    max_attempts: int = setting(8, ge=1)
     """The most requests for one question; then it has failed."""
-    max_elapsed: float = 600.0
+    max_elapsed: float = setting(600.0, gt=0)
     """Seconds after which a question is not tried again, waiting included."""
-    base_delay: float = 1.0
+    base_delay: float = setting(1.0, ge=0)
     """Seconds: before attempt k a random time up to base_delay * 2^(k-1) passes, unless the API names one."""
-    max_delay: float = 60.0
+    max_delay: float = setting(60.0, ge=0)
     """Seconds that the random wait never exceeds."""
-    max_failures_in_a_row: int = 10
+    max_failures_in_a_row: int = setting(10, ge=1)
     """The run stops when so many questions in a row got no answer."""
-
-    def __post_init__(self) -> None:
-        for name in ("timeout", "max_attempts", "max_elapsed", "max_failures_in_a_row"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"retry.{name} must be positive, got {getattr(self, name)}")
-        for name in ("base_delay", "max_delay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"retry.{name} must be >= 0, got {getattr(self, name)}")
 
 
 class NotAnAnswer(Exception):

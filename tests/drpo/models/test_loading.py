@@ -296,17 +296,17 @@ def test_no_model_at_all(tokenizer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"path": "a", "architecture": SCRATCH}, "model.architecture"),
-        ({"architecture": {"hidden_size": 3}, "vocab_size": 300}, "model.architecture.model_type"),
+        ({"path": "a", "architecture": SCRATCH}, "^architecture is for a model from scratch"),
+        ({"architecture": {"hidden_size": 3}, "vocab_size": 300}, "^architecture.model_type is unknown"),
         ({"architecture": {"model_type": "gptneox"}, "vocab_size": 300}, "did you mean .*gpt_neox"),
         (
             {"architecture": {**SCRATCH, "hiden_size": 3}, "vocab_size": 300},
             "hiden_size.*did you mean hidden_size",
         ),
-        ({"architecture": SCRATCH}, "model.vocab_size"),
-        ({"path": "a", "vocab_size": 300}, "model.vocab_size"),
-        ({"architecture": SCRATCH, "vocab_size": 100}, "model.vocab_size must be at least 258"),
-        ({"architecture": SCRATCH, "vocab_size": 300, "lora": LoraConfig(r=2)}, "lora.r=0"),
+        ({"architecture": SCRATCH}, "^vocab_size "),
+        ({"path": "a", "vocab_size": 300}, "^vocab_size "),
+        ({"architecture": SCRATCH, "vocab_size": 100}, "^vocab_size must be >= 258 or null, got 100"),
+        ({"architecture": SCRATCH, "vocab_size": 300, "lora": LoraConfig(r=2)}, "^lora.r .* set it to 0"),
     ],
 )
 def test_config_names_the_bad_key(settings, message):
@@ -316,10 +316,10 @@ def test_config_names_the_bad_key(settings, message):
 
 @pytest.mark.parametrize(
     ("settings", "key"),
-    [({"r": -1}, "lora.r"), ({"alpha": 0.0}, "lora.alpha"), ({"target_modules": []}, "target")],
+    [({"r": -1}, "r"), ({"alpha": 0.0}, "alpha"), ({"target_modules": []}, "target_modules")],
 )
 def test_lora_config_names_the_bad_key(settings, key):
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(ValueError, match=f"^{key} "):
         LoraConfig(**settings)
 
 

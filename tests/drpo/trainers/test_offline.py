@@ -306,11 +306,11 @@ def test_recipe_values_are_checked(tmp_path, changes, message):
 
 @pytest.mark.parametrize("changes", [{"size": 0}, {"microbatch_size": 0}, {"num_epochs": 0.0}])
 def test_batch_values_are_checked(changes):
-    with pytest.raises(ValueError, match=f"batch.{next(iter(changes))} must be"):
+    with pytest.raises(ValueError, match=f"^{next(iter(changes))} must be"):
         BatchConfig(**changes)
 
 
 @pytest.mark.parametrize("changes", [{"every": -1}, {"num_examples": 0}])
 def test_evaluation_values_are_checked(changes):
-    with pytest.raises(ValueError, match=f"eval.{next(iter(changes))} must be"):
+    with pytest.raises(ValueError, match=f"^{next(iter(changes))} must be"):
         OfflineEvalConfig(**changes)

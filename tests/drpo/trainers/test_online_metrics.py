@@ -10,10 +10,9 @@ import pytest
 import torch
 from hand_rollouts import JUNK, hand_trajectory
 
-from drpo.kl import KLConfig
 from drpo.rewards import RunningMoments
 from drpo.rollout.trajectory import Trajectory
-from drpo.trainers.credit import AdvantageConfig, Credit, ShapingConfig, assign_credit
+from drpo.trainers.credit import AdvantageConfig, Credit, KLConfig, ShapingConfig, assign_credit
 from drpo.trainers.online_metrics import PREFIX_BINS, SHOWN, online_metrics
 
 WIDTH = 9

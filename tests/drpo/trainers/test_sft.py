@@ -146,10 +146,10 @@ def test_the_tokenizer_is_the_models_or_is_trained_on_the_data(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_prompts": -1}, "sample.num_prompts"),
-        ({"temperature": -0.1}, "sample.temperature"),
-        ({"max_response_length": 0}, "sample.max_response_length"),
-        ({"reward_functions": {"loss": "a:b"}}, r"sample.reward_functions: \['loss'\] are names of other"),
+        ({"num_prompts": -1}, "^num_prompts must be >= 0"),
+        ({"temperature": -0.1}, "^temperature must be >= 0"),
+        ({"max_response_length": 0}, "^max_response_length must be >= 1"),
+        ({"reward_functions": {"loss": "a:b"}}, "^reward_functions.loss is the name of another metric"),
     ],
 )
 def test_sample_values_are_checked(changes, message):

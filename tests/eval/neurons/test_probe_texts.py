@@ -115,14 +115,14 @@ def test_demo_texts_are_references_and_the_same_with_one_fault(fault):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"path": "x.jsonl"}, "probe.path does not apply to probe.source=demo"),
-        ({"source": "texts"}, "probe.path must say where the probe's texts is"),
-        ({"source": "file", "path": "p.npz", "l2": 2.0}, "probe.l2 does not apply to probe.source=file"),
-        ({"source": "file", "path": "p.npz", "fault": "wrong_item"}, "probe.fault does not apply"),
-        ({"source": "demo", "text_column": "t"}, "probe.text_column does not apply to probe.source=demo"),
-        ({"l2": 0.0}, "probe.l2 must be positive"),
-        ({"holdout": 1.0}, "probe.holdout must be above 0 and below 1"),
-        ({"max_length": 0}, "probe.max_length must be at least 1"),
+        ({"path": "x.jsonl"}, "^path does not apply to source=demo"),
+        ({"source": "texts"}, "^path must name the file of source=texts"),
+        ({"source": "file", "path": "p.npz", "l2": 2.0}, "^l2 does not apply to source=file"),
+        ({"source": "file", "path": "p.npz", "fault": "wrong_item"}, "^fault does not apply"),
+        ({"source": "demo", "text_column": "t"}, "^text_column does not apply to source=demo"),
+        ({"l2": 0.0}, "^l2 must be > 0, got 0.0"),
+        ({"holdout": 1.0}, "^holdout must be > 0 and < 1, got 1.0"),
+        ({"max_length": 0}, "^max_length must be >= 1 or null, got 0"),
     ],
 )
 def test_impossible_settings_name_their_key(arguments, message):

@@ -139,7 +139,7 @@ def test_a_benchmark_needs_a_model():
     [
         ({"prompt_lengths": [30, 20]}, "prompt_lengths"),
         ({"response_length": 2.0}, "response_length"),
-        ({"microbatch_size": 3}, "batch_size=8 must be a multiple of microbatch_size=3"),
+        ({"microbatch_size": 3}, r"^batch_size \(8\) must be a multiple of microbatch_size \(3\)"),
         ({"warmup_steps": 3}, "warmup_steps"),
         ({"num_repeats": 0}, "num_repeats"),
     ],

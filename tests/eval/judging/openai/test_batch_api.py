@@ -287,7 +287,7 @@ def test_pages_only_stop_the_run_with_a_reason(store, monkeypatch):
 
 
 def test_limits_of_the_api():
-    with pytest.raises(ValueError, match="batch.max_requests must be in"):
+    with pytest.raises(ValueError, match="^max_requests must be >= 1 and <= 50000, got 60000"):
         BatchAPIConfig(max_requests=60_000)
-    with pytest.raises(ValueError, match="batch.poll_seconds must be positive"):
+    with pytest.raises(ValueError, match="^poll_seconds must be > 0, got 0"):
         BatchAPIConfig(poll_seconds=0)
