@@ -112,19 +112,16 @@ class OnlineRecipe(Section):
             f"({self.kl.horizon:g}) must be above 0.2 * rollout.batch_size = {share:g}: one update may lower the "
             "coefficient by that share, to below 0, where diverging from the reference is rewarded",
         )
+        estimator = f"advantage.estimator={self.advantage.estimator}"
         if not self.advantage.needs_critic:
-            self._refuse_critic()
+            rule = f"does not apply to {estimator}: there is no critic"
+            refuse_changed(self.critic, vars(self.critic).keys(), rule, "critic.")
+            refuse_changed(self.ppo, ("value_coef", "value_clip_range"), rule, "ppo.")
+        alone_in_group = self.advantage.needs_group and self.rollout.rollouts_per_prompt < 2
+        rule = f"must be >= 2 for {estimator}, which compares the rollouts of a prompt"
+        refuse(alone_in_group, "rollout.rollouts_per_prompt", rule)
         rule = f"({self.ppo.num_minibatches}) must divide rollout.batch_size ({self.rollout.batch_size})"
         refuse(self.rollout.batch_size % self.ppo.num_minibatches != 0, "ppo.num_minibatches", rule)
-
-    def _refuse_critic(self) -> None:
-        """Raise ConfigError for settings of a critic that advantage.estimator does not need."""
-        estimator = f"advantage.estimator={self.advantage.estimator}"
-        rule = f"does not apply to {estimator}: there is no critic"
-        refuse_changed(self.critic, vars(self.critic).keys(), rule, "critic.")
-        refuse_changed(self.ppo, ("value_coef", "value_clip_range"), rule, "ppo.")
-        rule = f"must be >= 2 for {estimator}, which compares the rollouts of a prompt"
-        refuse(self.rollout.rollouts_per_prompt < 2, "rollout.rollouts_per_prompt", rule)
 
     @property
     def tokenizer_path(self) -> str:

@@ -45,7 +45,10 @@ def test_a_group_without_differences_moves_nothing(policy_folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout": {"rollouts_per_prompt": 1}}, "rollout.rollouts_per_prompt to 2 or more"),
+        (
+            {"rollout": {"rollouts_per_prompt": 1}},
+            "rollout.rollouts_per_prompt must be >= 2 for advantage.estimator=rloo",
+        ),
         ({"advantage": {"lam": 0.9}}, "lam does not apply to advantage.estimator=rloo"),
         ({"advantage": {"gamma": 0.9}}, "gamma does not apply to advantage.estimator=rloo"),
         ({"critic": {"pretrain_steps": 1}}, "critic.pretrain_steps does not apply .*there is no critic"),
