@@ -26,7 +26,7 @@ from drpo.trainers.sft import SFTRecipe
 
 Recipe = TypeVar("Recipe")
 Model = PreTrainedModel | str | Path
-Rows = Iterable[Mapping[str, Any]] | str | Path
+Records = Iterable[Mapping[str, Any]] | str | Path
 
 
 def train_online(
@@ -34,7 +34,7 @@ def train_online(
     *,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    records: Rows | None = None,
+    records: Records | None = None,
     reward: RewardFn | None = None,
     callbacks: Sequence[Callback] = (),
     handle_signals: bool = False,
@@ -71,7 +71,7 @@ def train_preference(
     *,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    records: Rows | None = None,
+    records: Records | None = None,
     callbacks: Sequence[Callback] = (),
     handle_signals: bool = False,
 ) -> Path:
@@ -87,7 +87,7 @@ def train_sft(
     *,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    records: Rows | None = None,
+    records: Records | None = None,
     callbacks: Sequence[Callback] = (),
     handle_signals: bool = False,
 ) -> Path:
@@ -103,7 +103,7 @@ def _train_offline(
     recipe: SFTRecipe | PreferenceRecipe,
     model: Model | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    records: Rows | None,
+    records: Records | None,
     callbacks: Sequence[Callback],
     handle_signals: bool,
 ) -> Path:

@@ -23,7 +23,7 @@ from drpo.preference_losses import bradley_terry_loss
 from drpo.run.folder import Callback, RunFolder
 from drpo.run.result import Result
 from drpo.tensors import PaddedBatch, pad_batch
-from drpo.trainers.offline import BatchConfig, OfflineRecipe, RowObjective, Rows, fit
+from drpo.trainers.offline import BatchConfig, OfflineRecipe, RowMetrics, RowObjective, fit
 from drpo.trainers.sft import tokenizer_for
 from reward_models.model import Aggregation, RewardModel
 
@@ -55,7 +55,7 @@ class RewardModelRecipe(OfflineRecipe):
         refuse(self.model.lora.r > 0, "model.lora.r", "must be 0: a reward model is trained in full")
 
 
-class PairObjective(RowObjective):
+class RewardObjective(RowObjective):
     """Bradley-Terry loss over pairs, chosen and rejected in one forward."""
 
     def __init__(self, model: RewardModel, pad_id: int, score_penalty: float, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class PairObjective(RowObjective):
     def num_targets(self, batch: PaddedBatch) -> int:
         return len(batch.responses) // 2
 
-    def forward(self, batch: PaddedBatch) -> tuple[Tensor, Rows]:
+    def forward(self, batch: PaddedBatch) -> tuple[Tensor, RowMetrics]:
         chosen, rejected = self.model.score(batch).chunk(2)
         losses = bradley_terry_loss(chosen, rejected)
         losses = losses + self._score_penalty * (chosen**2 + rejected**2) / 2
@@ -102,7 +102,7 @@ def train(recipe: RewardModelRecipe, engine: Engine, callbacks: Sequence[Callbac
     model.config.aggregation = recipe.score.aggregation
     model.config.chat_template = recipe.data.chat_template
     model.config.chat_template_kwargs = dict(recipe.data.chat_template_kwargs)
-    objective = PairObjective(model, tokenizer.pad_token_id, recipe.score.penalty, engine.device)
+    objective = RewardObjective(model, tokenizer.pad_token_id, recipe.score.penalty, engine.device)
     result = Result(run, objective, model, tokenizer, splits.report, "reward_model")
     fit(run, objective, [splits.train], splits.eval, name="reward model", result=result)
     if references:

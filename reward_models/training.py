@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from drpo.engine import engine_of
 from drpo.inputs import with_inputs
 from drpo.run.folder import Callback
-from drpo.training import Model, Rows
+from drpo.training import Model, Records
 from reward_models.train import RewardModelRecipe, train
 
 
@@ -19,7 +19,7 @@ def train_reward_model(
     *,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    records: Rows | None = None,
+    records: Records | None = None,
     callbacks: Sequence[Callback] = (),
     handle_signals: bool = False,
 ) -> Path:

@@ -22,7 +22,7 @@ from drpo.run.metrics import Phases, peak_memory_gib
 from drpo.run.result import Result
 from drpo.trainers.finite import finite_or_stop
 
-Rows = dict[str, Tensor]
+RowMetrics = dict[str, Tensor]
 
 
 class Objective(Protocol):
@@ -32,33 +32,33 @@ class Objective(Protocol):
     and further named numbers of the rows, each (b,). `num_targets` counts what the losses' sum is divided by
     (tokens, pairs, ...), and `summarise` makes metrics of the losses and numbers of all rows.
 
-    An objective whose losses depend on all rows of the step sets `looks_ahead`: the rows are then computed twice,
-    first without gradients and without context, and `context` makes of them what the second forward is given.
+    An objective whose losses depend on all rows of the step sets `needs_step_statistics`: the rows are then computed twice,
+    first without gradients and without statistics, and `step_statistics` makes of them what the second forward is given.
     """
 
     model: nn.Module
-    looks_ahead: bool
+    needs_step_statistics: bool
 
     def collate(self, items: Sequence[Any]) -> Any: ...
 
     def num_targets(self, batch: Any) -> int: ...
 
-    def context(self, losses: Tensor, rows: Rows) -> Tensor: ...
+    def step_statistics(self, losses: Tensor, rows: RowMetrics) -> Tensor: ...
 
-    def summarise(self, losses: Tensor, rows: Rows) -> dict[str, float]: ...
+    def summarise(self, losses: Tensor, rows: RowMetrics) -> dict[str, float]: ...
 
-    def __call__(self, batch: Any, context: Tensor | None = None) -> tuple[Tensor, Rows]: ...
+    def __call__(self, batch: Any, step_statistics: Tensor | None = None) -> tuple[Tensor, RowMetrics]: ...
 
 
 class RowObjective(nn.Module):
     """An Objective whose rows are independent of each other, with the mean of every number as its metric."""
 
-    looks_ahead = False
+    needs_step_statistics = False
 
-    def context(self, losses: Tensor, rows: Rows) -> Tensor:
+    def step_statistics(self, losses: Tensor, rows: RowMetrics) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not look ahead")
 
-    def summarise(self, losses: Tensor, rows: Rows) -> dict[str, float]:
+    def summarise(self, losses: Tensor, rows: RowMetrics) -> dict[str, float]:
         return {name: float(values.mean()) for name, values in rows.items()}
 
 
@@ -211,18 +211,20 @@ def take_step(
         objective.collate(items[first : first + microbatch_size])
         for first in range(0, len(items), microbatch_size)
     ]
-    context = None
-    if objective.looks_ahead:
+    step_statistics = None
+    if objective.needs_step_statistics:
         with torch.no_grad():
             seen = [module(microbatch) for microbatch in microbatches]
-        context = objective.context(*_gather(engine, seen))
+        step_statistics = objective.step_statistics(*_gather(engine, seen))
     num_local = sum(objective.num_targets(microbatch) for microbatch in microbatches)
     num_targets = float(engine.sum(torch.tensor(float(num_local), device=engine.device)))
     results = []
     for index, microbatch in enumerate(microbatches):
         last = index == len(microbatches) - 1
         with engine.accumulating(last):
-            losses, rows = module(microbatch) if context is None else module(microbatch, context)
+            losses, rows = (
+                module(microbatch) if step_statistics is None else module(microbatch, step_statistics)
+            )
             engine.backward(losses.sum() / num_targets * engine.loss_scale(), last)
         results.append((losses.detach(), rows))
     check_finite(torch.cat([losses for losses, _ in results]), "the loss")
@@ -243,19 +245,19 @@ def held_out_metrics(
         for first in range(0, len(mine), batch.microbatch_size)
     ]
 
-    def forward(*context: Tensor) -> tuple[Tensor, Rows]:
+    def forward(*step_statistics: Tensor) -> tuple[Tensor, RowMetrics]:
         with engine.autocast():
-            return _gather(engine, [objective(microbatch, *context) for microbatch in microbatches])
+            return _gather(engine, [objective(microbatch, *step_statistics) for microbatch in microbatches])
 
     num_local = sum(objective.num_targets(microbatch) for microbatch in microbatches)
     num_targets = float(engine.sum(torch.tensor(float(num_local), device=engine.device)))
     losses, rows = forward()
-    if objective.looks_ahead:
-        losses, rows = forward(objective.context(losses, rows))
+    if objective.needs_step_statistics:
+        losses, rows = forward(objective.step_statistics(losses, rows))
     return _metrics("eval", objective, losses, rows, num_targets)
 
 
-def _gather(engine: Engine, results: Sequence[tuple[Tensor, Rows]]) -> tuple[Tensor, Rows]:
+def _gather(engine: Engine, results: Sequence[tuple[Tensor, RowMetrics]]) -> tuple[Tensor, RowMetrics]:
     """Losses and numbers of the rows of all micro-batches and processes, in float64, on every process."""
     mine = []
     for losses, rows in results:
@@ -271,7 +273,7 @@ def _gather(engine: Engine, results: Sequence[tuple[Tensor, Rows]]) -> tuple[Ten
 
 
 def _metrics(
-    group: str, objective: Objective, losses: Tensor, rows: Rows, num_targets: float
+    group: str, objective: Objective, losses: Tensor, rows: RowMetrics, num_targets: float
 ) -> dict[str, float]:
     metrics = {"loss": float(losses.sum()) / num_targets, **objective.summarise(losses, rows)}
     return {f"{group}/{name}": value for name, value in metrics.items()}

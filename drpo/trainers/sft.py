@@ -24,7 +24,7 @@ from drpo.rollout.held_out import SampleConfig, held_out_sampler
 from drpo.run.folder import Callback, RunFolder
 from drpo.run.result import Result
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
-from drpo.trainers.offline import OfflineRecipe, RowObjective, Rows, fit
+from drpo.trainers.offline import OfflineRecipe, RowMetrics, RowObjective, fit
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SFTObjective(RowObjective):
     def num_targets(self, batch: PaddedBatch) -> int:
         return int(batch.response_mask.sum())
 
-    def forward(self, batch: PaddedBatch) -> tuple[Tensor, Rows]:
+    def forward(self, batch: PaddedBatch) -> tuple[Tensor, RowMetrics]:
         logprobs = response_logprobs(self.model, batch).logprobs
         return masked_sum(-logprobs, batch.response_mask, dim=1), {}
 

@@ -284,7 +284,7 @@ WRONG = [
     (
         {"kind": "openai"},
         {"batch": {"poll_seconds": 3}},
-        "batch does not apply to this judge; it is for judge.backend=batch",
+        "batch does not apply to .* it is for judge.backend=batch",
     ),
     ({"form": "auto", "probe": False}, {}, "judge.form=auto is found out by the probe"),
     ({}, {"orders": "one", "half_tie": "tie"}, "half_tie does not apply to orders=one"),

@@ -17,7 +17,7 @@ from drpo.data.load import load_examples
 from drpo.data.records import DataError, Record
 from drpo.models.loading import ModelConfig
 from reward_models.model import RewardModel
-from reward_models.train import PairObjective, RewardModelRecipe, ScoreConfig
+from reward_models.train import RewardModelRecipe, RewardObjective, ScoreConfig
 
 STOP, PAD = 1, 2
 PAIRS = [
@@ -41,10 +41,10 @@ def log_loss(chosen: float, rejected: float) -> float:
     return math.log1p(math.exp(rejected - chosen))
 
 
-def pair_objective(aggregation: str = "last", penalty: float = 0.0) -> PairObjective:
+def pair_objective(aggregation: str = "last", penalty: float = 0.0) -> RewardObjective:
     model = RewardModel.from_causal_lm(tiny_model("gpt_neox"), seed=3)
     model.config.aggregation = aggregation
-    return PairObjective(model, PAD, penalty, torch.device("cpu"))
+    return RewardObjective(model, PAD, penalty, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("aggregation", ["last", "sum"])

@@ -57,7 +57,10 @@ def log_sigmoid(x: Tensor) -> Tensor:
 
 def naive_loss(config: LossConfig, pair: Pair, policy: nn.Module, reference: nn.Module) -> Tensor:
     """The loss of one pair, written out from its paper; float64, with the policy's gradients."""
-    weights = pair.weights or ([1.0] * len(pair.example.chosen_ids), [1.0] * len(pair.example.rejected_ids))
+    weights = pair.token_weights or (
+        [1.0] * len(pair.example.chosen_ids),
+        [1.0] * len(pair.example.rejected_ids),
+    )
     weights = [torch.tensor(side, dtype=torch.float64) for side in weights]
     w, l = (  # noqa: E741
         (side * weight).sum() for side, weight in zip(naive_sides(policy, pair), weights, strict=True)

@@ -13,7 +13,7 @@ from drpo.data.records import DataError
 from drpo.models.scoring import response_logprobs
 from drpo.preference_losses import kto_loss
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
-from drpo.trainers.offline import Rows
+from drpo.trainers.offline import RowMetrics
 from drpo.trainers.preference.recipe import LossConfig
 from drpo.trainers.reference import Reference, policy_and_reference
 
@@ -65,7 +65,7 @@ def make_labelled(examples: Sequence[Example]) -> list[LabelledResponse]:
 class UnpairedObjective(nn.Module):
     """KTO around the policy. It looks ahead: z0, the reference point of all losses, is a mean over the step."""
 
-    looks_ahead = True
+    needs_step_statistics = True
 
     def __init__(
         self, model: nn.Module, loss: LossConfig, *, reference: Reference, pad_id: int, device: torch.device
@@ -88,12 +88,14 @@ class UnpairedObjective(nn.Module):
     def num_targets(self, batch: LabelledBatch) -> int:
         return len(batch)
 
-    def context(self, losses: Tensor, rows: Rows) -> Tensor:
+    def step_statistics(self, losses: Tensor, rows: RowMetrics) -> Tensor:
         """z0 = max(0, mean of log pi/pi_ref over responses to other prompts): an estimate of KL(pi, pi_ref)."""
         return rows["mismatched_logratio"].mean().clamp(min=0).float().to(self._device)
 
-    def forward(self, batch: LabelledBatch, context: Tensor | None = None) -> tuple[Tensor, Rows]:
-        if context is None:  # looking ahead: only what z0 is made of
+    def forward(
+        self, batch: LabelledBatch, step_statistics: Tensor | None = None
+    ) -> tuple[Tensor, RowMetrics]:
+        if step_statistics is None:  # looking ahead: only what z0 is made of
             mismatched = self._logratios(batch.mismatched)
             return torch.zeros_like(mismatched), {"mismatched_logratio": mismatched}
         config = self._loss
@@ -101,16 +103,16 @@ class UnpairedObjective(nn.Module):
         losses = kto_loss(
             logratios,
             batch.desirable_mask,
-            context,
+            step_statistics,
             config.beta,
             config.desirable_weight or 1.0,
             config.undesirable_weight or 1.0,
         )
         return losses, {
             "reward": config.beta * logratios,
-            "reference_point": context.expand(len(batch)),
+            "reference_point": step_statistics.expand(len(batch)),
             "desirable": batch.desirable_mask,
-            "accuracy": (logratios > context) == batch.desirable_mask,
+            "accuracy": (logratios > step_statistics) == batch.desirable_mask,
         }
 
     def _logratios(self, rows: PaddedBatch) -> Tensor:
@@ -118,7 +120,7 @@ class UnpairedObjective(nn.Module):
         logprobs, reference = policy_and_reference(self.model, self._reference, _score, rows)
         return masked_sum(logprobs - reference, rows.response_mask, dim=1)
 
-    def summarise(self, losses: Tensor, rows: Rows) -> dict[str, float]:
+    def summarise(self, losses: Tensor, rows: RowMetrics) -> dict[str, float]:
         """Means of the numbers, and the mean reward of desirable and of undesirable responses."""
         metrics = {name: float(values.mean()) for name, values in rows.items()}
         desirable = rows["desirable"].bool()

@@ -13,7 +13,7 @@ from drpo import preference_losses as losses
 from drpo.models.scoring import response_logprobs
 from drpo.models.shared_prompt import continuation_logprobs
 from drpo.tensors import PaddedBatch, masked_sum
-from drpo.trainers.offline import Rows
+from drpo.trainers.offline import RowMetrics
 from drpo.trainers.preference.pairs import Pair, PairBatch, collate_pairs
 from drpo.trainers.preference.recipe import LENGTH_AVERAGED, LossConfig
 from drpo.trainers.reference import Reference, policy_and_reference
@@ -45,7 +45,7 @@ class PairObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.looks_ahead = loss.dr_dpo is not None and loss.dr_dpo.over == "step"
+        self.needs_step_statistics = loss.dr_dpo is not None and loss.dr_dpo.over == "step"
         self._loss, self._reference = loss, reference
         self._pad_id, self._device = pad_id, device
         self._score = functools.partial(block_logprobs, share_prompts=share_prompts)
@@ -56,21 +56,21 @@ class PairObjective(nn.Module):
     def num_targets(self, batch: PairBatch) -> int:
         return len(batch)
 
-    def context(self, weighted: Tensor, rows: Rows) -> Tensor:
+    def step_statistics(self, weighted: Tensor, rows: RowMetrics) -> Tensor:
         """log mean exp(-loss / beta') over all pairs of the step: what Dr. DPO's weights are normalised by."""
         exponents = -rows["pair_loss"] / self._loss.dr_dpo.beta_prime
         return log_mean_exp(exponents).float().to(self._device)
 
-    def forward(self, batch: PairBatch, context: Tensor | None = None) -> tuple[Tensor, Rows]:
+    def forward(self, batch: PairBatch, step_statistics: Tensor | None = None) -> tuple[Tensor, RowMetrics]:
         logprobs, reference = self._logprobs(batch)
         scores = PairScores(*self._reduce(logprobs, batch), *self._reduce(reference, batch))
         pair_losses = pair_loss(self._loss, scores, batch.offsets)
         rows = self._rows(logprobs, reference, scores, batch) | {"pair_loss": pair_losses}
-        if self._loss.dr_dpo is None or (self.looks_ahead and context is None):
+        if self._loss.dr_dpo is None or (self.needs_step_statistics and step_statistics is None):
             return pair_losses, rows
         beta_prime = self._loss.dr_dpo.beta_prime
-        if context is not None:
-            weights = losses.dr_dpo_weights(pair_losses, beta_prime, context)
+        if step_statistics is not None:
+            weights = losses.dr_dpo_weights(pair_losses, beta_prime, step_statistics)
             return weights * pair_losses, rows | {"weight": weights}
         weights = len(batch) * losses.dr_dpo_weights(pair_losses, beta_prime)
         return losses.dr_dpo_loss(pair_losses, beta_prime).expand(len(batch)), rows | {"weight": weights}
@@ -86,15 +86,17 @@ class PairObjective(nn.Module):
         if logprobs is None:
             return None, None
         mask = batch.rows.response_mask
-        if batch.weights is not None:
-            reduced = losses.token_weighted_sum(logprobs, batch.weights, mask)
+        if batch.token_weights is not None:
+            reduced = losses.token_weighted_sum(logprobs, batch.token_weights, mask)
         else:
             reduced = masked_sum(logprobs, mask, dim=1)
         if self._loss.name in LENGTH_AVERAGED:
             reduced = reduced / mask.sum(dim=1)
         return tuple(reduced.chunk(2))
 
-    def _rows(self, logprobs: Tensor, reference: Tensor | None, scores: PairScores, batch: PairBatch) -> Rows:
+    def _rows(
+        self, logprobs: Tensor, reference: Tensor | None, scores: PairScores, batch: PairBatch
+    ) -> RowMetrics:
         mask = batch.rows.response_mask
         chosen, rejected = masked_sum(logprobs.detach(), mask, dim=1).chunk(2)
         rows = {"chosen_logprobs": chosen, "rejected_logprobs": rejected}
@@ -117,12 +119,12 @@ class PairObjective(nn.Module):
         }
         return rows if batch.flipped is None else rows | {"flipped": batch.flipped}
 
-    def summarise(self, weighted: Tensor, rows: Rows) -> dict[str, float]:
+    def summarise(self, weighted: Tensor, rows: RowMetrics) -> dict[str, float]:
         """Means of the numbers, quantiles of the losses, and means over flipped and clean pairs."""
         metrics = {name: float(values.mean()) for name, values in rows.items()}
         quantiles = torch.quantile(rows["pair_loss"], torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
         metrics |= {f"pair_loss_p{100 * q:.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
-        if self.looks_ahead:  # what the weighted gradient is the gradient of
+        if self.needs_step_statistics:  # what the weighted gradient is the gradient of
             metrics["loss"] = float(losses.dr_dpo_loss(rows["pair_loss"], self._loss.dr_dpo.beta_prime))
         if "flipped" in rows:
             flipped = rows["flipped"].bool()

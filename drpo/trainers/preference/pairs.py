@@ -25,7 +25,7 @@ class Pair:
     example: Example
     offset: float = 0.0
     "alpha f(score gap), 0 but for ODPO."
-    weights: tuple[list[float], list[float]] | None = None
+    token_weights: tuple[list[float], list[float]] | None = None
     reference_logprobs: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
@@ -40,7 +40,7 @@ class PairBatch:
     rows: PaddedBatch
     offsets: Tensor
     "(B,)"
-    weights: Tensor | None
+    token_weights: Tensor | None
     reference_logprobs: Tensor | None
     flipped: Tensor | None
     "(B,) bool: whether noise swapped the pair; None without noise."
@@ -63,8 +63,8 @@ def collate_pairs(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> P
         return table.to(device)
 
     weights = reference_logprobs = flipped = None
-    if pairs[0].weights is not None:
-        weights = padded([pair.weights[side] for side in (0, 1) for pair in pairs])
+    if pairs[0].token_weights is not None:
+        weights = padded([pair.token_weights[side] for side in (0, 1) for pair in pairs])
     if pairs[0].reference_logprobs is not None:
         reference_logprobs = padded([pair.reference_logprobs[side] for side in (0, 1) for pair in pairs])
     if "flipped" in pairs[0].example.record.extra:

@@ -252,22 +252,22 @@ def test_what_happens_after_a_step_counts_from_the_next_one(tmp_path):
 class AgainstTheMean(Weight):
     """loss of a target x = w x m with m, a constant, the mean of the item sums over all items looked at."""
 
-    looks_ahead = True
+    needs_step_statistics = True
 
     def __init__(self) -> None:
         super().__init__()
         self.forwards: list[tuple[bool, int]] = []
 
-    def context(self, losses: Tensor, rows: dict[str, Tensor]) -> Tensor:
+    def step_statistics(self, losses: Tensor, rows: dict[str, Tensor]) -> Tensor:
         assert losses.tolist() == pytest.approx((self.model.weight.item() * rows["x"]).tolist())
         return rows["x"].mean()
 
-    def forward(self, batch: list[list[float]], context: Tensor | None = None):
+    def forward(self, batch: list[list[float]], step_statistics: Tensor | None = None):
         self.forwards.append((torch.is_grad_enabled(), len(batch)))
         losses, rows = super().forward(batch)
-        if context is None:
+        if step_statistics is None:
             return losses, rows
-        return losses * context.float(), rows | {"mean": context.expand(len(batch))}
+        return losses * step_statistics.float(), rows | {"mean": step_statistics.expand(len(batch))}
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 3, 8])

@@ -97,8 +97,8 @@ def step(objective: UnpairedObjective, parts: list[slice], items: list[LabelledR
     with torch.no_grad():
         seen = [objective(batch) for batch in batches]
     looked = {name: torch.cat([rows[name].double() for _, rows in seen]) for name in seen[0][1]}
-    context = objective.context(torch.cat([losses for losses, _ in seen]), looked)
-    results = [objective(batch, context) for batch in batches]
+    step_statistics = objective.step_statistics(torch.cat([losses for losses, _ in seen]), looked)
+    results = [objective(batch, step_statistics) for batch in batches]
     losses = torch.cat([losses for losses, _ in results])
     rows = {name: torch.cat([rows[name].double() for _, rows in results]).detach() for name in results[0][1]}
     assert sum(objective.num_targets(batch) for batch in batches) == len(items)

@@ -52,7 +52,7 @@ OF_THE_MARGIN = ("dpo", "cdpo", "robust", "hinge")
 WEIGHTED = [
     replace(
         pair,
-        weights=tuple(
+        token_weights=tuple(
             [1.0 if (place + row) % 3 else 0.25 for place in range(len(ids))] for ids in pair.response_ids
         ),
     )
@@ -139,13 +139,15 @@ def split_step(
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """The sum of losses over the step, the gradient of their mean, and all rows, as the loop accumulates them."""
     batches = [objective.collate(PAIRS[part]) for part in parts]
-    context = ()
-    if objective.looks_ahead:
+    step_statistics = ()
+    if objective.needs_step_statistics:
         with torch.no_grad():
             seen = [objective(batch) for batch in batches]
         rows = {name: torch.cat([rows[name].double() for _, rows in seen]) for name in seen[0][1]}
-        context = (objective.context(torch.cat([losses for losses, _ in seen]).double(), rows),)
-    results = [objective(batch, *context) for batch in batches]
+        step_statistics = (
+            objective.step_statistics(torch.cat([losses for losses, _ in seen]).double(), rows),
+        )
+    results = [objective(batch, *step_statistics) for batch in batches]
     losses = torch.cat([losses for losses, _ in results])
     rows = {name: torch.cat([rows[name].double() for _, rows in results]).detach() for name in results[0][1]}
     return losses, torch.autograd.grad(losses.sum() / len(PAIRS), list(objective.model.parameters())), rows
@@ -179,7 +181,7 @@ def test_dr_dpo_over_micro_batches_is_the_released_loss(parts):
     """-beta' log mean exp(-l / beta') of each micro-batch, and the mean of those."""
     config = LossConfig(dr_dpo=DrDPOConfig(0.3, over="microbatch"))
     objective = objective_for(config)
-    assert not objective.looks_ahead
+    assert not objective.needs_step_statistics
     losses, gradient, rows = split_step(objective, parts)
     expected = naive(config, PAIRS)
     parts_of_it = [-0.3 * torch.log(torch.exp(-expected[part] / 0.3).mean()) for part in parts]

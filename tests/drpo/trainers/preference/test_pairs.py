@@ -56,7 +56,7 @@ def test_an_offset_is_alpha_f_of_the_score_gap(settings, expected):
 def test_without_an_offset_scores_do_not_matter():
     pairs, notes = make_pairs(scored(1.0, -1.0), DPO, None, 0.0)
     assert [pair.offset for pair in pairs] == [0.0, 0.0] and notes == []
-    assert all(pair.weights is None and pair.reference_logprobs is None for pair in pairs)
+    assert all(pair.token_weights is None and pair.reference_logprobs is None for pair in pairs)
 
 
 @pytest.mark.parametrize("scale", ["log", "log1p", "identity"])
@@ -119,7 +119,7 @@ def test_tokens_of_irrelevant_lines_weigh_gamma_on_both_sides():
     loss = replace(DPO, token_weights=TokenWeightsConfig(gamma=0.25))
     (pair,), notes = make_pairs([example], loss, tokenizer, 0.0)
     assert notes == []
-    assert pair.weights == (
+    assert pair.token_weights == (
         [0.25] * num_first + [1.0] * num_second + [1.0],  # the stop token counts
         [0.25] * num_second + [1.0],
     )
@@ -134,7 +134,7 @@ def test_labels_of_tokens():
     )
     loss = replace(DPO, token_weights=TokenWeightsConfig(gamma=0.0, labels="token"))
     (pair,), _ = make_pairs([example], loss, tokenizer, 0.0)
-    assert pair.weights == ([*map(float, labels), 1.0],) * 2
+    assert pair.token_weights == ([*map(float, labels), 1.0],) * 2
 
 
 def test_missing_or_wrong_labels_are_bad_rows():
@@ -163,8 +163,8 @@ def test_a_batch_holds_the_chosen_responses_on_top_of_the_rejected_ones():
     arrays = [np.arange(3, dtype=np.float32), np.arange(10, 14, dtype=np.float32)]
     others = [np.array([7.0, 8.0], np.float32), np.arange(20, 26, dtype=np.float32)]
     pairs = [
-        replace(first, offset=0.5, weights=([1, 0, 1], [0, 1, 1, 1]), reference_logprobs=tuple(arrays)),
-        replace(second, offset=-2.0, weights=([0, 0.5], [1] * 6), reference_logprobs=tuple(others)),
+        replace(first, offset=0.5, token_weights=([1, 0, 1], [0, 1, 1, 1]), reference_logprobs=tuple(arrays)),
+        replace(second, offset=-2.0, token_weights=([0, 0.5], [1] * 6), reference_logprobs=tuple(others)),
     ]
     batch = collate_pairs(pairs, PAD, CPU)
     assert len(batch) == 2
@@ -180,7 +180,7 @@ def test_a_batch_holds_the_chosen_responses_on_top_of_the_rejected_ones():
     ]
     assert rows.response_mask.sum(dim=1).tolist() == [3, 2, 4, 6]
     assert batch.offsets.tolist() == [0.5, -2.0]
-    assert batch.weights.tolist() == [
+    assert batch.token_weights.tolist() == [
         [1, 0, 1, 0, 0, 0],
         [0, 0.5, 0, 0, 0, 0],
         [0, 1, 1, 1, 0, 0],
@@ -198,5 +198,5 @@ def test_a_batch_holds_the_chosen_responses_on_top_of_the_rejected_ones():
 def test_what_pairs_do_not_carry_a_batch_does_not_either():
     record = Record("p", chosen=" a", rejected=" b")
     batch = collate_pairs([Pair(Example(record, [3], chosen_ids=[4, 1], rejected_ids=[5, 1]))], PAD, CPU)
-    assert batch.weights is batch.reference_logprobs is batch.flipped is None
+    assert batch.token_weights is batch.reference_logprobs is batch.flipped is None
     assert batch.offsets.tolist() == [0.0]
