@@ -32,8 +32,9 @@ class Objective(Protocol):
     and further named numbers of the rows, each (b,). `num_targets` counts what the losses' sum is divided by
     (tokens, pairs, ...), and `summarise` makes metrics of the losses and numbers of all rows.
 
-    An objective whose losses depend on all rows of the step sets `needs_step_statistics`: the rows are then computed twice,
-    first without gradients and without statistics, and `step_statistics` makes of them what the second forward is given.
+    An objective whose losses depend on all rows of the step sets `needs_step_statistics`: the rows are then computed
+    twice, first without gradients and without statistics, and `step_statistics` makes of them what the second forward
+    is given.
     """
 
     model: nn.Module
