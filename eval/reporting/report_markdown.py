@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from eval.reporting.comparison import Comparison
 from eval.reporting.report_plots import Figure
 from eval.reporting.report_tables import Cell, Table
 
@@ -37,22 +37,22 @@ def _cell(cell: Cell) -> str:
 
 
 def markdown_page(
-    comparison: Mapping[str, Any],
+    comparison: Comparison,
     facts: Sequence[tuple[str, str]],
     tables: Sequence[Table],
     plots: Sequence[Figure],
 ) -> str:
     """The page: facts of the headline, tables, what each measure is, the numbers of the plots, hashes, versions."""
-    parts = [f"# {escaped(comparison['title'])}", _list(facts)]
+    parts = [f"# {escaped(comparison.title)}", _list(facts)]
     parts += [f"## {escaped(table.title)}\n\n{markdown_table(table)}" for table in tables]
-    if comparison["measures"]:
-        meanings = [(measure["name"], measure["help"]) for measure in comparison["measures"]]
+    if comparison.measures:
+        meanings = [(measure.name, measure.help) for measure in comparison.measures]
         parts.append(f"## What the numbers are\n\n{_list(meanings)}")
     parts += [f"## {escaped(plot.title)}\n\n{markdown_table(plot.table)}" for plot in plots]
-    for name, hashes in comparison["hashes"].items():
+    for name, hashes in comparison.hashes.items():
         parts.append(f"## Hashes of {escaped(name)}\n\n{_list(list(hashes.items()))}")
-    if comparison["versions"]:
-        parts.append(f"## Versions\n\n{_list(list(comparison['versions'].items()))}")
+    if comparison.versions:
+        parts.append(f"## Versions\n\n{_list(list(comparison.versions.items()))}")
     return "\n\n".join(parts) + "\n"
 
 
