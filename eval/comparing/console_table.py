@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eval.reporting.comparison import Comparison, Estimate, MeasureRow
+from eval.reporting.report_tables import estimate_text
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -27,9 +28,5 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def _cell(estimate: Estimate | None, measure: MeasureRow) -> str:
-    if estimate is None:
-        return ""
-    scale = 100 if measure.unit == "%" else 1
-    numbers = (estimate.value, estimate.low, estimate.high)
-    texts = [None if number is None else f"{number * scale:.{measure.digits}f}" for number in numbers]
-    return texts[0] if texts[1] is None else f"{texts[0]}\n\\[{texts[1]}, {texts[2]}]"
+    """Format the value, with its interval on a second line."""
+    return "" if estimate is None else escape(estimate_text(estimate, measure).replace(" [", "\n["))

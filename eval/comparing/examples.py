@@ -13,12 +13,12 @@ from eval.reporting.comparison import Example, VerdictRow
 
 
 def rival_run(baseline: System, index: int) -> Run:
-    """The baseline's run that a system's run meets: of the same number, or from the start again if there are fewer."""
+    """Return the baseline's run for a system's run: that of the same number, starting over if there are fewer."""
     return baseline.runs[index % len(baseline.runs)]
 
 
 def examples_of(systems: Sequence[System], baseline: System, num_prompts: int | None) -> tuple[Example, ...]:
-    """The responses of each system beside the baseline's, with what was said and measured of them.
+    """Pair each response of each system with the baseline's, with its verdicts and measured values.
 
     Prompts that the baseline did not answer have none. `num_prompts` takes the prompts of the smallest ids, the same
     for every system; None takes all.
@@ -83,7 +83,7 @@ def _verdict_row(verdict: Verdict, answers: Mapping[tuple[str, int, str], str]) 
 
 
 def _numbers_of_responses(run: Run) -> dict[str, list[float | None]]:
-    """The measures that have a number for each of the run's responses, in their order."""
+    """Return the measures that have a number for each of the run's responses, in the order of the responses."""
     prompt_ids = tuple(row.prompt_id for row in run.rows)
     return {
         key: [None if np.isnan(number) else float(number) for number in values.numbers]

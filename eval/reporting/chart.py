@@ -20,6 +20,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from eval.reporting.comparison import Estimate
 
@@ -38,7 +39,10 @@ LOG_SPAN = 20
 
 @dataclass(frozen=True)
 class Mark:
-    """An estimate, of a bar in x alone, with its tooltip `text`. Joined marks of a method are joined in their order."""
+    """An estimate of x (a bar), or of x and y (a point), with its tooltip `text`.
+
+    A line joins the `joined` points of a method, in their order.
+    """
 
     label: str
     style: int
@@ -71,12 +75,22 @@ def shortened(label: str, length: int = LABEL_LENGTH) -> str:
 @contextmanager
 def _settings() -> Iterator[None]:
     settings = {
-        **{"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11.5},
-        **{"axes.titlesize": "medium", "axes.unicode_minus": False, "axes.formatter.useoffset": False},
-        **{"axes.axisbelow": True, "grid.color": LINE, "lines.linewidth": 1.25, "legend.frameon": False},
-        **{f"axes.spines.{side}": False for side in ("left", "top", "right", "bottom")},
-        **{"xtick.major.size": 0, "xtick.minor.size": 0, "ytick.major.size": 0, "figure.dpi": 72},
-    }
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",
+        "figure.dpi": 72,
+        "font.size": 11.5,
+        "text.parse_math": False,  # a name is no formula
+        "text.usetex": False,
+        "axes.titlesize": "medium",
+        "axes.axisbelow": True,
+        "axes.unicode_minus": False,
+        "axes.formatter.useoffset": False,
+        "grid.color": LINE,
+        "legend.frameon": False,
+        "lines.linewidth": 1.25,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+    } | {f"axes.spines.{side}": False for side in ("left", "top", "right", "bottom")}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the reader's fonts have it, or not
         yield
@@ -89,9 +103,8 @@ def bar_chart(bars: Sequence[Mark], x_label: str, name: str, reference: float | 
     `name` is read aloud.
     """
     labels = [shortened(bar.label) for bar in bars]
-    axes = _axes(
-        8 + 26 * len(bars) + 42, x_label, left=14 + max(26, 6.5 * max(map(len, labels))), top=8, bottom=42
-    )
+    left = 14 + max(26, 6.5 * max(map(len, labels)))
+    axes = _axes(50 + 26 * len(bars), x_label, left, top=8, bottom=42)
     for row, bar in enumerate(bars):
         colour = _mark_colour(bar.style)
         axes.barh(row, bar.x.value, 0.55, color=colour, alpha=0.55, gid=f"bar:{row}")
@@ -113,7 +126,7 @@ def point_chart(
     x_from_zero: bool = False,
     settings: bool = False,
 ) -> Markup:
-    """Draw points with their intervals, joined or not, and a legend of the methods' colours and shapes.
+    """Draw points with their intervals, and a legend of the methods' colours and shapes.
 
     With `settings` the ticks of x are the points' own x; otherwise points are labelled where there is room. `name` is
     read aloud.
@@ -134,14 +147,14 @@ def point_chart(
         axes.plot(*place, **_marker(point.style), gid=f"mark:{i}")
         if point.ring:
             axes.plot(*place, "o", markersize=18, markerfacecolor="none", markeredgecolor=INK, gid="ring:")
-    handles = [matplotlib.lines.Line2D([], [], **_marker(style)) for style in methods.values()]
+    handles = [Line2D([], [], **_marker(style)) for style in methods.values()]
     axes.figure.legend(handles, map(shortened, methods), loc="lower left", ncols=LEGEND_COLUMNS)
-    if settings:
-        _settings_axis(axes, sorted({point.x.value for point in points}))
-    elif x_from_zero:
+    if x_from_zero:
         axes.dataLim.update_from_data_x([0.0], ignore=False)
         axes.autoscale_view()
-    if not settings:
+    if settings:
+        _settings_axis(axes, sorted({point.x.value for point in points}))
+    else:
         _label(axes, points)
     return _svg(axes.figure, name, [point.text for point in points])
 
@@ -199,11 +212,8 @@ def _label(axes: Axes, points: Sequence[Mark]) -> None:
             text = axes.annotate(shortened(point.label), (point.x.value, point.y.value), **place)
             box = text.get_window_extent()
             inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
-            if (
-                inside
-                and not box.count_overlaps(boxes)
-                and not any(p.intersects_bbox(box, False) for p in paths)
-            ):
+            meets = box.count_overlaps(boxes) or any(path.intersects_bbox(box, False) for path in paths)
+            if inside and not meets:
                 boxes.append(box)
                 break
             text.remove()
@@ -226,17 +236,14 @@ def _svg(figure: Figure, name: str, texts: Sequence[str]) -> Markup:
             key, value = (part.strip() for part in declaration.split(":"))
             if not key.startswith("font"):
                 attributes[key] = re.sub("#fe00(..)", lambda c: f"var({VARIABLES[int(c[1], 16)]})", value)
-        kind, is_ours, number = (
-            attributes.get("id", "").partition(":") if element.tag == "g" else ("", "", "")
-        )
-        if element.tag == "g":
-            attributes.pop("id", None)
-        if is_ours:
-            attributes["class"] = kind
+        if element.tag == "g":  # the other ids are of shapes that are used
+            kind, is_ours, number = attributes.pop("id", "").partition(":")
+            if is_ours:
+                attributes["class"] = kind
+            if number:
+                title = ElementTree.Element("title")
+                title.text = texts[int(number)]
+                element.insert(0, title)
         element.attrib = attributes
-        if number:
-            title = ElementTree.Element("title")
-            title.text = texts[int(number)]
-            element.insert(0, title)
     root.attrib = {"class": "chart", "viewBox": root.get("viewBox"), "role": "img", "aria-label": name}
     return Markup(ElementTree.tostring(root, encoding="unicode"))

@@ -69,7 +69,7 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
 
 
 def headline(comparison: Comparison) -> list[tuple[str, str]]:
-    """Name and text of what stands at the top: judge, what it cost, baseline, prompts, date, commit."""
+    """Return name and text of the facts at the top: judge and its cost, baseline, prompts, date, commit."""
     facts = [("task", comparison.task), ("baseline", comparison.baseline)]
     sizes = sorted({system.num_prompts for system in comparison.systems})
     if sizes:
@@ -88,7 +88,7 @@ def headline(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def judge_text(judge: JudgeRow) -> str:
-    """The judge in words."""
+    """Describe the judge in words."""
     parts = [judge.name, judge.kind.replace("_", " ")]
     if judge.prompt is not None:
         parts.append(f"prompt {judge.prompt}")
@@ -98,7 +98,7 @@ def judge_text(judge: JudgeRow) -> str:
 
 
 def spent_text(spent: Mapping[str, float | None]) -> str:
-    """Calls, tokens and dollars."""
+    """Write calls, tokens and dollars as one text."""
     parts = []
     for key, number in spent.items():
         if key == "cost":
@@ -109,7 +109,7 @@ def spent_text(spent: Mapping[str, float | None]) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that can stand in a script element: no character of it can end the element or open a comment.
+    """Write JSON for a script element: no character of it can end the element or open a comment.
 
     >>> script_json("</script>")
     '"\\\\u003c/script\\\\u003e"'
@@ -151,7 +151,7 @@ def _page(
 
 
 def _security_policy(style: str, script: str) -> str:
-    """Nothing may load or connect; the page's own style and script run, known by their hashes."""
+    """Forbid all loading and connections; the page's own style and script are allowed by their hashes."""
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (
         f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "

@@ -13,15 +13,15 @@ _SPECIAL = re.compile(r"[\\`*\[\]<>|~&#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def escaped(text: str) -> str:
-    """The text on one line, shown as it is: nothing in it is markup, and a `|` ends no cell.
+    """Escape the text, on one line, so that nothing in it is markup and a `|` ends no cell.
 
-    The underscore within a word stays, since it is none.
+    An underscore within a word is no markup and stays.
     """
     return _SPECIAL.sub(lambda found: "\\" + found[0], " ".join(text.split()))
 
 
 def markdown_table(table: Table) -> str:
-    """A Markdown table; notes and warnings of a cell stand in it on lines of their own."""
+    """Write a Markdown table; notes and warnings of a cell are lines of their own in it."""
     lines = ["| " + " | ".join(escaped(column.name) for column in table.columns) + " |"]
     lines.append("|" + "|".join(" ---: " if column.numeric else " --- " for column in table.columns) + "|")
     lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
@@ -42,7 +42,7 @@ def markdown_page(
     tables: Sequence[Table],
     plots: Sequence[Figure],
 ) -> str:
-    """The page: facts of the headline, tables, what each measure is, the numbers of the plots, hashes, versions."""
+    """Write the page: facts, tables, meaning of the measures, numbers of the plots, hashes, versions."""
     parts = [f"# {escaped(comparison.title)}", _list(facts)]
     parts += [f"## {escaped(table.title)}\n\n{markdown_table(table)}" for table in tables]
     if comparison.measures:

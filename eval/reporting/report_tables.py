@@ -33,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """The first cell of a row names it."""
+    """A table; the first cell of a row names it."""
 
     title: str
     columns: tuple[Column, ...]
@@ -50,7 +50,7 @@ def row_of(*cells: Cell | str | int) -> tuple[Cell, ...]:
 
 
 def number_text(value: float | None, digits: int, unit: str = "") -> str:
-    """The value in decimals, times 100 if its unit is %, without a sign before zero; a dash for None."""
+    """Format the value in decimals, times 100 if its unit is %, without a sign before zero; a dash for None."""
     if value is None:
         return NOTHING
     text = f"{value * (100 if unit == '%' else 1):.{digits}f}"
@@ -60,7 +60,7 @@ def number_text(value: float | None, digits: int, unit: str = "") -> str:
 def interval_text(
     value: float | None, low: float | None, high: float | None, digits: int, unit: str = ""
 ) -> str:
-    """value [low, high]; the value alone where there is no interval."""
+    """Format value [low, high], or the value alone where there is no interval."""
     text = number_text(value, digits, unit)
     if value is None or low is None or high is None:
         return text
@@ -68,21 +68,21 @@ def interval_text(
 
 
 def estimate_text(estimate: Estimate | None, measure: MeasureRow) -> str:
-    """A value with its interval, in the digits and the unit of its measure."""
+    """Format a value with its interval, in the digits and the unit of its measure."""
     if estimate is None:
         return NOTHING
     return interval_text(estimate.value, estimate.low, estimate.high, measure.digits, measure.unit)
 
 
 def p_text(p: float | None) -> str:
-    """A p-value to three decimals."""
+    """Format a p-value to three decimals."""
     if p is None:
         return NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def measure_title(measure: MeasureRow) -> str:
-    """Its name with the unit behind it."""
+    """Return the name of the measure with its unit."""
     return f"{measure.name} ({measure.unit})" if measure.unit else measure.name
 
 
@@ -94,14 +94,14 @@ def setting_text(setting: float) -> str:
 
 
 def resolved(test: DifferenceRow) -> bool:
-    """Whether the interval of the difference leaves out 0 and the p-value holds after Holm's correction."""
+    """Return whether the interval leaves out 0 and the p-value is below 0.05 after Holm's correction."""
     if None in (test.difference, test.low, test.high, test.p_holm):
         return False
     return not test.low <= 0 <= test.high and test.p_holm < SIGNIFICANT
 
 
 def better_system(test: DifferenceRow, measure: MeasureRow) -> tuple[str, str] | None:
-    """The better system of a resolved test and the other one; None where neither is, or better has no meaning."""
+    """Return the better system of a resolved test and the other one, or None where neither is better."""
     if measure.better is None or not resolved(test):
         return None
     pair = (test.system_1, test.system_2)
@@ -109,7 +109,7 @@ def better_system(test: DifferenceRow, measure: MeasureRow) -> tuple[str, str] |
 
 
 def reading(test: DifferenceRow, measure: MeasureRow) -> str:
-    """A test in words."""
+    """Describe a test in words."""
     if None in (test.difference, test.low, test.high):
         return f"no test: {test.reason}"
     if test.low <= 0 <= test.high or (test.p_value or 0) >= SIGNIFICANT:
@@ -126,7 +126,7 @@ def reading(test: DifferenceRow, measure: MeasureRow) -> str:
 
 
 def differences_table(comparison: Comparison) -> Table | None:
-    """Every paired test, with the difference in the measure's unit."""
+    """List every paired test, with the difference in the measure's unit."""
     if not comparison.tests:
         return None
     measures = {measure.key: measure for measure in comparison.measures}
@@ -170,7 +170,7 @@ def differences_table(comparison: Comparison) -> Table | None:
 
 
 def results_table(comparison: Comparison) -> Table | None:
-    """One row per system, one column per measure: value, interval, each run's value, whom it beats."""
+    """Make one row per system, one column per measure: value, interval, each run's value, beaten systems."""
     if not comparison.systems:
         return None
     measures = comparison.measures
@@ -215,7 +215,7 @@ def _beaten_by(name: str, measure: MeasureRow, tests: Sequence[DifferenceRow]) -
 
 
 def judge_table(comparison: Comparison) -> Table | None:
-    """How each system was judged: counts, failures, bounds, consistency, the share of the first slot."""
+    """Show how each system was judged: counts, failures, bounds, consistency, the share of the first slot."""
     judged = [system for system in comparison.systems if system.judged is not None]
     if not judged:
         return None
@@ -252,7 +252,7 @@ def judge_table(comparison: Comparison) -> Table | None:
 
 
 def matches_table(comparison: Comparison) -> Table | None:
-    """Systems judged against each other, and not through the baseline."""
+    """List the systems that were judged against each other, and not through the baseline."""
     if not comparison.matches:
         return None
     columns = (
@@ -274,7 +274,7 @@ def matches_table(comparison: Comparison) -> Table | None:
 
 
 def ranking_table(comparison: Comparison) -> Table | None:
-    """All systems on one scale, with the interval."""
+    """Put all systems on one scale, with the interval."""
     ranking = comparison.ranking
     if ranking is None or not (ranking.systems or ranking.warnings):
         return None
