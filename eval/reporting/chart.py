@@ -175,7 +175,7 @@ def _axes(height: float, x_label: str, left: float, top: float, bottom: float) -
 
 def _marker(style: int) -> dict[str, object]:
     shape = {"marker": MARKERS[style % len(MARKERS)], "markersize": 9, "markeredgecolor": PAPER}
-    return shape | {"color": _mark_colour(style), "linestyle": "none"}
+    return shape | {"color": _mark_colour(style), "linestyle": "none", "zorder": 3}  # above all lines
 
 
 def _interval(axes: Axes, along: Estimate, across: Estimate, upright: bool = False, **style: object) -> None:

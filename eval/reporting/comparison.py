@@ -330,7 +330,7 @@ def comparison_from(content: Any) -> Comparison:
     raise _refused(f"{path or 'the whole'} must be {expected}, got {got}")
 
 
-def read_comparison(path: Path) -> Comparison:
+def read_comparison(path: Path | str) -> Comparison:
     """Read a comparison.json, or the one in a folder. Raises DataError when there is none or it is not valid."""
     path = Path(path)
     file = path / "comparison.json" if path.is_dir() else path
