@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -40,6 +39,7 @@ from eval.judging.openai.estimate import DryRun, Estimate, total_text
 from eval.judging.openai.store import Store
 from eval.judging.verdict import Judgment
 from eval.progress import Say
+from eval.reporting.comparison import Comparison, Description, JudgeRow, write_comparison
 from eval.reporting.report import write_report
 from reward_models.score import RewardModelScorer
 
@@ -73,13 +73,13 @@ def compare(recipe: CompareRecipe, say: Say = print) -> Path:
     more: list[Judgment] = []
     if recipe.pairs != "none":
         systems, more = _judged_systems(recipe, systems, say)
-    result = _description(recipe) | compare_systems(
+    findings = compare_systems(
         systems, _measures(recipe, systems), recipe.baseline, recipe.setting_name, more, recipe.num_examples
     )
-    path = folder / "comparison.json"
-    path.write_text(json.dumps(result, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-    report = write_report(result, folder)
-    Console(width=TABLE_WIDTH).print(comparison_table(result))
+    comparison = Comparison(**vars(_description(recipe)), **vars(findings))
+    write_comparison(comparison, folder)
+    report = write_report(comparison, folder)
+    Console(width=TABLE_WIDTH).print(comparison_table(comparison))
     return report
 
 
@@ -184,30 +184,24 @@ def _measures(recipe: CompareRecipe, systems: Sequence[System]) -> list[Measure]
     return measures_of(recipe.baseline, recipe.pairs != "none", has_kl, rewards)
 
 
-def _description(recipe: CompareRecipe) -> dict[str, Any]:
-    """What was compared, by whom it was judged, and with what it was made."""
+def _description(recipe: CompareRecipe) -> Description:
+    """Describe the run: its title, the judge, the versions."""
     task = recipe.complete.data.task
     names = ", ".join(system.name for system in recipe.systems)
-    return {
-        "title": recipe.title or f"{task}: {names} against {recipe.baseline}",
-        "task": task,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": git_commit(),
-        "versions": package_versions(),
-        "judge": _judge_description(recipe) if recipe.pairs != "none" else None,
-    }
+    return Description(
+        title=recipe.title or f"{task}: {names} against {recipe.baseline}",
+        task=task,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit=git_commit(),
+        versions=package_versions(),
+        judge=_judge_row(recipe) if recipe.pairs != "none" else None,
+    )
 
 
-def _judge_description(recipe: CompareRecipe) -> dict[str, Any]:
+def _judge_row(recipe: CompareRecipe) -> JudgeRow:
     judging, spent = recipe.judging, None
     if _keeps_store(recipe):
         with closing(Store(recipe.store)) as store:
             spent = tokens_and_cost(store.calls())
-    return {
-        "kind": judging.judge.kind,
-        "name": judging.judge.name,
-        "prompt": judging.prompt,
-        "orders": judging.orders,
-        "ties": judging.ties,
-        "spent": spent,
-    }
+    judge = judging.judge
+    return JudgeRow(judge.kind, judge.name, judging.prompt, judging.orders, judging.ties, spent)

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from eval.comparing.systems import KL, WIN_RATE, Run, System
 from eval.completions.rows import CompletionRow
-from eval.judging.verdict import Judgment, Verdict
+from eval.judging.verdict import Verdict
+from eval.reporting.comparison import Example, VerdictRow
 
 
 def rival_run(baseline: System, index: int) -> Run:
-    """The baseline's run that a system's run meets: of the same number, or from the start again if there are fewer."""
+    """Return the baseline's run for a system's run: that of the same number, starting over if there are fewer."""
     return baseline.runs[index % len(baseline.runs)]
 
 
-def examples_of(systems: Sequence[System], baseline: System, num_prompts: int | None) -> list[dict[str, Any]]:
-    """The responses of each system beside the baseline's, with what was said and measured of them.
+def examples_of(systems: Sequence[System], baseline: System, num_prompts: int | None) -> tuple[Example, ...]:
+    """Pair each response of each system with the baseline's, with its verdicts and measured values.
 
     Prompts that the baseline did not answer have none. `num_prompts` takes the prompts of the smallest ids, the same
     for every system; None takes all.
     """
     prompt_ids = sorted({row.prompt_id for system in systems for run in system.runs for row in run.rows})
     chosen = set(prompt_ids[:num_prompts])
-    return [
+    return tuple(
         example
         for system in systems
         if system.name != baseline.name
         for index in range(len(system.runs))
         for example in _of_run(system, index, rival_run(baseline, index), baseline.name, chosen)
-    ]
+    )
 
 
-def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[str]) -> list[dict[str, Any]]:
+def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[str]) -> list[Example]:
     run = system.runs[index]
     by_prompt: dict[str, dict[int, CompletionRow]] = {}
     for row in rivals.rows:
@@ -51,49 +51,39 @@ def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[
             continue
         key = row.prompt_id, row.seed
         rival = theirs.get(row.seed) or next(iter(theirs.values()))
+        judgment = judgments.get(key)
+        own = verdicts.get(key, [])
         examples.append(
-            {
-                "id": f"{system.name}/{index}/{row.prompt_id}/{row.seed}",
-                "prompt_id": row.prompt_id,
-                "prompt": row.prompt,
-                "system": system.name,
-                "run": index,
-                "baseline": baseline,
-                "response_a": row.response,
-                "response_b": rival.response,
-                "ended_a": row.ended,
-                "ended_b": rival.ended,
-                "prefix_a": 0,  # held-out prompts are answered from their end
-                **_judged(judgments.get(key), verdicts.get(key, []), run.answers),
-                "values": {name: column[place] for name, column in numbers.items()},
-            }
+            Example(
+                id=f"{system.name}/{index}/{row.prompt_id}/{row.seed}",
+                prompt_id=row.prompt_id,
+                prompt=row.prompt,
+                system=system.name,
+                run=index,
+                baseline=baseline,
+                response_a=row.response,
+                response_b=rival.response,
+                ended_a=row.ended,
+                ended_b=rival.ended,
+                prefix_a=0,  # held-out prompts are answered from their end
+                score=None if judgment is None else judgment.score,
+                consistent=None if judgment is None else judgment.consistent,
+                verdicts=tuple(_verdict_row(verdict, run.answers) for verdict in own),
+                suspicions_a=tuple(sorted({each for verdict in own for each in verdict.suspicions_a})),
+                suspicions_b=tuple(sorted({each for verdict in own for each in verdict.suspicions_b})),
+                values={name: column[place] for name, column in numbers.items()},
+            )
         )
     return examples
 
 
-def _judged(
-    judgment: Judgment | None, verdicts: Sequence[Verdict], answers: Mapping[tuple[str, int, str], str]
-) -> dict[str, Any]:
-    return {
-        "score": None if judgment is None else judgment.score,
-        "consistent": None if judgment is None else judgment.consistent,
-        "verdicts": [
-            {
-                "order": verdict.order,
-                "status": verdict.status,
-                "winner": verdict.winner,
-                "text": answers.get((verdict.prompt_id, verdict.seed, verdict.order)),
-                "detail": verdict.detail,
-            }
-            for verdict in verdicts
-        ],
-        "suspicions_a": sorted({each for verdict in verdicts for each in verdict.suspicions_a}),
-        "suspicions_b": sorted({each for verdict in verdicts for each in verdict.suspicions_b}),
-    }
+def _verdict_row(verdict: Verdict, answers: Mapping[tuple[str, int, str], str]) -> VerdictRow:
+    text = answers.get((verdict.prompt_id, verdict.seed, verdict.order))
+    return VerdictRow(verdict.order, verdict.status, verdict.winner, text, verdict.detail)
 
 
 def _numbers_of_responses(run: Run) -> dict[str, list[float | None]]:
-    """The measures that have a number for each of the run's responses, in their order."""
+    """Return the measures that have a number for each of the run's responses, in the order of the responses."""
     prompt_ids = tuple(row.prompt_id for row in run.rows)
     return {
         key: [None if np.isnan(number) else float(number) for number in values.numbers]

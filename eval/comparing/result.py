@@ -1,25 +1,37 @@
-"""What a comparison of several systems found, as the JSON that report.html and report.md are made from."""
+"""Compute the findings of a comparison of several systems: report.html and report.md are made from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 from itertools import combinations
-from typing import Any
 
 from eval.comparing.examples import examples_of
 from eval.comparing.systems import KL, LC_WIN_RATE, WIN_RATE, Measure, System
 from eval.judging.judged_statistics import JudgedStatistics, judged_statistics
 from eval.judging.verdict import Judgment
+from eval.reporting.comparison import (
+    Curve,
+    CurvePoint,
+    DifferenceRow,
+    Estimate,
+    Findings,
+    Frontier,
+    FrontierRow,
+    JudgedRow,
+    MatchRow,
+    MeasureRow,
+    RankedSystem,
+    Ranking,
+    RolloutRow,
+    RunsEstimate,
+    SystemRow,
+)
 from eval.statistics.across_runs import Measured, difference, measured, widened_by_runs
 from eval.statistics.bradley_terry import bradley_terry
-from eval.statistics.frontier import frontier
+from eval.statistics.frontier import pareto_front
 from eval.statistics.intervals import Interval
 from eval.statistics.win_rate import holm
-
-NO_DIFFERENCE = dict.fromkeys(("difference", "low", "high", "p_value", "over", "detectable")) | {
-    "num_prompts": 0
-}
 
 
 def compare_systems(
@@ -29,42 +41,30 @@ def compare_systems(
     setting_name: str,
     more_judgments: Sequence[Judgment] = (),
     num_examples: int | None = None,
-) -> dict[str, Any]:
-    """Table, tests, ranking, frontiers, curves and examples; what describes the run itself is the caller's to add.
+) -> Findings:
+    """Compute table, tests, ranking, frontiers, curves and examples.
 
     `more_judgments` are those of systems against each other, which count in the ranking. `num_examples` limits the
     prompts that have examples, the same for all systems.
     """
-    rows = [_system_row(system, measures) for system in systems]
-    return {
-        "baseline": baseline,
-        "measures": [_measure_row(measure) for measure in measures],
-        "systems": rows,
-        "tests": _tests([system for system in systems if system.values(WIN_RATE)]),
-        "matches": _matches(more_judgments),
-        "ranking": _ranking(systems, baseline, more_judgments),
-        "frontiers": _frontiers(rows, measures),
-        "curves": _curves(rows, measures, setting_name),
-        "examples": examples_of(systems, _named(systems, baseline), num_examples),
-        "rollouts": [
-            {"system": system.name, **rollout}
-            for system in systems
-            for run in system.runs
-            for rollout in run.rollouts
-        ],
-        "configs": {
-            f"{system.name}/{index}": run.config
-            for system in systems
-            for index, run in enumerate(system.runs)
-            if run.config is not None
-        },
-        "hashes": {
-            f"{system.name}/{index}": dict(run.hashes)
-            for system in systems
-            for index, run in enumerate(system.runs)
-            if run.hashes
-        },
-    }
+    rows = tuple(_system_row(system, measures) for system in systems)
+    runs = [(system, f"{system.name}/{i}", run) for system in systems for i, run in enumerate(system.runs)]
+    return Findings(
+        baseline=baseline,
+        measures=tuple(
+            MeasureRow(*(getattr(m, field.name) for field in fields(MeasureRow))) for m in measures
+        ),
+        systems=rows,
+        tests=_tests([system for system in systems if system.values(WIN_RATE)]),
+        matches=_matches(more_judgments),
+        ranking=_ranking(systems, baseline, more_judgments),
+        frontiers=_frontiers(rows, measures),
+        curves=_curves(rows, measures, setting_name),
+        examples=examples_of(systems, _named(systems, baseline), num_examples),
+        rollouts=tuple(RolloutRow(system.name, **row) for system, _, run in runs for row in run.rollouts),
+        configs={name: run.config for _, name, run in runs if run.config is not None},
+        hashes={name: dict(run.hashes) for _, name, run in runs if run.hashes},
+    )
 
 
 def _named(systems: Sequence[System], name: str) -> System:
@@ -76,17 +76,13 @@ def _named(systems: Sequence[System], name: str) -> System:
     return found
 
 
-def _measure_row(measure: Measure) -> dict[str, Any]:
-    return {name: getattr(measure, name) for name in ("key", "name", "unit", "digits", "better", "help")}
-
-
 # --- a row of the table ---------------------------------------------------------------------------------
 
 
-def _system_row(system: System, measures: Sequence[Measure]) -> dict[str, Any]:
+def _system_row(system: System, measures: Sequence[Measure]) -> SystemRow:
     judgments = [judgment for run in system.runs for judgment in run.judgments]
     statistics = judged_statistics(judgments) if judgments else None
-    values: dict[str, Any] = {}
+    values: dict[str, RunsEstimate | None] = {}
     warnings: list[str] = []
     for measure in measures:
         try:
@@ -94,18 +90,18 @@ def _system_row(system: System, measures: Sequence[Measure]) -> dict[str, Any]:
         except ValueError as error:
             value = None
             warnings.append(f"{measure.name}: {error}")
-        values[measure.key] = None if value is None else asdict(value)
-    return {
-        "name": system.name,
-        "method": system.method,
-        "setting": system.setting,
-        "policies": [run.source for run in system.runs],
-        "num_runs": len(system.runs),
-        "num_prompts": len({row.prompt_id for run in system.runs for row in run.rows}),
-        "values": values,
-        "judged": None if statistics is None else _judged_row(statistics),
-        "warnings": warnings,
-    }
+        values[measure.key] = None if value is None else RunsEstimate(**asdict(value))
+    return SystemRow(
+        name=system.name,
+        method=system.method,
+        setting=system.setting,
+        policies=tuple(run.source for run in system.runs),
+        num_runs=len(system.runs),
+        num_prompts=len({row.prompt_id for run in system.runs for row in run.rows}),
+        values=values,
+        judged=None if statistics is None else _judged_row(statistics),
+        warnings=tuple(warnings),
+    )
 
 
 def _value(
@@ -118,7 +114,7 @@ def _value(
 
 
 def _length_controlled(system: System, statistics: JudgedStatistics, warnings: list[str]) -> Measured:
-    """Of all runs together; the spread of the runs' own rates makes the interval wider."""
+    """Compute the length-controlled rate of all runs pooled; the spread between runs widens its interval."""
     pooled = statistics.length_controlled
     if pooled is None:
         raise ValueError(statistics.length_controlled_missing)
@@ -134,70 +130,62 @@ def _length_controlled(system: System, statistics: JudgedStatistics, warnings: l
     return widened_by_runs(interval, [run.rate for run in runs])
 
 
-def _judged_row(statistics: JudgedStatistics) -> dict[str, Any]:
+def _judged_row(statistics: JudgedStatistics) -> JudgedRow:
     rate, bias = statistics.win_rate, statistics.position_bias
     same = None if bias is None else bias.consistency
-    return {
-        "wins": 0 if rate is None else rate.wins,
-        "ties": 0 if rate is None else rate.ties,
-        "losses": 0 if rate is None else rate.losses,
-        "undecided": statistics.undecided,
-        "worst_case": 0.0 if rate is None else rate.worst_case,
-        "best_case": 1.0 if rate is None else rate.best_case,
-        "consistent": None if same is None else same.agreement,
-        "consistent_low": None if same is None else same.low,
-        "consistent_high": None if same is None else same.high,
-        "first_slot_wins": None if bias is None else bias.first_share,
-        "first_slot_p": None if bias is None else bias.p_value,
-        "statuses": dict(statistics.statuses),
-    }
+    return JudgedRow(
+        wins=0 if rate is None else rate.wins,
+        ties=0 if rate is None else rate.ties,
+        losses=0 if rate is None else rate.losses,
+        undecided=statistics.undecided,
+        worst_case=0.0 if rate is None else rate.worst_case,
+        best_case=1.0 if rate is None else rate.best_case,
+        consistent=None if same is None else same.agreement,
+        consistent_low=None if same is None else same.low,
+        consistent_high=None if same is None else same.high,
+        first_slot_wins=None if bias is None else bias.first_share,
+        first_slot_p=None if bias is None else bias.p_value,
+        statuses=dict(statistics.statuses),
+    )
 
 
 # --- systems beside each other --------------------------------------------------------------------------
 
 
-def _tests(systems: Sequence[System]) -> list[dict[str, Any]]:
-    """Every two systems by their win rates against the same baseline; p-values adjusted for their number."""
+def _tests(systems: Sequence[System]) -> tuple[DifferenceRow, ...]:
+    """Test every two systems by their win rates against the baseline; p-values are adjusted for their number."""
     tests = []
     for one, other in combinations(systems, 2):
-        names = {"measure": WIN_RATE, "system_1": one.name, "system_2": other.name}
+        nothing = dict.fromkeys(("difference", "low", "high", "p_value", "over", "detectable")) | {
+            "num_prompts": 0
+        }
         try:
-            result = difference(one.values(WIN_RATE), other.values(WIN_RATE))
-            tests.append({**names, **asdict(result), "reason": None})
+            result, reason = asdict(difference(one.values(WIN_RATE), other.values(WIN_RATE))), None
         except ValueError as error:
-            tests.append({**names, **NO_DIFFERENCE, "reason": str(error)})
-    done = [test for test in tests if test["p_value"] is not None]
-    adjusted = iter(holm([test["p_value"] for test in done])) if done else iter(())
-    return [{**t, "p_holm": None if t["p_value"] is None else float(next(adjusted))} for t in tests]
+            result, reason = nothing, str(error)
+        tests.append(DifferenceRow(WIN_RATE, one.name, other.name, **result, p_holm=None, reason=reason))
+    done = [test.p_value for test in tests if test.p_value is not None]
+    adjusted = iter(holm(done) if done else ())
+    return tuple(t if t.p_value is None else replace(t, p_holm=float(next(adjusted))) for t in tests)
 
 
-def _matches(judgments: Sequence[Judgment]) -> list[dict[str, Any]]:
-    """Systems that were judged against each other: the win rate of the first one over all their runs."""
+def _matches(judgments: Sequence[Judgment]) -> tuple[MatchRow, ...]:
+    """Compute the win rate of the first of two systems judged against each other, over all their runs."""
     pairs: dict[tuple[str, str], list[Judgment]] = {}
     for judgment in judgments:
         pairs.setdefault((judgment.system_a, judgment.system_b), []).append(judgment)
     matches = []
-    for (one, other), own in pairs.items():
+    for names, own in pairs.items():
         rate = judged_statistics(own).win_rate
-        counts = ("wins", "ties", "losses", "undecided", "num_prompts")
-        found = (
-            dict.fromkeys(("value", "low", "high"))
-            if rate is None
-            else {
-                "value": rate.rate,
-                "low": rate.low,
-                "high": rate.high,
-                **{name: getattr(rate, name) for name in counts},
-            }
-        )
-        none = dict.fromkeys(counts, 0) | {"undecided": len(own)}
-        matches.append({"system_1": one, "system_2": other, **none, **found})
-    return matches
+        if rate is None:
+            matches.append(MatchRow(None, None, None, *names, 0, 0, 0, len(own), 0))
+        else:
+            counts = (rate.wins, rate.ties, rate.losses, rate.undecided, rate.num_prompts)
+            matches.append(MatchRow(rate.rate, rate.low, rate.high, *names, *counts))
+    return tuple(matches)
 
 
-def _ranking(
-    systems: Sequence[System], baseline: str, more_judgments: Sequence[Judgment]
-) -> dict[str, Any] | None:
+def _ranking(systems: Sequence[System], baseline: str, more_judgments: Sequence[Judgment]) -> Ranking | None:
     judgments = [j for system in systems for run in system.runs for j in run.judgments] + list(more_judgments)
     decided = [judgment for judgment in judgments if judgment.score is not None]
     if len({judgment.system_a for judgment in decided}) < 2 or len({j.prompt_id for j in decided}) < 2:
@@ -211,74 +199,52 @@ def _ranking(
             anchor=baseline,
         )
     except ValueError as error:  # such as two groups of systems that never met
-        none = {"systems": [], "anchor": baseline, "num_comparisons": len(decided)}
-        return none | {"warnings": [f"no ranking: {error}"]}
-    columns = (result.systems, result.elo, result.elo_low, result.elo_high)
-    return {
-        "systems": [
-            {"name": name, "elo": float(elo), "low": float(low), "high": float(high)}
-            for name, elo, low, high in zip(*columns, strict=True)
-        ],
-        "anchor": baseline,
-        "num_comparisons": result.num_comparisons,
-        "warnings": list(result.warnings),
-    }
+        return Ranking((), baseline, len(decided), (f"no ranking: {error}",))
+    columns = (result.elo.tolist(), result.elo_low.tolist(), result.elo_high.tolist())
+    ranked = tuple(map(RankedSystem, result.systems, *columns))
+    return Ranking(ranked, baseline, result.num_comparisons, tuple(result.warnings))
 
 
-def _frontiers(rows: Sequence[Mapping[str, Any]], measures: Sequence[Measure]) -> list[dict[str, Any]]:
-    """For each reward: every system that has a KL, and whether another one has more reward for no more KL."""
+def _frontiers(rows: Sequence[SystemRow], measures: Sequence[Measure]) -> tuple[Frontier, ...]:
+    """Place, for each reward, every system that has a KL, and mark those that no other one beats in both."""
     frontiers = []
     for measure in measures:
-        placed = [row for row in rows if row["values"].get(KL) and row["values"][measure.key]]
+        placed = [row for row in rows if row.values.get(KL) and row.values[measure.key]]
         if not measure.is_reward or not placed:
             continue
-        points = frontier(
-            [row["name"] for row in placed],
-            [Measured(**row["values"][KL]).interval for row in placed],
-            [Measured(**row["values"][measure.key]).interval for row in placed],
-        )
-        by_name = {point.system: point for point in points}
+        kls, rewards = ([_limits(row.values[key]) for row in placed] for key in (KL, measure.key))
+        on_front = pareto_front([kl.value for kl in kls], [reward.value for reward in rewards]).tolist()
+        points = zip(placed, kls, rewards, on_front, strict=True)
         frontiers.append(
-            {
-                "reward": measure.key,
-                "points": [
-                    {
-                        "system": row["name"],
-                        "method": row["method"],
-                        "kl": _limits(row["values"][KL]),
-                        "reward": _limits(row["values"][measure.key]),
-                        "on_front": by_name[row["name"]].on_front,
-                    }
-                    for row in placed
-                ],
-            }
+            Frontier(
+                measure.key,
+                tuple(FrontierRow(row.name, row.method, *where, best) for row, *where, best in points),
+            )
         )
-    return frontiers
+    return tuple(frontiers)
 
 
-def _curves(
-    rows: Sequence[Mapping[str, Any]], measures: Sequence[Measure], setting_name: str
-) -> list[dict[str, Any]]:
-    """Each reward and the KL over the setting, for the methods that have several settings."""
+def _curves(rows: Sequence[SystemRow], measures: Sequence[Measure], setting_name: str) -> tuple[Curve, ...]:
+    """Collect each reward and the KL over the setting, for the methods that have several settings."""
     curves = []
     for measure in measures:
         if not (measure.is_reward or measure.key == KL):
             continue
-        placed = [row for row in rows if row["setting"] is not None and row["values"][measure.key]]
+        placed = [row for row in rows if row.setting is not None and row.values[measure.key]]
         points = []
-        for method in dict.fromkeys(row["method"] for row in placed):
-            own = sorted((row for row in placed if row["method"] == method), key=lambda row: row["setting"])
+        for method in dict.fromkeys(row.method for row in placed):
+            own = sorted((row for row in placed if row.method == method), key=lambda row: row.setting)
             if len(own) > 1:
-                points += [_point(row, measure.key) for row in own]
+                points += [_curve_point(row, measure.key) for row in own]
         if points:
-            curves.append({"setting": setting_name, "measure": measure.key, "points": points})
-    return curves
+            curves.append(Curve(setting_name, measure.key, tuple(points)))
+    return tuple(curves)
 
 
-def _point(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    where = {"system": row["name"], "method": row["method"], "setting": row["setting"]}
-    return where | _limits(row["values"][key])
+def _curve_point(row: SystemRow, key: str) -> CurvePoint:
+    value = row.values[key]
+    return CurvePoint(value.value, value.low, value.high, row.name, row.method, row.setting)
 
 
-def _limits(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value[name] for name in ("value", "low", "high")}
+def _limits(value: RunsEstimate) -> Estimate:
+    return Estimate(value.value, value.low, value.high)

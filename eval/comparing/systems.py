@@ -5,29 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from eval.completions.rows import CompletionRow
 from eval.completions.text_metrics import ROUGES, rouge_f1, words
 from eval.judging.verdict import Judgment, Verdict
+from eval.reporting.comparison import MeasureRow
 from eval.statistics.across_runs import Values
 
 WIN_RATE, LC_WIN_RATE, KL = "win_rate", "lc_win_rate", "kl"
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A column of the table."""
+class Measure(MeasureRow):
+    """A column of the table, and how its interval is made."""
 
-    key: str
-    name: str
-    unit: str
-    "% for shares in [0, 1] that are shown times 100, else nats, tokens, or nothing."
-    digits: int
-    better: Literal["high", "low"] | None
-    help: str
     bounds: tuple[float, float] | None = None
     is_reward: bool = False
     "Whether it goes on the frontier, against the KL."

@@ -18,10 +18,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from drpo.data.records import DataError
+from eval.reporting.comparison import Comparison, JudgeRow, read_comparison
 from eval.reporting.report_markdown import markdown_page
 from eval.reporting.report_plots import Figure, figures
-from eval.reporting.report_schema import check_comparison
 from eval.reporting.report_tables import (
     Table,
     differences_table,
@@ -36,34 +35,17 @@ PAGE = Path(__file__).with_name("report_page")
 _UNSAFE_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 
-def read_comparison(path: Path) -> dict[str, Any]:
-    """A comparison.json, or the one in a folder. Raises DataError when there is none or it is not JSON."""
-    path = Path(path)
-    file = path / "comparison.json" if path.is_dir() else path
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"no comparison at {file}: {error.strerror}; launch/compare.py writes one") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON ({error}); launch/compare.py writes it anew") from None
-
-
 def report(path: Path) -> Path:
     """Write the pages of a comparison anew, beside its comparison.json; nothing is measured or asked again.
 
-    `path` is that file or its folder. Returns the path of report.html. Raises what `read_comparison` and `write_report`
-    raise.
+    `path` is that file or its folder. Returns the path of report.html. Raises DataError as `read_comparison` does.
     """
     path = Path(path)
     return write_report(read_comparison(path), path if path.is_dir() else path.parent)
 
 
-def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
-    """Write report.html and report.md into `folder`; the path of report.html.
-
-    Raises DataError, with the path of the field, for a comparison that lacks one or has a wrong type there.
-    """
-    check_comparison(comparison)
+def write_report(comparison: Comparison, folder: Path) -> Path:
+    """Write report.html and report.md into `folder`, and return the path of report.html."""
     made = {
         "results": results_table(comparison),
         "judge": judge_table(comparison),
@@ -86,37 +68,37 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> Path:
     return folder / "report.html"
 
 
-def headline(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Name and text of what stands at the top: judge, what it cost, baseline, prompts, date, commit."""
-    facts = [("task", comparison["task"]), ("baseline", comparison["baseline"])]
-    sizes = sorted({system["num_prompts"] for system in comparison["systems"]})
+def headline(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return name and text of the facts at the top: judge and its cost, baseline, prompts, date, commit."""
+    facts = [("task", comparison.task), ("baseline", comparison.baseline)]
+    sizes = sorted({system.num_prompts for system in comparison.systems})
     if sizes:
         facts.append(
             ("prompts", str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}, by system")
         )
-    judge = comparison["judge"]
+    judge = comparison.judge
     facts.append(("judge", "none" if judge is None else judge_text(judge)))
-    if judge is not None and judge["spent"]:
-        facts.append(("spent on the judge", spent_text(judge["spent"])))
+    if judge is not None and judge.spent:
+        facts.append(("spent on the judge", spent_text(judge.spent)))
     facts.append(
-        ("written", re.sub(r"^(\S{10})T(\d\d:\d\d)\S*?(Z|\+00:00)$", r"\1 \2 UTC", comparison["created"]))
+        ("written", re.sub(r"^(\S{10})T(\d\d:\d\d)\S*?(Z|\+00:00)$", r"\1 \2 UTC", comparison.created))
     )
-    facts.append(("commit", re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", comparison["commit"] or "unknown")))
+    facts.append(("commit", re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", comparison.commit or "unknown")))
     return facts
 
 
-def judge_text(judge: Mapping[str, Any]) -> str:
-    """The judge in words."""
-    parts = [judge["name"], judge["kind"].replace("_", " ")]
-    if judge["prompt"] is not None:
-        parts.append(f"prompt {judge['prompt']}")
-    parts.append("both orders" if judge["orders"] == "both" else "one order")
-    parts.append("ties allowed" if judge["ties"] else "no ties")
+def judge_text(judge: JudgeRow) -> str:
+    """Describe the judge in words."""
+    parts = [judge.name, judge.kind.replace("_", " ")]
+    if judge.prompt is not None:
+        parts.append(f"prompt {judge.prompt}")
+    parts.append("both orders" if judge.orders == "both" else "one order")
+    parts.append("ties allowed" if judge.ties else "no ties")
     return ", ".join(dict.fromkeys(parts))
 
 
 def spent_text(spent: Mapping[str, float | None]) -> str:
-    """Calls, tokens and dollars."""
+    """Write calls, tokens and dollars as one text."""
     parts = []
     for key, number in spent.items():
         if key == "cost":
@@ -127,26 +109,26 @@ def spent_text(spent: Mapping[str, float | None]) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that can stand in a script element: no character of it can end the element or open a comment.
+    """Write JSON for a script element: no character of it can end the element or open a comment.
 
     >>> script_json("</script>")
     '"\\\\u003c/script\\\\u003e"'
     """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(value, default=vars, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _UNSAFE_IN_SCRIPT.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _page(
-    comparison: Mapping[str, Any],
+    comparison: Comparison,
     facts: list[tuple[str, str]],
     tables: Mapping[str, Table | None],
     plots: list[Figure],
 ) -> str:
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
     shown = {
-        "measures": comparison["measures"],
-        "systems": [{key: system[key] for key in ("name", "method")} for system in comparison["systems"]],
-        "examples": comparison["examples"],
+        "measures": comparison.measures,
+        "systems": [{"name": system.name, "method": system.method} for system in comparison.systems],
+        "examples": comparison.examples,
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE),
@@ -169,7 +151,7 @@ def _page(
 
 
 def _security_policy(style: str, script: str) -> str:
-    """Nothing may load or connect; the page's own style and script run, known by their hashes."""
+    """Forbid all loading and connections; the page's own style and script are allowed by their hashes."""
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     return (
         f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "

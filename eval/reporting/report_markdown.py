@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from eval.reporting.comparison import Comparison
 from eval.reporting.report_plots import Figure
 from eval.reporting.report_tables import Cell, Table
 
@@ -13,15 +13,15 @@ _SPECIAL = re.compile(r"[\\`*\[\]<>|~&#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def escaped(text: str) -> str:
-    """The text on one line, shown as it is: nothing in it is markup, and a `|` ends no cell.
+    """Escape the text, on one line, so that nothing in it is markup and a `|` ends no cell.
 
-    The underscore within a word stays, since it is none.
+    An underscore within a word is no markup and stays.
     """
     return _SPECIAL.sub(lambda found: "\\" + found[0], " ".join(text.split()))
 
 
 def markdown_table(table: Table) -> str:
-    """A Markdown table; notes and warnings of a cell stand in it on lines of their own."""
+    """Write a Markdown table; notes and warnings of a cell are lines of their own in it."""
     lines = ["| " + " | ".join(escaped(column.name) for column in table.columns) + " |"]
     lines.append("|" + "|".join(" ---: " if column.numeric else " --- " for column in table.columns) + "|")
     lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
@@ -37,22 +37,22 @@ def _cell(cell: Cell) -> str:
 
 
 def markdown_page(
-    comparison: Mapping[str, Any],
+    comparison: Comparison,
     facts: Sequence[tuple[str, str]],
     tables: Sequence[Table],
     plots: Sequence[Figure],
 ) -> str:
-    """The page: facts of the headline, tables, what each measure is, the numbers of the plots, hashes, versions."""
-    parts = [f"# {escaped(comparison['title'])}", _list(facts)]
+    """Write the page: facts, tables, meaning of the measures, numbers of the plots, hashes, versions."""
+    parts = [f"# {escaped(comparison.title)}", _list(facts)]
     parts += [f"## {escaped(table.title)}\n\n{markdown_table(table)}" for table in tables]
-    if comparison["measures"]:
-        meanings = [(measure["name"], measure["help"]) for measure in comparison["measures"]]
+    if comparison.measures:
+        meanings = [(measure.name, measure.help) for measure in comparison.measures]
         parts.append(f"## What the numbers are\n\n{_list(meanings)}")
     parts += [f"## {escaped(plot.title)}\n\n{markdown_table(plot.table)}" for plot in plots]
-    for name, hashes in comparison["hashes"].items():
+    for name, hashes in comparison.hashes.items():
         parts.append(f"## Hashes of {escaped(name)}\n\n{_list(list(hashes.items()))}")
-    if comparison["versions"]:
-        parts.append(f"## Versions\n\n{_list(list(comparison['versions'].items()))}")
+    if comparison.versions:
+        parts.append(f"## Versions\n\n{_list(list(comparison.versions.items()))}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from eval.reporting.report_schema import STATUSES
+from eval.judging.verdict import STATUSES
+from eval.reporting.comparison import Comparison, DifferenceRow, Estimate, MeasureRow, RunsEstimate, SystemRow
 
 NOTHING = "–"
 SIGNIFICANT = 0.05
@@ -33,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """The first cell of a row names it."""
+    """A table; the first cell of a row names it."""
 
     title: str
     columns: tuple[Column, ...]
@@ -41,11 +41,16 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
+def row_of(*cells: Cell | str | int) -> tuple[Cell, ...]:
+    """Make a row; a text or a count becomes a cell of its own."""
+    return tuple(cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in cells)
+
+
 # --- numbers ----------------------------------------------------------------------------------------------
 
 
 def number_text(value: float | None, digits: int, unit: str = "") -> str:
-    """The value in decimals, times 100 if its unit is %, without a sign before zero; a dash for None."""
+    """Format the value in decimals, times 100 if its unit is %, without a sign before zero; a dash for None."""
     if value is None:
         return NOTHING
     text = f"{value * (100 if unit == '%' else 1):.{digits}f}"
@@ -55,31 +60,30 @@ def number_text(value: float | None, digits: int, unit: str = "") -> str:
 def interval_text(
     value: float | None, low: float | None, high: float | None, digits: int, unit: str = ""
 ) -> str:
-    """value [low, high]; the value alone where there is no interval."""
+    """Format value [low, high], or the value alone where there is no interval."""
     text = number_text(value, digits, unit)
     if value is None or low is None or high is None:
         return text
     return f"{text} [{number_text(low, digits, unit)}, {number_text(high, digits, unit)}]"
 
 
-def estimate_text(estimate: Mapping[str, Any] | None, measure: Mapping[str, Any]) -> str:
-    """A value with its interval, in the digits and the unit of its measure."""
+def estimate_text(estimate: Estimate | None, measure: MeasureRow) -> str:
+    """Format a value with its interval, in the digits and the unit of its measure."""
     if estimate is None:
         return NOTHING
-    limits = (estimate["low"], estimate["high"])
-    return interval_text(estimate["value"], *limits, measure["digits"], measure["unit"])
+    return interval_text(estimate.value, estimate.low, estimate.high, measure.digits, measure.unit)
 
 
 def p_text(p: float | None) -> str:
-    """A p-value to three decimals."""
+    """Format a p-value to three decimals."""
     if p is None:
         return NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def measure_title(measure: Mapping[str, Any]) -> str:
-    """Its name with the unit behind it."""
-    return f"{measure['name']} ({measure['unit']})" if measure["unit"] else measure["name"]
+def measure_title(measure: MeasureRow) -> str:
+    """Return the name of the measure with its unit."""
+    return f"{measure.name} ({measure.unit})" if measure.unit else measure.name
 
 
 def setting_text(setting: float) -> str:
@@ -89,43 +93,43 @@ def setting_text(setting: float) -> str:
 # --- tests ------------------------------------------------------------------------------------------------
 
 
-def resolved(test: Mapping[str, Any]) -> bool:
-    """Whether the interval of the difference leaves out 0 and the p-value holds after Holm's correction."""
-    if None in (test["difference"], test["low"], test["high"], test["p_holm"]):
+def resolved(test: DifferenceRow) -> bool:
+    """Return whether the interval leaves out 0 and the p-value is below 0.05 after Holm's correction."""
+    if None in (test.difference, test.low, test.high, test.p_holm):
         return False
-    return not test["low"] <= 0 <= test["high"] and test["p_holm"] < SIGNIFICANT
+    return not test.low <= 0 <= test.high and test.p_holm < SIGNIFICANT
 
 
-def better_system(test: Mapping[str, Any], measure: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The better system of a resolved test and the other one; None where neither is, or better has no meaning."""
-    if measure["better"] is None or not resolved(test):
+def better_system(test: DifferenceRow, measure: MeasureRow) -> tuple[str, str] | None:
+    """Return the better system of a resolved test and the other one, or None where neither is better."""
+    if measure.better is None or not resolved(test):
         return None
-    pair = (test["system_1"], test["system_2"])
-    return pair if (test["difference"] > 0) == (measure["better"] == "high") else pair[::-1]
+    pair = (test.system_1, test.system_2)
+    return pair if (test.difference > 0) == (measure.better == "high") else pair[::-1]
 
 
-def reading(test: Mapping[str, Any], measure: Mapping[str, Any]) -> str:
-    """A test in words."""
-    if None in (test["difference"], test["low"], test["high"]):
-        return f"no test: {test['reason']}"
-    if test["low"] <= 0 <= test["high"] or (test["p_value"] or 0) >= SIGNIFICANT:
-        if test["detectable"] is None:
+def reading(test: DifferenceRow, measure: MeasureRow) -> str:
+    """Describe a test in words."""
+    if None in (test.difference, test.low, test.high):
+        return f"no test: {test.reason}"
+    if test.low <= 0 <= test.high or (test.p_value or 0) >= SIGNIFICANT:
+        if test.detectable is None:
             return "not resolved at this n"
-        scale = 100 if measure["unit"] == "%" else 1
-        return f"not resolved at this n, which can show {test['detectable'] * scale:.{measure['digits']}f} or more"
+        scale = 100 if measure.unit == "%" else 1
+        return f"not resolved at this n, which can show {test.detectable * scale:.{measure.digits}f} or more"
     if not resolved(test):
         return "not resolved once every test is counted (Holm)"
     better = better_system(test, measure)
     if better is not None:
         return f"{better[0]} is better"
-    return f"{test['system_1']} is {'higher' if test['difference'] > 0 else 'lower'}"
+    return f"{test.system_1} is {'higher' if test.difference > 0 else 'lower'}"
 
 
-def differences_table(comparison: Mapping[str, Any]) -> Table | None:
-    """Every paired test, with the difference in the measure's unit."""
-    if not comparison["tests"]:
+def differences_table(comparison: Comparison) -> Table | None:
+    """List every paired test, with the difference in the measure's unit."""
+    if not comparison.tests:
         return None
-    measures = {measure["key"]: measure for measure in comparison["measures"]}
+    measures = {measure.key: measure for measure in comparison.measures}
     columns = (
         Column("systems", numeric=False),
         Column("measure", numeric=False),
@@ -141,18 +145,17 @@ def differences_table(comparison: Mapping[str, Any]) -> Table | None:
         Column("reading", numeric=False),
     )
     rows = []
-    for test in comparison["tests"]:
-        measure = measures[test["measure"]]
-        estimate = {"value": test["difference"], "low": test["low"], "high": test["high"]}
+    for test in comparison.tests:
+        measure = measures[test.measure]
         rows.append(
-            (
-                Cell(f"{test['system_1']} minus {test['system_2']}"),
-                Cell(measure_title(measure)),
-                Cell(estimate_text(estimate, measure)),
-                Cell(p_text(test["p_value"])),
-                Cell(p_text(test["p_holm"])),
-                Cell(str(test["num_prompts"])),
-                Cell(test["over"] or NOTHING),
+            row_of(
+                f"{test.system_1} minus {test.system_2}",
+                measure_title(measure),
+                estimate_text(Estimate(test.difference, test.low, test.high), measure),
+                p_text(test.p_value),
+                p_text(test.p_holm),
+                test.num_prompts,
+                test.over or NOTHING,
                 Cell(reading(test, measure), strong=resolved(test)),
             )
         )
@@ -166,19 +169,19 @@ def differences_table(comparison: Mapping[str, Any]) -> Table | None:
 # --- systems ----------------------------------------------------------------------------------------------
 
 
-def results_table(comparison: Mapping[str, Any]) -> Table | None:
-    """One row per system, one column per measure: value, interval, each run's value, whom it beats."""
-    if not comparison["systems"]:
+def results_table(comparison: Comparison) -> Table | None:
+    """Make one row per system, one column per measure: value, interval, each run's value, beaten systems."""
+    if not comparison.systems:
         return None
-    measures = comparison["measures"]
+    measures = comparison.measures
     columns = [Column("system", numeric=False)]
-    columns += [Column(measure_title(measure), measure["help"]) for measure in measures]
+    columns += [Column(measure_title(measure), measure.help) for measure in measures]
     rows = []
-    for system in comparison["systems"]:
-        cells = [Cell(system["name"], _system_notes(system), tuple(system["warnings"]))]
+    for system in comparison.systems:
+        cells = [Cell(system.name, _system_notes(system), system.warnings)]
         for measure in measures:
-            estimate = system["values"][measure["key"]]
-            beaten = _beaten_by(system["name"], measure, comparison["tests"])
+            estimate = system.values[measure.key]
+            beaten = _beaten_by(system.name, measure, comparison.tests)
             notes = _runs_note(estimate, measure) + beaten
             cells.append(Cell(estimate_text(estimate, measure), notes, strong=bool(beaten)))
         rows.append(tuple(cells))
@@ -188,34 +191,32 @@ def results_table(comparison: Mapping[str, Any]) -> Table | None:
     return Table("Results", tuple(columns), tuple(rows), tuple(notes))
 
 
-def _system_notes(system: Mapping[str, Any]) -> tuple[str, ...]:
-    notes = [] if system["method"] == system["name"] else [system["method"]]
-    if system["setting"] is not None:
-        notes.append(f"setting {setting_text(system['setting'])}")
-    if system["num_runs"] > 1:
-        notes.append(f"{system['num_runs']} runs")
+def _system_notes(system: SystemRow) -> tuple[str, ...]:
+    notes = [] if system.method == system.name else [system.method]
+    if system.setting is not None:
+        notes.append(f"setting {setting_text(system.setting)}")
+    if system.num_runs > 1:
+        notes.append(f"{system.num_runs} runs")
     return (", ".join(notes),) if notes else ()
 
 
-def _runs_note(estimate: Mapping[str, Any] | None, measure: Mapping[str, Any]) -> tuple[str, ...]:
-    if estimate is None or len(estimate["runs"]) < 2:
+def _runs_note(estimate: RunsEstimate | None, measure: MeasureRow) -> tuple[str, ...]:
+    if estimate is None or len(estimate.runs) < 2:
         return ()
-    return (
-        "runs " + ", ".join(number_text(run, measure["digits"], measure["unit"]) for run in estimate["runs"]),
-    )
+    return ("runs " + ", ".join(number_text(run, measure.digits, measure.unit) for run in estimate.runs),)
 
 
-def _beaten_by(name: str, measure: Mapping[str, Any], tests: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    pairs = [better_system(test, measure) for test in tests if test["measure"] == measure["key"]]
+def _beaten_by(name: str, measure: MeasureRow, tests: Sequence[DifferenceRow]) -> tuple[str, ...]:
+    pairs = [better_system(test, measure) for test in tests if test.measure == measure.key]
     beaten = [pair[1] for pair in pairs if pair is not None and pair[0] == name]
     if not beaten:
         return ()
     return (f"better than {', '.join(beaten) if len(beaten) <= NAMED_AT_MOST else f'{len(beaten)} systems'}",)
 
 
-def judge_table(comparison: Mapping[str, Any]) -> Table | None:
-    """How each system was judged: counts, failures, bounds, consistency, the share of the first slot."""
-    judged = [system for system in comparison["systems"] if system["judged"] is not None]
+def judge_table(comparison: Comparison) -> Table | None:
+    """Show how each system was judged: counts, failures, bounds, consistency, the share of the first slot."""
+    judged = [system for system in comparison.systems if system.judged is not None]
     if not judged:
         return None
     columns = (
@@ -232,30 +233,28 @@ def judge_table(comparison: Mapping[str, Any]) -> Table | None:
     )
     rows = []
     for system in judged:
-        row = system["judged"]
-        failures = [f"{row['statuses'][s]} {s}" for s in STATUSES[1:] if row["statuses"][s]]
-        limits = (row["consistent_low"], row["consistent_high"])
-        first_p = row["first_slot_p"]
+        row = system.judged
+        failures = [f"{row.statuses[name]} {name}" for name in STATUSES[1:] if row.statuses.get(name)]
+        first_p = row.first_slot_p
         p_note = () if first_p is None else (f"p {'' if first_p < 0.001 else '= '}{p_text(first_p)}",)
         rows.append(
-            (
-                Cell(system["name"]),
-                *(Cell(str(row[key])) for key in ("wins", "ties", "losses", "undecided")),
-                Cell(", ".join(failures) or "0"),
-                Cell(number_text(row["worst_case"], 1, "%")),
-                Cell(number_text(row["best_case"], 1, "%")),
-                Cell(interval_text(row["consistent"], *limits, 1, "%")),
-                Cell(number_text(row["first_slot_wins"], 1, "%"), p_note),
+            row_of(
+                system.name,
+                *(row.wins, row.ties, row.losses, row.undecided),
+                ", ".join(failures) or "0",
+                number_text(row.worst_case, 1, "%"),
+                number_text(row.best_case, 1, "%"),
+                interval_text(row.consistent, row.consistent_low, row.consistent_high, 1, "%"),
+                Cell(number_text(row.first_slot_wins, 1, "%"), p_note),
             )
         )
-    return Table(f"Judged against {comparison['baseline']}", columns, tuple(rows))
+    return Table(f"Judged against {comparison.baseline}", columns, tuple(rows))
 
 
-def matches_table(comparison: Mapping[str, Any]) -> Table | None:
-    """Systems judged against each other, and not through the baseline."""
-    if not comparison["matches"]:
+def matches_table(comparison: Comparison) -> Table | None:
+    """List the systems that were judged against each other, and not through the baseline."""
+    if not comparison.matches:
         return None
-    share = {"unit": "%", "digits": 1}
     columns = (
         Column("systems", numeric=False),
         Column(
@@ -264,35 +263,33 @@ def matches_table(comparison: Mapping[str, Any]) -> Table | None:
         *(Column(name) for name in ("wins", "ties", "losses", "undecided", "prompts")),
     )
     rows = [
-        (
-            Cell(f"{match['system_1']} against {match['system_2']}"),
-            Cell(estimate_text(match, share)),
-            *(Cell(str(match[name])) for name in ("wins", "ties", "losses", "undecided", "num_prompts")),
+        row_of(
+            f"{match.system_1} against {match.system_2}",
+            interval_text(match.value, match.low, match.high, 1, "%"),
+            *(match.wins, match.ties, match.losses, match.undecided, match.num_prompts),
         )
-        for match in comparison["matches"]
+        for match in comparison.matches
     ]
-    return Table("Judged against each other", columns, tuple(rows), ())
+    return Table("Judged against each other", columns, tuple(rows))
 
 
-def ranking_table(comparison: Mapping[str, Any]) -> Table | None:
-    """All systems on one scale, with the interval."""
-    ranking = comparison["ranking"]
-    if ranking is None or not (ranking["systems"] or ranking["warnings"]):
+def ranking_table(comparison: Comparison) -> Table | None:
+    """Put all systems on one scale, with the interval."""
+    ranking = comparison.ranking
+    if ranking is None or not (ranking.systems or ranking.warnings):
         return None
     columns = (
         Column("system", numeric=False),
         Column("Elo", "400 points are odds of ten to one (Bradley-Terry, a tie is half a win)."),
     )
     rows = [
-        (Cell(system["name"]), Cell(interval_text(system["elo"], system["low"], system["high"], 0)))
-        for system in ranking["systems"]
+        row_of(system.name, interval_text(system.elo, system.low, system.high, 0))
+        for system in ranking.systems
     ]
-    zero = "the mean of all systems" if ranking["anchor"] is None else ranking["anchor"]
-    source = (
-        "with the baseline and of systems with each other" if comparison["matches"] else "with the baseline"
-    )
+    zero = "the mean of all systems" if ranking.anchor is None else ranking.anchor
+    source = "with the baseline and of systems with each other" if comparison.matches else "with the baseline"
     notes = (
-        f"From {ranking['num_comparisons']} comparisons {source}, relative to {zero}.",
-        *ranking["warnings"],
+        f"From {ranking.num_comparisons} comparisons {source}, relative to {zero}.",
+        *ranking.warnings,
     )
     return Table("Ranking", columns, tuple(rows), notes)

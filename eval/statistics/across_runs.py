@@ -33,12 +33,6 @@ class Measured:
     runs: tuple[float, ...]
     method: str
 
-    @property
-    def interval(self) -> Interval:
-        """As the other statistics take it; without limits it has no width."""
-        low, high = (self.value if limit is None else limit for limit in (self.low, self.high))
-        return Interval(self.value, low, high, 0, self.method)
-
 
 @dataclass(frozen=True)
 class Values:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from eval.statistics.intervals import Interval, without_nan
+from eval.statistics.intervals import without_nan
 
 
 def pareto_front(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.bool_]:
@@ -22,30 +19,3 @@ def pareto_front(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.bool_]:
     no_worse = (kl[:, None] <= kl) & (reward[:, None] >= reward)
     better = (kl[:, None] < kl) | (reward[:, None] > reward)
     return ~(no_worse & better).any(axis=0)
-
-
-@dataclass(frozen=True)
-class FrontierPoint:
-    """One policy (a method, a checkpoint) on the frontier plot; intervals of its KL in nats and of its reward."""
-
-    system: str
-    kl: Interval
-    reward: Interval
-    on_front: bool
-
-
-def frontier(
-    systems: Sequence[str], kls: Sequence[Interval], rewards: Sequence[Interval]
-) -> tuple[FrontierPoint, ...]:
-    """The policies by rising KL, each with its intervals and whether it is on the Pareto front of the means.
-
-    Raises ValueError on unequal lengths, a system given twice, or no system.
-    """
-    if not len(systems) == len(kls) == len(rewards):
-        raise ValueError(f"{len(systems)} systems, {len(kls)} KLs and {len(rewards)} rewards; give one each")
-    twice = sorted({system for system in systems if list(systems).count(system) > 1})
-    if twice:
-        raise ValueError(f"{', '.join(twice)} given twice; name checkpoints apart")
-    front = pareto_front([kl.value for kl in kls], [reward.value for reward in rewards])
-    points = map(FrontierPoint, systems, kls, rewards, front.tolist())
-    return tuple(sorted(points, key=lambda point: (point.kl.value, -point.reward.value)))

@@ -32,7 +32,7 @@ def test_writes_the_pages_anew_from_the_file_alone(tmp_path):
         (b"\xff", "comparison.json is not JSON"),
         ("[" * 100_000, "comparison.json is not JSON"),
         ("{}", "title is missing"),
-        ('{"title": NaN}', "title must be text, got nan"),
+        ('{"title": NaN}', "title must be a valid string, got nan"),
     ],
 )
 def test_what_cannot_be_read_is_one_message(content, message, tmp_path):

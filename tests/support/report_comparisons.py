@@ -36,6 +36,10 @@ def estimate(value: float | None, low: float | None = None, high: float | None =
     return {"value": value, "low": low, "high": high, "runs": list(runs), "method": "wilson_effective"}
 
 
+def limits(whole: dict) -> dict:
+    return {key: whole[key] for key in ("value", "low", "high")}
+
+
 def system(name: str, method: str, setting: float | None, values: dict, **changes) -> dict[str, Any]:
     judged = {"wins": 2, "ties": 1, "losses": 0, "undecided": 1, "worst_case": 0.625, "best_case": 0.875}
     judged |= {"consistent": 0.9, "consistent_low": 0.8, "consistent_high": 0.95}
@@ -123,8 +127,8 @@ def comparison(**changes: Any) -> dict[str, Any]:
     ]
     names = [row["name"] for row in systems]
     points = [
-        {"system": row["name"], "method": row["method"], "kl": row["values"]["kl"], "on_front": front}
-        | {"reward": row["values"]["true_reward"]}
+        {"system": row["name"], "method": row["method"], "on_front": front}
+        | {"kl": limits(row["values"]["kl"]), "reward": limits(row["values"]["true_reward"])}
         for row, front in zip(systems, (True, True, False), strict=True)
     ]
     keys = ("key", "name", "unit", "digits", "better", "help")

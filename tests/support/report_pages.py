@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from eval.reporting.comparison import comparison_from
 from eval.reporting.report import write_report
 
 WAIT = 10_000  # ms, for a busy machine
@@ -17,7 +18,7 @@ def report_viewer(chromium, folder: Path) -> Iterator[Callable]:
     pages, requests, complaints = [], [], []
 
     def show(whole: dict, fragment: str = "", width: int = 1280, height: int = 900, scheme: str = "light"):
-        address = write_report(whole, folder).as_uri()
+        address = write_report(comparison_from(whole), folder).as_uri()
         page = chromium.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         page.set_default_timeout(WAIT)
         page.on("request", lambda request: requests.append(request.url.partition("#")[0]))

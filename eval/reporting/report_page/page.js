@@ -6,13 +6,13 @@
   if (!examples.length) return;
 
   const byId = (id) => document.getElementById(id);
-  const control = (name) => byId("filter-" + name);
-  const CONTROLS = ["system", "verdict", "orders", "failure", "sort", "search", "descending", "attack", "prefix"];
+  const form = document.querySelector("form.filters");
+  const fields = form.elements; // by name
   const SEARCH_DELAY = 120; // ms after the last keystroke
   const ADDRESS_DELAY = 300; // browsers limit how often a page may change its address
   const methodOf = new Map(data.systems.map((system) => [system.name, system.method]));
   const measureOf = new Map(data.measures.map((measure) => [measure.key, measure]));
-  const haystacks = new Array(examples.length); // lower-case text, made when first searched
+  const haystacks = []; // lower-case text, made when first searched
 
   let matches = [];
   let position = 0;
@@ -26,12 +26,9 @@
     example.verdicts.some(({ status }) => (failure === "any" ? status !== "ok" : status === failure));
 
   function haystack(index) {
-    if (haystacks[index] === undefined) {
-      const e = examples[index];
-      const words = e.verdicts.flatMap(({ text, detail }) => [text || "", detail]);
-      haystacks[index] = [e.id, e.prompt, e.response_a, e.response_b, ...words].join("\n").toLowerCase();
-    }
-    return haystacks[index];
+    const { id, prompt, response_a, response_b, verdicts } = examples[index];
+    const words = () => [id, prompt, response_a, response_b, ...verdicts.flatMap((v) => [v.text ?? "", v.detail])];
+    return (haystacks[index] ??= words().join("\n").toLowerCase());
   }
 
   function sortKey(by) {
@@ -41,29 +38,17 @@
     return (e) => (Object.hasOwn(e.values, name) ? e.values[name] : null);
   }
 
-  // Lengths in the data count code points, as Python does; JavaScript's strings count UTF-16 units.
-  function unitsOf(text, codePoints) {
-    let units = 0;
-    for (; codePoints > 0 && units < text.length; codePoints--) units += text.codePointAt(units) > 0xffff ? 2 : 1;
-    return units;
-  }
-
   // --- filters and address -----------------------------------------------------------------------------
 
-  function read(name) {
-    const field = control(name);
-    return field.type === "checkbox" ? (field.checked ? "yes" : "") : field.value;
-  }
+  const chosen = () => Object.fromEntries(new FormData(form)); // checkboxes only where they are checked
 
-  function write(name, value) {
-    const field = control(name);
-    if (field.type === "checkbox") field.checked = value === "yes";
-    else if (field.tagName !== "SELECT") field.value = value;
-    else field.value = [...field.options].some((option) => option.value === value) ? value : "";
-  }
-
-  function chosen() {
-    return Object.fromEntries(CONTROLS.map((name) => [name, read(name)]));
+  function write(values) {
+    for (const field of fields) {
+      const value = values.get(field.name) ?? "";
+      if (field.type === "checkbox") field.checked = value === "yes";
+      else field.value = value;
+      if (field.selectedIndex === -1) field.value = ""; // no such option
+    }
   }
 
   function filter() {
@@ -87,9 +72,8 @@
     if (!want.sort) return want.descending ? found.reverse() : found;
     const key = sortKey(want.sort);
     const sign = want.descending ? -1 : 1;
-    const isNull = (value) => value === null || value === undefined;
     const keyed = found.map((i) => [key(examples[i]), i]);
-    keyed.sort(([a, i], [b, j]) => isNull(a) - isNull(b) || sign * (a - b) || i - j); // null always last
+    keyed.sort(([a, i], [b, j]) => (a === null) - (b === null) || sign * (a - b) || i - j); // null always last
     return keyed.map(([, i]) => i);
   }
 
@@ -119,7 +103,7 @@
     const text = location.hash.slice(1);
     if (!text.includes("=")) return false;
     const fragment = new URLSearchParams(text);
-    for (const name of CONTROLS) write(name, fragment.get(name) ?? "");
+    write(fragment);
     apply(fragment.get("example") ?? undefined);
     return true;
   }
@@ -138,7 +122,7 @@
   function textBox(text, prefix = 0) {
     const box = el("div", "text");
     box.dir = "auto";
-    const cut = unitsOf(text, prefix);
+    const cut = [...text].slice(0, prefix).join("").length; // Python counts code points
     if (cut) box.append(el("mark", "", text.slice(0, cut)));
     box.append(text.slice(cut));
     return box;
@@ -230,19 +214,16 @@
 
   // --- start -------------------------------------------------------------------------------------------
 
-  function addOptions(parent, kind, names) {
-    for (const name of names) {
-      const option = el("option", "", name);
-      option.value = `${kind}:${name}`;
-      parent.append(option);
-    }
+  function option(value, text) {
+    const element = el("option", "", text);
+    element.value = value;
+    return element;
   }
 
   function optionGroup(label, kind, names) {
-    const group = el("optgroup");
+    const group = el("optgroup", "", ...names.map((name) => option(`${kind}:${name}`, name)));
     group.label = label;
-    addOptions(group, kind, names);
-    control("system").append(group);
+    fields.system.append(group);
   }
 
   const systems = [...new Set(examples.map((e) => e.system))];
@@ -250,21 +231,15 @@
   if (methods.length < systems.length) optionGroup("Methods", "method", methods);
   optionGroup("Systems", "system", systems);
   const values = new Set(examples.flatMap((e) => Object.keys(e.values)));
-  for (const name of values) {
-    const option = el("option", "", measureOf.get(name)?.name ?? name);
-    option.value = "value:" + name;
-    control("sort").append(option);
-  }
+  for (const name of values) fields.sort.append(option("value:" + name, measureOf.get(name)?.name ?? name));
 
-  for (const name of CONTROLS) {
-    if (name === "search") control(name).addEventListener("input", later(SEARCH_DELAY, () => apply()));
-    else control(name).addEventListener("change", () => apply());
-  }
-  document.querySelector("form.filters").addEventListener("submit", (event) => event.preventDefault());
+  const search = later(SEARCH_DELAY, () => apply());
+  form.addEventListener("input", (event) => (event.target === fields.search ? search() : apply()));
+  form.addEventListener("submit", (event) => event.preventDefault());
   byId("next").addEventListener("click", () => move(1));
   byId("previous").addEventListener("click", () => move(-1));
   byId("clear").addEventListener("click", () => {
-    for (const name of CONTROLS) write(name, "");
+    form.reset();
     apply();
   });
   byId("keys").addEventListener("click", () => byId("help").showModal());
@@ -274,7 +249,7 @@
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
     const target = event.target;
-    if (event.key === "Escape" && target === control("search")) return target.blur();
+    if (event.key === "Escape" && target === fields.search) return target.blur();
     if (target.matches("input:not([type=checkbox]), select, textarea")) return;
     const scrolls = target.matches(".scroll, pre"); // there the arrows scroll
     const step = { j: 1, k: -1, ArrowRight: scrolls ? 0 : 1, ArrowLeft: scrolls ? 0 : -1 }[event.key];
@@ -283,8 +258,8 @@
       if (top < 0 || top > innerHeight * 0.6) byId("examples").scrollIntoView();
       move(step);
     } else if (event.key === "/") {
-      control("search").focus();
-      control("search").select();
+      fields.search.focus();
+      fields.search.select();
     } else if (event.key === "?") {
       byId("help").showModal();
     } else {

@@ -92,7 +92,7 @@ MEASURES = measures_of("base", True, True, ["reward"])
 
 def compare(*systems, **further):
     result = compare_systems([*systems, BASELINE], MEASURES, "base", "beta", **further)
-    return json.loads(json.dumps(result, allow_nan=False))
+    return json.loads(json.dumps(result, default=vars, allow_nan=False))
 
 
 @pytest.fixture(scope="module")
@@ -307,8 +307,8 @@ def test_nothing_judged_leaves_the_measures_that_need_no_judge():
         ),
     )
     result = compare_systems([plain, BASELINE], measures_of("base", False, True, ["reward"]), "base", "beta")
-    assert result["tests"] == [] and result["ranking"] is None
-    assert [each["reward"] for each in result["frontiers"]] == ["reward"]
+    assert result.tests == () and result.ranking is None
+    assert [each.reward for each in result.frontiers] == ["reward"]
 
 
 def test_text_values_leave_out_what_nobody_knows():

@@ -8,6 +8,7 @@ import pytest
 from report_comparisons import comparison, empty_comparison, example, verdict
 from report_pages import count, report_viewer, response, wait_for_count
 
+from eval.reporting.comparison import comparison_from
 from eval.reporting.report import write_report
 
 ATTACKS = (
@@ -178,7 +179,7 @@ def test_no_text_of_a_system_becomes_markup(show):
 def test_the_policy_of_the_page_stops_what_would_run(chromium, tmp_path):
     """Even markup that got in could not act: the browser refuses scripts and connections that are not the page's."""
     page = chromium.new_page()
-    page.goto(write_report(comparison(), tmp_path).as_uri())
+    page.goto(write_report(comparison_from(comparison()), tmp_path).as_uri())
     policy = page.locator("meta[http-equiv=Content-Security-Policy]").get_attribute("content")
     assert "default-src 'none'" in policy and "connect-src 'none'" in policy and "unsafe" not in policy
     blocked = page.evaluate(

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from report_comparisons import comparison, empty_comparison, estimate, paired_test
 
 from drpo.data.records import DataError
+from eval.reporting.comparison import (
+    DifferenceRow,
+    MeasureRow,
+    comparison_from,
+    read_comparison,
+    write_comparison,
+)
 from eval.reporting.report import headline, script_json, write_report
 from eval.reporting.report_markdown import escaped, markdown_table
-from eval.reporting.report_schema import check_comparison
 from eval.reporting.report_tables import (
     Cell,
     Column,
@@ -25,6 +32,14 @@ from eval.reporting.report_tables import (
     reading,
     results_table,
 )
+
+
+def rows_of(**changes):
+    return comparison_from(comparison(**changes))
+
+
+def difference_row(*fields):
+    return DifferenceRow(**paired_test(*fields))
 
 
 def texts(table: Table) -> list[list[str]]:
@@ -65,7 +80,7 @@ def test_a_p_value_is_never_zero():
 
 
 def test_the_results_have_a_row_for_each_system_and_a_column_for_each_measure():
-    table = results_table(comparison())
+    table = results_table(rows_of())
     assert [column.name for column in table.columns] == [
         *("system", "win rate (%)", "LC win rate (%)", "true reward", "KL (nats)", "length (tokens)")
     ]
@@ -79,7 +94,7 @@ def test_the_results_have_a_row_for_each_system_and_a_column_for_each_measure():
 
 
 def test_the_better_system_is_marked_in_the_measure_that_a_test_resolves():
-    table = results_table(comparison())
+    table = results_table(rows_of())
     strong = {
         (row[0].text, table.columns[i].name)
         for row in table.rows
@@ -97,9 +112,11 @@ def test_beating_many_systems_is_counted_not_listed():
     whole["tests"] = [
         paired_test("win_rate", "PPO", name, 0.1, 0.05, 0.15, 0.001, 0.001) for name in names[:3]
     ]
-    assert results_table(whole).rows[2][1].notes == ("better than system 0, system 1, system 2",)
+    assert results_table(comparison_from(whole)).rows[2][1].notes == (
+        "better than system 0, system 1, system 2",
+    )
     whole["tests"].append(paired_test("win_rate", names[3], "PPO", -0.1, -0.15, -0.05, 0.001, 0.001))
-    assert results_table(whole).rows[2][1].notes == ("better than 4 systems",)
+    assert results_table(comparison_from(whole)).rows[2][1].notes == ("better than 4 systems",)
 
 
 @pytest.mark.parametrize(
@@ -116,32 +133,28 @@ def test_beating_many_systems_is_counted_not_listed():
     ],
 )
 def test_a_test_in_words(limits, p_holm, better, words):
-    assert (
-        reading(
-            paired_test("m", "one", "two", *limits, 0.01, p_holm), {"better": better, "unit": "", "digits": 2}
-        )
-        == words
-    )
+    test = difference_row("m", "one", "two", *limits, 0.01, p_holm)
+    assert reading(test, MeasureRow("m", "m", "", 2, better, "")) == words
 
 
 def test_an_interval_without_0_proves_nothing_where_p_does_not():
-    test = paired_test("m", "one", "two", 0.008, 0.002, 0.02, 0.125, 0.125)
-    words = reading(test, {"better": "high", "unit": "%", "digits": 1})
+    test = difference_row("m", "one", "two", 0.008, 0.002, 0.02, 0.125, 0.125)
+    words = reading(test, MeasureRow("m", "m", "%", 1, "high", ""))
     assert words == "not resolved at this n, which can show 8.5 or more"
 
 
 def test_over_seeds_nobody_says_what_could_be_shown():
-    test = {**paired_test("m", "one", "two", 0.08, -0.01, 0.17, 0.1, 0.2), "detectable": None}
-    assert reading(test, {"better": "high", "unit": "", "digits": 2}) == "not resolved at this n"
+    test = replace(difference_row("m", "one", "two", 0.08, -0.01, 0.17, 0.1, 0.2), detectable=None)
+    assert reading(test, MeasureRow("m", "m", "", 2, "high", "")) == "not resolved at this n"
 
 
 def test_the_tests_and_how_each_system_was_judged():
-    assert texts(differences_table(comparison()))[1] == [
+    assert texts(differences_table(rows_of()))[1] == [
         "DR-PO beta 1 minus DR-PO beta 0.5",
         *("win rate (%)", "5.0 [-1.0, 11.0]", "0.100", "0.200", "256", "prompts"),
         "not resolved at this n, which can show 8.5 or more",
     ]
-    rows = judge_table(comparison()).rows
+    rows = judge_table(rows_of()).rows
     assert [row[0].text for row in rows] == ["DR-PO beta 1", "DR-PO beta 0.5"]  # nobody judged PPO
     assert [cell.text for cell in rows[0][1:]] == [
         *("2", "1", "0", "1", "1 refused", "62.5", "87.5", "90.0 [80.0, 95.0]", "52.0")
@@ -150,33 +163,33 @@ def test_the_tests_and_how_each_system_was_judged():
 
 
 def test_systems_that_met_each_other():
-    assert texts(matches_table(comparison())) == [
+    assert texts(matches_table(rows_of())) == [
         ["DR-PO beta 1 against DR-PO beta 0.5", "55.0 [50.0, 60.0]", "140", "2", "113", "1", "255"]
     ]
-    assert matches_table(comparison(matches=[])) is None
+    assert matches_table(rows_of(matches=[])) is None
 
 
 def test_the_ranking():
-    table = ranking_table(comparison())
+    table = ranking_table(rows_of())
     assert texts(table) == [["DR-PO beta 1", "1149 [1116, 1182]"], ["reference", "1000"]]
     assert table.notes == (
         "From 768 comparisons with the baseline and of systems with each other, relative to reference.",
         "PPO never met DR-PO",
     )
-    assert ranking_table(comparison(ranking=None)) is None
+    assert ranking_table(rows_of(ranking=None)) is None
 
 
 def test_the_headline():
-    facts = dict(headline(comparison()))
+    facts = dict(headline(rows_of()))
     assert facts["judge"] == "judge-1, openai, prompt tldr-1, both orders, ties allowed"
     assert facts["spent on the judge"] == "1,536 calls, 812,345 prompt tokens, $1.23"
     assert facts["written"] == "2026-11-21 09:00 UTC"
     assert facts["prompts"] == "256"
     assert facts["commit"] == "abc1234"
-    assert dict(headline(comparison(commit="0123456789abcdef" * 2 + "01234567+changes")))["commit"] == (
+    assert dict(headline(rows_of(commit="0123456789abcdef" * 2 + "01234567+changes")))["commit"] == (
         "0123456789ab+changes"
     )
-    facts = dict(headline(empty_comparison()))
+    facts = dict(headline(comparison_from(empty_comparison())))
     assert facts["judge"] == "none" and facts["commit"] == "unknown"
 
 
@@ -202,7 +215,7 @@ def test_a_markdown_table():
 
 
 def test_the_markdown_page_has_every_table_and_no_example(tmp_path):
-    write_report(comparison(title="a | b\n# c"), tmp_path)
+    write_report(rows_of(title="a | b\n# c"), tmp_path)
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert page.startswith("# a \\| b \\# c\n")
     titles = [line[3:] for line in page.splitlines() if line.startswith("## ")]
@@ -239,17 +252,23 @@ def broken(path: list, value: object = None, remove: bool = False) -> dict:
         (broken(["baseline"], remove=True), r"baseline is missing"),
         (broken(["systems", 1, "judged", "ties"], remove=True), r"systems\[1\]\.judged\.ties is missing"),
         (broken(["systems", 0, "values", "kl"], remove=True), r"systems\[0\]\.values\.kl is missing; null"),
-        (broken(["title"], 3), r"title must be text, got 3"),
-        (broken(["systems"], {}), r"systems must be a list, got {}"),
-        (broken(["measures", 0, "digits"], 10**6), r"measures\[0\]\.digits must be at most 15, got 1000000"),
+        (broken(["title"], 3), r"title must be a valid string, got 3"),
+        (broken(["systems"], {}), r"systems must be a valid list, got {}"),
+        (
+            broken(["measures", 0, "digits"], 10**6),
+            r"measures\[0\]\.digits must be less than or equal to 15, got 1000000",
+        ),
         (
             broken(["systems", 0, "values", "kl", "value"], 10**400),
-            r"systems\[0\]\.values\.kl\.value must be a finite number, got int 1000",
+            r"systems\[0\]\.values\.kl\.value must be a valid number, got int 1000",
         ),
-        (broken(["measures", 0, "digits"], -1), r"measures\[0\]\.digits must be a whole number >= 0, got -1"),
+        (
+            broken(["measures", 0, "digits"], -1),
+            r"measures\[0\]\.digits must be greater than or equal to 0, got -1",
+        ),
         (
             broken(["measures", 0, "better"], "most"),
-            r"measures\[0\]\.better must be one of high, low, got 'most'",
+            r"measures\[0\]\.better must be 'high' or 'low', got 'most'",
         ),
         (
             broken(["systems", 0, "values", "kl", "low"], float("nan")),
@@ -257,7 +276,7 @@ def broken(path: list, value: object = None, remove: bool = False) -> dict:
         ),
         (
             broken(["systems", 0, "values", "kl", "value"], True),
-            r"kl\.value must be a finite number, got True",
+            r"kl\.value must be a valid number, got True",
         ),
         (
             broken(["examples", 2, "verdicts", 1, "status"], "lost"),
@@ -279,16 +298,31 @@ def broken(path: list, value: object = None, remove: bool = False) -> dict:
 )
 def test_what_does_not_fit_is_named_by_its_path(whole, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        write_report(whole, tmp_path)
+        write_report(comparison_from(whole), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_fits_is_left_as_it_was():
-    whole = comparison(more="a field of a later version")
-    before = json.dumps(whole)
-    check_comparison(whole)
-    check_comparison(empty_comparison())
-    assert json.dumps(whole) == before
+@pytest.mark.parametrize("content", [comparison(), empty_comparison()])
+def test_a_file_reads_back_as_it_was_written(content, tmp_path):
+    write_comparison(comparison_from(content), tmp_path)
+    found = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))
+    assert found == content
+    assert (
+        read_comparison(tmp_path) == read_comparison(tmp_path / "comparison.json") == comparison_from(content)
+    )
+
+
+def test_fields_of_a_later_version_are_ignored():
+    more = comparison(more="a field of a later version")
+    more["systems"][0]["more"] = {}
+    assert comparison_from(more) == rows_of()
+
+
+def test_a_producer_cannot_leave_out_a_measure():
+    whole = rows_of()
+    bare = replace(whole.systems[1], values={})
+    with pytest.raises(DataError, match=r"systems\[0\]\.values\.win_rate is missing"):
+        replace(whole, systems=(bare,))
 
 
 def test_json_in_a_script_cannot_end_it_and_reads_back():
@@ -303,5 +337,5 @@ def test_json_in_a_script_cannot_end_it_and_reads_back():
 def test_half_of_a_surrogate_pair_does_not_stop_the_report(tmp_path):
     whole = comparison(title="half \ud800")
     whole["systems"][0]["values"]["kl"] = estimate(1.0)
-    page = write_report(whole, tmp_path).read_text(encoding="utf-8")
+    page = write_report(comparison_from(whole), tmp_path).read_text(encoding="utf-8")
     assert "<title>half ?</title>" in page
