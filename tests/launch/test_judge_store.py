@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -81,23 +80,6 @@ def test_a_model_that_is_gone_takes_no_verdicts_with_it(folder):
     assert len(rows_of(folder)) == 6 and summary("run")["win_rate"]["rate"] == 0.5
 
 
-def test_the_pace_holds_across_runs(folder):
-    """Thirteen requests were started in the last minute; another run with that limit has to wait for room."""
-    with StubServer(longer_wins) as server:
-        asked = recipe(server, folder, store="all.sqlite", limits={"requests_per_minute": 13})
-        run(asked)
-        recipe(
-            server, folder, run_dir="b", store="all.sqlite", system="null", limits={"requests_per_minute": 13}
-        )
-        process = start(folder)
-        wait_for(lambda: server.paths.count("GET /v1/models/stub-judge") == 2, process)
-        time.sleep(1.0)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=400)
-        assert "SIGINT: stopped" in err and "0 of 12 verdicts" in err
-    assert server.paths.count(CHAT) == 13
-
-
 # --- stops ------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +105,6 @@ def test_a_second_interrupt_ends_at_once_and_loses_nothing(folder):
 
 
 SLOW = """
-import time
 
 def scores(completions):
     print("scoring", flush=True)
