@@ -280,7 +280,7 @@ def test_recipes_are_frozen_all_the_way_down(recipe_class):
         ("tldr/drpo_2.8b.yaml", "reset.curriculum_end=0.3", "reset.curriculum_end"),
         ("tldr/drpo_2.8b.yaml", "data.columns.prompt=q", "data.columns"),
         ("hh/drpo_1b.yaml", "kl.coef=0", "kl.coef"),
-        ("tldr/drpo_1b.yaml", "kl.horizon=5000", "kl.horizon=5000 does nothing without kl.target_per_token"),
+        ("tldr/drpo_1b.yaml", "kl.horizon=5000", "kl.horizon does nothing without kl.target_per_token"),
         (
             "tldr/drpo_1b.yaml",
             "kl.on_max=rollback",

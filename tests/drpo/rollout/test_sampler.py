@@ -330,7 +330,7 @@ def test_rejects_bad_arguments(contexts, budgets, message):
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
-        ({"temperature": 0.0, "top_k": 5}, "greedy"),
+        ({"temperature": 0.0, "top_k": 5}, "top_k"),
     ],
 )
 def test_config_names_the_bad_key(settings, key):
