@@ -15,6 +15,7 @@ _CONTENTS = {
     "train_preference": "drpo.training",
     "train_sft": "drpo.training",
     "train_reward_model": "reward_models.training",
+    "graceful_shutdown": "drpo.run.signals",
     # recipes
     "load_recipe": "drpo.config",
     "ConfigError": "drpo.config",

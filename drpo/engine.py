@@ -74,11 +74,8 @@ class Engine:
         run_dir: Path,
         seed: int,
         max_grad_norm: float | None,
-        handles_signals: bool = False,
     ) -> None:
         _check_flags()
-        self.handles_signals = handles_signals
-        "Whether a run checkpoints and leaves on SIGINT and SIGTERM: a library must not take them over."
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, with a warning
         several_on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
@@ -331,10 +328,10 @@ class Engine:
 
 
 @contextmanager
-def engine_of(recipe: Any, handles_signals: bool = False) -> Iterator[Engine]:
+def engine_of(recipe: Any) -> Iterator[Engine]:
     """The engine of a training recipe; the next one of this process may have another precision."""
     run_dir, max_grad_norm = Path(recipe.run_dir), recipe.optim.max_grad_norm
     try:
-        yield Engine(recipe.engine, run_dir, recipe.seed, max_grad_norm, handles_signals)
+        yield Engine(recipe.engine, run_dir, recipe.seed, max_grad_norm)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -37,7 +37,6 @@ def train_online(
     records: Records | None = None,
     reward: RewardFn | None = None,
     callbacks: Sequence[Callback] = (),
-    handle_signals: bool = False,
 ) -> Path:
     """Train a policy by DR-PO or PPO, and return the folder of the result.
 
@@ -48,11 +47,10 @@ def train_online(
         records: rows in TRL's conventions (prompt, completion, chosen, rejected, messages), or the path of a file.
         reward: a function of a list of `Completion`s that returns one number each.
         callbacks: called with step and metrics after every step.
-        handle_signals: checkpoint and leave on SIGINT and SIGTERM, as the commands do.
 
     Raises ConfigError, DataError, CheckpointError and what `drpo.trainers.online.train` raises.
     """
-    with engine_of(recipe, handle_signals) as engine:
+    with engine_of(recipe) as engine:
         recipe = with_inputs(recipe, engine, model, tokenizer, records)
         if reward is None:
             reward = _reward_of(recipe, engine)
@@ -73,13 +71,12 @@ def train_preference(
     tokenizer: PreTrainedTokenizerBase | None = None,
     records: Records | None = None,
     callbacks: Sequence[Callback] = (),
-    handle_signals: bool = False,
 ) -> Path:
     """Train a policy on preferences, by DPO or another loss of its family, and return the folder of the result.
 
     Arguments and errors are those of `train_online`.
     """
-    return _train_offline(preference.train, recipe, model, tokenizer, records, callbacks, handle_signals)
+    return _train_offline(preference.train, recipe, model, tokenizer, records, callbacks)
 
 
 def train_sft(
@@ -89,13 +86,12 @@ def train_sft(
     tokenizer: PreTrainedTokenizerBase | None = None,
     records: Records | None = None,
     callbacks: Sequence[Callback] = (),
-    handle_signals: bool = False,
 ) -> Path:
     """Fine-tune a policy on demonstrations, and return the folder of the result.
 
     Arguments and errors are those of `train_online`.
     """
-    return _train_offline(sft.train, recipe, model, tokenizer, records, callbacks, handle_signals)
+    return _train_offline(sft.train, recipe, model, tokenizer, records, callbacks)
 
 
 def _train_offline(
@@ -105,9 +101,8 @@ def _train_offline(
     tokenizer: PreTrainedTokenizerBase | None,
     records: Records | None,
     callbacks: Sequence[Callback],
-    handle_signals: bool,
 ) -> Path:
-    with engine_of(recipe, handle_signals) as engine:
+    with engine_of(recipe) as engine:
         recipe = with_inputs(recipe, engine, model, tokenizer, records)
         rewards = import_functions(recipe.sample.reward_functions, "sample.reward_functions")
         return train(recipe, engine, rewards, callbacks)

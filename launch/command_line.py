@@ -17,6 +17,7 @@ from drpo.config import ConfigError, help_text, load_recipe
 from drpo.data.records import DataError
 from drpo.run.checkpoints import CheckpointError
 from drpo.run.folder import RunStopped
+from drpo.run.signals import graceful_shutdown
 
 Recipe = TypeVar("Recipe")
 
@@ -47,7 +48,8 @@ def main(
     try:
         path, overrides = split_arguments(arguments)
         recipe = load_recipe(recipe_class, find_recipe(path or default_recipe), [*overrides, *forced])
-        result = run(recipe)
+        with graceful_shutdown():
+            result = run(recipe)
     except (
         ConfigError,
         DataError,

@@ -12,4 +12,4 @@ from launch.demo_inputs import make_demo_inputs
 def run(recipe: OnlineRecipe) -> Path:
     """Make what the demo needs and lacks, then train."""
     make_demo_inputs(recipe.model.path, recipe.reward.path, recipe.critic.path)
-    return train_online(recipe, handle_signals=True)
+    return train_online(recipe)

@@ -21,7 +21,7 @@ from reward_models.training import train_reward_model
 def run(recipe: RewardModelRecipe) -> Path:
     """Make the demo's policy if it is asked for and missing, then train."""
     make_demo_inputs(recipe.model.path)
-    return train_reward_model(recipe, handle_signals=True)
+    return train_reward_model(recipe)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from launch.command_line import main
 
 def run(recipe: SFTRecipe) -> Path:
     """Train the recipe's policy."""
-    return train_sft(recipe, handle_signals=True)
+    return train_sft(recipe)
 
 
 if __name__ == "__main__":

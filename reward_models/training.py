@@ -21,11 +21,10 @@ def train_reward_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     records: Records | None = None,
     callbacks: Sequence[Callback] = (),
-    handle_signals: bool = False,
 ) -> Path:
     """Train a reward model on preference pairs, and return its folder.
 
     Arguments and errors are those of `drpo.train_online`.
     """
-    with engine_of(recipe, handle_signals) as engine:
+    with engine_of(recipe) as engine:
         return train(with_inputs(recipe, engine, model, tokenizer, records), engine, callbacks)

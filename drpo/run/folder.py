@@ -39,6 +39,7 @@ from drpo.run.lock import hold_folder, release_folder
 from drpo.run.metrics import JsonLines
 from drpo.run.same_view import require_same, require_shared_folder
 from drpo.run.sample_table import sample_table
+from drpo.run.signals import handles_signals
 
 # Keys and sections that do not change what is computed: they may differ between a run and its resumption.
 FREE_ON_RESUME = (
@@ -144,7 +145,7 @@ class RunFolder:
             self.samples.keep_up_to(step)
             save_resolved(self.recipe, self.path / "config.yaml")
         engine.start_trackers(flatten(self.recipe))
-        for number in (signal.SIGTERM, signal.SIGINT) if engine.handles_signals else ():
+        for number in (signal.SIGTERM, signal.SIGINT) if handles_signals() else ():
             self._handlers_before[number] = signal.signal(number, self._on_signal)
         engine.barrier()
         return state

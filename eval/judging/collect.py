@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drpo.run.signals import handles_signals
 from eval.judging.judge import Judge, JudgeStopped, Outcome
 from eval.judging.matchup import Question
 from eval.judging.verdict import Verdict
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
 
 async def collect_verdicts(judge: Judge, questions: Sequence[Question], say: Say) -> Outcome:
-    """Collect all verdicts. The first SIGINT or SIGTERM stops the judge gracefully, a second one ends the process."""
+    """Collect all verdicts. Within `graceful_shutdown` the first SIGINT or SIGTERM stops the judge in order, a second one
+    ends the process."""
     loop = asyncio.get_running_loop()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if handles_signals() else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
 
     def stop(number: signal.Signals) -> None:
         for each in handlers:

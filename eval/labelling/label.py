@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from drpo.config import ConfigError, Section, key, refuse, save_resolved, setting
 from drpo.data.records import DataError
+from drpo.run.signals import handles_signals
 from eval.completions.rows import load_completions
 from eval.judging.attacks import with_controls
 from eval.judging.matchup import Matchup, first_prompts, pair_up
@@ -130,11 +131,11 @@ def _show_progress(queue: LabelQueue, say: Say) -> None:
 
 
 def _serve(server: LabelServer) -> None:
-    """Until SIGINT or SIGTERM. A label that was answered is on disk, so there is nothing to wait for."""
+    """Serve until SIGINT or SIGTERM, or KeyboardInterrupt outside `graceful_shutdown`. Labels are flushed before they are
+    acknowledged, so there is nothing to wait for."""
     stopped = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM) if handles_signals() else ()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

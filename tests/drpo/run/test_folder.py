@@ -22,6 +22,7 @@ from drpo.run import lock as folder_lock
 from drpo.run.checkpoints import CheckpointError, list_checkpoints
 from drpo.run.folder import CheckpointConfig, LogConfig, Resume, RunFolder, flatten
 from drpo.run.metrics import read_metrics
+from drpo.run.signals import graceful_shutdown
 from drpo.trainers.finite import finite_or_stop
 
 
@@ -58,11 +59,12 @@ def handlers():
 
 def opened(recipe: Recipe) -> tuple[RunFolder, dict | None]:
     config = replace(recipe.engine, trackers=[])
-    engine = Engine(config, Path(recipe.run_dir), 0, max_grad_norm=None, handles_signals=True)
+    engine = Engine(config, Path(recipe.run_dir), 0, max_grad_norm=None)
     module = nn.Linear(1, 1)
     engine.prepare(module, torch.optim.AdamW(module.parameters()))
     run = RunFolder(recipe, engine)
-    return run, run.open()
+    with graceful_shutdown():
+        return run, run.open()
 
 
 def steps(run: RunFolder, first: int, last: int, num_steps: int = 4) -> None:
