@@ -131,8 +131,8 @@ def _show_progress(queue: LabelQueue, say: Say) -> None:
 
 
 def _serve(server: LabelServer) -> None:
-    """Serve until SIGINT or SIGTERM, or KeyboardInterrupt outside `graceful_shutdown`. Labels are flushed before they are
-    acknowledged, so there is nothing to wait for."""
+    """Serve until SIGINT or SIGTERM, or KeyboardInterrupt outside `graceful_shutdown`. Labels are flushed before they
+    are acknowledged, so there is nothing to wait for."""
     stopped = threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM) if handles_signals() else ()
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from judge_commands import NUM, recipe, rows_of, start, wait_for
+from judge_commands import NUM, folder, recipe, rows_of, start, wait_for
 from judge_runs import matchups
 from stub_judge_server import (
     KEY,
@@ -35,6 +35,8 @@ from eval.judging.judgments import read_verdicts
 from eval.judging.openai.store import Store
 from launch.command_line import find_recipe
 from launch.judge import JudgeRecipe, run
+
+__all__ = ["folder"]  # the fixture
 
 # --- a whole run ------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from eval.completions.rows import CompletionRow, CompletionsWriter
 from eval.labelling.label import matchups_to_label
 from eval.labelling.labels import read_labels
 from launch.command_line import find_recipe
+from launch.demo_inputs import make_demo_completions
 from launch.label import LabelRecipe, run
 
 # --- the process ------------------------------------------------------------------------------------------
@@ -140,6 +141,7 @@ def test_num_prompts_and_systems_without_rows_are_those_of_the_judge(folder):
 def test_the_demo_recipe_has_pairs_offline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo = load_recipe(LabelRecipe, find_recipe("demo/label.yaml"), [])
+    make_demo_completions(*demo.completions)
     compared = matchups_to_label(demo)
     assert 30 < len(compared) <= 40 and {(c.system_a, c.system_b) for c in compared} == {
         ("chosen", "rejected")
