@@ -126,8 +126,8 @@ class CompareRecipe(Section):
         rivals = num_runs.pop(self.baseline, 1)
         for name, number in num_runs.items():
             rule = (
-                f"{self.baseline} has {rivals} runs and {name} has {number}, so the systems would not meet the same "
-                "baseline; give each as many, or the baseline one"
+                f"must have one run, or as many as every system, to be the same for all: {self.baseline} has {rivals} "
+                f"runs and {name} has {number}"
             )
             refuse(rivals > 1 and number != rivals, "baseline", rule)
 

@@ -311,7 +311,7 @@ WRONG = {
     "baseline must be reference or one of base, A, moved, got B": {"baseline": "B"},
     "complete.policy is set by the comparison itself": {"complete": {"policy": "p"}},
     "judging.system is set by the comparison itself": {"judging": {"system": "x"}},
-    "baseline: A, moved has 2 runs and base has 1": {"baseline": "A, moved"},
+    "baseline must have one run, .*: A, moved has 2 runs and base has 1": {"baseline": "A, moved"},
     r"systems\[0\].policies names p twice": {"systems": [{"name": "x", "policies": ["p", "p"]}]},
     "setting is nan; give a finite number": {
         "systems": [{"name": "x", "policies": ["p"], "setting": float("nan")}]
