@@ -11,10 +11,10 @@ from importlib import import_module
 
 _CONTENTS = {
     # train
-    "train_online": "drpo.training",
-    "train_preference": "drpo.training",
-    "train_sft": "drpo.training",
-    "train_reward_model": "reward_models.training",
+    "train_online": "drpo.api",
+    "train_preference": "drpo.api",
+    "train_sft": "drpo.api",
+    "train_reward_model": "reward_models.api",
     "graceful_shutdown": "drpo.run.signals",
     # recipes
     "load_recipe": "drpo.config",

@@ -12,8 +12,8 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
+from drpo.api import train_preference
 from drpo.trainers.preference.recipe import PreferenceRecipe
-from drpo.training import train_preference
 from launch.command_line import main
 from launch.demo_inputs import make_demo_inputs
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from drpo.api import train_online
 from drpo.trainers.online_recipe import OnlineRecipe
-from drpo.training import train_online
 from launch.demo_inputs import make_demo_inputs
 
 

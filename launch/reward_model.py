@@ -14,8 +14,8 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 
 from launch.command_line import main
 from launch.demo_inputs import make_demo_inputs
+from reward_models.api import train_reward_model
 from reward_models.train import RewardModelRecipe
-from reward_models.training import train_reward_model
 
 
 def run(recipe: RewardModelRecipe) -> Path:

@@ -12,8 +12,8 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
+from drpo.api import train_sft
 from drpo.trainers.sft import SFTRecipe
-from drpo.training import train_sft
 from launch.command_line import main
 
 

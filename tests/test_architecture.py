@@ -32,8 +32,8 @@ LAYERS = (
     ("models", "engine", "run.metrics", "optim"),
     ("run",),
     ("rollout",),
-    ("trainers", "inputs"),
-    ("training",),
+    ("trainers", "object_inputs"),
+    ("api",),
 )
 
 PURE = (

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from drpo.models.adapters import merged_state_dict
 from drpo.models.inputs import unwrap_peft
 from drpo.models.plain_folder import amend_json, mend_generation_config, plain_tokenizer
-from drpo.models.stops import write_stop_token
+from drpo.models.policy_stops import write_stop_token
 
 
 def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, card: str) -> None:

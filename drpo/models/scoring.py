@@ -1,4 +1,4 @@
-"""Log-probabilities of responses: the only place where the logits of a policy become log-probabilities.
+"""Log-probabilities of given responses; `shared_prompt` is the same for several responses to one prompt.
 
 The backbone runs once on queries and responses; the LM head runs only on the R positions that predict
 response tokens, a chunk of positions at a time, so the logits of a whole batch never exist at once.

@@ -15,9 +15,9 @@ from drpo.data.encode import Example
 from drpo.engine import Engine
 from drpo.kl import sequence_kl
 from drpo.models.loading import LoraConfig, ModelConfig, load_policy
+from drpo.models.policy_stops import stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scoring import response_logprobs
-from drpo.models.stops import stop_ids
 from drpo.models.vocabulary import check_same_vocabulary
 from drpo.reward_functions import call_reward_fn
 from drpo.rewards import Completion, RewardFn

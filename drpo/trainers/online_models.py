@@ -14,10 +14,10 @@ from drpo.data.load import Splits
 from drpo.engine import Engine
 from drpo.models.actor_critic import ActorCritic
 from drpo.models.loading import fresh_critic, load_critic, load_policy
+from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import response_logprobs
-from drpo.models.stops import check_stop_token, stop_ids
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
 from drpo.rewards import BoundedRewardFn, RewardFn, TrunkRewardFn

@@ -20,7 +20,7 @@ from drpo.data.encode import Example, encode_responses, said_texts
 from drpo.data.records import DataError
 from drpo.data.views import best_response
 from drpo.engine import Engine
-from drpo.models.stops import stop_ids
+from drpo.models.policy_stops import stop_ids
 from drpo.rollout.generator import Generator, Vocabulary, vocabulary_of
 from drpo.run.same_view import require_shared_folder
 from eval.completions.rows import CompletionRow, CompletionsWriter, messages_meta, prompt_id_of

@@ -16,8 +16,8 @@ from drpo.data.load import DataConfig, load_examples
 from drpo.data.stop import with_stop_token
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.model_folder import read_config
+from drpo.models.policy_stops import stop_ids
 from drpo.models.positions import check_lengths
-from drpo.models.stops import stop_ids
 from drpo.models.tokenizer import load_tokenizer
 from drpo.reward_functions import call_reward_fn, import_functions
 from drpo.rewards import RewardFn

@@ -17,7 +17,7 @@ from drpo.data.load import DataConfig, load_examples
 from drpo.data.records import DataError
 from drpo.data.stop import with_stop_token
 from drpo.models.export import save_policy
-from drpo.models.stops import check_stop_token, stop_ids, write_stop_token
+from drpo.models.policy_stops import check_stop_token, stop_ids, write_stop_token
 from drpo.rollout.generator import vocabulary_of
 
 GEMMA = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + (

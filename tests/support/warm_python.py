@@ -19,7 +19,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-IMPORTS = ("drpo.training", "reward_models.training", "eval.comparing.compare", "eval.neurons.analyse")
+IMPORTS = ("drpo.api", "reward_models.api", "eval.comparing.compare", "eval.neurons.analyse")
 
 
 def completed(

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from drpo.data.load import load_examples
 from drpo.engine import Engine
 from drpo.models.loading import load_policy
+from drpo.models.policy_stops import check_stop_token
 from drpo.models.positions import check_examples
 from drpo.models.scoring import response_logprobs
-from drpo.models.stops import check_stop_token
 from drpo.rewards import RewardFn
 from drpo.rollout.held_out import held_out_sampler
 from drpo.run.folder import Callback, RunFolder

@@ -20,7 +20,7 @@ from drpo.data.load import DataConfig
 from drpo.models.gguf import gguf_file, reading
 from drpo.models.loading import ModelConfig, load_critic, load_policy, load_scalar_model
 from drpo.models.model_folder import read_config
-from drpo.models.stops import stop_ids
+from drpo.models.policy_stops import stop_ids
 from drpo.models.tokenizer import load_tokenizer
 from drpo.trainers.sft import tokenizer_for
 from eval.neurons.analyse import NeuronShiftRecipe, _shared_tokenizer

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from drpo.api import Model, Records
 from drpo.engine import engine_of
-from drpo.inputs import with_inputs
+from drpo.object_inputs import with_inputs
 from drpo.run.folder import Callback
-from drpo.training import Model, Records
 from reward_models.train import RewardModelRecipe, train
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from drpo.engine import Engine, engine_of
-from drpo.inputs import with_inputs
+from drpo.object_inputs import with_inputs
 from drpo.reward_functions import import_functions
 from drpo.rewards import RewardFn
 from drpo.run.folder import Callback
