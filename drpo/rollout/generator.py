@@ -63,8 +63,10 @@ def vocabulary_of(
     bad_tokens: Sequence[str] = (),
     key: str = "rollout.bad_tokens",
 ) -> Vocabulary:
-    """Find the ids that end a response, the tokenizer's eos token before those of the policy (`drpo.models.policy_stops`), and
-    the ids that are never sampled: the tokenizer may have none for some of the logits, at the end or in between.
+    """Find the ids that end a response and the ids that are never sampled.
+
+    The tokenizer's eos token stands before those of the policy (`drpo.models.policy_stops`). The tokenizer may have no
+    token for some of the logits, at the end or in between.
 
     Raises ConfigError, naming `key`, for a bad token that is not one token of the tokenizer, or that ends responses.
     """
