@@ -99,6 +99,14 @@ class Generator:
     seed: int = 0
     "Seed of the responses of `respond`."
 
+    @classmethod
+    def of_rollouts(
+        cls, config: RolloutConfig, policy: nn.Module, tokenizer, vocabulary: Vocabulary, seed: int
+    ) -> Generator:
+        """Make the generator of a recipe's section `rollout`."""
+        sampling, length = config.sampling, config.max_response_length
+        return cls(policy, tokenizer, vocabulary, sampling, length, config.generation_batch_size, seed)
+
     def generate(
         self,
         contexts: Sequence[Sequence[int]],

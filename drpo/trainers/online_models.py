@@ -80,15 +80,7 @@ def load_models(
     )
     prepared = engine.prepare(actor_critic, optimizer)
     reference_logprobs = _reference(recipe, engine, tokenizer, policy, vocabulary.suppressed_ids)
-    generator = Generator(
-        policy,
-        tokenizer,
-        vocabulary,
-        rollout.sampling,
-        rollout.max_response_length,
-        rollout.generation_batch_size,
-        recipe.seed,
-    )
+    generator = Generator.of_rollouts(rollout, policy, tokenizer, vocabulary, recipe.seed)
     return OnlineModels(engine, actor_critic, prepared, generator, reference_logprobs, notes)
 
 
