@@ -1,4 +1,4 @@
-"""The recipe of launch/complete.py: a policy, prompts, and how it is asked; or a file made elsewhere."""
+"""The recipe of launch/complete.py: a policy, prompts and sampling settings; or a file made elsewhere."""
 
 from __future__ import annotations
 
