@@ -1,4 +1,4 @@
-"""Ask people which of two systems responds better, on a page on this machine that shows the responses blind."""
+"""Ask people which of two systems responds better, on a local page that shows the responses blind."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class LabelRecipe(Section):
 
 
 def label(recipe: LabelRecipe, say: Say = print) -> Path:
-    """Pair the responses up and serve the page until SIGINT or SIGTERM. Returns the path of labels.jsonl."""
+    """Pair the responses and serve the page until SIGINT or SIGTERM. Returns the path of labels.jsonl."""
     if not recipe.completions or recipe.system is None:
         raise ConfigError("completions must name files with completions, and system one of their systems")
     if recipe.prompt is None:
@@ -98,7 +98,7 @@ def label(recipe: LabelRecipe, say: Say = print) -> Path:
 
 
 def matchups_to_label(recipe: LabelRecipe, say: Say = print) -> list[Matchup]:
-    """The recipe's matchups, without those of two equal responses, about which there is nothing to say."""
+    """Return the recipe's matchups, without those of two equal responses."""
     rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
     matchups = pair_up(rows, recipe.system, recipe.baseline)
     if recipe.num_prompts is not None:
@@ -131,8 +131,10 @@ def _show_progress(queue: LabelQueue, say: Say) -> None:
 
 
 def _serve(server: LabelServer) -> None:
-    """Serve until SIGINT or SIGTERM, or KeyboardInterrupt outside `graceful_shutdown`. Labels are flushed before they
-    are acknowledged, so there is nothing to wait for."""
+    """Serve until SIGINT or SIGTERM, or KeyboardInterrupt outside `graceful_shutdown`.
+
+    Labels are flushed before they are acknowledged, so shutdown need not wait.
+    """
     stopped = threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM) if handles_signals() else ()
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}

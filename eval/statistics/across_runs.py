@@ -22,8 +22,9 @@ from eval.statistics.win_rate import paired_test
 
 @dataclass(frozen=True)
 class Measured:
-    """A system's value of one measure. `runs` are the values of its runs; limits are None where there is no interval.
+    """A system's value of one measure, with its interval if there is one.
 
+    `runs` are the values of its runs; limits are None without an interval.
     `method` names what was resampled or assumed: that of `eval.statistics.intervals` for one run, "seeds" for several.
     """
 
