@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 Say = Callable[[str], object]
-"""How a function reports to the user: `print`, or whatever the caller shows messages with."""
+"""A function that reports a line to the user, such as `print`."""
 SECONDS = 15.0
 
 

@@ -81,7 +81,7 @@ class CompareRecipe(Section):
     """Further scores of the responses: name -> module:function."""
     pairs: Literal["baseline", "all", "none"] = "baseline"
     """What is judged: every system against the baseline; also every two systems against each other, for the ranking;
-    or nothing, whatever `judging` says."""
+    or nothing, regardless of `judging`."""
     judging: JudgeRecipe = field(default_factory=JudgeRecipe)
     """How it is judged: the keys of launch/judge.py. Its store is verdicts.sqlite in run_dir, or the one of another
     comparison whose answers are to count here."""

@@ -23,7 +23,7 @@ from drpo.tensors import PaddedBatch, masked_sum, pad_batch
 from eval.completions.rows import CompletionRow
 
 Say = Callable[[str], object]
-"What is told a line for the user."
+"A function that shows a line to the user."
 
 
 @torch.no_grad()

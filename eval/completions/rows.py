@@ -25,9 +25,9 @@ from drpo.jsonl import fields_of_line, lines_of, write_whole
 REFERENCE = "reference"
 "System of the dataset's own responses."
 NULL = "null"
-"System that says the same to every prompt."
+"System that gives the same response to every prompt."
 MESSAGES = "prompt_messages"
-"In a row's meta: the turns that the prompt was made into for a chat template."
+"Key of a row's meta: the chat turns of the prompt, where a chat template was used."
 NULL_RESPONSE = "This is my response, and there is nothing to add to it."
 
 

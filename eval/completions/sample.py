@@ -26,7 +26,7 @@ from drpo.run.same_view import require_shared_folder
 from eval.completions.rows import CompletionRow, CompletionsWriter, messages_meta, prompt_id_of
 
 Key = tuple[str, str, int]
-"What no two rows share: system, prompt_id, seed."
+"Unique key of a row: system, prompt_id, seed."
 
 
 @dataclass(frozen=True, slots=True)

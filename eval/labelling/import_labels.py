@@ -27,7 +27,7 @@ from eval.progress import Say
 
 SYSTEMS = ("text_1", "text_2")
 UNKNOWN = "data"
-"Annotator of labels that do not say whose they are."
+"Annotator of labels without one."
 APPLIES = ("task", "path", "subset", "limit", "columns", "max_bad_fraction", "demo")
 "Keys of `data` that apply to labels."
 

@@ -32,7 +32,7 @@ class LabelRecipe(Section):
     completions: list[str] = field(default_factory=list)
     """Files of completions: completions.jsonl, or .json in alpaca_eval's shape."""
     system: str | None = None
-    """The system to compare. Beside those of the files there are reference (the dataset's responses), null (a
+    """The system to compare. Besides those of the files there are reference (the dataset's responses), null (a
     constant) and attack/<name> (eval/judging/attacks.py)."""
     baseline: str = "reference"
     """The system that it is compared with."""
@@ -43,11 +43,11 @@ class LabelRecipe(Section):
     ties: bool = True
     """Whether a tie may be called."""
     annotators: list[str] = field(default_factory=list)
-    """Who may label; empty: whoever gives a name."""
+    """Who may label; empty: anyone who gives a name."""
     seed: int = 0
-    """Draws the order of the pairs and which response stands first, for each annotator anew."""
+    """Draws the order of the pairs and which response is shown first, for each annotator anew."""
     host: str = "127.0.0.1"
-    """Address to listen on. Any other than this machine's own lets whoever reaches it read the texts and label."""
+    """Address to listen on. Any other than this machine's own lets anyone who reaches it read the texts and label."""
     port: int = setting(0, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
 

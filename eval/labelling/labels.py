@@ -33,11 +33,11 @@ Status = Literal["labelled", "skipped", "undone"]
 """labelled: there is a winner or a tie. skipped: the annotator gave no verdict. undone: what they said before of
 this matchup is taken back."""
 Key = tuple[str, str, str, int]
-"prompt_id, system_a, system_b, seed: what names a matchup."
+"prompt_id, system_a, system_b, seed: the key of a matchup."
 
 MAX_NAME = 40
 _LINE_START = b'{"prompt_id": "'
-"Every row that was ever written begins so, also one that a kill cut."
+"Start of every row, including one truncated by a kill."
 _SCORE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 

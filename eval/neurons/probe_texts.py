@@ -45,7 +45,7 @@ class ProbeConfig(Section):
     max_length: int | None = setting(None, ge=1)
     """The most tokens of prompt and text together; a longer row is a bad row. null = no limit."""
     l2: float = setting(1.0, gt=0)
-    """Strength of the penalty l2/2 |w|^2 beside the loss summed over the texts (1 / C of scikit-learn)."""
+    """Strength of the penalty l2/2 |w|^2 relative to the loss summed over the texts (1 / C of scikit-learn)."""
     holdout: float = setting(0.2, gt=0, lt=1)
     """Share of the distinct prompts (or texts without one) on which the probe is tested, not fitted."""
 
