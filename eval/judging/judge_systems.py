@@ -43,7 +43,7 @@ class JudgeRecipe(Section):
     completions: list[str] = field(default_factory=list)
     """Files of completions: completions.jsonl, or .json in alpaca_eval's shape."""
     system: str | None = None
-    """The system to judge. Besides those of the files there are reference (the dataset's responses), "null" (a constant)
+    """The system to judge. Besides those of the files: reference (the dataset's responses), "null" (a constant)
     and attack/<name> (eval/judging/attacks.py)."""
     baseline: str = "reference"
     """The system that it is compared with."""
