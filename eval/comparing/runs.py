@@ -114,7 +114,15 @@ def check_runs_differ(name: str, runs: Sequence[Run]) -> None:
 def run_of_policy(
     recipe: CompleteRecipe, engine: Engine, kl_reference: str | None, rewards: dict[str, RewardFn], say: Say
 ) -> Run:
-    """Sample and measure the responses of the recipe's policy; all processes must call it."""
+    """Sample and measure the responses of the recipe's policy; all processes must call it.
+
+    Args:
+        recipe: Policy and sampling settings.
+        engine: Engine whose processes share the work.
+        kl_reference: Policy that the KL is measured to; None for no KL.
+        rewards: Reward functions by name.
+        say: Receives progress and notes.
+    """
     path = complete_policy(recipe, engine, say)
     rows = read_completions(path)
     sampled = recipe.sampling == SAMPLED
@@ -176,7 +184,15 @@ def _rows_of(path: str, name: str) -> list[CompletionRow]:
 def run_of_references(
     runs: Sequence[Run], policy: str | None, folder: Path, engine: Engine, rewards: dict[str, RewardFn]
 ) -> Run:
-    """Return the dataset's own responses to the prompts of all `runs`, with token counts of `policy`'s tokenizer."""
+    """Return the dataset's own responses to the prompts of all `runs`, measured.
+
+    Args:
+        runs: Runs whose rows contain the references.
+        policy: Policy whose tokenizer counts the tokens; None counts none.
+        folder: Destination of the rows.
+        engine: Engine whose processes share the measuring.
+        rewards: Reward functions by name.
+    """
     rows = reference_rows([row for run in runs for row in run.rows])
     if policy is not None:
         rows = with_num_tokens(rows, load_tokenizer(policy))

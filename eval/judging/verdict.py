@@ -76,7 +76,17 @@ def verdict_on(
     scores: tuple[float, float] | None = None,
     keys: tuple[str, ...] = (),
 ) -> Verdict:
-    """Make the verdict on a question, with the fields of its matchup."""
+    """Make the verdict on a question, with the fields of its matchup.
+
+    Args:
+        question: The matchup and its order.
+        status: Outcome of the question.
+        winner: Winning system or tie; None unless the status is "ok".
+        detail: Reason for a missing winner.
+        suspicions: Signs of an attempt to sway the judge in response a and response b.
+        scores: Scores of response a and response b, from a judge that scores.
+        keys: Keys of the calls in the store, the deciding one last.
+    """
     matchup = question.matchup
     return Verdict(
         matchup.prompt_id,

@@ -117,7 +117,16 @@ class JudgeSetup:
         latency: float | None,
         request_id: Any,
     ) -> Call:
-        """Record an answer, given as the JSON of a chat completion. Raises the errors of `said_in`."""
+        """Record an answer, given as the JSON of a chat completion. Raises the errors of `said_in`.
+
+        Args:
+            request: The request that was answered.
+            payload: Parsed JSON of the answer.
+            backend: live or batch.
+            num_attempts: Number of times the request was sent.
+            latency: Seconds of the last attempt; None if unknown.
+            request_id: The API's id of the request, for support.
+        """
         said = said_in(payload, "" if self.form == "json" else "\n")
         there = said.finish_reason is not None
         call = self._record(
