@@ -3,7 +3,7 @@
     from eval import CompareRecipe, compare
     compare(CompareRecipe(systems=[{"name": "DR-PO", "policies": ["runs/drpo/policy"]}], ...))
 
-docs/python.md is a tour. Everything listed here is imported when it is first used.
+docs/python.md is a tour. Names listed here are imported on first use.
 """
 
 from importlib import import_module

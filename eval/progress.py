@@ -1,4 +1,4 @@
-"""Report the progress of long work, a line now and then."""
+"""Progress of long tasks, reported at intervals."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 
 Say = Callable[[str], object]
-"""How a function reports to the user: `print`, or whatever the caller shows messages with."""
+"""A function that reports a line to the user, such as `print`."""
 SECONDS = 15.0
 
 
 class Progress:
-    """A line every SECONDS and at the end: how many are done, how fast, how long the rest takes."""
+    """A line every SECONDS and at the end: number done, rate, remaining time."""
 
     def __init__(self, total: int, done: int, noun: str, say: Say) -> None:
         self._total, self._done, self._new, self._noun, self._say = total, done, 0, noun, say

@@ -1,4 +1,4 @@
-"""Compare several systems on the same held-out prompts: who wins against whom, at what KL, with intervals."""
+"""Compare several systems on the same held-out prompts: win rates, KL and rewards, with intervals."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ TABLE_WIDTH = 180
 
 
 def compare(recipe: CompareRecipe, say: Say = print) -> Path:
-    """Complete, measure and judge every system, and write the comparison with its report.
+    """Sample, measure and judge every system, and write the comparison with its report.
 
-    Leaves comparison.json, report.html, report.md, config.yaml, the completions and the judgments in `run_dir`, and
-    returns the page. A second call completes, and pays, only what is missing. Raises ConfigError or DataError for what
-    cannot be read, RunStopped when the judge stops.
+    Writes comparison.json, report.html, report.md, config.yaml, the completions and the judgments to `run_dir`, and
+    returns the path of report.html. A second call computes, and pays for, only what is missing. Raises ConfigError or
+    DataError for inputs that cannot be read, RunStopped when the judge stops.
     """
     if not recipe.systems:
         raise ConfigError(
@@ -62,11 +62,11 @@ def compare(recipe: CompareRecipe, say: Say = print) -> Path:
     folder = Path(recipe.run_dir)
     config = EngineConfig(mixed_precision=recipe.complete.mixed_precision, trackers=[])
     engine = Engine(config, folder, recipe.complete.seed, max_grad_norm=None)
-    # What null stood for on this machine.
+    # Null resolved for this machine.
     recipe = replace(recipe, complete=replace(recipe.complete, mixed_precision=engine.precision))
     systems = _measured_systems(recipe, engine, prompts, say)
     is_main = engine.is_main
-    engine.close()  # judging takes long, and only one process asks
+    engine.close()  # judging takes long, and only the main process calls the judge
     if not is_main:
         return folder
     save_resolved(recipe, folder / "config.yaml")
@@ -89,7 +89,7 @@ def compare(recipe: CompareRecipe, say: Say = print) -> Path:
 def _measured_systems(
     recipe: CompareRecipe, engine: Engine, prompts: Mapping[str, Mapping[str, Any]] | None, say: Say
 ) -> list[System]:
-    """Every run of every system with its answers and what was measured of them; all processes together."""
+    """Sample and measure every run of every system; all processes must call it."""
     rewards: dict[str, RewardFn] = {}
     if recipe.reward_model is not None:
         batch_size, dtype = recipe.complete.batch_size, recipe.complete.dtype
@@ -121,14 +121,14 @@ def _measured_systems(
 def _judged_systems(
     recipe: CompareRecipe, systems: Sequence[System], say: Say
 ) -> tuple[list[System], list[Judgment]]:
-    """The systems with the verdicts on each of their runs, and the judgments of systems against each other."""
+    """Return the systems with the verdicts on each run, and the judgments between systems."""
     (baseline,) = (system for system in systems if system.name == recipe.baseline)
     rivals = [system for system in systems if system is not baseline]
     meetings = [(one, baseline, index) for one in rivals for index in range(len(one.runs))]
     if recipe.pairs == "all":
         for one, other in combinations(rivals, 2):
             meetings += [(one, other, index) for index in range(max(len(one.runs), len(other.runs)))]
-    for one, other, index in meetings:  # before any of them is paid
+    for one, other, index in meetings:  # check all before paying for any
         rows = [*one.runs[index % len(one.runs)].rows, *other.runs[index % len(other.runs)].rows]
         pair_up(rows, one.name, other.name)
     judged: dict[str, list[Run]] = {}
@@ -153,7 +153,7 @@ def _judged_systems(
 def _judge(
     recipe: CompareRecipe, one: System, own: int, other: System, rival: int, say: Say
 ) -> Run | Estimate:
-    """One run of `one` with the verdicts on it beside one of `other`; in a dry run what these would take."""
+    """Judge a run of `one` against a run of `other`; in a dry run, return the estimated cost."""
     files = [recipe.folder_of(one.name, own) / COMPLETIONS, recipe.folder_of(other.name, rival) / COMPLETIONS]
     folder = Path(recipe.run_dir) / "judgments" / f"{slug(one.name)}_{own}" / f"{slug(other.name)}_{rival}"
     asked = replace(
@@ -171,7 +171,7 @@ def _judge(
 
 
 def _keeps_store(recipe: CompareRecipe) -> bool:
-    """Whether the judge is one whose answers are stored, because they are paid."""
+    """Return whether the judge's answers are stored, because they are paid for."""
     return "store" in KINDS[recipe.judging.judge.kind].recipe_keys
 
 

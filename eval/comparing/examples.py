@@ -1,4 +1,4 @@
-"""Single responses of a comparison, side by side with the baseline's: what the report's browser shows."""
+"""Single responses of a comparison next to the baseline's, for the report's browser."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from eval.reporting.comparison import Example, VerdictRow
 
 
 def rival_run(baseline: System, index: int) -> Run:
-    """Return the baseline's run for a system's run: that of the same number, starting over if there are fewer."""
+    """Return the baseline's run with the same number as the system's run, modulo the number of baseline runs."""
     return baseline.runs[index % len(baseline.runs)]
 
 
 def examples_of(systems: Sequence[System], baseline: System, num_prompts: int | None) -> tuple[Example, ...]:
     """Pair each response of each system with the baseline's, with its verdicts and measured values.
 
-    Prompts that the baseline did not answer have none. `num_prompts` takes the prompts of the smallest ids, the same
-    for every system; None takes all.
+    Prompts that the baseline did not answer have no examples. `num_prompts` selects the prompts with the smallest
+    ids, the same for every system; None selects all.
     """
     prompt_ids = sorted({row.prompt_id for system in systems for run in system.runs for row in run.rows})
     chosen = set(prompt_ids[:num_prompts])
@@ -65,7 +65,7 @@ def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[
                 response_b=rival.response,
                 ended_a=row.ended,
                 ended_b=rival.ended,
-                prefix_a=0,  # held-out prompts are answered from their end
+                prefix_a=0,  # held-out prompts are continued from their end
                 score=None if judgment is None else judgment.score,
                 consistent=None if judgment is None else judgment.consistent,
                 verdicts=tuple(_verdict_row(verdict, run.answers) for verdict in own),

@@ -1,4 +1,4 @@
-"""The recipe of launch/compare.py: systems, and how they are asked, measured and judged."""
+"""The recipe of launch/compare.py: systems, and how they are sampled, measured and judged."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class CompareRecipe(Section):
     """Further scores of the responses: name -> module:function."""
     pairs: Literal["baseline", "all", "none"] = "baseline"
     """What is judged: every system against the baseline; also every two systems against each other, for the ranking;
-    or nothing, whatever `judging` says."""
+    or nothing, regardless of `judging`."""
     judging: JudgeRecipe = field(default_factory=JudgeRecipe)
     """How it is judged: the keys of launch/judge.py. Its store is verdicts.sqlite in run_dir, or the one of another
     comparison whose answers are to count here."""
@@ -107,7 +107,7 @@ class CompareRecipe(Section):
             refuse(name in columns or not name.strip(), f"reward_functions.{name}", rule)
 
     def _check_names(self, names: Sequence[str]) -> None:
-        """Raise ConfigError for names that cannot be told apart, in a table or as folders."""
+        """Raise ConfigError for names that are not distinct, in a table or as folders."""
         for index, name in enumerate(names):
             place = f"systems[{index}].name"
             unfit = not name.strip() or name in (REFERENCE, NULL) or "attack/" in name
@@ -115,13 +115,13 @@ class CompareRecipe(Section):
             unfit = not name.isprintable() or len(name.encode()) > MAX_NAME
             refuse(unfit, place, f"must be at most {MAX_NAME} bytes, all visible, got {name[:40]!r}")
             refuse(name in names[:index], place, f"must differ from the other names, got {name!r} twice")
-        # A file system may know no upper and lower case.
+        # Some file systems ignore case.
         folders = {slug(name).casefold() for name in (*names, REFERENCE)}
         rule = f"are too much alike, or like {REFERENCE}, for the names of folders: {', '.join(names)}"
         refuse(len(folders) < len(names) + 1, "systems", rule)
 
     def _refuse_unequal_rivals(self) -> None:
-        """Each run meets the baseline's run of its number, and systems that met other runs of it do not compare."""
+        """Raise ConfigError unless run i of each system can meet run i of the baseline, or its only run."""
         num_runs = {system.name: len(system.policies or system.completions) for system in self.systems}
         rivals = num_runs.pop(self.baseline, 1)
         for name, number in num_runs.items():
@@ -132,15 +132,15 @@ class CompareRecipe(Section):
             refuse(rivals > 1 and number != rivals, "baseline", rule)
 
     def folder_of(self, name: str, index: int) -> Path:
-        """Where the completions of a run are."""
+        """Return the folder with the completions of a run."""
         return Path(self.run_dir) / "completions" / f"{slug(name)}_{index}"
 
     @property
     def store(self) -> Path:
-        """The answers of a judge that is paid, to all questions of the comparison."""
+        """Path of the stored answers of a paid judge, to all questions of the comparison."""
         return Path(self.judging.store or Path(self.run_dir) / "verdicts.sqlite")
 
 
 def slug(name: str) -> str:
-    """A name that any file system takes."""
+    """Return a form of the name that is valid in any file system."""
     return re.sub(r"[^\w.]+", "_", name).strip("_.") or "_"

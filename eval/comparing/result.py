@@ -1,4 +1,4 @@
-"""Compute the findings of a comparison of several systems: report.html and report.md are made from them."""
+"""The findings of a comparison of several systems, from which report.html and report.md are made."""
 
 from __future__ import annotations
 
@@ -44,8 +44,13 @@ def compare_systems(
 ) -> Findings:
     """Compute table, tests, ranking, frontiers, curves and examples.
 
-    `more_judgments` are those of systems against each other, which count in the ranking. `num_examples` limits the
-    prompts that have examples, the same for all systems.
+    Args:
+        systems: The systems with their measured and judged runs.
+        measures: Columns of the table.
+        baseline: Name of the system that the others are judged against.
+        setting_name: Name of the number that `System.setting` contains.
+        more_judgments: Judgments between systems other than the baseline, which count in the ranking.
+        num_examples: Number of prompts with examples, the same for all systems; None for all.
     """
     rows = tuple(_system_row(system, measures) for system in systems)
     runs = [(system, f"{system.name}/{i}", run) for system in systems for i, run in enumerate(system.runs)]
@@ -114,7 +119,7 @@ def _value(
 
 
 def _length_controlled(system: System, statistics: JudgedStatistics, warnings: list[str]) -> Measured:
-    """Compute the length-controlled rate of all runs pooled; the spread between runs widens its interval."""
+    """Compute the length-controlled rate pooled over runs, its interval widened by the spread between runs."""
     pooled = statistics.length_controlled
     if pooled is None:
         raise ValueError(statistics.length_controlled_missing)
@@ -149,11 +154,11 @@ def _judged_row(statistics: JudgedStatistics) -> JudgedRow:
     )
 
 
-# --- systems beside each other --------------------------------------------------------------------------
+# --- comparisons between systems ------------------------------------------------------------------------
 
 
 def _tests(systems: Sequence[System]) -> tuple[DifferenceRow, ...]:
-    """Test every two systems by their win rates against the baseline; p-values are adjusted for their number."""
+    """Test all pairs of systems by their win rates against the baseline, with Holm-adjusted p-values."""
     tests = []
     for one, other in combinations(systems, 2):
         nothing = dict.fromkeys(("difference", "low", "high", "p_value", "over", "detectable")) | {
@@ -170,7 +175,7 @@ def _tests(systems: Sequence[System]) -> tuple[DifferenceRow, ...]:
 
 
 def _matches(judgments: Sequence[Judgment]) -> tuple[MatchRow, ...]:
-    """Compute the win rate of the first of two systems judged against each other, over all their runs."""
+    """Compute the win rate of the first of each two systems judged against each other, over all runs."""
     pairs: dict[tuple[str, str], list[Judgment]] = {}
     for judgment in judgments:
         pairs.setdefault((judgment.system_a, judgment.system_b), []).append(judgment)
@@ -206,7 +211,7 @@ def _ranking(systems: Sequence[System], baseline: str, more_judgments: Sequence[
 
 
 def _frontiers(rows: Sequence[SystemRow], measures: Sequence[Measure]) -> tuple[Frontier, ...]:
-    """Place, for each reward, every system that has a KL, and mark those that no other one beats in both."""
+    """Collect, for each reward, the systems that have a KL, and mark those on the Pareto front."""
     frontiers = []
     for measure in measures:
         placed = [row for row in rows if row.values.get(KL) and row.values[measure.key]]
@@ -225,7 +230,7 @@ def _frontiers(rows: Sequence[SystemRow], measures: Sequence[Measure]) -> tuple[
 
 
 def _curves(rows: Sequence[SystemRow], measures: Sequence[Measure], setting_name: str) -> tuple[Curve, ...]:
-    """Collect each reward and the KL over the setting, for the methods that have several settings."""
+    """Collect each reward and the KL as functions of the setting, for methods with several settings."""
     curves = []
     for measure in measures:
         if not (measure.is_reward or measure.key == KL):

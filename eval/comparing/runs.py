@@ -1,4 +1,4 @@
-"""Complete, measure and judge each run of a comparison."""
+"""Sample, measure and judge each run of a comparison."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ COMPLETIONS = "completions.jsonl"
 
 
 def check_systems(systems: Sequence[SystemConfig], kl_reference: str | None) -> None:
-    """Raise ConfigError or DataError, naming the key, for what cannot be read: before hours of sampling, not after."""
+    """Raise ConfigError or DataError, naming the key, for inputs that cannot be read, before any sampling."""
     for place, system in enumerate(systems):
         for path in system.completions:
             _rows_of(path, system.name)
@@ -68,10 +68,10 @@ def check_systems(systems: Sequence[SystemConfig], kl_reference: str | None) -> 
 def asked_prompts(
     recipe: CompleteRecipe, systems: Sequence[SystemConfig], baseline: str, judged: bool
 ) -> dict[str, dict[str, Any]] | None:
-    """What rows keep of each prompt that the policies will be asked, by its id; None where there are none.
+    """Return the `meta` that rows keep of each prompt asked of the policies, by prompt id; None without policies.
 
-    Raises ConfigError where the baseline is the dataset's responses and it has none, DataError for a file of
-    responses that lacks prompts and is to be judged: before anything is sampled.
+    Raises ConfigError where the baseline is the dataset's responses and there are none, DataError for a file of
+    responses that is to be judged and lacks prompts.
     """
     policy = next((policy for system in systems for policy in system.policies), None)
     if policy is None:
@@ -92,13 +92,13 @@ def asked_prompts(
 
 
 def _vocabulary(path: str, key: str) -> dict[str, int]:
-    """What the tokenizer at a folder or hub id knows, where there is a model beside it."""
+    """Return the vocabulary of the tokenizer at a folder or hub id that must also contain a model."""
     read_config(path, key)
     return load_tokenizer(path, key).get_vocab()
 
 
 def check_runs_differ(name: str, runs: Sequence[Run]) -> None:
-    """Raise ConfigError when two runs of a system have the same weights: they would count as two training seeds."""
+    """Raise ConfigError when runs of a system share their weights, as they would count as several training seeds."""
     seen: dict[Any, str] = {}
     for run in runs:
         weights = run.hashes.get("weights_sha256")
@@ -108,13 +108,21 @@ def check_runs_differ(name: str, runs: Sequence[Run]) -> None:
             )
 
 
-# --- answers and what is measured of them ---------------------------------------------------------------
+# --- responses and their measures -----------------------------------------------------------------------
 
 
 def run_of_policy(
     recipe: CompleteRecipe, engine: Engine, kl_reference: str | None, rewards: dict[str, RewardFn], say: Say
 ) -> Run:
-    """Let the policy of `recipe` answer, and measure its answers; all processes together."""
+    """Sample and measure the responses of the recipe's policy; all processes must call it.
+
+    Args:
+        recipe: Policy and sampling settings.
+        engine: Engine whose processes share the work.
+        kl_reference: Policy that the KL is measured to; None for no KL.
+        rewards: Reward functions by name.
+        say: Receives progress and notes.
+    """
     path = complete_policy(recipe, engine, say)
     rows = read_completions(path)
     sampled = recipe.sampling == SAMPLED
@@ -137,10 +145,20 @@ def run_of_file(
     prompts: Mapping[str, Mapping[str, Any]] | None,
     say: Say,
 ) -> Run:
-    """The responses of system `name` in a file made before, copied to `folder`; those to other prompts are left out."""
+    """Read the responses of system `name` from an existing file, and copy them to `folder`.
+
+    Args:
+        path: File of completions.
+        name: System whose rows are read.
+        folder: Destination of the rows, where the judge reads them.
+        engine: Engine whose processes share the measuring.
+        rewards: Reward functions by name.
+        prompts: Their `meta` by prompt id; rows of other prompts are dropped and counted. None keeps all rows.
+        say: Receives that count.
+    """
     everything = _rows_of(path, name)
     rows = everything
-    if prompts is not None:  # a model with a chat template must read them as it reads the policies' rows
+    if prompts is not None:  # a model with a chat template must read the same turns as in the policies' rows
         asked = [row for row in rows if row.prompt_id in prompts]
         rows = [replace(row, meta={**row.meta, **prompts[row.prompt_id]}) for row in asked]
     if engine.is_main and len(rows) < len(everything):
@@ -166,7 +184,15 @@ def _rows_of(path: str, name: str) -> list[CompletionRow]:
 def run_of_references(
     runs: Sequence[Run], policy: str | None, folder: Path, engine: Engine, rewards: dict[str, RewardFn]
 ) -> Run:
-    """The dataset's own responses to the prompts of all `runs`, counted in tokens of `policy`."""
+    """Return the dataset's own responses to the prompts of all `runs`, measured.
+
+    Args:
+        runs: Runs whose rows contain the references.
+        policy: Policy whose tokenizer counts the tokens; None counts none.
+        folder: Destination of the rows.
+        engine: Engine whose processes share the measuring.
+        rewards: Reward functions by name.
+    """
     rows = reference_rows([row for run in runs for row in run.rows])
     if policy is not None:
         rows = with_num_tokens(rows, load_tokenizer(policy))
@@ -175,9 +201,9 @@ def run_of_references(
 
 
 def keep_rows(engine: Engine, rows: Sequence[CompletionRow], folder: Path, meta: dict[str, Any]) -> None:
-    """Write rows that come from elsewhere to `folder`, where the judge finds those of every run.
+    """Write rows made elsewhere to `folder`, where the judge reads those of every run.
 
-    The file is written anew: another file, or another text of the dataset, must not meet earlier ones.
+    The file is overwritten, so rows of an earlier source never mix with these.
     """
     if engine.is_main:
         (folder / COMPLETIONS).unlink(missing_ok=True)
@@ -190,7 +216,7 @@ def keep_rows(engine: Engine, rows: Sequence[CompletionRow], folder: Path, meta:
 def measured_values(
     engine: Engine, rows: Sequence[CompletionRow], rewards: dict[str, RewardFn], is_reference: bool = False
 ) -> dict[str, Values]:
-    """Rewards and what the texts show; the processes share the rewards' rows."""
+    """Compute rewards and text metrics; the rewards' rows are sharded over the processes."""
     prompt_ids = tuple(row.prompt_id for row in rows)
     values = text_values(rows, is_reference)
     for name, reward in rewards.items():
@@ -205,7 +231,7 @@ def measured_values(
 
 
 def _sample(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
-    """Responses at temperature 1, which a KL can be measured on."""
+    """Sample responses at temperature 1, as the KL estimate requires."""
     folder = str(Path(recipe.run_dir) / "sampled")
     return complete_policy(replace(recipe, run_dir=folder, sampling=SAMPLED, num_responses=1), engine, say)
 
@@ -231,7 +257,7 @@ def _kls(
 def _shared(
     engine: Engine, rows: Sequence[CompletionRow], measure: Callable[[list[CompletionRow]], NDArray]
 ) -> NDArray[np.float64]:
-    """One number for each row (n,); every process measures its share, and all get all."""
+    """Compute one number for each row (n,), sharded over the processes and gathered on all."""
     mine = range(engine.rank, len(rows), engine.world_size)
     numbers = measure([rows[i] for i in mine]).tolist() if mine else []
     gathered = sorted(engine.gather_objects(list(zip(mine, numbers, strict=True))))
@@ -239,7 +265,7 @@ def _shared(
 
 
 def _training_run(policy: str) -> tuple[str | None, list[dict[str, Any]]]:
-    """The recipe, and the last rollouts before it, of the run whose result this is, where they stand beside it."""
+    """Return the recipe and last rollouts of the training run that wrote the policy, if in its parent folder."""
     folder = Path(policy).parent
     if not (Path(policy).is_dir() and (folder / "metrics.jsonl").is_file()):
         return None, []
@@ -263,7 +289,7 @@ def _training_run(policy: str) -> tuple[str | None, list[dict[str, Any]]]:
 
 
 def judge_run(recipe: JudgeRecipe, run: Run, say: Say) -> Run:
-    """`run` with the verdicts of the judge's recipe, which is about its system."""
+    """Return `run` with the verdicts of the judge's recipe, which must be on its system."""
     path = judge(recipe, say)
     verdicts = read_verdicts(path)
     judgments = combine_all(verdicts, recipe.half_tie, recipe.orders)

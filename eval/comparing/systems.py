@@ -1,4 +1,4 @@
-"""The systems of a comparison: what each of their runs answered, what was measured of it, and how it was judged."""
+"""The systems of a comparison: the responses of their runs, the measures of these, and the verdicts on them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ WIN_RATE, LC_WIN_RATE, KL = "win_rate", "lc_win_rate", "kl"
 
 @dataclass(frozen=True)
 class Measure(MeasureRow):
-    """A column of the table, and how its interval is made."""
+    """A column of the table, with the parameters of its interval."""
 
     bounds: tuple[float, float] | None = None
     is_reward: bool = False
     "Whether it goes on the frontier, against the KL."
     floor: float = -math.inf
-    "What the true value cannot fall below, where the scale has no upper limit."
+    "Lower bound of the true value, where the scale has no upper limit."
 
 
 def measures_of(baseline: str, judged: bool, has_kl: bool, rewards: Sequence[str]) -> list[Measure]:
-    """The columns, in order. `rewards` are the keys of `SystemRuns.values` that hold a reward."""
+    """Return the columns in order. `rewards` are the keys of `Run.values` that contain a reward."""
     measures = []
     if judged:
         measures += [
@@ -94,12 +94,12 @@ class Run:
     "On the comparisons with the baseline."
     judgments: Sequence[Judgment] = ()
     answers: Mapping[tuple[str, int, str], str] = field(default_factory=dict)
-    "The judge's own words, by (prompt_id, seed, order)."
+    "The judge's raw answers, by (prompt_id, seed, order)."
     sampled: bool = True
-    "Whether the rows are samples at temperature 1, so that the KL was measured on them and not on others."
+    "Whether the rows are samples at temperature 1, on which the KL was measured."
     hashes: Mapping[str, Any] = field(default_factory=dict)
     config: str | None = None
-    "The recipe of the training run, if it stands beside the policy."
+    "The recipe of the training run, if it is in the policy's parent folder."
     rollouts: Sequence[Mapping[str, Any]] = ()
     "Training rollouts: rows of `drpo.rollout.samples.rollout_samples`, with their step."
 
@@ -114,13 +114,13 @@ class System:
     runs: tuple[Run, ...]
 
     def values(self, key: str) -> tuple[Values, ...]:
-        """Those of every run; empty when one of them lacks the measure."""
+        """Return the measure of every run; empty when one of them lacks it."""
         found = tuple(run.values.get(key) for run in self.runs)
         return () if None in found else found
 
 
 def text_values(rows: Sequence[CompletionRow], is_reference: bool) -> dict[str, Values]:
-    """What is measured of the texts themselves; measures that no row has are left out, ROUGE also of the references."""
+    """Compute the text metrics, without those that no row has; ROUGE not for the references themselves."""
     prompt_ids = tuple(row.prompt_id for row in rows)
     numbers = {
         "num_tokens": [np.nan if row.num_tokens is None else float(row.num_tokens) for row in rows],
@@ -141,6 +141,6 @@ def text_values(rows: Sequence[CompletionRow], is_reference: bool) -> dict[str, 
 
 
 def judged_values(judgments: Sequence[Judgment]) -> Values:
-    """The score of each comparison; nan where it is undecided."""
+    """Return the score of each comparison; nan where it is undecided."""
     scores = [np.nan if judgment.score is None else judgment.score for judgment in judgments]
     return Values(tuple(judgment.prompt_id for judgment in judgments), np.array(scores, dtype=np.float64))

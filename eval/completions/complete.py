@@ -54,17 +54,17 @@ from eval.completions.text_metrics import TextMetrics, measure
 from eval.completions.text_metrics_table import save_text_metrics, text_metrics_table
 from eval.progress import Progress, Say
 
-# What changes no text: it may differ between a run and its resumption.
+# These do not affect the texts, so they may differ between a run and its resumption.
 FREE_ON_RESUME = ("run_dir", "batch_size", "reference", "null_response", "perplexity_policy")
 TABLE_WIDTH = 120
 
 
 def complete(recipe: CompleteRecipe, say: Say = print) -> Path:
-    """Ask the policy for the responses that are missing, add the built-in systems, measure the texts.
+    """Sample the missing responses of the policy, add the built-in systems and measure the texts.
 
-    Leaves completions.jsonl, completions.meta.json (what decided the texts), text_metrics.json and config.yaml in
-    `run_dir`, and returns the first. A second call resumes an interrupted one. Raises ConfigError or DataError for
-    what cannot be read, RunStopped on Ctrl-C.
+    Writes completions.jsonl, completions.meta.json (the settings that decide the texts), text_metrics.json and
+    config.yaml to `run_dir`, and returns the path of the first. A second call resumes an interrupted one. Raises
+    ConfigError or DataError for inputs that cannot be read, RunStopped on Ctrl-C.
     """
     importing = recipe.imported.path is not None
     if importing and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -74,7 +74,7 @@ def complete(recipe: CompleteRecipe, say: Say = print) -> Path:
     folder = Path(recipe.run_dir)
     config = EngineConfig(mixed_precision=recipe.mixed_precision, trackers=[])
     engine = Engine(config, folder, recipe.seed, max_grad_norm=None)
-    recipe = replace(recipe, mixed_precision=engine.precision)  # what null stood for on this machine
+    recipe = replace(recipe, mixed_precision=engine.precision)  # null resolved for this machine
     if importing:
         path = _import(recipe, engine, say)
     else:
@@ -90,7 +90,7 @@ def complete(recipe: CompleteRecipe, say: Say = print) -> Path:
 
 
 def requests_of(recipe: CompleteRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Request], str]:
-    """What a policy of this tokenizer is asked, and the report on the data."""
+    """Return the requests to a policy with this tokenizer, and the report on the data."""
     splits = load_examples(recipe.data, tokenizer, "prompts", held_out_only=recipe.split == "eval")
     examples = splits.train if recipe.split == "train" else splits.eval
     if not examples:
@@ -100,7 +100,7 @@ def requests_of(recipe: CompleteRecipe, tokenizer: PreTrainedTokenizerBase) -> t
 
 
 def check_references(requests: Sequence[Request], setting: str) -> None:
-    """Raise ConfigError when prompts have no response in the data, which `setting` needs."""
+    """Raise ConfigError if `setting` needs the dataset's responses and prompts lack one."""
     prompts = {request.prompt_id: best_response(request.example.record) for request in requests}
     without = sum(response is None for response in prompts.values())
     if without:
@@ -111,7 +111,7 @@ def check_references(requests: Sequence[Request], setting: str) -> None:
 
 
 def complete_policy(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
-    """Ask the policy for the responses that the file does not have yet; all processes together."""
+    """Sample the responses that are missing from the file; all processes must call it."""
     path = Path(recipe.run_dir) / "completions.jsonl"
     tokenizer = with_stop_token(load_tokenizer(recipe.policy), recipe.data)
     requests, report = requests_of(recipe, tokenizer)
@@ -141,7 +141,7 @@ def complete_policy(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
 
 
 def load_to_read(recipe: CompleteRecipe, path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A policy in the precision of the recipe, not to be trained. Raises ConfigError for one that is damaged."""
+    """Load a policy for inference in the recipe's precision. Raises ConfigError for a damaged one."""
     config = ModelConfig(path=path, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation)
     try:
         return load_policy(config, tokenizer).eval()
@@ -165,7 +165,7 @@ def _policy(
 def _meta(
     recipe: CompleteRecipe, engine: Engine, model: PreTrainedModel, requests: Sequence[Request]
 ) -> dict[str, Any]:
-    """Everything that decides the texts; a file is continued only where all of it is the same."""
+    """Collect all settings that decide the texts; a file is resumed only if all of them are equal."""
     settings = {
         key: value
         for key, value in flatten(recipe).items()
@@ -193,7 +193,7 @@ def _add_systems(
     path: Path,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """The rows of "reference" and "null", where they are asked for and not there yet."""
+    """Write the rows of "reference" and "null" that are asked for and missing."""
     if writer is None or not (recipe.reference or recipe.null_response):
         return
     rows = [row for row in read_completions(path) if row.system not in (REFERENCE, NULL)]
@@ -209,7 +209,7 @@ def _import(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
     meta = {"imported.sha256": file_sha256(recipe.imported.path), "system": recipe.system}
     meta |= {f"imported.{name}": value for name, value in asdict(recipe.imported).items()}
     if recipe.reference:
-        reference_rows(rows)  # says so if there are none, before a file is bound to these rows
+        reference_rows(rows)  # raises if there are none, before a file is bound to these rows
     writer, done = open_file(engine, path, meta)
     save_resolved(recipe, path.with_name("config.yaml"))
     writer.write([row for row in rows if row.key not in done])
@@ -224,7 +224,7 @@ def _import(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
 def _nlls(
     recipe: CompleteRecipe, engine: Engine, rows: Sequence[CompletionRow], say: Say
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Negative log-likelihoods under the reference policy and numbers of tokens; the processes share the rows."""
+    """Compute negative log-likelihoods under the reference policy and token counts, sharded over the processes."""
     if recipe.perplexity_policy is None:
         return None
     tokenizer = with_stop_token(load_tokenizer(recipe.perplexity_policy), recipe.data)
@@ -244,7 +244,7 @@ def _nlls(
 
 
 def _metrics(rows: Sequence[CompletionRow], nlls: tuple[np.ndarray, np.ndarray] | None) -> list[TextMetrics]:
-    """The metrics of each system, in the order of the file."""
+    """Compute the metrics of each system, in file order."""
     measured = []
     for system in dict.fromkeys(row.system for row in rows):
         places = [i for i, row in enumerate(rows) if row.system == system]

@@ -1,4 +1,4 @@
-"""Systems that need no model: the dataset's own responses, and one that says the same to every prompt."""
+"""Systems that need no model: the dataset's own responses, and a constant response."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ BY_NO_POLICY = {"ended": True, "num_tokens": None, "seed": 0}
 
 
 def reference_rows(rows: Sequence[CompletionRow]) -> list[CompletionRow]:
-    """The dataset's own responses as the system "reference", one for each prompt.
+    """Return the dataset's own responses as the system "reference", one for each prompt.
 
-    Raises DataError, counting them, when prompts have no reference or several different ones.
+    Raises DataError, with their number, when prompts have no reference or several different ones.
     """
     references: dict[str, CompletionRow] = {}
     bad = BadRows("prompts")
@@ -36,7 +36,7 @@ def reference_rows(rows: Sequence[CompletionRow]) -> list[CompletionRow]:
 
 
 def constant_rows(rows: Sequence[CompletionRow], system: str, response: str) -> list[CompletionRow]:
-    """A system that gives the same response to every prompt of `rows`."""
+    """Return rows of a system that gives the same response to every prompt of `rows`."""
     prompts = {row.prompt_id: row for row in reversed(rows)}
     return [
         replace(row, system=system, response=response, **BY_NO_POLICY, meta=row.prompt_meta)

@@ -38,10 +38,10 @@ class ImportConfig(Section):
 
 
 def import_rows(config: ImportConfig, system: str | None) -> list[CompletionRow]:
-    """The rows of the file; `system`, if given, names them all, else each row must name its own.
+    """Read the rows of the file; `system`, if given, names them all, else each row must name its own.
 
-    Only prompt and response are needed: `ended` is true, `seed` 0, `num_tokens` and `reference` None where the file
-    does not say. Raises DataError for a missing file or column, and for bad rows, all counted.
+    Only prompt and response are required. Defaults of the others: `ended` true, `seed` 0, `num_tokens` and
+    `reference` None. Raises DataError for a missing file or column, and for bad rows, all counted.
     """
     if not Path(config.path).expanduser().is_file():
         raise DataError(f"imported.path: no file {config.path}")
@@ -101,7 +101,7 @@ def _row(row: Row, column: Mapping[str, str], system: str | None) -> CompletionR
 
 
 def _text(value: Any, name: str) -> str:
-    """A response may be empty, but it must be there."""
+    """Return the text, which may be empty but not missing."""
     return value if isinstance(value, str) and not value.strip() else require_text(value, name)
 
 
@@ -113,7 +113,7 @@ def _bool(value: Any, name: str) -> bool:
 
 
 def _int(value: Any, name: str) -> int:
-    """A CSV file has only text."""
+    """Return the integer, parsed from text for CSV files."""
     if isinstance(value, str) and value.strip().isdecimal() and len(value) < 25:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_INT:
@@ -122,5 +122,5 @@ def _int(value: Any, name: str) -> int:
 
 
 def file_sha256(path: str) -> str:
-    """Hash of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The recipe of launch/complete.py: a policy, prompts, and how it is asked; or a file made elsewhere."""
+"""The recipe of launch/complete.py: a policy, prompts and sampling settings; or a file made elsewhere."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class CompleteRecipe(Section):
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
     """Temperature (0 is greedy), top_k, top_p."""
     bad_tokens: list[str] = field(default_factory=list)
-    """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
+    """Tokens that are never sampled, besides padding and ids that the tokenizer does not have."""
     batch_size: int = setting(32, ge=1)
     """Responses sampled together on one device; the file is written after each batch."""
     reference: bool = False

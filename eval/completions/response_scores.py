@@ -1,4 +1,4 @@
-"""Numbers of single responses that need a model: their log-ratio to the reference policy, and their rewards."""
+"""Model-based numbers of single responses: their log-ratio to the reference policy, and their rewards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from drpo.tensors import PaddedBatch, masked_sum, pad_batch
 from eval.completions.rows import CompletionRow
 
 Say = Callable[[str], object]
-"What is told a line for the user."
+"A function that shows a line to the user."
 
 
 @torch.no_grad()
@@ -35,15 +35,24 @@ def response_nlls(
     chat: ChatTemplate | None = None,
     say: Say = warnings.warn,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Negative log-likelihood of each response given its prompt (n,), in nats, and its number of tokens (n,).
+    """Compute each response's negative log-likelihood given its prompt (n,), in nats, and its token count (n,).
 
         nll = - sum_t log pi(y_t | x, y_<t)
 
-    Texts are encoded by the policy's own tokenizer, and the stop token counts where the response ended; an empty one
-    that did not end has 0 tokens. Prompts are taken as they are, without a limit; with `chat`, the policy's own
-    template, as the turns that the rows keep, else as those that the texts hold. Raises ConfigError when a prompt and
-    its response are longer than the table of positions, and tells `say` where rotary ones go on; raises DataError when
-    the template refuses a prompt.
+    Texts are encoded by the policy's own tokenizer; the stop token counts where the response ended, and an empty
+    response that did not end has 0 tokens.
+
+    Args:
+        policy: Causal language model.
+        tokenizer: Tokenizer of the policy.
+        rows: Prompts and responses, n of them. Prompts are not truncated.
+        batch_size: Responses per forward pass.
+        chat: The policy's chat template, applied to the turns that the rows contain, else to those parsed from the
+            texts; None encodes the texts as they are.
+        say: Receives a note where rotary positions are extrapolated.
+
+    Raises ConfigError when a prompt with its response exceeds the position table, DataError when the template
+    rejects a prompt.
     """
     if chat is None:
         queries, responses = (
@@ -73,13 +82,21 @@ def response_kls(
     suppressed_ids: Sequence[int] = (),
     say: Say = warnings.warn,
 ) -> NDArray[np.float64]:
-    """One estimate (n,) per response of KL(policy || reference), in nats, over the whole response.
+    """Estimate KL(policy || reference) of each response (n,), in nats, over the whole response.
 
         k1 = sum_t log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)
 
-    The mean is unbiased for responses that the policy sampled at temperature 1 from all ids but `suppressed_ids`, which
-    both policies are taken never to say. The tokens are those that were read and sampled, where the rows kept them,
-    else those of the texts. `tokenizer` is that of both policies. Raises and says of lengths what `response_nlls` does.
+    The mean is unbiased for responses that the policy sampled at temperature 1 from all ids but `suppressed_ids`.
+
+    Args:
+        policy: Causal language model that sampled the responses.
+        reference: Reference policy with the same tokenizer.
+        tokenizer: Tokenizer of both policies.
+        rows: Prompts and responses, n of them; the token ids that they contain are used if any, else the texts'.
+        batch_size: Responses per forward pass.
+        suppressed_ids: Ids that have probability 0 under both policies.
+        say: Receives notes on lengths, see `response_nlls`, which raises the same errors.
+
     Source: Schulman 2020; `drpo.kl.sequence_kl`.
     """
     responses = [row.meta.get("response_ids") for row in rows]
@@ -104,7 +121,7 @@ def response_kls(
 
 
 def _encoded(tokenizer: Any, rows: Sequence[CompletionRow]) -> list[list[int]]:
-    """Token ids of the responses; the stop token is there where one was sampled."""
+    """Encode the responses, with the stop token where one was sampled."""
     encoded = encode_responses(tokenizer, [row.response for row in rows])
     return [ids if row.ended else ids[:-1] for row, ids in zip(rows, encoded, strict=True)]
 
@@ -117,9 +134,9 @@ def _batches(
     batch_size: int,
     say: Say,
 ) -> Iterator[tuple[list[int], PaddedBatch]]:
-    """The places of some rows and their tokens on the models' device, by length; empty responses are left out.
+    """Yield batches of row indices and tokens on the models' device, sorted by length, without empty responses.
 
-    `models` by the key of the recipe that names them.
+    `models` maps the recipe key that names a model to the model.
     """
     lengths = [len(query) + len(response) for query, response in zip(queries, responses, strict=True)]
     for key, model in models.items():
@@ -135,7 +152,7 @@ def _batches(
 
 
 def reward_scores(reward_fn: RewardFn, rows: Sequence[CompletionRow]) -> NDArray[np.float64]:
-    """The reward of each response (n,), from texts. Raises ValueError unless there is one finite number for each."""
+    """Score each response (n,) from texts. Raises ValueError unless there is one finite number for each."""
     completions = [
         text_completion(row.prompt, row.response, row.ended, row.reference, row.messages) for row in rows
     ]
@@ -154,10 +171,10 @@ def reward_scores(reward_fn: RewardFn, rows: Sequence[CompletionRow]) -> NDArray
 def text_completion(
     prompt: str, response: str, ended: bool, reference: str | None, messages: Sequence[Message] | None
 ) -> Completion:
-    """Make the completion that a reward function takes from texts alone, without token ids.
+    """Make the completion that a reward function takes, from texts alone, without token ids.
 
-    `messages` are the turns that policies were shown for the prompt. A model with a chat template reads these, since
-    it learned on prompts made in this way; None leaves it what the text of the prompt holds.
+    `messages` are the chat turns that the policies were prompted with. A model with a chat template reads these,
+    since it was trained on prompts in this format; with None it reads the text of the prompt.
     """
     chat = None if messages is None else Chat(tuple(messages), prompt)
     return Completion(prompt, response, ended, [], [], Record(prompt, completion=reference, chat=chat))

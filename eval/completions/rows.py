@@ -1,10 +1,10 @@
-"""Completions on disk: one JSON line for each system and prompt, and what is known of how they were made.
+"""Completions on disk: one JSON line per system and prompt, and a meta file on how they were made.
 
     {"system": "drpo", "prompt_id": "9c1185a5c5e9fc54", "prompt": "...", "response": "...", "ended": true,
      "num_tokens": 31, "seed": 0, "reference": "...", "meta": {}}
 
-A system is whatever answers prompts: a checkpoint, a person, a constant. Beside `x.jsonl` stands `x.meta.json` with
-the hashes of model, data and settings; a file is only ever continued with the same ones.
+A system is anything that answers prompts: a checkpoint, a person, a constant. `x.jsonl` comes with `x.meta.json`,
+which contains the hashes of model, data and settings; a file is resumed only with the same ones.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from drpo.jsonl import fields_of_line, lines_of, write_whole
 REFERENCE = "reference"
 "System of the dataset's own responses."
 NULL = "null"
-"System that says the same to every prompt."
+"System that gives the same response to every prompt."
 MESSAGES = "prompt_messages"
-"In a row's meta: the turns that the prompt was made into for a chat template."
+"Key of a row's meta: the chat turns of the prompt, where a chat template was used."
 NULL_RESPONSE = "This is my response, and there is nothing to add to it."
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRow:
-    """What one system answered to one prompt."""
+    """The response of one system to one prompt."""
 
     system: str
     prompt_id: str
@@ -42,23 +42,23 @@ class CompletionRow:
     response: str
     "May be empty: a policy can stop at once."
     ended: bool
-    "Whether the response came to its end, and was not cut at a length limit."
+    "Whether the response is complete, not cut at a length limit."
     num_tokens: int | None
-    "Tokens of the response, stop token included; None where nobody counted."
+    "Number of tokens of the response, stop token included; None if unknown."
     seed: int
-    "Tells several responses of one system to one prompt apart."
+    "Distinguishes several responses of one system to one prompt."
     reference: str | None = None
     "The dataset's own response."
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What no two rows share."""
+        """Unique key of the row: system, prompt and seed."""
         return self.system, self.prompt_id, self.seed
 
     @property
     def messages(self) -> tuple[Message, ...] | None:
-        """The turns that the prompt was made into for a chat template; None where no template was used."""
+        """Chat turns of the prompt; None where no chat template was used."""
         turns = self.meta.get(MESSAGES)
         if turns is None:
             return None
@@ -68,17 +68,17 @@ class CompletionRow:
 
     @property
     def prompt_meta(self) -> dict[str, Any]:
-        """What `meta` says of the prompt, whoever responds."""
+        """The part of `meta` that depends on the prompt alone."""
         return {MESSAGES: self.meta[MESSAGES]} if MESSAGES in self.meta else {}
 
 
 def messages_meta(record: Record) -> dict[str, Any]:
-    """What a row's `meta` keeps of a prompt's turns; nothing where no chat template was used."""
+    """Return the part of a row's `meta` on the prompt's turns; empty where no chat template was used."""
     return {} if record.chat is None else {MESSAGES: [dict(turn) for turn in record.chat.messages]}
 
 
 def prompt_id_of(prompt: str) -> str:
-    """The name of a prompt: the first 16 hex digits of its sha256."""
+    """Return the id of a prompt: the first 16 hex digits of its SHA-256."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
@@ -86,11 +86,11 @@ def prompt_id_of(prompt: str) -> str:
 
 
 def read_completions(path: Path | str) -> list[CompletionRow]:
-    """The rows of a completions file.
+    """Read the rows of a completions file.
 
-    Raises DataError for a missing file and for bad rows, all counted: a line that is not JSON (an unfinished last
-    line too: the run that wrote it was killed), a missing or mistyped field, a prompt_id that is not the
-    prompt's, a second row of the same system, prompt and seed.
+    Raises DataError for a missing file and for bad rows, all counted: a line that is not JSON (such as a partial
+    last line left by a kill), a missing or mistyped field, a prompt_id that does not match the prompt, a second row
+    of the same system, prompt and seed.
     """
     path = _existing(path)
     content = path.read_bytes()
@@ -103,9 +103,9 @@ def read_completions(path: Path | str) -> list[CompletionRow]:
 
 
 def import_alpaca_eval(path: Path | str) -> list[CompletionRow]:
-    """The rows of a file in alpaca_eval's shape: a JSON list of objects with instruction, output and generator.
+    """Read a file in alpaca_eval's format: a JSON list of objects with instruction, output and generator.
 
-    Whatever else an object has is kept in `meta`. Raises DataError as `read_completions` does.
+    Other fields of an object are kept in `meta`. Raises DataError as `read_completions` does.
     """
     path = _existing(path)
     try:
@@ -119,7 +119,7 @@ def import_alpaca_eval(path: Path | str) -> list[CompletionRow]:
 
 
 def load_completions(paths: Sequence[Path | str]) -> list[CompletionRow]:
-    """The rows of several files: `.json` in alpaca_eval's shape, everything else as `read_completions` reads it.
+    """Read several files: `.json` in alpaca_eval's format, all others with `read_completions`.
 
     Raises DataError when two files have a row of the same system, prompt and seed.
     """
@@ -204,8 +204,8 @@ def _row_of_alpaca_eval(item: Any) -> CompletionRow:
 class CompletionsWriter:
     """A completions file to append to; every row is on disk when `write` returns.
 
-    `done` holds the keys of the rows that an earlier run wrote; what a kill left unfinished is cut off. The file is
-    locked until `close`, or until the writer is gone.
+    `done` contains the keys of the rows of earlier runs; a partial last line left by a kill is truncated. The file
+    is locked until `close`, or until the writer is garbage collected.
     Raises DataError when another writer has the file, or when it was made with another `meta`.
     """
 
@@ -234,13 +234,13 @@ class CompletionsWriter:
             raise
 
     def write(self, rows: Sequence[CompletionRow]) -> None:
-        """Append rows, or none of them where the disk does not take all. Raises DataError for one that is there."""
+        """Append all rows, or none if writing fails. Raises DataError for a duplicate."""
         for row in rows:
             if row.key in self.done:
                 raise DataError(f"{self.path} already has {_named(row)}")
             self.done.add(row.key)
         lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-        # Half of a surrogate pair, which meta may hold, becomes the escape that JSON has for it.
+        # Lone surrogates, which meta may contain, are written as JSON escapes.
         left, size = (
             memoryview(lines.encode(errors="backslashreplace")),
             os.fstat(self._file.fileno()).st_size,
@@ -273,12 +273,12 @@ def _has_rows(path: Path) -> bool:
 
 
 def meta_path(path: Path | str) -> Path:
-    """Where the facts about a completions file stand: `x.jsonl` -> `x.meta.json`."""
+    """Return the path of a completions file's meta file: `x.jsonl` -> `x.meta.json`."""
     return Path(path).with_suffix(".meta.json")
 
 
 def read_meta(path: Path | str) -> dict[str, Any]:
-    """The facts about a completions file; empty when nobody wrote any. Raises DataError when they cannot be read."""
+    """Read the meta file of a completions file; empty if there is none. Raises DataError for an unreadable one."""
     path = meta_path(path)
     if not path.exists():
         return {}

@@ -1,7 +1,7 @@
-"""Completions of a policy: the same text whatever the batch size, the number of processes, and how often it stopped.
+"""Deterministic completions of a policy, independent of batch size, number of processes and interruptions.
 
 The random numbers of a response are a function of its prompt and seed alone. Batches and processes change a text only
-where they change the logits themselves, by float rounding.
+where float rounding changes the logits.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from drpo.run.same_view import require_shared_folder
 from eval.completions.rows import CompletionRow, CompletionsWriter, messages_meta, prompt_id_of
 
 Key = tuple[str, str, int]
-"What no two rows share: system, prompt_id, seed."
+"Unique key of a row: system, prompt_id, seed."
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One response to ask for."""
+    """A response to sample."""
 
     example: Example
     prompt_id: str
@@ -41,10 +41,10 @@ class Request:
 def make_requests(
     examples: Sequence[Example], num_prompts: int | None, seeds: Sequence[int]
 ) -> list[Request]:
-    """A request for each prompt and seed, in the order of `examples`, whose prompts must differ.
+    """Make a request for each prompt and seed, in the order of `examples`, whose prompts must differ.
 
-    `num_prompts` takes the prompts of the smallest ids: the choice depends on no order of the data, and a smaller
-    one is part of a larger one. None takes all.
+    `num_prompts` selects the prompts with the smallest ids: the choice is independent of the order of the data, and
+    a smaller one is a subset of a larger one. None selects all.
     """
     by_id = {prompt_id_of(example.record.shared_prompt): example for example in examples}
     if len(by_id) < len(examples):
@@ -59,19 +59,19 @@ def make_requests(
 
 
 def vocabulary_with(bad_tokens: Sequence[str], tokenizer: Any, policy: nn.Module) -> Vocabulary:
-    """Find the ids that end a policy's response, and those that it never says. Raises ConfigError naming bad_tokens."""
+    """Find the ids that end a response, and those never sampled. Raises ConfigError naming bad_tokens."""
     return vocabulary_of(tokenizer, policy.config.vocab_size, stop_ids(policy), bad_tokens, "bad_tokens")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy to sample from, under the name that tables give it."""
+    """A policy to sample from, with its name in tables."""
 
     system: str
     generator: Generator
 
     def respond(self, requests: Sequence[Request]) -> list[CompletionRow]:
-        """One row for each request, sampled with the numbers of its prompt and seed."""
+        """Sample one row for each request, with the random numbers of its prompt and seed."""
         responses = self.generator.generate(
             [request.example.query_ids for request in requests],
             [self.generator.max_response_length] * len(requests),
@@ -83,8 +83,8 @@ class Policy:
         ended = ids[-1] in self.generator.vocabulary.stop_ids
         record, reference = request.example.record, best_response(request.example.record)
         (text,) = said_texts(self.generator.tokenizer, [ids[:-1] if ended else ids], [record.opening])
-        meta = {"response_ids": ids}  # the text may be encoded otherwise
-        if record.chat is not None:  # and the prompt's, by another template
+        meta = {"response_ids": ids}  # encoding the text may give other ids
+        if record.chat is not None:  # another template may give another prompt
             meta |= {"query_ids": list(request.example.query_ids)} | messages_meta(record)
         return CompletionRow(
             self.system,
@@ -102,9 +102,9 @@ class Policy:
 def sample_responses(
     engine: Engine, policy: Policy, requests: Sequence[Request], done: Collection[Key]
 ) -> Iterator[list[CompletionRow]]:
-    """Sample the requests that are not in `done`, in their order: a batch from each process at a time.
+    """Sample the requests that are not in `done`, in order, one batch per process at a time.
 
-    All processes must iterate to the end, and all get all rows.
+    All processes must iterate to the end, and all receive all rows.
     """
     missing = [request for request in requests if _key(policy.system, request) not in done]
     size = policy.generator.batch_size * engine.world_size
@@ -120,7 +120,7 @@ def _key(system: str, request: Request) -> Key:
 
 
 def with_num_tokens(rows: Sequence[CompletionRow], tokenizer) -> list[CompletionRow]:
-    """Rows of text with the number of tokens that a policy of this tokenizer would need, stop token included."""
+    """Return the rows with token counts under this tokenizer, stop token included."""
     encoded = encode_responses(tokenizer, [row.response for row in rows])
     return [replace(row, num_tokens=len(ids)) for row, ids in zip(rows, encoded, strict=True)]
 
@@ -131,9 +131,9 @@ def with_num_tokens(rows: Sequence[CompletionRow], tokenizer) -> list[Completion
 def open_file(
     engine: Engine, path: Path, meta: Mapping[str, Any]
 ) -> tuple[CompletionsWriter | None, set[Key]]:
-    """The file, to be written by the main process alone (None on the others), and the keys of its rows on every one.
+    """Open the file for writing on the main process (None on the others), and return the keys of its rows on all.
 
-    Raises DataError on every process when the file was made in another way, or with rows but no account of how;
+    Raises DataError on every process when the file was made with other settings, or has rows but no meta file;
     ConfigError when the processes do not share its folder.
     """
     require_shared_folder(engine, path.parent, "run_dir")
@@ -163,7 +163,7 @@ def _open(path: Path, meta: Mapping[str, Any]) -> CompletionsWriter:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hash of names, types, shapes and bytes of all weights: the same however they are cut into files."""
+    """Hash names, types, shapes and bytes of all weights, independent of how they are sharded into files."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -172,7 +172,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def requests_sha256(requests: Sequence[Request]) -> str:
-    """Hash of prompts, their token ids, references and seeds, in their order."""
+    """Hash prompts, their token ids, references and seeds, in order."""
     digest = hashlib.sha256()
     for request in requests:
         record = request.example.record
@@ -182,5 +182,5 @@ def requests_sha256(requests: Sequence[Request]) -> str:
 
 
 def sha256_of(values: Mapping[str, Any]) -> str:
-    """Hash of JSON values."""
+    """Hash JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

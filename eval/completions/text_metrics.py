@@ -1,7 +1,7 @@
-"""What can be measured of responses without a judge: ROUGE, length, distinct n-grams, share ended, perplexity.
+"""Metrics of responses that need no judge: ROUGE, length, distinct n-grams, share ended, perplexity.
 
-None of them says which response is better. They show what else changed: longer answers, repetition, cut endings, text
-that the reference policy finds unlikely.
+None of them measures which response is better. They show other changes: longer answers, repetition, truncation, text
+that is unlikely under the reference policy.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class TextMetrics:
 
 
 def measure(rows: Sequence[CompletionRow], nlls: tuple[NDArray, NDArray] | None = None) -> TextMetrics:
-    """The metrics of one system's rows; means over prompts with 95% intervals that take the prompt as the unit.
+    """Compute the metrics of one system: means over prompts with 95% intervals that take the prompt as the unit.
 
-    ROUGE is measured against the rows' references, over the prompts that have one with a word in it (its `num_prompts`
-    says how many), and not of the references themselves. `nlls` are those of `response_scores.response_nlls`, for the
-    same rows. Raises DataError for no rows or rows of several systems.
+    ROUGE is computed against the rows' references, over the prompts that have one with at least one word (counted in
+    its `num_prompts`), and not for the references themselves. `nlls` are those of `response_scores.response_nlls` for
+    the same rows. Raises DataError for no rows or rows of several systems.
     """
     systems = sorted({row.system for row in rows})
     if len(systems) != 1:
@@ -90,7 +90,7 @@ def _rouge_intervals(rows: Sequence[CompletionRow]) -> dict[str, Interval]:
 
 
 def _mean(values: Sequence[float], prompt_ids: Sequence[str]) -> Interval | None:
-    """None for no values; one prompt has a mean but no interval."""
+    """Return the mean with its interval; None for no values, and no interval for one prompt."""
     if not values:
         return None
     if len(set(prompt_ids)) == 1:
@@ -99,7 +99,7 @@ def _mean(values: Sequence[float], prompt_ids: Sequence[str]) -> Interval | None
 
 
 def rouge_l(completions: Sequence[Completion]) -> list[float]:
-    """F1 of ROUGE-L to the dataset's response: a rough judge, for `judge.kind=function`, that nobody trained.
+    """Compute F1 of ROUGE-L to the dataset's response: a rough untrained judge for `judge.kind=function`.
 
     Raises ValueError when a prompt has no such response.
     """
@@ -115,17 +115,17 @@ def rouge_l(completions: Sequence[Completion]) -> list[float]:
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits of any script, in lower case; for ASCII text ROUGE-1.5.5's words, unstemmed."""
+    """Split into lower-case runs of letters and digits of any script; on ASCII, ROUGE-1.5.5's unstemmed words."""
     return WORD.findall(text.lower())
 
 
 def num_words(text: str) -> int:
-    """Number of words between whitespace."""
+    """Count words separated by whitespace."""
     return len(text.split())
 
 
 def rouge_f1(responses: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """F1 (n,) of ROUGE-1, ROUGE-2 and ROUGE-L between each response and its reference, in [0, 1].
+    """Compute F1 (n,) of ROUGE-1, ROUGE-2 and ROUGE-L between each response and its reference, in [0, 1].
 
         F1 = 2 P R / (P + R),   P = overlap / words of the response,   R = overlap / words of the reference
 
@@ -133,7 +133,7 @@ def rouge_f1(responses: Sequence[str], references: Sequence[str]) -> dict[str, N
     Words are those of `words`, without stemming; a text without words scores 0.
     Source: Lin 2004; the package rouge-score.
     """
-    from rouge_score.rouge_scorer import RougeScorer  # takes seconds
+    from rouge_score.rouge_scorer import RougeScorer  # slow import
 
     scorer = RougeScorer(ROUGES, tokenizer=_Words())
     scored = [
@@ -143,14 +143,14 @@ def rouge_f1(responses: Sequence[str], references: Sequence[str]) -> dict[str, N
 
 
 class _Words:
-    """`words` as rouge-score calls it; its own words are ASCII only, and it drops all others."""
+    """Adapter of `words` for rouge-score, whose own tokenizer drops all but ASCII words."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float | None:
-    """Different n-grams of `words` divided by all n-grams, over all texts together; None when there are none.
+    """Compute distinct n-grams of `words` divided by all n-grams, over all texts; None when there are none.
 
     It falls with the amount of text, so compare only systems that answered the same prompts at similar lengths.
     Source: Li et al. 2016, arXiv 1510.03055 (distinct-1, distinct-2).
@@ -170,14 +170,14 @@ def perplexity_interval(
     prompt_ids: Sequence[str],
     confidence: float = 0.95,
 ) -> Interval | None:
-    """exp(all nats / all tokens): perplexity per token over all responses, with an interval over prompts.
+    """Compute perplexity per token over all responses, exp(all nats / all tokens), with an interval over prompts.
 
         ppl = exp(R),   R = sum_i nll_i / sum_i n_i,   limits = exp(R +- t_{P-1} se),
         se^2 = P / (P - 1) sum_p (nll_p - R n_p)^2 / (sum_p n_p)^2
 
-    nll_p, n_p are sums over the responses to prompt p, P of them; a response that is long counts for more. `nlls`,
-    `num_tokens`, `prompt_ids` (n,). Responses of no tokens do not count; None when there are no others. One
-    prompt has no interval. Source: Cochran 1977, section 6.3 (ratio estimate), on the logarithm's scale.
+    nll_p, n_p are sums over the responses to prompt p, P of them; a longer response has more weight. `nlls`,
+    `num_tokens`, `prompt_ids` (n,). Responses without tokens do not count; None when there are no others. A single
+    prompt has no interval. Source: Cochran 1977, section 6.3 (ratio estimate), on the log scale.
     """
     confidence = checked_confidence(confidence)
     codes = prompt_codes(np.asarray(prompt_ids), len(nlls))
@@ -191,5 +191,5 @@ def perplexity_interval(
         return Interval(math.exp(ratio), math.nan, math.nan, 1, "one prompt")
     error = math.sqrt(size / (size - 1) * float(((sums - ratio * counts) ** 2).sum())) / float(counts.sum())
     half = float(stats.t.isf((1 - confidence) / 2, size - 1)) * error
-    low = max(1.0, math.exp(ratio - half))  # no perplexity is less
+    low = max(1.0, math.exp(ratio - half))  # a perplexity is at least 1
     return Interval(math.exp(ratio), low, math.exp(ratio + half), size, "ratio")

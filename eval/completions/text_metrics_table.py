@@ -16,14 +16,14 @@ from eval.statistics.intervals import Interval
 
 
 def save_text_metrics(measured: Sequence[TextMetrics], path: Path) -> None:
-    """A JSON list with one object a system; limits that do not exist are null."""
+    """Write a JSON list with one object per system; missing limits are null."""
     text = json.dumps([asdict(metrics) for metrics in measured])
     values = json.loads(text, parse_constant=lambda _: None)
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def text_metrics_table(measured: Sequence[TextMetrics]) -> Table:
-    """Metrics x systems; metrics that no system has are left out."""
+    """Make the table of metrics x systems, without metrics that no system has."""
     table = Table(title="text metrics; [95% intervals] over prompts")
     table.add_column("")
     for metrics in measured:
@@ -36,7 +36,7 @@ def text_metrics_table(measured: Sequence[TextMetrics]) -> Table:
 
 
 def cell_text(value: Interval | float | int | None) -> str:
-    """`0.512 [0.48, 0.55]`, without limits where there are none; nothing for None."""
+    """Format as `0.512 [0.48, 0.55]`, without limits where there are none; empty for None."""
     if value is None:
         return ""
     if isinstance(value, int):
@@ -45,5 +45,5 @@ def cell_text(value: Interval | float | int | None) -> str:
         return f"{value:.3g}"
     limits = (
         "" if math.isnan(value.low) else f" \\[{value.low:.3g}, {value.high:.3g}]"
-    )  # \\[: no markup of rich
+    )  # \\[: escaped markup of rich
     return f"{value.value:.3g}{limits}"

@@ -1,7 +1,7 @@
-"""Responses that try to win by speaking to the judge: controls that must gain nothing.
+"""Responses that try to win by addressing the judge: controls that must gain nothing.
 
-Each is one constant text for every prompt, so whatever share it wins against an honest system is a hole in the judge
-or its prompt. As systems they are named `attack/<name>`, beside the `null` system.
+Each is one constant text for every prompt, so its win rate against an honest system measures a weakness of the judge or
+its prompt. As systems they are named `attack/<name>`, like the `null` system.
 The kinds follow what is known to work against judges without a defence: Zheng et al. 2024 ("null models"), and the
 usual prompt injections.
 """
@@ -60,7 +60,7 @@ ATTACKS: dict[str, str] = {
 def with_controls(rows: Sequence[CompletionRow], *systems: str) -> list[CompletionRow]:
     """Add the rows of `systems` that need no model (reference, null, attack/<name>) for the same prompts.
 
-    A system that has rows already is left as it is. Raises DataError for an unknown attack or missing references.
+    A system that has rows already is unchanged. Raises DataError for an unknown attack or missing references.
     """
     made: list[CompletionRow] = []
     there = {row.system for row in rows}

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 
 async def collect_verdicts(judge: Judge, questions: Sequence[Question], say: Say) -> Outcome:
-    """Collect all verdicts. Within `graceful_shutdown` the first SIGINT or SIGTERM stops the judge in order, a second
-    one ends the process."""
+    """Collect all verdicts, stopping the judge gracefully on signals.
+
+    Within `graceful_shutdown` the first SIGINT or SIGTERM stops the judge, a second one ends the process.
+    """
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM) if handles_signals() else ()
     handlers = {number: signal.getsignal(number) for number in numbers}

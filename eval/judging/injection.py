@@ -52,7 +52,7 @@ _PATTERNS = {
 
 
 def suspicions(response: str) -> tuple[str, ...]:
-    """List the signs in a response, in words; look-alike letters and invisible characters hide none."""
+    """Describe the signs in a response; look-alike letters and invisible characters hide none."""
     plain = _HIDDEN.sub("", unicodedata.normalize("NFKC", response))
     found = [sign for sign, pattern in _PATTERNS.items() if pattern.search(plain)]
     if _HIDDEN.search(response):

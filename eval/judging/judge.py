@@ -4,7 +4,7 @@ A judge takes questions (a matchup and an order) and yields one verdict for each
 
     async for verdict in judge.verdicts(questions): ...
 
-A kind of judge is one module that holds its settings, its prompt beside the parser (where it has them), and a function
+A kind of judge is one module that contains its settings, its prompt and parser (where it has them), and a function
 that makes the judge: a `JudgeKind`. The registry of kinds is `judges`.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class JudgeStopped(Exception):
-    """The run cannot go on until somebody acts. Answers are kept, and a rerun resumes from there."""
+    """The run cannot continue without user action. Answers are kept, and a rerun resumes from there."""
 
     def __init__(self, reason: str, param: str | None = None) -> None:
         super().__init__(reason)
@@ -41,7 +41,7 @@ class Outcome:
     stopped: JudgeStopped | None = None
     "Why there are no more verdicts, if some are missing."
     calls: Sequence[Call] = ()
-    "The calls of a judge that is paid by the call."
+    "The calls of a judge that is paid per call."
     ledger: Ledger | None = None
 
 
@@ -49,11 +49,11 @@ class Judge(Protocol):
     """Anything that compares responses."""
 
     def verdicts(self, questions: Sequence[Question]) -> AsyncIterator[Verdict]:
-        """Yield one verdict for each question. Raises JudgeStopped, after all verdicts that could still be had."""
+        """Yield one verdict for each question. Raises JudgeStopped, after all verdicts that are still available."""
         ...
 
     def stop(self, reason: str) -> None:
-        """Ask no more; requests under way are waited for and kept, then `verdicts` raises JudgeStopped."""
+        """Send no more requests; `verdicts` waits for those in flight, keeps them, and raises JudgeStopped."""
         ...
 
 
@@ -84,4 +84,4 @@ class JudgeKind:
     recipe_keys: tuple[str, ...] = ()
     "Keys of the recipe, outside `judge`, that apply to this kind and not to every kind."
     check_recipe: Callable[[JudgeRecipe], None] = no_rule
-    "Raises ConfigError for a recipe that does not suit the kind."
+    "Raises ConfigError for a recipe that does not fit the kind."

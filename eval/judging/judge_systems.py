@@ -43,7 +43,7 @@ class JudgeRecipe(Section):
     completions: list[str] = field(default_factory=list)
     """Files of completions: completions.jsonl, or .json in alpaca_eval's shape."""
     system: str | None = None
-    """The system to judge. Beside those of the files there are reference (the dataset's responses), "null" (a constant)
+    """The system to judge. Besides those of the files: reference (the dataset's responses), "null" (a constant)
     and attack/<name> (eval/judging/attacks.py)."""
     baseline: str = "reference"
     """The system that it is compared with."""
@@ -87,11 +87,11 @@ class JudgeRecipe(Section):
 
 
 def judge(recipe: JudgeRecipe, say: Say = print) -> Path:
-    """Pair the responses up, ask the judge, write its verdicts, and return the path of judgments.jsonl.
+    """Pair the responses, ask the judge, write its verdicts, and return the path of judgments.jsonl.
 
-    Leaves judgments.jsonl, summary.json, config.yaml and, for a model behind an API, the store in `run_dir`. A second
-    call asks only what has no answer yet. Raises ConfigError or DataError for what cannot be read, RunStopped for a run
-    that is incomplete.
+    Writes judgments.jsonl, summary.json, config.yaml and, for a model behind an API, the store to `run_dir`. A second
+    call asks only unanswered questions. Raises ConfigError or DataError for inputs that cannot be read, RunStopped for
+    an incomplete run.
     """
     if not recipe.completions or recipe.system is None:
         raise ConfigError(

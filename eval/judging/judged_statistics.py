@@ -1,7 +1,7 @@
 """Summarise the judgments on one system against another: win rate, length-controlled win rate, position bias.
 
-The numbers come from `eval.statistics`. This module brings judgments into their shape, and gives the reason where there
-is no number.
+The numbers come from `eval.statistics`. This module converts judgments to its inputs, and gives the reason where a
+number is not defined.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Suspected:
 
 @dataclass(frozen=True)
 class JudgedStatistics:
-    """System a against system b. `dataclasses.asdict` makes JSON of it: what is not defined is None, never nan."""
+    """System a against system b. Ready for JSON by `dataclasses.asdict`: undefined numbers are None, never nan."""
 
     num_comparisons: int
     undecided: int
     statuses: dict[Status, int]
-    "How many verdicts came out which way; a matchup has one for each order."
+    "Number of verdicts by outcome; a matchup has one for each order."
     win_rate: WinRate | None
     "Of system a; None when nothing is decided."
     win_rate_missing: str | None
@@ -45,7 +45,7 @@ class JudgedStatistics:
     length_controlled: LengthControlled | None
     length_controlled_missing: str | None
     position_bias: PositionBias | None
-    "Also `.consistency`: the share with the same verdict in both orders; None when one order was asked."
+    "Contains `.consistency`: the share with the same verdict in both orders; None when one order was asked."
     position_bias_missing: str | None
     mean_length_a: float | None
     "Characters, over all matchups."
@@ -57,7 +57,7 @@ class JudgedStatistics:
 def judged_statistics(judgments: Sequence[Judgment], confidence: float = 0.95) -> JudgedStatistics:
     """Compute all numbers of one system against another, with intervals that count each prompt once.
 
-    A number that cannot be had (nothing decided, too few or too uniform lengths) is None, with the reason beside it.
+    A number that is not defined (nothing decided, too few or too uniform lengths) is None, next to its reason.
     Raises ValueError for judgments on more than one pair of systems.
     """
     pairs = {(judgment.system_a, judgment.system_b) for judgment in judgments}
@@ -127,7 +127,7 @@ def _suspected(scores: Sequence[float | None]) -> Suspected:
     return Suspected(len(scores), sum(score for score in scores if score is not None))
 
 
-# --- in words -------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------------
 
 
 def statistics_text(statistics: JudgedStatistics, system: str, baseline: str) -> str:

@@ -25,13 +25,13 @@ class Matchup:
     system_b: str
     response_b: str
     seed: int = 0
-    "Seed of system a's response: tells apart the matchups of several responses to one prompt."
+    "Seed of system a's response: distinguishes the matchups of several responses to one prompt."
     ended_a: bool = True
     ended_b: bool = True
     reference: str | None = None
-    "The dataset's own response, which no judge that reads texts is shown."
+    "The dataset's own response, not shown to judges that read texts."
     messages: tuple[Message, ...] | None = field(default=None, compare=False)
-    "The turns that the prompt was made into, for a judge with a chat template; None for those that the text holds."
+    "The chat turns of the prompt, for a judge with a chat template; None for those parsed from the text."
 
     def shown(self, order: Order) -> tuple[str, str]:
         """Return the two responses as they are shown: first, second."""
@@ -41,7 +41,7 @@ class Matchup:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A matchup in one order, as a judge is asked."""
+    """A matchup in one order, as asked of a judge."""
 
     matchup: Matchup
     order: Order
@@ -51,7 +51,7 @@ def pair_up(completions: Sequence[CompletionRow], system: str, baseline: str) ->
     """Match every response of `system` (as a) with the baseline's (as b) to the same prompt, in file order.
 
     Where the baseline has one response to a prompt, it meets all of the system's; where it has several, those of
-    the same seed meet. Raises DataError when a system is not there, the two are the same, or prompts (counted)
+    the same seed meet. Raises DataError when a system is missing, the two are the same, or prompts (counted)
     lack a response of one of them.
     """
     if system == baseline:
@@ -104,7 +104,7 @@ def _compare(a: CompletionRow, b: CompletionRow) -> Matchup:
 def first_prompts(matchups: Sequence[Matchup], num_prompts: int) -> list[Matchup]:
     """Select the matchups of `num_prompts` prompts by the hashes of the prompts.
 
-    So a choice depends on no order of a file, and a smaller one is part of a larger one.
+    The choice is independent of the order of the file, and a smaller one is a subset of a larger one.
     """
     chosen = set(sorted({c.prompt_id for c in matchups})[:num_prompts])
     return [c for c in matchups if c.prompt_id in chosen]

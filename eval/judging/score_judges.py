@@ -1,6 +1,6 @@
 """Judges that compare scores: a reward model's, or those of any reward function, such as the demo's true reward.
 
-Nothing is paid, so nothing is stored: a rerun scores again. The slot of a response plays no part, so both orders
+Nothing is paid, so nothing is stored: a rerun scores again. Scores do not depend on the slot, so both orders
 agree by construction.
 """
 
@@ -34,7 +34,7 @@ _Text = tuple[str, str, bool]
 
 
 class ScoreJudge:
-    """The response with the higher score wins; scores that differ by no more than `tie_margin` are a tie."""
+    """A judge by scores: the higher one wins; scores that differ by no more than `tie_margin` are a tie."""
 
     def __init__(self, reward_fn: RewardFn, tie_margin: float = 0.0) -> None:
         self._reward_fn, self._tie_margin = reward_fn, tie_margin
@@ -85,7 +85,7 @@ def _texts(matchup: Matchup) -> tuple[_Text, _Text]:
 
 @dataclass(frozen=True)
 class ScoreSettings(JudgeSettings):
-    """The setting that both kinds share."""
+    """The setting shared by both kinds."""
 
     tie_margin: float = setting(0.0, ge=0)
     """reward_model, function: scores that differ by no more than this are a tie."""
@@ -112,7 +112,7 @@ class FunctionSettings(ScoreSettings):
 
 
 def reward_model_judge(settings: RewardModelSettings, run_dir: Path) -> ScoreJudge:
-    """Load a reward model as a judge of texts: responses come from anywhere, so there are no token ids to share."""
+    """Load a reward model as a judge of texts: responses may come from anywhere, so there are no shared token ids."""
     if settings.path is None:
         raise ConfigError("judge.path must name a reward model")
     engine = Engine(EngineConfig(trackers=[]), run_dir, seed=0, max_grad_norm=None)

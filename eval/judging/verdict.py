@@ -1,7 +1,7 @@
 """Verdicts: a judge's answer on a matchup in one order, and both orders combined.
 
-A failure is never data. A verdict has a winner when its status is "ok" and at no other time, and a matchup has a
-score when all of its verdicts have a winner (or a tie).
+A failure is never counted as data. A verdict has a winner if and only if its status is "ok", and a matchup has a
+score if and only if all of its verdicts have a winner (or a tie).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STATUSES: tuple[Status, ...] = ("ok", "refused", "malformed", "truncated", "fail
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome of one question; `winner` is in terms of the systems, the order undone."""
+    """The outcome of one question; `winner` refers to the systems, not to the order shown."""
 
     prompt_id: str
     system_a: str
@@ -38,12 +38,12 @@ class Verdict:
     detail: str = ""
     "Why there is no winner: the error message."
     suspicions_a: tuple[str, ...] = ()
-    "What in system a's response looks like an attempt to sway the judge. It changes no verdict."
+    "Signs in system a's response of an attempt to sway the judge. They change no verdict."
     suspicions_b: tuple[str, ...] = ()
     scores: tuple[float, float] | None = None
-    "Of a judge that scores: its scores of response a and response b."
+    "For a judge that scores: its scores of response a and response b."
     keys: tuple[str, ...] = ()
-    "Of a judge that is called: the calls in the store, the last one decides."
+    "For a judge that is called: its calls in the store, of which the last one decides."
 
     def __post_init__(self) -> None:
         if (self.status == "ok") != (self.winner is not None):
@@ -51,7 +51,7 @@ class Verdict:
 
     @property
     def first_slot_won(self) -> float | None:
-        """Return 1 if the response shown first won, 0 if the other did, 0.5 for a tie, None without a verdict."""
+        """1 if the response shown first won, 0 if the other did, 0.5 for a tie, None without a verdict."""
         match self.winner:
             case None:
                 return None
@@ -76,7 +76,17 @@ def verdict_on(
     scores: tuple[float, float] | None = None,
     keys: tuple[str, ...] = (),
 ) -> Verdict:
-    """Make the verdict on a question, with the fields of its matchup."""
+    """Make the verdict on a question, with the fields of its matchup.
+
+    Args:
+        question: The matchup and its order.
+        status: Outcome of the question.
+        winner: Winning system or tie; None unless the status is "ok".
+        detail: Reason for a missing winner.
+        suspicions: Signs of an attempt to sway the judge in response a and response b.
+        scores: Scores of response a and response b, from a judge that scores.
+        keys: Keys of the calls in the store, the deciding one last.
+    """
     matchup = question.matchup
     return Verdict(
         matchup.prompt_id,
@@ -110,7 +120,7 @@ class Judgment:
     score: float | None
     "Share of the win that goes to system a: 1, 0.75, 0.5, 0.25 or 0; None where it is undecided."
     consistent: bool | None
-    "Whether both orders say the same; None unless both say something."
+    "Whether both orders have the same outcome; None unless both have one."
     first_slot_wins: tuple[float | None, ...]
     "For each verdict (ab, then ba): 1 if the response that was shown first won, 0.5 for a tie, None without one."
     statuses: tuple[Status, ...]
@@ -127,12 +137,12 @@ _SHARE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 def combine(
     verdicts: Sequence[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
 ) -> Judgment:
-    """Combine the verdicts on one matchup, each order once; `orders` is what was to be asked.
+    """Combine the verdicts on one matchup, each order once; `orders` are those that were asked for.
 
         both orders agree          1, 0.5 or 0           consistent
         one slot wins both times   0.5                   inconsistent: the slot decided, not the response
         a win and a tie            "half": 0.75 or 0.25, "tie": 0.5; inconsistent
-        one of them has no winner, or was not asked yet: None, for it is never imputed from the other
+        one of them has no winner, or was not asked yet: None, as it is never imputed from the other
 
     Raises ValueError for verdicts on different matchups, twice on one order, or two where one was to be asked.
     """

@@ -1,4 +1,4 @@
-"""Hold judges against people: agreement, its ceiling, habits and win rates, from their files."""
+"""Compare judges with people, from their files: agreement, its ceiling, habits and win rates."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class AgreementRecipe(Section):
 
 
 def agreement(recipe: AgreementRecipe) -> Path:
-    """Match the verdicts and labels of all files, measure, write and show. Returns the path of agreement.json."""
+    """Match the verdicts and labels of all files, compute, write and print. Returns the path of agreement.json."""
     if len(recipe.judgments) + len(recipe.labels) == 0:
         raise ConfigError("judgments and labels must name files: at least one of labels, or two of judgments")
     judges = [read_judge_file(path, recipe.half_tie) for path in recipe.judgments]
@@ -82,7 +82,7 @@ def agreement(recipe: AgreementRecipe) -> Path:
 
 
 def _counts(ratings: Ratings) -> dict[str, int]:
-    """How many matchups there are of each kind."""
+    """Count the matchups of each kind."""
     nobody = np.zeros((len(ratings.keys), 1), dtype=bool)
     judged, labelled = (
         np.concatenate([nobody, *(~np.isnan(rater.scores[:, None]) for rater in raters)], axis=1)

@@ -1,4 +1,4 @@
-"""Show the agreement of judges and people as tables on the console."""
+"""Tables of the agreement of judges and people on the console."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_ROWS = 24
 
 
 def show_agreement(found: dict[str, Any]) -> None:
-    """Print the contents of agreement.json, at most MAX_ROWS rows a table."""
+    """Print the contents of agreement.json, at most MAX_ROWS rows per table."""
     console = Console(markup=False, highlight=False, emoji=False)
     together = [
         (f"{x.rater_1}, {x.rater_2}", x.agreement.n, _percent(x.agreement, "agreement"), _kappa(x.agreement))

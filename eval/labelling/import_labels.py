@@ -1,9 +1,9 @@
-"""Labels that come with data: pairs of responses of which a person chose one, as completions and labels.
+"""Import labels from data: pairs of responses of which a person chose one, as completions and labels.
 
     prompt with pairs 0, 1, ...:   system text_1 with seed i: one response of pair i,   text_2: the other one
 
-Which response is text_1 is settled by the hashes of the two, and so is the number of a pair, so neither the order of
-the data nor the label decides it, and the same pair labelled by several people is one matchup.
+The hashes of the two responses decide which is text_1 and the number of the pair. So both are independent of the
+order of the data and of the label, and a pair labelled by several people is one matchup.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from eval.progress import Say
 
 SYSTEMS = ("text_1", "text_2")
 UNKNOWN = "data"
-"Annotator of labels that do not say whose they are."
+"Annotator of labels without one."
 APPLIES = ("task", "path", "subset", "limit", "columns", "max_bad_fraction", "demo")
 "Keys of `data` that apply to labels."
 
@@ -51,7 +51,7 @@ class ImportLabelsRecipe(Section):
 
 
 def import_labels(recipe: ImportLabelsRecipe, say: Say = print) -> Path:
-    """Read the pairs, write them as completions and labels. Returns the path of labels.jsonl."""
+    """Read the pairs, and write them as completions and labels. Returns the path of labels.jsonl."""
     folder, config = Path(recipe.run_dir), recipe.data
     path = folder / "labels.jsonl"
     for name in ("completions.jsonl", "labels.jsonl"):
@@ -79,11 +79,11 @@ def import_labels(recipe: ImportLabelsRecipe, say: Say = print) -> Path:
 def labels_from_pairs(
     records: Sequence[Record], bad: BadRows
 ) -> tuple[list[CompletionRow], list[Label], list[str]]:
-    """Completions of the systems text_1 and text_2, the labels on them, and notes on what the data said of people.
+    """Return completions of the systems text_1 and text_2, the labels on them, and notes on the annotators.
 
     A record has `chosen` and `rejected`; `extra` may have `worker`, and `confidence` in itself or in its own `extra`
-    (openai/summarize_from_feedback). Which response was shown first is not known. Records that cannot be used are
-    added to `bad`: an annotator's name or a confidence of another kind.
+    (openai/summarize_from_feedback). The order of presentation is unknown. Records with an annotator's name or a
+    confidence of a wrong type are added to `bad`.
     """
     pairs: dict[str, dict[tuple[str, str], list[tuple[Record, str, float | None]]]] = {}
     for record in records:

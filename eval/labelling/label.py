@@ -1,4 +1,4 @@
-"""Ask people which of two systems responds better, on a page on this machine that shows the responses blind."""
+"""Ask people which of two systems responds better, on a local page that shows the responses blind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LabelRecipe(Section):
     completions: list[str] = field(default_factory=list)
     """Files of completions: completions.jsonl, or .json in alpaca_eval's shape."""
     system: str | None = None
-    """The system to compare. Beside those of the files there are reference (the dataset's responses), null (a
+    """The system to compare. Besides those of the files there are reference (the dataset's responses), null (a
     constant) and attack/<name> (eval/judging/attacks.py)."""
     baseline: str = "reference"
     """The system that it is compared with."""
@@ -43,11 +43,11 @@ class LabelRecipe(Section):
     ties: bool = True
     """Whether a tie may be called."""
     annotators: list[str] = field(default_factory=list)
-    """Who may label; empty: whoever gives a name."""
+    """Who may label; empty: anyone who gives a name."""
     seed: int = 0
-    """Draws the order of the pairs and which response stands first, for each annotator anew."""
+    """Draws the order of the pairs and which response is shown first, for each annotator anew."""
     host: str = "127.0.0.1"
-    """Address to listen on. Any other than this machine's own lets whoever reaches it read the texts and label."""
+    """Address to listen on. Any other than this machine's own lets anyone who reaches it read the texts and label."""
     port: int = setting(0, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
 
@@ -69,7 +69,7 @@ class LabelRecipe(Section):
 
 
 def label(recipe: LabelRecipe, say: Say = print) -> Path:
-    """Pair the responses up and serve the page until SIGINT or SIGTERM. Returns the path of labels.jsonl."""
+    """Pair the responses and serve the page until SIGINT or SIGTERM. Returns the path of labels.jsonl."""
     if not recipe.completions or recipe.system is None:
         raise ConfigError("completions must name files with completions, and system one of their systems")
     if recipe.prompt is None:
@@ -98,7 +98,7 @@ def label(recipe: LabelRecipe, say: Say = print) -> Path:
 
 
 def matchups_to_label(recipe: LabelRecipe, say: Say = print) -> list[Matchup]:
-    """The recipe's matchups, without those of two equal responses, about which there is nothing to say."""
+    """Return the recipe's matchups, without those of two equal responses."""
     rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
     matchups = pair_up(rows, recipe.system, recipe.baseline)
     if recipe.num_prompts is not None:
@@ -131,8 +131,10 @@ def _show_progress(queue: LabelQueue, say: Say) -> None:
 
 
 def _serve(server: LabelServer) -> None:
-    """Serve until SIGINT or SIGTERM, or KeyboardInterrupt outside `graceful_shutdown`. Labels are flushed before they
-    are acknowledged, so there is nothing to wait for."""
+    """Serve until SIGINT or SIGTERM, or KeyboardInterrupt outside `graceful_shutdown`.
+
+    Labels are flushed before they are acknowledged, so shutdown need not wait.
+    """
     stopped = threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM) if handles_signals() else ()
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}

@@ -1,4 +1,4 @@
-"""How far a judge agrees with people, people with each other, and what the first slot and the length do to them."""
+"""Agreement of judges with people and of people with each other, and effects of the first slot and the length."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL_LABELS = "all labels"
 
 @dataclass(frozen=True)
 class Together:
-    """Two raters on the matchups that both decided."""
+    """Agreement of two raters on the matchups that both decided."""
 
     kind: str
     "judge and person, judge and majority, judge and judge, or person and person."
@@ -31,7 +31,7 @@ class Together:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """A judge against people, on the matchups with several labels."""
+    """Agreement of a judge with people, on the matchups with several labels."""
 
     judge: str
     ceiling: HumanCeiling
@@ -39,7 +39,7 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class PeopleTogether:
-    """The chance that two annotators of a matchup agree, and kappa, over the `num_pairs` with several labels."""
+    """Agreement and kappa of two annotators of a matchup, over the `num_pairs` with several labels."""
 
     num_pairs: int
     agreement: Interval
@@ -50,7 +50,7 @@ class PeopleTogether:
 
 @dataclass(frozen=True)
 class Habits:
-    """What a rater's verdicts have in common, over all that they decided."""
+    """Statistics of all verdicts of a rater."""
 
     name: str
     kind: str
@@ -59,9 +59,9 @@ class Habits:
     ties: float
     "Share of ties."
     position: PositionBias | None
-    "None where the order is not known."
+    "None where the order is unknown."
     longer_wins: WinRate | None
-    "Of the longer response, in characters; None where all are of equal length."
+    "Win rate of the longer response, in characters; None where all lengths are equal."
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class SystemWinRate:
     by_judge: WinRate
     by_people: WinRate
     difference: PairedTest
-    "By the judge minus by people."
+    "The judge's minus the people's."
 
 
 @dataclass(frozen=True)
 class ByConfidence:
-    """A judge against the labels of one level of confidence, each label a row."""
+    """Agreement of a judge with the labels of one level of confidence, each label a row."""
 
     judge: str
     confidence: float
@@ -90,9 +90,9 @@ class ByConfidence:
 
 
 def everybody_together(ratings: Ratings) -> list[Together]:
-    """Judges with each annotator and, where there are several, with their majority; judges, and people, in pairs.
+    """Compare judges with each annotator and the majority of several, judges in pairs, and annotators in pairs.
 
-    Two who decided no matchup in common are left out.
+    Pairs without a matchup that both decided are omitted.
     """
     prompt_ids = ratings.prompt_ids
     judges = [(judge.name, judge.scores) for judge in ratings.judges]
@@ -112,7 +112,7 @@ def everybody_together(ratings: Ratings) -> list[Together]:
 
 
 def ceilings(ratings: Ratings) -> list[Ceiling]:
-    """Each judge beside people on the matchups with several labels; without those, nothing."""
+    """Compare each judge with people on the matchups with several labels; empty without these."""
     several, prompt_ids = _several_labels(ratings), ratings.prompt_ids
     found = []
     for judge in ratings.judges:
@@ -124,17 +124,17 @@ def ceilings(ratings: Ratings) -> list[Ceiling]:
 
 
 def people_together(ratings: Ratings) -> PeopleTogether | None:
-    """How far people agree on all matchups with several labels; None without those."""
+    """Compute how often people agree on all matchups with several labels; None without these."""
     rows = _several_labels(ratings)
     if not rows.any():
         return None
-    anything = np.ones(rows.sum())  # what is said of people does not depend on the judge's verdicts
+    anything = np.ones(rows.sum())  # the human part of the result is independent of the judge's verdicts
     found = human_ceiling(anything, ratings.labels[rows], ratings.prompt_ids[rows], num_resamples=99)
     return PeopleTogether(found.num_pairs, found.humans, found.human_kappa, *found.human_kappa_limits)
 
 
 def by_confidence(ratings: Ratings) -> list[ByConfidence]:
-    """Each judge against the labels of each level of confidence, where the data says how sure people were."""
+    """Compare each judge with the labels of each level of confidence, where the data contains one."""
     if not ratings.people:
         return []
     labels = ratings.labels.ravel()
@@ -152,7 +152,7 @@ def by_confidence(ratings: Ratings) -> list[ByConfidence]:
 
 
 def _several_labels(ratings: Ratings) -> NDArray[np.bool_]:
-    """(n,): whether two annotators or more decided the matchup."""
+    """Return (n,): whether at least two annotators decided the matchup."""
     if len(ratings.people) < 2:
         return np.zeros(len(ratings.keys), dtype=bool)
     return (~np.isnan(ratings.labels)).sum(axis=1) >= 2
@@ -166,7 +166,7 @@ def _num_shared(scores_1: Scores, scores_2: Scores) -> int:
 
 
 def everybodys_habits(ratings: Ratings) -> list[Habits]:
-    """Ties, first slot and length of each judge, of all labels together, and of each annotator."""
+    """Compute ties, first slot and length of each judge, of all labels together, and of each annotator."""
     prompt_ids = ratings.prompt_ids
     found = [
         _habits(judge.name, "judge", judge.scores, judge.first_slot, ratings.longer_a, prompt_ids)
@@ -200,7 +200,7 @@ def _habits(
 
 
 def win_rates(ratings: Ratings) -> list[SystemWinRate]:
-    """For each judge and pair of systems: what the judge and the majority of people make of it."""
+    """Compute the win rate of each pair of systems by each judge and by the majority of people."""
     if not ratings.people:
         return []
     systems = np.array([f"{a}\0{b}" for _, a, b, _ in ratings.keys])

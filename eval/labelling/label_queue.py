@@ -1,4 +1,4 @@
-"""Who has still to label what: every annotator's own order of the matchups, what is done, and undoing it."""
+"""Queue of matchups to label: each annotator's own order, the labels so far, and undo."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_SECONDS = 1e6
 
 
 class LabelRefused(Exception):
-    """Somebody asked for what cannot be done; `code` is the HTTP status that says so."""
+    """An invalid request of an annotator; `code` is its HTTP status."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -37,10 +37,10 @@ class LabelRefused(Exception):
 
 
 class LabelQueue:
-    """The matchups of one labels file, for several annotators at a time; each labels all of them.
+    """The matchups of one labels file, for several concurrent annotators, each of whom labels all of them.
 
-    Nothing that leaves it names a system: `state` shows a matchup under a number that is drawn anew for each
-    queue, its responses as first and second. Both the order of the matchups and which response stands first are
+    The queue never exposes the name of a system: `state` shows a matchup under a number that is drawn anew for each
+    queue, its responses as first and second. Both the order of the matchups and which response is shown first are
     functions of (seed, annotator, matchup) alone.
     """
 
@@ -53,9 +53,17 @@ class LabelQueue:
         annotators: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
-        """`annotators` are the only ones who may label; empty: whoever gives a name.
+        """Open a queue on the labels of `writer`.
 
-        Raises DataError when the file holds labels of other texts or of another question.
+        Args:
+            matchups: Matchups to label.
+            writer: Labels file, with the labels so far.
+            prompt: The question.
+            ties: Whether annotators may call a tie.
+            annotators: Names that may label; empty allows any name.
+            seed: Seed of the orders.
+
+        Raises DataError when the file contains labels of other texts or of another question.
         """
         self.prompt, self.ties, self.seed = prompt, ties, seed
         self._writer = writer
@@ -75,19 +83,19 @@ class LabelQueue:
         return len(self._by_id)
 
     def close(self) -> None:
-        """Let go of the labels file; what is chosen afterwards is not stored, and fails."""
+        """Close the labels file; later choices are not stored and raise."""
         with self._lock:
             self._writer.close()
 
     def progress(self) -> dict[str, int]:
-        """How many matchups each known annotator is through with."""
+        """Return the number of matchups each known annotator has finished."""
         with self._lock:
             return {
                 name: len(self._done.get(name, {})) for name in dict.fromkeys((*self._allowed, *self._done))
             }
 
     def state(self, name: Any) -> dict[str, Any]:
-        """What the page shows an annotator: the next matchup, or none, and how far they are.
+        """Return what the page shows an annotator: the next matchup, if any, and the progress.
 
         Raises LabelRefused for a name that may not label.
         """
@@ -95,9 +103,9 @@ class LabelQueue:
             return self._state(self._annotator(name))
 
     def choose(self, name: Any, pair: Any, choice: Any, seconds: Any) -> dict[str, Any]:
-        """Store what an annotator says of a matchup, and return the new state.
+        """Store an annotator's verdict on a matchup, and return the new state.
 
-        Raises LabelRefused for anything that is not a first verdict on one of the matchups; nothing is stored.
+        Raises LabelRefused, and stores nothing, unless it is the first valid verdict on one of the matchups.
         """
         with self._lock:
             annotator = self._annotator(name)
@@ -125,7 +133,7 @@ class LabelQueue:
             return self._state(annotator)
 
     def undo(self, name: Any, pair: Any) -> dict[str, Any]:
-        """Take back an annotator's last label, which must be that of `pair`, and return the new state."""
+        """Undo an annotator's last label, which must be that of `pair`, and return the new state."""
         with self._lock:
             annotator = self._annotator(name)
             done = self._done.get(annotator, {})
@@ -141,7 +149,7 @@ class LabelQueue:
     # --- what an annotator sees ---------------------------------------------------------------------------
 
     def _state(self, annotator: str, shown: str | None = None) -> dict[str, Any]:
-        """`shown` is the pair to show, by default the first one in the annotator's order that has no label."""
+        """Return the state with the pair `shown`, by default the annotator's first one without a label."""
         done = self._done.get(annotator, {})
         left = (pair for pair in self._order(annotator) if pair not in done)
         pair = shown or next(left, None)
@@ -182,7 +190,7 @@ class LabelQueue:
             name = checked_annotator(name)
         except ValueError as error:
             raise LabelRefused(400, str(error)) from None
-        for known in self._allowed or self._done:  # Anna and anna are one person
+        for known in self._allowed or self._done:  # names ignore case
             if known.casefold() == name.casefold():
                 return known
         if self._allowed:

@@ -1,8 +1,8 @@
-"""The HTTP server of the label page: three files, and an interface of three calls over a LabelQueue.
+"""The HTTP server of the label page: three files, and an API of three calls on a LabelQueue.
 
-It listens on the loopback interface unless told otherwise, answers only requests that name it as their host (so that
-no web page reaches it under a name of its own), and takes calls only with a token that stands in the page and is drawn
-anew at each start. Responses are model output: they travel as JSON and the page shows them as text.
+It listens on the loopback interface by default, answers only requests with its own name as host (against DNS
+rebinding), and accepts calls only with a token that is in the page and drawn anew at each start. Responses are model
+output: they are sent as JSON, and the page shows them as text.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ HEADERS = {
 
 
 class LabelServer(ThreadingHTTPServer):
-    """Serves a LabelQueue on `host` and `port` (0: a free one); `url` is where the page is."""
+    """Serves a LabelQueue on `host` and `port` (0: a free one); `url` is the address of the page."""
 
     daemon_threads = True
 
@@ -62,18 +62,18 @@ class LabelServer(ThreadingHTTPServer):
         self.url = f"http://{shown}:{self.server_address[1]}/"
 
     def server_bind(self) -> None:
-        """Without the look-up of the host's name that HTTPServer adds: it can take seconds."""
+        """Bind without HTTPServer's look-up of the host name, which can take seconds."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away in the middle of an answer is nothing to tell of."""
+        """Ignore clients that disconnect."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Return whether the address is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -151,14 +151,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, content, kind)
 
     def _check_host(self) -> None:
-        """Against DNS rebinding: a page of another site would give that site's name."""
+        """Refuse other host names, against DNS rebinding: a page of another site would send that site's name."""
         hosts = self.headers.get_all("Host") or [""]
         try:
             name = urlsplit(f"//{hosts[0]}").hostname or ""
         except ValueError:
             name = ""
         if len(hosts) != 1 or name.casefold() not in self.server.host_names:
-            self.close_connection = True  # its body, if any, is not read
+            self.close_connection = True  # a body, if any, is not read
             raise _Refused(403, f"this server is not {name or 'without a name'}; open {self.server.url}")
 
     def _check_token(self) -> None:
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(403, "this page is of an earlier start of the server: load it again")
 
     def _body(self) -> bytes:
-        """The whole body, so that the connection can be used again. Raises _Refused, and the connection ends."""
+        """Read the whole body, so that the connection can be reused. Raises _Refused and closes it on failure."""
         length = self.headers.get("Content-Length", "")
         if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
             self.close_connection = True
@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.rfile.read(
                 min(int(length[:18]), MAX_DRAINED)
-            )  # a client reads the answer when it has sent all
+            )  # clients read the answer only after sending everything
             raise _Refused(413, f"the body must not exceed {MAX_BODY} bytes")
         body = self.rfile.read(int(length))
         if len(body) < int(length):
@@ -202,15 +202,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(code, *_as_json({"error": message}))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class cannot read, or not answer: as JSON, and the connection ends, for more may follow."""
+        """Answer requests that the base class rejects with JSON, and close the connection, as more may follow."""
         self.close_connection = True
         self.request_version = self.protocol_version  # else a request without a version gets no status line
-        if code == HTTPStatus.NOT_IMPLEMENTED:  # an unknown method is no fault of the server
+        if code == HTTPStatus.NOT_IMPLEMENTED:  # an unknown method is the client's error
             code, message = HTTPStatus.METHOD_NOT_ALLOWED, f"no method {self.command} here"
         self._refuse(code, message or HTTPStatus(code).phrase)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal is for the address and the progress."""
+        """Log nothing: the terminal shows the address and the progress."""
 
 
 def _as_json(values: dict[str, Any]) -> tuple[bytes, str]:

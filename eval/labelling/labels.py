@@ -1,11 +1,11 @@
-"""What people said of matchups, on disk: one JSON line for each keystroke, only ever appended.
+"""People's verdicts on matchups, on disk: an append-only file with one JSON line per keystroke.
 
     {"prompt_id": "9c1185a5c5e9fc54", "system_a": "drpo", "system_b": "ppo", "seed": 0, "annotator": "anna",
      "order": "ba", "status": "labelled", "winner": "a", "hash_a": "...", "hash_b": "...", "length_a": 88,
      "length_b": 120, "question": "tldr-1", "seconds": 11.2, "confidence": null, "time": "2026-11-21T09:00:00+00:00"}
 
-The last row of an annotator on a matchup counts. The hashes are those of the two texts that were shown, so a
-label never passes for one of other texts.
+The last row of an annotator on a matchup counts. The hashes are those of the two texts that were shown, so a label is
+never used for other texts.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ Status = Literal["labelled", "skipped", "undone"]
 """labelled: there is a winner or a tie. skipped: the annotator gave no verdict. undone: what they said before of
 this matchup is taken back."""
 Key = tuple[str, str, str, int]
-"prompt_id, system_a, system_b, seed: what names a matchup."
+"prompt_id, system_a, system_b, seed: the key of a matchup."
 
 MAX_NAME = 40
 _LINE_START = b'{"prompt_id": "'
-"Every row that was ever written begins so, also one that a kill cut."
+"Start of every row, including one truncated by a kill."
 _SCORE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What one annotator said of one matchup; `winner` is in terms of the systems, the order undone."""
+    """One annotator's verdict on one matchup; `winner` refers to the systems, not to the order shown."""
 
     prompt_id: str
     system_a: str
@@ -51,7 +51,7 @@ class Label:
     seed: int
     annotator: str
     order: Order | None
-    "Whose response was shown first; None where the data does not say."
+    "Which response was shown first; None where unknown."
     status: Status
     winner: Winner | None
     "None unless status is labelled."
@@ -62,11 +62,11 @@ class Label:
     "Characters of system a's response."
     length_b: int
     question: str | None
-    "Name of what was asked, such as tldr-1; None where nobody knows."
+    "Name of the prompt, such as tldr-1; None where unknown."
     seconds: float | None
-    "From the moment the matchup was shown."
+    "Time since the matchup was shown."
     confidence: float | None
-    "How sure the annotator was, on the data's own scale."
+    "The annotator's confidence, on the data's own scale."
     time: str
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class Label:
 
     @property
     def key(self) -> Key:
-        """The matchup that it is about."""
+        """Key of the labelled matchup."""
         return self.prompt_id, self.system_a, self.system_b, self.seed
 
     @property
@@ -92,7 +92,7 @@ class Label:
 
 
 def text_hash(text: str) -> str:
-    """First 16 hex digits of the sha256 of a response."""
+    """Return the first 16 hex digits of the SHA-256 of a response."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -106,7 +106,18 @@ def label_of(
     seconds: float | None = None,
     confidence: float | None = None,
 ) -> Label:
-    """A label on a matchup, made now, with what it takes over from the matchup."""
+    """Make a label on a matchup with the current time.
+
+    Args:
+        matchup: The matchup; its key, hashes and lengths are copied.
+        annotator: Name of the annotator.
+        status: Kind of the row.
+        winner: a, b or tie; None unless the status is labelled.
+        order: Order in which the responses were shown; None if unknown.
+        question: Name of the prompt.
+        seconds: Time since the matchup was shown.
+        confidence: The annotator's confidence, on the data's own scale.
+    """
     c = matchup
     return Label(
         *(c.prompt_id, c.system_a, c.system_b, c.seed, annotator, order, status, winner),
@@ -116,7 +127,7 @@ def label_of(
 
 
 def checked_annotator(name: Any) -> str:
-    """An annotator's name in the one form in which it is kept. Raises ValueError for what is no name."""
+    """Return an annotator's name in normal form. Raises ValueError for an invalid one."""
     if not isinstance(name, str):
         raise ValueError("the annotator's name must be text")
     name = " ".join(unicodedata.normalize("NFC", name).split())
@@ -134,9 +145,9 @@ def checked_annotator(name: Any) -> str:
 
 
 def read_labels(path: Path | str) -> list[Label]:
-    """All rows of a labels file, in their order; `current_labels` says which count.
+    """Read all rows of a labels file, in order; `current_labels` selects those that count.
 
-    Raises DataError for a missing file, an unfinished last line, and for bad rows, all counted.
+    Raises DataError for a missing file, a partial last line, and for bad rows, all counted.
     """
     path = Path(path)
     if not path.is_file():
@@ -159,7 +170,7 @@ def read_labels(path: Path | str) -> list[Label]:
 
 
 def current_labels(labels: Iterable[Label]) -> list[Label]:
-    """What counts: of each annotator and matchup the last row, unless that one takes the label back."""
+    """Return the last row of each annotator and matchup, unless it undoes the label."""
     last: dict[tuple[str, Key], Label] = {}
     for label in labels:
         last.pop((label.annotator, label.key), None)  # so that the order is that of the last rows
@@ -168,7 +179,7 @@ def current_labels(labels: Iterable[Label]) -> list[Label]:
 
 
 def load_labels(paths: Sequence[Path | str]) -> list[Label]:
-    """The current labels of several files. Raises DataError when two files have one annotator's on a matchup."""
+    """Read the current labels of several files. Raises DataError if two files have one annotator's on a matchup."""
     seen: dict[tuple[str, Key], Path | str] = {}
     labels = []
     for path in paths:
@@ -228,9 +239,9 @@ def _annotator(name: str) -> str:
 class LabelsWriter:
     """A labels file to append to: a label is on disk when `append` returns.
 
-    `labels` holds the rows that were there. What a kill left unfinished is cut off, and `num_cut` says how many bytes
-    of it there were. The file is locked while it is open, for two servers on it would not know of each other's labels.
-    Raises DataError when it is locked already, and for an end that no kill can have left.
+    `labels` contains the existing rows. A partial last line left by a kill is truncated, and `num_cut` is its number of
+    bytes. The file is locked while it is open, since two servers on it would not see each other's labels.
+    Raises DataError when it is locked already, and when its end is not explained by a kill.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -249,7 +260,7 @@ class LabelsWriter:
             raise
 
     def append(self, labels: Sequence[Label]) -> None:
-        """Write rows. Raises OSError, with the file as it was before, when they cannot be written."""
+        """Append rows. Raises OSError, with the file unchanged, when they cannot be written."""
         lines = "".join(json.dumps(asdict(label), ensure_ascii=False) + "\n" for label in labels).encode()
         if self._file.closed:
             raise OSError(errno.EBADF, "the server has ended", str(self.path))
@@ -260,11 +271,11 @@ class LabelsWriter:
                 raise OSError(errno.ENOSPC, "only a part was written", str(self.path))
             os.fsync(file)
         except OSError:
-            os.ftruncate(file, size)  # half a line would spoil the next one
+            os.ftruncate(file, size)  # a partial line would corrupt the next one
             raise
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the file and release its lock."""
         self._file.close()
 
     def __enter__(self) -> LabelsWriter:

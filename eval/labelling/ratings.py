@@ -1,7 +1,7 @@
-"""Judges and people side by side: what each of them said, row by row of the same matchup.
+"""Ratings of judges and people in one matrix, with one row per matchup.
 
-Matchups are the same when prompt, systems and seed are, also where one file names the two systems the other way
-round. The first file to name a matchup settles its texts: what was said of other texts is left out, and counted.
+Matchups are the same when prompt, systems and seed are, even where a file has the two systems in reverse order. The
+first file with a matchup determines its texts: ratings of other texts are dropped and counted.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class JudgeFile:
-    """The judgments of one file, and who made them."""
+    """The judgments of one file, and the judge."""
 
     name: str
     question: str | None
-    "Name of the prompt; None for a judge that is asked nothing, such as a reward model."
+    "Name of the prompt; None for a judge without one, such as a reward model."
     judgments: list[Judgment]
 
 
 def read_judge_file(path: Path | str, half_tie: HalfTie = "half") -> JudgeFile:
-    """A judgments file with its verdicts combined. Raises DataError as `read_verdicts` does."""
+    """Read a judgments file with its verdicts combined. Raises DataError as `read_verdicts` does."""
     verdicts = read_verdicts(path)
     first = next((json.loads(line) for _, line in lines_of(Path(path).read_bytes())), {})
     judgments = combine_all(verdicts, half_tie, first.get("orders", "both"))
@@ -43,29 +43,29 @@ def read_judge_file(path: Path | str, half_tie: HalfTie = "half") -> JudgeFile:
 
 @dataclass(frozen=True)
 class Rater:
-    """A judge or an annotator; nan in the rows where they said nothing."""
+    """A judge or an annotator; nan in the rows without a verdict."""
 
     name: str
     scores: Scores
-    "Of system a (n,)."
+    "Scores of system a (n,)."
     first_slot: Scores
     "Whether the first slot won: (n, 2) for a judge that was asked in both orders, else (n,)."
     confidence: Scores
-    "As the data has it (n,)."
+    "On the data's own scale (n,)."
 
 
 @dataclass(frozen=True)
 class Ratings:
-    """What everybody said of `keys`, the matchups."""
+    """The scores of all raters for the matchups `keys`."""
 
     keys: list[Key]
     longer_a: Scores
     "Characters of system a's response minus those of system b's (n,)."
     judges: list[Rater]
     people: list[Rater]
-    "By name."
+    "Sorted by name."
     left_out: Counter[str]
-    "How many judgments and labels were not used, by reason."
+    "Number of unused judgments and labels, by reason."
 
     @property
     def prompt_ids(self) -> NDArray[np.str_]:
@@ -74,7 +74,7 @@ class Ratings:
 
     @property
     def labels(self) -> Scores:
-        """The annotators' scores, a column each (n, annotators)."""
+        """The annotators' scores, one column each (n, annotators)."""
         return np.stack([person.scores for person in self.people], axis=1)
 
     @property
@@ -86,7 +86,7 @@ class Ratings:
 
 @dataclass
 class _Said:
-    """What one rater said, by row."""
+    """One rater's verdicts, by row."""
 
     scores: dict[int, float] = field(default_factory=dict)
     slots: dict[int, Sequence[float]] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class _Said:
 
 
 class _Rows:
-    """The matchups so far, with the lengths and, once a label has said them, the hashes of their two texts."""
+    """The matchups so far, with the lengths and, once a label has given them, the hashes of their two texts."""
 
     def __init__(self) -> None:
         self.index: dict[Key, int] = {}
@@ -116,7 +116,7 @@ class _Rows:
     def find(
         self, key: Key, lengths: tuple[int, int], hashes: tuple[str, str] | None = None
     ) -> tuple[int, bool] | None:
-        """The row, and whether its systems are the other way round there; None if its texts are others."""
+        """Return the row, and whether its systems are in reverse order; None if its texts differ."""
         prompt_id, a, b, seed = key
         turned = (prompt_id, b, a, seed) in self.index
         if turned:
@@ -130,7 +130,7 @@ class _Rows:
 
 
 def side_by_side(judges: Sequence[JudgeFile], labels: Iterable[Label]) -> Ratings:
-    """Judgments and current labels (of `load_labels`) side by side. Judges of one name get numbers."""
+    """Combine judgments and current labels (of `load_labels`). Judges with the same name are numbered."""
     rows, left_out = _Rows(), Counter()
     by_judge: dict[str, _Said] = {}
     for judge in judges:

@@ -1,4 +1,4 @@
-"""Measure what training changed in a policy's MLPs: the part of every neuron in the move along a probe direction."""
+"""Measure how training changed a policy's MLPs: each neuron's part of the shift along a probe direction."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ class NeuronShiftRecipe(Section):
 
 
 def neuron_shift(recipe: NeuronShiftRecipe, say: Say = print) -> Path:
-    """Fit the probe, record both policies, write the shift of every neuron and what patching the groups does."""
+    """Fit the probe, record both policies, and write each neuron's shift and the effect of patching the groups."""
     _check_start(recipe)
     for key, path in (("before", recipe.before), ("after", recipe.after)):
-        read_config(path, key)  # a missing policy is told by the name of its key
+        read_config(path, key)  # reports a missing policy under its key
     rewards = import_functions(recipe.reward_functions, "reward_functions")
     tokenizer = _shared_tokenizer(recipe)
     splits = load_examples(recipe.data, tokenizer, "prompts")
@@ -176,7 +176,7 @@ def _load(
 def _probe(
     recipe: NeuronShiftRecipe, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Probe, dict[str, float] | None, str]:
-    """The probe, its quality on texts held out (None for one from a file), and a report."""
+    """Return the probe, its quality on held-out texts (None for one from a file), and a report."""
     config = recipe.probe
     if config.source == "file":
         return load_probe(config.path), None, f"probe from {config.path}"
@@ -191,7 +191,7 @@ def _probe(
 def _generator(
     recipe: NeuronShiftRecipe, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Generator:
-    """Samples the same random numbers whichever policy it has."""
+    """Make a generator with the same random numbers for either policy."""
     vocabulary = vocabulary_of(tokenizer, policy.config.vocab_size, stop_ids(policy))
     sampling, length = recipe.sampling, recipe.num_new_tokens
     return Generator(policy, tokenizer, vocabulary, sampling, length, recipe.batch_size, recipe.seed)
@@ -204,7 +204,7 @@ def _measure(
     responses: Sequence[list[int]],
     rewards: Mapping[str, RewardFn],
 ) -> dict[str, list[float]]:
-    """Measure each response: probe logit (nan for a continuation that stops at once), length, reward functions."""
+    """Measure each response: probe logit (nan for an empty continuation), length, reward functions."""
     completions = generator.completions([Start(row, e) for row, e in enumerate(examples)], responses)
     texts = [c.response_ids[:-1] if c.ended else c.response_ids for c in completions]
     rows = [row for row, text in enumerate(texts) if text]

@@ -1,6 +1,6 @@
-"""MLP neurons: where they write (value vectors) and how active they are while a policy generates.
+"""MLP neurons: their value vectors, and their activations while a policy generates.
 
-Neuron i of a layer is entry i of what enters the MLP's output projection: after the nonlinearity, and after the
+Neuron i of a layer is entry i of the input to the MLP's output projection: after the nonlinearity, and after the
 gate where there is one. With activation a_i it adds a_i v_i to the MLP's output; v_i is its value vector.
 """
 
@@ -21,10 +21,10 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], Tensor | None]
 
 
 def mlp_output_projections(model: nn.Module) -> list[nn.Module]:
-    """The output projection of every layer's MLP, first layer first: nn.Linear or GPT-2's Conv1D.
+    """Return the output projection of every layer's MLP, in layer order: nn.Linear or GPT-2's Conv1D.
 
-    Raises ConfigError, naming the architecture, where the MLPs are not known to be one such projection a layer,
-    and for projections with an adapter or quantised weights, whose value vectors cannot be read off.
+    Raises ConfigError, naming the architecture, where the MLPs are not known to have one such projection per layer,
+    and for projections with an adapter or quantised weights, whose value vectors are not available.
     """
     causal_lm = unwrap_peft(model)
     config, backbone = causal_lm.config, causal_lm.base_model
@@ -39,7 +39,7 @@ def mlp_output_projections(model: nn.Module) -> list[nn.Module]:
             found = [layer.fc2 for layer in backbone.decoder.layers]
         case "bloom" if not (
             config.slow_but_exact and config.pretraining_tp > 1
-        ):  # which calls no projection
+        ):  # a path without the projection
             found = [block.mlp.dense_4h_to_h for block in backbone.h]
         case other:
             raise ConfigError(
@@ -57,13 +57,13 @@ def mlp_output_projections(model: nn.Module) -> list[nn.Module]:
 
 
 def value_vectors(projection: nn.Module) -> Tensor:
-    """What each neuron writes per unit of activation, (d_mlp, d): W^T of nn.Linear (d, d_mlp), W of Conv1D."""
+    """Return the output of each neuron per unit of activation, (d_mlp, d): W^T of nn.Linear, W of Conv1D."""
     weight = projection.weight.detach()
     return weight if isinstance(projection, Conv1D) else weight.T
 
 
 def num_neurons(model: nn.Module) -> tuple[int, int]:
-    """(number of layers L, neurons d_mlp of a layer)."""
+    """Return (number of layers L, neurons d_mlp of a layer)."""
     projections = mlp_output_projections(model)
     return len(projections), len(value_vectors(projections[0]))
 
@@ -75,12 +75,12 @@ def mean_activations(
     response_ids: Sequence[Sequence[int]],
     batch_size: int,
 ) -> Tensor:
-    """Mean activation of every neuron over the positions that emit the response tokens, (L, d_mlp) float64.
+    """Average the activation of every neuron over the positions that emit the response tokens, (L, d_mlp) float64.
 
     a[l, i] = sum_{b, t} a_{l,i}(position before response token t of row b) / number of response tokens: the last
-    prompt token and all response tokens but the last, which is what cached generation computes one by one. Every
-    response token counts the same, the stop token too; padding and the rest of the prompt do not count. Sums are
-    float64 whatever the model's precision. The model should be in evaluation mode.
+    prompt token and all response tokens but the last, which are the positions of cached generation. All response
+    tokens have the same weight, including the stop token; padding and the rest of the prompt do not count. Sums are
+    float64 for any precision of the model. The model should be in evaluation mode.
 
     Raises ValueError on unequal numbers of rows, an empty query, or no response token at all.
     """
@@ -118,7 +118,7 @@ def _summing(sums: Tensor, mask: Tensor) -> Hook:
 
 
 def emitting_mask(batch: PaddedBatch) -> Tensor:
-    """Columns (B, Q+R) whose output is a response token: the last prompt token, all response tokens but the last."""
+    """Mark columns (B, Q+R) that emit response tokens: the last prompt token, all response tokens but the last."""
     mask = torch.zeros_like(batch.attention_mask)
     first, length = batch.queries.shape[1] - 1, batch.responses.shape[1]
     mask[:, first : first + length] = batch.response_mask
@@ -127,7 +127,7 @@ def emitting_mask(batch: PaddedBatch) -> Tensor:
 
 @contextmanager
 def pre_hooks(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Forward pre-hooks that exist within this context only, also when it, or making them, ends with an error."""
+    """Register forward pre-hooks within this context, and remove them on errors, too."""
     handles = []
     try:
         for module, hook in hooks:

@@ -1,4 +1,4 @@
-"""Changing MLP activations for a while: patching to given values, scaling, and the factors of tuning-free editing."""
+"""Temporary changes of MLP activations: patching, scaling, and the factors of tuning-free editing."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Positions = Literal["all", "last"] | Tensor
 def patched(
     model: nn.Module, values: Tensor, neuron_mask: Tensor, positions: Positions = "all"
 ) -> Iterator[None]:
-    """Within this context the neurons of `neuron_mask` have the activations `values`, both (L, d_mlp).
+    """Set the activations of the neurons in `neuron_mask` to `values`, both (L, d_mlp), within this context.
 
-    Which positions, in every forward of the context, of an input (B, T):
+    `positions` selects the positions, in every forward of the context, of an input (B, T):
 
-    - "all": all T columns, the prompt and padding too;
+    - "all": all T columns, including the prompt and padding;
     - "last": column T-1 only. In cached generation these are the last prompt token and then each new token:
       the positions over which `mean_activations` averages;
-    - a bool tensor (B, T), True = patched. Forwards of another shape are refused.
+    - a bool tensor (B, T), True = patched. Forwards of another shape raise ValueError.
 
-    A patched neuron has the same value in every row and position; the other activations are as they come. The
-    hooks are gone afterwards, whatever happened. Raises ValueError on wrong shapes or a mask that is not bool.
+    A patched neuron has the same value in every row and position; other activations are unchanged. The hooks are
+    removed afterwards, even after an error. Raises ValueError on wrong shapes or a mask that is not bool.
     """
     _check(model, positions, values=values, neuron_mask=neuron_mask)
     if neuron_mask.dtype != torch.bool:
@@ -47,9 +47,9 @@ def patched(
 
 @contextmanager
 def scaled(model: nn.Module, factors: Tensor, positions: Positions = "all") -> Iterator[None]:
-    """Within this context each activation is multiplied by its neuron's entry of `factors` (L, d_mlp).
+    """Multiply each activation by its neuron's entry of `factors` (L, d_mlp) within this context.
 
-    `positions` as for `patched`. The hooks are gone afterwards, whatever happened. Raises ValueError on wrong
+    `positions` as for `patched`. The hooks are removed afterwards, even after an error. Raises ValueError on wrong
     shapes or a mask that is not bool.
     """
     _check(model, positions, factors=factors)
@@ -67,15 +67,15 @@ def tuning_free_factors(
     fraction: float = 0.5,
     skip_most_active: float = 0.0,
 ) -> Tensor:
-    """Factors (L, d_mlp) for `scaled` that push a policy away from the probe direction without any training.
+    """Compute factors (L, d_mlp) for `scaled` that move a policy away from the probe direction without training.
 
     With the kinds TP, TN, AP, AN of `neuron_shift.kind_masks`: the `fraction` of TP and of AN with the largest
     |cos| gets 1 - alpha, the `fraction` of AP and of TN with the smallest |cos| gets 1 + alpha, all others 1; each
-    kind is cut by itself, over all layers. `skip_most_active`: this share of all neurons, those with the largest
-    |activation|, is left at 1 and out of the cut.
+    kind is selected separately, over all layers. `cosines` and `activations` are (L, d_mlp). `skip_most_active`: this
+    share of all neurons, those with the largest |activation|, keeps factor 1 and is excluded from the selection.
 
     Yang et al. 2024 (arXiv 2411.06424), tuning-free editing: alpha 0.05, half of each kind; for GPT-2 the top 20% by
-    activation are left out first. Raises ValueError when the shapes differ or a share lies outside [0, 1].
+    activation are excluded first. Raises ValueError when the shapes differ or a share is outside [0, 1].
     """
     for name, share in (("alpha", alpha), ("fraction", fraction), ("skip_most_active", skip_most_active)):
         if not 0 <= share <= 1:
@@ -98,7 +98,7 @@ def tuning_free_factors(
 def _changing(
     model: nn.Module, layers: list[int], change: Callable[[int, Tensor], Tensor], positions: Positions
 ) -> Iterator[None]:
-    shape: list[int] = []  # (B, T) of the forward that is running: OPT's MLPs see (B * T, d_mlp)
+    shape: list[int] = []  # (B, T) of the current forward: OPT's MLPs see (B * T, d_mlp)
 
     def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         shape[:] = inputs[0].shape

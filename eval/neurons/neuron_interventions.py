@@ -1,4 +1,4 @@
-"""Does a group of neurons do what its sum says? Continuations of the policy before training with neurons changed."""
+"""Causal check of neuron groups: continuations of the policy before training with changed activations."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ class EditConfig(Section):
 def intervene(
     model: nn.Module, shift: NeuronShift, edit: EditConfig, continue_prompts: Callable[[], Continuations]
 ) -> dict[str, Continuations]:
-    """Continuations by the policy before training with each group, and all four, at their mean activations after
-    training, and with tuning-free editing; by name. A group without neurons is left out.
+    """Sample continuations of the policy before training under each intervention, by the intervention's name.
 
-    Changed are the positions that emit the continuation: the last prompt token and every new token.
+    Interventions: each group of neurons, and all four together, patched to the mean activations after training; and
+    tuning-free editing. Groups without neurons are omitted. Patching changes the positions that emit the
+    continuation: the last prompt token and every new token. Editing scales all positions.
     """
     groups = {name: mask for name, mask in shift.group_masks().items() if mask.any()}
     if groups:
@@ -54,7 +55,7 @@ def intervene(
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of the values that are not nan, and the half-width 1.96 s / sqrt(n) of its 95% interval."""
+    """Compute the mean of the non-nan values, and the half-width 1.96 s / sqrt(n) of its 95% interval."""
     known = np.array(values, dtype=np.float64)
     known = known[np.isfinite(known)]
     if len(known) < 2:
@@ -65,9 +66,9 @@ def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
 def written_summary(
     measured: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """policy -> measurement -> mean, and the mean change from `before` on the same prompts with its half-width.
+    """Summarise policy -> measurement -> mean, and mean change from `before` on the same prompts with half-width.
 
-    `measured` holds one number a prompt, nan where there is none.
+    `measured` contains one number per prompt, nan where it is missing.
     """
     base = measured[BEFORE]
     summary: dict[str, dict[str, dict[str, float]]] = {}
@@ -80,7 +81,7 @@ def written_summary(
 
 
 def written_markdown(summary: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """The summary as a table: mean, and change from `before` with its 95% interval."""
+    """Format the summary as a table: mean, and change from `before` with its 95% interval."""
     names = list(summary[BEFORE])
     lines = ["| policy | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
     for policy, columns in summary.items():

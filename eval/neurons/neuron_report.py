@@ -1,4 +1,4 @@
-"""A neuron shift on disk and on the page: arrays by neuron, the summary as JSON and Markdown, a plot by layer."""
+"""Output of a neuron shift: arrays by neuron, the summary as JSON and Markdown, a plot by layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eval.neurons.neuron_shift import NeuronShift
 
 
 def save_arrays(shift: NeuronShift, path: Path) -> None:
-    """Everything by neuron as an .npz: arrays (L, d_mlp); `group` holds "TP-", ..., or "" for the others."""
+    """Write an .npz of arrays (L, d_mlp); `group` contains "TP-", ..., or "" for neurons outside the groups."""
     group = np.full(tuple(shift.before.shape), "", dtype="<U3")
     for name, mask in shift.group_masks().items():
         group[mask.numpy()] = name
@@ -26,7 +26,7 @@ def save_arrays(shift: NeuronShift, path: Path) -> None:
 
 
 def load_arrays(path: Path) -> NeuronShift:
-    """The NeuronShift of a file by `save_arrays`."""
+    """Read the NeuronShift of a file by `save_arrays`."""
     with np.load(path) as arrays:
         return NeuronShift(*(torch.from_numpy(arrays[name]) for name in NeuronShift.__dataclass_fields__))
 
@@ -52,7 +52,7 @@ def _percent(share: float) -> str:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The summary as tables: groups and their total, then layers, then the neurons that moved most."""
+    """Format the summary as tables: groups and their total, then layers, then the neurons that moved most."""
     lines = [
         "| group | neurons of the kind | moved away | gross | share of gross | moved toward | opposing | net |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -92,7 +92,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def page(summary: dict[str, Any], reports: list[str]) -> str:
-    """The Markdown page of a whole analysis: what was compared, the tables, what the policies write, the data."""
+    """Format the Markdown page of a whole analysis: policies, tables, measures of the continuations, data."""
     positions, probe = summary["num_positions"], summary["probe"]
     recorded_on = (
         "what each policy writes" if summary["recorded_on"] == "own" else "what the policy before writes"
@@ -117,7 +117,7 @@ def page(summary: dict[str, Any], reports: list[str]) -> str:
 
 
 def plot_layers(summary: dict[str, Any], path: Path) -> None:
-    """Layer by layer: gross stacked by group, opposing and net."""
+    """Plot by layer: gross stacked by group, opposing and net."""
     import matplotlib
 
     matplotlib.use("Agg")

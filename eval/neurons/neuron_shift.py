@@ -1,4 +1,4 @@
-"""Which MLP neurons a policy uses differently after training, and how much each moves it along a probe direction.
+"""Shift of MLP neurons by training: the change in each neuron's contribution along a probe direction.
 
 Yang et al. 2024 (arXiv 2411.06424). With value vectors v_i and mean activations a_i, neuron i contributes
 p_i = a_i (v_i . w) / |w| to the projection of its MLP's output on the probe direction w.
@@ -24,7 +24,7 @@ NUM_TOP = 10
 
 @torch.no_grad()
 def align(model: nn.Module, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Projection and cosine of every value vector with the probe direction w, each (L, d_mlp) float64.
+    """Compute projection and cosine of every value vector with the probe direction w, each (L, d_mlp) float64.
 
         alignment = v . w / |w|,   cosine = v . w / (|v| |w|)   (0 for a zero value vector)
 
@@ -51,10 +51,10 @@ def align(model: nn.Module, direction: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kind_masks(cosines: Tensor, activations: Tensor) -> dict[str, Tensor]:
-    """The four kinds of neurons as bool masks (L, d_mlp), by the signs of cosine and mean activation before.
+    """Mark the four kinds of neurons (L, d_mlp), by the signs of cosine and mean activation before training.
 
     T: the value vector points toward the probe direction (cosine > 0), A: away from it (cosine < 0). P: mean
-    activation >= 0, N: below 0. A neuron with cosine 0 is of no kind: it cannot move the projection.
+    activation >= 0, N: below 0. A neuron with cosine 0 has no kind: it cannot change the projection.
     """
     if cosines.shape != activations.shape:
         raise ValueError(
@@ -88,12 +88,12 @@ class NeuronShift:
 
     @property
     def projections_before(self) -> Tensor:
-        """p = a v . w / |w|."""
+        """Projections before training, p = a v . w / |w|."""
         return self.before * self.alignments
 
     @property
     def projections_after(self) -> Tensor:
-        """The same with the activation after training and the value vector before it."""
+        """Projections with the activation after training and the value vector before it."""
         return self.after * self.alignments
 
     @property
@@ -103,11 +103,11 @@ class NeuronShift:
 
     @property
     def value_reductions(self) -> Tensor:
-        """a_after (v_before - v_after) . w / |w|: what the change of the value vectors adds to the reductions."""
+        """a_after (v_before - v_after) . w / |w|: the part of the reductions that is due to the value vectors."""
         return self.after * (self.alignments - self.alignments_after)
 
     def group_masks(self) -> dict[str, Tensor]:
-        """The neurons that moved away from the probe direction (reduction > 0), by group.
+        """Mark the neurons that moved away from the probe direction (reduction > 0), by group.
 
         TP-: TP, activation fell. TN+: TN, more negative. AP+: AP, activation rose. AN-: AN, less negative.
         """
@@ -116,13 +116,13 @@ class NeuronShift:
 
 
 def shares(gross: Sequence[float]) -> list[float]:
-    """Each sum over their total; nan for all when the total is 0. Sums are >= 0."""
+    """Divide each sum by their total; nan for all when the total is 0. Sums are >= 0."""
     total = sum(gross)
     return [value / total if total > 0 else float("nan") for value in gross]
 
 
 def noise_gross(first: Tensor, second: Tensor, alignments: Tensor) -> float:
-    """Gross sum that sampling alone would show, from mean activations over two halves of one policy's continuations.
+    """Estimate the gross sum due to sampling alone, from mean activations over two halves of one policy's samples.
 
         sum_i |(a1_i - a2_i) alignment_i| / (2 sqrt 2)
 
@@ -134,7 +134,7 @@ def noise_gross(first: Tensor, second: Tensor, alignments: Tensor) -> float:
 
 
 def summarise(shift: NeuronShift) -> dict[str, Any]:
-    """Counts and sums by group, over all neurons, and by layer, as JSON values.
+    """Compute counts and sums by group, over all neurons, and by layer, as JSON values.
 
     Of each kind: `gross`, the sum of the reductions above 0 (its group) over `count` neurons; `opposing`, the sum of
     those below 0 over `opposing_count` neurons; `net` = gross + opposing; `share` of all gross. The nets of the four
@@ -181,7 +181,7 @@ def summarise(shift: NeuronShift) -> dict[str, Any]:
 
 
 def _top_neurons(shift: NeuronShift, size: Tensor) -> list[dict[str, Any]]:
-    """The NUM_TOP neurons of the largest positive `size`."""
+    """Return the NUM_TOP neurons with the largest positive `size`."""
     kinds = kind_masks(shift.cosines, shift.before)
     width = size.shape[1]
     order = size.flatten().argsort(descending=True, stable=True)[:NUM_TOP].tolist()

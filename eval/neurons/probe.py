@@ -27,7 +27,7 @@ class Probe:
     bias: float = 0.0
 
     def logits(self, features: Tensor) -> Tensor:
-        """x . weight + bias, (n,) float64, of features (n, d)."""
+        """Compute x . weight + bias, (n,) float64, of features (n, d)."""
         return features.double() @ self.weight + self.bias
 
 
@@ -38,7 +38,7 @@ def mean_hidden_states(
     text_ids: Sequence[Sequence[int]],
     batch_size: int,
 ) -> Tensor:
-    """Mean of the last hidden states at the tokens of each text, read after its context, (n, d) float64.
+    """Average the last hidden states at the tokens of each text, given its context, (n, d) float64.
 
         x_b = (1 / |text_b|) sum_{t in text_b} h_t
 
@@ -73,11 +73,11 @@ def mean_hidden_states(
 
 
 def fit_probe(features: Tensor, labels: Tensor, l2: float = 1.0) -> Probe:
-    """L2-regularised logistic regression of bool labels (n,) on features (n, d).
+    """Fit an L2-regularised logistic regression of bool labels (n,) on features (n, d).
 
         minimise  sum_i log(1 + exp(-y_i (x_i . w + b))) + (l2 / 2) |w|^2,   y_i = +1 for True, -1 for False
 
-    The bias is free. Newton's method with step halving, in float64, to the precision of that. Raises ValueError when
+    The bias is not penalised. Newton's method with step halving, to float64 precision. Raises ValueError when
     the labels are all the same, l2 is not positive, or features are not finite.
     """
     if labels.dtype != torch.bool or labels.shape != features.shape[:1]:
@@ -90,7 +90,7 @@ def fit_probe(features: Tensor, labels: Tensor, l2: float = 1.0) -> Probe:
         raise ValueError(f"l2 must be positive, or separable texts have no optimum, got {l2}")
     if not features.isfinite().all():
         raise ValueError("the features are not finite: the model's hidden states have diverged")
-    # In centred features the Hessian is better conditioned; the optimum is the same, since the bias is free.
+    # The Hessian of centred features is better conditioned; the optimum is the same, since the bias is not penalised.
     mean = features.double().mean(dim=0)
     inputs = torch.cat([features.double() - mean, torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
     signs = torch.where(labels, 1.0, -1.0).double()
@@ -110,7 +110,7 @@ def fit_probe(features: Tensor, labels: Tensor, l2: float = 1.0) -> Probe:
         while loss(theta - scale * step) > highest and scale > 1e-10:
             scale /= 2
         theta = theta - scale * step
-        decrement = gradient @ step  # about twice what the loss was above its minimum before this step
+        decrement = gradient @ step  # about twice the excess loss before this step
         if decrement <= TOLERANCE * len(labels):
             break
     else:
@@ -120,10 +120,10 @@ def fit_probe(features: Tensor, labels: Tensor, l2: float = 1.0) -> Probe:
 
 
 def probe_quality(probe: Probe, features: Tensor, labels: Tensor) -> dict[str, float]:
-    """How well a probe tells texts apart that it was not fitted on.
+    """Measure how well a probe separates texts that it was not fitted on.
 
-    accuracy at probability 1/2; commoner_label, the accuracy of always saying the commoner label; auc, the chance
-    that a random true text gets a higher logit than a random false one (nan when one kind is missing).
+    accuracy at probability 1/2; commoner_label, the accuracy of always predicting the more common label; auc, the
+    probability that a random true text gets a higher logit than a random false one (nan without one of the labels).
     """
     logits = probe.logits(features)
     true, false = logits[labels].numpy(), logits[labels.logical_not()].numpy()
@@ -143,7 +143,7 @@ def save_probe(probe: Probe, path: Path) -> None:
 
 
 def load_probe(path: str | Path) -> Probe:
-    """A probe from a file: .npz with `weight` (d,) and maybe `bias`, .npy or .pt with the vector alone.
+    """Load a probe from a file: .npz with `weight` (d,) and optionally `bias`, .npy or .pt with the vector alone.
 
     A leading axis of length 1, as scikit-learn's `coef_` has it, is dropped. Raises ConfigError for anything else.
     """

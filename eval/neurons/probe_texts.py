@@ -45,7 +45,7 @@ class ProbeConfig(Section):
     max_length: int | None = setting(None, ge=1)
     """The most tokens of prompt and text together; a longer row is a bad row. null = no limit."""
     l2: float = setting(1.0, gt=0)
-    """Strength of the penalty l2/2 |w|^2 beside the loss summed over the texts (1 / C of scikit-learn)."""
+    """Strength of the penalty l2/2 |w|^2 relative to the loss summed over the texts (1 / C of scikit-learn)."""
     holdout: float = setting(0.2, gt=0, lt=1)
     """Share of the distinct prompts (or texts without one) on which the probe is tested, not fitted."""
 
@@ -59,7 +59,7 @@ class ProbeConfig(Section):
 
 @dataclass(frozen=True, slots=True)
 class ProbeText:
-    """A text with its label; `prompt` stands before it and may be empty."""
+    """A text with its label; `prompt` precedes it and may be empty."""
 
     text: str
     label: bool
@@ -69,7 +69,7 @@ class ProbeText:
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Texts as token ids, their labels, and which of them the probe is tested on."""
+    """Texts as token ids, their labels, and which of them are held out."""
 
     context_ids: list[list[int]]
     text_ids: list[list[int]]
@@ -83,8 +83,8 @@ def load_probe_texts(
 ) -> EncodedTexts:
     """Read, encode and split the texts of a recipe.
 
-    Raises DataError when they are not there, when more than `max_bad_fraction` of the rows is bad, or when the
-    part to fit on or the part to test on lacks a label.
+    Raises DataError when they are missing, when more than `max_bad_fraction` of the rows are bad, or when the fitted
+    or the held-out part lacks a label.
     """
     bad = BadRows()
     if config.source == "demo":
@@ -119,9 +119,9 @@ def load_probe_texts(
 
 
 def demo_texts(config: DemoConfig, fault: str) -> list[ProbeText]:
-    """Demo references (false) and the same with one fault (true), on held-out posts after the first `num_eval`.
+    """Make demo references (false) and the same with one fault (true), on held-out posts after the first `num_eval`.
 
-    So no text is about a post that the demo evaluates on.
+    So no text is about a post of the demo's evaluation.
     """
     config_for_texts = replace(config, num_eval=config.num_eval + NUM_DEMO_POSTS)
     evaluated = {record.prompt for record in make_demo(config, "prompts", "eval")}
@@ -162,7 +162,7 @@ def _text_of(row: Row, config: ProbeConfig) -> ProbeText:
 
 
 def _encode(tokenizer, texts: list[ProbeText]) -> tuple[list[list[int]], list[list[int]]]:
-    """Ids of what is read before each text (a prompt, or a BOS token if the tokenizer adds one), and of the text."""
+    """Encode each text, and its context: a prompt, or a BOS token if the tokenizer adds one."""
     context_ids = encode_queries(tokenizer, [text.prompt for text in texts])
     alone = encode_queries(tokenizer, [text.text for text in texts])
     continuing = encode_responses(tokenizer, [text.text for text in texts])

@@ -1,8 +1,8 @@
-"""Charts for the page: matplotlib draws them as SVG, and the page's style sheet decides colours and fonts.
+"""Charts for the page: matplotlib draws them as SVG, and the page's style sheet sets colours and fonts.
 
 The page forbids inline styles and has a dark mode, so every style of the drawing becomes attributes, and every colour a
-variable of the style sheet. Text stays text, and the same numbers give the same bytes. The shape of a mark changes with
-its colour, for readers who cannot tell the colours apart.
+variable of the style sheet. Text stays text, and output is deterministic. The shape of a mark changes with its colour,
+for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from matplotlib.lines import Line2D
 from eval.reporting.comparison import Estimate
 
 WIDTH = 460
-"Of a chart, in pixels; so are all lengths below."
+"Width of a chart, in pixels; all lengths below are in pixels, too."
 VARIABLES = ("--c0", "--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7", "--ink", "--line", "--paper")
 NUM_COLOURS = 8
 MARKERS = "os^DvP"
@@ -55,7 +55,7 @@ class Mark:
 
 
 def _colour(name: str) -> str:
-    """Return the colour that stands for a variable of the style sheet while matplotlib draws."""
+    """Return the placeholder colour for a variable of the style sheet while matplotlib draws."""
     return f"#fe00{VARIABLES.index(name):02x}"
 
 
@@ -67,7 +67,7 @@ def _mark_colour(style: int) -> str:
 
 
 def shortened(label: str, length: int = LABEL_LENGTH) -> str:
-    """Return the label on one line, at most `length` characters, with a question mark for what cannot be printed."""
+    """Return the label on one line, at most `length` characters, with a question mark for unprintable characters."""
     label = "".join(c if c.isprintable() else "?" for c in " ".join(label.split()))
     return label if len(label) <= length else label[: length - 1] + "…"
 
@@ -79,7 +79,7 @@ def _settings() -> Iterator[None]:
         "svg.hashsalt": "report",
         "figure.dpi": 72,
         "font.size": 11.5,
-        "text.parse_math": False,  # a name is no formula
+        "text.parse_math": False,  # a name is not a formula
         "text.usetex": False,
         "axes.titlesize": "medium",
         "axes.axisbelow": True,
@@ -92,7 +92,7 @@ def _settings() -> Iterator[None]:
         "ytick.major.size": 0,
     } | {f"axes.spines.{side}": False for side in ("left", "top", "right", "bottom")}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # the reader's fonts have it, or not
+        warnings.filterwarnings("ignore", "Glyph")  # depends on the reader's fonts, not on these
         yield
 
 
@@ -100,7 +100,7 @@ def _settings() -> Iterator[None]:
 def bar_chart(bars: Sequence[Mark], x_label: str, name: str, reference: float | None = None) -> Markup:
     """Draw the marks' x as horizontal bars from 0, one row each, and a dashed line at `reference`.
 
-    `name` is read aloud.
+    `name` is the label for screen readers.
     """
     labels = [shortened(bar.label) for bar in bars]
     left = 14 + max(26, 6.5 * max(map(len, labels)))
@@ -129,7 +129,7 @@ def point_chart(
     """Draw points with their intervals, and a legend of the methods' colours and shapes.
 
     With `settings` the ticks of x are the points' own x; otherwise points are labelled where there is room. `name` is
-    read aloud.
+    the label for screen readers.
     """
     methods = {point.method: point.style for point in points}
     legend_height = 12 + 18 * math.ceil(len(methods) / LEGEND_COLUMNS)
@@ -185,7 +185,7 @@ def _interval(axes: Axes, along: Estimate, across: Estimate, upright: bool = Fal
 
 
 def _settings_axis(axes: Axes, settings: Sequence[float]) -> None:
-    """Put a tick at each setting, on a logarithmic axis where they are far apart; labels too close are left out."""
+    """Put a tick at each setting, on a logarithmic axis for a wide range, and omit labels that are too close."""
     if settings[0] > 0 and settings[-1] >= LOG_SPAN * settings[0]:
         axes.set_xscale("log")
     axes.minorticks_off()

@@ -1,4 +1,4 @@
-"""The content of comparison.json as typed rows: eval.comparing makes them, the report and the console read them."""
+"""The content of comparison.json as typed rows: written by eval.comparing, read by the report and the console."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RunsEstimate(Estimate):
 
 @dataclass(frozen=True)
 class JudgeRow:
-    """The judge and what it was asked; `spent` are its calls, tokens and dollars."""
+    """The judge and its question; `spent` are its calls, tokens and dollars."""
 
     kind: str
     name: str
@@ -101,7 +101,7 @@ class SystemRow:
 
 @dataclass(frozen=True)
 class DifferenceRow:
-    """A paired test of system 1 minus system 2; without a difference `reason` holds why."""
+    """A paired test of system 1 minus system 2; without a difference `reason` is the cause."""
 
     measure: str
     system_1: str
@@ -189,7 +189,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class VerdictRow:
-    """The judge's verdict in one order; `text` is its own answer."""
+    """The judge's verdict in one order; `text` is its raw answer."""
 
     order: Order
     status: Status

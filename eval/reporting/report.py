@@ -1,8 +1,8 @@
-"""The report of a comparison: one HTML file that needs nothing else, and the same tables as Markdown.
+"""The report of a comparison: one self-contained HTML file, and the same tables as Markdown.
 
-Everything in a comparison is untrusted: systems wrote it. The template escapes it, the examples travel as JSON that
-cannot end its own element, the page's script puts text into text nodes alone, and its Content-Security-Policy lets
-nothing run but that script, by its hash, and no connection be made.
+Everything in a comparison is untrusted: systems wrote it. The template escapes it, the examples are embedded as JSON
+that cannot end its own element, the page's script writes to text nodes only, and its Content-Security-Policy allows
+nothing but that script, by its hash, and no connections.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _UNSAFE_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 
 def report(path: Path) -> Path:
-    """Write the pages of a comparison anew, beside its comparison.json; nothing is measured or asked again.
+    """Rewrite the pages of a comparison in its folder, from comparison.json, without measuring or judging again.
 
     `path` is that file or its folder. Returns the path of report.html. Raises DataError as `read_comparison` does.
     """
@@ -63,7 +63,7 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
         ("report.md", markdown_page(comparison, facts, tables, plots)),
         ("report.html", html),
     ):
-        # Half of a surrogate pair has no bytes: a question mark stands for it.
+        # Lone surrogates cannot be encoded: they become question marks.
         (folder / name).write_bytes(text.encode("utf-8", errors="replace"))
     return folder / "report.html"
 
@@ -88,7 +88,7 @@ def headline(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def judge_text(judge: JudgeRow) -> str:
-    """Describe the judge in words."""
+    """Describe the judge."""
     parts = [judge.name, judge.kind.replace("_", " ")]
     if judge.prompt is not None:
         parts.append(f"prompt {judge.prompt}")
@@ -98,7 +98,7 @@ def judge_text(judge: JudgeRow) -> str:
 
 
 def spent_text(spent: Mapping[str, float | None]) -> str:
-    """Write calls, tokens and dollars as one text."""
+    """Format calls, tokens and dollars as one text."""
     parts = []
     for key, number in spent.items():
         if key == "cost":

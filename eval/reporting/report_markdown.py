@@ -13,15 +13,15 @@ _SPECIAL = re.compile(r"[\\`*\[\]<>|~&#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def escaped(text: str) -> str:
-    """Escape the text, on one line, so that nothing in it is markup and a `|` ends no cell.
+    """Escape the text, on one line, so that it contains no markup and its `|` ends no cell.
 
-    An underscore within a word is no markup and stays.
+    An underscore within a word is not markup and is unchanged.
     """
     return _SPECIAL.sub(lambda found: "\\" + found[0], " ".join(text.split()))
 
 
 def markdown_table(table: Table) -> str:
-    """Write a Markdown table; notes and warnings of a cell are lines of their own in it."""
+    """Write a Markdown table; notes and warnings of a cell are separate lines in it."""
     lines = ["| " + " | ".join(escaped(column.name) for column in table.columns) + " |"]
     lines.append("|" + "|".join(" ---: " if column.numeric else " --- " for column in table.columns) + "|")
     lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]

@@ -1,4 +1,4 @@
-"""The plots of a report: which number is drawn against which, each with its numbers as a table."""
+"""The plots of a report, each with its numbers as a table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTERVALS = "Lines are 95% intervals."
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, what it shows, and the numbers in it."""
+    """A drawing, its description, and its numbers."""
 
     title: str
     drawing: Markup
@@ -41,7 +41,7 @@ def figures(comparison: Comparison) -> list[Figure]:
 
 
 def _styles(comparison: Comparison) -> dict[str, int]:
-    """Number the methods: one colour and shape for each, the same in every plot."""
+    """Number the methods: one colour and shape per method, the same in every plot."""
     methods = [system.method for system in comparison.systems]
     methods += [point.method for frontier in comparison.frontiers for point in frontier.points]
     methods += [point.method for curve in comparison.curves for point in curve.points]

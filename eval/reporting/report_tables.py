@@ -1,4 +1,4 @@
-"""The tables of a report as plain cells, which the HTML page and the Markdown page both show."""
+"""The tables of a report as plain cells, for both the HTML page and the Markdown page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eval.reporting.comparison import Comparison, DifferenceRow, Estimate, Measu
 NOTHING = "–"
 SIGNIFICANT = 0.05
 NAMED_AT_MOST = 3
-"So many systems are named in a note; beyond that they are counted."
+"Maximum number of systems named in a note; more are counted."
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Table:
 
 
 def row_of(*cells: Cell | str | int) -> tuple[Cell, ...]:
-    """Make a row; a text or a count becomes a cell of its own."""
+    """Make a row; texts and counts become cells."""
     return tuple(cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in cells)
 
 
@@ -94,7 +94,7 @@ def setting_text(setting: float) -> str:
 
 
 def resolved(test: DifferenceRow) -> bool:
-    """Return whether the interval leaves out 0 and the p-value is below 0.05 after Holm's correction."""
+    """Return whether the interval excludes 0 and the p-value is below 0.05 after Holm's correction."""
     if None in (test.difference, test.low, test.high, test.p_holm):
         return False
     return not test.low <= 0 <= test.high and test.p_holm < SIGNIFICANT
@@ -109,7 +109,7 @@ def better_system(test: DifferenceRow, measure: MeasureRow) -> tuple[str, str] |
 
 
 def reading(test: DifferenceRow, measure: MeasureRow) -> str:
-    """Describe a test in words."""
+    """Describe a test."""
     if None in (test.difference, test.low, test.high):
         return f"no test: {test.reason}"
     if test.low <= 0 <= test.high or (test.p_value or 0) >= SIGNIFICANT:
@@ -215,7 +215,7 @@ def _beaten_by(name: str, measure: MeasureRow, tests: Sequence[DifferenceRow]) -
 
 
 def judge_table(comparison: Comparison) -> Table | None:
-    """Show how each system was judged: counts, failures, bounds, consistency, the share of the first slot."""
+    """Describe the verdicts on each system: counts, failures, bounds, consistency, the share of the first slot."""
     judged = [system for system in comparison.systems if system.judged is not None]
     if not judged:
         return None
@@ -252,7 +252,7 @@ def judge_table(comparison: Comparison) -> Table | None:
 
 
 def matches_table(comparison: Comparison) -> Table | None:
-    """List the systems that were judged against each other, and not through the baseline."""
+    """List the systems that were judged directly against each other, not through the baseline."""
     if not comparison.matches:
         return None
     columns = (

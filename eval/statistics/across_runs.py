@@ -1,7 +1,7 @@
-"""One number of a system from its runs: a value for each training seed and prompt, and an interval that fits them.
+"""One estimate of a system over its runs: a value per training seed and prompt, with a matching interval.
 
-With one run the prompts are what was drawn at random. With several the training seeds are, too, and an interval that
-left them out would promise a precision about the method that it has only about these checkpoints.
+With one run only the prompts are random. With several runs the training seeds are too; an interval over prompts alone
+would then hold for these checkpoints, not for the method.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from eval.statistics.win_rate import paired_test
 
 @dataclass(frozen=True)
 class Measured:
-    """A system's value of one measure. `runs` are the values of its runs; limits are None where there is no interval.
+    """A system's value of one measure, with its interval if there is one.
 
-    `method` says what was resampled or assumed: that of `eval.statistics.intervals` for one run, "seeds" for several.
+    `runs` are the values of its runs; limits are None without an interval.
+    `method` names what was resampled or assumed: that of `eval.statistics.intervals` for one run, "seeds" for several.
     """
 
     value: float
@@ -36,7 +37,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Values:
-    """One number for each response of one run; nan where it is not known."""
+    """One number for each response of one run; nan where it is unknown."""
 
     prompt_ids: tuple[str, ...]
     numbers: NDArray[np.float64]
@@ -49,7 +50,7 @@ class Values:
 
 
 def run_matrix(runs: Sequence[Values]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
-    """Prompts in order of their ids (P,), and the mean of each run on each prompt (S, P); nan without a number."""
+    """Return the prompts sorted by id (P,), and each run's mean on each prompt (S, P); nan without a number."""
     prompt_ids = tuple(sorted({prompt_id for run in runs for prompt_id in run.prompt_ids}))
     column = {prompt_id: place for place, prompt_id in enumerate(prompt_ids)}
     matrix = np.full((len(runs), len(prompt_ids)), np.nan)
@@ -66,11 +67,10 @@ def run_matrix(runs: Sequence[Values]) -> tuple[tuple[str, ...], NDArray[np.floa
 def measured(
     runs: Sequence[Values], bounds: tuple[float, float] | None = None, floor: float = -math.inf
 ) -> Measured:
-    """Mean over runs and prompts, with an interval over prompts for one run, over seeds and prompts for several.
+    """Compute the mean over runs and prompts, its interval over prompts for one run, else over seeds and prompts.
 
-    `bounds` are the limits of the scale; (0, 1) takes Wilson's form for one run. The lower limit is never below
-    `floor`, such as 0 for a KL, unless the value itself is. Raises ValueError when a run has no
-    number at all.
+    `bounds` are the limits of the scale; (0, 1) gives Wilson's interval for one run. The lower limit is not below
+    `floor`, such as 0 for a KL, unless the value itself is. Raises ValueError when a run has no numbers.
     """
     _, matrix = run_matrix(runs)
     empty = [row for row, numbers in enumerate(matrix) if np.isnan(numbers).all()]
@@ -98,12 +98,12 @@ def measured(
 def widened_by_runs(
     interval: Interval, runs: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)
 ) -> Measured:
-    """An interval over prompts, of all runs pooled, widened by the spread of the runs' own values.
+    """Widen a pooled interval over prompts by the spread between runs.
 
         half^2 = (limit - value)^2 + (t_{S-1} s / sqrt(S))^2
 
-    For statistics that are no mean over prompts, such as a length-controlled rate. What the prompts do to each run is
-    counted twice, so it errs on the wide side. One run: the interval as it is. Cut at `bounds`.
+    For statistics that are not means over prompts, such as a length-controlled rate. The effect of the prompts on each
+    run is counted twice, so the interval is conservative. With one run it is unchanged. Clipped to `bounds`.
     """
     if len(runs) < 2:
         return Measured(interval.value, interval.low, interval.high, tuple(runs), interval.method)
@@ -115,7 +115,7 @@ def widened_by_runs(
 
 @dataclass(frozen=True)
 class Difference:
-    """System 1 minus system 2. `over` says what the interval is over: "prompts", or "seeds and prompts"."""
+    """System 1 minus system 2. `over` names what the interval is over: "prompts", or "seeds and prompts"."""
 
     difference: float
     low: float
@@ -124,22 +124,21 @@ class Difference:
     num_prompts: int
     over: str
     detectable: float | None
-    "The smallest true difference that so many prompts show with a probability of 0.8; None where seeds count, too."
+    "Smallest true difference that this many prompts detect with power 0.8; None where seeds count, too."
 
 
 def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference:
-    """Difference of two systems' scores in [0, 1] on the prompts that both have.
+    """Compute the difference of two systems' scores in [0, 1] on their shared prompts.
 
-    Both with several runs: `seed_difference`. Otherwise, and where every run of each has one and the same score
-    throughout, `paired_test` of the means over runs, which is about these checkpoints and no others. Raises
-    ValueError as these two do.
+    If both have several runs: `seed_difference`. Otherwise, and where all runs of each have the same constant score,
+    `paired_test` of the means over runs, which holds for these checkpoints only. Raises the ValueErrors of these two.
     """
     prompts_1, matrix_1 = run_matrix(runs_1)
     prompts_2, matrix_2 = run_matrix(runs_2)
     shared = sorted(set(prompts_1) & set(prompts_2))
     if not shared:
         raise ValueError("the two systems share no prompts")
-    matrix_1 = matrix_1[:, np.isin(prompts_1, shared)]  # columns are in the order of the ids
+    matrix_1 = matrix_1[:, np.isin(prompts_1, shared)]  # columns are sorted by id
     matrix_2 = matrix_2[:, np.isin(prompts_2, shared)]
     if len(runs_1) > 1 and len(runs_2) > 1 and (_varies(matrix_1) or _varies(matrix_2)):
         result = seed_difference(matrix_1, matrix_2)
@@ -160,5 +159,5 @@ def _varies(matrix: NDArray[np.float64]) -> bool:
 
 
 def _over_runs(matrix: ArrayLike) -> NDArray[np.float64]:
-    """Mean of each prompt over the runs; nan where one of them has no number, for the runs differ in level."""
+    """Average each prompt over runs; nan where a run has no number, because the levels of runs differ."""
     return np.asarray(matrix).mean(axis=0)

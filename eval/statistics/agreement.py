@@ -1,4 +1,4 @@
-"""Agreement of two judges, or of a judge with people, beyond chance and against what people reach themselves.
+"""Agreement of two judges, or of a judge with people, beyond chance and relative to human-human agreement.
 
 A score becomes one of three verdicts: above 0.5 for the first response, below for the second, 0.5 a tie.
 """
@@ -25,9 +25,9 @@ from eval.statistics.intervals import (
 
 @dataclass(frozen=True)
 class Agreement:
-    """Share of comparisons with one verdict from both, and Cohen's kappa; `undecided` rows are left out.
+    """Share of comparisons on which both give the same verdict, and Cohen's kappa, without `undecided` rows.
 
-    `chance` is the agreement expected of two judges who give these verdicts as often, but at random. Kappa is nan
+    `chance` is the expected agreement of two independent judges with the same frequencies of verdicts. Kappa is nan
     when it is 1, that is when both always give the same single verdict.
     """
 
@@ -46,14 +46,14 @@ class Agreement:
 def agreement(
     scores_1: ArrayLike, scores_2: ArrayLike, prompt_ids: ArrayLike | None = None, confidence: float = 0.95
 ) -> Agreement:
-    """Agreement and Cohen's kappa of two judges on the same comparisons, with intervals over prompts.
+    """Compute agreement and Cohen's kappa of two judges on the same comparisons, with intervals over prompts.
 
         kappa = (p_o - p_e) / (1 - p_e),    p_e = sum_k p_1k p_2k over the verdicts k
 
-    `scores_1`, `scores_2` (n,) in [0, 1], nan = undecided, row by row the same comparison. The interval of kappa is
-    the delta method with prompts as units; with one row per prompt it is that of
-    statsmodels.stats.inter_rater.cohens_kappa. Under perfect agreement that has no width, and the limits come
-    from those of the agreement at the same p_e.
+    `scores_1`, `scores_2` (n,) in [0, 1], nan = undecided; a row is the same comparison in both. The interval of kappa
+    uses the delta method with prompts as units; with one row per prompt it equals that of
+    statsmodels.stats.inter_rater.cohens_kappa. Under perfect agreement its width would be 0, so the limits are
+    computed from those of the agreement at the same p_e.
     Raises ValueError on unequal lengths, scores outside [0, 1], or no row that both decided.
     Sources: Cohen 1960; Fleiss, Cohen and Everitt 1969.
     """
@@ -86,7 +86,7 @@ def agreement(
 
 
 def _one_hot(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(..., 3): second, tie, first; nan stays nan."""
+    """Encode verdicts as (..., 3): second, tie, first; nan stays nan."""
     hot = np.stack([scores < 0.5, scores == 0.5, scores > 0.5], axis=-1).astype(np.float64)
     return np.where(np.isnan(scores)[..., None], np.nan, hot)
 
@@ -98,7 +98,7 @@ def _kappa_interval(
     share: Interval,
     confidence: float,
 ) -> tuple[float, float, float, float]:
-    """p_e, kappa and its limits, from each prompt's agreement (P,) and shares of the verdicts (P, 3).
+    """Compute p_e, kappa and its limits, from each prompt's agreement (P,) and shares of the verdicts (P, 3).
 
     d kappa = (d p_o - (1 - kappa) d p_e) / (1 - p_e),    d p_e = sum_k (p_2k d p_1k + p_1k d p_2k)
     """
@@ -119,10 +119,10 @@ def _kappa_interval(
 
 @dataclass(frozen=True)
 class HumanCeiling:
-    """A judge against people, on the `num_pairs` pairs with at least two human labels and a judge's verdict.
+    """A judge compared with people, on the `num_pairs` pairs with at least two human labels and a judge's verdict.
 
-    `judge` is the chance that the judge agrees with an annotator of the pair, `humans` that two annotators of it
-    agree: the ceiling. `difference` is judge - humans, pair by pair. Kappas with (low, high) beside them.
+    `judge` is the probability that the judge agrees with an annotator of the pair, `humans` that two of its annotators
+    agree: the ceiling. `difference` is judge - humans on the same pairs. Limits of the kappas are (low, high).
     """
 
     num_pairs: int
@@ -144,14 +144,14 @@ def human_ceiling(
     num_resamples: int = 9999,
     seed: int = 0,
 ) -> HumanCeiling:
-    """Judge-human agreement beside human-human agreement on the same pairs.
+    """Compare judge-human agreement with human-human agreement on the same pairs.
 
         pair i with m_i labels, m_ik of them verdict k, judge's verdict j:
         judge_i = m_ij / m_i,    humans_i = sum_k m_ik (m_ik - 1) / (m_i (m_i - 1))
 
-    `judge_scores` (n,), `human_scores` (n, annotators) in [0, 1], nan = no label. Each prompt counts once. Human
-    kappa takes its p_e from the pooled labels; when every pair has as many labels it is Fleiss' kappa. The
-    difference has a BCa interval of `num_resamples`.
+    `judge_scores` (n,), `human_scores` (n, annotators) in [0, 1], nan = no label; `prompt_ids` (n,), None when each
+    row is its own prompt. Each prompt counts once. The p_e of human kappa comes from the pooled labels; with equally
+    many labels per pair it is Fleiss' kappa. The difference has a BCa interval of `num_resamples` resamples.
     Raises ValueError on unequal lengths, or when no pair has two labels and a verdict.
     Sources: Cohen 1960; Fleiss 1971.
     """

@@ -1,7 +1,7 @@
-"""One scale for all systems: Bradley-Terry strengths from their comparisons, as log-odds and as Elo.
+"""Bradley-Terry strengths of all systems on one scale, from their comparisons, as log-odds and as Elo.
 
-Strengths are found for many resampled tables of results at once, since the interval comes from drawing the
-prompts again: comparisons on one prompt share it and are no independent draws.
+Strengths are fitted for many resampled tables of results at once. The bootstrap resamples prompts, since comparisons
+on the same prompt are not independent.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from eval.statistics.intervals import (
 
 ELO_PER_LOGIT = 400 / math.log(10)
 ELO_CENTRE = 1000.0
-RIDGE = 0.1  # precision of the normal prior that replaces an infinite strength: a deviation of 550 Elo
+RIDGE = 0.1  # precision of the normal prior that replaces an infinite strength: an sd of 550 Elo
 MAX_STEPS = 200
 WIN, LOSS = range(2)
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Systems by falling strength. `strengths`, `low`, `high` (K,) are log-odds; `elo*` the same on Elo's scale.
+    """Systems by decreasing strength. `strengths`, `low`, `high` (K,) are log-odds; `elo*` the same on Elo's scale.
 
     They are relative to `anchor` (strength 0, Elo 1000), or to the mean of all systems when it is None.
     """
@@ -47,7 +47,7 @@ class Ranking:
 
     @property
     def elo(self) -> NDArray[np.float64]:
-        """1000 + 400 / ln 10 * strength: 400 points are odds of ten to one."""
+        """Strengths on the Elo scale, 1000 + 400 / ln 10 * strength: 400 points are odds of ten to one."""
         return ELO_CENTRE + ELO_PER_LOGIT * self.strengths
 
     @property
@@ -73,11 +73,12 @@ def bradley_terry(
 
         P(a beats b) = sigmoid(s_a - s_b);  a score y is y wins and 1 - y losses, a tie half of each
 
-    `systems_a`, `systems_b` (n,) names, `scores` (n,) of system a in [0, 1], nan = undecided. The limits are
-    percentiles over resampled prompts. The estimate exists only if no group of systems won everything against
-    the rest (Ford 1957); otherwise a warning names the systems at fault, strengths are held finite by a normal
-    prior of precision 0.1, and the limits are widened to those of the prior and the likelihood's curvature.
-    The same prior is used in resamples that need it.
+    `systems_a`, `systems_b` (n,) names, `scores` (n,) of system a in [0, 1], nan = undecided; `prompt_ids` (n,), None
+    when each row is its own prompt. The limits are percentiles over `num_resamples` resamples of the prompts. The
+    estimate exists only if no group of systems won everything against the rest (Ford 1957); otherwise a warning names
+    the systems at fault, strengths are kept finite by a normal prior of precision 0.1, and the limits are widened to
+    those of the prior and the likelihood's curvature. The same prior is used in resamples that need it. Strengths are
+    relative to the system `anchor`, or to the mean of all systems when it is None.
     Raises ValueError on unequal rows, a system against itself, no decided comparison, an unknown anchor,
     fewer than two prompts, or systems that no chain of comparisons joins.
     Sources: Bradley and Terry 1952; Ford 1957; Chiang et al. 2024 (Chatbot Arena).
@@ -147,7 +148,7 @@ def _results(
 
 
 def _resampled_tables(per_prompt: NDArray, num_resamples: int, seed: int) -> NDArray[np.float64]:
-    """Sum as many prompts as there are, drawn with replacement, R times: (R, M, 2)."""
+    """Sum P prompts drawn with replacement, R times: (R, M, 2)."""
     num_prompts = len(per_prompt)
     rng = np.random.default_rng(seed)
     flat = per_prompt.reshape(num_prompts, -1)
@@ -161,7 +162,7 @@ def _resampled_tables(per_prompt: NDArray, num_resamples: int, seed: int) -> NDA
 
 
 def _edges(tables: NDArray, pairs: NDArray, num_systems: int) -> NDArray[np.bool_]:
-    """Return (B, K, K): has the row's system a win, or a part of one, over the column's?"""
+    """Return (B, K, K): whether the row's system has a win, or a part of one, over the column's."""
     edges = np.zeros((len(tables), num_systems, num_systems), dtype=bool)
     edges[:, pairs[:, 0], pairs[:, 1]] = tables[:, :, WIN] > 0
     edges[:, pairs[:, 1], pairs[:, 0]] = tables[:, :, LOSS] > 0
@@ -169,7 +170,7 @@ def _edges(tables: NDArray, pairs: NDArray, num_systems: int) -> NDArray[np.bool
 
 
 def _reachable(edges: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return (B, K, K): is there a chain of edges from the row's system to the column's?"""
+    """Return (B, K, K): whether a chain of edges leads from the row's system to the column's."""
     reach = edges | np.eye(edges.shape[-1], dtype=bool)
     for _ in range(max(1, math.ceil(math.log2(edges.shape[-1])))):
         reach = np.matmul(reach.astype(np.float32), reach.astype(np.float32)) > 0

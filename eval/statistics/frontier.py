@@ -1,4 +1,4 @@
-"""Find which policies no other one beats in reward at less KL to the reference policy."""
+"""The Pareto front of policies in reward and KL to the reference policy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from eval.statistics.intervals import without_nan
 
 
 def pareto_front(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.bool_]:
-    """True (n,) for the points that no other one beats: at most their KL, at least their reward, one strictly.
+    """Return True (n,) for points that no other dominates (no more KL, no less reward, one of them strictly).
 
-    Points that are equal in both stand or fall together. Raises ValueError on unequal lengths or nan.
+    Equal points are both on the front or both off it. Raises ValueError on unequal lengths or nan.
     """
     kl, reward = without_nan(kl, "kl"), without_nan(reward, "reward")
     if len(kl) != len(reward):

@@ -1,7 +1,7 @@
-"""Intervals for means over prompts, and the checks that all the statistics share.
+"""Intervals for means over prompts, and the input checks that all the statistics share.
 
-The prompt is what was drawn at random, so it is the unit of every interval: the rows of one prompt are averaged
-first, and each prompt counts once. More verdicts on the same prompts never make an interval narrow by themselves.
+Prompts are the random draws, so they are the unit of every interval: the rows of one prompt are averaged first, and
+each prompt counts once. More verdicts on the same prompts never narrow an interval by themselves.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-BATCH_ELEMENTS = 4_000_000  # numbers that a resampling loop holds at once
+BATCH_ELEMENTS = 4_000_000  # numbers held at once by a resampling loop
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `num_prompts` prompts, its confidence limits, and the method that gave them."""
+    """A mean over `num_prompts` prompts, its confidence limits, and their method."""
 
     value: float
     low: float
@@ -28,7 +28,7 @@ class Interval:
 
 
 def checked_values(values: ArrayLike, name: str) -> NDArray[np.float64]:
-    """`values` as float64 (n,); nan is allowed. Raises ValueError on no rows, infinities or another shape."""
+    """Return `values` as float64 (n,); nan is allowed. Raises ValueError on no rows, infinities or another shape."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
         raise ValueError(f"{name} must be one number per row, shape (n,), got shape {array.shape}")
@@ -41,9 +41,9 @@ def checked_values(values: ArrayLike, name: str) -> NDArray[np.float64]:
 
 
 def checked_scores(scores: ArrayLike, name: str = "scores") -> NDArray[np.float64]:
-    """Scores as float64 (n,): 1 won, 0 lost, between them shared, nan (or None) undecided.
+    """Return scores as float64 (n,): 1 won, 0 lost, between them shared, nan (or None) undecided.
 
-    Raises ValueError on anything else.
+    Raises ValueError for other values.
     """
     array = checked_values(scores, name)
     outside = np.flatnonzero((array < 0) | (array > 1))
@@ -55,7 +55,7 @@ def checked_scores(scores: ArrayLike, name: str = "scores") -> NDArray[np.float6
 
 
 def without_nan(values: ArrayLike, name: str) -> NDArray[np.float64]:
-    """`checked_values` for a quantity that is always defined. Raises ValueError that names the nan rows."""
+    """Return `checked_values` of a quantity that is always defined. Raises ValueError naming the nan rows."""
     array = checked_values(values, name)
     missing = np.flatnonzero(np.isnan(array))
     if len(missing):
@@ -67,21 +67,21 @@ def without_nan(values: ArrayLike, name: str) -> NDArray[np.float64]:
 
 
 def checked_confidence(confidence: float) -> float:
-    """`confidence` itself. Raises ValueError unless it is strictly between 0 and 1."""
+    """Return `confidence`. Raises ValueError unless it is strictly between 0 and 1."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, such as 0.95, got {confidence}")
     return confidence
 
 
 def same_rows(name: str, num_rows: int, others: dict[str, int]) -> None:
-    """Raises ValueError that gives the number of rows of each when they are not all `num_rows`."""
+    """Raise ValueError, with the number of rows of each, unless all have `num_rows`."""
     if any(length != num_rows for length in others.values()):
         counts = ", ".join(f"{key} {length}" for key, length in {name: num_rows, **others}.items())
         raise ValueError(f"unequal numbers of rows: {counts}; give one of each per row, in one order")
 
 
 def prompt_codes(prompt_ids: ArrayLike | None, num_rows: int) -> NDArray[np.intp]:
-    """Prompts as integers 0, 1, ... (n,); None means that every row is a prompt of its own.
+    """Encode prompts as integers 0, 1, ... (n,); None means that every row is its own prompt.
 
     Raises ValueError when the number of ids is not `num_rows`.
     """
@@ -95,9 +95,9 @@ def prompt_codes(prompt_ids: ArrayLike | None, num_rows: int) -> NDArray[np.intp
 
 
 def prompt_means(values: NDArray[np.float64], codes: NDArray[np.intp]) -> NDArray[np.float64]:
-    """Mean over the rows of each prompt that are not nan; prompts without such a row are left out.
+    """Average the non-nan rows of each prompt; prompts without such a row are dropped.
 
-    `values` (n,) or (n, k), where a nan leaves the whole row out.
+    `values` (n,) or (n, k), where a nan drops the whole row.
     """
     rows = values.reshape(len(values), -1)
     decided = ~np.isnan(rows).any(axis=1)
@@ -115,12 +115,12 @@ def _is_constant(means: NDArray[np.float64]) -> bool:
 def constant_interval(
     value: float, num_prompts: int, bounds: tuple[float, float], confidence: float
 ) -> Interval:
-    """Limits for the mean of a bounded quantity that was the same at each of the n prompts seen.
+    """Compute limits for the mean of a bounded quantity with the same value at each of the n prompts seen.
 
         low = c - u (c - min),   high = c + u (max - c),   u = 1 - (alpha / 2)^(1/n)
 
     u is the exact (Clopper-Pearson 1934) upper limit on the share of prompts that differ when none of n did;
-    these could be as far away as the bounds. A resampling interval would have no width here.
+    these could be as far away as the bounds. A bootstrap interval would have width 0.
     """
     share = -np.expm1(np.log((1 - confidence) / 2) / num_prompts)
     low, high = value - share * (value - bounds[0]), value + share * (bounds[1] - value)
@@ -128,14 +128,14 @@ def constant_interval(
 
 
 def rate_interval(scores: NDArray[np.float64], codes: NDArray[np.intp], confidence: float = 0.95) -> Interval:
-    """Wilson interval for the mean over prompts of scores in [0, 1]; nan rows are left out.
+    """Compute the Wilson interval for the mean over prompts of scores in [0, 1], without nan rows.
 
         centre = (p + z^2 / 2m) / (1 + z^2 / m),   half = z sqrt(p (1-p) / m + z^2 / 4m^2) / (1 + z^2 / m)
 
     One score of 0 or 1 per prompt: m = the number of prompts n, z normal ("wilson"). Shared scores or several
     rows per prompt: the effective sample size m = p (1-p) / (s^2 / n) with s^2 the variance of the prompts'
-    means, and z from Student's t with n - 1 degrees ("wilson_effective"). All prompts alike, but not all 0 or
-    all 1: see `constant_interval`. `scores`, `codes` (n,); at least one score must not be nan.
+    means, and z from Student's t with n - 1 degrees ("wilson_effective"). If all prompts have one value, other than
+    all 0 or all 1: see `constant_interval`. `scores`, `codes` (n,); at least one score must not be nan.
     Sources: Wilson 1927; Kish 1965 for m; Korn and Graubard 1998 for m in a score interval.
     """
     decided = ~np.isnan(scores)
@@ -161,12 +161,12 @@ def mean_interval(
     num_resamples: int = 9999,
     seed: int = 0,
 ) -> Interval:
-    """BCa bootstrap interval, over prompts, for the mean of any quantity: reward, KL, length, a difference.
+    """Compute the BCa bootstrap interval, over prompts, for the mean of reward, KL, length or any other quantity.
 
-    `values` (n,) without nan; `prompt_ids` (n,), None when each row is a prompt of its own. The result is a
-    function of the arguments alone. If all prompts give one value, BCa does not exist: with `bounds`, the
-    limits of the scale, see `constant_interval`; else the limits are that value ("constant"; right for the KL
-    of a policy to itself). Raises ValueError on no rows, nan, values beyond bounds, or one prompt without them.
+    `values` (n,) without nan; `prompt_ids` (n,), None when each row is its own prompt. Deterministic in its arguments.
+    If all prompts give one value, BCa does not exist: with `bounds`, the limits of the scale, see
+    `constant_interval`; else the limits are that value ("constant"; right for the KL of a policy to itself). Raises
+    ValueError on no rows, nan, values beyond bounds, or one prompt without bounds.
     Source: Efron 1987 (bias-corrected and accelerated), scipy.stats.bootstrap.
     """
     confidence = checked_confidence(confidence)

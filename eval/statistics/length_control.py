@@ -15,7 +15,7 @@ from eval.statistics.intervals import checked_confidence, checked_scores, prompt
 
 MIN_DECIDED = 10
 NEAR = 0.25  # |tanh(d / sd)| up to this is about equal length
-FAR = 2.0  # deviations from which tanh(d / sd) is 1 and the same for all
+FAR = 2.0  # standard deviations beyond which tanh(d / sd) is about 1 and constant
 MIN_REACH = 0.05
 MIN_NEAR_SHARE = 0.10
 MIN_SIDE_SHARE = 0.05
@@ -23,11 +23,11 @@ MIN_SIDE_SHARE = 0.05
 
 @dataclass(frozen=True)
 class LengthControlled:
-    """A length-controlled win rate; `raw_rate` is the plain mean score of the same rows.
+    """A length-controlled win rate; `raw_rate` is the mean score of the same rows.
 
-    `slope` is the log-odds that one standard deviation of extra length earns at equal length (above 0: the
-    judge likes it long; nan when lengths never differ). `near_share` of the comparisons are of about equal
-    length, in `longer_share` system a is the longer one (equal ones count half).
+    `slope` is the change in log-odds per standard deviation of extra length at equal length (above 0: the judge
+    prefers longer responses; nan when lengths never differ). `near_share` is the share of comparisons of about equal
+    length, `longer_share` the share where system a's response is longer (equal ones count half).
     """
 
     n: int
@@ -56,14 +56,15 @@ def length_controlled_win_rate(
 
         logit P(a beats b) = theta + phi tanh(d / sd(d)),   d = length_a - length_b,    rate = sigmoid(theta)
 
-    The interval is that of the fitted model at d = 0 with the HC1 covariance of (theta, phi), or the one clustered
-    by prompt when prompts repeat: it carries the error of the estimates, which the standard error of the mean
-    of fitted probabilities leaves out. `scores` (n,) in [0, 1] of system a, nan = undecided; lengths (n,) >= 0 in
-    one unit. A warning says when few comparisons are of about equal length or nearly all differ to one
-    side, so that the rate is extrapolated; and when length separates wins from losses (or there are only
-    wins, or only losses): then no maximum-likelihood estimate exists, and half a tie at each end of the length scale is
-    added ("glm_ridge"), with the model's own covariance; so too when every score is the same share, as from a
-    judge that always picks one slot, where a robust covariance would be zero.
+    The interval is that of the fitted model at d = 0 with the HC1 covariance of (theta, phi), clustered by prompt when
+    prompts repeat: it includes the error of the estimates, which the standard error of the mean of fitted
+    probabilities omits. `scores` (n,) in [0, 1] of system a, nan = undecided; `length_a`, `length_b` (n,) >= 0 in one
+    unit; `prompt_ids` (n,), None when each row is its own prompt.
+    Warns of extrapolation when few comparisons are of about equal length or nearly all differ to one side. Warns
+    when length separates wins from losses (or there are only wins, or only losses): then no maximum-likelihood
+    estimate exists, and half a tie at each end of the length scale is added ("glm_ridge"), with the model's own
+    covariance; likewise when all scores are the same share, as from a judge that always picks one slot, where a robust
+    covariance would be zero.
     Raises ValueError when 95% of the d are farther than 2 sd(d) from 0; on unequal rows, bad lengths,
     fewer than 10 decided prompts, or lengths that differ by the same amount everywhere.
     Sources: Dubois et al. 2024 (AlpacaEval 2), section 3, without the terms of its own prompts; MacKinnon and
@@ -121,7 +122,7 @@ def _length_difference(length_a: ArrayLike, length_b: ArrayLike, num_scores: int
 
 
 def _require_overlap(longer: NDArray[np.float64], num_prompts: int, num_scores: int) -> None:
-    """Raise ValueError where the decided comparisons cannot show the rate at equal length."""
+    """Raise ValueError where the decided comparisons cannot identify the rate at equal length."""
     if num_prompts < MIN_DECIDED:
         raise ValueError(
             f"{len(longer)} of {num_scores} comparisons are decided, on {num_prompts} prompts; length control needs at "
@@ -153,7 +154,7 @@ def _regression(wins: NDArray[np.float64], x: NDArray[np.float64], codes: NDArra
         )
         return fit, "glm_ridge", _no_estimate(uniform, wins)
     if len(np.unique(codes)) == len(codes):
-        # For a GLM, statsmodels takes "HC1" as HC0; n / (n - k) is what makes it HC1.
+        # statsmodels treats "HC1" as HC0 for a GLM; the factor n / (n - k) corrects that.
         scaling = {"scaling_factor": len(wins) / (len(wins) - design.shape[1])}
         return _fit(wins, design, cov_type="HC0", cov_kwds=scaling), "glm_hc1", ""
     return _fit(wins, design, cov_type="cluster", cov_kwds={"groups": codes}), "glm_clustered", ""
@@ -172,7 +173,7 @@ def _no_estimate(uniform: bool, wins: NDArray[np.float64]) -> str:
 
 
 def _separated(wins: NDArray[np.float64], x: NDArray[np.float64]) -> bool:
-    """True when a threshold on x parts all wins from all losses; a shared score counts as both."""
+    """Return whether a threshold on x separates all wins from all losses; a shared score counts as both."""
     won, lost = x[wins > 0], x[wins < 1]
     if len(won) == 0 or len(lost) == 0:
         return True
@@ -182,5 +183,5 @@ def _separated(wins: NDArray[np.float64], x: NDArray[np.float64]) -> bool:
 def _fit(wins: NDArray[np.float64], design: NDArray[np.float64], freq_weights=None, **covariance):
     with python_warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         python_warnings.simplefilter("ignore", DomainWarning)
-        python_warnings.simplefilter("ignore", PerfectSeparationWarning)  # `_separated` says it in our words
+        python_warnings.simplefilter("ignore", PerfectSeparationWarning)  # `_separated` reports it
         return GLM(wins, design, family=Binomial(), freq_weights=freq_weights).fit(**covariance)

@@ -1,4 +1,4 @@
-"""Does the judge prefer the response that it sees first, and does it say the same when the two are swapped?"""
+"""Position bias of a judge: its preference for the first slot, and its consistency when the two are swapped."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from eval.statistics.intervals import (
 
 @dataclass(frozen=True)
 class PositionBias:
-    """What the first slot got over `num_calls` verdicts.
+    """Statistics of the first slot over `num_calls` verdicts.
 
     `first_twice` and `second_twice` count comparisons where the same slot won in both orders; `p_value` tests
-    a first share of one half. `consistency` compares the verdicts of the two orders on what they say of the
-    responses; None when each comparison was asked in one order only.
+    a first share of one half. `consistency` is the agreement of the two orders on the responses; None when each
+    comparison was asked in one order only.
     """
 
     num_calls: int
@@ -41,14 +41,14 @@ class PositionBias:
 def position_bias(
     first_slot_wins: ArrayLike, prompt_ids: ArrayLike | None = None, confidence: float = 0.95
 ) -> PositionBias:
-    """Share of verdicts for the first slot with interval and sign test, and consistency under the swap.
+    """Compute the share of verdicts for the first slot with interval and sign test, and swap consistency.
 
         s_p = mean over the verdicts of prompt p of (first slot won - 1/2),    sign test: as many s_p > 0 as < 0?
 
     `first_slot_wins` is (n, 2), the orders ab and ba of n comparisons, or (n,) or (n, 1) when each was asked in
-    one order drawn at random: 1 the first slot won, 0 the second, 0.5 a tie, nan or None no verdict. A judge that
-    stands by its verdict under the swap has s_p = 0, so the test is on those that do not; calls are not
-    independent and are never tested as if they were. A comparison with one missing order is left out of the share.
+    one order drawn at random: 1 the first slot won, 0 the second, 0.5 a tie, nan or None no verdict. A judge whose
+    verdict is the same after the swap has s_p = 0, so the test uses the other prompts; calls are not independent and
+    are never tested as if they were. A comparison with one missing order is left out of the share.
     Raises ValueError on another shape or other values, or when nothing is decided.
     Source: exact binomial test, scipy.stats.binomtest.
     """

@@ -1,4 +1,4 @@
-"""How many prompts a comparison needs, and what a given number of prompts can show."""
+"""Sample sizes: prompts that a comparison needs, and the difference that a number of prompts can detect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eval.statistics.intervals import checked_confidence
 
 
 def prompts_for_half_width(half_width: float, rate: float = 0.5, confidence: float = 0.95) -> int:
-    """Prompts for a win-rate interval of rate +- half_width.
+    """Compute the number of prompts for a win-rate interval of rate +- half_width.
 
         n = z^2 rate (1 - rate) / half_width^2
 
@@ -26,7 +26,7 @@ def prompts_for_half_width(half_width: float, rate: float = 0.5, confidence: flo
 
 
 def prompts_for_difference(difference: float, sd: float, power: float = 0.8, confidence: float = 0.95) -> int:
-    """Prompts on which a paired test of two systems finds a true `difference` with probability `power`.
+    """Compute the number of prompts for a paired test to detect a true `difference` with probability `power`.
 
         solves  P(|T| > t_{1 - alpha/2, n-1}) = power,   T noncentral t with shift sqrt(n) difference / sd
 
@@ -45,10 +45,10 @@ def prompts_for_difference(difference: float, sd: float, power: float = 0.8, con
 
 
 def detectable_difference(num_prompts: int, sd: float, power: float = 0.8, confidence: float = 0.95) -> float:
-    """The smallest true difference that a paired test on `num_prompts` finds with probability `power`.
+    """Compute the smallest true difference that a paired test on `num_prompts` detects with probability `power`.
 
-    The inverse of `prompts_for_difference`; a smaller one is not resolvable at this n. Raises ValueError on
-    fewer than two prompts, or as there.
+    The inverse of `prompts_for_difference`; smaller differences are not resolvable at this n. Raises ValueError on
+    fewer than two prompts, and as `prompts_for_difference`.
     """
     if num_prompts < 2:
         raise ValueError(f"num_prompts must be at least 2, got {num_prompts}")

@@ -1,11 +1,11 @@
-"""Intervals for a training method, when both the training seed and the prompts were drawn at random.
+"""Intervals for a training method when both training seeds and prompts are random draws.
 
-The score of one run on one prompt is y_sp = mean + a_s + b_p + e_sp: a seed that went well, a prompt that is easy, and
-the rest. Prompts are the same under every seed. A seed is a draw like any other, and there are few of them, so the
-limits give each source of variation the Student's t of its own degrees of freedom: with two seeds 12.7 times their
-spread. Resampling seeds and prompts (the hierarchical bootstrap) has no such correction: it shrinks the spread of S
-seeds by (S - 1) / S and takes normal quantiles. Satterthwaite's single t for the sum of the sources covers
-87-92% at two and three seeds that differ: where two seeds happen to agree, it takes them for sure.
+The score of one run on one prompt is y_sp = mean + a_s + b_p + e_sp: effects of the seed and of the prompt, and the
+residual. Prompts are shared by all seeds. Seeds are few, so the limits use, for each source of variation, Student's t
+with its own degrees of freedom: with two seeds 12.7 times their spread. Resampling seeds and prompts (the hierarchical
+bootstrap) has no such correction: it shrinks the spread of S seeds by (S - 1) / S and uses normal quantiles.
+Satterthwaite's single t for the sum of the sources covers 87-92% at two and three seeds that differ: where two seeds
+happen to agree, it treats the seed effect as known.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eval.statistics.intervals import checked_confidence, checked_values, consta
 
 @dataclass(frozen=True)
 class SeedInterval:
-    """Mean of a method over seeds and prompts. `seed_sd` is the spread of the runs' means, n - 1 in the divisor."""
+    """Mean of a method over seeds and prompts; `seed_sd` is the standard deviation of run means (n - 1)."""
 
     value: float
     low: float
@@ -35,7 +35,7 @@ class SeedInterval:
 
 @dataclass(frozen=True)
 class SeedDifference:
-    """Mean of method 1 minus that of method 2, and the two-sided p-value of no difference."""
+    """Mean of method 1 minus that of method 2, and the two-sided p-value of zero difference."""
 
     difference: float
     low: float
@@ -46,7 +46,7 @@ class SeedDifference:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A method's run means (S,), the share of each prompt in its mean (P,), and the error of the cells."""
+    """A method's run means (S,), each prompt's part of its mean (P,), and the error variance of the cells."""
 
     seed_means: NDArray[np.float64]
     prompt_parts: NDArray[np.float64]
@@ -61,18 +61,18 @@ class _Parts:
 def seed_interval(
     scores: ArrayLike, bounds: tuple[float, float] | None = (0.0, 1.0), confidence: float = 0.95
 ) -> SeedInterval:
-    """Mean over seeds with an interval for new seeds and new prompts.
+    """Compute the mean over seeds with an interval for new seeds and new prompts.
 
         mean = mean_s mean_p y_sp,    limits = mean +- sqrt(t_{S-1}^2 V_seed + t_{P-1}^2 max(V_prompt - V_cell, 0))
         V_seed = sum_s (y_s - mean)^2 / (S (S-1)),    V_prompt = sum_p (y_p - mean)^2 / (P (P-1))
         V_cell = sum_sp (y_sp - y_s - y_p + mean)^2 / ((S-1) (P-1) S P)
 
-    y_s, y_p are the means of a row and of a column (y_p with the seeds' levels taken out when cells are missing); t
-    is Student's quantile. V_cell is in V_seed and in V_prompt, so it is taken out once; the limits are never narrower
-    than those of V_cell alone. `scores` is (S, P), any score or metric; nan = undecided. `bounds` are the limits
-    of the scale, None if it has none; the interval is cut there. Coverage of 95% limits, by simulation over spreads
-    of seeds, prompts and cells: 95-99% at 2 seeds and at 3, 95-98% at 5, 95-97% at 10. Raises ValueError on one
-    seed (see `eval.statistics.win_rate` for one run), one prompt, a seed without a score, values outside the
+    y_s, y_p are the means of a row and of a column (y_p after removing the seeds' levels when cells are missing); t
+    is Student's quantile. V_cell is part of both V_seed and V_prompt, so it is subtracted once; the limits are never
+    narrower than those of V_cell alone. `scores` is (S, P), any score or metric; nan = undecided. `bounds` are the
+    limits of the scale, None if it has none; the interval is clipped to them. Coverage of 95% limits, by simulation
+    over spreads of seeds, prompts and cells: 95-99% at 2 seeds and at 3, 95-98% at 5, 95-97% at 10. Raises ValueError
+    on one seed (see `eval.statistics.win_rate` for one run), one prompt, a seed without a score, values outside the
     bounds, or seeds that share no prompts.
     Sources: Banerjee 1960 (a t for each source: coverage at least nominal); Brennan 2001 (two-way random effects).
     """
@@ -104,17 +104,17 @@ def seed_interval(
 
 
 def seed_difference(scores_1: ArrayLike, scores_2: ArrayLike, confidence: float = 0.95) -> SeedDifference:
-    """Difference of two methods judged on the same prompts, each with its own seeds.
+    """Compute the difference of two methods judged on the same prompts, each with its own seeds.
 
         half-width^2 = max(t_welch^2 (V_1 + V_2), t_{S1-1}^2 V_1, t_{S2-1}^2 V_2) + t_{P-1}^2 max(V_prompt - V_cell, 0)
 
     V_1, V_2 are V_seed of the methods, V_prompt is that of the prompts' differences, V_cell the sum of both: the
     prompts are paired, the seeds are not. Welch's t is for the difference of the seeds' means; it covers 89% where
-    the method that varies more has two seeds, so no method is given less than its own t. The p-value is the level at
+    the method that varies more has two seeds, so each method's own t is a lower bound. The p-value is the level at
     which the interval reaches zero. `scores_1` (S1, P), `scores_2` (S2, P), columns in one order, nan = undecided.
-    Prompts that either method lacks altogether are left out. Coverage of 95% limits, by simulation: 95-99.8% where a
-    method has 2 seeds, 95-99% at 3, 94.5-98% from 5. Raises ValueError on unequal numbers of prompts, or as
-    `seed_interval`; also when nothing varies, since then no interval can be given.
+    Prompts without any score of one method are dropped. Coverage of 95% limits, by simulation: 95-99.8% where a
+    method has 2 seeds, 95-99% at 3, 94.5-98% from 5. Raises ValueError on unequal numbers of prompts, as
+    `seed_interval` does, and when nothing varies, since then no interval exists.
     Sources: Welch 1947; Banerjee 1960.
     """
     confidence = checked_confidence(confidence)
@@ -187,7 +187,7 @@ def _parts(scores: NDArray[np.float64], name: str) -> _Parts:
 
 @dataclass(frozen=True)
 class _Sources:
-    """What varies: the seeds of each method and the prompts, with degrees of freedom; the cells' error is in both."""
+    """Variances of each method's seeds and of the prompts, with degrees of freedom; both include the cells' error."""
 
     seed_variances: NDArray[np.float64]
     seed_dfs: NDArray[np.float64]
@@ -201,7 +201,7 @@ class _Sources:
         return float(self.seed_variances.sum()) + self.prompt_variance + self.cell_variance >= 1e-24
 
     def half_width(self, alpha: float) -> float:
-        """Half of the interval at level 1 - alpha."""
+        """Compute half of the interval's width at level 1 - alpha."""
 
         def square(df, variance):
             return stats.t.isf(alpha / 2, df) ** 2 * variance
@@ -215,7 +215,7 @@ class _Sources:
         return float(np.sqrt(max(both, square(self.cell_df, self.cell_variance))))
 
     def level_at(self, distance: float) -> float:
-        """The alpha whose interval is just so long to one side: 1 for no distance, at least exp(-100)."""
+        """Find the alpha at which the half-width equals `distance`: 1 for no distance, at least exp(-100)."""
 
         def excess(log_alpha: float) -> float:
             return self.half_width(np.exp(log_alpha)) - distance

@@ -1,8 +1,8 @@
-"""The win rate of one system against another, and whether two systems differ on the prompts that they share.
+"""The win rate of one system against another, and a paired test of two systems on their shared prompts.
 
-A score is what a system got from one comparison: 1 won, 0 lost, 0.5 tied, values between them when two orders
-were averaged, nan when there is no verdict. A missing verdict is never filled in: it is counted, and the win
-rate is bounded by what it would be if all missing ones were lost or won.
+A score is a system's result in one comparison: 1 won, 0 lost, 0.5 tied, values between them when two orders
+were averaged, nan without a verdict. A missing verdict is never imputed: it is counted, and the win rate is
+bounded by its values if all missing ones were lost or won.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from eval.statistics.intervals import (
 
 @dataclass(frozen=True)
 class WinRate:
-    """A win rate with its limits. Counts are of comparisons; `n` of them in all, undecided ones included.
+    """A win rate with its limits; counts are of comparisons, `n` in all, including undecided ones.
 
     `rate` is the mean over the `num_prompts` prompts with a verdict; `worst_case` and `best_case` are the
     same over all prompts with every undecided comparison lost, or won.
@@ -49,11 +49,11 @@ class WinRate:
 
 
 def win_rate(scores: ArrayLike, prompt_ids: ArrayLike | None = None, confidence: float = 0.95) -> WinRate:
-    """Win rate with a Wilson interval that counts each prompt once.
+    """Compute the win rate with a Wilson interval that counts each prompt once.
 
         rate = mean over prompts of the mean score of the prompt,    a tie is half a win
 
-    `scores` (n,) in [0, 1], nan = undecided; `prompt_ids` (n,), None when each row is a prompt of its own.
+    `scores` (n,) in [0, 1], nan = undecided; `prompt_ids` (n,), None when each row is its own prompt.
     For the interval see `eval.statistics.intervals.rate_interval`. Above 0.5 counts as a win, below as a loss.
     Raises ValueError on no rows, scores outside [0, 1], unequal lengths, or when nothing is decided.
     """
@@ -109,14 +109,15 @@ def paired_test(
     num_resamples: int = 9999,
     seed: int = 0,
 ) -> PairedTest:
-    """Do two systems score differently against one baseline on the same prompts?
+    """Test whether two systems score differently against one baseline on the same prompts.
 
         d_p = mean over the rows of prompt p of (scores_1 - scores_2),    difference = mean_p d_p
 
     The p-value (two-sided) is of the sign-flip test: if the systems are equally good, each d_p is as likely to
-    be -d_p. It is exact while 2^(nonzero d) <= `num_resamples`, else sampled; on scores of 0 and 1 it is the exact
-    McNemar test. The interval is BCa over prompts. Rows of the two arrays belong together: (n,) each, in
-    [0, 1], nan = undecided. Raises ValueError on unequal lengths, or when no row has both scores.
+    be -d_p. It is exact while 2^(nonzero d) <= `num_resamples`, else sampled with `seed`; on scores of 0 and 1 it is
+    the exact McNemar test. The interval is BCa over prompts. `scores_1`, `scores_2` (n,) in [0, 1], paired by row,
+    nan = undecided; `prompt_ids` (n,), None when each row is its own prompt. Raises ValueError on unequal lengths, or
+    when no row has both scores.
     Source: Fisher 1935, section 21; scipy.stats.permutation_test.
     """
     confidence = checked_confidence(confidence)
@@ -149,9 +150,9 @@ def paired_test(
 
 
 def _sign_flip_p_value(differences: NDArray[np.float64], num_resamples: int, seed: int) -> float:
-    """Zeros do not change under a flip, so only the others are given."""
+    """Compute the two-sided p-value; zeros do not change under a flip, so `differences` excludes them."""
     if len(differences) < 2:
-        return 1.0  # of one, both flips are as far from 0
+        return 1.0  # with one difference, both flips are equally far from 0
     test = stats.permutation_test(
         (differences,),
         lambda x, axis: x.sum(axis=axis),
@@ -165,7 +166,7 @@ def _sign_flip_p_value(differences: NDArray[np.float64], num_resamples: int, see
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """P-values (m,) adjusted for m tests, in the given order: the chance of any false alarm stays below the level.
+    """Adjust p-values (m,) for m tests by Holm's method, in the given order, which bounds the familywise error.
 
         sorted p_(1) <= ... <= p_(m):    adjusted_(i) = max_{j <= i} min(1, (m - j + 1) p_(j))
 

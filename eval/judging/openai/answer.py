@@ -1,7 +1,7 @@
-"""Answers of a judge model: what a prompt for judges provides, and what every answer has in common.
+"""Answers of a judge model: the interface of prompts for judges, and the parts common to all answers.
 
-A way of asking is one file such as `pairwise`: the prompt beside the parser of its answers. This module reads what does
-not depend on the question: refusals, answers that were cut, thoughts, JSON inside a code fence.
+A way of asking is one module such as `pairwise`: the prompt and the parser of its answers. This module parses what is
+independent of the question: refusals, truncated answers, thoughts, JSON inside a code fence.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _REFUSAL = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer of the judge, not read yet."""
+    """An unparsed answer of the judge."""
 
     text: str | None
     refusal: str | None = None
@@ -44,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
-    """The content of an answer: the slot that won when the status is "ok", else why there is none."""
+    """The content of an answer: the slot that won when the status is "ok", else the reason for its absence."""
 
     status: Status
     slot: Slot | None = None
@@ -55,7 +55,7 @@ class JudgePrompt(Protocol):
     """A way of asking: the messages of a question, and how an answer to them is parsed."""
 
     def messages(self, question: Question, form: Form, ties: bool, sample: int) -> list[dict[str, str]]:
-        """Return the messages of one call. `sample` > 0 asks again after an answer that could not be read."""
+        """Return the messages of one call. `sample` > 0 asks again after an unreadable answer."""
         ...
 
     def response_format(self, ties: bool) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Unreadable(ValueError):
 def parse_answer(answer: Answer, form: Form, read_slot: Callable[[str], Slot]) -> ParsedAnswer:
     """Read an answer: its status by the API's fields, its slot by `read_slot`, which raises Unreadable.
 
-    An answer that was cut off is truncated even where a verdict can be made out: its end is unknown.
+    A truncated answer has no verdict even where one can be made out: its end is unknown.
     """
     if answer.refusal:
         return ParsedAnswer("refused", detail=shorten(answer.refusal))

@@ -76,8 +76,8 @@ def _joined(chunks: list[Mapping[str, Any]]) -> dict[str, Any]:
 def said_in(payload: Any, joint: str) -> Said:
     """Read the first choice of a chat completion, joining text parts with `joint`.
 
-    Raises NotAnAnswer for JSON that is not a chat completion, and ErrorInAnswer if it contains an error, also beside an
-    answer, which is then incomplete.
+    Raises NotAnAnswer for JSON that is not a chat completion, and ErrorInAnswer if it contains an error, even next to
+    an answer, which is then incomplete.
     """
     if not isinstance(payload, Mapping):
         raise _not_an_answer(payload)
@@ -102,7 +102,7 @@ def said_in(payload: Any, joint: str) -> Said:
 
 
 def _has_error(payload: Mapping[str, Any]) -> bool:
-    """Whether a body reports an error with status 200, in `error` or as MiniMax does."""
+    """Return whether a body reports an error with status 200, in `error` or as MiniMax does."""
     if payload.get("error"):
         return True
     base_resp = payload.get("base_resp")

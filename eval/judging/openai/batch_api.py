@@ -1,8 +1,8 @@
-"""The same judge through the Batch API: cheaper, done within a day, on the same store as the live one.
+"""The judge through the Batch API: cheaper, done within a day, on the same store as the live one.
 
-A request's custom_id is its key in the store. A batch is entered in the store before it is submitted and carries our
-name for it in its metadata, so a run that is killed at any moment finds its batches again. Finished rows are merged
-whatever became of the rest; what is missing, and what could not be read, is submitted once more.
+A request's custom_id is its key in the store. A batch is entered in the store before it is submitted, and its metadata
+contains our name for it, so a killed run finds its batches again. Finished rows are merged even if others failed;
+missing and unreadable ones are submitted once more.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class BatchJudge:
         self._say(f"submitted batch {batch_id} of {len(requests)} requests")
 
     async def _create(self, name: str, file_id: str) -> str:
-        """Submit, and after an unclear failure look first whether the batch is there: it is paid by the batch."""
+        """Submit a batch; after an unclear failure, first check that it does not exist, since each one is paid for."""
         tried = False
 
         async def create() -> Batch:
@@ -231,7 +231,7 @@ class BatchJudge:
             raise JudgeStopped(stop.detail, stop.param)
 
     def _settle(self, request: Request, row: dict[str, Any], number: int, reserved: float) -> Failure | None:
-        """Book one row of a batch, and return its failure, if it is one."""
+        """Book one row of a batch, and return its failure, if any."""
         response = row["response"] if isinstance(row.get("response"), dict) else {}
         body, status = response.get("body"), status_of(row, response)
         if 200 <= status < 300:

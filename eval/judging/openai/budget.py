@@ -1,8 +1,7 @@
-"""The budget: hard caps on dollars and requests that no call passes, however many are under way at once.
+"""The budget: hard caps on dollars and requests, also for concurrent calls.
 
-Before a request is sent, the most that it can cost is reserved and entered in the store; afterwards the reservation
-becomes what it did cost. Requests of earlier runs on the same store count, and so do those that were under way when a
-run was killed.
+Before a request is sent, its maximum cost is reserved and entered in the store; afterwards the reservation is replaced
+by the actual cost. Requests of earlier runs on the same store count, and so do those in flight when a run was killed.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Reservation:
 
 
 class Budget:
-    """The caps of one store, and what is spent and reserved of them."""
+    """The caps of one store, with the amounts spent and reserved."""
 
     def __init__(self, store: Store, config: BudgetConfig) -> None:
         self._store, self._config = store, config
@@ -58,14 +57,14 @@ class Budget:
 
     @property
     def reserved(self) -> float:
-        """Return the dollars reserved for requests under way."""
+        """Dollars reserved for requests in flight."""
         return sum(self._reserved.values())
 
     async def reserve(self, key: str, usd: float) -> Reservation:
-        """Wait for leave to send one request that costs at most `usd`.
+        """Wait until one request that costs at most `usd` may be sent, and reserve its cost.
 
-        Waits while requests under way hold what it needs, for they may cost less than they reserved.
-        Raises BudgetReached when nothing is under way and it still does not fit.
+        Waits while requests in flight hold the required amount, as they may cost less than they reserved.
+        Raises BudgetReached when nothing is in flight and the request still exceeds a cap.
         """
         async with self._settled:
             while (refusal := self._refusal(usd, 1)) is not None:
@@ -88,7 +87,7 @@ class Budget:
             self._settled.notify_all()
 
     async def withdraw(self, reservation: Reservation) -> None:
-        """Take back a reservation whose request was never sent."""
+        """Cancel a reservation whose request was never sent."""
         self._store.forget_request(reservation.number)
         del self._reserved[reservation.number]
         self.num_requests -= 1

@@ -18,21 +18,21 @@ class Estimate:
 
     num_questions: int
     num_stored: int
-    "Questions that the store settles."
+    "Questions answered by the store."
     num_repeats: int
-    "Questions that show what another one shows: equal responses, in either order."
+    "Questions that repeat another one: equal responses, in either order."
     prompt_tokens_about: float
     answer_tokens_about: float | None
-    "Tokens of an answer by those in the store; None before the first."
+    "Tokens of an answer, from those in the store; None before the first."
     usd_about: float | None
-    "With answers of that length; None without a price or a first answer."
+    "Cost at that answer length; None without a price or a first answer."
     usd_at_most: float | None
-    "A bound: every prompt a token per byte, every answer as long as allowed. None without a price."
+    "Upper bound: one token per prompt byte, every answer of maximum length. None without a price."
     price_as_of: str | None
 
     @property
     def num_calls(self) -> int:
-        """Return the number of calls, if every answer can be read."""
+        """Number of calls, if every answer can be read."""
         return self.num_questions - self.num_stored - self.num_repeats
 
     def text(self) -> str:
@@ -66,7 +66,7 @@ def total_text(estimates: Sequence[Estimate]) -> str:
 
 
 def estimate(setup: JudgeSetup, questions: Sequence[Question], store: Store) -> Estimate:
-    """Estimate what these questions cost; those that the store answers cost nothing."""
+    """Estimate the cost of these questions; those that the store answers cost nothing."""
     unanswered = [setup.unanswered(question, store)[0] for question in questions]
     unanswered = [request for request in unanswered if request is not None]
     requests = list({request.key: request for request in unanswered}.values())
@@ -95,7 +95,7 @@ def estimate(setup: JudgeSetup, questions: Sequence[Question], store: Store) -> 
 
 
 class DryRun(RunStopped):
-    """Nothing was asked, as the recipe wants; `estimate` is what asking would cost."""
+    """A dry run ended before asking anything; `estimate` is the cost of asking."""
 
     def __init__(self, estimate: Estimate) -> None:
         super().__init__("budget.dry_run: nothing was asked")

@@ -1,8 +1,8 @@
-"""A judge behind an OpenAI-compatible API, one request a call, many at once.
+"""A judge behind an OpenAI-compatible API, with one request per call and many concurrent calls.
 
-The client's own retries are off: it retries a used-up quota, ignores long Retry-After headers and knows nothing of
-other workers. The policy here is that of `retry`, the pace that of `rate_limit`, the caps are those of `budget`, and
-every answer is in the store before the next question is taken.
+The client's own retries are off: it retries an exhausted quota, ignores long Retry-After headers and does not
+coordinate workers. Retries follow `retry`, the pace `rate_limit`, the caps `budget`, and every answer is in the store
+before the next question is taken.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def make_client(config: OpenAISettings, retry: RetryConfig) -> AsyncOpenAI:
 
 
 class OpenAIJudge:
-    """A judge that asks a model, one request a call."""
+    """A judge that asks a model, one request per call."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class OpenAIJudge:
                     raise result
             if self._stopped is not None:
                 left = [question for question in questions if question not in yielded]
-                for verdict in stored_verdicts(self._setup, left, self._store):  # needs no asking
+                for verdict in stored_verdicts(self._setup, left, self._store):  # needs no request
                     yield verdict
                 raise self._stopped
         finally:
@@ -120,7 +120,7 @@ class OpenAIJudge:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask(self, question: Question) -> Verdict:
-        """Ask until there is an answer that can be read, or until asking again is used up."""
+        """Ask until an answer can be read, or the number of retries is used up."""
         while True:
             request, calls = self._setup.unanswered(question, self._store)
             if request is None:
@@ -130,7 +130,7 @@ class OpenAIJudge:
                 return self._setup.verdict(question, [*calls, call])
 
     async def call(self, request: Request) -> Call:
-        """Return the stored answer to a request, the one that another worker waits for, or a new one."""
+        """Return the stored answer to a request, the one awaited by another worker, or a new one."""
         stored = self._store.answer(request.key)
         if stored is not None:
             return stored

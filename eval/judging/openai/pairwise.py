@@ -1,15 +1,15 @@
-"""Pairwise judgement by a model: what is asked about two responses, and how the verdict is read from the answer.
+"""Pairwise judgement by a model: the question about two responses, and the parser of the answer.
 
 The structure is that of the published prompts (Rafailov et al. 2023, appendix C.2, for summaries and dialogue; Chang et
 al. 2024, appendix D.3, for TL;DR): the question, the material, response A, response B, then one sentence of comparison
-and the verdict on a line of its own. The wording is our own. A prompt's name ends in its version: a change of
-wording is a new version.
+and the verdict on its own line. The wording is our own. A prompt's name ends in its version: a change of wording is a
+new version.
 
-Every text is enclosed in marker lines that contain a code, and the code is a hash of the texts themselves. So a call
-always has the same markers (a rerun finds its stored answer), every call has others, and a response that wanted to
-close its own section would have to contain a hash of itself.
+Every text is enclosed in marker lines that contain a code, which is a hash of the texts themselves. So the markers of
+a call are deterministic (a rerun finds its stored answer) and differ between calls, and a response that tries to close
+its own section would have to contain a hash of itself.
 
-A verdict is read strictly: quotes, Markdown and case change nothing, all else is malformed.
+A verdict is parsed strictly: quotes, Markdown and case are ignored, all else is malformed.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ class PairwisePrompt:
     """A question about two responses to one prompt, answered with the name of the better one."""
 
     name: str
-    "With its version, as in tldr-1."
+    "Name with version, such as tldr-1."
     question: str
-    "What decides."
+    "The criterion."
     material: str
-    "What the prompt of a matchup is: Post, Conversation."
+    "Name of a matchup's prompt: Post, Conversation."
     noun: str
-    "What a response is: Summary, Response."
+    "Name of a response: Summary, Response."
     label: str
-    "What introduces the verdict: Preferred, More helpful."
+    "Label of the verdict: Preferred, More helpful."
 
     def messages(self, question: Question, form: Form, ties: bool, sample: int) -> list[dict[str, str]]:
-        """Return the messages of one call. `sample` > 0 asks again after an answer that could not be read."""
+        """Return the messages of one call. `sample` > 0 asks again after an unreadable answer."""
         matchup = question.matchup
         first, second = matchup.shown(question.order)
         code = marker_code(self.name, (matchup.prompt, first, second), sample)
@@ -135,7 +135,7 @@ PROMPTS = {prompt.name: prompt for prompt in _BUILT_IN}
 
 
 def load_prompt(name: str) -> PairwisePrompt:
-    """Return a built-in prompt by its name, or one's own from a YAML file with the fields of PairwisePrompt.
+    """Return a built-in prompt by its name, or a custom one from a YAML file with the fields of PairwisePrompt.
 
     Raises ConfigError for an unknown name, a missing or unknown field, or a field that is not text.
     """
@@ -162,7 +162,7 @@ def load_prompt(name: str) -> PairwisePrompt:
 
 
 def marker_code(prompt_name: str, texts: tuple[str, ...], sample: int) -> str:
-    """Return 16 hex digits, from the texts that they are to mark; none of the texts contains them."""
+    """Return 16 hex digits derived from the texts that they mark and contained in none of them."""
     for attempt in range(100):
         hashed = hashlib.sha256(json.dumps([prompt_name, texts, sample, attempt]).encode())
         code = hashed.hexdigest()[:16]

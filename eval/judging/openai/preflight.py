@@ -1,4 +1,4 @@
-"""Checks before the first question: the model exists, when it is shut down, in which form it answers."""
+"""Checks before the first question: the model exists, its shutdown date, the form of its answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eval.judging.openai.retry import NotAnAnswer, classify
 from eval.judging.openai.store import Call, Store, call_key
 
 WARN_DAYS = 60
-"A model that is shut down within so many days is warned of."
+"Warn of a shutdown within this many days."
 NUM_SHOWN = 12
 
 _POST = (
@@ -46,11 +46,11 @@ PROBE = Question(
 async def check_model(
     client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[str], None], today: date | None = None
 ) -> None:
-    """Check that the model exists and is not shut down, and warn of a shutdown to come.
+    """Check that the model exists and is not shut down, and warn of an upcoming shutdown.
 
-    Raises JudgeStopped when OpenAI does not have it, it is shut down, the key is not accepted, its money is used up or
-    nobody listens. Transient errors, other servers that cannot tell and keys without permission to look models up are
-    only reported.
+    Raises JudgeStopped when OpenAI does not have the model, it is shut down, the key is not accepted, its credit is
+    exhausted or the server is unreachable. Transient errors, other servers without this information and keys without
+    permission to look up models are only reported.
     """
     config = setup.config
     try:
@@ -78,9 +78,9 @@ async def check_model(
 
 
 async def _check_listed(client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[str], None]) -> None:
-    """Look for the model in the list of models, after a look-up by name found none.
+    """Check that the list of models contains the model, after a look-up by name found none.
 
-    Other servers than OpenAI's may load what they do not list, so there the first call decides.
+    Servers other than OpenAI's may load unlisted models, so there the first call decides.
     """
     config = setup.config
     try:
@@ -135,10 +135,10 @@ async def probe_form(
     store: Store,
     say: Callable[[str], None],
 ) -> Form:
-    """Ask one easy question and return the form in which the model answers: a schema if it keeps to one, else text.
+    """Ask one easy question and return the form of the model's answer: a schema if it keeps to one, else text.
 
-    What was found out is kept in the store, so a rerun asks in the same form and pays for no second probe.
-    Raises JudgeStopped when the model refuses a setting, gives no answer, or needs more room than it has.
+    The result is stored, so a rerun uses the same form and pays for no second probe.
+    Raises JudgeStopped when the model refuses a setting, gives no answer, or needs more tokens than allowed.
     """
     known = known_form(setup, store)
     if known is not None:

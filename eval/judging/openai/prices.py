@@ -1,4 +1,4 @@
-"""What calls cost: a table of prices, the cost of an answer by kind of token, and the most that a call can cost."""
+"""Cost of calls: a table of prices, the cost of an answer by kind of token, and an upper bound for a call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from drpo.config import ConfigError
 PRICES = Path(__file__).with_name("prices.yaml")
 MILLION = 1_000_000
 TOKENS_AROUND_A_MESSAGE = 16
-"More than any chat format spends on a message and on opening the answer."
+"Upper bound on the tokens that a chat format adds per message and to open the answer."
 BYTES_PER_TOKEN = 4.0
 "English prose; for an estimate, never for a bound."
 
@@ -33,7 +33,7 @@ class Tokens:
     completion: int
     "All tokens of the answer."
     reasoning: int
-    "Of these, thoughts that nobody sees."
+    "Of these, hidden thoughts."
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Price:
         ) / MILLION
 
     def at_most(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """Return the dollars that a call of so many tokens cannot exceed, whether cached or not."""
+        """Return an upper bound in dollars for a call with this many tokens, cached or not."""
         dearest = max(self.input, self.cached, self.cache_write)
         return (prompt_tokens * dearest + completion_tokens * self.output) / MILLION
 
@@ -67,7 +67,7 @@ class Price:
 def load_price(path: Path | str, model: str, batch: bool) -> Price | None:
     """Read the price of a model, None if the table does not have it.
 
-    A table's name stands for that model and its dated snapshots: "m" for m and m-2026-01-31, not for m-mini.
+    A name in the table matches that model and its dated snapshots: "m" matches m and m-2026-01-31, not m-mini.
     Raises ConfigError for a malformed table.
     """
     try:
@@ -102,7 +102,7 @@ def _number(value: Any) -> float:
 
 
 def prompt_tokens_at_most(texts: list[str]) -> int:
-    """Return a number of tokens that a prompt of these messages cannot exceed.
+    """Return an upper bound on the tokens of a prompt with these messages.
 
     No token of a byte-level vocabulary is shorter than one byte; what the chat format adds is counted generously.
     """

@@ -1,4 +1,4 @@
-"""The pace of a run: requests at once, and requests and tokens in any minute, shared by all workers."""
+"""The rate limits of a run, shared by all workers: concurrent requests, and requests and tokens per minute."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class LimitsConfig(Section):
 
 @dataclass(slots=True)
 class Admission:
-    """A request that was let through at `time`, with the tokens that it counts for."""
+    """A request admitted at `time`, with the tokens that it counts for."""
 
     time: float
     tokens: float
 
 
 class RateLimiter:
-    """Lets requests through, first come first served, so that no window of 60 seconds has more than the limits."""
+    """Admits requests in order of arrival so that no window of 60 seconds exceeds the limits."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class RateLimiter:
     async def wait(self, tokens: float) -> Admission:
         """Return when a request of about `tokens` tokens may start.
 
-        One that is larger than the limit alone starts when nothing else is in the window.
+        A request that exceeds the limit by itself starts when nothing else is in the window.
         """
         async with self._turn:
             while (delay := self._delay(tokens)) > 1e-6:
@@ -62,11 +62,11 @@ class RateLimiter:
             return admission
 
     def correct(self, admission: Admission, tokens: float) -> None:
-        """Set the tokens that a request turned out to have."""
+        """Set the actual tokens of a request."""
         admission.tokens = tokens
 
     def pause(self, seconds: float) -> None:
-        """Let nothing start for so many seconds, as an answer's Retry-After asks."""
+        """Start no request for this many seconds, as an answer's Retry-After asks."""
         self._not_before = max(self._not_before, self._clock() + seconds)
 
     def _delay(self, tokens: float) -> float:

@@ -1,4 +1,4 @@
-"""One call to a judge model: the body that is sent, the key that it is stored under, and the record of its answer."""
+"""One call to a judge model: the body of the request, its key in the store, and the record of its answer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from eval.judging.openai.store import Call, Store, call_key, now
 from eval.judging.verdict import Verdict, verdict_on, winner_of
 
 MAX_TOKENS = 10**9
-"A server that counts more for one call has miscounted."
+"A server that reports more tokens for one call has miscounted."
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The body that is sent for a question, its key in the store, and bounds on its tokens."""
+    """The body of the request for a question, its key in the store, and bounds on its tokens."""
 
     key: str
     sample: int
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class JudgeSetup:
-    """Settings, prompt, form and price that all calls of a run share."""
+    """Settings, prompt, form and price shared by all calls of a run."""
 
     config: OpenAISettings
     prompt: JudgePrompt
@@ -42,7 +42,7 @@ class JudgeSetup:
     price: Price | None
 
     def request(self, question: Question, sample: int) -> Request:
-        """Make the request of a question, asked for the first time or (sample > 0) again."""
+        """Make the request of a question; `sample` > 0 asks again."""
         config = self.config
         body: dict[str, Any] = {
             "model": config.model,
@@ -66,7 +66,7 @@ class JudgeSetup:
         return Request(key, sample, body, prompt_tokens_at_most(texts), prompt_tokens_about(texts))
 
     def most(self, request: Request) -> float:
-        """Return the dollars that one sending of a request cannot exceed; 0 without a price."""
+        """Return the maximum cost in dollars of sending a request once; 0 without a price."""
         if self.price is None:
             return 0.0
         return self.price.at_most(request.prompt_tokens_at_most, self.config.max_output_tokens)
@@ -117,7 +117,16 @@ class JudgeSetup:
         latency: float | None,
         request_id: Any,
     ) -> Call:
-        """Record an answer, given as the JSON of a chat completion. Raises what `said_in` raises."""
+        """Record an answer, given as the JSON of a chat completion. Raises the errors of `said_in`.
+
+        Args:
+            request: The request that was answered.
+            payload: Parsed JSON of the answer.
+            backend: live or batch.
+            num_attempts: Number of times the request was sent.
+            latency: Seconds of the last attempt; None if unknown.
+            request_id: The API's id of the request, for support.
+        """
         said = said_in(payload, "" if self.form == "json" else "\n")
         there = said.finish_reason is not None
         call = self._record(
@@ -139,7 +148,7 @@ class JudgeSetup:
         return replace(call, status=parsed.status, slot=parsed.slot, detail=parsed.detail)
 
     def paid(self, request: Request, call: Call) -> float:
-        """Return the dollars to book for an answer: its cost, or the bound where the server did not count."""
+        """Return the dollars to book for an answer: its cost, or the bound if the server reported no usage."""
         return self.most(request) if call.cost is None else call.cost
 
     def unanswerable(

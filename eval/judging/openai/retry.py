@@ -20,7 +20,7 @@ from eval.judging.openai.error_causes import Cause, cause_of, read_error
 
 Action = Literal["retry", "refused", "give_up", "stop"]
 """retry: it may pass. refused: the API would not have this text judged. give_up: this request cannot work, others may.
-stop: no request can work until somebody acts."""
+stop: no request can work without user action."""
 
 SETTING_CODES = frozenset(
     {"unsupported_parameter", "unsupported_value", "unknown_parameter", "model_not_found"}
@@ -68,24 +68,24 @@ class ErrorInAnswer(NotAnAnswer):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a request got no answer and what follows."""
+    """The cause of a missing answer, and the action."""
 
     action: Action
     detail: str
     retry_after: float | None = None
-    "Seconds that the API wants us to wait."
+    "Seconds to wait before the next attempt, by the API."
     may_be_paid: bool = False
-    "The request reached the API and nobody knows whether it was worked on."
+    "The request reached the API, and may have been processed."
     param: str | None = None
-    "The setting that the API complained about."
+    "The setting that the API rejected."
     cause: Cause | None = None
-    "Cause by the body, None if it does not say."
+    "Cause by the body, None if it contains none."
     unclear: bool = False
-    "Could concern the key or this prompt alone: fatal only if the model has not answered before."
+    "May concern the key or only this prompt: fatal only if the model has not answered before."
 
 
 def classify(error: Exception) -> Failure:
-    """Decide on an error of the client. Re-raises what is not an error of a request."""
+    """Decide on an error of the client. Re-raises errors that are not about a request."""
     match error:
         case openai.APIStatusError():
             return classify_status(error.status_code, error.response.text, error.response.headers)
@@ -209,7 +209,7 @@ def delay_before_retry(
         retry_after + U(0, base)                       when the API names a time
         U(0, min(max_delay, base * 2^(attempt - 1)))   otherwise ("full jitter", Brooker 2015)
 
-    The random part keeps workers that failed together from coming back together.
+    The random part spreads out workers that failed together.
     """
     if retry_after is not None:
         return retry_after + rng.uniform(0, config.base_delay)

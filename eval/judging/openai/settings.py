@@ -52,5 +52,5 @@ class OpenAISettings(JudgeSettings):
 
     @property
     def url(self) -> str:
-        """Where requests go."""
+        """Base URL of the API."""
         return self.base_url or OPENAI_URL

@@ -1,9 +1,9 @@
-"""The store: every answer of a judge that is paid by the call, kept by the hash of all that could change it.
+"""The store: every answer of a paid judge, under a hash of everything that could change it.
 
-One SQLite file. `calls` has an answer (or a failure) a row and only ever grows; `requests` is the ledger: one row for
-each request before it is sent, with the most it can cost, and what it did cost once that is known. Every change is
-committed to disk before the next one, so a run that is killed has lost no answer that reached it, and what was
-under way at that moment still counts against the budget.
+One SQLite file. `calls` is append-only, with an answer (or a failure) per row; `requests` is the ledger: one row for
+each request before it is sent, with its maximum cost, and its actual cost once that is known. Every change is committed
+to disk before the next one, so a killed run loses no answer that it received, and requests in flight at that moment
+still count against the budget.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One question put to the judge, with its answer as received and as parsed."""
+    """One question to the judge, with its answer as received and as parsed."""
 
     key: str
-    "Hash of the request and of what it was sent to."
+    "Hash of the request and its destination."
     model: str
-    "The model that was asked for."
+    "The requested model."
     sample: int
-    "0, and one more for each time it was asked again after a malformed answer."
+    "0, plus one for each retry after a malformed answer."
     backend: str
     "live or batch."
     status: Status
@@ -45,15 +45,15 @@ class Call:
     model_returned: str | None
     fingerprint: str | None
     request_id: str | None
-    "The API's name for the request, for its support."
+    "The API's id of the request, for support."
     prompt_tokens: int | None
     cached_tokens: int | None
-    "Of the prompt tokens, those read from the API's cache."
+    "Prompt tokens read from the API's cache."
     cache_write_tokens: int | None
-    "Of the prompt tokens, those written to it."
+    "Prompt tokens written to it."
     completion_tokens: int | None
     reasoning_tokens: int | None
-    "Of the completion tokens, those that nobody sees."
+    "Hidden completion tokens."
     cost: float | None
     "Dollars; None where the price or the tokens are unknown."
     num_attempts: int
@@ -86,7 +86,7 @@ _TABLES = {"calls", "requests", "batches", "facts"}
 
 
 def call_key(parts: Mapping[str, Any]) -> str:
-    """Return the sha256 of everything that could change an answer, as 64 hex digits."""
+    """Return the SHA-256 of everything that could change an answer, as 64 hex digits."""
     canonical = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -102,11 +102,11 @@ class Ledger:
 
     num_requests: int
     usd: float
-    "What was paid, and for requests without an end the most that they can cost."
+    "Dollars paid, plus the maximum cost of unsettled requests."
     num_open: int
-    "Requests whose end is not known: under way now, or when a run was killed."
+    "Unsettled requests: in flight now, or when a run was killed."
     open_usd: float
-    "The part of `usd` that is the most they can cost."
+    "The part of `usd` that is the maximum cost of unsettled requests."
 
 
 class Store:
@@ -180,7 +180,7 @@ class Store:
     # --- answers ----------------------------------------------------------------------------------------
 
     def answer(self, key: str) -> Call | None:
-        """Return the stored answer to a call; a failure is no answer."""
+        """Return the stored answer to a call; failures do not count."""
         row = self._db.execute(
             f"SELECT {', '.join(_COLUMNS)} FROM calls WHERE key = ? AND status != 'failed'", (key,)
         ).fetchone()
@@ -197,7 +197,7 @@ class Store:
         return [Call(*row) for row in rows]
 
     def record_failure(self, call: Call) -> None:
-        """Keep the record of a call that got no answer; it will be asked again."""
+        """Store the record of a call without an answer; it will be asked again."""
         self._insert(call)
 
     def _insert(self, call: Call) -> None:
@@ -207,7 +207,7 @@ class Store:
     # --- ledger -----------------------------------------------------------------------------------------
 
     def open_requests(self, keys: Sequence[str], usd: Sequence[float], batch: str | None = None) -> list[int]:
-        """Enter requests before they are sent, each with the most it can cost; return their numbers."""
+        """Enter requests before they are sent, each with its maximum cost; return their numbers."""
         started = now()
         with self._transaction():
             return [
@@ -219,14 +219,14 @@ class Store:
             ]
 
     def settle(self, request: int, usd: float, outcome: str, call: Call | None = None) -> None:
-        """Enter what a request did cost and, in the same commit, the answer that it brought."""
+        """Enter the actual cost of a request and, in the same commit, its answer."""
         with self._transaction():
             self._db.execute("UPDATE requests SET usd = ?, outcome = ? WHERE id = ?", (usd, outcome, request))
             if call is not None:
                 self._insert(call)
 
     def forget_request(self, request: int) -> None:
-        """Take out a request that was never sent."""
+        """Delete a request that was never sent."""
         self._db.execute("DELETE FROM requests WHERE id = ? AND usd IS NULL", (request,))
 
     def open_requests_of(self, batch: str) -> dict[str, tuple[int, float]]:
@@ -254,7 +254,7 @@ class Store:
         self._db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
 
     def update_batch(self, name: str, batch_id: str | None, state: str) -> None:
-        """Update a batch; "open" is one whose answers are still to come."""
+        """Update a batch; "open" is one whose answers are pending."""
         self._db.execute("UPDATE batches SET id = ?, state = ? WHERE name = ?", (batch_id, state, name))
 
     def open_batches(self) -> list[tuple[str, str | None, list[tuple[str, int, dict[str, Any]]]]]:
@@ -265,7 +265,7 @@ class Store:
         return [(name, batch_id, json.loads(requests)) for name, batch_id, requests in rows.fetchall()]
 
     def put_fact(self, name: str, value: Any) -> None:
-        """Keep a JSON value under a name."""
+        """Store a JSON value under a name."""
         self._db.execute(
             "INSERT INTO facts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
             (name, json.dumps(value)),
@@ -294,5 +294,5 @@ class _Transaction:
             if kind is None:
                 self._db.execute("COMMIT")
         finally:
-            if self._db.in_transaction:  # SQLite itself takes back what a full disk would not take
+            if self._db.in_transaction:  # SQLite itself rolls back on a full disk
                 self._db.execute("ROLLBACK")
