@@ -24,52 +24,52 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ELSEWHERE = {
     "1 num_mini_batches does nothing": (
-        "test_drpo_trainers_ppo_update",
+        "drpo/trainers/test_ppo_update",
         "test_exactly_epochs_times_minibatches_steps_on_different_minibatches",
     ),
     "2 statistics diluted by the number of minibatches": (
-        "test_drpo_trainers_ppo_update",
+        "drpo/trainers/test_ppo_update",
         "test_statistics_are_plain_means_over_minibatches_of_token_means",
     ),
-    "4 max_grad_norm ignored": ("test_drpo_trainers_ppo_update", "test_max_grad_norm_clips_for_real"),
+    "4 max_grad_norm ignored": ("drpo/trainers/test_ppo_update", "test_max_grad_norm_clips_for_real"),
     "8 entropy biased by padding, unmasked statistics": (
-        "test_drpo_trainers_online_metrics",
+        "drpo/trainers/test_online_metrics",
         "test_entropy_is_the_mean_over_policy_tokens_alone",
     ),
     "10 whitening per process": (
-        "test_drpo_trainers_credit",
+        "drpo/trainers/test_credit",
         "test_advantages_are_whitened_over_the_counted_tokens",
     ),
     "10 token weights depend on the micro-batch": (
-        "test_drpo_trainers_ppo_update",
+        "drpo/trainers/test_ppo_update",
         "test_the_result_does_not_depend_on_the_microbatch_size",
     ),
     "DPO: options that a loss has not are ignored (label smoothing, divergences)": (
-        "test_drpo_trainers_preference_recipe",
+        "drpo/trainers/preference/test_recipe",
         "test_an_option_is_taken_by_the_losses_that_have_it_and_refused_by_all_others",
     ),
     "DPO: the robust loss at label smoothing 0.5 is -inf": (
-        "test_drpo_trainers_preference_recipe",
+        "drpo/trainers/preference/test_recipe",
         "test_values_are_checked",
     ),
     "DPO: no offsets, no token weights, cDPO is missing": (
-        "test_drpo_trainers_pair_objective",
+        "drpo/trainers/preference/test_pair_objective",
         "test_losses_and_gradients_are_those_of_a_loop_over_pairs_and_tokens",
     ),
     "DPO: the margins of the data are dropped": (
-        "test_drpo_trainers_preference",
+        "drpo/trainers/preference/test_train",
         "test_the_scores_of_pairs_become_offsets_in_training_and_not_in_the_evaluation",
     ),
     "DPO: sums in the cache of the reference": (
-        "test_drpo_trainers_reference_cache",
+        "drpo/trainers/preference/test_reference_cache",
         "test_tokens_may_be_weighted_afterwards",
     ),
     "DPO: no moving reference with adapters": (
-        "test_drpo_trainers_reference",
+        "drpo/trainers/preference/test_reference",
         "test_a_reference_that_follows_at_once_makes_every_step_the_first",
     ),
     "DPO: no test of resuming": (
-        "test_drpo_trainers_preference",
+        "drpo/trainers/preference/test_train",
         "test_a_resumed_run_is_the_run_that_was_not_stopped_bit_for_bit",
     ),
 }

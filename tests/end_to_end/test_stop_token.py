@@ -125,10 +125,10 @@ def test_an_end_of_turn_that_is_no_token_is_refused_by_the_key_that_helps(rows):
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "data.chat_template_kwargs needs"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs needs"),
         (
             {"chat_template": True, "chat_template_kwargs": {"messages": []}},
-            "data.chat_template_kwargs.messages",
+            "chat_template_kwargs.messages",
         ),
     ],
 )

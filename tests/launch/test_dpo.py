@@ -77,7 +77,7 @@ def fails(folder, monkeypatch) -> Iterator[Callable[..., str]]:
         (["loss.label_smoothing=0.1"], ["loss.label_smoothing is for loss.name=cdpo|robust, not for dpo"]),
         (["loss.offset.scale=sqrt"], ["loss.offset.scale", "sqrt"]),
         (["loss=dpo"], ["loss is a section"]),
-        (["curriculum.num_stages=0"], ["curriculum.num_stages must be at least 1"]),
+        (["curriculum.num_stages=0"], ["curriculum.num_stages must be >= 1, got 0"]),
         (["curriculum={}"], ["no ranked rows: they need responses"]),
         (["loss.offset={}"], ["loss.offset needs chosen_score", "columns chosen_score and rejected_score"]),
         (["loss.token_weights={}"], ["loss.token_weights needs chosen_relevance"]),

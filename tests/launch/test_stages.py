@@ -112,7 +112,7 @@ def test_a_script_puts_the_project_before_its_own_folder(script):
         return
     project = "parent" if script.parent.name == "launch" else "parents[1]"
     first = re.search(r"^from (drpo|reward_models|eval|launch)\b", code, re.MULTILINE)
-    before = code[: first.start()]
+    before = code if first is None else code[: first.start()]
     assert "if Path(sys.path[0]).resolve() == HERE:" in before, f"{script} does not guard its imports"
     assert f"    sys.path[0] = str(HERE.{project})\n" in before
 
@@ -172,10 +172,10 @@ def test_the_last_line_is_the_path_of_the_result(chain):
     assert last_line(out) == str(folder / "first" / "policy")
     assert sorted(path.name for path in (folder / "first").iterdir()) == [
         "checkpoints",
-        "samples.jsonl",
         "config.yaml",
         "metrics.jsonl",
         "policy",
+        "samples.jsonl",
     ]
 
 
@@ -327,7 +327,7 @@ def fails(folder, monkeypatch) -> Callable[..., str]:
     [
         (["drpo.yaml", "reset.propotion=1"], ["reset.propotion", "known keys there: ", "reset.proportion"]),
         (["drpo.yaml", "resett.proportion=1"], ["resett", "reset,"]),
-        (["drpo.yaml", "reset.proportion=2"], ["reset.proportion must lie in [0, 1], got 2"]),
+        (["drpo.yaml", "reset.proportion=2"], ["reset.proportion must be >= 0 and <= 1, got 2"]),
         (["drpo.yaml", "num_steps=many"], ["num_steps", "many"]),
         (["drpo.yaml", "reset.source=refrence"], ["reset.source", "refrence"]),
         (["drpo.yaml", "optim.warmup_steps=400"], ["optim.warmup_steps is 400, it must be below num_steps"]),
@@ -340,7 +340,7 @@ def fails(folder, monkeypatch) -> Callable[..., str]:
         (["--learning-rate"], ["unknown flag --learning-rate", "section.key=value"]),
         (["drpo.yaml", "--seed=3"], ["--seed"]),
         (["drpo.yaml", "reward.function=null"], ["give reward.path", "or reward.function"]),
-        (["drpo.yaml", "reward.path=rm"], ["give reward.path or reward.function, not both"]),
+        (["drpo.yaml", "reward.path=rm"], ["reward.path cannot be given beside reward.function"]),
         (
             ["drpo.yaml", "reward.function=no_module:score"],
             ["reward.function", "no_module", "looked on sys.path"],

@@ -269,7 +269,7 @@ def test_a_trunk_of_no_layers_is_refused(policy_path, tokenizer, number):
     ],
 )
 def test_settings_without_sense_are_refused(settings, message):
-    with pytest.raises(ValueError, match=f"model.trainable_layers.*{message}"):
+    with pytest.raises(ValueError, match=f"^trainable_layers.*{message}"):
         ModelConfig(**settings)
 
 

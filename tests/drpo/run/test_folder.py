@@ -366,11 +366,11 @@ def test_a_value_that_is_not_finite_stops_naming_step_rows_and_checkpoint(recipe
 @pytest.mark.parametrize(
     "config, wrong, key",
     [
-        (CheckpointConfig, {"every": -1}, "checkpoint.every"),
-        (CheckpointConfig, {"keep": 0}, "checkpoint.keep"),
-        (LogConfig, {"every": 0}, "log.every"),
-        (LogConfig, {"samples_every": -1}, "log.samples_every"),
-        (LogConfig, {"num_samples": 0}, "log.num_samples"),
+        (CheckpointConfig, {"every": -1}, "every must be >= 0"),
+        (CheckpointConfig, {"keep": 0}, "keep must be >= 1"),
+        (LogConfig, {"every": 0}, "every must be >= 1"),
+        (LogConfig, {"samples_every": -1}, "samples_every must be >= 0"),
+        (LogConfig, {"num_samples": 0}, "num_samples must be >= 1"),
     ],
 )
 def test_impossible_settings_name_the_key(config, wrong, key):

@@ -43,5 +43,5 @@ def test_so_does_a_preference_run(preference_run):
 
 
 def test_a_number_of_steps_below_zero_is_refused():
-    with pytest.raises(ValueError, match="checkpoint.model_every must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="^model_every must be >= 0, got -1"):
         CheckpointConfig(model_every=-1)

@@ -83,7 +83,7 @@ def test_a_new_task_needs_nothing_but_its_value(reviews):
 
 
 def test_rules_of_a_new_task_are_those_of_its_value(reviews, monkeypatch):
-    with pytest.raises(ValueError, match=r"^data\.columns applies to data\.task=own only"):
+    with pytest.raises(ValueError, match="^columns applies to task=own only"):
         DataConfig(**reviews, columns={"prompt": "q"})
     with pytest.raises(ValueError, match=r"^data\.path must say where the data for data\.task=reviews is"):
         DataConfig(task="reviews")
