@@ -77,9 +77,7 @@ class Engine:
     ) -> None:
         _check_flags()
         if not torch.cuda.is_available():
-            os.environ.setdefault(
-                "DS_ACCELERATOR", "cpu"
-            )  # otherwise DeepSpeed looks for one, with a warning
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed searches, with a warning
         several_on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
         group = {"timeout": timedelta(minutes=config.timeout_minutes)}
         if several_on_cpu:
@@ -236,9 +234,7 @@ class Engine:
             states = list(optimizer.state.values())
         else:
             parameters = optimizer.param_groups[group]["params"]
-            if hasattr(
-                outer, "sub_group_to_group_id"
-            ):  # ZeRO-3 empties the groups except during its own step
+            if hasattr(outer, "sub_group_to_group_id"):  # ZeRO-3 empties the groups between its own steps
                 flat = enumerate(outer.fp32_partitioned_groups_flat)
                 parameters = [part for i, part in flat if outer.sub_group_to_group_id[i] == group]
             states = [optimizer.state[parameter] for parameter in parameters if parameter in optimizer.state]

@@ -124,9 +124,7 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
         scorers: list[Future] = []
         for seed in recipe.seeds:
             sft[seed] = submit(recipe.sft, sft_dir(root, seed).name, recipe.data_path, seed, [])
-            if (
-                seed == second
-            ):  # submitted here, so that methods need not wait for the SFT policies of all seeds
+            if seed == second:  # here, so that methods need not wait for the SFT policies of all seeds
                 for name, path, of in (
                     ("reward_model", recipe.data_path, first),
                     ("judge", recipe.judge_data_path, second),

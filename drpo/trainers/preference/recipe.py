@@ -14,12 +14,7 @@ from drpo.trainers.preference.curriculum import CurriculumConfig
 LossName = Literal[
     "dpo", "cdpo", "robust", "hinge", "ipo", "ipo_avg", "apo_zero", "apo_down", "sppo", "simpo", "orpo", "kto"
 ]  # fmt: skip
-OF_THE_MARGIN = (
-    "dpo",
-    "cdpo",
-    "robust",
-    "hinge",
-)  # functions of h alone, which offsets and divergences change
+OF_THE_MARGIN = ("dpo", "cdpo", "robust", "hinge")  # functions of h: offsets and divergences change h
 LENGTH_AVERAGED = ("ipo_avg", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
 PAIRS_ONLY = "is about pairs of responses, and loss.name=kto takes single ones; drop it"
