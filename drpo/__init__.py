@@ -4,7 +4,7 @@
     recipe = drpo.OnlineRecipe(run_dir="runs/mine", num_steps=200, rollout={"batch_size": 64})
     drpo.train_online(recipe, model=model, tokenizer=tokenizer, records=rows, reward=reward)
 
-docs/python.md is a tour. Everything listed here is imported when it is first used.
+docs/python.md is a tour. Everything listed here is imported on first use.
 """
 
 from importlib import import_module
@@ -23,7 +23,7 @@ _CONTENTS = {
     "PreferenceRecipe": "drpo.trainers.preference.recipe",
     "SFTRecipe": "drpo.trainers.sft",
     "RewardModelRecipe": "reward_models.train",
-    # what a reward function sees
+    # input of reward functions
     "Completion": "drpo.rewards",
     "RewardFn": "drpo.rewards",
     "Record": "drpo.data.records",

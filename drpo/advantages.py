@@ -9,13 +9,13 @@ from drpo.tensors import masked_sum
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, both (B, R), of the tokens where `mask` is True.
+    """Compute advantages and returns, both (B, R), of the tokens where `mask` is True.
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1},    G_t = A_t + V_t
 
     `rewards`, `values` (V_t: before token t) and `mask` are (B, R); the True tokens of a row are contiguous,
-    and V and A after the last of them are 0. Where `mask` is False both results are 0, and what stands there
-    in `rewards` and `values` has no effect: with mask = action_mask the episode begins at the reset.
+    and V and A after the last of them are 0. Where `mask` is False both results are 0, and the entries of
+    `rewards` and `values` have no effect: with mask = action_mask the episode begins at the reset.
     Raises ValueError when a row's mask has a hole. Source: Schulman et al. 2016, eq. 16.
     """
     starts = mask & torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1].logical_not()], dim=1)
@@ -39,12 +39,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def rloo(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
-    """Leave-one-out advantages (B, R): a rollout's return less the mean return of the others of its group.
+    """Compute leave-one-out advantages (B, R): a rollout's return less the mean return of the rest of its group.
 
         R_i = sum_t r_{i,t},    A_{i,t} = R_i - sum_{j != i} R_j / (K - 1)    for every token t of rollout i
 
     `rewards` (B, R), KL penalties included, `mask` (B, R) bool: the tokens of the episode; both are 0 elsewhere. Rows
-    stand group by group, `group_size` = K in each. Raises ValueError when K < 2 or the rows do not divide into groups.
+    are ordered by group, `group_size` = K in each. Raises ValueError when K < 2 or the rows do not divide into groups.
     Source: Kool, van Hoof and Welling 2019; Ahmadian et al. 2024 (arXiv 2402.14740), section 3.2.
     """
     if group_size < 2 or len(rewards) % group_size:

@@ -1,7 +1,7 @@
 """Train from Python: a recipe, with model, data and reward as objects where the recipe names none.
 
-Objects are written beside the run, to `<run_dir>_inputs`, and the recipe is made to name them: so a run that began with
-objects is resumed, repeated on several processes and read by the evaluator like any other.
+Objects are written to `<run_dir>_inputs`, and the recipe then names these files: so a run on objects can be resumed,
+repeated on several processes and read by the evaluator like any other.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def train_online(
         reward: a function of a list of `Completion`s that returns one number each.
         callbacks: called with step and metrics after every step.
 
-    Raises ConfigError, DataError, CheckpointError and what `drpo.trainers.online.train` raises.
+    Raises ConfigError, DataError, CheckpointError and the errors of `drpo.trainers.online.train`.
     """
     with engine_of(recipe) as engine:
         recipe = with_inputs(recipe, engine, model, tokenizer, records)
@@ -59,7 +59,7 @@ def train_online(
 
 
 def _reward_of(recipe: OnlineRecipe, engine: Engine) -> RewardFn:
-    """The recipe's reward. Reward models are a package above this one: the front door alone reaches up to it."""
+    """Return the recipe's reward; only this function imports reward_models, a package above this one."""
     reward_from = import_module("reward_models.score").reward_from
     return reward_from(recipe.reward, engine, recipe.tokenizer_path, recipe.data.chat_template)
 

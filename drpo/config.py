@@ -2,7 +2,7 @@
 
 A config dataclass is a frozen `Section` in the file that reads it. The string literal under each field is its help
 text; `setting` declares the bounds of a number; `check` holds the rules between fields. `--help` prints all keys with
-defaults and bounds, and errors carry the full key: a section does not know where it stands, the loader does.
+defaults and bounds, and errors name the full key: a section does not know its place in the recipe, the loader does.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _PREFIX: ContextVar[str] = ContextVar("prefix", default="")
 
 
 class ConfigError(ValueError):
-    """A recipe or an override is wrong; the message names the full key."""
+    """Error in a recipe or an override; the message names the full key."""
 
 
 # --- sections -------------------------------------------------------------------------------------------
 
 
 def key(name: str) -> str:
-    """Full key of a setting, or of a sibling section's, while its section is made: `horizon` -> `kl.horizon`."""
+    """Return the full key of a setting, or of a sibling, while its section is made: `horizon` -> `kl.horizon`."""
     return _PREFIX.get() + name
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The range of a number; None leaves a side open."""
+    """Range of a number; None leaves a side open."""
 
     ge: float | None = None
     gt: float | None = None
@@ -79,12 +79,12 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """A field whose number must lie within bounds: `num_epochs: int = setting(4, ge=1)`. None is let through."""
+    """Declare a field whose number, if not None, must lie within bounds: `num_epochs: int = setting(4, ge=1)`."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(ge, gt, le, lt)})
 
 
 class Section:
-    """Base of config dataclasses: takes nested sections as mappings too, checks numbers, then calls `check`."""
+    """Base of config dataclasses: accepts nested sections as mappings too, checks bounds, then calls `check`."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -101,10 +101,10 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Raise ConfigError, with `key(...)` of what is wrong, when settings do not go together."""
+        """Raise ConfigError, naming `key(...)` of the wrong setting, for an invalid combination of settings."""
 
     def changed(self) -> list[str]:
-        """Names of the settings that differ from their defaults, in the order of the source."""
+        """Return the names of the settings that differ from their defaults, in the order of the source."""
         return [
             field.name for field in dataclasses.fields(self) if getattr(self, field.name) != _default(field)
         ]
@@ -119,7 +119,7 @@ def refuse(given: bool, name: str, rule: str) -> None:
 def refuse_changed(section: Section, names: Collection[str], rule: str, within: str = "") -> None:
     """Raise ConfigError `<full key> <rule>` for the first of `names` that is not at its default in `section`.
 
-    `within` is where that section stands in the one that is being checked: `critic.`.
+    `within` is the place of that section in the one that is being checked: `critic.`.
     """
     for name in section.changed():
         refuse(name in names, within + name, rule)
@@ -130,7 +130,7 @@ def make_section(
 ) -> Recipe:
     """Make a section from a mapping over `default`, as strictly as from a recipe file.
 
-    `prefix` is where the section stands, dot included: `rollout.`. Raises ConfigError naming the full key.
+    `prefix` is the place of the section, dot included: `rollout.`. Raises ConfigError naming the full key.
     """
     base = OmegaConf.structured(section if default is None else default)
     _unlock(base)
@@ -143,14 +143,14 @@ def make_section(
 
 
 def _section_class(hint: Any) -> type | None:
-    """The section class that a field holds: one, an optional one, or a list or mapping of them."""
+    """Return the section class of a field that holds one, an optional one, or a list or mapping of them."""
     if dataclasses.is_dataclass(hint):
         return hint
     return next((found for part in get_args(hint) if (found := _section_class(part)) is not None), None)
 
 
 def _as_sections(hint: Any, value: Any, place: str, default: Any = None) -> Any:
-    """Replace the mappings that stand for sections in the value of a field by sections; `place` is its full key."""
+    """Replace mappings by sections in the value of a field that holds sections; `place` is its full key."""
     section, container = _section_class(hint), get_origin(hint)
     if container is list and isinstance(value, list | tuple):
         return [_as_sections(section, item, f"{place}[{i}]") for i, item in enumerate(value)]
@@ -171,7 +171,7 @@ def _no_section(section: type, value: Any, place: str) -> str:
 
 
 def _made(node, prefix: str) -> Any:
-    """The dataclass of a merged node, inner sections first, each told where it stands."""
+    """Make the dataclass of a merged node, inner sections first, each under its full prefix."""
     values = {}
     for name in node:
         child = node._get_node(name)
@@ -223,7 +223,7 @@ def load_recipe(recipe_class: type[Recipe], path: Path | None, overrides: Sequen
 
 
 def _check_kinds(given, defaults, prefix: str = "") -> None:
-    """A section needs keys and a list needs a list: told here, since merging would not name the key."""
+    """Raise ConfigError for a section without keys or a list that is none; merging would not name the key."""
     for name in given:
         if name not in defaults:
             if name in (retired := getattr(OmegaConf.get_type(defaults), "RETIRED", {})):
@@ -246,7 +246,7 @@ def _check_kinds(given, defaults, prefix: str = "") -> None:
 
 
 def _check_items(items, item_class: type, key: str) -> None:
-    """Merging the whole list would name neither the item nor its keys, and turn a section into text."""
+    """Check list items one by one; merging the whole list would name neither item nor key in an error."""
     for index in range(len(items)):
         item, place = items._get_node(index), f"{key}[{index}]"
         if dataclasses.is_dataclass(item_class):
@@ -264,7 +264,7 @@ def _check_items(items, item_class: type, key: str) -> None:
 
 
 def _check_finite(value: Any, place: str) -> None:
-    """No setting is inf or nan: comparisons with nan are false, so that it would pass every check of a range."""
+    """Raise ConfigError for inf or nan, which would pass range checks, since comparisons with nan are false."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{place} is {value}; give a finite number, or null where it may be off")
     if isinstance(value, Mapping):
@@ -276,7 +276,7 @@ def _check_finite(value: Any, place: str) -> None:
 
 
 def _unlock(node) -> None:
-    """Frozen dataclasses become read-only nodes at every level; merging needs them writable."""
+    """Make the read-only nodes of frozen dataclasses writable at every level, as merging needs them."""
     OmegaConf.set_readonly(node, False)
     for key in node:
         child = node._get_node(key)
@@ -326,9 +326,9 @@ class Option:
 
 
 def options(recipe_class: type, prefix: str = "", defaults: object | None = None) -> Iterator[Option]:
-    """Every key of a recipe class, depth first, in the order of the source.
+    """Yield every key of a recipe class, depth first, in the order of the source.
 
-    Defaults are those of the instance `defaults` if given: a section may set others than its class has.
+    Defaults are those of the instance `defaults` if given, since a section may set other defaults than its class.
     """
     helps = _field_docs(recipe_class)
     hints = get_type_hints(recipe_class)
@@ -351,7 +351,7 @@ def _default(field: dataclasses.Field) -> object:
 
 
 def help_text(recipe_class: type, usage: str) -> str:
-    """The `--help` page: usage, then each key with type, default and help."""
+    """Return the `--help` page: usage, then each key with type, default and help."""
     lines = [usage, ""]
     section = None
     for option in options(recipe_class):
@@ -367,7 +367,7 @@ def help_text(recipe_class: type, usage: str) -> str:
 
 
 def _field_docs(config_class: type) -> dict[str, str]:
-    """The string literals directly under the fields of a dataclass, by field name; bases included."""
+    """Return the string literals directly under the fields of a dataclass and its bases, by field name."""
     docs: dict[str, str] = {}
     for base in reversed(config_class.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
@@ -384,14 +384,14 @@ def _field_docs(config_class: type) -> dict[str, str]:
 
 
 def save_resolved(recipe: object, path: Path) -> None:
-    """Write the resolved recipe as YAML that can be given back as a recipe, with versions and commit on top."""
+    """Write the resolved recipe as YAML that can be loaded again, with versions and commit on top."""
     header = {"git_commit": git_commit(), "python": platform.python_version()} | package_versions()
     lines = [f"# {name}: {value}" for name, value in header.items()]
     Path(path).write_text("\n".join(lines) + "\n" + OmegaConf.to_yaml(OmegaConf.structured(recipe)))
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that decide a run's numbers."""
+    """Return the installed versions of the packages that determine a run's numbers."""
     versions = {}
     for package in VERSIONED_PACKAGES:
         try:
@@ -402,7 +402,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of this source tree, with `+changes` when it has uncommitted ones; `unknown` outside git."""
+    """Return the commit of this source tree, with `+changes` if it is dirty; `unknown` outside git."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The only file that knows accelerate and DeepSpeed: processes, precision, backward, collectives, state."""
+"""The only file that uses accelerate and DeepSpeed: processes, precision, backward, collectives, state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLAGS = tuple(f"ACCELERATE_{name}" for name in ("USE_CPU", "USE_FSDP", "DEBUG_MO
 
 @dataclass(frozen=True)
 class EngineConfig(Section):
-    """Precision and trackers; what runs where is said by `accelerate launch`."""
+    """Precision and trackers; `accelerate launch` sets the processes and devices."""
 
     mixed_precision: Literal["no", "bf16"] | None = None
     """Autocast precision; no is float32. null takes what `accelerate launch --mixed_precision` or its config file says;
@@ -43,7 +43,7 @@ class EngineConfig(Section):
 
 
 def _check_flags() -> None:
-    """Raise ConfigError for a variable of accelerate's that is neither true nor false."""
+    """Raise ConfigError for an environment variable of accelerate that is neither true nor false."""
     for name in FLAGS:
         try:
             parse_flag_from_env(name)
@@ -54,7 +54,7 @@ def _check_flags() -> None:
 
 
 def _device_type(cpu: bool) -> str:
-    """The type of device that accelerate will choose."""
+    """Return the type of device that accelerate will choose."""
     if cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return "cpu"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -66,7 +66,7 @@ def _say(message: str) -> None:
 
 
 class Engine:
-    """One prepared module and optimizer on every process, and the collectives that trainers need."""
+    """A prepared module and optimizer on every process, and the collectives that trainers need."""
 
     def __init__(
         self,
@@ -77,16 +77,16 @@ class Engine:
     ) -> None:
         _check_flags()
         if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, with a warning
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed searches, with a warning
         several_on_cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
         group = {"timeout": timedelta(minutes=config.timeout_minutes)}
         if several_on_cpu:
             group["backend"] = "gloo"
         with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        # Without it accelerate would take several processes on CPU for one; with it it would leave DeepSpeed out.
+        # Without it accelerate treats several CPU processes as one; with it it ignores DeepSpeed.
         cpu = several_on_cpu and not with_deepspeed
         precision, why = config.mixed_precision, ""
-        if not is_initialized():  # accelerate keeps one precision a process
+        if not is_initialized():  # accelerate keeps one precision per process
             launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if with_deepspeed else None)
             precision, why = choose_precision(precision, launcher, _device_type(cpu))
         self._accelerator = Accelerator(
@@ -97,7 +97,7 @@ class Engine:
             kwargs_handlers=[InitProcessGroupKwargs(**group)],
             step_scheduler_with_optimizer=False,
         )
-        # Else backward would divide the loss by what the environment or an accelerate config says.
+        # Otherwise backward would divide the loss by the accumulation steps of the environment or accelerate config.
         self._accelerator.gradient_accumulation_steps = 1
         self._max_grad_norm = max_grad_norm
         self._module: nn.Module | None = None
@@ -107,7 +107,7 @@ class Engine:
         self._warned_of_bf16 = False
         plugin = self._accelerator.state.deepspeed_plugin
         if plugin is not None:
-            # Accumulation is ours (the last micro-batch of a step is marked), so DeepSpeed sees one per step.
+            # We accumulate ourselves (the last micro-batch of a step is marked), so DeepSpeed sees one per step.
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
             plugin.deepspeed_config["gradient_accumulation_steps"] = 1
             plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
@@ -152,7 +152,7 @@ class Engine:
 
     @property
     def partitions_weights(self) -> bool:
-        """Whether a process holds a part of the trained weights alone, as under ZeRO stage 3."""
+        """Whether each process holds only a part of the trained weights, as under ZeRO stage 3."""
         return self._deepspeed and self._accelerator.state.deepspeed_plugin.zero_stage == 3
 
     def _warn_if_bf16_is_slow(self) -> None:
@@ -169,7 +169,7 @@ class Engine:
         torch.manual_seed(local)
 
     def shard(self, num_rows: int) -> slice:
-        """This rank's contiguous share of `num_rows` rows; the world size must divide them."""
+        """Return this rank's contiguous share of `num_rows` rows, a multiple of the world size."""
         if num_rows % self.world_size:
             raise ValueError(f"{num_rows} rows do not divide over {self.world_size} processes")
         share = num_rows // self.world_size
@@ -197,12 +197,12 @@ class Engine:
         return module.to(self.device).eval().requires_grad_(False)
 
     def _note_weights(self, module: nn.Module) -> None:
-        """Weights in bf16 are multiplied in bf16, whatever the autocast."""
+        """Warn of slow bf16 if weights are bf16, which are multiplied in bf16 regardless of autocast."""
         if any(weight.dtype == torch.bfloat16 for weight in module.parameters()):
             self._warn_if_bf16_is_slow()
 
     def autocast(self):
-        """The precision of training forwards, for forwards outside the prepared module."""
+        """Return a context with the precision of training forwards, for forwards outside the prepared module."""
         return self._accelerator.autocast()
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -211,7 +211,7 @@ class Engine:
         self._accelerator.backward(loss)
 
     def accumulating(self, last: bool):
-        """Context for the forward and backward of a micro-batch: gradients cross ranks at the last only."""
+        """Return a context for forward and backward of a micro-batch; gradients are synchronised at the last only."""
         return nullcontext() if last else self._accelerator.no_sync(self._module)
 
     def optimizer_step(self) -> float:
@@ -226,7 +226,7 @@ class Engine:
 
     @torch.no_grad()
     def reset_optimizer(self, group: int | None = None) -> None:
-        """Forget the moments and the step count of one parameter group, or of all: the next step is like the first."""
+        """Reset the moments and the step count of one parameter group, or of all, as before the first step."""
         outer = self._optimizer.optimizer
         # DeepSpeed's ZeRO wraps the one that was prepared.
         optimizer = getattr(outer, "optimizer", outer)
@@ -234,7 +234,7 @@ class Engine:
             states = list(optimizer.state.values())
         else:
             parameters = optimizer.param_groups[group]["params"]
-            if hasattr(outer, "sub_group_to_group_id"):  # ZeRO-3 empties the groups but for its own step
+            if hasattr(outer, "sub_group_to_group_id"):  # ZeRO-3 empties the groups between its own steps
                 flat = enumerate(outer.fp32_partitioned_groups_flat)
                 parameters = [part for i, part in flat if outer.sub_group_to_group_id[i] == group]
             states = [optimizer.state[parameter] for parameter in parameters if parameter in optimizer.state]
@@ -243,12 +243,12 @@ class Engine:
                 state[name] = value.zero_() if isinstance(value, Tensor) else 0
 
     def loss_scale(self) -> int:
-        """Gradients are averaged over ranks: a loss that is a share of a global sum is multiplied by this."""
+        """Return the factor for a loss that is a share of a global sum, since gradients are averaged over ranks."""
         return self.world_size
 
     @contextmanager
     def whole_weights(self, module: nn.Module) -> Iterator[None]:
-        """Within this context every rank holds all weights of `module` (a no-op but for ZeRO stage 3)."""
+        """Gather all weights of `module` on every rank within this context (a no-op except under ZeRO stage 3)."""
         if not self.partitions_weights:
             yield
             return
@@ -266,7 +266,7 @@ class Engine:
                 offload.setup_zero_stage3_hooks()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Full weights of the prepared module, on the main process (other ranks may get an empty dict)."""
+        """Return the full weights of the prepared module on the main process; other ranks may get an empty dict."""
         return self._accelerator.get_state_dict(self._module)
 
     # --- collectives ------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class Engine:
         return list(objects) if self.world_size == 1 else gather_object(list(objects))
 
     def from_main(self, value: Any) -> Any:
-        """The main process's `value`, which can be pickled, on every rank."""
+        """Return the main process's `value`, which must be picklable, on every rank."""
         return self.gather_objects([value])[0]
 
     def sum(self, value: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ class Engine:
         return value if self.world_size == 1 else self._accelerator.reduce(value, reduction="sum")
 
     def max(self, value: float) -> float:
-        """Largest of a number over ranks."""
+        """Return the maximum of a number over ranks."""
         local = torch.tensor([float(value)], device=self.device, dtype=torch.float32)
         return float(self.gather_rows(local).max())
 
@@ -298,11 +298,11 @@ class Engine:
     # --- state and trackers -----------------------------------------------------------------------------
 
     def save_state(self, folder: Path) -> None:
-        """Weights, optimizer and the random state of every rank, into a folder shared by all ranks."""
+        """Save weights, optimizer and the random state of every rank to a folder shared by all ranks."""
         self._accelerator.save_state(str(folder))
 
     def keep_in_state(self, module: nn.Module) -> None:
-        """Let `save_state` and `load_state` carry `module` too: a model outside the prepared one that changes."""
+        """Include `module` in `save_state` and `load_state`: a changing model outside the prepared one."""
         self._accelerator.register_for_checkpointing(module)
 
     def load_state(self, folder: Path) -> None:
@@ -329,7 +329,7 @@ class Engine:
 
 @contextmanager
 def engine_of(recipe: Any) -> Iterator[Engine]:
-    """The engine of a training recipe; the next one of this process may have another precision."""
+    """Open the engine of a training recipe; the next one of this process may have another precision."""
     run_dir, max_grad_norm = Path(recipe.run_dir), recipe.optim.max_grad_norm
     try:
         yield Engine(recipe.engine, run_dir, recipe.seed, max_grad_norm)

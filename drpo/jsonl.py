@@ -1,4 +1,4 @@
-"""Read JSONL (one JSON object a line), check the fields of its lines, and write whole files atomically."""
+"""Read JSONL (one JSON object per line), check the fields of its lines, and write files atomically."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lines_of(text: AnyStr) -> Iterator[tuple[int, AnyStr]]:
 
 
 def object_in(line: str | bytes, place: str) -> dict[str, Any]:
-    """Parse one line. Raises DataError that names `place` if it is not a JSON object."""
+    """Parse one line; raise DataError, naming `place`, if it is not a JSON object."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -38,15 +38,15 @@ def object_in(line: str | bytes, place: str) -> dict[str, Any]:
 
 
 def read_objects(path: Path | str) -> list[dict[str, Any]]:
-    """Read the objects of a JSONL file. Raises DataError that names file and line for anything else."""
+    """Read the objects of a JSONL file; raise DataError, naming file and line, for anything else."""
     lines = lines_of(Path(path).read_bytes())
     return [object_in(line, f"{path}:{number}") for number, line in lines]
 
 
 def fields_of_line(line: bytes, types: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
-    """Parse a line of a file of our own. Raises RowError unless it has all fields of `types` and no others.
+    """Parse a line of a file that DRPO wrote; raise RowError unless its fields are those of `types`.
 
-    Whole numbers must lie in [0, 2^63), and what is text must be encodable. A bool is no number.
+    Integers must lie in [0, 2^63), and text must be encodable. A bool is not a number.
     """
     try:
         values = json.loads(line)
@@ -70,12 +70,12 @@ def fields_of_line(line: bytes, types: Mapping[str, tuple[type, ...]]) -> dict[s
 
 
 def encodable(text: str) -> str:
-    """Replace the halves of surrogate pairs, which JSON can contain and no file can."""
+    """Replace lone surrogates, which JSON can contain but UTF-8 cannot encode."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace the content of a file by `text` (UTF-8), atomically: a kill or a full disk leaves the old content."""
+    """Write `text` (UTF-8) to a file atomically; a kill or a full disk leaves the old content."""
     replacement = path.with_name(path.name + ".tmp")
     try:
         with replacement.open("w", encoding="utf-8") as file:

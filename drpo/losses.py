@@ -28,13 +28,13 @@ class PolicyTerms(NamedTuple):
 def ppo_policy_loss(
     new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, clip_range: float
 ) -> PolicyTerms:
-    """Clipped surrogate loss of each token, all arguments (B, R).
+    """Compute the clipped surrogate loss of each token, all tensors (B, R).
 
         ratio = exp(new_logprobs - logprobs)
         loss  = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range))
 
-    Only `new_logprobs` should carry a gradient. A log ratio beyond +-MAX_LOG_RATIO is held there and has no
-    gradient; so an infinite or nan log ratio under the mask cannot turn its zero gradient into nan.
+    Only `new_logprobs` should carry a gradient. A log ratio beyond +-MAX_LOG_RATIO is clamped and has no
+    gradient, so an infinite or nan log ratio under the mask cannot turn its zero gradient into nan.
     Source: Schulman et al. 2017, eq. 7 (negated).
     """
     ratio = (new_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -53,12 +53,12 @@ class ValueTerms(NamedTuple):
 
 
 def ppo_value_loss(new_values: Tensor, values: Tensor, returns: Tensor, clip_range: float) -> ValueTerms:
-    """Clipped value loss of each token, all arguments (B, R).
+    """Compute the clipped value loss of each token, all tensors (B, R).
 
         loss = 0.5 max((v - G)^2, (clip(v, V - clip_range, V + clip_range) - G)^2)
 
     v are the new values (with gradient), V those of the rollout, G the returns; all finite, also under the
-    mask (`gae` sees to it for G), for the square of an infinite error has a nan gradient there.
+    mask (`gae` ensures it for G), since the square of an infinite error has a nan gradient there.
     Source: OpenAI baselines, PPO2; the paper's eq. 9 has no clipping (Schulman et al. 2017).
     """
     clipped_values = torch.clamp(new_values, values - clip_range, values + clip_range)

@@ -1,4 +1,4 @@
-"""Write a run's inputs that are objects beside the run, and let the recipe name them."""
+"""Write the inputs of a run that are objects to a folder next to it, and name them in the recipe."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ Recipe = TypeVar("Recipe")
 
 
 def with_inputs(recipe: Recipe, engine: Engine, model: Any, tokenizer: Any, records: Any) -> Recipe:
-    """Return the recipe with `model`, `tokenizer` and `records` in it: paths as they are, objects as files in
-    `<run_dir>_inputs`, which the main process writes.
+    """Return the recipe with the paths of `model`, `tokenizer` and `records`.
 
-    Raises ConfigError for a model without a tokenizer, for what the recipe names already, and when the folder holds
-    other inputs of an earlier run; DataError, naming the row, for one that is no mapping or cannot be written as JSON.
+    Paths stay as they are; the main process writes objects to files in `<run_dir>_inputs`. Raises ConfigError for a
+    model without a tokenizer, for inputs that the recipe names already, and when the folder holds other inputs of an
+    earlier run; DataError, naming the row, for a row that is not a mapping or cannot be written as JSON.
+
+    Args:
+        recipe: a training recipe.
+        engine: coordinates the processes.
+        model, tokenizer: objects or paths; None keeps those of the recipe.
+        records: rows, or the path of a file; None keeps the data of the recipe.
     """
     folder = Path(recipe.run_dir)
     folder = folder.with_name(f"{folder.name}_inputs")
@@ -86,7 +92,7 @@ def _save_rows(records: Iterable[Mapping[str, Any]], folder: Path) -> None:
 
 
 def _write(engine: Engine, folder: Path, save: Any) -> None:
-    """Let the main process fill `folder`, which may hold the same already."""
+    """Write `folder` on the main process; it may already hold the same files."""
     problem: Exception | None = None
     if engine.is_main:
         fresh = folder.with_name(f".{folder.name}.writing")

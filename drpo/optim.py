@@ -39,10 +39,10 @@ class OptimConfig(Section):
 def build_optimizer(
     groups: Sequence[Iterable[torch.nn.Parameter]], config: OptimConfig, has_master_weights: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW over one parameter group per entry; parameters without gradients are left out.
+    """Build AdamW with one parameter group per entry, without parameters that need no gradients.
 
     Raises ConfigError for trained weights below float32, unless `has_master_weights`: the engine steps float32
-    copies of them. A weight in bfloat16 has 8 bits, and takes no step that is below 1/256 of it.
+    copies of them. A weight in bfloat16 has 8 bits, so steps below 1/256 of it are lost.
     """
     trained = [{"params": [p for p in group if p.requires_grad]} for group in groups]
     weights = [parameter for group in trained for parameter in group["params"]]
@@ -65,7 +65,7 @@ def build_optimizer(
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
-    """One rate per parameter group; called before every step, so there is no scheduler state to save."""
+    """Set one rate per parameter group; called before every step, so there is no scheduler state to save."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
@@ -73,7 +73,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float])
 def scheduled_rate(
     peak: float, config: OptimConfig, step: int, num_steps: int, warmup_steps: int | None = None
 ) -> float:
-    """Learning rate of step 0 <= step < num_steps; `warmup_steps` in place of the config's, if given.
+    """Return the learning rate of step 0 <= step < num_steps, with `warmup_steps` replacing the config's if given.
 
     Raises ConfigError when the warm-up is as long as the run.
     """

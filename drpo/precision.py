@@ -1,4 +1,4 @@
-"""Float32 or bf16: what was asked for, else what the device is good at."""
+"""Choice of float32 or bf16: the requested precision, else the faster one on the device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PRECISIONS = {"no": "float32", "bf16": "bf16"}  # accelerate's word, ours
 
 
 def choose_precision(asked: str | None, launcher: str | None, device: str) -> tuple[str, str]:
-    """The precision in accelerate's word, and why: the recipe's word, else the launcher's, else by the device.
+    """Return the precision in accelerate's terms, and why: the recipe's, else the launcher's, else the device's.
 
-    `accelerate launch` says "no" also where nobody said anything, so that its "no" cannot be told from a wish.
+    `accelerate launch` passes "no" also by default, so an explicit "no" cannot be recognised.
     """
     if asked is not None:
         return asked, "as the recipe says"
@@ -31,9 +31,9 @@ def choose_precision(asked: str | None, launcher: str | None, device: str) -> tu
 
 
 def settled_why(asked: str | None, chosen: str | None, found: str, why: str) -> str:
-    """Why it is the precision that accelerate was `found` to compute in after one was `chosen`.
+    """Return why accelerate computes in the `found` precision, after one was `chosen`.
 
-    DeepSpeed goes by its own config file. Raises ConfigError where that is not what the recipe `asked` for.
+    DeepSpeed follows its own config file. Raises ConfigError where it differs from the one that the recipe `asked` for.
     """
     check_precision(found)
     if chosen in (None, found):
@@ -46,7 +46,7 @@ def settled_why(asked: str | None, chosen: str | None, found: str, why: str) -> 
 
 
 def check_precision(precision: str) -> None:
-    """Raise ConfigError for one that we do not train in."""
+    """Raise ConfigError for a precision that training does not support."""
     if precision not in PRECISIONS:
         raise ConfigError(
             f"mixed_precision={precision}, says accelerate or a DeepSpeed config: it must be no or bf16"
@@ -54,9 +54,9 @@ def check_precision(precision: str) -> None:
 
 
 def multiplies_bf16(device: str) -> bool:
-    """Whether a device ("cpu", "cuda", "xpu") has instructions for products of bf16 matrices.
+    """Return whether a device ("cpu", "cuda", "xpu") has instructions for products of bf16 matrices.
 
-    On a CPU ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA count too: a newer one that they hold to AVX2 has none.
+    On a CPU ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA count too: a newer CPU that they limit to AVX2 has none.
     """
     match device:
         case "cpu":
@@ -69,8 +69,8 @@ def multiplies_bf16(device: str) -> bool:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    # torch leaves these products to oneDNN, which takes any CPU with AVX512 for one that can: without AVX512-BF16
-    # or AMX it converts to float32 and back.
+    # torch calls oneDNN for these products, which accepts any CPU with AVX512: without AVX512-BF16 or AMX it
+    # converts to float32 and back.
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -81,7 +81,7 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def slow_bf16_warning(device: str) -> str | None:
-    """What to tell who asks for bf16 on this device, with the ratio measured now; None where it is not slow."""
+    """Return a warning, with a ratio measured now, for bf16 on a device where it is slow; else None."""
     if multiplies_bf16(device):
         return None
     ratio = bf16_over_float32(device)
@@ -95,7 +95,7 @@ def slow_bf16_warning(device: str) -> str | None:
 
 
 def bf16_over_float32(device: str) -> float:
-    """Time of one small matrix product in bf16 over that in float32, each the best of a tenth of a second."""
+    """Return the time ratio of a small matrix product, bf16 over float32, each the best of a tenth of a second."""
     size = 128 if device == "cpu" else 2048  # CPUs without the instructions need a minute for 2048
 
     def seconds(dtype: torch.dtype) -> float:
@@ -110,7 +110,7 @@ def bf16_over_float32(device: str) -> float:
         return min(times)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # where other work is, one thread of several would often be waited for
+    torch.set_num_threads(1)  # on a busy machine the product would often wait for one of several threads
     try:
         return seconds(torch.bfloat16) / seconds(torch.float32)
     finally:
@@ -118,5 +118,5 @@ def bf16_over_float32(device: str) -> float:
 
 
 def shown(device: str) -> str:
-    """A device as people write it."""
+    """Return the display name of a device."""
     return "CPU" if device == "cpu" else "GPU"

@@ -5,8 +5,8 @@ Most of them read the margin h of a pair alone:
     h = implicit_margins(chosen_logratios, rejected_logratios, beta)    logratio = log pi(y|x) - log pi_ref(y|x)
     dpo | cdpo | robust_dpo | hinge | ipo _loss(h)                      ODPO: the same of h - score_offsets(...)
 
-The others need more than a difference and say in their arguments what. Dr. DPO reads nothing but losses, so
-it composes with all of them; `token_weighted_sum` gives the log-probabilities that enter any of them. A
+The others need more than a difference, as their arguments show. Dr. DPO reads only losses, so it composes
+with all of them; `token_weighted_sum` gives the log-probabilities that enter any of them. A
 log-probability is a sum over the response unless it is called mean. Everything is in nats, (B,) and float32
 or wider; beta > 0. Inputs of +-1e4 nats give finite losses and gradients, unless a loss says otherwise.
 """
@@ -31,7 +31,7 @@ def implicit_margins(
     divergence: str = "reverse_kl",
     alpha: float = 1.0,
 ) -> Tensor:
-    """How much larger the implicit reward of the chosen response is, (B,), under an f-divergence penalty.
+    """Compute the margin h (B,) of the implicit rewards under an f-divergence penalty.
 
         h = beta (f'(u_w) - f'(u_l)),   u = pi / pi_ref = exp(logratio)
         reverse_kl  f'(u) = log u + 1             the margin of DPO
@@ -39,9 +39,9 @@ def implicit_margins(
         js          f'(u) = log(2 u / (1 + u))
         alpha       f'(u) = (1 - u^-alpha) / alpha,   0 < alpha <= 1; tends to reverse_kl at 0
 
-    u^-alpha grows exponentially where the policy left a response. It is exact up to exp(MAX_LOG_RATIO), that
-    is for alpha logratio >= -MAX_LOG_RATIO; below, it goes on as the tangent there: still monotone, with the
-    gradient held at its largest. Raises ValueError on an unknown divergence or an alpha outside (0, 1].
+    u^-alpha grows exponentially where the policy abandons a response. It is exact up to exp(MAX_LOG_RATIO), that
+    is for alpha logratio >= -MAX_LOG_RATIO; below, it continues as the tangent there: still monotone, with the
+    gradient clamped at its maximum. Raises ValueError on an unknown divergence or an alpha outside (0, 1].
     Source: Wang et al. 2023 (f-DPO, "Beyond Reverse KL"), table 1; Rafailov et al. 2023, eq. 7 (reverse_kl).
     """
     match divergence:
@@ -61,17 +61,17 @@ def implicit_margins(
 
 
 def _bounded_exp(x: Tensor) -> Tensor:
-    """exp(x) up to MAX_LOG_RATIO, and its tangent from there on."""
+    """Compute exp(x) up to MAX_LOG_RATIO, and its tangent from there on."""
     held = x.clamp(max=MAX_LOG_RATIO)
     return held.exp() * (1 + x - held)
 
 
 def score_offsets(gaps: Tensor, alpha: float, scale: str) -> Tensor:
-    """What ODPO asks the margin to exceed, (B,): alpha f(gap), to be subtracted from h. Not scaled by beta.
+    """Compute the offsets (B,) that ODPO subtracts from the margin h: alpha f(gap), not scaled by beta.
 
         gap = score(chosen) - score(rejected)
         identity  f(gap) = gap
-        log       f(gap) = log gap          the released one; below 0 for gap < 1, so such pairs ask for less
+        log       f(gap) = log gap          as in the released code; < 0 for gap < 1, so such pairs need less margin
         log1p     f(gap) = log(1 + gap)     never below 0
 
     alpha = 0 is DPO. Scores have the reward's unit, offsets are nats. Raises ValueError on an unknown scale
@@ -103,7 +103,7 @@ def _require_gaps(valid_mask: Tensor, gaps: Tensor, scale: str, needed: str) -> 
 
 
 def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """Negative log-likelihood (B,), in nats, that the chosen response of each pair wins: the loss of reward models.
+    """Compute the Bradley-Terry loss (B,) of reward models, in nats: -log P(the chosen response wins).
 
         -log sigmoid(chosen_scores - rejected_scores)
 
@@ -113,7 +113,7 @@ def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor
 
 
 def dpo_loss(margins: Tensor) -> Tensor:
-    """Negative log-likelihood (B,) that the chosen response wins, by Bradley-Terry on the implicit rewards.
+    """Compute the DPO loss (B,): the Bradley-Terry loss of the implicit rewards.
 
         -log sigmoid(h)
 
@@ -123,7 +123,7 @@ def dpo_loss(margins: Tensor) -> Tensor:
 
 
 def cdpo_loss(margins: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy (B,) with a label that is wrong with probability e: the margin has a finite optimum.
+    """Compute the cross-entropy (B,) under a label error rate e, with a finite optimal margin.
 
         (1 - e) l(h) + e l(-h),   l = dpo_loss;   smallest at h = log((1 - e) / e)
 
@@ -135,7 +135,7 @@ def cdpo_loss(margins: Tensor, label_smoothing: float) -> Tensor:
 
 
 def robust_dpo_loss(margins: Tensor, label_smoothing: float) -> Tensor:
-    """DPO loss (B,) that is unbiased when labels are flipped with probability e; single values may be < 0.
+    """Compute a DPO loss (B,) that is unbiased when labels are flipped with probability e; it may be < 0.
 
         ((1 - e) l(h) - e l(-h)) / (1 - 2 e),   l = dpo_loss
 
@@ -154,7 +154,7 @@ def _require_label_smoothing(label_smoothing: float) -> None:
 
 
 def hinge_loss(margins: Tensor) -> Tensor:
-    """How far (B,) the margin falls short of 1; no gradient beyond.
+    """Compute the hinge loss (B,): the amount by which the margin falls short of 1.
 
         max(0, 1 - h)
 
@@ -164,7 +164,7 @@ def hinge_loss(margins: Tensor) -> Tensor:
 
 
 def ipo_loss(margins: Tensor, beta: float) -> Tensor:
-    """Squared distance (B,) of the log-ratio difference from 1 / (2 beta), so no margin grows for ever.
+    """Compute the squared distance (B,) of the log-ratio difference from 1 / (2 beta), a finite optimum.
 
         (h / beta - 1 / (2 beta))^2
 
@@ -178,7 +178,7 @@ def ipo_loss(margins: Tensor, beta: float) -> Tensor:
 
 
 def apo_zero_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
-    """Raises the chosen and lowers the rejected response against the reference, (B,) in [0, 2].
+    """Compute the APO-zero loss (B,) in [0, 2]: raise the chosen, lower the rejected response.
 
         sigmoid(-r_w) + sigmoid(r_l),   r = beta logratio
 
@@ -189,7 +189,7 @@ def apo_zero_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: fl
 
 
 def apo_down_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
-    """Lowers the chosen response against the reference, and the rejected one more, (B,) in [0, 2].
+    """Compute the APO-down loss (B,) in [0, 2]: lower the chosen response, and the rejected one more.
 
         sigmoid(r_w) + sigmoid(-(r_w - r_l)),   r = beta logratio
 
@@ -201,7 +201,7 @@ def apo_down_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: fl
 
 
 def sppo_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
-    """Squared distance (B,) of both log-ratios from the ones of a step of self-play, win rates 1 and 0.
+    """Compute the squared distance (B,) of both log-ratios from those of a self-play step, win rates 1 and 0.
 
         (logratio_w - 1 / (2 beta))^2 + (logratio_l + 1 / (2 beta))^2
 
@@ -217,7 +217,7 @@ def sppo_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float)
 def simpo_loss(
     chosen_mean_logprobs: Tensor, rejected_mean_logprobs: Tensor, beta: float, target_margin: float
 ) -> Tensor:
-    """Bradley-Terry loss (B,) of length-averaged log-probabilities that must differ by a margin.
+    """Compute the Bradley-Terry loss (B,) of length-averaged log-probabilities with a target margin.
 
         -log sigmoid(beta (m_w - m_l) - target_margin),   m = mean log-probability of a token
 
@@ -227,12 +227,12 @@ def simpo_loss(
 
 
 def orpo_loss(chosen_mean_logprobs: Tensor, rejected_mean_logprobs: Tensor, odds_coef: float) -> Tensor:
-    """SFT loss of the chosen response plus a loss of the log odds ratio, (B,).
+    """Compute the SFT loss of the chosen response plus a loss of the log odds ratio, (B,).
 
         -m_w + odds_coef * -log sigmoid(log odds_w - log odds_l)
         odds = p / (1 - p),   p = exp(m),   m = mean log-probability of a token, <= 0
 
-    The odds of p = 1 are infinite: m above -eps of its dtype is held there and has no gradient through them.
+    The odds of p = 1 are infinite: m above -eps of its dtype is clamped and has no gradient through them.
     Source: Hong et al. 2024 (ORPO), eq. 6 and 7.
     """
     log_odds_ratios = _log_odds(chosen_mean_logprobs) - _log_odds(rejected_mean_logprobs)
@@ -240,7 +240,7 @@ def orpo_loss(chosen_mean_logprobs: Tensor, rejected_mean_logprobs: Tensor, odds
 
 
 def _log_odds(logprobs: Tensor) -> Tensor:
-    """log p - log(1 - p); expm1 keeps 1 - p exact where p is near 1."""
+    """Compute log p - log(1 - p); expm1 keeps 1 - p exact where p is near 1."""
     held = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)
     return held - (-torch.expm1(held)).log()
 
@@ -256,7 +256,7 @@ def kto_loss(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> Tensor:
-    """Lost utility (B,) of single responses that someone called desirable or not, in [0, weight].
+    """Compute the lost utility (B,), in [0, weight], of single responses labelled desirable or undesirable.
 
         desirable     desirable_weight   (1 - sigmoid(beta (logratio - kl)))
         undesirable   undesirable_weight (1 - sigmoid(beta (kl - logratio)))
@@ -273,19 +273,19 @@ def kto_loss(
 
 
 def dr_dpo_loss(losses: Tensor, beta_prime: float) -> Tensor:
-    """Soft minimum of the losses of a batch, a scalar: pairs with a large loss, the suspects, count less.
+    """Compute the soft minimum of a batch's losses, a scalar, which down-weights pairs of large loss.
 
         -beta' log mean_i exp(-l_i / beta')
 
     beta' > 0, in the losses' unit: large gives their mean, small their minimum; at 1, with DPO's losses, it
-    is -log mean sigmoid(h). Not a mean of parts: cut into micro-batches it differs (see dr_dpo_weights).
+    is -log mean sigmoid(h). It is not a mean over micro-batches (see dr_dpo_weights).
     Source: Wu et al. 2024 (Dr. DPO, "Towards Robust Alignment of Language Models").
     """
     return -beta_prime * (torch.logsumexp(-losses / beta_prime, dim=0) - math.log(len(losses)))
 
 
 def dr_dpo_weights(losses: Tensor, beta_prime: float, log_normaliser: Tensor | None = None) -> Tensor:
-    """The weight (B,) that each pair's gradient has in the gradient of `dr_dpo_loss`; carries no gradient.
+    """Compute the weights (B,) of the pairs' gradients in the gradient of `dr_dpo_loss`, detached.
 
         w_i = exp(-l_i / beta') / sum_j exp(-l_j / beta')
 
@@ -298,10 +298,10 @@ def dr_dpo_weights(losses: Tensor, beta_prime: float, log_normaliser: Tensor | N
 
 
 def token_weighted_sum(logprobs: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    """Weighted log-probability (B,) of each response: the sum of weights * logprobs where mask is True.
+    """Compute the weighted log-probability (B,) of each response: sum of weights * logprobs where mask is True.
 
     All (B, R). Give policy and reference the same weights: 1 on relevant tokens, gamma on the others.
-    What lies under the mask reaches neither the sum nor a gradient, not even inf or nan.
+    Masked entries, also inf or nan, affect neither the sum nor a gradient.
     Source: Banerjee et al. 2024 (DPO against hallucinated prior exams in radiology reports), eq. 2 and 3.
     """
     zero = logprobs.new_zeros(())

@@ -1,4 +1,4 @@
-"""Import reward functions by name, and call them with errors that say what went wrong."""
+"""Import reward functions by name, and call them with errors that locate the fault."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from drpo.rewards import Completion, RewardFn
 
 
 def import_functions(functions: Mapping[str, str], key: str) -> dict[str, RewardFn]:
-    """name -> module:function, imported."""
+    """Import the functions of a mapping name -> module:function."""
     return {
         name: _explained(import_function(spec, f"{key}.{name}"), f"{key}.{name}={spec!r}")
         for name, spec in functions.items()
@@ -24,7 +24,7 @@ def import_functions(functions: Mapping[str, str], key: str) -> dict[str, Reward
 
 
 def _explained(function: RewardFn, where: str) -> RewardFn:
-    """`function`, whatever goes wrong in it being told as a mistake of the recipe's."""
+    """Wrap `function` so that any exception in it becomes a ConfigError."""
 
     def score(completions: Sequence[Completion]) -> list[float]:
         try:
@@ -39,15 +39,15 @@ def _explained(function: RewardFn, where: str) -> RewardFn:
 
 
 def _told(error: Exception) -> str:
-    """The kind of an error, where it was raised, and its message."""
+    """Describe an error: its kind, where it was raised, and its message."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {place.filename}:{place.lineno}: {error}"
 
 
 def import_function(spec: str, key: str) -> RewardFn:
-    """The callable `module:function`; modules in the working directory are found too.
+    """Import the callable `module:function`; modules in the working directory are found too.
 
-    Raises ConfigError naming the key when the module or the function is not there, or the module fails.
+    Raises ConfigError naming the key when the module or the function does not exist, or the module fails.
     """
     module_name, colon, function_name = spec.partition(":")
     if not colon or not function_name or not module_name or module_name.startswith("."):
@@ -73,7 +73,7 @@ def import_function(spec: str, key: str) -> RewardFn:
 
 
 def call_reward_fn(reward_fn: RewardFn, completions: Sequence[Completion]) -> Tensor:
-    """Score completions: (B,) float32. Raises ValueError unless the function returns one number a completion."""
+    """Score completions, (B,) float32; raise ValueError unless the function returns one number per completion."""
     scores = torch.as_tensor(reward_fn(completions), dtype=torch.float32).detach().cpu()
     if scores.shape != (len(completions),):
         raise ValueError(

@@ -45,25 +45,25 @@ class BoundedRewardFn(RewardFn, Protocol):
 
     @property
     def max_tokens(self) -> int | None:
-        """The most tokens of the policy's, prompt and response, that it can read; None for no limit."""
+        """Maximum number of the policy's tokens, prompt and response, that it can read; None for no limit."""
         ...
 
 
 @runtime_checkable
 class TrunkRewardFn(RewardFn, Protocol):
-    """A RewardFn that may stand on the policy's frozen trunk (drpo.models.trunk), whose output it is then given."""
+    """A RewardFn that may share the policy's frozen trunk (drpo.models.trunk), and then gets its output."""
 
     shares_trunk: bool
-    """Whether it stands on the policy's trunk."""
+    """Whether it shares the policy's trunk."""
 
     def share_trunk(self, policy: Any) -> None:
-        """Use the policy's trunk in place of its own, where they are the same."""
+        """Use the policy's trunk in place of its own, where they are equal."""
         ...
 
     def score_from_trunk(
         self, completions: Sequence[Completion], parts: Sequence[PaddedBatch], trunks: Sequence[Tensor]
     ) -> Tensor:
-        """(B,) scores of the completions, whose tokens are in `parts`, from the trunk's output (b, Q+R, H) of each."""
+        """Score completions, (B,), from the trunk's output (b, Q+R, H) for each batch of `parts`, their tokens."""
         ...
 
 
@@ -77,15 +77,15 @@ def shape_scores(
     length_penalty: float,
     clip: float | None,
 ) -> Tensor:
-    """Turn raw scores (B,) into the scores (B,) that the policy is trained on, in this order.
+    """Shape raw scores (B,) into the scores (B,) that the policy is trained on, in this order.
 
     1. clip:          score <- min(max(score, -clip), clip)
-    2. missing stop:  where `ended` (B,) is False, "replace" puts -missing_stop_penalty in place of the
-                      score (Huang et al. 2024, the EOS trick) and "subtract" takes the penalty off it
+    2. missing stop:  where `ended` (B,) is False, "replace" sets the score to -missing_stop_penalty
+                      (Huang et al. 2024, the EOS trick) and "subtract" subtracts the penalty from it
     3. length:        score <- score - length_penalty * lengths, with lengths (B,) in tokens
 
-    So neither penalty is ever clipped away. Raises ValueError on another mode, a negative penalty (it is
-    taken off, so it is given as a positive number) or a clip that is not positive.
+    Penalties are applied after clipping, so they are never clipped. Raises ValueError on another mode, a negative
+    penalty (it is subtracted, so it must be positive or 0) or a clip that is not positive.
     """
     if missing_stop_penalty < 0:
         raise ValueError(
@@ -110,11 +110,11 @@ def shape_scores(
 def token_rewards(
     scores: Tensor, kl: Tensor, kl_coef: float, kl_mask: Tensor, response_mask: Tensor
 ) -> Tensor:
-    """Per-token rewards (B, R): r_t = -kl_coef * kl_t where kl_mask, plus the score at the last real token.
+    """Compute token rewards (B, R): r_t = -kl_coef * kl_t where kl_mask, plus the score at the last real token.
 
     `scores` (B,), `kl` (B, R) in nats, masks (B, R) bool. The last real token is found in `response_mask`,
     not by looking for padding, so a response that fills the row is scored like any other.
-    Raises ValueError when a response has no token, for then its score has no place.
+    Raises ValueError when a response has no token that could carry its score.
     Source: Stiennon et al. 2020, section 3.4; Ziegler et al. 2019, eq. 2.
     """
     empty = response_mask.any(dim=1).logical_not().nonzero().flatten().tolist()
@@ -147,7 +147,7 @@ class RunningMoments:
         return self._squares / self.count if self.count else math.nan
 
     def update(self, scores: Tensor) -> None:
-        """Take in a batch of scores, any shape. Raises ValueError if one is inf or nan."""
+        """Add a batch of scores of any shape; raise ValueError if one is inf or nan."""
         if not bool(scores.isfinite().all()):
             raise ValueError(f"these scores are not all finite, which the running mean cannot take: {scores}")
         num_new = scores.numel()
@@ -162,15 +162,15 @@ class RunningMoments:
         self.count = total
 
     def normalise(self, scores: Tensor) -> Tensor:
-        """(scores - mean) / sqrt(var + 1e-8). Raises ValueError before the first update."""
+        """Return (scores - mean) / sqrt(var + 1e-8); raise ValueError before the first update."""
         if self.count == 0:
             raise ValueError("no score seen yet, so there is nothing to normalise by; call update first")
         return ((scores.double() - self.mean) / math.sqrt(self.var + 1e-8)).to(scores.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on exactly from here."""
+        """Return the state that `load_state_dict` needs for exact resume."""
         return {"count": self.count, "mean": self.mean, "squares": self._squares}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state. Raises KeyError when a part is missing."""
+        """Restore a saved state; raise KeyError when a part is missing."""
         self.count, self.mean, self._squares = state["count"], state["mean"], state["squares"]

@@ -9,9 +9,9 @@ from typing import Literal
 def learning_rate_factor(
     step: int, num_steps: int, warmup_steps: int, kind: Literal["linear", "cosine", "constant"]
 ) -> float:
-    """What to multiply the peak learning rate by in optimizer step `step`, counted from 0.
+    """Return the factor of the peak learning rate in optimizer step `step`, counted from 0.
 
-    For step < warmup_steps: (step + 1) / (warmup_steps + 1), so that no step is wasted on a rate of 0. Then,
+    For step < warmup_steps: (step + 1) / (warmup_steps + 1), so that no step has a rate of 0. Then,
     with p = (step - warmup_steps) / (num_steps - warmup_steps):
         linear 1 - p,    cosine (1 + cos(pi p)) / 2,    constant 1.
     The first two reach 0 at step = num_steps, which is one past the last step taken.

@@ -1,8 +1,8 @@
-"""Padding, masked statistics and log-probabilities: the few tensor operations that all the maths rests on.
+"""Tensor operations that all maths shares: padding, masked statistics and log-probabilities.
 
 One layout everywhere: queries left-padded, responses right-padded, side by side, so that the response
-positions are the last R columns. Masks are bool, True = counts. What lies under a mask never reaches a
-result or a gradient, not even inf or nan: it is replaced before the arithmetic, never multiplied by zero.
+positions are the last R columns. Masks are bool, True = counts. Masked entries never affect a result or a
+gradient, not even inf or nan: they are replaced before the arithmetic, never multiplied by zero.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class PaddedBatch:
         return torch.cat([self.query_mask, self.response_mask], dim=1)
 
     def to(self, device: torch.device | str) -> PaddedBatch:
-        """The same batch on `device`."""
+        """Return the batch on `device`."""
         fields = (self.queries, self.query_mask, self.responses, self.response_mask)
         return PaddedBatch(*(field.to(device) for field in fields))
 
     def select(self, indices: Tensor | Sequence[int] | slice) -> PaddedBatch:
-        """The rows at `indices` (int64, a bool row mask or a slice), padding width unchanged."""
+        """Select the rows at `indices` (int64, a bool row mask or a slice), padding width unchanged."""
         if not isinstance(indices, slice | Tensor):
             indices = torch.tensor(indices, dtype=torch.long, device=self.queries.device)
         fields = (self.queries, self.query_mask, self.responses, self.response_mask)
@@ -110,7 +110,7 @@ def _pad(
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions counted over real tokens only, (B, T) int64: cumsum(mask) - 1, and 0 on padding.
+    """Count positions over real tokens only, (B, T) int64: cumsum(mask) - 1, and 0 on padding.
 
     Models with learned positions need this under left padding.
     """
@@ -118,16 +118,15 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of `x` where `mask` is True, over all entries or along `dim`; an empty mask sums to 0."""
+    """Sum `x` where `mask` is True, over all entries or along `dim`; an empty mask sums to 0."""
     kept = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
     return kept.sum() if dim is None else kept.sum(dim=dim)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `x` where `mask` is True, over all entries or along `dim`.
+    """Average `x` where `mask` is True, over all entries or along `dim`.
 
-    Along `dim`, a row whose mask is empty has no mean and comes back as nan; over all entries, an empty
-    mask raises ValueError.
+    Along `dim`, the mean of a row with an empty mask is nan; over all entries, an empty mask raises ValueError.
     """
     mask = mask.broadcast_to(x.shape)
     if dim is not None:
@@ -139,7 +138,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
-    """Population variance of the entries where `mask` is True, (1/n) sum (x - mean)^2, in the dtype of `x`.
+    """Compute the population variance where `mask` is True, (1/n) sum (x - mean)^2, in the dtype of `x`.
 
     Computed in float64. Raises ValueError on an empty mask.
     """
@@ -155,7 +154,7 @@ def _masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """Scale the entries where `mask` is True to unit variance: (x - mean) / sqrt(var + eps).
 
-    With `shift_mean=False` the mean is added back afterwards. Entries under the mask come back as 0.
+    With `shift_mean=False` the mean is added back afterwards. Masked entries of the result are 0.
     mean and var are the masked mean and population variance. Raises ValueError on an empty mask.
     """
     kept, mean, var = _masked_moments(x, mask)
@@ -166,7 +165,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float =
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """Share of the returns' variance that the critic explains: 1 - Var(returns - values) / Var(returns).
+    """Compute the returns' variance that the critic explains: 1 - Var(returns - values) / Var(returns).
 
     1 is perfect, 0 no better than a constant; nan when the returns do not vary. Raises ValueError on an
     empty mask.
@@ -177,12 +176,12 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def gather_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities (B, R), float32, of `ids` (B, R) under `logits` (B, R, V): log softmax(logits)."""
+    """Compute log-probabilities (B, R), float32, of `ids` (B, R) under `logits` (B, R, V): log softmax(logits)."""
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Entropy in nats, float32, of the softmax over the last axis: -sum_v p_v log p_v; logits may be -inf."""
+    """Compute the softmax entropy over the last axis in nats, float32: -sum_v p_v log p_v; logits may be -inf."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     probs = logprobs.exp()
     return -(probs * logprobs.masked_fill(probs == 0, 0)).sum(dim=-1)

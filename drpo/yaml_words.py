@@ -1,7 +1,7 @@
-"""Words that YAML would take for something else stay words where a recipe wants text.
+"""Keep YAML scalars as text where a recipe's type is text.
 
 YAML 1.1 reads a bare no, off, yes or on as a truth value and 007 or 1.10 as a number. Where the recipe's type is
-text, quotes are put around what stands there before it is read: the spelling, which YAML forgets, is kept.
+text, such scalars are quoted before parsing, so that their spelling is kept.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def quote_words(text: str, kind: Any) -> str:
-    """YAML text of a value of the type `kind`, its plain scalars in quotes where that type is text.
+    """Quote the plain scalars of a YAML value of the type `kind` where that type is text.
 
-    null stays null. Text that is not YAML comes back as it is, for its reader to refuse.
+    null stays null. Invalid YAML is returned unchanged, and its parser raises.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -30,13 +30,13 @@ def quote_words(text: str, kind: Any) -> str:
     for end in sorted(places, reverse=True):
         word = places[end]
         start = end - len(word)
-        if text[start:end] == word:  # else it goes over several lines, and is text
+        if text[start:end] == word:  # otherwise it spans several lines, and is text
             text = f"{text[:start]}'{word.replace(chr(39), 2 * chr(39))}'{text[end:]}"
     return text
 
 
 def kind_at(kind: Any, key: str) -> Any:
-    """The type at `section.list[0].name` within the type `kind`; None where there is none to be known."""
+    """Return the type at `section.list[0].name` within the type `kind`, or None where it is unknown."""
     for name in filter(None, re.split(r"[.\[\]]+", key)):
         kind = _known(kind)
         if dataclasses.is_dataclass(kind):
@@ -47,8 +47,8 @@ def kind_at(kind: Any, key: str) -> Any:
 
 
 def _texts(node: yaml.Node | None, kind: Any, seen: set[tuple[int, str]]) -> Iterator[yaml.ScalarNode]:
-    """The plain scalars of a YAML tree that stand where `kind` has text."""
-    if node is None or (id(node), str(kind)) in seen:  # an alias comes back to its node
+    """Yield the plain scalars of a YAML tree whose type in `kind` is text."""
+    if node is None or (id(node), str(kind)) in seen:  # an alias repeats its node
         return
     seen.add((id(node), str(kind)))
     kind = _known(kind)
@@ -71,7 +71,7 @@ def _texts(node: yaml.Node | None, kind: Any, seen: set[tuple[int, str]]) -> Ite
 
 
 def _known(kind: Any) -> Any:
-    """A type without its null."""
+    """Return a type without None."""
     if get_origin(kind) in (Union, types.UnionType):
         others = [other for other in get_args(kind) if other is not type(None)]
         return others[0] if len(others) == 1 else None

@@ -1,9 +1,10 @@
-"""Measure how far a judge agrees with people, and people with each other.
+"""Measure the agreement of a judge with human annotators, and of the annotators with each other.
 
     python launch/agreement.py [recipe.yaml] [key=value ...]
 
-Reads judgments.jsonl of launch/judge.py and labels.jsonl of launch/label.py or launch/import_labels.py; leaves
-agreement.json in `run_dir` and prints it as tables. Several judgments files: judges against each other, too.
+Reads judgments.jsonl of launch/judge.py and labels.jsonl of launch/label.py or launch/import_labels.py; writes
+agreement.json to `run_dir` and prints it as tables. With several judgments files, judges are also compared with each
+other.
 """
 
 from __future__ import annotations

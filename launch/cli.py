@@ -25,7 +25,7 @@ COMMANDS = (
 
 
 def main() -> None:
-    """Run the command that the first argument names; its arguments are those of launch/<command>.py."""
+    """Run the command named by the first argument, with the arguments of launch/<command>.py."""
     try:
         _run(sys.argv[1:])
     except ConfigError as error:
@@ -48,7 +48,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _launch(arguments: list[str]) -> None:
-    """`accelerate launch` with one of the shipped configs, found by its name, or one of your own."""
+    """Run `accelerate launch` with one of the shipped configs, found by its name, or with the user's own."""
     config = None
     if arguments[:1] == ["--accelerate"]:
         if len(arguments) < 3:
@@ -63,12 +63,12 @@ def _launch(arguments: list[str]) -> None:
 
 
 def accelerate_configs() -> list[str]:
-    """Names of the shipped accelerate configs."""
+    """Return the names of the shipped accelerate configs."""
     return sorted(path.stem for path in (LAUNCH / "accelerate").glob("*.yaml"))
 
 
 def accelerate_config(name: str) -> Path:
-    """A config by its path, or by its name among the shipped ones. Raises ConfigError for another one."""
+    """Find a config by its path or its shipped name; raise ConfigError if there is none."""
     for path in (Path(name), LAUNCH / "accelerate" / f"{name}.yaml"):
         if path.is_file():
             return path

@@ -1,4 +1,4 @@
-"""What the launch scripts share: `script.py [recipe.yaml] [section.key=value ...]`, --help, short errors."""
+"""Command line of the launch scripts: `script.py [recipe.yaml] [section.key=value ...]`, --help, short errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Recipe = TypeVar("Recipe")
 
 
 class StageFailed(Exception):
-    """A script that another one ran came to a bad end; its log says why."""
+    """Failure of a script that another script ran; the message names its log."""
 
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -34,9 +34,9 @@ def main(
 ) -> None:
     """Read the command line, run the recipe, print the path of the result as the last line.
 
-    Without a recipe the embedded one named `default_recipe` is used. `forced` overrides come last. What a user
-    can mend (recipe, data, checkpoint, disk) is shown as one message without a traceback, exit code 1; 130 after
-    Ctrl-C.
+    Without a recipe the embedded one named `default_recipe` is used. `forced` overrides come last. Errors that a
+    user can fix (recipe, data, checkpoint, disk) are printed as one message without a traceback, exit code 1; Ctrl-C
+    exits with 130.
     """
     arguments = sys.argv[1:]
     script = Path(sys.argv[0]).name
@@ -68,7 +68,7 @@ def main(
 
 
 def say(message: str) -> None:
-    """Print a message at once, also into a pipe."""
+    """Print a message and flush, so that a pipe gets it at once."""
     print(message, flush=True)
 
 
@@ -79,7 +79,7 @@ def one_process(script: str) -> None:
 
 
 def call(num_threads: int, command: list[str], log: Path, folder: Path | None = None) -> None:
-    """Run a script in a fresh process, in `folder`. Raises StageFailed, naming the log, when it fails."""
+    """Run a script in a fresh process, in `folder`; raise StageFailed, naming the log, when it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
     with log.open("w") as file:
         done = subprocess.run(
@@ -90,7 +90,7 @@ def call(num_threads: int, command: list[str], log: Path, folder: Path | None = 
 
 
 def quieten_libraries() -> None:
-    """No progress bars of transformers beside our own, no warning of DeepSpeed that a CPU is a CPU."""
+    """Silence the progress bars of transformers and DeepSpeed's warning about running on a CPU."""
     transformers_logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()
@@ -103,7 +103,7 @@ def quieten_libraries() -> None:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The recipe (an argument without `=`, at most one) and the overrides."""
+    """Split arguments into the recipe (the one without `=`, at most one) and the overrides."""
     overrides = [argument for argument in arguments if "=" in argument]
     paths = [argument for argument in arguments if "=" not in argument]
     if len(paths) > 1:
@@ -114,7 +114,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def find_recipe(path: str) -> Path:
-    """A recipe by its path, or by its name under launch/recipes (`tldr/drpo_1b.yaml`)."""
+    """Find a recipe by its path, or by its name under launch/recipes (`tldr/drpo_1b.yaml`)."""
     if Path(path).exists():
         return Path(path)
     if (RECIPES / path).exists():

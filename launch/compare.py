@@ -1,10 +1,10 @@
-"""Compare several systems on the same held-out prompts: who wins against whom, at what KL, with a report.
+"""Compare several systems on the same held-out prompts: pairwise win rates, KL and a report.
 
     python launch/compare.py [recipe.yaml] [key=value ...]
     accelerate launch launch/compare.py [recipe.yaml] [key=value ...]
 
-Leaves comparison.json, report.html, report.md, config.yaml, the completions and the judgments in `run_dir`. The same
-command again completes, and pays, only what is missing.
+Writes comparison.json, report.html, report.md, config.yaml, the completions and the judgments to `run_dir`. Running it
+again computes, and pays for, only what is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launch.demo_inputs import make_demo_inputs
 
 
 def run(recipe: CompareRecipe) -> Path:
-    """Make the demo's policies that are asked for and missing, then compare."""
+    """Train the demo's policies that are requested and missing, then compare."""
     policies = [policy for system in recipe.systems for policy in system.policies]
     make_demo_inputs(*policies, recipe.kl_reference, recipe.reward_model)
     return compare(recipe, say)

@@ -3,8 +3,8 @@
     python launch/complete.py [recipe.yaml] [key=value ...]
     accelerate launch launch/complete.py [recipe.yaml] [key=value ...]
 
-Leaves completions.jsonl, completions.meta.json (what decided the texts), text_metrics.json and config.yaml in
-`run_dir`. The same command again resumes an interrupted run.
+Writes completions.jsonl, completions.meta.json (the settings that determine the texts), text_metrics.json and
+config.yaml to `run_dir`. Running it again resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launch.demo_inputs import make_demo_inputs
 
 
 def run(recipe: CompleteRecipe) -> Path:
-    """Make the demo's policy if it is asked for and missing, then complete."""
+    """Train the demo's policy if it is requested and missing, then complete."""
     make_demo_inputs(recipe.policy, recipe.perplexity_policy)
     return complete(recipe, say)
 

@@ -1,4 +1,4 @@
-"""Run the whole pipeline on the embedded demo: SFT, reward model, PPO and DR-PO, their curves, and how they compare.
+"""Run the whole pipeline on the embedded demo: SFT, reward model, PPO, DR-PO, curves and comparison.
 
 python launch/demo.py
 """
@@ -24,7 +24,7 @@ REPORT = DEMO_RUNS / "compare" / "report.html"
 
 
 def main() -> None:
-    """Run every stage; a stage that is already finished is only looked up."""
+    """Run every stage, skipping those that have finished."""
     if sys.argv[1:]:
         raise SystemExit(f"{__doc__.strip()}\n\nIt takes no arguments; the stages do: launch/drpo.py --help")
     quieten_libraries()

@@ -1,4 +1,4 @@
-"""Make what the embedded demo recipes start from, where it is missing: policies, a reward model, completions."""
+"""Create the missing inputs of the embedded demo recipes: policies, a reward model, completions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEMO_RUNS = Path("runs/demo")
 DEMO_COMPLETIONS = Path("runs/demo/completions/texts.jsonl")
 NUM_POSTS = 256
 
-# In the order in which they are made: the folder that the stage leaves, and the script and recipe that leave it.
+# In order of creation: the folder that a stage writes, and the script and recipe that write it.
 STAGES = {
     DEMO_RUNS / "sft" / "policy": ("sft.py", "demo/sft.yaml"),
     DEMO_RUNS / "sft_often" / "policy": ("sft.py", "demo/sft_often.yaml"),
@@ -31,9 +31,9 @@ LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 
 
 def make_demo_inputs(*needed: str | None) -> None:
-    """Run the stages whose results are among `needed` and are not there, in one process, before any engine exists.
+    """Run the stages whose results are in `needed` and missing, in one process, before any engine exists.
 
-    Under a multi-process launch the first process makes them and the others wait.
+    Under a multi-process launch the first process runs them and the others wait.
     """
     missing = [folder for folder in STAGES if str(folder) in needed and not folder.exists()]
     if not missing:
@@ -51,7 +51,7 @@ def make_demo_inputs(*needed: str | None) -> None:
 
 
 def single_process_environment() -> dict[str, str]:
-    """This environment without what a multi-process launcher put into it."""
+    """Return this environment without the variables that a multi-process launcher set."""
     return {
         key: value
         for key, value in os.environ.items()
@@ -60,7 +60,7 @@ def single_process_environment() -> dict[str, str]:
 
 
 def make_demo_completions(*needed: str) -> None:
-    """Write DEMO_COMPLETIONS if it is among `needed` and is not there."""
+    """Write DEMO_COMPLETIONS if it is in `needed` and missing."""
     if str(DEMO_COMPLETIONS) not in needed or DEMO_COMPLETIONS.exists():
         return
     print(f"{DEMO_COMPLETIONS} is missing: writing it", flush=True)

@@ -1,4 +1,4 @@
-"""A pretrained model on real text: SmolLM2 on TL;DR through SFT, a reward model, PPO, DR-PO, DPO and their comparison.
+"""Run the whole pipeline with SmolLM2 on TL;DR: SFT, reward model, PPO, DR-PO, DPO and comparison.
 
 python launch/demo_real.py [file or hub id with TL;DR data]
 """
@@ -24,7 +24,7 @@ STAGES = ("sft", "reward_model", "ppo", "drpo", "dpo", "compare")
 
 
 def main() -> None:
-    """Run every stage on its recipe demo_real/<stage>.yaml; one that is already finished is only looked up."""
+    """Run every stage on its recipe demo_real/<stage>.yaml, skipping those that have finished."""
     if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
         raise SystemExit(__doc__.strip())
     quieten_libraries()

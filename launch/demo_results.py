@@ -1,4 +1,4 @@
-"""Show what the demo's runs found: the reward model's accuracy by kind of error, and curves of PPO and DR-PO."""
+"""Show the results of the demo's runs: reward-model accuracy by kind of error, curves of PPO and DR-PO."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def evaluations(run: Path) -> list[dict[str, float]]:
 
 
 def error_table(reward_model: Path) -> Table:
-    """Tabulate by kind of error how often the reward model prefers a reference to itself with one such fault."""
+    """Tabulate, by kind of error, how often the reward model prefers a reference to a copy with that error."""
     engine = Engine(EngineConfig(trackers=[]), DEMO_RUNS, seed=0, max_grad_norm=None)
     scorer = RewardModelScorer.load(str(reward_model), engine, 128, "float32", str(reward_model))
     tokenizer = load_tokenizer(reward_model)

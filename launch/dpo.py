@@ -19,7 +19,7 @@ from launch.demo_inputs import make_demo_inputs
 
 
 def run(recipe: PreferenceRecipe) -> Path:
-    """Make the demo's policy if it is asked for and missing, then train."""
+    """Train the demo's SFT policy if it is requested and missing, then train."""
     make_demo_inputs(recipe.model.path)
     return train_preference(recipe)
 

@@ -1,4 +1,4 @@
-"""DR-PO: PPO whose rollouts may start from prefixes of dataset responses.
+"""Train by DR-PO: PPO whose rollouts may start from prefixes of dataset responses.
 
 accelerate launch launch/drpo.py [recipe.yaml] [section.key=value ...]
 """

@@ -14,7 +14,7 @@ FURTHER = ("tokenizers", "numpy", "openai", "vllm", "trl")
 
 
 def environment_text() -> str:
-    """One `name: value` a line: versions, CPU, GPUs, and the precision that a run would choose."""
+    """Return `name: value` lines: versions, CPU, GPUs, and the precision that a run would choose."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision, why = choose_precision(None, None, device)
     lines = {

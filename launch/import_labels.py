@@ -1,8 +1,8 @@
-"""Import human verdicts that come with data: TL;DR comparisons, HH, or pairs of one's own.
+"""Import human preference labels of a dataset: TL;DR comparisons, HH, or the user's own pairs.
 
     python launch/import_labels.py [recipe.yaml] [key=value ...]
 
-Leaves completions.jsonl (systems text_1 and text_2, for launch/judge.py) and labels.jsonl (for launch/agreement.py) in
+Writes completions.jsonl (systems text_1 and text_2, for launch/judge.py) and labels.jsonl (for launch/agreement.py) to
 `run_dir`.
 """
 
@@ -20,7 +20,7 @@ from launch.command_line import main, say
 
 
 def run(recipe: ImportLabelsRecipe) -> Path:
-    """Read the pairs, write them as completions and labels."""
+    """Read the pairs, and write them as completions and labels."""
     return import_labels(recipe, say)
 
 

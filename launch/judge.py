@@ -2,8 +2,8 @@
 
     python launch/judge.py [recipe.yaml] [key=value ...]
 
-Leaves judgments.jsonl, summary.json, config.yaml and, for a model behind an API, the store in `run_dir`. The same
-command again asks only what has no answer yet.
+Writes judgments.jsonl, summary.json, config.yaml and, for a model behind an API, the store to `run_dir`. Running it
+again sends only the requests without an answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launch.demo_inputs import make_demo_completions
 
 
 def run(recipe: JudgeRecipe) -> Path:
-    """Write the demo's completions if they are asked for and missing, then judge."""
+    """Write the demo's completions if they are requested and missing, then judge."""
     one_process("judge.py")
     make_demo_completions(*recipe.completions)
     return judge(recipe, say)

@@ -2,8 +2,8 @@
 
     python launch/label.py [recipe.yaml] [key=value ...]
 
-Prints the address of the page and serves it until Ctrl-C. Every label is in `run_dir`/labels.jsonl at once; the same
-command resumes. launch/agreement.py holds the labels against a judge's verdicts.
+Prints the address of the page and serves it until Ctrl-C. Every label is appended to `run_dir`/labels.jsonl at once;
+the same command resumes. launch/agreement.py compares the labels with a judge's verdicts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launch.demo_inputs import make_demo_completions
 
 
 def run(recipe: LabelRecipe) -> Path:
-    """Write the demo's completions if they are asked for and missing, then serve the page."""
+    """Write the demo's completions if they are requested and missing, then serve the page."""
     one_process("label.py")
     make_demo_completions(*recipe.completions)
     return label(recipe, say)

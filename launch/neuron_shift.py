@@ -1,8 +1,8 @@
-"""Measure what training changed in a policy's MLPs: the part of every neuron in the move along a probe direction.
+"""Measure what training changed in a policy's MLPs: each neuron's share of the shift along a probe direction.
 
     python launch/neuron_shift.py [recipe.yaml] [key=value ...]
 
-One process, one device. Leaves summary.md, summary.json, neurons.npz, probe.npz, layers.png, config.yaml in `run_dir`.
+One process, one device. Writes summary.md, summary.json, neurons.npz, probe.npz, layers.png, config.yaml to `run_dir`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from launch.demo_inputs import make_demo_inputs
 
 
 def run(recipe: NeuronShiftRecipe) -> Path:
-    """Make the demo's policies that are asked for and missing, then compare them."""
+    """Train the demo's policies that are requested and missing, then compare them."""
     one_process("neuron_shift.py")
     make_demo_inputs(recipe.before, recipe.after)
     return neuron_shift(recipe, say)

@@ -1,4 +1,4 @@
-"""Run an online recipe: what launch/drpo.py and launch/ppo.py share."""
+"""Run an online recipe, for launch/drpo.py and launch/ppo.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from launch.demo_inputs import make_demo_inputs
 
 
 def run(recipe: OnlineRecipe) -> Path:
-    """Make what the demo needs and lacks, then train."""
+    """Create the demo inputs that are requested and missing, then train."""
     make_demo_inputs(recipe.model.path, recipe.reward.path, recipe.critic.path)
     return train_online(recipe)

@@ -1,4 +1,4 @@
-"""PPO: the online loop without resets (reset.proportion=0 whatever the recipe says).
+"""Train by PPO: the online loop without resets (always reset.proportion=0).
 
 accelerate launch launch/ppo.py [recipe.yaml] [section.key=value ...]
 """

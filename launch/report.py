@@ -1,8 +1,8 @@
-"""Write the pages of a comparison anew, from its comparison.json alone.
+"""Rebuild the report pages of a comparison from its comparison.json alone.
 
     python launch/report.py <comparison.json, or the folder that holds it>
 
-Leaves report.html and report.md beside it and prints the path of the page. Nothing is measured or asked again.
+Writes report.html and report.md next to it and prints the path of the page. No response is measured or judged again.
 """
 
 from __future__ import annotations

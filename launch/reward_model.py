@@ -19,7 +19,7 @@ from reward_models.train import RewardModelRecipe
 
 
 def run(recipe: RewardModelRecipe) -> Path:
-    """Make the demo's policy if it is asked for and missing, then train."""
+    """Train the demo's SFT policy if it is requested and missing, then train."""
     make_demo_inputs(recipe.model.path)
     return train_reward_model(recipe)
 

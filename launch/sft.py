@@ -18,7 +18,7 @@ from launch.command_line import main
 
 
 def run(recipe: SFTRecipe) -> Path:
-    """Train the recipe's policy."""
+    """Train the policy of the recipe."""
     return train_sft(recipe)
 
 

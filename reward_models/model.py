@@ -15,8 +15,11 @@ Aggregation = Literal["last", "sum"]
 
 
 class RewardModelConfig(ScalarModelConfig):
-    """Adds how token outputs are aggregated, the score's zero, and whether the texts that the model was trained on
-    went through the tokenizer's chat template (None: not known), with which arguments."""
+    """Config of a RewardModel: a scalar model's, with aggregation, centre and chat template.
+
+    `chat_template` is whether the training texts went through the tokenizer's chat template (None: unknown), and
+    `chat_template_kwargs` are the arguments of that template.
+    """
 
     model_type = "drpo_reward_model"
 
@@ -43,16 +46,16 @@ class RewardModel(ScalarModel):
     config_class = RewardModelConfig
 
     def score(self, batch: PaddedBatch) -> Tensor:
-        """Scores (B,) float32 of the responses, stop token included."""
+        """Return the scores (B,), float32, of the responses, stop token included."""
         outputs = token_scores(self, batch)
         return aggregate(outputs, batch.response_mask, self.config.aggregation) - self.config.centre
 
 
 def aggregate(outputs: Tensor, mask: Tensor, aggregation: Aggregation) -> Tensor:
-    """(B, R) token outputs to (B,) scores: the output at the last real token, or the sum over real tokens.
+    """Aggregate token outputs (B, R) to scores (B,): the output at the last real token, or the sum over real tokens.
 
-    The sum judges every token where it stands, so that an error in the middle of a response is seen; the last
-    token alone must find it again from the end. Raises ValueError when a response has no token, and so no score.
+    The sum scores every token in its place, so an error in the middle of a response contributes directly; the last
+    token alone must detect it from the end. Raises ValueError when a response has no token, and so no score.
     """
     empty = mask.any(dim=1).logical_not().nonzero().flatten().tolist()
     if empty:

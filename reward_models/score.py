@@ -29,8 +29,11 @@ from reward_models.model import RewardModel
 
 
 class RewardModelScorer:
-    """Scores completions with a reward model: on ids where it shares the policy's tokenizer and chat template, else
-    on text, the turns of a conversation rendered by its own template."""
+    """RewardFn that scores completions with a reward model.
+
+    It reads token ids where it shares the policy's tokenizer and chat template, else text, with the turns of a
+    conversation rendered by its own template.
+    """
 
     def __init__(
         self,
@@ -57,9 +60,15 @@ class RewardModelScorer:
         policy_tokenizer_path: str | None,
         key: str = "reward.path",
     ) -> RewardModelScorer:
-        """From a folder that reward_models.train wrote, or any *ForSequenceClassification with one label.
+        """Load from a folder that reward_models.train wrote, or any *ForSequenceClassification with one label.
 
-        Without the path of the policy's tokenizer it scores texts, whoever wrote them.
+        Args:
+            path: folder or hub id of the reward model.
+            engine: places the model and gives the precision of its forwards.
+            batch_size: rows per forward.
+            dtype: precision of the weights.
+            policy_tokenizer_path: tokenizer of the policy; None scores texts from any source.
+            key: recipe key of `path`, for errors.
         """
         model = load_scalar_model(path, ModelConfig(dtype=dtype), RewardModel, key=key)
         tokenizer = load_tokenizer(path, key)
@@ -74,13 +83,13 @@ class RewardModelScorer:
 
     @property
     def max_tokens(self) -> int | None:
-        """The positions of the model, where it reads the policy's own tokens; None without an end, or for texts."""
+        """Number of positions of a model that reads the policy's tokens; None without a limit, or for texts."""
         return position_limit(self._model) if self._shares_tokenizer else None
 
     def share_trunk(self, policy: nn.Module) -> None:
         """Use the policy's frozen trunk in place of an equal one of its own.
 
-        It does not where training casts the policy's weights to bf16, which would change the scores.
+        Does nothing where training casts the policy's weights to bf16, which would change the scores.
         """
         self.shares_trunk = (
             has_trunk(policy)
@@ -95,9 +104,9 @@ class RewardModelScorer:
     def score_from_trunk(
         self, completions: Sequence[Completion], parts: Sequence[PaddedBatch], trunks: Sequence[Tensor]
     ) -> Tensor:
-        """(B,) float32: the scores of `__call__`, from what the shared trunk made of the same tokens.
+        """Return the scores (B,), float32, of `__call__`, computed from the shared trunk's output for the same tokens.
 
-        Should the model see other tokens than those of `parts` (it has a stop token of its own), the trunk runs anew.
+        The trunk runs again if the model reads other tokens than those of `parts` (a stop token of its own).
         """
         if any(self._ids(c) != (list(c.query_ids), list(c.response_ids)) for c in completions):
             return self(completions)
@@ -109,7 +118,7 @@ class RewardModelScorer:
 
     @torch.no_grad()
     def __call__(self, completions: Sequence[Completion]) -> Tensor:
-        """(B,) float32. Rows are scored in order of length, so a batch has little padding."""
+        """Return the scores (B,), float32; rows are batched by length, so a batch has little padding."""
         ids = [self._ids(completion) for completion in completions]
         order = sorted(range(len(ids)), key=lambda row: len(ids[row][0]) + len(ids[row][1]))
         scores = torch.empty(len(ids))
@@ -124,7 +133,7 @@ class RewardModelScorer:
 
     def _ids(self, completion: Completion) -> tuple[list[int], list[int]]:
         chat, ended = completion.record.chat, completion.ended
-        if not completion.query_ids:  # a text, from anywhere: the model's own way of reading decides
+        if not completion.query_ids:  # a text from any source, tokenized the model's own way
             ended = True  # as a judge of texts takes it; at other tokens than the stop token the head never learned
             reads_chat = self._was_trained_on_chat or (
                 self._was_trained_on_chat is None and self._tokenizer.chat_template is not None
@@ -134,7 +143,7 @@ class RewardModelScorer:
             self._check_trained_on(reads_chat)
         if self._shares_tokenizer and (chat is None or self._shares_rendering(chat)):
             response = list(completion.response_ids)
-            if completion.ended:  # whatever stopped it: the model was trained on this token
+            if completion.ended:  # whichever token ended it: the model was trained on this one
                 response[-1] = (self._in_template[1] if reads_chat else self._tokenizer).eos_token_id
             return completion.query_ids, response
         if reads_chat:
@@ -149,11 +158,11 @@ class RewardModelScorer:
 
     @property
     def _was_trained_on_chat(self) -> bool | None:
-        """Whether `reward_models.train` showed it a chat template; None for a model from elsewhere."""
+        """Whether `reward_models.train` trained it on a chat template; None for a model from elsewhere."""
         return getattr(self._model.config, "chat_template", None)
 
     def check_reads(self, chat: bool) -> None:
-        """Raise ConfigError when the model cannot read prompts that are conversations, or that are none."""
+        """Raise ConfigError when the model cannot read the prompts: conversations if `chat`, else plain texts."""
         self._check_trained_on(chat)
         if chat:
             _ = self._in_template
@@ -171,8 +180,10 @@ class RewardModelScorer:
 
     @functools.cached_property
     def _in_template(self) -> tuple[ChatTemplate, PreTrainedTokenizerBase]:
-        """The model's chat template, and its tokenizer with the stop token of the model's training: the saved eos
-        token, or for a model from elsewhere the template's end of turn."""
+        """Chat template of the model, and its tokenizer with the stop token of the model's training.
+
+        The stop token is the saved eos token, or for a model from elsewhere the template's end of turn.
+        """
         if not self._tokenizer.chat_template:
             raise ConfigError(
                 f"{self._key}: the prompts are conversations, and this reward model's tokenizer has no chat template "
@@ -190,8 +201,11 @@ class RewardModelScorer:
 def reward_from(
     config: RewardConfig, engine: Engine, tokenizer_path: str, chat_template: bool = False
 ) -> RewardFn:
-    """The RewardFn that a recipe's `reward` section names. `tokenizer_path` is the policy's tokenizer;
-    `chat_template` says whether the prompts are conversations, which a reward model must be able to read."""
+    """Return the RewardFn that a recipe's `reward` section names.
+
+    `tokenizer_path` is the policy's tokenizer; with `chat_template` the prompts are conversations, which a reward
+    model must be able to read.
+    """
     if config.function is not None:
         return import_function(config.function, "reward.function")
     if config.path is None:

@@ -30,7 +30,7 @@ from reward_models.model import Aggregation, RewardModel
 
 @dataclass(frozen=True)
 class ScoreConfig(Section):
-    """What the score is."""
+    """Definition of the score: aggregation, regularisation and zero."""
 
     aggregation: Aggregation = "last"
     """last: the head at the last response token is the score. sum: the heads at all response tokens are summed."""
@@ -42,7 +42,7 @@ class ScoreConfig(Section):
 
 @dataclass(frozen=True)
 class RewardModelRecipe(OfflineRecipe):
-    """Everything that decides a reward-model run."""
+    """All settings of a reward-model run."""
 
     run_dir: str = "runs/reward_model"
     """Folder of the run."""
@@ -64,7 +64,7 @@ class RewardObjective(RowObjective):
         self._pad_id, self._score_penalty, self._device = pad_id, score_penalty, device
 
     def collate(self, examples: Sequence[Example]) -> PaddedBatch:
-        """The chosen responses on top of the rejected ones: 2 x pairs rows."""
+        """Stack the chosen responses on top of the rejected ones: 2 x pairs rows."""
         queries = [example.query_ids for example in examples]
         responses = [e.chosen_ids for e in examples] + [e.rejected_ids for e in examples]
         return pad_batch(queries + queries, responses, self._pad_id).to(self._device)
@@ -114,7 +114,10 @@ def train(recipe: RewardModelRecipe, engine: Engine, callbacks: Sequence[Callbac
 
 
 def load_references(recipe: RewardModelRecipe, tokenizer) -> list[Example]:
-    """The first `score.num_centring` references. Raises DataError when one of their prompts has no response."""
+    """Load the first `score.num_centring` references.
+
+    Raises DataError when one of their prompts has no response.
+    """
     if recipe.score.num_centring == 0:
         return []
     data = recipe.references or replace(recipe.data, noise=NoiseConfig())  # noise is for pairs
@@ -132,7 +135,7 @@ def load_references(recipe: RewardModelRecipe, tokenizer) -> list[Example]:
 def reference_mean(
     engine: Engine, model: RewardModel, references: Sequence[Example], pad_id: int, batch: BatchConfig
 ) -> float:
-    """Mean score of the references' completions (Huang et al. 2024: the score of references becomes 0)."""
+    """Return the mean score of the references' completions, which becomes the zero (Huang et al. 2024)."""
     mine = references[engine.rank :: engine.world_size]
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for first in range(0, len(mine), batch.microbatch_size):

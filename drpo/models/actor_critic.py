@@ -14,7 +14,7 @@ from drpo.tensors import PaddedBatch
 
 
 class ActorCritic(nn.Module):
-    """log pi(y_t | x, y_<t), its entropy and, with a critic, V(x, y_<t) of the response tokens of a padded batch."""
+    """Policy and critic: log pi(y_t | x, y_<t), its entropy and V(x, y_<t) of a batch's response tokens."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class ActorCritic(nn.Module):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The policy's config: DeepSpeed reads its hidden size from here."""
+        """The policy's config, from which DeepSpeed reads the hidden size."""
         return self.policy.config
 
     def forward(
@@ -50,8 +50,8 @@ class ActorCritic(nn.Module):
         `trunk` (B, Q+R, H) is the output of the frozen layers that policy and critic share (drpo.models.trunk); with
         it only the layers above run.
 
-        Rollout and training both come through here, so that under autocast too the old log-probs are those of
-        the first training forward.
+        Rollout and training both use this forward, so that under autocast too the old log-probs equal those of the
+        first training forward.
         """
         batch = PaddedBatch(queries, query_mask, responses, response_mask)
         models = (self.policy,) if self.critic is None else (self.policy, self.critic)

@@ -1,4 +1,4 @@
-"""LoRA through PEFT: adding an adapter, and the weights with the adapter folded in."""
+"""Add LoRA adapters through PEFT, and fold them into the weights."""
 
 from __future__ import annotations
 
@@ -26,13 +26,20 @@ def add_lora(
     trained_whole: tuple[str, ...] = (),
     within: tuple[str, ...] = (),
 ) -> nn.Module:
-    """The model in a PEFT wrapper with a fresh LoRA adapter, which starts as the identity: W + (alpha / r) B A.
+    """Wrap the model with a fresh LoRA adapter, which starts as the identity: W + (alpha / r) B A.
 
-    `target_modules` None takes every linear layer but the output embedding and the routers of experts, `within` only
-    those whose names begin so; modules named in `trained_whole` are trained in full beside the adapter. Experts that
-    are one fused parameter are no linear layers and stay as they are. What is trained is float32, whatever the base.
-    Raises ImportError without peft, ConfigError when one of `target_modules` names no such layer, or PEFT cannot adapt
-    one.
+    Trained weights are float32, also on a bfloat16 base. Experts that are one fused parameter are not linear layers
+    and get no adapter. Raises ImportError without peft, ConfigError when one of `target_modules` names no linear layer,
+    or one that PEFT cannot adapt.
+
+    Args:
+        model: a transformers model.
+        r: rank of the update.
+        alpha: scale of the update, alpha / r.
+        target_modules: names of linear layers; None takes all but the output embedding and the routers of experts.
+        seed: seed of the fresh weights.
+        trained_whole: names of modules that are trained in full, in addition to the adapter.
+        within: prefixes that restrict the layers to those whose names begin so; empty for no restriction.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -83,7 +90,7 @@ def add_lora(
         ) from error
     if (
         model.is_gradient_checkpointing
-    ):  # PEFT lets the embedding's output require gradients, through a frozen trunk too
+    ):  # PEFT makes the embedding's output require gradients, also below a frozen trunk
         model.disable_input_require_grads()
     if strange := {name for name, _ in _lora_layers(adapted)} ^ set(linear):
         raise ConfigError(f"model.lora: PEFT put adapters on other layers than asked: {sorted(strange)[:5]}")
@@ -95,10 +102,10 @@ def add_lora(
 
 @contextmanager
 def _targets_as_given(model: PreTrainedModel) -> Iterator[None]:
-    """Keep PEFT from taking the names of dense layers for those of experts that earlier versions of transformers had.
+    """Keep PEFT from converting names of dense layers to those of fused experts, within this context.
 
-    It does so by the model's type (peft.utils.transformers_weight_conversion): a dense first layer or shared experts
-    would lose their adapters to the fused ones.
+    It converts by the model's type (peft.utils.transformers_weight_conversion), for models saved by earlier versions of
+    transformers: a dense first layer or shared experts would lose their adapters to the fused ones.
     """
     if not _has_fused_experts(model) or hasattr(
         model.config, "mamba_num_heads"
@@ -124,10 +131,10 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def merged_state_dict(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """Weights of the plain transformers model, LoRA folded in; those of a model without an adapter as they are.
+    """Return the weights of the plain transformers model, with LoRA folded in if it has an adapter.
 
-    W + (alpha / r) B A is float32, whatever the base is: in bfloat16 the sum would lose most of a small update. Folded
-    weights go to `device`, by default where they were. Nothing is changed in place, so training can go on exactly.
+    W + (alpha / r) B A is float32 for every base: in bfloat16 the sum would lose most of a small update. Folded weights
+    go to `device`, by default the one they were on. Nothing is changed in place, so training can continue exactly.
     """
     if not hasattr(model, "get_base_model"):
         return model.state_dict()
@@ -147,6 +154,6 @@ def merged_state_dict(model: nn.Module, device: torch.device | str | None = None
 
 
 def _delta(layer: nn.Module, adapter: str) -> Tensor:
-    """(alpha / r) B A in float32; PEFT's own product is in the adapter's precision."""
+    """Return (alpha / r) B A in float32; PEFT's own product is in the adapter's precision."""
     product = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
     return layer.scaling[adapter] * (product.T if layer.fan_in_fan_out else product)

@@ -1,4 +1,4 @@
-"""Errors of model.attn_implementation, by its name."""
+"""Errors of model.attn_implementation that name the key."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from drpo.config import ConfigError
 
 @contextmanager
 def attention_errors(implementation: str | None) -> Iterator[None]:
-    """Raise ConfigError in place of what transformers raises for an attention that it does not know, that the model
-    has not, or whose package is not installed."""
+    """Raise ConfigError where transformers fails on an attention implementation.
+
+    That is one that transformers does not know, the model does not support, or whose package is not installed.
+    """
     try:
         yield
     except (ImportError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Causal language models: read from a folder, the hub or a GGUF file, or with fresh weights."""
+"""Load causal language models from a folder, the hub or a GGUF file, or make them with fresh weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def read_causal_lm(config: ModelConfig, key: str) -> PreTrainedModel:
-    """The model at `config.path`. Raises ConfigError, naming the `key`, for what is none, or not all of one."""
+    """Read the model at `config.path`; raise ConfigError, naming `key`, if it is missing or incomplete."""
     saved = read_config(config.path, key)
     if not is_causal_lm(saved.get("model_type"), saved.get("architectures")):
         raise ConfigError(
@@ -36,13 +36,13 @@ def read_causal_lm(config: ModelConfig, key: str) -> PreTrainedModel:
     with errors, attention_errors(config.attn_implementation):
         model, info = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
     check_complete(info, config.path, key)
-    if gguf:  # whose config is all that it says of generation, and counts as a generation_config.json
+    if gguf:  # its config holds all generation settings, and counts as a generation_config.json
         model.generation_config._from_model_config = False
     return model
 
 
 def fresh_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A model by `config.architecture` with random weights. Raises ConfigError for another kind of architecture."""
+    """Make a model by `config.architecture` with random weights; raise ConfigError unless it is a causal LM."""
     special = {
         "vocab_size": max(tokenizer.get_vocab().values()) + 1,
         "bos_token_id": tokenizer.bos_token_id,

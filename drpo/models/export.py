@@ -1,4 +1,4 @@
-"""Writing a trained model as a plain folder that `from_pretrained` reads."""
+"""Write a trained model as a plain folder that `from_pretrained` reads."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from drpo.models.policy_stops import write_stop_token
 def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, card: str) -> None:
     """Write weights (LoRA folded in), config, tokenizer and `card` as README.md; an older folder is replaced.
 
-    What a LoRA run trained on a bfloat16 base is written in float32: the base's weights exactly, the sum unrounded.
+    A LoRA model on a bfloat16 base is written in float32: the base's weights exactly, the sum unrounded.
     The tokenizer pads as plain transformers needs it (`plain_tokenizer`).
 
-    Everything goes to a folder beside `path` first, which is then renamed, so `path` is never half written.
+    The write is atomic: everything goes to a temporary folder next to `path`, which is then renamed.
     Works for a reward model too.
     """
     path = Path(path)
@@ -34,7 +34,7 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
     mend_generation_config(plain)
     weights = merged_state_dict(model, device="cpu")
     if plain is not model and plain.dtype != torch.float32:
-        weights = _in_float32(weights)  # in the base's precision the sum would not be what was trained
+        weights = _in_float32(weights)  # in the base's precision the sum would be rounded
     plain.save_pretrained(partial, state_dict=weights)
     plain_tokens = plain_tokenizer(tokenizer, plain)
     plain_tokens.save_pretrained(partial)
@@ -53,7 +53,7 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
 
 
 def _in_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The floating-point weights in float32; tied ones, which have several names, stay one tensor."""
+    """Convert the floating-point weights to float32; tied ones, which have several names, stay one tensor."""
     seen: dict[tuple[int, torch.Size], Tensor] = {}
     return {
         name: seen.setdefault((weight.data_ptr(), weight.shape), weight.float())

@@ -1,6 +1,6 @@
-"""Language models in GGUF files: which file a path means, and what transformers must be told to read it.
+"""Language models in GGUF files: the file that a path means, and the arguments with which transformers reads it.
 
-A file is read without its quantisation: the weights are dense, can be trained, and are saved as any others.
+A file is read without its quantisation: the weights are dense, trainable, and saved like any others.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ UNREADABLE = (OSError, ValueError, KeyError, IndexError, struct.error)
 
 
 def gguf_file(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> Path | None:
-    """The GGUF file that `path` means: itself, the only one in a folder, or that of a package in PACKAGES.
+    """Return the GGUF file that `path` means: itself, the only one in a folder, or that of a package in PACKAGES.
 
-    None for a hub id, and for a folder that holds one of the files `unless`, or no GGUF file. A folder or file here
-    that has the name of a package wins, as it does over a hub id. Raises ConfigError, naming the `key`, for a file
-    that is not there, a folder with several, and a package that is not installed.
+    None for a hub id, and for a folder that holds one of the files `unless`, or no GGUF file. A local folder or file
+    with the name of a package takes precedence, as it does over a hub id. Raises ConfigError, naming the `key`, for a
+    missing file, a folder with several, and a package that is not installed.
     """
     place = Path(path)
     if path in PACKAGES and not place.exists():
@@ -49,7 +49,7 @@ def gguf_file(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> 
 
 @contextmanager
 def reading(file: Path, key: str, what: str = "") -> Iterator[None]:
-    """Raise ConfigError, naming the `key`, in place of what transformers raises for a GGUF file that it cannot read."""
+    """Raise ConfigError, naming the `key`, where transformers fails to read a GGUF file."""
     try:
         yield
     except ConfigError:
@@ -62,7 +62,7 @@ def reading(file: Path, key: str, what: str = "") -> Iterator[None]:
 
 
 def _is_cut_short(file: Path) -> bool:
-    """Whether a file that begins as a GGUF file ends too soon: the package gguf reads whole ones of any model."""
+    """Return whether a GGUF file is truncated: the package gguf reads complete ones of any model."""
     with file.open("rb") as start:
         magic, version = start.read(4), start.read(4)
     if not b"GGUF".startswith(magic) or (
@@ -73,13 +73,13 @@ def _is_cut_short(file: Path) -> bool:
 
     try:
         GGUFReader(file)
-    except Exception:  # whatever its arithmetic runs into
+    except Exception:  # any error of its arithmetic
         return True
     return False
 
 
 def location(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` takes for a path: a folder or hub id, and for a GGUF file (see gguf_file) its name."""
+    """Return the arguments of `from_pretrained` for a path: folder or hub id, and the name of a GGUF file."""
     file = gguf_file(path, key, unless)
     if file is None:
         return path, {}
@@ -89,11 +89,11 @@ def location(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> t
 
 
 def dense_weights(file: Path, config: dict[str, Any], key: str) -> dict[str, Any]:
-    """The arguments of `from_pretrained` without which a model from a GGUF file can neither be trained nor saved.
+    """Return the arguments of `from_pretrained` that make a model from a GGUF file trainable and savable.
 
     The eos id in their config is the file's own, None without one: never a default of the architecture.
-    `config` is what read_config found, which takes seconds to read again. Raises ConfigError for a file whose rotary
-    embedding is scaled (Llama 3.1 and later): transformers reads the rest, and without the scaling it is another model.
+    `config` is the result of read_config, which takes seconds to read again. Raises ConfigError for a file whose rotary
+    embedding is scaled (Llama 3.1 and later): transformers ignores the scaling, and the model would be another one.
     """
     try:
         from transformers import GgufConfig
@@ -114,7 +114,7 @@ def dense_weights(file: Path, config: dict[str, Any], key: str) -> dict[str, Any
 
 
 def _file_of_package(name: str, key: str) -> Path:
-    """Found by the package's list of files: its code, which needs much else, is not imported."""
+    """Find the file in the package's list of files; its code, which has many dependencies, is not imported."""
     package = PACKAGES[name]
     try:
         files = metadata.files(package) or []

@@ -1,4 +1,4 @@
-"""How a padded batch enters a transformers model."""
+"""Inputs of a transformers model from a padded batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from drpo.tensors import position_ids
 
 
 def model_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Keyword inputs for a padded batch (B, T): pad ids are never fed, and positions count real tokens only.
+    """Return keyword inputs for a padded batch (B, T), without pad ids and with positions of real tokens only.
 
     `position_ids` is left out for models without that argument (ALiBi: positions follow from the mask). Raises
     ConfigError when a row has more tokens than the model has positions.
@@ -27,10 +27,10 @@ def model_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
 
 
 def takes_position_ids(model: nn.Module) -> bool:
-    """Whether the model's forward has a `position_ids` argument."""
+    """Return whether the model's forward has a `position_ids` argument."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def unwrap_peft(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, adapter layers in place; any other model as it is."""
+    """Return the transformers model inside a PEFT wrapper, adapter layers in place; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

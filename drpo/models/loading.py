@@ -1,4 +1,4 @@
-"""Loading policies and critics: from a folder, from the hub, or from scratch."""
+"""Load policies and critics from a folder or the hub, or make them from scratch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LoraConfig(Section):
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """Which model, in which precision, and how it is trained."""
+    """Source of a model, its precision, and how it is trained."""
 
     path: str | None = None
     """Folder or hub id of a causal language model, a GGUF file, or smollm2; null: from scratch, by
@@ -109,13 +109,12 @@ def _check_architecture(architecture: dict[str, Any]) -> None:
 def load_policy(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, key: str = "model.path"
 ) -> PreTrainedModel:
-    """A causal language model without dropout, in training mode; a PeftModel when `config.lora.r` > 0.
+    """Load a causal language model without dropout, in training mode; a PeftModel when `config.lora.r` > 0.
 
-    From `config.path`, or with fresh weights by `config.architecture` and the size of the tokenizer. The
-    embedding is never resized. Raises ConfigError naming the key (`key` for the path) when there is no such model, when
-    it is not a causal language model, when weights are missing, when the tokenizer has ids that the model has not or
-    model.tokenizer is another one than the model's, or when the model's padded rows or cached steps are not those of
-    whole texts.
+    It comes from `config.path`, or has fresh weights by `config.architecture` and the size of the tokenizer. The
+    embedding is never resized. Raises ConfigError naming the key (`key` for the path) when there is no such model, it
+    is not a causal language model, weights are missing, the tokenizer has ids that the model does not embed,
+    model.tokenizer differs from the model's own, or padded rows or cached steps change the outputs (`check_policy`).
     """
     if config.path is not None:
         if config.tokenizer not in (None, config.path):
@@ -138,7 +137,7 @@ def load_scalar_model(
     seed: int = 0,
     key: str = "path",
 ) -> Scalar:
-    """A saved ScalarModel (or subclass), or any Hugging Face *ForSequenceClassification with one label.
+    """Load a saved ScalarModel (or subclass), or any Hugging Face *ForSequenceClassification with one label.
 
     Of `config`, dtype, attn_implementation, gradient_checkpointing and lora apply; with LoRA the head is
     trained whole. Raises ConfigError, naming the `key` of the recipe, when `path` holds neither.
@@ -149,10 +148,10 @@ def load_scalar_model(
 def load_critic(
     path: str, config: ModelConfig, seed: int = 0, policy: nn.Module | None = None
 ) -> ScalarModel:
-    """A critic that starts from a saved scalar model; a reward model's centre goes into its bias, so V has its zero.
+    """Load a critic from a saved scalar model; a reward model's centre goes into its bias, so V has its zero.
 
-    Raises ConfigError for a reward model that sums its head over the tokens: its outputs are no values; and for one
-    that does not stand on the frozen trunk of `policy`, if that has one.
+    Raises ConfigError for a reward model that sums its head over the tokens, since its outputs are not values, and for
+    one that does not share the frozen trunk of `policy`, if that has one.
     """
     saved = read_config(path, "critic.path")
     if saved.get("aggregation", "last") != "last":
@@ -177,7 +176,7 @@ def _read_scalar(path: str, config: ModelConfig, model_class: type[Scalar], key:
     saved = read_config(path, key)
     options = {"dtype": config.dtype}
     if "backbone" in saved:
-        # Without its model_type: a reward model that becomes a critic is meant, and transformers would warn.
+        # Without its model_type: transformers would warn of a reward model that becomes a critic, as intended here.
         fields = {name: value for name, value in saved.items() if name != "model_type"}
         options["config"] = model_class.config_class.from_dict(fields)
         model, info = model_class.from_pretrained(path, **options, output_loading_info=True)
@@ -199,7 +198,7 @@ def _read_scalar(path: str, config: ModelConfig, model_class: type[Scalar], key:
 
 
 def fresh_critic(policy: nn.Module, config: ModelConfig, seed: int = 0) -> ScalarModel:
-    """A critic with the policy's backbone (LoRA folded in) and an adapter of its own under LoRA; V = 0 at first.
+    """Make a critic with the policy's backbone (LoRA folded in) and, under LoRA, its own adapter; V = 0 at first.
 
     A random head would start with values of size 1, which value clipping then takes many updates to undo.
     """
@@ -243,7 +242,7 @@ def _prepare(
         )
     if config.gradient_checkpointing:
         plain.gradient_checkpointing_enable({"use_reentrant": False})
-    # Not needed without reentrance: through what the embedding gives out, a frozen trunk would keep a graph.
+    # Not needed without reentrance: embeddings that require gradients would build a graph in a frozen trunk.
     plain.disable_input_require_grads()
     # Layers recompute activations in training mode only, and from_pretrained leaves a model in evaluation mode.
     return model.train()

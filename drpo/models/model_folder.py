@@ -1,4 +1,4 @@
-"""What lies at a path or hub id, and errors that say so."""
+"""Inspect the model at a path or hub id, and raise errors that describe it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from drpo.models.gguf import UNREADABLE, location, reading
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` is a folder or can only be meant as one; anything else is a hub id."""
+    """Return whether `path` is a folder or can only mean one; anything else is a hub id."""
     parent = Path(path).parent
     return (
         Path(path).exists()
@@ -24,7 +24,7 @@ def is_local(path: str) -> bool:
 
 
 def check_folder(path: str, key: str, any_of: tuple[str, ...]) -> None:
-    """Raise ConfigError, saying what is there instead, unless `path` is a folder with one of the files."""
+    """Raise ConfigError, describing what is there instead, unless `path` is a folder with one of the files."""
     folder = Path(path)
     if not folder.is_dir():
         nearest = next(parent for parent in folder.parents if parent.is_dir())
@@ -42,7 +42,7 @@ def _listing(folder: Path) -> str:
 
 
 def check_present(path: str, key: str) -> tuple[str, dict[str, str]]:
-    """The `location` of a model; ConfigError when a path of this machine holds none."""
+    """Return the `location` of a model; raise ConfigError when a local path holds none."""
     source, gguf = location(path, key)
     if is_local(path) and not gguf:
         check_folder(path, key, ("config.json",))
@@ -50,7 +50,7 @@ def check_present(path: str, key: str) -> tuple[str, dict[str, str]]:
 
 
 def read_config(path: str, key: str) -> dict[str, Any]:
-    """The config.json at a folder or hub id, or what a GGUF file has for it, whatever kind of model it is of.
+    """Read the config.json of any model at a folder or hub id, or the equivalent of a GGUF file.
 
     Raises ConfigError when there is none, or it cannot be read.
     """
@@ -79,13 +79,13 @@ def check_complete(info: dict[str, Any], path: str, key: str) -> None:
 
 
 def is_causal_lm(model_type: str | None, architectures: list[str] | None) -> bool:
-    """Whether transformers has a causal LM of this type, and the weights (if there are any) are of one."""
+    """Return whether transformers has a causal LM of this type, and the weights (if there are any) are of one."""
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
     known = (known,) if isinstance(known, str) else known
     return any(name in known or name.endswith("ForCausalLM") for name in architectures or known)
 
 
 def kind_of(saved: dict[str, Any]) -> str:
-    """What a config.json says that the model is, for an error."""
+    """Describe the kind of model in a config.json, for an error."""
     kind = f"a model of type {saved['model_type']}" if "model_type" in saved else "a model of no known type"
     return ", ".join(saved.get("architectures") or [kind])

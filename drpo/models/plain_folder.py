@@ -1,4 +1,4 @@
-"""What a written folder needs so that plain transformers can use it: a pad token with an embedding, on the left."""
+"""Adapt a model folder for plain transformers: left padding with a token that the model embeds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ UNLIMITED = int(1e9)
 
 
 def plain_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer that pads on the left, with a token that the model embeds, up to its positions.
+    """Copy the tokenizer, padding on the left with a token that the model embeds, up to its positions.
 
-    A "[PAD]" that `load_tokenizer` added beyond the embedding is an index error for whoever feeds it, and we never do.
-    It is left out and the stop token pads, which the attention mask hides; loading the folder here adds it anew.
+    A "[PAD]" that `load_tokenizer` added beyond the embedding is never an input here, but would be an index error in
+    plain transformers. The copy pads with the stop token instead, which the attention mask hides; `load_tokenizer` adds
+    "[PAD]" again.
     """
     plain = copy.deepcopy(tokenizer)
     num_embedded = model.get_input_embeddings().weight.shape[0]
@@ -34,7 +35,7 @@ def plain_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
 
 
 def _forget_token(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
-    """Take an added token out of a tokenizer, which has no method for it."""
+    """Remove an added token from a tokenizer, which has no method for it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"] = [added for added in state["added_tokens"] if added["content"] != token]
     state["padding"] = None
@@ -42,9 +43,9 @@ def _forget_token(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
 
 
 def mend_generation_config(model: PreTrainedModel) -> None:
-    """Make the model's generation_config one that transformers saves: it reads what it refuses to write.
+    """Make the model's generation_config valid for saving: transformers loads some that it refuses to save.
 
-    Folders of earlier versions (Llama 2 Chat) name a temperature without `do_sample`, which they mean.
+    Folders of earlier versions (Llama 2 Chat) set a temperature without the implied `do_sample`.
     """
     config = getattr(model, "generation_config", None)
     if config is None:
@@ -56,7 +57,7 @@ def mend_generation_config(model: PreTrainedModel) -> None:
 
 
 def amend_json(path: Path, **values: Any) -> None:
-    """Set keys of a JSON file, if it is there."""
+    """Set keys of a JSON file, if it exists."""
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**content, **values}, indent=2, sort_keys=True) + "\n", encoding="utf-8")

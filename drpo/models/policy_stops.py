@@ -1,4 +1,4 @@
-"""What ends a policy's responses: the eos ids of its generation_config beside the stop token of its tokenizer."""
+"""Ends of a policy's responses: the eos ids of its generation_config and the stop token of its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from drpo.models.scoring import unwrap_peft
 
 
 def stop_ids(policy: nn.Module) -> tuple[int, ...]:
-    """The eos ids of the policy's generation_config.json or GGUF file; none if it has only its config's defaults, which
-    may be another tokenizer's."""
+    """Return the eos ids of the policy's generation_config.json or GGUF file.
+
+    There are none if it has only its config's defaults, which may be those of another tokenizer.
+    """
     config = getattr(unwrap_peft(policy), "generation_config", None)
     if config is None or getattr(config, "_from_model_config", False) or config.eos_token_id is None:
         return ()
@@ -20,10 +22,10 @@ def stop_ids(policy: nn.Module) -> tuple[int, ...]:
 
 
 def check_stop_token(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ConfigError when the tokenizer's stop token is none that the policy says.
+    """Raise ConfigError when the tokenizer's stop token is not one that the policy generates.
 
-    SFT may teach another one. A policy that is compared with a reference, or rewarded for what it says, would be
-    trained on a token that it never says.
+    SFT may teach another one. A policy that is compared with a reference, or rewarded for its samples, would be
+    trained on a token that it never generates.
     """
     own = stop_ids(policy)
     if own and tokenizer.eos_token_id not in own:
@@ -37,8 +39,10 @@ def check_stop_token(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def write_stop_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put the stop token into the model's generation_config, before what ended its responses otherwise, so that
-    plain `generate` stops there. A model that generates nothing is left as it is."""
+    """Put the stop token first among the eos ids of the model's generation_config, if it has one.
+
+    Plain `generate` then stops there.
+    """
     config = getattr(model, "generation_config", None)
     if config is None or tokenizer.eos_token_id is None:
         return

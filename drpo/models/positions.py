@@ -1,4 +1,4 @@
-"""How many tokens a model takes: tables of positions end somewhere, rotary positions were trained up to somewhere."""
+"""Limits on the number of tokens: the length of a position table, or the trained range of rotary positions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LIMITS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """The most tokens of a text that the model can take: the length of its table of positions; None without one.
+    """Return the longest text in tokens that the model's table of positions allows, or None without a table.
 
     GPT-2, GPT-Neo, OPT and BioGPT learn such a table, GPT-J and CTRL compute one. Rotary and ALiBi models have none.
     """
@@ -56,7 +56,7 @@ def check_width(model: nn.Module, attention_mask: Tensor) -> None:
 
 
 def check_lengths(model: nn.Module, lengths: Sequence[int], what: str, remedy: str) -> list[str]:
-    """Raise ConfigError when texts of these `lengths` are more tokens than the model has positions.
+    """Raise ConfigError when texts of these `lengths` have more tokens than the model has positions.
 
     Rotary positions have no end: texts beyond `max_position_embeddings` of the config give a warning, which is
     returned. `what` names the model or its key.
@@ -77,7 +77,7 @@ def check_lengths(model: nn.Module, lengths: Sequence[int], what: str, remedy: s
 
 
 def check_examples(model: nn.Module, examples: Sequence[Example], what: str = "model.path") -> list[str]:
-    """`check_lengths` of all examples, each with the longest of its responses."""
+    """Apply `check_lengths` to all examples, each with the longest of its responses."""
     lengths = [len(example.query_ids) + max(map(len, _responses(example)), default=0) for example in examples]
     remedy = "set data.max_prompt_length and data.max_response_length to sizes that fit together"
     return check_lengths(model, lengths, what, remedy)
@@ -86,7 +86,15 @@ def check_examples(model: nn.Module, examples: Sequence[Example], what: str = "m
 def check_sampling(
     model: nn.Module, examples: Sequence[Example], max_response_length: int, what: str, key: str
 ) -> list[str]:
-    """`check_lengths` of all prompts with a response of `max_response_length` tokens; `key` sets that length."""
+    """Apply `check_lengths` to all prompts with a response of `max_response_length` tokens.
+
+    Args:
+        model: the model that samples or scores.
+        examples: their prompts are checked.
+        max_response_length: tokens of the response.
+        what: name of the model or its key, for errors.
+        key: recipe key that sets `max_response_length`, for errors.
+    """
     lengths = [len(example.query_ids) + max_response_length for example in examples]
     return check_lengths(
         model, lengths, what, f"set data.max_prompt_length, or lower {key}={max_response_length}"

@@ -1,7 +1,7 @@
-"""Whether a model's padded rows and cached steps are those of whole texts, found by running a tiny batch.
+"""Sanity checks that padding and cached decoding leave a model's outputs unchanged, by running a tiny batch.
 
-Attention masked by position passes. Recurrent layers may not: they carry padding in their state, or keep that state
-in a cache of their own, and then sampled tokens and log-probabilities would silently be another model's.
+Attention masked by position passes. Recurrent layers may fail: they carry padding in their state, or keep that state
+in a cache of their own, and sampled tokens and log-probabilities would then silently be wrong.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _FAULTS: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary
 def check_policy(model: nn.Module, key: str = "model.path", on_any_device: bool = False) -> None:
     """Raise ConfigError, naming `key`, unless padded rows and cached steps give the logits of whole texts.
 
-    The probe runs once per model and kind of device, which may have kernels of its own, or once where it lies first
-    (`on_any_device`): two rows of at most six tokens, and one step from the cache.
+    The probe runs once per model and kind of device, which may have its own kernels, or with `on_any_device` once on
+    the first device: two rows of at most six tokens, and one step from the cache.
     """
     causal_lm = unwrap_peft(model)
     known = _FAULTS.setdefault(causal_lm, {})
@@ -59,8 +59,10 @@ def check_scalar_model(model: nn.Module, key: str = "value or reward model") -> 
 
 
 def can_probe_now(model: nn.Module) -> bool:
-    """Whether a forward is cheap where the model lies: half precision may take minutes on a CPU, and kernels that
-    need a GPU do not run there at all. Such a model is probed at its first use."""
+    """Return whether a forward is cheap on the model's device; else it is probed at its first use.
+
+    Half precision may take minutes on a CPU, and kernels that need a GPU do not run there.
+    """
     weight = model.get_input_embeddings().weight
     on_cpu = weight.device.type == "cpu"
     return not on_cpu or (
@@ -69,7 +71,7 @@ def can_probe_now(model: nn.Module) -> bool:
 
 
 class _probing:
-    """Evaluation mode, without gradients and autocast, for a while."""
+    """Context in evaluation mode, without gradients and autocast."""
 
     def __init__(self, model: nn.Module) -> None:
         self._training = [module for module in model.modules() if module.training]
@@ -101,7 +103,7 @@ def _policy_fault(causal_lm: nn.Module) -> str | None:
             return fault
         try:
             cached = _cached_logits(causal_lm).float()
-        except Exception as error:  # Models without such a cache may say so in any way.
+        except Exception as error:  # Models without such a cache may raise any error.
             return f"cannot be decoded with a key-value cache ({type(error).__name__}: {str(error)[:100]})"
     if (cached - whole).norm(dim=1).max() > allowed:
         return "does not continue from its key-value cache as it reads the whole text"
@@ -109,7 +111,7 @@ def _policy_fault(causal_lm: nn.Module) -> str | None:
 
 
 def _scalar_fault(scalar_model: nn.Module) -> str | None:
-    """By what enters the head: one number says little, and a head of zeros says nothing."""
+    """Check the inputs of the head, since a single output shows little and a head of zeros nothing."""
     backbone = scalar_model.backbone
 
     def outputs(ids: Tensor, mask: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ def _scalar_fault(scalar_model: nn.Module) -> str | None:
 def _padding_fault(
     outputs: Callable[[Tensor, Tensor], Tensor], model: nn.Module
 ) -> tuple[str | None, Tensor, float]:
-    """What is wrong with a padded row; the outputs of both rows at their last token; how far others may be off.
+    """Return the fault of a padded row, the outputs of both rows at their last token, and the tolerance.
 
     Padding and a forgotten context change the outputs about as much as another context does. Rounding is allowed
     1% of that in float32; in half precision, where it is large, half.
@@ -134,7 +136,7 @@ def _padding_fault(
         for row in (torch.tensor([row], device=weight.device) % _vocab_size(model) for row in (SHORT, OTHER))
     )
     padded = outputs(ids, mask).float()
-    if not alone.isfinite().all():  # diverged weights, which sampling and training tell as what they are
+    if not alone.isfinite().all():  # diverged weights, which sampling and training report
         return None, torch.cat([padded[:1], alone]), float("inf")
     share, rounding = (0.01, 1e-5) if weight.dtype == torch.float32 else (0.5, 0.02)
     allowed = float(share * (other - alone).norm() + rounding * alone.norm())
@@ -153,12 +155,12 @@ def _padded_rows(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _vocab_size(model: nn.Module) -> int:
-    """From the config: under ZeRO-3 the embedding itself may be elsewhere."""
+    """Return the vocabulary size of the config: under ZeRO-3 the embedding may be on another process."""
     return getattr(model, "backbone", model).config.get_text_config().vocab_size
 
 
 def _cached_logits(causal_lm: nn.Module) -> Tensor:
-    """Logits (2, V) behind both rows: all but the last token, rows taken from the cache in another order, a step."""
+    """Compute logits (2, V) after both rows: all but the last token, reorder the cache, then one cached step."""
     ids, mask = _padded_rows(causal_lm)
     cache = DynamicCache(config=causal_lm.config)
     options = {"past_key_values": cache, "use_cache": True}

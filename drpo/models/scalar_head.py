@@ -1,4 +1,4 @@
-"""A backbone with one number per token: the critic, and what reward models are built on."""
+"""A backbone with one number per token: the critic, and the base of reward models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ScalarModelConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def backbone_config(self) -> PreTrainedConfig:
-        """The backbone's config as transformers knows it. Raises ValueError when there is none."""
+        """Return the backbone's config as a transformers object; raise ValueError when there is none."""
         if "model_type" not in self.backbone:
             raise ValueError(
                 "the config has no `backbone` with a model_type: this is not a scalar model's config"
@@ -57,7 +57,7 @@ class ScalarModel(PreTrainedModel):
     config_class = ScalarModelConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["head"]  # whatever the precision of the backbone
+    _keep_in_fp32_modules_strict = ["head"]  # in any precision of the backbone
 
     def __init__(self, config: ScalarModelConfig) -> None:
         super().__init__(config)
@@ -75,7 +75,7 @@ class ScalarModel(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """One float32 number per token, (B, T), for ids and mask (B, T); positions follow from the mask if left out."""
+        """Return one float32 number per token, (B, T), for ids and mask (B, T); positions default to the mask's."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         inputs = model_inputs(self.backbone, input_ids, attention_mask.bool())
@@ -85,10 +85,10 @@ class ScalarModel(PreTrainedModel):
 
     @classmethod
     def from_causal_lm(cls, model: nn.Module, seed: int = 0) -> ScalarModel:
-        """A copy of a causal LM's backbone (LoRA folded in) with a fresh head: w ~ N(0, 1 / (H + 1)), b = 0.
+        """Copy a causal LM's backbone (LoRA folded in) under a fresh head: w ~ N(0, 1 / (H + 1)), b = 0.
 
         The scale is that of "The N+ Implementation Details of RLHF with PPO", detail 8. Gradient checkpointing
-        and the attention implementation are as in `model`, of which nothing is shared or changed.
+        and the attention implementation are those of `model`, which shares nothing with the copy.
         """
         causal_lm = unwrap_peft(model)
         scalar_model = cls.from_backbone(causal_lm, merged_state_dict(model))
@@ -101,7 +101,7 @@ class ScalarModel(PreTrainedModel):
 
     @classmethod
     def from_backbone(cls, source: PreTrainedModel, weights: dict[str, Tensor]) -> ScalarModel:
-        """A copy of the backbone of `source`, whose `weights` are given by name; the head is left uninitialised."""
+        """Copy the backbone of `source`, whose `weights` are given by name; the head is left uninitialised."""
         backbone = source.config.to_dict()
         for key in ("dtype", "architectures"):  # these belong to the model as a whole
             backbone.pop(key, None)
@@ -123,8 +123,8 @@ class ScalarModel(PreTrainedModel):
 def _cast_like(source: nn.Module, backbone: nn.Module) -> None:
     """Give each weight and buffer the dtype that it has in `source`, which may hold adapters.
 
-    A half-precision model keeps some in float32, such as the frequencies of rotary positions: in bfloat16 they would
-    put a token hundreds of places off.
+    A half-precision model keeps some in float32, such as the frequencies of rotary positions: in bfloat16 a position
+    would be off by hundreds of tokens.
     """
     tensors = (*source.named_parameters(), *source.named_buffers())
     dtypes = {name.replace(".base_layer.", "."): tensor.dtype for name, tensor in tensors}
@@ -137,7 +137,7 @@ AutoModel.register(ScalarModelConfig, ScalarModel)
 
 
 def token_values(model: nn.Module, batch: PaddedBatch) -> Tensor:
-    """V before each response token, (B, R) float32: the model's output at columns Q-1 .. Q+R-2.
+    """Return V before each response token, (B, R) float32: the model's output at columns Q-1 .. Q+R-2.
 
     Raises ConfigError as `check_scalar_model` does.
     """
@@ -146,7 +146,7 @@ def token_values(model: nn.Module, batch: PaddedBatch) -> Tensor:
 
 
 def token_scores(model: nn.Module, batch: PaddedBatch) -> Tensor:
-    """The model's output at each response token, (B, R) float32: columns Q .. Q+R-1.
+    """Return the model's output at each response token, (B, R) float32: columns Q .. Q+R-1.
 
     Raises ConfigError as `check_scalar_model` does.
     """
@@ -154,5 +154,5 @@ def token_scores(model: nn.Module, batch: PaddedBatch) -> Tensor:
 
 
 def _outputs(model: nn.Module, batch: PaddedBatch) -> Tensor:
-    check_scalar_model(model)  # known since loading, but for half precision
+    check_scalar_model(model)  # probed at loading, except in half precision
     return model(input_ids=batch.query_responses, attention_mask=batch.attention_mask)

@@ -25,7 +25,7 @@ Entropy = bool | Literal["detached"]
 
 
 class ResponseScores(NamedTuple):
-    """`logprobs` (B, R) and, when asked for, `entropy` (B, R) in nats; float32, unspecified under padding."""
+    """Scores `logprobs` (B, R) and, on request, `entropy` (B, R) in nats; float32, unspecified under padding."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -40,24 +40,32 @@ def response_logprobs(
     entropy: Entropy = False,
     chunk_size: int = 1024,
 ) -> ResponseScores:
-    """Log-probability of each response token given all before it: log softmax(logits / temperature)[token].
+    """Compute the log-probability of each response token: log softmax(logits / temperature)[token].
 
     Logits are float32, those of `suppressed_ids` the smallest finite number. At most `chunk_size` positions
     of them exist at a time: with gradients on, several chunks are recomputed one by one in the backward pass.
     Values at padded positions are finite but mean nothing.
 
     A model whose logits are more than its head on the backbone's output (soft-capping, logit scales) runs
-    whole, with logits for the response positions only but all of them at once.
+    in full, with the logits of all response positions at once.
 
     Raises ValueError on a temperature that is not positive or a chunk_size below 1, ConfigError for a model whose
-    padded rows are not those of whole texts or that has fewer positions than a row has tokens.
+    outputs depend on padding or that has fewer positions than a row has tokens.
+
+    Args:
+        model: a causal language model.
+        batch: queries and responses, (B, Q) and (B, R).
+        temperature: divides the logits.
+        suppressed_ids: ids that the policy never samples.
+        entropy: whether the entropy is computed too, and whether with gradients.
+        chunk_size: positions per chunk.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}")
     causal_lm = unwrap_peft(model)
-    check_policy(model, on_any_device=True)  # known since loading, but for half precision
+    check_policy(model, on_any_device=True)  # probed at loading, except in half precision
     length = batch.responses.shape[1]
     ids = batch.responses.masked_fill(batch.response_mask.logical_not(), 0)
     if not head_is_plain(causal_lm):
@@ -85,11 +93,10 @@ def chunked_scores(
     suppressed_ids: tuple[int, ...] = (),
     entropy: Entropy = False,
 ) -> ResponseScores:
-    """Scores (N,) of `ids` (N,) under the logits that `head` gives for `hidden` (N, H), a chunk at a time.
+    """Score `ids` (N,), as (N,), under the logits that `head` gives for `hidden` (N, H), a chunk at a time.
 
-    With gradients on, several chunks are recomputed one by one in the backward pass. However many there are, the
-    head is called once as a module: under ZeRO-3 the processes must call the same modules, whatever the shapes of
-    their batches.
+    With gradients on, several chunks are recomputed one by one in the backward pass. ZeRO-3: all processes must call
+    the same modules for batches of any shape, so the head is called once as a module for any number of chunks.
     """
     if len(ids) <= chunk_size:
         return _score(head(hidden), ids, temperature, suppressed_ids, entropy)
@@ -115,7 +122,7 @@ def chunked_scores(
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within this context a call of `module`, its hooks included, runs `forward` in place of its own."""
+    """Make calls of `module`, hooks included, run `forward` in place of its own within this context."""
     earlier = vars(module).get("forward")  # some wrappers put one on the instance
     module.forward = forward
     try:
@@ -138,7 +145,7 @@ def _score(
 
 
 def suppress(logits: Tensor, ids: Sequence[int]) -> Tensor:
-    """Logits (..., V) with those of `ids` at the smallest finite number; ids from V on have no logit."""
+    """Set the logits (..., V) of `ids` to the smallest finite number in a copy; ids >= V have no logit."""
     existing = [token for token in ids if token < logits.shape[-1]]
     if not existing:
         return logits
@@ -147,9 +154,9 @@ def suppress(logits: Tensor, ids: Sequence[int]) -> Tensor:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context a PEFT model is its base model, exactly: the reference policy of a LoRA run.
+    """Make a PEFT model exactly its base model within this context: the reference policy of a LoRA run.
 
-    Raises TypeError on a model without an adapter, which has nothing to fall back to.
+    Raises TypeError on a model without an adapter.
     """
     if not hasattr(model, "disable_adapter"):
         raise TypeError(
@@ -164,10 +171,10 @@ _PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def head_is_plain(causal_lm: nn.Module) -> bool:
-    """Whether the logits are the output embedding of the backbone's last hidden state, and nothing else.
+    """Return whether the logits are the output embedding of the backbone's last hidden state, and nothing else.
 
-    Found by a probe, once per model: what enters the head must be the backbone's output, and a known ramp put
-    in place of the head's output must come out as the logits (soft-capping and logit scales change it).
+    A probe finds out, once per model: the head's input must be the backbone's output, and a known ramp put
+    in place of the head's output must be returned as the logits (soft-capping and logit scales change it).
     """
     if causal_lm not in _PLAIN_HEADS:
         _PLAIN_HEADS[causal_lm] = _probe_head(causal_lm)

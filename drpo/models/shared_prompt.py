@@ -1,12 +1,12 @@
-"""Log-probabilities of several responses to one prompt, with one forward over that prompt.
+"""Log-probabilities of several responses to one prompt, with a single forward over that prompt.
 
 Chosen and rejected (or K ranked responses) share their prompt. Side by side in one sequence,
 
     [ query | response 1 | ... | response K ],
 
-with a mask that hides the responses from each other and positions that start anew behind the query for each,
-they get the log-probabilities that they have as K separate rows, while the query is computed once. No padding
-stands between them, and the LM head runs on real response positions alone.
+with a mask that hides the responses from each other and positions that restart after the query for each,
+they get the log-probabilities of K separate rows, while the query is computed once. There is no padding
+between them, and the LM head runs on real response positions alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from drpo.tensors import PaddedBatch, gather_logprobs, pad_batch, position_ids
 
 ATTENTION_WITH_OWN_MASK = ("eager", "sdpa")  # the implementations that take any mask (B, 1, T, T)
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-# How configs call the number of positions beyond which a layer drops keys, whatever the mask says.
+# Config keys for the number of positions beyond which a layer drops keys in addition to the mask.
 WINDOWS = (
     "sliding_window",
     "sliding_window_size",
@@ -39,12 +39,12 @@ WINDOWS = (
 def continuation_logprobs(
     model: nn.Module, batch: PaddedBatch, num_continuations: int, *, chunk_size: int = 1024
 ) -> ResponseScores:
-    """`response_logprobs` (K*B, R) of K = `num_continuations` responses to each of B queries.
+    """Compute `response_logprobs` (K*B, R) of K = `num_continuations` responses to each of B queries.
 
     Rows of `batch` are K blocks of B rows; row k*B + b holds query b, in every block the same, and its k-th
     response. Values and gradients are those of separate rows up to rounding, which costs B * (Q + K*R) positions in
     place of B * K * (Q + R). A model that cannot share prompts, or whose attention window is narrower than the
-    shared row, gets separate rows. Either way the backbone and the head are called once each, as ZeRO-3 needs.
+    shared row, gets separate rows. ZeRO-3: in both cases the backbone and the head are called once each.
 
     Raises ValueError when the rows are not K blocks, or the blocks differ in their queries.
     """
@@ -75,7 +75,7 @@ def continuation_logprobs(
         hidden = _hidden(causal_lm.base_model, packed)[packed.predicting]
         logprobs = chunked_scores(head, hidden, ids, chunk_size).logprobs
     else:
-        # What the model does to its logits it does to each, so the head may be given fewer positions.
+        # The model's changes to its logits are elementwise, so the head may get fewer positions.
         hook = head.register_forward_pre_hook(lambda module, args: (args[0][packed.predicting][None],))
         try:
             logits = causal_lm(**packed_inputs(causal_lm, packed), use_cache=False).logits
@@ -87,31 +87,31 @@ def continuation_logprobs(
 
 
 class PackedRows(NamedTuple):
-    """B rows of T real tokens, padded on the right: a query and then, one after the other, its responses.
+    """B rows of up to T real tokens, padded on the right: a query, then its responses one after the other.
 
-    Without the last token of each response, which predicts nothing.
+    The last token of each response predicts nothing and is not in the row.
     """
 
     ids: Tensor
     """(B, T) int64, 0 on padding."""
     positions: Tensor
-    """(B, T) int64, counted behind the query anew for each response."""
+    """(B, T) int64, restarting after the query for each response."""
     attends: Tensor
     """(B, T, T) bool: which position (row) attends to which (column)."""
     predicting: tuple[Tensor, Tensor]
-    """Row and column of what predicts each real response token, in the order of `responses[response_mask]`."""
+    """Row and column that predict each real response token, in the order of `responses[response_mask]`."""
 
 
 def pack_rows(batch: PaddedBatch, num_continuations: int) -> PackedRows:
-    """The shared rows of a batch that holds K blocks of B rows. T is what the longest of them needs."""
+    """Pack a batch of K blocks of B rows into B shared rows, T the longest of them."""
     num_queries, query_length = len(batch.queries) // num_continuations, batch.queries.shape[1]
 
     def side_by_side(rows: Tensor) -> Tensor:
-        """(K*B, Q + R-1), of separate rows, to (B, Q + K*(R-1))."""
+        """Join separate rows (K*B, Q + R-1) to (B, Q + K*(R-1))."""
         responses = rows[:, query_length:].unflatten(0, (num_continuations, num_queries))
         return torch.cat([rows[:num_queries, :query_length], responses.transpose(0, 1).flatten(1)], dim=1)
 
-    # A response token is fed when another one follows it.
+    # A response token is an input when another one follows it.
     fed = torch.cat([batch.query_mask, batch.response_mask[:, 1:]], dim=1)
     mask = side_by_side(fed)
     order = mask.logical_not().long().argsort(dim=1, stable=True)[:, : int(mask.sum(dim=1).max())]
@@ -121,7 +121,7 @@ def pack_rows(batch: PaddedBatch, num_continuations: int) -> PackedRows:
     block = torch.cat([block.new_full((query_length,), -1), block])[order]
     ids = batch.query_responses[:, :-1].masked_fill(fed.logical_not(), 0)
 
-    place = mask.cumsum(dim=1) - 1  # where a real column went
+    place = mask.cumsum(dim=1) - 1  # new place of a real column
     of_query = place[:, None, query_length - 1 : query_length].expand(-1, num_continuations, -1)
     of_responses = place[:, query_length:].unflatten(1, (num_continuations, -1))
     column = torch.cat([of_query, of_responses], dim=2).transpose(0, 1).flatten(0, 1)
@@ -129,20 +129,23 @@ def pack_rows(batch: PaddedBatch, num_continuations: int) -> PackedRows:
     return PackedRows(
         ids=side_by_side(ids).gather(1, order),
         positions=side_by_side(position_ids(fed)).gather(1, order),
-        attends=attention_pattern(block),  # padding stands behind all that is real
+        attends=attention_pattern(block),  # padding follows all real columns
         predicting=(row[batch.response_mask], column[batch.response_mask]),
     )
 
 
 def attention_pattern(block: Tensor) -> Tensor:
-    """Which position (row) attends to which (column), (B, T, T) bool: what stands before it in the query (-1) and in
-    its own response, from the response that each position belongs to, `block` (B, T)."""
+    """Return which position (row) attends to which (column), (B, T, T) bool.
+
+    Each attends to itself and the earlier positions of the query (-1) and of its own response; `block` (B, T) is the
+    response that each position belongs to.
+    """
     before = torch.ones(block.shape[1], block.shape[1], dtype=torch.bool, device=block.device).tril()
     return before & ((block[:, None, :] == -1) | (block[:, None, :] == block[:, :, None]))
 
 
 def packed_inputs(model: nn.Module, packed: PackedRows) -> dict[str, Tensor]:
-    """Keyword inputs; the mask (B, 1, T, T) is bool for sdpa, and additive for eager attention, which adds it."""
+    """Return keyword inputs; the mask (B, 1, T, T) is bool for sdpa and additive for eager attention."""
     attends = packed.attends[:, None]
     if model.config._attn_implementation == "eager":
         dtype = model.get_input_embeddings().weight.dtype
@@ -157,7 +160,7 @@ def _hidden(backbone: nn.Module, packed: PackedRows) -> Tensor:
 
 
 def narrowest_window(config: PreTrainedConfig) -> float:
-    """The longest row in which windowed (sliding, chunked) attention hides nothing; inf without windows."""
+    """Return the longest row in which windowed (sliding, chunked) attention hides nothing; inf without windows."""
     text = config.get_text_config()
     windows = [getattr(text, name, None) for name in WINDOWS]
     return min((window for window in windows if window), default=float("inf"))
@@ -167,10 +170,10 @@ _SHARING: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 def can_share_prompt(model: nn.Module) -> bool:
-    """Whether `continuation_logprobs` may pack: attention alone mixes positions, by the mask and positions given.
+    """Return whether `continuation_logprobs` may pack: only attention mixes positions, by the given mask.
 
     False for ALiBi and the like (positions taken from the mask), recurrent and convolutional layers, and attention
-    kernels that take no mask of their own. Then a probe, once per model and attention implementation: the hidden
+    kernels that take no custom mask. Then a probe decides, once per model and attention implementation: the hidden
     states of two tiny packed rows must be those of separate rows.
     """
     causal_lm = unwrap_peft(model)
@@ -195,9 +198,9 @@ def _may_share(causal_lm: nn.Module) -> bool:
 
 @torch.no_grad()
 def _probe(backbone: nn.Module) -> bool:
-    """Whether packing two ragged rows moves the hidden states by far less than another query does.
+    """Return whether packing two ragged rows moves the hidden states by far less than another query does.
 
-    The allowance is for rounding: 1% of that in float32, 10% in half precision.
+    The tolerance for rounding is 1% of the latter in float32, 10% in half precision.
     """
     weight = backbone.get_input_embeddings().weight
     batch, other = (_probe_batch(first).to(weight.device) for first in (0, 1))
@@ -213,7 +216,7 @@ def _probe(backbone: nn.Module) -> bool:
             shared = _hidden(backbone, packed)[packed.predicting].float()
         except (
             Exception
-        ):  # Models without such inputs may say so in any way; real faults show in separate rows.
+        ):  # Models without such inputs may raise any error; real faults show in separate rows.
             return False
         expected, elsewhere = separate(batch), separate(other)
     allowed = 0.01 if weight.dtype == torch.float32 else 0.1
@@ -221,6 +224,6 @@ def _probe(backbone: nn.Module) -> bool:
 
 
 def _probe_batch(first: int) -> PaddedBatch:
-    """Two queries with two responses each, ragged, of ids below 16; `first` changes the queries alone."""
+    """Make two queries with two responses each, ragged, of ids below 16; `first` changes the queries alone."""
     queries = [[first, 3, 5, 4], [first, 6]]
     return pad_batch(queries * 2, [[7, 8, 9], [10, 11], [12, 13], [14, 15, 7, 8]], 0)

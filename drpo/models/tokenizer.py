@@ -1,4 +1,4 @@
-"""Tokenizers: trained on the data, or loaded; the pad token is never the stop token."""
+"""Train tokenizers on the data, or load them; the pad token is never the stop token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALLEST_VOCABULARY = 256 + 2
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from `texts`: any text survives encoding and decoding unchanged.
+    """Train byte-level BPE on `texts`; any text survives encoding and decoding unchanged.
 
     At most `vocab_size` tokens, among them every byte, the stop token "<|endoftext|>" and "[PAD]". Raises
     ValueError below 258.
@@ -47,9 +47,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(path: str | Path, key: str = "model.tokenizer") -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, hub id or GGUF file; "[PAD]" is added if it has none, or pads with its stop token.
+    """Load the tokenizer of a folder, hub id or GGUF file, with "[PAD]" added if its pad token is none or the stop.
 
-    The id of an added token may lie outside the model's embedding: pad ids are never fed to a model. Raises
+    The id of an added token may lie outside the model's embedding: pad ids are never inputs of a model. Raises
     ConfigError, naming the `key` of the recipe, when there is no tokenizer at `path` or it has no stop (eos) token.
     """
     tokenizer = read_tokenizer(str(path), key)
@@ -63,7 +63,7 @@ def load_tokenizer(path: str | Path, key: str = "model.tokenizer") -> PreTrained
 
 
 def read_tokenizer(path: str, key: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, hub id or GGUF file as it is. Raises ConfigError, naming the `key`, without one."""
+    """Read the tokenizer of a folder, hub id or GGUF file as it is; raise ConfigError, naming `key`, without one."""
     source, gguf = location(path, key, unless=("config.json", *TOKENIZER_FILES))
     if gguf:
         with reading(Path(source, gguf["gguf_file"]), key, "a tokenizer from "):

@@ -1,12 +1,12 @@
-"""A frozen trunk: the lowest layers of a model, which stay as they are, run once for all that stands on them.
+"""A frozen trunk: the lowest layers of a model, run once for all models that share them.
 
-With `model.trainable_layers = k` of n layers only the k top layers (and what comes after them) learn. Whatever the
-policy, its reference, the critic and a reward model compute of the same tokens is then the same up to layer n - k:
+With `model.trainable_layers = k` of n layers only the k top layers (and the modules after them) learn. The policy, its
+reference, the critic and a reward model then compute the same on the same tokens up to layer n - k:
 
     trunk = trunk_output(policy, batch)              # (B, T, H), without gradients, once
     with resumed_from(trunk, policy): ...            # every call of `policy` here starts at layer n - k
 
-Nothing is approximated: the layers see what they would have seen. `share_trunk` lets several models hold the same
+The result is exact: the layers get the same inputs as without sharing. With `share_trunk` several models hold the same
 trunk in memory.
 """
 
@@ -31,15 +31,15 @@ FIRST_TRAINED = "drpo_first_trained_layer"  # set on the backbone, so that copie
 
 
 def has_trunk(model: nn.Module) -> bool:
-    """Whether the model's lowest layers are frozen."""
+    """Return whether the model's lowest layers are frozen."""
     return hasattr(_backbone(model), FIRST_TRAINED)
 
 
 def freeze_trunk(model: nn.Module, trainable_layers: int) -> None:
-    """Freeze all that is computed before the `trainable_layers` top layers; the rest stays as it is.
+    """Freeze all modules that run before the `trainable_layers` top layers; the rest stays as it is.
 
     Tied embeddings are the trunk's input, so they are frozen with it. Raises ConfigError when the model has no
-    more layers than that, and when its layers cannot be cut: a probe compares both ways of computing.
+    more layers than that, or cannot be split there: a probe compares the outputs with and without the split.
     """
     backbone = _backbone(model)
     owner, name = _layer_list(backbone)
@@ -62,14 +62,14 @@ def freeze_trunk(model: nn.Module, trainable_layers: int) -> None:
 
 
 def trained_layer_names(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the names of the top layers, as `model.named_modules()` has them."""
+    """Return the prefixes of the names of the top layers in `model.named_modules()`."""
     layers = getattr(*_layer_list(_backbone(model)))
     top = set(layers[_first_trained(model) :])
     return tuple(f"{name}." for name, module in model.named_modules() if module in top)
 
 
 def trunk_output(model: nn.Module, batch: PaddedBatch) -> Tensor:
-    """What enters layer n - k, (B, Q+R, H), without gradients; the layers above do not run."""
+    """Return the input of layer n - k, (B, Q+R, H), without gradients; the layers above do not run."""
     return _trunk_of(model, batch, _first_trained(model))
 
 
@@ -87,7 +87,7 @@ def _trunk_of(model: nn.Module, batch: PaddedBatch, first: int) -> Tensor:
 
 @contextmanager
 def recorded_trunk(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within this context calls of `model` leave their trunk's output in the list, the last call's at its end.
+    """Record the trunk's output of each call of `model` within this context in the list.
 
     The list stays empty for a model without a trunk.
     """
@@ -100,7 +100,7 @@ def recorded_trunk(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def resumed_from(trunk: Tensor | None, *models: nn.Module) -> Iterator[None]:
-    """Within this context calls of `models` start with `trunk` (B, T, H) in place of their lower layers' output.
+    """Start calls of `models` within this context from `trunk` (B, T, H) in place of their lower layers' output.
 
     The calls must be on the tokens that `trunk` was computed from. None changes nothing.
     """
@@ -116,7 +116,7 @@ def resumed_from(trunk: Tensor | None, *models: nn.Module) -> Iterator[None]:
 
 
 def share_trunk(model: nn.Module, source: nn.Module) -> None:
-    """Let `model` use the embedding and lower layers of `source`: the same modules, so they are in memory once."""
+    """Replace the embedding and lower layers of `model` by those of `source`, so they are in memory once."""
     own, given = _backbone(model), _backbone(source)
     first = _first_trained(source)
     own_layers, given_layers = (getattr(*_layer_list(backbone)) for backbone in (own, given))
@@ -131,15 +131,15 @@ def share_trunk(model: nn.Module, source: nn.Module) -> None:
 
 
 def head_is_tied(model: nn.Module) -> bool:
-    """Whether the output embedding is the input embedding, and so belongs to a frozen trunk."""
+    """Return whether the output embedding is the input embedding, and so belongs to a frozen trunk."""
     head = unwrap_peft(model).get_output_embeddings()
     return head is not None and head.weight is _backbone(model).get_input_embeddings().weight
 
 
 def same_trunk(model: nn.Module, source: nn.Module) -> bool:
-    """Whether `model` has the layers and weights of `source`, bit for bit, up to where the latter's trunk ends.
+    """Return whether `model` equals `source`, bit for bit, up to the end of the latter's trunk.
 
-    What no weight shows (a scaled rotary embedding, another epsilon) a small batch does.
+    A small batch detects differences that no weight shows (a scaled rotary embedding, another epsilon).
     """
     own, given = _backbone(model), _backbone(source)
     if type(own) is not type(given) or len(getattr(*_layer_list(own))) != len(getattr(*_layer_list(given))):
@@ -164,7 +164,7 @@ def _trunk_weights(backbone: nn.Module, first: int) -> dict[str, Tensor]:
 
 
 class _Skipped(nn.Module):
-    """Stands where a layer stood: gives on what it is given, or `output`; looks to the model like that layer."""
+    """Placeholder of a layer that returns its input, or `output`, with that layer's attributes."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class _Skipped(nn.Module):
 
 @contextmanager
 def _layers_replaced(backbone: nn.Module) -> Iterator[nn.ModuleList]:
-    """Within this context the backbone has a list of layers of its own, which may be changed."""
+    """Give the backbone a copy of its list of layers within this context, which may be changed."""
     owner, name = _layer_list(backbone)
     layers = getattr(owner, name)
     replacement = nn.ModuleList(layers)
@@ -192,7 +192,7 @@ def _layers_replaced(backbone: nn.Module) -> Iterator[nn.ModuleList]:
 
 @contextmanager
 def _caught_at(layers: nn.ModuleList, index: int) -> Iterator[list[Tensor]]:
-    """Within this context the input of each call of `layers[index]` is appended to the list."""
+    """Append the input of each call of `layers[index]` within this context to the list."""
     caught: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ def _first_trained(model: nn.Module) -> int:
 
 
 def _layer_list(backbone: nn.Module) -> tuple[nn.Module, str]:
-    """The module that holds the list of layers, and the list's name there."""
+    """Return the module that holds the list of layers, and the list's name there."""
     num_layers = backbone.config.get_text_config().num_hidden_layers
     found = [
         (module, name)
@@ -232,7 +232,7 @@ def _layer_list(backbone: nn.Module) -> tuple[nn.Module, str]:
 
 @torch.no_grad()
 def _modules_before(model: nn.Module, first: int) -> dict[str, nn.Module]:
-    """The modules that run before layer `first`, and those outside the layers that do not run at all, by name."""
+    """Return, by name, the modules that run before layer `first`, and those outside the layers that never run."""
     layers = getattr(*_layer_list(_backbone(model)))
     after: set[nn.Module] = {module for layer in layers[first:] for module in layer.modules()}
     reached = False
@@ -254,18 +254,18 @@ def _modules_before(model: nn.Module, first: int) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def _can_be_cut(model: nn.Module) -> bool:
-    """Whether a small ragged batch comes out the same with the trunk's output put in as without."""
+    """Return whether a small ragged batch has the same outputs when resumed from the trunk's output."""
     try:
         whole = _probe(model)
         with resumed_from(trunk_output(model, _probe_batch(model)), model):
             resumed = _probe(model)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
-        return False  # a layer that is given, or gives back, more than hidden states
+        return False  # a layer that takes or returns more than hidden states
     return torch.allclose(whole, resumed, rtol=1e-4, atol=1e-5)
 
 
 def _probe(model: nn.Module) -> Tensor:
-    """The model's own output for the probe batch: scalar models give numbers, language models logits."""
+    """Return the model's output for the probe batch: numbers of scalar models, logits of language models."""
     whole, batch = unwrap_peft(model), _probe_batch(model)
     output = whole(**model_inputs(whole, batch.query_responses, batch.attention_mask))
     for name in ("logits", "last_hidden_state"):
@@ -279,7 +279,7 @@ def _probe_batch(model: nn.Module) -> PaddedBatch:
 
 
 def _run_probes(model: nn.Module) -> None:
-    """Have the probes done, which must see the model as it is; they are done once."""
+    """Run the one-time probes, which need the unmodified model."""
     whole = unwrap_peft(model)
     if isinstance(whole, ScalarModel):
         check_scalar_model(whole)

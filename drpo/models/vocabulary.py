@@ -1,4 +1,4 @@
-"""Whose tokens a model knows: a tokenizer against an embedding, and a second model's tokenizer against the policy's."""
+"""Compare vocabularies: a tokenizer with an embedding, and a second model's tokenizer with the policy's."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def check_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def check_own_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> None:
     """Raise ConfigError when `tokenizer`, from model.tokenizer, has other tokens than that of the model at `path`.
 
-    Only ids that both have count, and no added tokens: reserved ones may get other names, new ones ids of their own. A
-    model without a tokenizer is taken as it is.
+    Only ids that both have are compared, without added tokens: reserved ones may be renamed, new ones get new ids. A
+    model without a tokenizer is accepted.
     """
     try:
         own = read_tokenizer(path, key)
@@ -49,10 +49,10 @@ def check_own_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, key: str
 
 
 def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model at `path`, which is given the token ids of `tokenizer`, the policy's.
+    """Return the tokenizer of the model at `path`, which gets token ids of `tokenizer`, the policy's.
 
-    Raises ConfigError, naming `key`, when no model is there, the same ids are other tokens there, or no tokenizer is
-    there to tell. Pad tokens may differ.
+    Raises ConfigError, naming `key`, when there is no model, its ids are other tokens, or it has no tokenizer to
+    compare. Pad tokens may differ.
     """
     try:
         other = load_tokenizer(path, key)
@@ -82,8 +82,11 @@ def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, key: st
 
 
 def check_same_texts(tokenizer: PreTrainedTokenizerBase, path: str, key: str, chat: bool) -> None:
-    """`check_same_vocabulary`, and ConfigError too when texts begin or end otherwise there, or (`chat`) are rendered by
-    another chat template, which says where they end."""
+    """Run `check_same_vocabulary`, and raise ConfigError too when texts are delimited differently.
+
+    That is, they begin or end with other tokens, or (`chat`) are rendered by another chat template, which determines
+    where they end.
+    """
     other = check_same_vocabulary(tokenizer, path, key)
     for name in ("bos_token",) if chat else ("bos_token", "eos_token"):
         if getattr(tokenizer, name) != getattr(other, name):
@@ -101,8 +104,10 @@ def check_same_texts(tokenizer: PreTrainedTokenizerBase, path: str, key: str, ch
 
 
 def check_trained_alike(path: str, key: str, chat: bool, arguments: Mapping[str, Any]) -> None:
-    """Raise ConfigError, naming `key`, when the reward model at `path` says that its texts were made without the chat
-    template where the policy's are made with it, or the other way round, or with other arguments of the template."""
+    """Raise ConfigError, naming `key`, unless the reward model at `path` was trained on the policy's text format.
+
+    Its config records whether its texts went through the chat template, and with which arguments.
+    """
     trained = read_config(path, key)
     if trained.get("chat_template") not in (None, chat):
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""Rollouts: resets, sampling and the trajectories that come of them."""
+"""Rollouts: resets, sampling and the resulting trajectories."""

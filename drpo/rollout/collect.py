@@ -1,4 +1,4 @@
-"""Collect one batch of rollouts: sample, score, measure - everything the update needs, as a Trajectory."""
+"""Collect one batch of rollouts (sample, score, measure) as a Trajectory for the update."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from drpo.tensors import PaddedBatch, pad_batch
 
 
 class Measured(NamedTuple):
-    """What the models say of the response tokens of a padded batch, each (B, R)."""
+    """Outputs of the models for the response tokens of a padded batch, each (B, R)."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -30,11 +30,13 @@ class Measured(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """How rollouts are measured: by training's own forward, on micro-batches of the same size and padding, so that the
-    first ratio is 1."""
+    """Measurement of rollouts by training's forward, on micro-batches of its size and padding.
+
+    The first probability ratio of the update is then exactly 1.
+    """
 
     measure: Callable[[PaddedBatch, Tensor | None], Measured]
-    "Of a batch and, where there is a frozen trunk (drpo.models.trunk), its output."
+    "Takes a batch and, if there is a frozen trunk (drpo.models.trunk), its output."
     microbatch_size: int
 
 
@@ -49,8 +51,16 @@ def collect(
 ) -> tuple[Trajectory, list[Completion]]:
     """Roll out from the given starts, this process's share of a batch, and measure the result.
 
-    Prompts and responses are padded to the longest of all processes. A frozen trunk is computed once, for all models
-    that stand on it; a TrunkRewardFn that shares it is given its output.
+    Prompts and responses are padded to the longest of all processes. A frozen trunk is computed once for all models
+    that share it, a TrunkRewardFn included.
+
+    Args:
+        starts: one per rollout.
+        generator: samples the responses.
+        engine: gathers lengths over the processes.
+        measurement: gives log-probs, values and reference log-probs, (B, R) each.
+        reward_fn: scores the completions.
+        phases: collects the seconds of each phase.
     """
     policy = generator.policy
     with phases("generate"), engine.autocast():

@@ -1,4 +1,4 @@
-"""The key-value cache for decoding: room for the whole text is taken once, each step writes one column."""
+"""The key-value cache for decoding, preallocated for the whole text: each step writes one column."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values (B, heads, T, width) as views of buffers with room for `capacity` positions.
+    """Keys and values (B, heads, T, width) as views of buffers for `capacity` positions.
 
     transformers' own layer copies the whole cache at every step to append one column. Sliding-window layers
     may use this one too: the attention mask cuts the window.
@@ -33,9 +33,9 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, indices: Tensor) -> None:
-        """Keep the rows at `indices` (int64, in that order; a row may come several times).
+        """Keep the rows at `indices` (int64, in that order, repeats allowed).
 
-        transformers' name for it; `batch_select_indices` would leave recurrent layers as they are.
+        The name is that of transformers; `batch_select_indices` would not reorder recurrent layers.
         """
         if self._buffers is None:  # a layer that reads another layer's keys and values
             return
@@ -54,7 +54,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def decode_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
-    """An empty cache for a model of this config with room for `capacity` positions.
+    """Make an empty cache for a model of this config with room for `capacity` positions.
 
     Layers that are not plain or sliding-window attention (recurrent states, ...) keep transformers' own kind.
     """

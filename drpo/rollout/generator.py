@@ -1,10 +1,10 @@
-"""Generate responses: one object for rollouts, held-out evaluation, `eval` and neuron analysis.
+"""Generate responses for rollouts, held-out evaluation, `eval` and neuron analysis.
 
     generator.generate(contexts, max_new_tokens, draws)   token ids after any contexts
     generator.respond(starts)                             finished responses to prompts, as reward functions see them
 
-What does the sampling stands behind `generate`. There is one engine, drpo.rollout.sampler; another one is a function of
-the same arguments in a file of its own, and a `match` here.
+`generate` calls the sampling engine, drpo.rollout.sampler. Another engine would be a function of the same arguments
+in a file of its own, and a `match` here.
 """
 
 from __future__ import annotations
@@ -65,10 +65,14 @@ def vocabulary_of(
 ) -> Vocabulary:
     """Find the ids that end a response and the ids that are never sampled.
 
-    The tokenizer's eos token stands before those of the policy (`drpo.models.policy_stops`). The tokenizer may have no
-    token for some of the logits, at the end or in between.
-
     Raises ConfigError, naming `key`, for a bad token that is not one token of the tokenizer, or that ends responses.
+
+    Args:
+        tokenizer: its eos token is the first stop id; ids without a token, at the end or in between, are suppressed.
+        num_logits: size of the policy's output.
+        policy_stops: further stop ids, those of the policy (`drpo.models.policy_stops`).
+        bad_tokens: tokens that are never sampled.
+        key: recipe key of `bad_tokens`, for errors.
     """
     known = tokenizer.get_vocab()
     if missing := [token for token in bad_tokens if token not in known]:
@@ -86,7 +90,7 @@ def vocabulary_of(
 
 @dataclass(frozen=True)
 class Generator:
-    """A policy with what it takes to sample from it."""
+    """A policy with its tokenizer, vocabulary and sampling settings."""
 
     policy: nn.Module
     tokenizer: object
@@ -117,8 +121,8 @@ class Generator:
         """Sample new tokens after each context, in the order of `contexts`, a sampled stop token included.
 
         Row i ends at a stop id or after `max_new_tokens[i]` tokens; its text depends on its context and on `draws[i]`
-        alone. With `logprobs` there are the log-probabilities of the new tokens too, under the distribution that they
-        were sampled from. Raises what `drpo.rollout.sampler.sample` raises.
+        alone. With `logprobs` the result includes log-probabilities of the new tokens, under the distribution that they
+        were sampled from. Raises the errors of `drpo.rollout.sampler.sample`.
         """
         length = max(max_new_tokens, default=0)
         uniforms = [draw_uniforms(seed, [number], length) for seed, number in draws]
@@ -134,7 +138,7 @@ class Generator:
         )
 
     def respond(self, starts: Sequence[Start]) -> list[Completion]:
-        """Finish the responses that begin as `starts` say; each depends on (seed, episode) alone."""
+        """Complete the responses that begin at `starts`; each depends on (seed, episode) alone."""
         new = self.generate(
             [[*start.example.query_ids, *start.prefix] for start in starts],
             [self.max_response_length - len(start.prefix) for start in starts],
@@ -144,7 +148,7 @@ class Generator:
         return self.completions(starts, responses)
 
     def completions(self, starts: Sequence[Start], responses: Sequence[Sequence[int]]) -> list[Completion]:
-        """Describe responses as reward functions see them; `ended` when the last token is a stop token."""
+        """Make Completions of responses for reward functions, `ended` when the last token is a stop token."""
         ended = [ids[-1] in self.vocabulary.stop_ids for ids in responses]
         bodies = [ids[:-1] if end else ids for ids, end in zip(responses, ended, strict=True)]
         texts = said_texts(self.tokenizer, bodies, [start.example.record.opening for start in starts])

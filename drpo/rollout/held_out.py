@@ -27,7 +27,7 @@ from drpo.rollout.samples import evaluation_sample
 from drpo.rollout.starts import Start
 from drpo.tensors import PaddedBatch, pad_batch
 
-EVAL_SEED_OFFSET = 1_000_003  # the random numbers of evaluation are not those of any rollout
+EVAL_SEED_OFFSET = 1_000_003  # separates the random numbers of evaluation from those of rollouts
 
 Held = tuple[dict[str, float], list[dict[str, Any]]]
 "Metrics `eval/<name>`, and the completions as sample rows."
@@ -35,7 +35,7 @@ Held = tuple[dict[str, float], list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class EvalConfig(Section):
-    """When and how the policy is evaluated on held-out prompts."""
+    """Schedule and settings of the evaluation on held-out prompts."""
 
     every: int = setting(50, ge=0)
     """Evaluate after every so many steps, and after the last; 0 for never."""
@@ -75,7 +75,7 @@ class SampleConfig(Section):
 
 
 class SamplingRecipe(Protocol):
-    """A recipe of a stage that samples held-out prompts."""
+    """Recipe of a stage that samples held-out prompts."""
 
     seed: int
     model: ModelConfig
@@ -94,9 +94,17 @@ def evaluate(
     """Complete the first `num_prompts` held-out prompts and measure: `eval/<name>`, and sample rows.
 
     The random numbers depend on (seed, prompt) alone, so runs and steps are compared on the same draws. With a
-    reference there is the mean over completions of sum_t log pi/pi_ref under the generator's temperature, the one at
-    which the policy was trained: `eval/kl` when the completions are drawn at it too, else `eval/log_ratio`, for
-    then it estimates no KL. Processes share the prompts. Raises ConfigError when there are none.
+    reference the metrics have the mean over completions of sum_t log pi/pi_ref under the generator's temperature, the
+    one of training: `eval/kl` when the completions are sampled at it too, else `eval/log_ratio`, which does not
+    estimate a KL. The processes divide the prompts among themselves. Raises ConfigError when there are none.
+
+    Args:
+        config: number of prompts and sampling temperature.
+        engine: gathers results over the processes.
+        generator: samples from the policy.
+        examples: held-out examples.
+        rewards: scores by name, `eval/<name>`.
+        reference_logprobs: maps a batch to log-probs (B, R); None without a reference.
     """
     if not examples:
         raise ConfigError(
@@ -132,7 +140,7 @@ def _log_ratios(
     reference_logprobs: Callable[[PaddedBatch], Tensor],
     device: torch.device,
 ) -> list[float]:
-    """sum_t log pi/pi_ref of each completion, at the generator's temperature."""
+    """Compute sum_t log pi/pi_ref of each completion, at the generator's temperature."""
     ratios: list[float] = []
     for first in range(0, len(completions), generator.batch_size):
         some = completions[first : first + generator.batch_size]
@@ -165,9 +173,9 @@ def held_out_sampler(
 ) -> Callable[[], Held] | None:
     """Make a function that samples a completion of each distinct prompt, or None when there is nothing to sample.
 
-    With `reference_logprobs`, or a policy at `config.kl_reference` (loaded as `recipe.model` says), the metrics have
-    the mean over completions of log pi/pi_ref in nats: `eval/kl`, which estimates KL(pi, pi_ref), when they are
-    sampled at temperature 1, else `eval/log_ratio`, which does not.
+    With `reference_logprobs`, or a policy at `config.kl_reference` (loaded with the settings of `recipe.model`), the
+    metrics have the mean over completions of log pi/pi_ref in nats: `eval/kl`, which estimates KL(pi, pi_ref), when
+    they are sampled at temperature 1, else `eval/log_ratio`, which does not.
     """
     config, seed = recipe.sample, recipe.seed
     if not config.num_prompts or not examples:

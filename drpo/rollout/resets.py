@@ -1,7 +1,7 @@
 """Dataset resets: how many tokens of a dataset response each rollout starts from.
 
 A reset is a longer context: the first `h` tokens of a response in the dataset are appended to the prompt, and
-the policy goes on from there (Chang et al. 2024, arXiv 2404.08495, Algorithm 1: sample a state s_h of a
+the policy continues from there (Chang et al. 2024, arXiv 2404.08495, Algorithm 1: sample a state s_h of a
 dataset trajectory, reset to it, roll out). `proportion` is the paper's beta (section 6.2): the share of
 rollouts that use a reset; 0 is PPO.
 """
@@ -24,7 +24,7 @@ RESET_STREAM = 1  # keeps the random numbers of resets apart from those of sampl
 
 @dataclass(frozen=True)
 class ResetConfig(Section):
-    """Which rollouts are reset, to what, and how deep."""
+    """Settings of resets: share of rollouts, source responses, and prefix lengths."""
 
     proportion: float = setting(1.0, ge=0, le=1)
     """The paper's beta: the probability that a rollout starts from a prefix of a dataset response. 0 is PPO."""
@@ -55,7 +55,7 @@ class ResetConfig(Section):
 
 
 def reset_response(example: Example, source: str) -> list[int]:
-    """The tokens of the response that `source` names, stop token included.
+    """Return the tokens of the response that `source` names, stop token included.
 
     Raises DataError when the record has none.
     """
@@ -84,7 +84,7 @@ def check_resets(
 ) -> None:
     """Raise DataError when an example lacks the source, or none has a prefix that the settings allow.
 
-    Without any, every rollout would start from its prompt: PPO under the name of DR-PO.
+    Without any prefix, every rollout would start from its prompt, as in PPO.
     """
     sources = [reset_response(example, config.source) for example in examples]
     for source in sources:
@@ -108,15 +108,15 @@ def draw_reset_length(
     seed: int,
     episode: int,
 ) -> int:
-    """How many tokens of a dataset response of `source_length` tokens this episode starts from.
+    """Draw the number of tokens of a dataset response of `source_length` tokens that this episode starts from.
 
         z ~ Bernoulli(proportion);   h ~ Uniform{allowed lengths} if z, else h = 0
 
     Allowed are the boundaries h (increasing token counts, see `prefix_boundaries`) between
     max(min_length, ceil(min_fraction L)) and min(floor(max_fraction L), L-1, max_response_length-1),
-    L = source_length: at least one token is left to the policy. h = 0 when none is allowed.
+    L = source_length: the policy samples at least one token. h = 0 when none is allowed.
     `progress` in [0, 1] is the share of training done. The draw depends on (seed, episode) alone: not on the
-    batch, the process, or what was drawn before. Source: arXiv 2404.08495, Algorithm 1 and section 6.2.
+    batch, the process, or earlier draws. Source: arXiv 2404.08495, Algorithm 1 and section 6.2.
     """
     generator = np.random.default_rng([seed, RESET_STREAM, episode])
     is_reset = generator.random() < config.proportion
@@ -135,7 +135,7 @@ def draw_reset_length(
 def _allowed(
     config: ResetConfig, boundaries: Sequence[int], source_length: int, max_response_length: int
 ) -> list[int]:
-    """The boundaries within the limits that `draw_reset_length` names."""
+    """Return the boundaries within the limits of `draw_reset_length`."""
     low, high = (round(f * source_length, 9) for f in (config.min_fraction, config.max_fraction))
     longest = min(math.floor(high), source_length - 1, max_response_length - 1)
     shortest = max(config.min_length, math.ceil(low))  # rounded: 0.07 * 100 is 7.000000000000001
@@ -143,7 +143,7 @@ def _allowed(
 
 
 def prefix_boundaries(response_ids: Sequence[int], boundary: str, tokenizer) -> list[int]:
-    """Increasing token counts at which a prefix of the response may end; 0 is always one.
+    """Return increasing token counts at which a prefix of the response may end; 0 is always one.
 
     A sentence or turn ends where the text so far ends with its mark and the next token does not lengthen it.
     """

@@ -1,8 +1,8 @@
-"""Sample from a causal language model with one uniform number per token: a row's text is independent of its batch.
+"""Sample from a causal language model by inverse CDF, so that a row's text is independent of its batch.
 
-Token t of row i is the inverse CDF of the model's filtered softmax at uniforms[i, t]. Nothing is drawn here:
-the batch a row is in, its neighbours, the batch size and the number of processes change its text only where
-they change the logits themselves (by float rounding).
+Token t of row i is the inverse CDF of the model's filtered softmax at uniforms[i, t]. The sampler draws no random
+numbers: the batch of a row, its size and the number of processes change the text only where they change the
+logits (by float rounding).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class SamplingConfig(Section):
-    """How the next token is chosen."""
+    """Settings for choosing the next token."""
 
     temperature: float = setting(1.0, ge=0)
     """Divides the logits; 0 takes the most likely token (greedy)."""
@@ -45,7 +45,7 @@ class SamplingConfig(Section):
 
 
 def draw_uniforms(seed: int, episodes: Sequence[int], length: int) -> Tensor:
-    """Uniform numbers in [0, 1), float64 (len(episodes), length); a row depends on seed and episode alone.
+    """Draw uniforms in [0, 1), float64 (len(episodes), length); a row depends on seed and episode alone.
 
     Counter-based: no state to checkpoint, the same numbers on every rank and in every batch. A longer
     `length` only appends numbers.
@@ -56,7 +56,7 @@ def draw_uniforms(seed: int, episodes: Sequence[int], length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The token ids that matter to sampling."""
+    """Token ids with a role in sampling."""
 
     pad_id: int
     stop_ids: tuple[int, ...]
@@ -65,7 +65,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Generated:
-    """New tokens of each context, in order, and their log-probabilities where they were asked for."""
+    """New tokens of each context, in order, and their log-probabilities on request."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]] | None = None
@@ -145,7 +145,7 @@ def _check(
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while: in training mode, gradient checkpointing would drop the cache."""
+    """Set evaluation mode within this context: in training mode, gradient checkpointing would drop the cache."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -208,7 +208,7 @@ def _sample_batch(
         tokens, logprobs = _sample_step(logits, uniforms[:, step], sampling, vocabulary.suppressed_ids)
         if with_logprobs:
             scored.append((live, logprobs))
-        for row, token in zip(live, tokens.tolist(), strict=True):  # the one host sync of a step
+        for row, token in zip(live, tokens.tolist(), strict=True):  # the only host sync of a step
             if row not in running:
                 continue
             if token < 0:
@@ -221,7 +221,7 @@ def _sample_batch(
                 running.remove(row)
         if not running:
             break
-        if len(running) <= 0.875 * len(live):  # selecting copies the cache, so a few ended rows may linger
+        if len(running) <= 0.875 * len(live):  # selecting copies the cache, so a few ended rows may stay
             kept = torch.tensor([i for i, row in enumerate(live) if row in running], device=device)
             live = [row for row in live if row in running]
             cache.reorder_cache(kept)
@@ -231,7 +231,7 @@ def _sample_batch(
     numbers: list[list[float]] = [[] for _ in contexts]
     for rows, logprobs in scored:
         for row, value in zip(rows, logprobs.tolist(), strict=True):
-            if len(numbers[row]) < len(results[row]):  # an ended row may linger
+            if len(numbers[row]) < len(results[row]):  # an ended row may stay
                 numbers[row].append(value)
     return results, numbers
 
@@ -239,10 +239,10 @@ def _sample_batch(
 def sample_tokens(
     logits: Tensor, uniforms: Tensor, sampling: SamplingConfig, suppressed_ids: Sequence[int] = ()
 ) -> Tensor:
-    """Next tokens (B,) int64: the smallest v whose CDF exceeds u, for the filtered softmax of logits (B, V).
+    """Sample tokens (B,) int64: the smallest v whose CDF exceeds u, for the filtered softmax of logits (B, V).
 
-    `uniforms` (B,) float64. Filters apply in the order suppressed ids, temperature, top-k, top-p, and what
-    stays is renormalised. A row of logits with nan or +inf gives -1.
+    `uniforms` (B,) float64. Filters apply in the order suppressed ids, temperature, top-k, top-p, and the
+    rest is renormalised. A row of logits with nan or +inf gives -1.
     """
     return _sample_step(logits, uniforms, sampling, suppressed_ids)[0]
 
@@ -250,7 +250,7 @@ def sample_tokens(
 def _sample_step(
     logits: Tensor, uniforms: Tensor, sampling: SamplingConfig, suppressed_ids: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """`sample_tokens`, and the log-probability (B,) float32 of each token in the filtered softmax."""
+    """Sample as `sample_tokens`, with the log-probability (B,) float32 of each token in the filtered softmax."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = suppress(logits.float(), suppressed_ids)
         if sampling.temperature == 0:
@@ -269,7 +269,7 @@ def _sample_step(
 
 
 def _keep_nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Probabilities (B, V), 0 outside the fewest most likely tokens that sum to at least `top_p`."""
+    """Set probabilities (B, V) to 0 outside the fewest most likely tokens that sum to at least `top_p`."""
     sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)
     sum_before = sorted_probs.cumsum(dim=-1, dtype=torch.float64) - sorted_probs
     dropped = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, sum_before >= top_p)
@@ -277,7 +277,7 @@ def _keep_nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 
 def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Smallest index whose cumulative sum exceeds u * total, in float64; -1 where probs (B, V) are nan.
+    """Find the smallest index whose cumulative sum exceeds u * total, in float64; -1 where probs (B, V) are nan.
 
     The sums run over blocks first and then inside the chosen block: a plain cumulative sum over a large
     vocabulary costs more than the LM head.
@@ -294,9 +294,9 @@ def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_above(cdf: Tensor, target: Tensor) -> Tensor:
-    """Index (B,) of the first entry of each row of `cdf` (B, N) above `target` (B,).
+    """Find the index (B,) of the first entry of each row of `cdf` (B, N) above `target` (B,).
 
-    A target that rounding lifted to the total goes to the last entry with mass, so none without is chosen.
+    A target that was rounded up to the total selects the last entry with mass.
     """
     below_total = torch.nextafter(cdf[:, -1], torch.zeros_like(target))
     target = torch.minimum(target, below_total).unsqueeze(1)

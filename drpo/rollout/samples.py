@@ -1,4 +1,4 @@
-"""Describe sample completions as rows of samples.jsonl, forced prefixes apart."""
+"""Format sample completions as rows of samples.jsonl, with forced prefixes separate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from drpo.rollout.trajectory import Trajectory
 def rollout_samples(
     trajectory: Trajectory, completions: Sequence[Completion], tokenizer, num_samples: int
 ) -> list[dict[str, Any]]:
-    """The first rollouts of this process as rows: prompt, forced prefix, what the policy wrote, score."""
+    """Return the first rollouts of this process as rows: prompt, forced prefix, sampled text, score."""
     rows = []
     for index in range(min(num_samples, len(completions))):
         completion = completions[index]
@@ -35,7 +35,7 @@ def rollout_samples(
 
 
 def evaluation_sample(completion: Completion, scores: dict[str, float]) -> dict[str, Any]:
-    """A held-out completion as a row; nothing is forced there."""
+    """Return a held-out completion as a row, without a forced prefix."""
     return {
         "split": "eval",
         "origin": completion.record.origin,

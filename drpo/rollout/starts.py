@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a rollout starts: the prompt, and `prefix` tokens of a dataset response of `source_length`."""
+    """Start of a rollout: the prompt, and `prefix` tokens of a dataset response of `source_length`."""
 
     episode: int
-    "With the run's seed, all that its random numbers depend on."
+    "Determines the random numbers together with the run's seed."
     example: Example
     prefix: tuple[int, ...] = ()
     source_length: int = 0
@@ -36,7 +36,7 @@ def draw_starts(
 ) -> list[Start]:
     """Draw the starts of the given episodes; each depends on (seed, episode) alone.
 
-    A dataset response ends at its first stop token, so no prefix goes past an end.
+    A dataset response is cut at its first stop token, so no prefix extends beyond it.
     """
     starts = []
     for episode in episodes:

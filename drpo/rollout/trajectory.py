@@ -1,4 +1,4 @@
-"""One batch of rollouts: tokens, masks, and what was measured on them when they were sampled."""
+"""One batch of rollouts: tokens, masks, and the measurements at sampling time."""
 
 from __future__ import annotations
 
@@ -68,6 +68,6 @@ class Trajectory:
         return self.response_mask.sum(dim=1)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Trajectory:
-        """The same function on every field that is there."""
+        """Apply a function to every field that is not None."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return Trajectory(**{n: value if value is None else function(value) for n, value in values.items()})

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent, and exact resume.
+"""Atomic checkpoints and exact resume.
 
-`checkpoints/step_<n>/` appears by one rename after everything in it has reached the disk, so a kill at any
-moment leaves the last one whole. It holds the engine's state (weights, optimizer, random state of every rank)
-and `trainer.json`: the step, the recipe, and what else the trainer must remember.
+`checkpoints/step_<n>/` appears by one rename after all of it has been synced to disk, so a kill at any moment
+leaves the last one complete. It holds the engine's state (weights, optimizer, random state of every rank)
+and `trainer.json`: the step, the recipe, and the state of the trainer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STEP_FOLDER = re.compile(r"step_(\d+)$")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message says which, why, and what to do."""
+    """Error for an unusable checkpoint; the message names it, the reason and the remedy."""
 
 
 def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -47,7 +47,7 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, A
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint, out of sight first: what a kill leaves of it must not look whole."""
+    """Delete a checkpoint after renaming it, so that a partial deletion never looks complete."""
     if folder.exists():
         hidden = folder.with_name(f".removed_{folder.name}")
         os.replace(folder, hidden)
@@ -55,7 +55,7 @@ def _remove(folder: Path) -> None:
 
 
 def load_checkpoint(engine: Engine, folder: Path) -> dict[str, Any]:
-    """Restore the engine's state and return what the trainer saved."""
+    """Restore the engine's state and return the trainer's."""
     state = read_trainer_state(folder)
     saved_world_size = state["world_size"]
     if saved_world_size != engine.world_size:
@@ -75,14 +75,14 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """List the complete checkpoints of a run, oldest first."""
     root = Path(run_dir) / "checkpoints"
     found = [p for p in root.glob("step_*") if STEP_FOLDER.match(p.name) and (p / "trainer.json").is_file()]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
+    """Return the step after which a checkpoint was written."""
     return int(STEP_FOLDER.match(checkpoint.name)[1])
 
 

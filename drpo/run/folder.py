@@ -1,4 +1,4 @@
-"""A run's folder and its life: who owns it, what is in it, resuming it, and stopping it on a signal.
+"""The folder of a run: ownership, contents, resume, and graceful shutdown.
 
 The contract (docs/recipes.md): `config.yaml`, `metrics.jsonl`, `samples.jsonl`, `checkpoints/step_<n>/`
 and, at the end, the result (`policy/` or `reward_model/`).
@@ -41,7 +41,7 @@ from drpo.run.same_view import require_same, require_shared_folder
 from drpo.run.sample_table import sample_table
 from drpo.run.signals import handles_signals
 
-# Keys and sections that do not change what is computed: they may differ between a run and its resumption.
+# Keys and sections that do not change the results: they may differ when a run resumes.
 FREE_ON_RESUME = (
     "run_dir",
     "resume",
@@ -55,7 +55,7 @@ FREE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """When to save and how much to keep."""
+    """Schedule of checkpoints and the number to keep."""
 
     every: int = setting(50, ge=0)
     """Save after every so many steps; 0 saves at the end only."""
@@ -68,7 +68,7 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class LogConfig(Section):
-    """What is shown and how often."""
+    """Console output and sample rows, and how often they appear."""
 
     every: int = setting(1, ge=1)
     """Show a line on the console after every so many steps (metrics.jsonl gets every step)."""
@@ -85,7 +85,7 @@ Callback = Callable[[int, Mapping[str, float]], None]
 
 
 class RunStopped(RuntimeError):
-    """A guard of the recipe ended the run; the message says which, where, and what to do."""
+    """End of a run by a guard of the recipe; the message names guard, step and remedy."""
 
 
 class RunFolder:
@@ -98,7 +98,7 @@ class RunFolder:
         self.path = Path(recipe.run_dir)
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self.samples = JsonLines(self.path / "samples.jsonl")
-        # With the precision that null stood for: it depends on the machine, and the folder may move to another one.
+        # With null replaced by the chosen precision: it depends on the machine, and the folder may move to another.
         precise = dataclasses.replace(recipe.engine, mixed_precision=engine.precision)
         self.recipe = dataclasses.replace(recipe, engine=precise)
         self.engine, self._checkpoint, self.log = engine, recipe.checkpoint, recipe.log
@@ -113,7 +113,7 @@ class RunFolder:
     # --- opening ----------------------------------------------------------------------------------------
 
     def open(self) -> dict[str, Any] | None:
-        """Make the folder, or resume what is in it. Returns the saved trainer state, None for a fresh run.
+        """Create the folder or resume its run; return the saved trainer state, None for a fresh run.
 
         Raises CheckpointError when the folder holds a run with other settings, or another process is training there.
         """
@@ -124,7 +124,7 @@ class RunFolder:
             hold_folder(self.path)
         engine.barrier()
         config = self.path / "config.yaml"
-        # The main process looks, for all: a network file system may show another one an older state.
+        # The main process checks for all: a network file system may show an older state to another one.
         found = [folder.name for folder in list_checkpoints(self.path)]
         begun = config.exists() and _holds_something(self.metrics.path)
         found, begun = engine.from_main((found, begun))
@@ -135,9 +135,9 @@ class RunFolder:
             state = load_checkpoint(engine, last)
             self.say(f"resuming {self.path} after step {state['step']}")
         elif begun:
-            # Killed before its first checkpoint: the same run starts again. What failed at once may be mended.
+            # Killed before its first checkpoint: the same run starts again. A run that failed at once may be changed.
             self._refuse_other_settings(self._settings_of_the_earlier_run(config))
-        engine.barrier()  # every process has looked before the main one writes
+        engine.barrier()  # all processes have checked before the main one writes
         if engine.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             step = state["step"] if state else -1
@@ -174,7 +174,7 @@ class RunFolder:
 
     def _set_aside(self) -> None:
         if all(path.name == "config.yaml" and not _holds_something(path) for path in self.path.iterdir()):
-            return  # what holding the folder made
+            return  # created by hold_folder
         release_folder(self.path)
         number = 1
         while (target := self.path.with_name(f"{self.path.name}.old{number}")).exists():
@@ -185,7 +185,7 @@ class RunFolder:
     def _refuse_other_settings(self, then: dict[str, Any]) -> None:
         now = flatten(self.recipe)
         defaults = {option.key: _as_json(option.default) for option in options(type(self.recipe))}
-        then = defaults | then  # a key that there was not yet had its default
+        then = defaults | then  # a key of a later version had its default
         free = tuple(f"{key}." for key in FREE_ON_RESUME)
         changed = [
             f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
@@ -204,9 +204,9 @@ class RunFolder:
     # --- during the run ---------------------------------------------------------------------------------
 
     def save(self, step: int, num_steps: int, state: dict[str, Any], always: bool = False) -> None:
-        """Checkpoint when it is time: every `checkpoint.every` steps, at the end, and on SIGTERM or SIGINT.
+        """Save a checkpoint when due: every `checkpoint.every` steps, at the end, and on SIGTERM or SIGINT.
 
-        `always` saves now. After a signal the process leaves with exit code 128 + signal, the checkpoint on disk.
+        `always` saves now. After a signal the process saves, then exits with code 128 + signal.
         """
         stop = int(self.engine.max(self._signal or 0))
         every = self._checkpoint.every
@@ -220,12 +220,12 @@ class RunFolder:
                 raise SystemExit(128 + stop)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._signal is not None:  # asked twice: leave at once
+        if self._signal is not None:  # second signal: exit at once
             os._exit(128 + number)
         self._signal = number
 
     def record(self, step: int, metrics: dict[str, float], shown: tuple[str, ...]) -> None:
-        """One row to metrics.jsonl, the trackers, and (every `log.every` steps) the console."""
+        """Write a row to metrics.jsonl, the trackers, and (every `log.every` steps) the console."""
         if not self.engine.is_main:
             return
         self.metrics.write({"step": step, **metrics})
@@ -244,7 +244,7 @@ class RunFolder:
             self.say(sample_table(rows[: self.log.num_samples], step))
 
     def start_progress(self, description: str, done: int, total: int) -> None:
-        """Show a bar, in place of an earlier one."""
+        """Show a progress bar, replacing an earlier one."""
         if self.engine.is_main:
             if self._progress is not None:
                 self._progress.stop()
@@ -259,7 +259,7 @@ class RunFolder:
             self._progress.advance(self._progress.task_ids[0], count)
 
     def say_data(self, report: str) -> None:
-        """Show what was read. Raises ConfigError when the processes have read different data."""
+        """Print the report on the data; raise ConfigError when the processes have read different data."""
         require_same(self.engine, {"data": report}, "data")
         self.say(report)
 
@@ -278,7 +278,7 @@ class RunFolder:
 
 
 def _shown(key: str, value: float) -> str:
-    """A metric on the console: its name without the group, unless the group tells it from another one."""
+    """Format a metric for the console, without its group unless that is needed to distinguish it."""
     group, _, name = key.rpartition("/")
     if group == "time":
         return f"{value:.2f} s"
@@ -290,7 +290,7 @@ def _holds_something(path: Path) -> bool:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A config dataclass as `section.key` -> JSON value."""
+    """Flatten a config dataclass to `section.key` -> JSON value."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

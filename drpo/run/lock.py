@@ -1,4 +1,4 @@
-"""One process at a time trains in a folder: two would write their checkpoints and metrics into each other's."""
+"""Lock a run's folder for one process at a time: two would mix their checkpoints and metrics."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import time
 from pathlib import Path
 from typing import IO
 
-WAIT_SECONDS = 10.0  # a process that was killed may take a while to be gone
+WAIT_SECONDS = 10.0  # a killed process may take a while to exit
 _HELD: dict[Path, IO[str]] = {}
 "The folders that this process holds, until it ends or releases them."
 
 
 def hold_folder(folder: Path) -> None:
-    """Make the folder and hold it for this process, by a lock on its config.yaml that ends with the process.
+    """Create the folder and lock it for this process, on its config.yaml, until the process exits.
 
-    Raises BlockingIOError when another process holds it and goes on to. A file system without locks is taken without.
+    Raises BlockingIOError when another process keeps the lock. On a file system without locks nothing is locked.
     """
     key = folder.resolve()
     if key in _HELD:
@@ -24,7 +24,7 @@ def hold_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "config.yaml").open("a")
     if any(os.path.sameopenfile(file.fileno(), held.fileno()) for held in _HELD.values()):
-        file.close()  # held where the folder was before it was moved
+        file.close()  # locked before the folder was moved
         return
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
@@ -43,6 +43,6 @@ def hold_folder(folder: Path) -> None:
 
 
 def release_folder(folder: Path) -> None:
-    """Let other processes have a folder that this one held."""
+    """Release the lock of this process on a folder."""
     if (file := _HELD.pop(folder.resolve(), None)) is not None:
         file.close()

@@ -1,7 +1,7 @@
-"""Named scalars of a run: one JSON object a step in `metrics.jsonl`, and the same to accelerate's trackers.
+"""Named scalars of a run: one JSON object per step in `metrics.jsonl`, and the same in accelerate's trackers.
 
-Keys are `group/name`. Wall-clock numbers live under `time/`, throughput and memory under `perf/`; every other
-key is reproducible: a run that was killed and resumed writes the same values as one that was not.
+Keys are `group/name`. Wall-clock numbers are under `time/`, throughput and memory under `perf/`; every other
+key is deterministic: a run that was killed and resumed writes the same values as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class JsonLines:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=True) + "\n")
 
     def keep_up_to(self, step: int) -> None:
-        """Drop the rows of later steps, and a last line that a kill left unfinished."""
+        """Drop the rows of later steps, and a partial last line left by a kill."""
         if not self.path.exists():
             return
         whole = self.path.read_bytes().split(b"\n")[:-1]  # in bytes: a kill may cut a character in two
@@ -52,12 +52,12 @@ class JsonLines:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a `metrics.jsonl`. Raises DataError that names file and line for a damaged one."""
+    """Read the rows of a `metrics.jsonl`; raise DataError, naming file and line, for a damaged one."""
     return read_objects(path)
 
 
 def reproducible(row: Mapping[str, float]) -> dict[str, float]:
-    """A metrics row without its wall-clock keys."""
+    """Return a metrics row without its wall-clock keys."""
     return {key: value for key, value in row.items() if not key.startswith(WALL_CLOCK_GROUPS)}
 
 
@@ -77,13 +77,13 @@ class Phases:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:
-        """`time/<phase>` of every phase and `time/step` of the whole."""
+        """Return `time/<phase>` of every phase and `time/step` of the whole."""
         total = time.perf_counter() - self._start
         return {f"time/{name}": value for name, value in self._seconds.items()} | {"time/step": total}
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process since the last call: the device's on GPUs, resident memory on CPU."""
+    """Return this process's peak memory since the last call: the device's on GPUs, resident memory on CPU."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""The result of a run: the model as a plain `from_pretrained` folder whose README.md says how it was made."""
+"""The result of a run: the model as a plain `from_pretrained` folder with a model card as README.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from drpo.run.metrics import read_metrics, reproducible
 
 @dataclass(frozen=True)
 class Result:
-    """Where the model of a run goes: `<run_dir>/<name>` at the end, `<run_dir>/<name>_step_<n>` where asked before."""
+    """Writer of a run's model: `<run_dir>/<name>` at the end, `<run_dir>/<name>_step_<n>` on request before."""
 
     run: RunFolder
     trained: nn.Module
@@ -28,13 +28,13 @@ class Result:
     name: str
 
     def at_step(self, step: int) -> None:
-        """Write the model as it is now, if `checkpoint.model_every` says so."""
+        """Write the current model, if `checkpoint.model_every` asks for it at this step."""
         every = self.run.recipe.checkpoint.model_every
         if every and step % every == 0:
             self._write(f"{self.name}_step_{step}")
 
     def finish(self) -> Path:
-        """Write the model, close the run, return the folder."""
+        """Write the model, close the run, and return the folder."""
         folder = self._write(self.name)
         self.run.close()
         return folder
@@ -51,7 +51,7 @@ class Result:
 
 
 def model_card(recipe: Any, data_report: str, metrics_path: Path) -> str:
-    """Markdown text of the card."""
+    """Return the Markdown text of the model card."""
     rows = read_metrics(metrics_path)
     last: dict[str, float] = {}
     for row in rows:  # the last value of every key: evaluation keys are not in every row

@@ -1,8 +1,8 @@
-"""Checks that all processes see the same folder and have the same settings.
+"""Check that all processes see the same folder and have the same settings.
 
-On several machines nothing else makes sure of it: processes that each resume from their own disk, or train by their
-own recipe, run on together and end with weights of neither. Every check is collective, so all processes must make it,
-and raises on all of them.
+On several machines nothing else ensures this: processes that resume from different disks, or train by different
+recipes, would run on together and end with weights of neither. Every check is collective: all processes must call it,
+and it raises on all of them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ WAIT_SECONDS = 5.0  # a network file system may show a new file late
 
 
 def require_shared_folder(engine: Engine, folder: Path, key: str) -> None:
-    """Raise ConfigError naming `key` unless every process sees what the main one writes into `folder`.
+    """Raise ConfigError naming `key` unless every process sees the main one's files in `folder`.
 
-    What is made for the check, the folder included, is removed again.
+    Files that the check creates, and the folder if it is new, are removed again.
     """
     if engine.world_size == 1:
         return
@@ -42,7 +42,7 @@ def require_shared_folder(engine: Engine, folder: Path, key: str) -> None:
     seen = engine.gather_objects([engine.is_main or _appears(folder / name)])
     if engine.is_main:
         (folder / name).unlink()
-        with suppress(OSError):  # another run may use them by now
+        with suppress(OSError):  # another run may use them meanwhile
             for path in made:
                 path.rmdir()
     engine.barrier()
@@ -55,7 +55,10 @@ def require_shared_folder(engine: Engine, folder: Path, key: str) -> None:
 
 
 def require_same(engine: Engine, values: Mapping[str, Any], what: str) -> None:
-    """Raise ConfigError, naming the keys that differ, unless all processes have the same `values`, which are `what`."""
+    """Raise ConfigError, naming the keys that differ, unless all processes have equal `values`.
+
+    `what` describes the values in the message.
+    """
     if engine.world_size == 1:
         return
     first, *others = engine.gather_objects([dict(values)])
@@ -70,14 +73,14 @@ def require_same(engine: Engine, values: Mapping[str, Any], what: str) -> None:
 
 
 def _appears(path: Path) -> bool:
-    """Whether a file is there, or comes within WAIT_SECONDS."""
+    """Return whether a file exists, or appears within WAIT_SECONDS."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
         if path.parent.is_dir():
-            list(path.parent.iterdir())  # opening the folder makes NFS ask its server again
+            list(path.parent.iterdir())  # listing the folder makes NFS query its server again
     return True
 
 

@@ -1,4 +1,4 @@
-"""Graceful shutdown on SIGINT and SIGTERM: where a command asks for it, and nowhere else."""
+"""Graceful shutdown on SIGINT and SIGTERM, only where a command enables it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ _GRACEFUL: ContextVar[bool] = ContextVar("graceful", default=False)
 
 @contextmanager
 def graceful_shutdown() -> Iterator[None]:
-    """Let long work inside this context handle SIGINT and SIGTERM: training checkpoints and leaves, a judge keeps what
-    was answered. Outside it signals are the caller's, as a library should leave them."""
+    """Let long work inside this context handle SIGINT and SIGTERM.
+
+    Training saves a checkpoint and exits, a judge keeps its answers. Outside this context the caller handles signals.
+    """
     before = _GRACEFUL.set(True)
     try:
         yield
@@ -21,5 +23,5 @@ def graceful_shutdown() -> Iterator[None]:
 
 
 def handles_signals() -> bool:
-    """Whether long work may install signal handlers."""
+    """Return whether long work may install signal handlers."""
     return _GRACEFUL.get()

@@ -18,7 +18,7 @@ from drpo.tensors import masked_whiten
 
 @dataclass(frozen=True)
 class ShapingConfig(Section):
-    """What happens to a raw reward before the policy is trained on it, in the order of the fields."""
+    """Steps that shape a raw reward before the policy is trained on it, in the order of the fields."""
 
     normalise: Literal["none", "running", "batch"] = "none"
     """running: minus the mean and over the standard deviation of all scores so far; batch: of this step's."""
@@ -82,7 +82,7 @@ class KLConfig(Section):
 
 @dataclass(frozen=True)
 class AdvantageConfig(Section):
-    """How the reward of a response is turned into the advantages of its tokens."""
+    """Estimator that turns the reward of a response into advantages of its tokens."""
 
     estimator: Literal["gae", "rloo"] = "gae"
     """gae: generalised advantage estimation over a critic's values. rloo: the return less the mean return of the other
@@ -113,7 +113,7 @@ class AdvantageConfig(Section):
 
 
 class Credit(NamedTuple):
-    """What every token of a batch of rollouts is trained on. Rows first; (B, R) but for the scores."""
+    """Training signals of every token of a batch of rollouts, (B, R) except for the scores."""
 
     scores: Tensor
     """(B,) shaped scores."""
@@ -138,11 +138,21 @@ def assign_credit(
     running: RunningMoments,
     group_size: int = 1,
 ) -> Credit:
-    """Advantages and returns of a whole batch (the rows of all processes), `group_size` rollouts of a prompt each.
+    """Compute advantages and returns of a whole batch (the rows of all processes).
 
     With masking="paper" the episode begins at the reset: forced tokens have no KL reward, no value target and
     no part in the statistics (arXiv 2404.08495, Algorithm 1). "release" keeps them in all three, as the
-    released code does. `running` is updated when shaping.normalise="running".
+    released code does.
+
+    Args:
+        trajectory: B rollouts, (B, R) per token.
+        shaping: how scores (B,) are shaped.
+        kl: estimator of the KL reward.
+        kl_coef: its current weight.
+        advantage: estimator and whitening.
+        masking: paper or release.
+        running: moments of all scores, updated when shaping.normalise="running".
+        group_size: rollouts per prompt, adjacent rows.
     """
     raw = trajectory.scores
     match shaping.normalise:

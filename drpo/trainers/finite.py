@@ -1,4 +1,4 @@
-"""The guard against numbers that are none."""
+"""The guard against inf and nan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ def finite_or_stop(
 ) -> None:
     """Stop the run on all ranks when `values` (rows first) holds inf or nan on any of them.
 
-    `origins` name the rows in the message (file and line of the prompt). Raises FloatingPointError.
+    Raises FloatingPointError.
+
+    Args:
+        engine: gathers the check over the processes.
+        run_dir: folder whose checkpoints the message names.
+        step: current step.
+        values: tensor to check.
+        what: its name in the message.
+        origins: names of the rows in the message (file and line of the prompt).
     """
     rows = values.detach().reshape(len(values), -1)
     bad = torch.isfinite(rows).all(dim=1).logical_not()

@@ -1,4 +1,4 @@
-"""The guard of the KL to the reference: stop the run, or roll back, when it passes kl.max_per_token."""
+"""The guard of the KL to the reference: stop the run, or roll back, when it exceeds kl.max_per_token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEASURED = "objective/kl_k3_per_token"
 
 
 class KLGuard:
-    """Counts rollbacks, and knows whether the last step was one."""
+    """Guard that counts rollbacks, and knows whether the last step was one."""
 
     def __init__(self, config: KLConfig) -> None:
         self._config = config
@@ -23,11 +23,11 @@ class KLGuard:
 
     @property
     def needs_first_checkpoint(self) -> bool:
-        """Whether a run must save before its first step: there has to be something to go back to."""
+        """Whether a run must save before its first step, so that it can roll back."""
         return self._config.max_per_token is not None and self._config.on_max == "rollback"
 
     def passes(self, metrics: Mapping[str, float]) -> bool:
-        """Whether the KL of a batch is within the limit."""
+        """Return whether the KL of a batch is within the limit."""
         limit = self._config.max_per_token
         within = limit is None or metrics[MEASURED] <= limit
         if within:
@@ -35,12 +35,12 @@ class KLGuard:
         return within
 
     def roll_back(self, engine: Engine, run: RunFolder, step: int, metrics: Mapping[str, float]) -> None:
-        """Go back to the last weights whose KL was below the limit.
+        """Restore the last weights whose KL was below the limit.
 
-        Raises RunStopped, naming the last checkpoint, when that is not wanted, did not help or is not possible.
+        Raises RunStopped, naming the last checkpoint, when a rollback is disabled, did not help or is not possible.
         """
         checkpoints = engine.from_main(list_checkpoints(run.path))
-        # The weights after step-1 are those found too far away: a checkpoint from before them is needed.
+        # The weights after step-1 exceed the limit: an earlier checkpoint is needed.
         earlier = [folder for folder in checkpoints if step_of(folder) < step - 1]
         message = (
             f"step {step}: KL to the reference is {metrics[MEASURED]:.3g} nats per sampled token, "

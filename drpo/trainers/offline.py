@@ -1,4 +1,4 @@
-"""Train offline: the loop that SFT, reward models and preference training share."""
+"""Train offline: the loop of SFT, reward models and preference training."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ RowMetrics = dict[str, Tensor]
 class Objective(Protocol):
     """A loss as an nn.Module around the model it trains, so that one forward is one call of the engine's module.
 
-    `forward` takes a collated batch and returns the losses, one number a row (b,) summed over the row's targets,
-    and further named numbers of the rows, each (b,). `num_targets` counts what the losses' sum is divided by
-    (tokens, pairs, ...), and `summarise` makes metrics of the losses and numbers of all rows.
+    `forward` takes a collated batch and returns the losses, one number per row (b,) summed over the row's targets,
+    and further named numbers of the rows, each (b,). `num_targets` is the divisor of the losses' sum (the number of
+    tokens, pairs, ...), and `summarise` makes metrics of the losses and numbers of all rows.
 
     An objective whose losses depend on all rows of the step sets `needs_step_statistics`: the rows are then computed
-    twice, first without gradients and without statistics, and `step_statistics` makes of them what the second forward
-    is given.
+    twice, first without gradients and statistics; `step_statistics` of these results is an input of the second forward.
     """
 
     model: nn.Module
@@ -52,7 +51,7 @@ class Objective(Protocol):
 
 
 class RowObjective(nn.Module):
-    """An Objective whose rows are independent of each other, with the mean of every number as its metric."""
+    """An Objective of independent rows, with the mean of every number as its metric."""
 
     needs_step_statistics = False
 
@@ -65,7 +64,7 @@ class RowObjective(nn.Module):
 
 @dataclass(frozen=True)
 class BatchConfig(Section):
-    """How many examples a step has and how many fit on a device."""
+    """Number of examples per step and per forward."""
 
     size: int = setting(64, ge=1)
     """Examples per optimizer step over all processes."""
@@ -77,7 +76,7 @@ class BatchConfig(Section):
 
 @dataclass(frozen=True)
 class OfflineEvalConfig(Section):
-    """When the held-out examples are looked at."""
+    """Schedule and size of the evaluation on held-out examples."""
 
     every: int = setting(50, ge=0)
     """Evaluate after every so many steps, and after the last; 0 for never."""
@@ -87,7 +86,7 @@ class OfflineEvalConfig(Section):
 
 @dataclass(frozen=True)
 class OfflineRecipe(Section):
-    """What the recipes of all offline stages share."""
+    """Settings that the recipes of all offline stages share."""
 
     run_dir: str = "runs/offline"
     """Folder of the run."""
@@ -128,15 +127,23 @@ def fit(
     sample: Callable[[], tuple[dict[str, float], list[dict[str, Any]]]] | None = None,
     after_step: Callable[[int, bool], None] | None = None,
 ) -> None:
-    """Train `objective` in place on one stage of examples after the other, resuming where the run folder says.
+    """Train `objective` in place on one stage of examples after the other, resuming from the run folder.
 
         loss of a step = sum over targets of all micro-batches and processes / number of those targets
 
-    Every stage has its own `num_steps` (or passes) and its own learning-rate schedule. `result` is written at the
-    steps that the recipe asks for. `sample` gives further
-    metrics and sample rows at every evaluation; `after_step(step, stage_ended)` may change what the losses depend
-    on between steps. Raises ConfigError when batch.size does not divide over the processes, or a stage is no
-    longer than the warm-up; FloatingPointError on inf or nan.
+    Every stage has its own `num_steps` (or passes) and its own learning-rate schedule. Raises ConfigError when
+    batch.size does not divide over the processes, or a stage is no longer than the warm-up; FloatingPointError on inf
+    or nan.
+
+    Args:
+        run: the folder of the run, with recipe and engine.
+        objective: the loss around the model.
+        stages: examples of each stage.
+        held_out: examples of the evaluation.
+        name: label of the progress bar.
+        result: written at the steps that the recipe asks for.
+        sample: gives further metrics and sample rows at every evaluation.
+        after_step: called with (step, stage_ended); may change the inputs of the loss between steps.
     """
     recipe, engine = run.recipe, run.engine
     batch, optim, evaluation = recipe.batch, recipe.optim, recipe.eval
@@ -188,7 +195,7 @@ def fit(
 def _schedule(
     recipe: OfflineRecipe, stages: Sequence[Sequence[Any]]
 ) -> list[tuple[Sequence[Any], int, int, float]]:
-    """Of every step: the examples of its stage, its place in the stage, the stage's length, and the learning rate."""
+    """Return for every step: examples of its stage, place in the stage, the stage's length, learning rate."""
     batch, optim = recipe.batch, recipe.optim
     return [
         (examples, stage_step, num_stage_steps, rate)
@@ -207,7 +214,7 @@ def take_step(
     microbatch_size: int,
     check_finite: Callable[[Tensor, str], None],
 ) -> dict[str, float]:
-    """One optimizer step on this process's `items`; metrics over the items of all processes."""
+    """Take one optimizer step on this process's `items`; return metrics over the items of all processes."""
     microbatches = [
         objective.collate(items[first : first + microbatch_size])
         for first in range(0, len(items), microbatch_size)
@@ -239,7 +246,7 @@ def take_step(
 def held_out_metrics(
     engine: Engine, objective: Objective, items: Sequence[Any], batch: BatchConfig
 ) -> dict[str, float]:
-    """`eval/<name>` of the objective over all `items`; processes share them."""
+    """Compute `eval/<name>` of the objective over all `items`, divided among the processes."""
     mine = items[engine.rank :: engine.world_size]
     microbatches = [
         objective.collate(mine[first : first + batch.microbatch_size])
@@ -259,7 +266,7 @@ def held_out_metrics(
 
 
 def _gather(engine: Engine, results: Sequence[tuple[Tensor, RowMetrics]]) -> tuple[Tensor, RowMetrics]:
-    """Losses and numbers of the rows of all micro-batches and processes, in float64, on every process."""
+    """Gather losses and numbers of the rows of all micro-batches and processes, in float64, on every process."""
     mine = []
     for losses, rows in results:
         named = {"": losses, **rows}

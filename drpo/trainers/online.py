@@ -49,7 +49,7 @@ def train(
 
     `reward_fn` scores rollouts; `eval_rewards` are further scores of the held-out completions, by name.
     Raises CheckpointError when run_dir holds another run, FloatingPointError on inf or nan, RunStopped when
-    the KL passes kl.max_per_token with kl.on_max=stop.
+    the KL exceeds kl.max_per_token with kl.on_max=stop.
     """
     run = RunFolder(recipe, engine, callbacks)
     key = "model.path" if recipe.model.tokenizer is None else "model.tokenizer"
@@ -77,7 +77,7 @@ def train(
 
 
 class _Loop:
-    """The steps of an online run, and the state that they hand on."""
+    """Steps of an online run, and the state between them."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class _Loop:
         self.guard = KLGuard(recipe.kl)
 
     def begin(self) -> None:
-        """Evaluate before the first update, and save where the guard may want to go back to."""
+        """Evaluate before the first update, and save a checkpoint if the guard may roll back to it."""
         if self.recipe.eval.every:
             metrics, rows = self.evaluate()
             self.run.record(0, metrics, SHOWN)
@@ -133,7 +133,7 @@ class _Loop:
                                     step > recipe.critic.pretrain_steps, (recipe.seed, step),
                                     check_finite)  # fmt: skip
             if step <= recipe.critic.pretrain_steps:
-                # Steps of size 0 count for Adam too: the policy's first real ones would be several times too large.
+                # Adam counts steps of size 0 too: the policy's first real ones would be several times too large.
                 engine.reset_optimizer(group=POLICY_GROUP)
             metrics |= {f"ppo/{name}": value for name, value in update.items()}
             names = ("optim/policy_learning_rate", "optim/critic_learning_rate")
@@ -171,7 +171,7 @@ class _Loop:
                             models.reference_logprobs)  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the engine's state."""
+        """Return the state that a resumed run needs in addition to the engine's."""
         own = {"kl": self.controller.state_dict(), "running": self.running.state_dict()}
         return own | self.guard.state_dict()
 
@@ -182,7 +182,7 @@ class _Loop:
 
 
 def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> None:
-    """Refuse what could only fail later: rows that do not divide, or data without the reset source."""
+    """Raise early if rows do not divide over the processes, or the data lacks the reset source."""
     minibatch = recipe.rollout.batch_size // recipe.ppo.num_minibatches
     if minibatch % engine.world_size:
         raise ConfigError(
@@ -194,7 +194,7 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
 
 
 def learning_rates(recipe: OnlineRecipe, step: int) -> tuple[float, ...]:
-    """Learning rates of policy and, if there is one, critic at `step` (1-based).
+    """Return the learning rates of policy and, if there is one, critic at `step` (1-based).
 
     The policy's is 0 during critic pretraining, and its schedule, warm-up included, runs over the steps after it.
     """

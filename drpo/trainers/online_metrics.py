@@ -31,7 +31,7 @@ PREFIX_BINS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
 
 
 def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> dict[str, float]:
-    """Scalars of a whole batch (the rows of all processes), before the update."""
+    """Compute scalars of a whole batch (the rows of all processes), before the update."""
     mask = trajectory.action_mask
     sampled = (trajectory.logprobs, trajectory.ref_logprobs, mask)
     kl_in_reward = credit.kl.sum(dim=1)
@@ -59,7 +59,7 @@ def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> di
 
 
 def _of_the_critic(trajectory: Trajectory, credit: Credit) -> dict[str, float]:
-    """How the critic's values compare with the returns."""
+    """Compare the critic's values with the returns."""
     metrics = {}
     explained = float(explained_variance(trajectory.values, credit.returns, credit.value_mask))
     if math.isfinite(explained):  # undefined where all returns are equal
@@ -71,7 +71,7 @@ def _of_the_critic(trajectory: Trajectory, credit: Credit) -> dict[str, float]:
 
 
 def _by_start(trajectory: Trajectory, rows: dict[str, Tensor]) -> dict[str, float]:
-    """The same means for rollouts from the prompt, from resets, and by how much of the response was given."""
+    """Compute the means for rollouts from the prompt, from resets, and by the share of the response forced."""
     is_reset = trajectory.is_reset
     fraction = trajectory.reset_lengths / trajectory.source_lengths.clamp(min=1)
     groups = {"from_prompt": is_reset.logical_not(), "from_reset": is_reset}

@@ -1,4 +1,4 @@
-"""Load what an online run trains and samples from: policy, critic and reference, prepared and checked."""
+"""Load, prepare and check the models of an online run: policy, critic and reference."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class OnlineModels:
     engine: Engine
     actor_critic: ActorCritic
     prepared: nn.Module
-    "The actor-critic as the engine wrapped it: its forwards have gradients on all processes."
+    "The actor-critic wrapped by the engine, for forwards with gradients."
     generator: Generator
     reference_logprobs: Callable[..., Tensor]
-    "Of a batch and, where there is one, the output of the frozen trunk."
+    "Takes a batch and, if there is one, the output of the frozen trunk."
     notes: list[str]
     "Warnings for the user."
 
     @torch.no_grad()
     def measure(self, batch: PaddedBatch, trunk: Tensor | None) -> Measured:
-        """Log-probs, entropy, values and reference log-probs, by the same forward as training."""
+        """Measure log-probs, entropy, values and reference log-probs, by the same forward as training."""
         with self.engine.autocast():
             own = self.actor_critic(
                 batch.queries, batch.query_mask, batch.responses, batch.response_mask, trunk
@@ -55,7 +55,7 @@ class OnlineModels:
 def load_models(
     recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer, reward_fn: RewardFn
 ) -> OnlineModels:
-    """Load and prepare policy, critic and reference; a reward model that can stands on the policy's frozen trunk.
+    """Load and prepare policy, critic and reference, and share the policy's frozen trunk with the reward model.
 
     Raises ConfigError for models that do not fit each other, the data or the settings.
     """
@@ -96,7 +96,7 @@ def _load_critic(recipe: OnlineRecipe, policy, tokenizer) -> ScalarModel:
 def _check_positions(
     recipe: OnlineRecipe, splits: Splits, policy, critic: ScalarModel | None, reward_fn: RewardFn
 ) -> list[str]:
-    """Refuse prompts and responses that are longer than a model has positions; warnings where rotary ones go on."""
+    """Raise ConfigError for texts beyond a model's positions; return warnings where rotary ones have no end."""
     examples, length = [*splits.train, *splits.eval], recipe.rollout.max_response_length
     longest = max(len(example.query_ids) for example in examples) + length
     limit = reward_fn.max_tokens if isinstance(reward_fn, BoundedRewardFn) else None
@@ -114,7 +114,7 @@ def _check_positions(
 def _reference(
     recipe: OnlineRecipe, engine: Engine, tokenizer, policy, suppressed_ids: tuple[int, ...]
 ) -> Callable[..., Tensor]:
-    """Log-probs under the policy as it was: of a batch and, where there is one, the output of the frozen trunk."""
+    """Return a function for log-probs under the initial policy, of a batch and the frozen trunk's output."""
     reference = policy_as_it_starts(recipe.model, engine, tokenizer, policy, recipe.seed)
     score = functools.partial(
         response_logprobs, temperature=recipe.rollout.sampling.temperature, suppressed_ids=suppressed_ids

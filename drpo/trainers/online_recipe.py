@@ -20,7 +20,7 @@ from drpo.trainers.ppo_update import PPOConfig
 
 @dataclass(frozen=True)
 class CriticConfig(Section):
-    """Where the critic comes from and how it learns."""
+    """Source of the critic, and its learning rate."""
 
     path: str | None = None
     """Reward model (or *ForSequenceClassification folder) to start from; null: the policy with a fresh head."""
@@ -34,7 +34,7 @@ class CriticConfig(Section):
 
 @dataclass(frozen=True)
 class RewardConfig(Section):
-    """What scores the rollouts: a reward model or a Python callable."""
+    """Reward of the rollouts: a reward model or a Python callable."""
 
     path: str | None = None
     """Folder or hub id of a reward model."""
@@ -57,7 +57,7 @@ class RewardConfig(Section):
 
 @dataclass(frozen=True)
 class OnlineRecipe(Section):
-    """Everything that decides an online run."""
+    """All settings of an online run."""
 
     run_dir: str = "runs/drpo"
     """Folder of the run."""
@@ -125,7 +125,7 @@ class OnlineRecipe(Section):
 
     @property
     def tokenizer_path(self) -> str:
-        """Where the policy's tokenizer is. Raises ConfigError when the recipe names no policy."""
+        """Path of the policy's tokenizer; raises ConfigError when the recipe names no policy."""
         path = self.model.tokenizer or self.model.path
         if path is None:
             raise ConfigError(

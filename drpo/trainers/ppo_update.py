@@ -17,12 +17,12 @@ from drpo.rollout.trajectory import Trajectory
 from drpo.tensors import masked_sum
 from drpo.trainers.credit import Credit
 
-MINIBATCH_STREAM = 3  # keeps the order of minibatches apart from other random numbers
+MINIBATCH_STREAM = 3  # separates the order of minibatches from other random numbers
 
 
 @dataclass(frozen=True)
 class PPOConfig(Section):
-    """How the clipped objective is optimised."""
+    """Settings of the optimisation of the clipped objective."""
 
     num_epochs: int = setting(4, ge=1)
     """Passes over each batch of rollouts."""
@@ -52,7 +52,7 @@ def ppo_update(
     draw: tuple[int, int],
     check_finite: Callable[[Tensor, str], None],
 ) -> dict[str, float]:
-    """Optimise the actor-critic on a batch that every process holds whole; each computes its share of the rows.
+    """Optimise the actor-critic on a batch that all processes hold in full, each computing its share of the rows.
 
         loss = sum_policy_tokens(clipped policy loss - entropy_coef * entropy) / N_policy
                + value_coef * sum_value_tokens(clipped value loss) / N_value
@@ -100,7 +100,7 @@ def _losses(
     config: PPOConfig,
     train_policy: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each of some rows, and their share of the minibatch's statistics.
+    """Compute the loss of some rows, and their share of the minibatch's statistics.
 
     `counts` are the policy tokens and value tokens of the whole minibatch.
     """
@@ -123,9 +123,9 @@ def _losses(
         statistics["value_loss"] = value_loss.sum()
         statistics["value_clip_fraction"] = masked_sum(value.clipped.float(), value_mask) / num_value
         terms.append(config.value_coef * value_loss)
-    # Without training the policy stays in the graph with a zero gradient: every process must see all weights.
+    # All weights must be in every process's graph, so an untrained policy stays in it with a zero gradient.
     terms.append(policy_loss if train_policy else 0.0 * policy_loss)
-    if train_policy and config.entropy_coef:  # else its gradient, a softmax over the vocabulary, is spared
+    if train_policy and config.entropy_coef:  # at 0 its gradient, a softmax over the vocabulary, is skipped
         terms.append(-config.entropy_coef * bonus)
     with torch.no_grad():
         log_ratio = logprobs.detach() - old_logprobs
@@ -137,12 +137,12 @@ def _losses(
 
 
 def _minibatches(num_rows: int, config: PPOConfig, seed: int, step: int) -> Iterator[Tensor]:
-    """Row indices of each minibatch, in an order that depends on (seed, step, epoch) alone."""
+    """Yield the row indices of each minibatch, in an order that depends on (seed, step, epoch) alone."""
     for epoch in range(config.num_epochs):
         order = np.random.default_rng([seed, MINIBATCH_STREAM, step, epoch]).permutation(num_rows)
         yield from torch.from_numpy(order).tensor_split(config.num_minibatches)
 
 
 def _at_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """The values at their rows of the whole batch, 0 elsewhere: so an error names a rollout of the step."""
+    """Scatter values to their rows of the whole batch, 0 elsewhere, so that an error names the right rollout."""
     return values.new_zeros(num_rows).index_copy(0, rows, values)

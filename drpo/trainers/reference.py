@@ -19,9 +19,9 @@ Score = Callable[..., Tensor]
 
 
 class Reference(Protocol):
-    """Scores with the reference policy's weights: score(model, *arguments).
+    """Scorer with the reference policy's weights: score(model, *arguments).
 
-    `trunk` is the policy's frozen trunk's output for what is scored (drpo.models.trunk), where it is at hand.
+    `trunk` is the output of the policy's frozen trunk for the same inputs (drpo.models.trunk), if available.
     """
 
     def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Tensor: ...
@@ -30,7 +30,7 @@ class Reference(Protocol):
 def policy_and_reference(
     policy: nn.Module, reference: Reference, score: Score, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the policy, and without gradients of the reference; a trunk that both stand on runs once."""
+    """Score with the policy, and without gradients with the reference; a shared trunk runs once."""
     with recorded_trunk(policy) as trunks:
         scores = score(policy, *arguments)
     with torch.no_grad():
@@ -49,7 +49,7 @@ class AdapterOff:
 
 
 class FrozenCopy:
-    """A second model without gradients; with `shares_trunk` it stands on the policy's frozen trunk."""
+    """A second model without gradients; with `shares_trunk` it uses the policy's frozen trunk."""
 
     def __init__(self, module: nn.Module, shares_trunk: bool = False) -> None:
         self.module, self._shares_trunk = module, shares_trunk
@@ -60,13 +60,13 @@ class FrozenCopy:
 
     @torch.no_grad()
     def move_towards(self, policy: nn.Module, mix: float) -> None:
-        """reference <- mix * policy + (1 - mix) * reference, LoRA folded in; Gorbatovski et al. 2024 (TR-DPO), eq. 5.
+        """Set reference <- mix * policy + (1 - mix) * reference, LoRA folded in.
 
-        The policy's weights must be whole (Engine.whole_weights).
+        The policy's weights must be gathered (Engine.whole_weights). Source: Gorbatovski et al. 2024 (TR-DPO), eq. 5.
         """
         weights = merged_state_dict(policy)
         own = self.module.state_dict(keep_vars=True)
-        # A tied weight has several names, and must take the step once.
+        # A tied weight has several names, and must be updated once.
         for name, tensor in {id(tensor): (name, tensor) for name, tensor in own.items()}.values():
             target = weights[name].to(tensor.device, tensor.dtype)
             if tensor.is_floating_point() and mix < 1:
@@ -78,7 +78,7 @@ class FrozenCopy:
 def policy_as_it_starts(
     model: ModelConfig, engine: Engine, tokenizer, policy: nn.Module, seed: int
 ) -> AdapterOff | FrozenCopy:
-    """The policy as training starts: its base weights under LoRA, else a copy, which shares a frozen trunk."""
+    """Return the initial policy: its base weights under LoRA, else a copy, which shares a frozen trunk."""
     if model.lora.r:
         return AdapterOff(policy)
     copy = engine.place(load_policy(model, tokenizer, seed), as_trained=True)

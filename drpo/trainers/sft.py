@@ -29,7 +29,7 @@ from drpo.trainers.offline import OfflineRecipe, RowMetrics, RowObjective, fit
 
 @dataclass(frozen=True)
 class SFTRecipe(OfflineRecipe):
-    """Everything that decides an SFT run."""
+    """All settings of an SFT run."""
 
     run_dir: str = "runs/sft"
     """Folder of the run."""
@@ -39,7 +39,7 @@ class SFTRecipe(OfflineRecipe):
 
 
 class SFTObjective(RowObjective):
-    """Negative log-likelihood: sum over target tokens of -log pi(token | what stands before it)."""
+    """Negative log-likelihood: sum over target tokens of -log pi(token | the tokens before it)."""
 
     def __init__(self, model, pad_id: int, loss_on: str, device: torch.device) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class SFTObjective(RowObjective):
     def collate(self, examples: Sequence[Example]) -> PaddedBatch:
         queries = [example.query_ids for example in examples]
         responses = [example.completion_ids for example in examples]
-        if self._loss_on == "all":  # everything after the first token is target
+        if self._loss_on == "all":  # every token after the first is a target
             responses = [query[1:] + response for query, response in zip(queries, responses, strict=True)]
             queries = [query[:1] for query in queries]
         return pad_batch(queries, responses, self._pad_id).to(self._device)
@@ -89,8 +89,10 @@ def train(
 
 
 def tokenizer_for(model: ModelConfig, data: DataConfig):
-    """The model's tokenizer, or for a model from scratch one trained on the texts of the data; its eos token is the
-    one that ends responses."""
+    """Return the model's tokenizer, or for a model from scratch one trained on the data.
+
+    Its eos token is the one that ends responses.
+    """
     if model.tokenizer or model.path:
         key = "model.tokenizer" if model.tokenizer else "model.path"
         return with_stop_token(load_tokenizer(model.tokenizer or model.path, key), data)

@@ -1,11 +1,11 @@
-"""How fast is a DPO step? Ours beside TRL's DPOTrainer, on the same weights, pairs, precision and threads.
+"""Compare the speed of a DPO step with TRL's DPOTrainer: same weights, pairs, precision and threads.
 
     python launch/experiments/dpo_speed.py [recipe.yaml] [key=value ...]
 
-needs `pip install -e '.[bench]'`. Every measurement is a process of its own, launch/dpo.py or
-launch/experiments/dpo_speed_trl.py; the two sides take turns at going first, and each ratio is of two measurements that
-follow each other. The losses of all steps are compared too: if they differ, the work was not the same, and there is no
-result.
+Needs `pip install -e '.[bench]'`. Every measurement is a separate process, launch/dpo.py or
+launch/experiments/dpo_speed_trl.py; the two sides alternate in going first, and each ratio is of two consecutive
+measurements. The losses of all steps are compared too: if they differ, the work was not the same, and the experiment
+raises an error.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _fast_bf16() -> bool:
 
 @dataclass(frozen=True)
 class BenchmarkRecipe(Section):
-    """One comparison: a model, the shape of the data, and how often it is measured."""
+    """Settings of one comparison: a model, the shape of the data, and the number of repeats."""
 
     run_dir: str = "runs/benchmark"
     """Folder of the inputs, of every measurement, and of results.json and results.md."""
@@ -90,7 +90,7 @@ class BenchmarkRecipe(Section):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one process of one side did."""
+    """Result of one process of one side."""
 
     seconds: list[float]
     losses: list[float]
@@ -174,20 +174,19 @@ def make_inputs(recipe: BenchmarkRecipe, folder: Path) -> int:
     ]
     write_rows(folder / "pairs" / "train.jsonl", pairs[1:])
     write_rows(folder / "pairs" / "held_out.jsonl", pairs[:1])
-    # Our steps draw the pairs in a seeded order; TRL is given them in that order.
+    # Our steps draw the pairs in a seeded order; TRL gets them in that order.
     in_order = [item_at(pairs[1:], index, recipe.seed) for index in range(num_pairs)]
     write_rows(folder / "pairs_in_order.jsonl", in_order)
     return sum(p.numel() for p in policy.parameters())
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """A JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def measure_ours(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: int) -> Measurement:
-    """One run of launch/dpo.py."""
+    """Measure one run of launch/dpo.py."""
     folder = root / f"ours_{precision}_{repeat}"
     settings = {
         "run_dir": str(folder),
@@ -221,7 +220,7 @@ def measure_ours(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: in
 
 
 def measure_trl(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: int) -> Measurement:
-    """One run of launch/experiments/dpo_speed_trl.py."""
+    """Measure one run of launch/experiments/dpo_speed_trl.py."""
     name = f"trl_{precision}_{repeat}"
     optim = OptimConfig()
     job = {
@@ -251,7 +250,7 @@ def measure_trl(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: int
 def compare(
     recipe: BenchmarkRecipe, precision: str, pairs: list[tuple[Measurement, Measurement]]
 ) -> dict[str, Any]:
-    """The row of a precision. Raises ConfigError when the two sides did not compute the same losses."""
+    """Return the row of a precision; raise ConfigError when the two sides did not compute the same losses."""
     difference = max(abs(a - b) for ours, trl in pairs for a, b in zip(ours.losses, trl.losses, strict=True))
     if difference > LOSS_TOLERANCE[precision]:
         raise ConfigError(
@@ -271,7 +270,7 @@ def compare(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: medians over the repeats, and the range of the ratios."""
+    """Format the table: medians over the repeats, and the range of the ratios."""
     lines = [
         "| precision | ours, pairs/s | TRL, pairs/s | ratio: median (range) | peak GiB ours / TRL | losses differ by |",
         "| --- | --- | --- | --- | --- | --- |",

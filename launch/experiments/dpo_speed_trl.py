@@ -1,9 +1,9 @@
-"""The other side of launch/experiments/dpo_speed.py: the same DPO steps with TRL's DPOTrainer, timed.
+"""Time the DPO steps of launch/experiments/dpo_speed.py with TRL's DPOTrainer.
 
     python launch/experiments/dpo_speed_trl.py job.json
 
-TRL runs as its documentation says is fastest on plain PyTorch: no gradient checkpointing, no evaluation, no logging,
-no saving. It sees the pairs in the order of the file. The result is written to the job's `result`.
+TRL runs in the fastest way that its documentation gives for plain PyTorch: no gradient checkpointing, no evaluation, no
+logging, no saving. It gets the pairs in the order of the file. The result is written to the job's `result`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 
 class Clock(TrainerCallback):
-    """When training began and every optimizer step ended, and the peak memory until then."""
+    """Times at which training began and every optimizer step ended, and the peak memory until then."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -41,7 +41,7 @@ class Clock(TrainerCallback):
 
 
 def peak_memory_gib() -> float:
-    """The device's peak on GPUs, resident memory of this process on CPU: what Engine.peak_memory_gib reports."""
+    """Return the device's peak memory on GPUs, resident memory of this process on CPU, as `Engine` does."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path(f"/proc/{os.getpid()}/status").read_text()
@@ -49,7 +49,7 @@ def peak_memory_gib() -> float:
 
 
 def run(job: dict) -> dict[str, list[float] | float]:
-    """Seconds and loss of every step, and the peak memory."""
+    """Train, and return seconds and loss of every step and the peak memory."""
     from trl import DPOConfig, DPOTrainer
 
     losses: list[torch.Tensor] = []

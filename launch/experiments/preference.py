@@ -1,9 +1,9 @@
-"""How do the losses of offline preference training compare? Tables of methods x settings over seeds.
+"""Compare the losses of offline preference training: tables of methods x settings over seeds.
 
     python launch/experiments/preference.py [recipe.yaml] [key=value ...]
 
-For every seed of a table: one SFT policy, then one preference run per method and setting. Finished runs are looked
-up, so a stopped experiment goes on where it was.
+For every seed of a table: one SFT policy, then one preference run per method and setting. Finished runs are skipped,
+so the same command resumes a stopped experiment.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ class TableConfig(Section):
 
     @property
     def named_settings(self) -> dict[str, list[str]]:
-        """`settings`, or the single unnamed one."""
+        """The `settings`, or a single unnamed one."""
         return dict(self.settings) or {"": []}
 
     @property
     def named_columns(self) -> dict[str, str]:
-        """`columns`, or the usual ones."""
+        """The `columns`, or the default ones."""
         return dict(self.columns) or COLUMNS
 
 
 @dataclass(frozen=True)
 class PreferenceExperimentRecipe(Section):
-    """The tables of an experiment."""
+    """Settings of an experiment: its tables and where its runs go."""
 
     run_dir: str = "runs/preference_experiment"
     """Folder of all runs, and of results.json and results.md."""
@@ -91,7 +91,7 @@ class PreferenceExperimentRecipe(Section):
 
 
 def run(recipe: PreferenceExperimentRecipe) -> Path:
-    """Make the runs and write the tables."""
+    """Run the experiment and write the tables."""
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
     tables = {title: recipe.tables[title] for title in recipe.only or recipe.tables}
@@ -141,7 +141,7 @@ def _shared(table: TableConfig, seed: int) -> list[str]:
 
 
 def _sft_dir(root: Path, table: TableConfig, seed: int) -> Path:
-    """Tables that share recipe and overrides share the policy."""
+    """Return the folder of an SFT policy; tables that share recipe and overrides share it."""
     name = hashlib.sha256(json.dumps([table.sft_recipe, table.shared]).encode()).hexdigest()[:8]
     return root / "sft" / name / str(seed)
 
@@ -155,7 +155,7 @@ def _slug(text: str) -> str:
 
 
 def _results(root: Path, title: str, table: TableConfig) -> list[dict]:
-    """A row for the SFT policy, as the runs' data saw it, and one for each setting and method; numbers by seed."""
+    """Return a row for the SFT policy on the runs' data, and one for each setting and method, by seed."""
     rows = [{"setting": "", "method": "SFT"}]
     for name, key in table.named_columns.items():
         sft = [_last(_sft_dir(root, table, seed), key) for seed in table.seeds]
@@ -173,7 +173,7 @@ def _results(root: Path, title: str, table: TableConfig) -> list[dict]:
 
 
 def _last(run_dir: Path, key: str) -> float | None:
-    """A metric at the end of a run; None where the run does not measure it."""
+    """Return a metric at the end of a run, or None where the run does not measure it."""
     values = [row[key] for row in read_metrics(run_dir / "metrics.jsonl") if key in row]
     if key.startswith("train/"):
         values = [sum(values[-50:]) / len(values[-50:])] if values else []
@@ -181,7 +181,7 @@ def _last(run_dir: Path, key: str) -> float | None:
 
 
 def markdown(title: str, table: TableConfig, rows: list[dict]) -> str:
-    """A table: mean over seeds with the 95% t-interval; the gain in the first column is paired by seed."""
+    """Format a table: mean over seeds with the 95% t-interval, the gain in the first column paired by seed."""
     first = ["setting"] if table.settings else []
     baseline = next(iter(table.methods))
     main_column, *others = table.named_columns
@@ -196,7 +196,7 @@ def markdown(title: str, table: TableConfig, rows: list[dict]) -> str:
 
 
 def _gain(row: dict, rows: list[dict], baseline: str, column: str) -> list[float] | None:
-    """Differences by seed from the baseline in the same setting; None for the baseline itself and for SFT."""
+    """Return differences by seed from the baseline in the same setting, None for the baseline and SFT."""
     if row["method"] in ("SFT", baseline):
         return None
     other = next(r for r in rows if r["method"] == baseline and r["setting"] == row["setting"])
@@ -204,7 +204,7 @@ def _gain(row: dict, rows: list[dict], baseline: str, column: str) -> list[float
 
 
 def _plot(table: TableConfig, rows: list[dict], path: Path) -> None:
-    """The first column of the table: a panel for each setting, a mean with its interval for each method."""
+    """Plot the table's first column: a panel for each setting, a mean with its interval for each method."""
     import matplotlib
 
     matplotlib.use("Agg")

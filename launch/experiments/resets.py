@@ -1,9 +1,9 @@
-"""Where do resets matter? PPO and DR-PO on the demo, over how rarely the SFT policy completes a good summary.
+"""Compare PPO and DR-PO on the demo, over the rate at which the SFT policy completes a good summary.
 
     python launch/experiments/resets.py [recipe.yaml] [key=value ...]
 
 For every completion rate and seed: one SFT policy, then one online run with the true reward for every beta
-(reset.proportion). Finished runs are looked up, so a stopped experiment goes on where it was.
+(reset.proportion). Finished runs are skipped, so the same command resumes a stopped experiment.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TRUE_REWARD = "drpo.data.tasks.demo:true_rewards"
 
 @dataclass(frozen=True)
 class ExperimentRecipe(Section):
-    """The grid of the experiment."""
+    """Grid of the experiment."""
 
     run_dir: str = "runs/reset_experiment"
     """Folder of all runs, and of results.json, results.md and results.png."""
@@ -126,7 +126,7 @@ def _summary(recipe: ExperimentRecipe, rate: float, beta: float) -> dict[str, fl
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of results: mean over seeds with the 95% t-interval; the gain is paired by seed."""
+    """Format the table of results: mean over seeds with the 95% t-interval, the gain paired by seed."""
     lines = [
         "| completion rate | beta | SFT true reward | final true reward | gain over PPO | KL to SFT | length |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -1,4 +1,4 @@
-"""What experiments over seeds share: runs that are made once, several at a time, and the interval of their results."""
+"""Run the jobs of an experiment over seeds once, several at a time, and compute intervals of results."""
 
 from __future__ import annotations
 
@@ -25,8 +25,15 @@ MADE_FROM = "made_from.json"
 def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str], num_jobs: int) -> None:
     """Run launch/<stage>.py on its share of the cores, unless it has finished in `run_dir` on the same inputs.
 
-    Raises StageFailed, naming the log, when the run fails, and ConfigError when the folder holds a run of other inputs:
-    another command, recipe or data file, or a run that it starts from and that was made anew.
+    Raises StageFailed, naming the log, when the run fails, and ConfigError when the folder holds a run on other inputs:
+    another command, recipe or data file, or a parent run that was repeated since.
+
+    Args:
+        stage: name of the launch script.
+        recipe: recipe of that script.
+        run_dir: folder of the run.
+        overrides: settings on top, key=value.
+        num_jobs: number of jobs that share the cores.
     """
     command = [str(LAUNCH / f"{stage}.py"), recipe, f"run_dir={run_dir}", *overrides]
     command += ["engine.trackers=[]", "log.samples_every=0"]
@@ -48,7 +55,7 @@ def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str]
 
 
 def _inputs(command: Sequence[str], recipe: str) -> dict[str, str]:
-    """What a run is made from: its command, and a hash of each file and of each earlier run that the command names."""
+    """Return the inputs of a run: its command, and hashes of the files and earlier runs that it names."""
     found = {"command": " ".join(command), "recipe": _sha256(find_recipe(recipe))}
     for argument in command:
         key, _, value = argument.partition("=")
@@ -67,13 +74,13 @@ def _sha256(path: Path) -> str:
 
 
 class RunGrid:
-    """Jobs side by side, with a progress bar. The first that fails, or Ctrl-C, drops those that have not begun.
+    """Parallel jobs with a progress bar; a failure or Ctrl-C cancels the jobs that have not started.
 
         with RunGrid(num_jobs=2, num_runs=10) as grid:
             policy = grid.submit(train_policy)
             grid.submit(train_on_top, policy)     # may wait for the result of a job submitted before it
 
-    What has begun is waited for, at the end of the block or at `wait`, which raise what the first failure raised.
+    The end of the block and `wait` wait for the jobs that have started, and raise the exception of the first failure.
     """
 
     def __init__(self, num_jobs: int, num_runs: int) -> None:
@@ -96,21 +103,21 @@ class RunGrid:
             self._progress.stop()
 
     def submit(self, job: Callable[..., Any], *args: Any) -> Future:
-        """Queue a job, in the order in which they begin."""
+        """Queue a job; jobs start in the order of submission."""
         self._jobs.append(self._pool.submit(job, *args))
         return self._jobs[-1]
 
     def advance(self) -> None:
-        """One run more is done."""
+        """Count one more finished run."""
         self._progress.advance(self._task)
 
     def wait(self) -> None:
-        """Until all jobs so far are done, or one has failed, which is raised."""
+        """Wait until all jobs so far are done; raise the exception of one that failed."""
         for job in as_completed(self._jobs):
             job.result()
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of the 95% t-interval over seeds."""
+    """Return mean and half-width of the 95% t-interval over seeds."""
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return float(np.mean(values)), float(half)

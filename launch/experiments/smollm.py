@@ -1,9 +1,9 @@
-"""Every method on real text from one pretrained policy: SFT, reward models and methods by seed, then one comparison.
+"""Compare methods on real text from one pretrained policy: SFT, reward models and methods by seed.
 
     python launch/experiments/smollm.py smollm/seeds_tldr.yaml data_path=posts.jsonl judge_data_path=other_posts.jsonl
 
-Each stage is a launch script on a recipe; what has finished is not run again, so the same command goes on after a
-kill. The judge is a second reward model: of another seed, from another SFT policy, on other posts.
+Each stage is a launch script on a recipe, and one comparison follows. Finished stages are skipped, so the same command
+resumes after a kill. The judge is a second reward model: another seed, from another SFT policy, on other posts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SPLIT = ("data.eval_", "data.split_seed", "data.train_split", "data.limit")
 
 @dataclass(frozen=True)
 class StageConfig(Section):
-    """A stage of the chain: a launch script, its recipe and what differs from it."""
+    """A stage of the chain: a launch script, its recipe and overrides."""
 
     script: str = ""
     """Name of the launch script: sft, dpo, ppo, ..."""
@@ -97,7 +97,7 @@ class SmolLMExperimentRecipe(Section):
 
 
 def run(recipe: SmolLMExperimentRecipe) -> Path:
-    """Make the runs, seed by seed, then compare what is there."""
+    """Run the stages, seed by seed, then compare the results."""
     check(recipe)
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
 
 
 def check(recipe: SmolLMExperimentRecipe) -> None:
-    """Raise ConfigError for what would fail, or leak evaluation data into training, only after hours."""
+    """Raise ConfigError for settings that would fail late, or leak evaluation data into training."""
     if recipe.data_path is None or recipe.judge_data_path is None:
         raise ConfigError(
             "data_path and judge_data_path: give a file each, with different rows (docs/experiments.md)"
@@ -182,7 +182,7 @@ def check(recipe: SmolLMExperimentRecipe) -> None:
 
 
 def records_of(recipe: SmolLMExperimentRecipe, path: str) -> list[Record]:
-    """The rows of a file, as all stages read them but for the chat template."""
+    """Read the rows of a file as all stages do, except for the chat template."""
     data = _load(SFTRecipe, "sft", recipe.sft, [*recipe.shared, *recipe.sft.overrides]).data
     return read_records(replace(data, path=path), data.train_split, "prompts", None, [])
 
@@ -195,23 +195,23 @@ def _load(recipe_class: type, name: str, stage: StageConfig, overrides: list[str
 
 
 def compare_overrides(recipe: SmolLMExperimentRecipe) -> list[str]:
-    """The comparison's settings: what the stages hold out, it asks."""
+    """Return the comparison's overrides: it evaluates on the prompts that the stages hold out."""
     data = [f"complete.{each}" for each in recipe.shared if each.startswith("data.")]
     return [*data, *recipe.compare.overrides]
 
 
 def sft_dir(root: Path, seed: int) -> Path:
-    """The SFT run of a seed."""
+    """Return the folder of a seed's SFT run."""
     return root / f"sft_{seed}"
 
 
 def method_dir(root: Path, name: str, seed: int) -> Path:
-    """The run of a method and seed."""
+    """Return the folder of the run of a method and seed."""
     return root / f"{slug(name)}_{seed}"
 
 
 def training_curves(folders: Sequence[Path]) -> dict[str, list[list[float]]]:
-    """Some metrics of each run, step by step."""
+    """Read some metrics of each run, step by step."""
     runs = [read_metrics(folder / "metrics.jsonl") for folder in folders]
     return {
         key: [[row[key] for row in rows if key in row] for rows in runs]

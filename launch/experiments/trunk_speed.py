@@ -1,11 +1,11 @@
-"""What a frozen trunk saves: a step of DR-PO with LoRA on the top layers beside LoRA on all layers.
+"""Measure what a frozen trunk saves: a step of DR-PO with LoRA on the top layers against all layers.
 
     python launch/experiments/trunk_speed.py [recipe.yaml] [key=value ...]
 
-Every measurement is a process of its own, launch/drpo.py on the same prompts, weights and random numbers; the
-settings take turns, and each ratio is of measurements that follow each other in one round. `baseline` names another
-checkout of the project, whose launch/drpo.py then stands for LoRA on all layers. What is compared is scoring and
-update together (the trunk counted in), and the peak memory of the process.
+Every measurement is a separate process, launch/drpo.py on the same prompts, weights and random numbers; the settings
+alternate, and each ratio is of measurements of one round. `baseline` names another checkout of the project, whose
+launch/drpo.py then measures LoRA on all layers. Compared are the time of scoring and update together (the trunk
+included), and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REWARD = "def score(completions):\n    return [float(len(c.response_ids)) for c 
 
 @dataclass(frozen=True)
 class TrunkSpeedRecipe(Section):
-    """One comparison: a policy, the shape of a step, and how often it is measured."""
+    """Settings of one comparison: a policy, the shape of a step, and the number of rounds."""
 
     run_dir: str = "runs/trunk_speed"
     """Folder of the inputs, of every measurement, and of results.json and results.md."""
@@ -73,7 +73,7 @@ class TrunkSpeedRecipe(Section):
 def run(recipe: TrunkSpeedRecipe) -> Path:
     """Measure, compare, and write the table."""
     root = Path(recipe.run_dir).resolve()
-    if Path(recipe.model).exists():  # the runs have folders of their own
+    if Path(recipe.model).exists():  # every run has a folder of its own
         recipe = replace(recipe, model=str(Path(recipe.model).resolve()))
     make_inputs(recipe, root)
     settings: list[int | None] = [None, *recipe.trainable_layers]
@@ -90,7 +90,7 @@ def run(recipe: TrunkSpeedRecipe) -> Path:
 
 
 def make_inputs(recipe: TrunkSpeedRecipe, root: Path) -> None:
-    """Prompts of random words of the policy's vocabulary, longer than wanted: the run cuts them to length."""
+    """Write prompts of random words of the policy's vocabulary, which the run truncates to length."""
     tokenizer = load_tokenizer(recipe.model)
     rng = np.random.default_rng(recipe.seed)
     words = [token for token in tokenizer.get_vocab() if token[1:].isascii() and token[1:].isalpha()]
@@ -100,7 +100,7 @@ def make_inputs(recipe: TrunkSpeedRecipe, root: Path) -> None:
 
 
 def measure(recipe: TrunkSpeedRecipe, root: Path, layers: int | None, repeat: int) -> dict[str, float]:
-    """Seconds of a step's scoring and update, peak memory and sampled tokens, of one run of launch/drpo.py."""
+    """Run launch/drpo.py once; return seconds of scoring and update per step, peak memory and sampled tokens."""
     name = f"{name_of(layers).replace(' ', '_')}_{repeat}"
     model: dict[str, Any] = {"path": recipe.model, "lora": {"r": recipe.lora_rank}}
     scripts = HERE.parent
@@ -149,14 +149,14 @@ def measure(recipe: TrunkSpeedRecipe, root: Path, layers: int | None, repeat: in
 
 
 def name_of(layers: int | None) -> str:
-    """How a setting is called in the table."""
+    """Return the name of a setting in the table."""
     return "all layers" if layers is None else f"top {layers}"
 
 
 def compare(
     layers: int | None, found: list[dict[str, float]], whole: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """The row of a setting: medians, and the ratios of every round. Raises ConfigError if the work differed."""
+    """Return the row of a setting: medians and ratios by round; raise ConfigError if the work differed."""
     tokens = {round(side["tokens"]) for side in (*found, *whole)}
     if len(tokens) > 1:
         raise ConfigError(
@@ -172,7 +172,7 @@ def compare(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: medians over the rounds, and the ranges of the ratios."""
+    """Format the table: medians over the rounds, and the ranges of the ratios."""
     lines = [
         "| trained | score + update, s | times faster | peak GiB | share of the memory |",
         "| --- " * 5 + "|",

@@ -83,7 +83,11 @@ def test_a_device_that_torch_cannot_be_asked_about_gets_float32():
 
 def said(code: str, environment: dict[str, str]) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", code], env=CLEAN | environment, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=CLEAN | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"} | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

@@ -105,6 +105,7 @@ def test_a_second_interrupt_ends_at_once_and_loses_nothing(folder):
 
 
 SLOW = """
+import time
 
 def scores(completions):
     print("scoring", flush=True)

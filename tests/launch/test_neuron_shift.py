@@ -205,7 +205,7 @@ def test_the_probe_is_fitted_by_the_policy_before_on_texts_that_it_is_not_tested
             "reward_functions.length is the name of another measurement",
         ),
         ({"reward_functions": {"mine": "nothing:score"}}, "reward_functions.mine"),
-        ({"edit": {"alpha": 2.0}}, "edit.alpha must lie in"),
+        ({"edit": {"alpha": 2.0}}, "edit.alpha must be >= 0 and <= 1, got 2"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(changes, message, moved_folder, tmp_path):

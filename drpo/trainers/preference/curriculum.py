@@ -39,7 +39,7 @@ def build_stages(
     config: CurriculumConfig,
     reference_logprobs: Sequence[Sequence[float]] | None = None,
 ) -> tuple[list[list[Example]], list[str]]:
-    """The pairs of each stage, easiest stage and easiest pair first, and lines for the report.
+    """Return the pairs of each stage, easiest stage and easiest pair first, and lines for the report.
 
     `examples` are of the view ranked. The pairs of all prompts are sorted by their gap, largest first, pairs
     of equal gap in the order of the data, and cut into `num_stages` parts whose sizes differ by at most 1.
@@ -47,7 +47,7 @@ def build_stages(
     `extra`. A tie for the best or the worst response goes to the first in the data.
 
     `reference_logprobs[i][j]` is log pi_ref(response j | prompt i), summed over tokens, for order
-    reference_gap: there it is needed, elsewhere refused. Raises ValueError when it does not fit the examples,
+    reference_gap, the only order that takes it. Raises ValueError when it does not fit the examples,
     DataError when there are fewer pairs than stages.
     """
     _check_logprobs(examples, config, reference_logprobs)
@@ -105,7 +105,7 @@ def _check_logprobs(
 
 
 def _candidates(scores: Sequence[float], pairs: str) -> Iterator[tuple[int, int]]:
-    """Places of the two responses of each pair, the one of higher score (of a tie: the first) before the other."""
+    """Yield the indices of each pair's responses, the one of higher score (of a tie: the first) first."""
     order = sorted(range(len(scores)), key=lambda place: -scores[place])
     match pairs:
         case "all":
@@ -129,7 +129,7 @@ def _pair(example: Example, chosen: int, rejected: int) -> Example:
 def _gap(
     scores: Sequence[float], chosen: int, rejected: int, order: str, logprobs: Sequence[float] | None
 ) -> float:
-    """How much easier than a toss-up the pair is."""
+    """Return the gap of a pair by `order`; a larger one is easier."""
     match order:
         case "score_gap":
             return scores[chosen] - scores[rejected]

@@ -12,7 +12,7 @@ from drpo.engine import Engine
 from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch, pad_batch
 
-ROUND = 64  # micro-batches on every process between two signs of progress
+ROUND = 64  # micro-batches on every process between two updates of the progress bar
 
 Prompt = tuple[Sequence[int], Sequence[Sequence[int]]]
 "The ids of a query and of the responses to it."
@@ -27,10 +27,17 @@ def all_logprobs(
     microbatch_size: int,
     pad_id: int,
 ) -> list[list[np.ndarray]]:
-    """For every prompt and response its log-probs (length,), float32, on every process.
+    """Compute the log-probs (length,), float32, of every response of every prompt, on every process.
 
-    `logprobs(rows, k)` scores rows that are k blocks with the same queries in each. Prompts with the same number
-    of responses are scored together. Raises FloatingPointError on inf or nan.
+    Prompts with the same number of responses are scored together. Raises FloatingPointError on inf or nan.
+
+    Args:
+        prompts: queries with their responses.
+        engine: divides the prompts among the processes.
+        run: shows progress.
+        logprobs: `logprobs(rows, k)` scores rows that are k blocks with the same queries in each, (k*B, R).
+        microbatch_size: prompts per forward.
+        pad_id: id of padding.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i][1]), len(prompts[i][0])))
     found: dict[int, list[np.ndarray]] = {}
@@ -62,7 +69,7 @@ def all_logprobs(
 
 
 def _same_number(indices: Sequence[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-    """Micro-batches of at most `size` prompts, each of prompts with as many responses."""
+    """Group prompts into micro-batches of at most `size`, each with equal numbers of responses."""
     batches: list[list[int]] = []
     for i in indices:
         last = batches[-1] if batches else None

@@ -40,7 +40,7 @@ class LabelledBatch:
 
 
 def make_labelled(examples: Sequence[Example]) -> list[LabelledResponse]:
-    """The examples with, for each, the response of the next one that has another prompt.
+    """Pair each example with the response of the next one that has another prompt.
 
     The partner is fixed by the data alone, so that micro-batches and processes do not change the estimate.
     Raises DataError when all prompts are the same.
@@ -49,7 +49,7 @@ def make_labelled(examples: Sequence[Example]) -> list[LabelledResponse]:
         return []
     items: list[LabelledResponse] = []
     partner: Example | None = None
-    for example in reversed([*examples, *examples]):  # the second copy: what follows the last is the first
+    for example in reversed([*examples, *examples]):  # the second copy: the first example follows the last
         following = items[-1].example if items else None
         if following is not None and following.record.marked_prompt != example.record.marked_prompt:
             partner = following
@@ -63,7 +63,7 @@ def make_labelled(examples: Sequence[Example]) -> list[LabelledResponse]:
 
 
 class UnpairedObjective(nn.Module):
-    """KTO around the policy. It looks ahead: z0, the reference point of all losses, is a mean over the step."""
+    """KTO around the policy, with step statistics: z0, the reference point of all losses, is a step mean."""
 
     needs_step_statistics = True
 
@@ -89,13 +89,13 @@ class UnpairedObjective(nn.Module):
         return len(batch)
 
     def step_statistics(self, losses: Tensor, rows: RowMetrics) -> Tensor:
-        """z0 = max(0, mean of log pi/pi_ref over responses to other prompts): an estimate of KL(pi, pi_ref)."""
+        """Compute z0 = max(0, mean of log pi/pi_ref over responses to other prompts), an estimate of KL(pi, pi_ref)."""
         return rows["mismatched_logratio"].mean().clamp(min=0).float().to(self._device)
 
     def forward(
         self, batch: LabelledBatch, step_statistics: Tensor | None = None
     ) -> tuple[Tensor, RowMetrics]:
-        if step_statistics is None:  # looking ahead: only what z0 is made of
+        if step_statistics is None:  # first forward: only the inputs of z0
             mismatched = self._logratios(batch.mismatched)
             return torch.zeros_like(mismatched), {"mismatched_logratio": mismatched}
         config = self._loss
@@ -116,12 +116,12 @@ class UnpairedObjective(nn.Module):
         }
 
     def _logratios(self, rows: PaddedBatch) -> Tensor:
-        """log pi/pi_ref of each response (b,)."""
+        """Compute log pi/pi_ref of each response (b,)."""
         logprobs, reference = policy_and_reference(self.model, self._reference, _score, rows)
         return masked_sum(logprobs - reference, rows.response_mask, dim=1)
 
     def summarise(self, losses: Tensor, rows: RowMetrics) -> dict[str, float]:
-        """Means of the numbers, and the mean reward of desirable and of undesirable responses."""
+        """Return means of the numbers, and the mean reward of desirable and of undesirable responses."""
         metrics = {name: float(values.mean()) for name, values in rows.items()}
         desirable = rows["desirable"].bool()
         for name, mask in (("desirable", desirable), ("undesirable", desirable.logical_not())):

@@ -22,7 +22,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 
 class PairScores(NamedTuple):
-    """What a loss reads of B pairs, all (B,): log-probabilities in nats, weighted or averaged as the loss wants."""
+    """Inputs of a loss of B pairs, all (B,): log-probabilities in nats, weighted or averaged as the loss needs."""
 
     chosen: Tensor
     rejected: Tensor
@@ -31,7 +31,7 @@ class PairScores(NamedTuple):
 
 
 class PairObjective(nn.Module):
-    """A loss of pairs around the policy; `reference` gives log-probs that the batch does not carry."""
+    """A loss of pairs around the policy; `reference` computes the log-probs that the batch lacks."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class PairObjective(nn.Module):
         return len(batch)
 
     def step_statistics(self, weighted: Tensor, rows: RowMetrics) -> Tensor:
-        """log mean exp(-loss / beta') over all pairs of the step: what Dr. DPO's weights are normalised by."""
+        """Compute log mean exp(-loss / beta') over all pairs of the step, the normaliser of Dr. DPO's weights."""
         exponents = -rows["pair_loss"] / self._loss.dr_dpo.beta_prime
         return log_mean_exp(exponents).float().to(self._device)
 
@@ -76,13 +76,13 @@ class PairObjective(nn.Module):
         return losses.dr_dpo_loss(pair_losses, beta_prime).expand(len(batch)), rows | {"weight": weights}
 
     def _logprobs(self, batch: PairBatch) -> tuple[Tensor, Tensor | None]:
-        """Of the policy and, where the loss needs them, of the reference: per token (2B, R)."""
+        """Compute log-probs per token (2B, R) of the policy and, if the loss needs them, of the reference."""
         if not self._loss.needs_reference or batch.reference_logprobs is not None:
             return self._score(self.model, batch.rows), batch.reference_logprobs
         return policy_and_reference(self.model, self._reference, self._score, batch.rows)
 
     def _reduce(self, logprobs: Tensor | None, batch: PairBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Per-token log-probs (2B, R) -> numbers of the chosen and the rejected responses (B,)."""
+        """Reduce per-token log-probs (2B, R) to numbers of the chosen and the rejected responses (B,)."""
         if logprobs is None:
             return None, None
         mask = batch.rows.response_mask
@@ -120,11 +120,11 @@ class PairObjective(nn.Module):
         return rows if batch.flipped is None else rows | {"flipped": batch.flipped}
 
     def summarise(self, weighted: Tensor, rows: RowMetrics) -> dict[str, float]:
-        """Means of the numbers, quantiles of the losses, and means over flipped and clean pairs."""
+        """Return means of the numbers, quantiles of the losses, and means over flipped and clean pairs."""
         metrics = {name: float(values.mean()) for name, values in rows.items()}
         quantiles = torch.quantile(rows["pair_loss"], torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
         metrics |= {f"pair_loss_p{100 * q:.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
-        if self.needs_step_statistics:  # what the weighted gradient is the gradient of
+        if self.needs_step_statistics:  # the loss whose gradient is the weighted one
             metrics["loss"] = float(losses.dr_dpo_loss(rows["pair_loss"], self._loss.dr_dpo.beta_prime))
         if "flipped" in rows:
             flipped = rows["flipped"].bool()
@@ -138,19 +138,19 @@ class PairObjective(nn.Module):
 def block_logprobs(
     model: nn.Module, rows: PaddedBatch, num_responses: int = 2, *, share_prompts: bool
 ) -> Tensor:
-    """Log-probabilities (K*B, R) of K blocks of responses to the same queries, each prompt computed once if wanted."""
+    """Compute log-probabilities (K*B, R) of K blocks of responses to the same queries, sharing prompts or not."""
     if share_prompts:
         return continuation_logprobs(model, rows, num_responses).logprobs
     return response_logprobs(model, rows).logprobs
 
 
 def log_mean_exp(values: Tensor) -> Tensor:
-    """log mean exp of a vector, a scalar."""
+    """Compute log mean exp of a vector, a scalar."""
     return torch.logsumexp(values, dim=0) - torch.tensor(float(len(values)), dtype=values.dtype).log()
 
 
 def pair_loss(config: LossConfig, scores: PairScores, offsets: Tensor) -> Tensor:
-    """The loss of each pair (B,), unweighted."""
+    """Compute the loss of each pair (B,), unweighted."""
     if not config.needs_reference:
         if config.name == "simpo":
             return losses.simpo_loss(scores.chosen, scores.rejected, config.beta, config.target_margin)

@@ -1,4 +1,4 @@
-"""Pairs as preference training takes them: an example with its offset, token weights and reference log-probs."""
+"""Pairs for preference training: examples with offsets, token weights and reference log-probs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Pair:
 
     example: Example
     offset: float = 0.0
-    "alpha f(score gap), 0 but for ODPO."
+    "alpha f(score gap), 0 except for ODPO."
     token_weights: tuple[list[float], list[float]] | None = None
     reference_logprobs: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -56,7 +56,7 @@ def collate_pairs(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> P
     rows = pad_batch(queries + queries, responses, pad_id)
 
     def padded(values: list) -> Tensor:
-        """(2B, R) of per-token numbers, 0 under padding."""
+        """Pad per-token numbers to (2B, R) with 0."""
         table = torch.zeros(rows.responses.shape)
         for row, numbers in enumerate(values):
             table[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.float32)
@@ -76,7 +76,7 @@ def collate_pairs(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> P
 def make_pairs(
     examples: Sequence[Example], loss: LossConfig, tokenizer, max_bad_fraction: float
 ) -> tuple[list[Pair], list[str]]:
-    """The pairs of the examples with what the loss asks of the data, and notes on what was left out.
+    """Make pairs with the offsets and weights that the loss needs, and notes on skipped examples.
 
     Raises DataError when scores or token labels are missing or wrong in more than `max_bad_fraction` of them,
     and for a gap that `loss.offset.on_nonpositive` refuses.
@@ -107,7 +107,7 @@ def make_pairs(
 
 
 def _offset(example: Example, config: OffsetConfig) -> tuple[float, bool]:
-    """The offset of a pair, and whether its chosen response has the higher score."""
+    """Return the offset of a pair, and whether its chosen response has the higher score."""
     extra = example.record.extra
     for key in PAIR_SCORES:
         if key not in extra:

@@ -1,4 +1,4 @@
-"""The recipe of preference training: DPO and its family, one section a choice, and which choices go together."""
+"""The recipe of preference training: DPO and its family, a section per choice, and the valid combinations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from drpo.trainers.preference.curriculum import CurriculumConfig
 LossName = Literal[
     "dpo", "cdpo", "robust", "hinge", "ipo", "ipo_avg", "apo_zero", "apo_down", "sppo", "simpo", "orpo", "kto"
 ]  # fmt: skip
-OF_THE_MARGIN = ("dpo", "cdpo", "robust", "hinge")  # functions of h alone: offsets and divergences change h
+OF_THE_MARGIN = ("dpo", "cdpo", "robust", "hinge")  # functions of h: offsets and divergences change h
 LENGTH_AVERAGED = ("ipo_avg", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
 PAIRS_ONLY = "is about pairs of responses, and loss.name=kto takes single ones; drop it"
@@ -28,7 +28,7 @@ METRICS = frozenset(
 
 @dataclass(frozen=True)
 class OffsetConfig(Section):
-    """ODPO: the margin must exceed alpha f(score gap). The scores stand beside the pairs in the data."""
+    """ODPO: the margin must exceed alpha f(score gap), with the scores of the pairs in the data."""
 
     alpha: float = setting(1.0, ge=0)
     """Scale of the offset; 0 is DPO."""
@@ -62,7 +62,7 @@ class TokenWeightsConfig(Section):
 
 @dataclass(frozen=True)
 class LossConfig(Section):
-    """The loss of a pair and what is put on top of it."""
+    """The loss of a pair and its extensions."""
 
     name: LossName = "dpo"
     """dpo; cdpo (label smoothing); robust (rDPO); hinge (SLiC); ipo (summed), ipo_avg (length-averaged); apo_zero,
@@ -128,7 +128,7 @@ class LossConfig(Section):
 
 @dataclass(frozen=True)
 class ReferenceConfig(Section):
-    """The policy that the log-ratios are taken to."""
+    """The reference policy of the log-ratios."""
 
     path: str | None = None
     """Folder, hub id or GGUF file; null: the policy as training starts (under LoRA its base weights, not a copy)."""
@@ -149,7 +149,7 @@ class ReferenceConfig(Section):
 
 @dataclass(frozen=True)
 class PreferenceRecipe(OfflineRecipe):
-    """Everything that decides a run of preference training."""
+    """All settings of a run of preference training."""
 
     run_dir: str = "runs/dpo"
     """Folder of the run."""
@@ -184,19 +184,19 @@ class PreferenceRecipe(OfflineRecipe):
 
     @property
     def view(self) -> View:
-        """What the loss needs of the data."""
+        """The view of the data that the loss needs."""
         if self.loss.name == "kto":
             return "unpaired"
         return "pairs" if self.curriculum is None else "ranked"
 
     @property
     def orders_by_reference(self) -> bool:
-        """Whether the reference decides the order of the pairs."""
+        """Whether the reference determines the order of the pairs."""
         return self.curriculum is not None and self.curriculum.order == "reference_gap"
 
     @property
     def reference_is_adapter_off(self) -> bool:
-        """Whether the reference is the policy without its adapter: there as soon as the policy is, at no cost."""
+        """Whether the reference is the policy without its adapter, and so needs no memory of its own."""
         lora_alone = self.model.lora.r > 0 and self.reference.path is None
         return lora_alone and self.loss.needs_reference and not self.reference_moves
 
@@ -207,7 +207,7 @@ class PreferenceRecipe(OfflineRecipe):
 
     @property
     def reference_moves_per_stage(self) -> bool:
-        """Whether every stage of a curriculum takes the policy of the stage before as its reference."""
+        """Whether the reference of every stage of a curriculum is the policy of the stage before."""
         curriculum = self.curriculum
         several = curriculum is not None and curriculum.reference == "last" and curriculum.num_stages > 1
         return several and self.loss.needs_reference

@@ -1,4 +1,4 @@
-"""The reference policy that preference training starts with."""
+"""The initial reference policy of preference training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from drpo.trainers.reference import AdapterOff, FrozenCopy
 def starting_reference(
     recipe: PreferenceRecipe, engine: Engine, tokenizer, policy: nn.Module
 ) -> AdapterOff | FrozenCopy:
-    """The reference as training starts: the policy at reference.path, else the policy itself.
+    """Return the initial reference: the policy at reference.path, else the policy itself.
 
     Raises ConfigError when reference.path holds no policy for this tokenizer.
     """
     model, path = recipe.model, recipe.reference.path
     if recipe.reference_is_adapter_off:
         if recipe.reference.cache_dir is not None or recipe.orders_by_reference:
-            policy.to(engine.device)  # it scores before training, which would move it
+            policy.to(engine.device)  # it scores before training changes it
         return AdapterOff(policy)
     source = replace(model, lora=LoraConfig(), gradient_checkpointing=False)
     if path is not None:
@@ -40,11 +40,9 @@ def starting_reference(
     copy = load_policy(source, tokenizer, recipe.seed, key)
     copy = engine.place(copy, as_trained=not takes_small_steps)
     dtypes = {module.get_input_embeddings().weight.dtype for module in (copy, policy)}
-    # A head tied to the shared embedding would need the policy's weights, of which ZeRO-3 leaves each process a part.
+    # ZeRO-3: each process has only a part of the policy's weights, which a head tied to the shared embedding needs.
     whole = not (engine.partitions_weights and head_is_tied(policy))
     shares_trunk = has_trunk(policy) and path is None and len(dtypes) == 1 and whole
     if shares_trunk:
-        share_trunk(
-            copy, policy.to(engine.device)
-        )  # it may score before training, which would move the policy
+        share_trunk(copy, policy.to(engine.device))  # it may score before training changes the policy
     return FrozenCopy(copy, shares_trunk)

@@ -1,8 +1,8 @@
-"""Log-probabilities of the reference, per token, computed once and kept on disk: no reference model in training.
+"""Cache of the reference's log-probabilities per token, computed once: no reference model in training.
 
-The folder holds `logprobs.npy`, float32: the tokens of the chosen and then of the rejected response of every pair,
-pair after pair; and `key.json`, which says what they were made with, and their hash. It appears by one rename when
-it is whole, so a kill leaves nothing half, and of several runs that fill it at once the first one does.
+The folder contains `logprobs.npy`, float32: the tokens of the chosen and then of the rejected response of every pair,
+pair after pair; and `key.json`, with the settings that determine them, and their hash. The folder is written
+atomically, by a rename; of several runs that write it at once the first one wins.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from drpo.trainers.reference import Reference
 
 
 def is_cached(recipe: PreferenceRecipe, engine: Engine) -> bool:
-    """Whether reference.cache_dir holds log-probs, be they the right ones or not: what the main process sees.
+    """Return whether the main process sees log-probs, valid or not, in reference.cache_dir.
 
     Raises ConfigError when the processes do not share the folder.
     """
     if recipe.reference.cache_dir is None:
         return False
     folder = Path(recipe.reference.cache_dir)
-    # Beside it, not in it: another run may be about to put its own in this place.
+    # Another run may be about to rename its cache to this path, so the check uses the parent folder.
     require_shared_folder(engine, folder.absolute().parent, "reference.cache_dir")
     return engine.from_main((folder / "key.json").exists())
 
@@ -54,9 +54,9 @@ def with_cached_reference(
     tokenizer,
     reference: Reference | None,
 ) -> PairStages:
-    """The pairs with their reference log-probs, read from `reference.cache_dir`, or computed into it first.
+    """Return the pairs with reference log-probs, read from `reference.cache_dir`, or computed and saved there first.
 
-    `reference` may be None when the folder is there. Raises ConfigError, naming what differs, when it was made with
+    `reference` may be None on a cache hit. Raises ConfigError, naming the differences, when the cache was made with
     another reference, data or precision.
     """
     folder = Path(recipe.reference.cache_dir)
@@ -89,7 +89,7 @@ def with_cached_reference(
 
 
 def _key(recipe: PreferenceRecipe, precision: str, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Everything that decides the log-probs: the reference's weights, its arithmetic, and the token ids."""
+    """Return the key of the cache: the reference's weights, its precision, and the token ids."""
     model, path = recipe.model, recipe.reference.path or recipe.model.path
     tokens = hashlib.sha256()
     for pair in pairs:
@@ -107,7 +107,7 @@ def _key(recipe: PreferenceRecipe, precision: str, pairs: Sequence[Pair]) -> dic
 
 
 def _weights_digest(path: str) -> str:
-    """Hash of the weight files and the config of a folder, or of a GGUF file; the commit of a hub id."""
+    """Hash the weight files and the config of a folder, or a GGUF file; return the commit of a hub id."""
     if gguf := gguf_file(path, "reference.path"):
         files = [gguf]
     elif is_local(path):
@@ -125,9 +125,9 @@ def _weights_digest(path: str) -> str:
 
 
 def _read(folder: Path, key: dict[str, Any], lengths: Sequence[int]) -> list[np.ndarray]:
-    """The log-probs of each response, from disk when they are used.
+    """Memory-map the log-probs of each response.
 
-    Raises ConfigError when they have another key, or are not as written.
+    Raises ConfigError when the key differs, or the file is damaged.
     """
     damaged = f"reference.cache_dir: {folder} is damaged, delete it to compute the log-probs anew"
     try:
@@ -163,7 +163,7 @@ def _write(folder: Path, key: dict[str, Any], flat: np.ndarray) -> None:
         shutil.rmtree(partial)
         if not (folder / "key.json").exists():
             raise
-        # Another run was faster; what it wrote is checked like any other.
+        # Another run was faster; its cache is checked like any other.
 
 
 def _digest(flat: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""What preference training goes through: the pairs of each stage and the held-out ones."""
+"""Make the pairs of each stage of preference training and the held-out ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from drpo.trainers.reference import Reference
 
 @dataclass(frozen=True)
 class PairStages:
-    """Items of each stage in the order of training, held-out items, and the report of how they came about."""
+    """Items of each stage in the order of training, held-out items, and a report on them."""
 
     stages: list[list[Any]]
     held_out: list[Any]
@@ -36,7 +36,7 @@ def pair_stages(
     tokenizer,
     reference: Reference | None,
 ) -> PairStages:
-    """Pairs of the splits: as they are, or from ranked responses, easy stages first.
+    """Make pairs of the splits: as given, or from ranked responses, easy stages first.
 
     Held out under a curriculum are all pairs of the held-out ranked responses, so that runs with different
     curricula are compared on the same ones.
@@ -53,7 +53,7 @@ def pair_stages(
         if splits.eval:
             everything = CurriculumConfig(num_stages=1, pairs="all")
             (held_out,), further = build_stages(splits.eval, everything)
-            # Back into the order of the data: eval.num_examples takes the first, which must not be the easiest.
+            # Restore the order of the data: eval.num_examples takes the first, which must not be the easiest.
             place = {example.record.origin: i for i, example in enumerate(splits.eval)}
             held_out.sort(key=lambda pair: place[pair.record.origin])
             notes += [f"held out: {note}" for note in further]
@@ -62,7 +62,7 @@ def pair_stages(
         pairs, further = make_pairs(examples, recipe.loss, tokenizer, recipe.data.max_bad_fraction)
         made.append(pairs)
         notes += further
-    # Held-out pairs are compared, not offset: those of equal score count too.
+    # Held-out pairs need no offset, so those of equal score count too.
     held_out_pairs: list[Any] = []
     if held_out:
         held_out_loss = replace(recipe.loss, offset=None)
@@ -79,7 +79,7 @@ def _ranked_logprobs(
     tokenizer,
     reference: Reference,
 ) -> list[list[float]]:
-    """log pi_ref of every ranked response of every example, summed over its tokens."""
+    """Compute log pi_ref of every ranked response of every example, summed over its tokens."""
     score = functools.partial(block_logprobs, share_prompts=recipe.share_prompts)
     rows = all_logprobs(
         [(example.query_ids, example.ranked_ids) for example in examples],

@@ -1,4 +1,4 @@
-"""Which tokens of a response count fully in token-weighted DPO, from labels of its lines or of its tokens."""
+"""Relevance of a response's tokens in token-weighted DPO, from labels of its lines or of its tokens."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def token_relevance(
     labels: Sequence[int],
     unit: Literal["line", "token"],
 ) -> list[bool]:
-    """Whether each of `response_ids` is relevant; the stop token, which is the last one, always is.
+    """Return whether each of `response_ids` is relevant; the last one, the stop token, always is.
 
     `labels` holds 1 (relevant) or 0 for each line of the text, as `splitlines` cuts it, or for each token
     without the stop token (Banerjee et al. 2024, sec. 3: a label for each line). A line has its line break; a
     token that spans two lines belongs to the line in which it starts, also if it starts inside a character.
 
-    Raises RowError for labels of another kind or number, and when the ids are not those of the text, so that
-    places in one cannot be found in the other (a tokenizer that changes texts).
+    Raises RowError for labels of another kind or number, and when the ids cannot be aligned with the text (a tokenizer
+    that changes texts).
     """
     labels = _checked(labels)
     *text_ids, _ = response_ids
@@ -43,7 +43,7 @@ def token_relevance(
         raise RowError("labels and tokens differ", f"the tokens do not spell {response_text.strip()[:60]!r}")
 
     def start(place: int) -> int:
-        """The character in which a token starts: how much of the text the tokens before it spell."""
+        """Return the character in which a token starts: the length of the text of the tokens before it."""
         before = decode_response(tokenizer, text_ids[:place])
         return len(os.path.commonprefix([before, response_text]))
 

@@ -50,7 +50,7 @@ def train(
     for note in check_examples(policy, examples):
         run.say(note)
     reference = None
-    # What a run reports must not depend on who filled the cache: a reference that costs nothing is always there.
+    # Metrics must not depend on which run wrote the cache, so a reference that needs no memory is always loaded.
     at_hand = recipe.reference_is_adapter_off
     if recipe.loss.needs_reference and (
         at_hand or recipe.orders_by_reference or not is_cached(recipe, engine)
@@ -67,7 +67,7 @@ def train(
         data = pair_stages(recipe, engine, run, splits, tokenizer, reference)
         if recipe.reference.cache_dir is not None:
             data = with_cached_reference(recipe, engine, run, data, tokenizer, reference)
-            reference = reference if at_hand else None  # a copy has done its work
+            reference = reference if at_hand else None  # a copy is no longer needed
         objective = PairObjective(
             policy, recipe.loss, reference=reference, share_prompts=recipe.share_prompts, **options
         )
@@ -106,7 +106,7 @@ def _after_step(
     step: int,
     stage_ended: bool,
 ) -> None:
-    """Move the reference where TR-DPO or Curry-DPO asks for it, and empty the optimizer between stages."""
+    """Update the reference for TR-DPO or Curry-DPO, and reset the optimizer between stages."""
     sync, curriculum = recipe.reference, recipe.curriculum
     mix = 0.0
     if sync.sync_every and step % sync.sync_every == 0:
