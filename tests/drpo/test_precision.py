@@ -183,8 +183,6 @@ def test_the_measurement_leaves_the_number_of_threads_alone():
 
 
 PLACED = """
-import sys
-sys.path.insert(0, "tests")
 from pathlib import Path
 import torch
 from tiny_models import tiny_model
