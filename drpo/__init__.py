@@ -7,7 +7,7 @@
 docs/python.md is a tour. Everything listed here is imported on first use.
 """
 
-from importlib import import_module
+from drpo.contents import lazy
 
 _CONTENTS = {
     # train
@@ -39,12 +39,7 @@ _CONTENTS = {
 }
 
 __all__ = list(_CONTENTS)
-
-
-def __getattr__(name: str):
-    if name not in _CONTENTS:
-        raise AttributeError(f"drpo has no {name}; it has {', '.join(_CONTENTS)}")
-    return getattr(import_module(_CONTENTS[name]), name)
+__getattr__ = lazy("drpo", _CONTENTS)
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@
 docs/python.md is a tour. Names listed here are imported on first use.
 """
 
-from importlib import import_module
+from drpo.contents import lazy
 
 _CONTENTS = {
     "complete": "eval.completions.complete",
@@ -19,12 +19,7 @@ _CONTENTS = {
 }
 
 __all__ = list(_CONTENTS)
-
-
-def __getattr__(name: str):
-    if name not in _CONTENTS:
-        raise AttributeError(f"eval has no {name}; it has {', '.join(_CONTENTS)}")
-    return getattr(import_module(_CONTENTS[name]), name)
+__getattr__ = lazy("eval", _CONTENTS)
 
 
 def __dir__() -> list[str]:
