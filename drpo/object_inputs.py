@@ -106,7 +106,7 @@ def _write(engine: Engine, folder: Path, save: Any) -> None:
                 problem = ConfigError(
                     f"{folder} holds other inputs, of an earlier run: choose another run_dir, or remove that folder"
                 )
-        except (ConfigError, DataError) as error:
+        except (ConfigError, DataError, OSError) as error:  # the other processes wait for the outcome
             problem = error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
