@@ -42,7 +42,7 @@ demo-real: $(SMOLLM)
 	$(BIN)/python launch/demo_real.py $(DATA)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
