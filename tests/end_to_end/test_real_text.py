@@ -5,13 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import subprocess
 from functools import partial
 from pathlib import Path
 
 import pytest
 from real_data import DATA
-from tiny_runs import CLEAN, ddp
+from tiny_runs import ddp, finished, plain
 
 from drpo.run.metrics import read_metrics
 
@@ -21,12 +20,6 @@ PROMPT_END = {"tldr": "\n\nTL;DR:", "hh": "\n\nAssistant:"}
 FEW_STEPS = ["num_steps=2", "optim.warmup_steps=0", "engine.trackers=[]"]
 OFFLINE = [*FEW_STEPS, "batch.size=4", "batch.microbatch_size=2", "eval.every=2", "eval.num_examples=4"]
 ONLINE = [*FEW_STEPS, "log.samples_every=1", "rollout.batch_size=8", "eval.every=2", "eval.num_prompts=4"]
-
-
-def single(script: str) -> list[str]:
-    """`ddp` with one process."""
-    *options, path = ddp(script)
-    return [*options, "--num_processes", "1", path]
 
 
 def needs(task: str, *further):
@@ -45,7 +38,7 @@ def start(launcher, task: str, stage: str, folder: Path, *overrides: str, timeou
         "data.train_split=train",
         *overrides,
     ]
-    done = subprocess.run(command, cwd=folder, env=CLEAN, capture_output=True, text=True, timeout=timeout)
+    done = finished(command, cwd=folder, timeout=timeout)
     assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
     assert done.stderr == ""  # no library has anything to add
     result = Path(done.stdout.splitlines()[-1])
@@ -54,7 +47,7 @@ def start(launcher, task: str, stage: str, folder: Path, *overrides: str, timeou
     return result.parent
 
 
-@pytest.mark.parametrize("task, launcher", [needs("tldr", ddp), needs("hh", single)])
+@pytest.mark.parametrize("task, launcher", [needs("tldr", ddp), needs("hh", plain)])
 def test_the_whole_chain_runs_in_a_few_steps(task, launcher, tmp_path):
     start(launcher, task, "sft", tmp_path, *OFFLINE, "sample.num_prompts=2", "sample.max_response_length=4")
     start(launcher, task, "reward_model", tmp_path, *OFFLINE, "score.num_centring=4")
