@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +24,6 @@ from drpo.trainers.preference import train as preference
 from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.sft import SFTRecipe
 
-Recipe = TypeVar("Recipe")
 Model = PreTrainedModel | str | Path
 Records = Iterable[Mapping[str, Any]] | str | Path
 

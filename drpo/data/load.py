@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_EVAL_FRACTION = 0.05
-NOT_FOR_THE_DEMO = (
-    *("path", "subset", "train_split", "eval_split", "eval_fraction", "split_seed"),
-    *("columns", "chat_template"),
-)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class RowObjective(nn.Module):
     needs_step_statistics = False
 
     def step_statistics(self, losses: Tensor, rows: RowMetrics) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} does not look ahead")
+        raise NotImplementedError(f"{type(self).__name__} needs no step statistics")
 
     def summarise(self, losses: Tensor, rows: RowMetrics) -> dict[str, float]:
         return {name: float(values.mean()) for name, values in rows.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,7 @@ from drpo.models.scoring import response_logprobs
 from drpo.rewards import Completion, RewardFn
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
 from eval.completions.rows import CompletionRow
-
-Say = Callable[[str], object]
-"A function that shows a line to the user."
+from eval.progress import Say
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from drpo.config import key, refuse
+from drpo.config import key, refuse_changed
 from eval.judging.judge import JudgeKind
 from eval.judging.openai.run import OPENAI
 from eval.judging.openai.settings import OpenAISettings
@@ -29,9 +29,8 @@ class JudgeConfig(FunctionSettings, RewardModelSettings, OpenAISettings):
     def check(self) -> None:
         settings = KINDS[self.kind].settings
         applies = {field.name for field in fields(settings)}
-        for field in fields(self):
-            given = field.name not in applies and getattr(self, field.name) != field.default
-            refuse(given, field.name, f"does not apply to {key('kind')}={self.kind}")
+        others = {field.name for field in fields(self)} - applies
+        refuse_changed(self, others, f"does not apply to {key('kind')}={self.kind}")
         settings.check(self)
 
     @property

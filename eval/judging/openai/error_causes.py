@@ -18,7 +18,6 @@ Cause = Literal["money", "day", "text", "size", "place", "key"]
 """money: credit, plan or spending limit exhausted. day: daily quota exhausted. text: content filter rejected this
 prompt. size: prompt too long. place: country, network or account refused. key: permission missing."""
 
-_WRAPS = ("error", "errors", "detail", "innererror", "metadata", "raw", "details", "violations", "base_resp")
 _READ = 300
 "Characters of a message that are matched. Validation errors quote the prompt further on, and prompts mention money."
 
