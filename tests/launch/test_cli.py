@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import CLEAN, ROOT
+from tiny_runs import CLEAN, ROOT, finished
 
 from launch.cli import COMMANDS, accelerate_config, accelerate_configs
 
@@ -27,6 +27,8 @@ SMALL = [
 def drpo(*arguments: str, cwd: Path, path: Path = ROOT) -> subprocess.CompletedProcess:
     environment = {**CLEAN, "PYTHONPATH": str(path)}
     command = [sys.executable, "-m", "launch.cli", *arguments]
+    if path == ROOT:
+        return finished(command, cwd=cwd, env=environment)
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
 
 

@@ -130,10 +130,11 @@ def accelerate() -> list[str]:
 def finished(
     command: list[str], *arguments: str, cwd: Path, env: dict[str, str] = CLEAN, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """A process that has run to its end; one of our scripts need not import torch for itself."""
+    """A process that has run to its end; our commands and the launcher need not import torch for themselves."""
     whole = [*command, *arguments]
-    script = Path(whole[1])
-    if whole[0] == sys.executable and script.parent in (ROOT / "launch", ROOT / "launch" / "experiments"):
+    is_script = Path(whole[1]).parent in (ROOT / "launch", ROOT / "launch" / "experiments")
+    is_module = whole[1:3] in (accelerate()[1:], ["-m", "launch.cli"])
+    if whole[0] == sys.executable and (is_script or is_module):
         return warm_python.completed(whole, cwd, env, timeout)
     return subprocess.run(whole, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 

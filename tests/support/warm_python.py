@@ -1,16 +1,20 @@
 """Run scripts as fresh processes that need not import torch: forked from one process that has imported it.
 
 Everything else is as in a process of its own: arguments, environment, folder, output, exit code. The parent has
-computed nothing, so it has no threads, and a child starts as clean as the parent is.
+computed nothing, so it has no threads, and a child starts as clean as the parent is. `accelerate launch` runs so too,
+and the processes that it starts: they are forked from the same parent, with the environment that it gives them.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -19,41 +23,88 @@ import tempfile
 import traceback
 from pathlib import Path
 
-IMPORTS = ("drpo.api", "reward_models.api", "eval.comparing.compare", "eval.neurons.analyse")
+IMPORTS = (
+    "accelerate.commands.launch",
+    "deepspeed",
+    "drpo.api",
+    "eval.comparing.compare",
+    "eval.neurons.analyse",
+    "reward_models.api",
+    "torch.distributed.run",
+)
+ADDRESS = "WARM_PYTHON"
+"Environment variable with the address of the parent."
 
 
 def completed(
     command: list[str], cwd: Path, env: dict[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run `[python, script, arguments...]` to its end. Raises TimeoutExpired."""
-    with tempfile.TemporaryDirectory() as folder, _connection() as connection:
+    """Run `[python, script or -m module, arguments...]` to its end. Raises TimeoutExpired."""
+    with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        request = {"argv": command[1:], "cwd": str(cwd), "env": env, "out": str(out), "err": str(err)}
-        connection.settimeout(timeout)
-        connection.sendall(json.dumps(request).encode() + b"\n")
+        with out.open("wb") as out_file, err.open("wb") as err_file:
+            process = WarmProcess(command, str(cwd), env, out_file.fileno(), err_file.fileno(), _address())
         try:
-            answer = connection.makefile().readline()
-        except TimeoutError:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
             raise subprocess.TimeoutExpired(command, timeout, out.read_bytes(), err.read_bytes()) from None
+        finally:
+            process.leave()
         texts = (path.read_text(encoding="utf-8", errors="replace") for path in (out, err))
-        return subprocess.CompletedProcess(command, int(answer), *texts)
+        return subprocess.CompletedProcess(command, code, *texts)
+
+
+class WarmProcess:
+    """A process forked from the parent at `address`, with what is used of `subprocess.Popen`; it ends with its user."""
+
+    def __init__(
+        self, command: list[str], cwd: str, env: dict[str, str], out: int, err: int, address: str
+    ) -> None:
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(address)
+        request = {"argv": command[1:], "cwd": cwd, "env": {**env, ADDRESS: address}}
+        socket.send_fds(self._connection, [json.dumps(request).encode() + b"\n"], [out, err])
+        self._answers = b""
+        self.args, self.returncode = command, None
+        self.pid = int(self._line(None))
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while the process runs."""
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit code. Raises TimeoutExpired."""
+        if self.returncode is None:
+            self.returncode = int(self._line(timeout))
+        return self.returncode
+
+    def leave(self) -> None:
+        """Kill the process if it still runs."""
+        self._connection.close()
+
+    def _line(self, timeout: float | None) -> bytes:
+        while b"\n" not in self._answers:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            received = self._connection.recv(100)
+            assert received, "the parent of the tests' processes has ended"
+            self._answers += received
+        line, _, self._answers = self._answers.partition(b"\n")
+        return line
 
 
 @functools.cache
 def _address() -> str:
-    """Where the parent listens; it is started at the first call and ends with this process."""
+    """Return where the parent listens; it is started at the first call and ends with this process."""
     folder = tempfile.mkdtemp()
     address = os.path.join(folder, "socket")
     parent = subprocess.Popen([sys.executable, __file__, address], stdout=subprocess.PIPE, text=True)
     atexit.register(parent.kill)
-    assert parent.stdout.readline() == "ready\n", "the parent of the tests' processes did not start"
+    assert "ready\n" in parent.stdout, "the parent of the tests' processes did not start"
     return address
-
-
-def _connection() -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(_address())
-    return connection
 
 
 # --- the parent -------------------------------------------------------------------------------------------
@@ -61,49 +112,63 @@ def _connection() -> socket.socket:
 
 def _serve(address: str) -> None:
     for module in IMPORTS:
-        __import__(module)
+        importlib.import_module(module)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()
         print("ready", flush=True)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps those that have answered
         while True:
             connection, _ = server.accept()
-            with connection:
-                request = json.loads(connection.makefile().readline())
-                child = os.fork()
-                if child == 0:
-                    server.close()
-                    connection.close()
-                    _become(**request)
-                connection.sendall(f"{_exit_code(child, connection)}\n".encode())
+            if os.fork() == 0:
+                server.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                _answer(connection)
+            connection.close()
 
 
-def _exit_code(child: int, connection: socket.socket) -> int:
-    """Wait for the child; kill it when whoever asked for it has given up."""
-    import select
-
+def _answer(connection: socket.socket) -> None:
+    """Fork the process that is asked for, send its id and its exit code, and leave; kill it if its user has left."""
+    request, files, _, _ = socket.recv_fds(connection, 1 << 20, 2)
+    while not request.endswith(b"\n"):
+        request += connection.recv(1 << 20)
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        _become(**json.loads(request), files=files)
     pidfd = os.pidfd_open(child)
+    connection.sendall(f"{child}\n".encode())
     readable, _, _ = select.select([pidfd, connection], [], [])
     if pidfd not in readable:
-        os.kill(child, signal.SIGKILL)
-    os.close(pidfd)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(f"{code}\n".encode())
+    os._exit(0)
 
 
-def _become(argv: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
-    """Turn this forked process into a run of the script, and leave."""
+def _become(argv: list[str], cwd: str, env: dict[str, str], files: list[int]) -> None:
+    """Turn this forked process into a run of the script or module, and leave."""
     code = 1
     try:
         os.setsid()
         os.chdir(cwd)
+        address = env.pop(ADDRESS)
         os.environ.clear()
         os.environ.update(env)
-        for path, number in ((out, 1), (err, 2)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        for file, number in zip(files, (1, 2), strict=True):
+            os.dup2(file, number)
+            os.close(file)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.argv = argv
-        sys.path[0] = os.path.dirname(argv[0])
-        runpy.run_path(argv[0], run_name="__main__")
+        _launch_warm(address)
+        if argv[0] == "-m":
+            sys.argv, sys.path[0] = argv[1:], cwd
+            sys.modules.pop(argv[1], None)  # runpy warns of a module that is there already
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = argv, os.path.dirname(argv[0])
+            runpy.run_path(argv[0], run_name="__main__")
         code = 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
@@ -117,6 +182,20 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], out: str, err: str) 
             sys.stderr.flush()
         finally:
             os._exit(code)
+
+
+def _launch_warm(address: str) -> None:
+    """Let the launcher of this process start its workers from the parent at `address`, too."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    def start(handler: SubprocessHandler, args: tuple, env: dict[str, str]) -> WarmProcess:
+        out, err = (
+            file.fileno() if file else number for file, number in ((handler._stdout, 1), (handler._stderr, 2))
+        )
+        python = [word for word in args if word != "-u"]
+        return WarmProcess(python, os.getcwd(), env, out, err, address)
+
+    SubprocessHandler._popen = start
 
 
 if __name__ == "__main__":
