@@ -62,6 +62,16 @@ class PaddedBatch:
         fields = (self.queries, self.query_mask, self.responses, self.response_mask)
         return PaddedBatch(*(field[indices] for field in fields))
 
+    def trimmed(self) -> PaddedBatch:
+        """Return the batch without the columns that are padding in every row."""
+        query_length, response_length = (
+            int(mask.sum(dim=1).max()) for mask in (self.query_mask, self.response_mask)
+        )
+        first = self.queries.shape[1] - query_length
+        queries = (field[:, first:] for field in (self.queries, self.query_mask))
+        responses = (field[:, :response_length] for field in (self.responses, self.response_mask))
+        return PaddedBatch(*queries, *responses)
+
 
 def pad_batch(
     query_ids: Sequence[Sequence[int]],

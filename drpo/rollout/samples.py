@@ -7,17 +7,17 @@ from typing import Any
 
 from drpo.data.encode import said_texts
 from drpo.rewards import Completion
-from drpo.rollout.trajectory import Trajectory
+from drpo.rollout.trajectory import Rollouts
 
 
 def rollout_samples(
-    trajectory: Trajectory, completions: Sequence[Completion], tokenizer, num_samples: int
+    rollouts: Rollouts, completions: Sequence[Completion], tokenizer, num_samples: int
 ) -> list[dict[str, Any]]:
     """Return the first rollouts of this process as rows: prompt, forced prefix, sampled text, score."""
     rows = []
     for index in range(min(num_samples, len(completions))):
         completion = completions[index]
-        forced = int(trajectory.reset_lengths[index])
+        forced = int(rollouts.reset_lengths[index])
         forced_ids, sampled_ids = completion.response_ids[:forced], completion.response_ids[forced:]
         prefix, continuation = said_texts(tokenizer, [forced_ids, sampled_ids], ["", ""])
         rows.append(
@@ -28,7 +28,7 @@ def rollout_samples(
                 "prefix": prefix,
                 "continuation": continuation,
                 "ended": completion.ended,
-                "scores": {"score": float(trajectory.scores[index])},
+                "scores": {"score": float(rollouts.scores[index])},
             }
         )
     return rows

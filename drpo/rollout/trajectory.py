@@ -1,19 +1,35 @@
-"""One batch of rollouts: tokens, masks, and the measurements at sampling time."""
+"""One batch of rollouts: tokens, masks and scores, and the models' measurements of them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from drpo.tensors import PaddedBatch
 
+Rows = TypeVar("Rows", bound="Rollouts")
 
-@dataclass(frozen=True, eq=False)
-class Trajectory:
+
+class Microbatch(NamedTuple):
+    """Rows of one forward, and the longest query and response among them."""
+
+    rows: Tensor
+    """(b,) int64."""
+    query_length: int
+    response_length: int
+
+    def responses(self, values: Tensor) -> Tensor:
+        """Select values (B, R, ...) of the response tokens, (b, response_length, ...)."""
+        return values[self.rows, : self.response_length]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rollouts:
     """B rollouts, rows first.
 
     `response_mask` covers the real response tokens, the stop token included; `action_mask` those of them that
@@ -36,20 +52,19 @@ class Trajectory:
     """(B,) bool, a stop token was sampled."""
     scores: Tensor
     """(B,) float32, raw reward."""
-    logprobs: Tensor
-    """(B, R) float32, under the policy that sampled."""
-    ref_logprobs: Tensor
-    """(B, R) float32, under the reference."""
-    entropy: Tensor
-    """(B, R) float32, of the policy that sampled, in nats."""
-    values: Tensor | None = None
-    """(B, R) float32, V before each response token; None without a critic."""
     trunk: Tensor | None = None
     """(B, Q+R, H), output of the frozen layers that all models share (drpo.models.trunk); None where there are none."""
 
     @property
     def batch(self) -> PaddedBatch:
         return PaddedBatch(self.queries, self.query_mask, self.responses, self.response_mask)
+
+    def select(self, part: Microbatch) -> tuple[PaddedBatch, Tensor | None]:
+        """Return the rows of a micro-batch, and the trunk's output for them, without columns of padding alone."""
+        first, end = self.queries.shape[1] - part.query_length, self.queries.shape[1] + part.response_length
+        queries = (tokens[part.rows, first:] for tokens in (self.queries, self.query_mask))
+        batch = PaddedBatch(*queries, part.responses(self.responses), part.responses(self.response_mask))
+        return batch, None if self.trunk is None else self.trunk[part.rows, first:end]
 
     @property
     def action_mask(self) -> Tensor:
@@ -67,7 +82,30 @@ class Trajectory:
         """(B,) int64: response tokens, prefix and stop token included."""
         return self.response_mask.sum(dim=1)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Trajectory:
+    def row_lengths(self) -> list[tuple[int, int]]:
+        """Return the tokens of every row's query and response."""
+        return torch.stack([self.query_mask.sum(dim=1), self.lengths], dim=1).tolist()
+
+    def map(self: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
         """Apply a function to every field that is not None."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Trajectory(**{n: value if value is None else function(value) for n, value in values.items()})
+        return type(self)(
+            **{n: value if value is None else function(value) for n, value in self.columns().items()}
+        )
+
+    def columns(self) -> dict[str, Tensor | None]:
+        """Return the fields by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trajectory(Rollouts):
+    """Rollouts with the measurements of the models at sampling time."""
+
+    logprobs: Tensor
+    """(B, R) float32, under the policy that sampled."""
+    ref_logprobs: Tensor
+    """(B, R) float32, under the reference."""
+    entropy: Tensor
+    """(B, R) float32, of the policy that sampled, in nats."""
+    values: Tensor | None = None
+    """(B, R) float32, V before each response token; None without a critic."""

@@ -19,7 +19,7 @@ from drpo.kl import kl_per_token
 from drpo.models.tokenizer import load_tokenizer
 from drpo.optim import scheduled_rate, set_learning_rates
 from drpo.rewards import RewardFn, RunningMoments
-from drpo.rollout.collect import Measurement, collect
+from drpo.rollout.collect import collect
 from drpo.rollout.held_out import Held, evaluate
 from drpo.rollout.resets import check_resets
 from drpo.rollout.samples import rollout_samples
@@ -115,10 +115,10 @@ class _Loop:
 
         with engine.whole_weights(models.actor_critic):
             local, completions = collect(starts[engine.shard(batch_size)], models.generator, engine,
-                                         Measurement(models.measure, recipe.ppo.microbatch_size),
                                          self.reward_fn, phases)  # fmt: skip
-        check_finite(local.scores, "the reward", [c.record.origin for c in completions])
-        trajectory = local.map(engine.gather_rows)
+            check_finite(local.scores, "the reward", [c.record.origin for c in completions])
+            with phases("score"):
+                trajectory = models.measure(local.map(engine.gather_rows), recipe.ppo, (recipe.seed, step))
 
         kl_coef = self.controller.coef
         credit = assign_credit(trajectory, recipe.reward.shaping, recipe.kl, kl_coef, recipe.advantage,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,10 +22,11 @@ from drpo.models.scoring import response_logprobs
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
 from drpo.rewards import BoundedRewardFn, RewardFn, TrunkRewardFn
-from drpo.rollout.collect import Measured
 from drpo.rollout.generator import Generator, vocabulary_of
+from drpo.rollout.trajectory import Rollouts, Trajectory
 from drpo.tensors import PaddedBatch
 from drpo.trainers.online_recipe import OnlineRecipe
+from drpo.trainers.ppo_update import PPOConfig
 from drpo.trainers.reference import policy_as_it_starts
 
 
@@ -43,13 +45,37 @@ class OnlineModels:
     "Warnings for the user."
 
     @torch.no_grad()
-    def measure(self, batch: PaddedBatch, trunk: Tensor | None) -> Measured:
-        """Measure log-probs, entropy, values and reference log-probs, by the same forward as training."""
-        with self.engine.autocast():
-            own = self.actor_critic(
-                batch.queries, batch.query_mask, batch.responses, batch.response_mask, trunk
-            )
-            return Measured(*own, self.reference_logprobs(batch, trunk))
+    def measure(self, rollouts: Rollouts, config: PPOConfig, draw: tuple[int, int]) -> Trajectory:
+        """Measure log-probs, entropy, values and reference log-probs of rollouts that all processes hold in full.
+
+        The forwards are those of the update's first epoch: the same micro-batches, on the same processes, by the same
+        module. The first probability ratio of the update is then exactly 1.
+        """
+        engine, columns = self.engine, {}
+        minibatches = itertools.islice(
+            config.minibatches(rollouts, engine.world_size, draw), config.num_minibatches
+        )
+        for part in (part for parts in minibatches for part in parts[engine.rank :: engine.world_size]):
+            batch, trunk = rollouts.select(part)
+            with engine.autocast():
+                tokens = (batch.queries, batch.query_mask, batch.responses, batch.response_mask)
+                logprobs, entropy, values = self.actor_critic(*tokens, trunk)
+                ref_logprobs = self.reference_logprobs(batch, trunk)
+            measured = {
+                "logprobs": logprobs,
+                "entropy": entropy,
+                "values": values,
+                "ref_logprobs": ref_logprobs,
+            }
+            for name, numbers in measured.items():
+                if numbers is not None:
+                    column = columns.setdefault(
+                        name, torch.zeros(rollouts.responses.shape, device=engine.device)
+                    )
+                    column[part.rows, : part.response_length] = numbers.float()
+        return Trajectory(
+            **rollouts.columns(), **{name: engine.sum(column) for name, column in columns.items()}
+        )
 
 
 def load_models(

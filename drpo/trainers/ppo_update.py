@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from drpo.config import Section, setting
+from drpo.config import Section, key, refuse, setting
 from drpo.engine import Engine
 from drpo.losses import ppo_policy_loss, ppo_value_loss
-from drpo.rollout.trajectory import Trajectory
+from drpo.rollout.trajectory import Microbatch, Rollouts, Trajectory
 from drpo.tensors import masked_sum
 from drpo.trainers.credit import Credit
-
-MINIBATCH_STREAM = 3  # separates the order of minibatches from other random numbers
+from drpo.trainers.minibatches import minibatches
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,11 @@ class PPOConfig(Section):
     """Passes over each batch of rollouts."""
     num_minibatches: int = setting(1, ge=1)
     """Optimizer steps per pass: the batch is cut into this many minibatches."""
-    microbatch_size: int = setting(4, ge=1)
-    """Rows per forward on one device; changes memory and speed, not the result."""
+    microbatch_size: int | None = setting(4, ge=1)
+    """Rows per forward on one device, at most; changes memory and speed, not the result."""
+    microbatch_tokens: int | None = setting(None, ge=1)
+    """Tokens per forward on one device, padding included, at most (a longer row goes alone); with microbatch_size=null
+    they alone count. Rows of like length go together in any case."""
     clip_range: float = setting(0.2, gt=0)
     """Clipping of the probability ratio."""
     value_clip_range: float = setting(0.2, gt=0)
@@ -40,6 +42,24 @@ class PPOConfig(Section):
     """Weight of the entropy bonus."""
     target_kl: float | None = setting(None, gt=0)
     """Leave the update early when a minibatch's KL between old and new policy (k3, nats per token) is above this."""
+
+    def check(self) -> None:
+        neither = self.microbatch_size is None and self.microbatch_tokens is None
+        refuse(neither, "microbatch_size", f"and {key('microbatch_tokens')} are both null; give one")
+
+    def minibatches(
+        self, rollouts: Rollouts, world_size: int, draw: tuple[int, int]
+    ) -> Iterator[list[Microbatch]]:
+        """Yield the micro-batches of each minibatch, epoch after epoch; number i is for process i % world_size.
+
+        Their order depends on `draw`, the seed and the step, and on the lengths of the rows.
+        """
+        lengths, bounds = rollouts.row_lengths(), (self.microbatch_size, self.microbatch_tokens)
+        for epoch in range(self.num_epochs):
+            place = (*draw, epoch)
+            yield from minibatches(
+                lengths, self.num_minibatches, *bounds, world_size, place, rollouts.scores.device
+            )
 
 
 def ppo_update(
@@ -65,22 +85,23 @@ def ppo_update(
     """
     totals: Counter[str] = Counter()
     grad_norms: list[float] = []
-    for rows in _minibatches(len(trajectory.scores), config, *draw):
+    for parts in config.minibatches(trajectory, engine.world_size, draw):
+        rows = torch.cat([part.rows for part in parts])
         counts = (credit.policy_mask[rows].sum(), credit.value_mask[rows].sum())
-        local = rows[engine.shard(len(rows))].to(trajectory.scores.device)
-        parts = local.split(config.microbatch_size)
+        local = parts[engine.rank :: engine.world_size]
         row_losses, sums = [], None
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
+        for index, part in enumerate(local):
+            last = index == len(local) - 1
             with engine.accumulating(last):
                 losses, statistics = _losses(model, trajectory, credit, part, counts, config, train_policy)
                 engine.backward(losses.sum() * engine.loss_scale(), last)
             row_losses.append(losses.detach())
             values = torch.stack(list(statistics.values())).double()
             sums = values if sums is None else sums + values
-        check_finite(_at_rows(torch.cat(row_losses), local, len(trajectory.scores)), "the loss")
+        own_rows = torch.cat([part.rows for part in local])
+        check_finite(_at_rows(torch.cat(row_losses), own_rows, len(trajectory.scores)), "the loss")
         grad_norms.append(engine.optimizer_step())
-        check_finite(torch.tensor([grad_norms[-1]], device=local.device), "the gradient norm")
+        check_finite(torch.tensor([grad_norms[-1]], device=engine.device), "the gradient norm")
         means = dict(zip(statistics, engine.sum(sums).tolist(), strict=True))
         totals.update(means)
         if config.target_kl is not None and means["approx_kl"] > config.target_kl:
@@ -95,30 +116,30 @@ def _losses(
     model: nn.Module,
     trajectory: Trajectory,
     credit: Credit,
-    rows: Tensor,
+    part: Microbatch,
     counts: tuple[Tensor, Tensor],
     config: PPOConfig,
     train_policy: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the loss of some rows, and their share of the minibatch's statistics.
+    """Compute the loss of each row of a micro-batch, and their share of the minibatch's statistics.
 
     `counts` are the policy tokens and value tokens of the whole minibatch.
     """
     num_policy, num_value = counts
-    batch = trajectory.batch.select(rows)
-    policy_mask, value_mask = credit.policy_mask[rows], credit.value_mask[rows]
-    trunk = None if trajectory.trunk is None else trajectory.trunk[rows]
+    batch, trunk = trajectory.select(part)
+    policy_mask, value_mask = part.responses(credit.policy_mask), part.responses(credit.value_mask)
     logprobs, entropy, values = model(
         batch.queries, batch.query_mask, batch.responses, batch.response_mask, trunk
     )
-    old_logprobs = trajectory.logprobs[rows]
-    policy = ppo_policy_loss(logprobs, old_logprobs, credit.advantages[rows], config.clip_range)
+    old_logprobs = part.responses(trajectory.logprobs)
+    policy = ppo_policy_loss(logprobs, old_logprobs, part.responses(credit.advantages), config.clip_range)
     policy_loss = masked_sum(policy.loss, policy_mask, dim=1) / num_policy
     bonus = masked_sum(entropy, policy_mask, dim=1) / num_policy
     statistics = {"policy_loss": policy_loss.sum(), "entropy": bonus.sum()}
     terms = []
     if values is not None:
-        value = ppo_value_loss(values, trajectory.values[rows], credit.returns[rows], config.value_clip_range)
+        old_values, returns = part.responses(trajectory.values), part.responses(credit.returns)
+        value = ppo_value_loss(values, old_values, returns, config.value_clip_range)
         value_loss = masked_sum(value.loss, value_mask, dim=1) / num_value
         statistics["value_loss"] = value_loss.sum()
         statistics["value_clip_fraction"] = masked_sum(value.clipped.float(), value_mask) / num_value
@@ -134,13 +155,6 @@ def _losses(
         statistics["clip_fraction"] = masked_sum(policy.clipped.float(), policy_mask) / num_policy
         statistics["ratio"] = masked_sum(policy.ratio, policy_mask) / num_policy
     return sum(terms[1:], terms[0]), {name: value.detach() for name, value in statistics.items()}
-
-
-def _minibatches(num_rows: int, config: PPOConfig, seed: int, step: int) -> Iterator[Tensor]:
-    """Yield the row indices of each minibatch, in an order that depends on (seed, step, epoch) alone."""
-    for epoch in range(config.num_epochs):
-        order = np.random.default_rng([seed, MINIBATCH_STREAM, step, epoch]).permutation(num_rows)
-        yield from torch.from_numpy(order).tensor_split(config.num_minibatches)
 
 
 def _at_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

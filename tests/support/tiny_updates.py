@@ -49,6 +49,8 @@ class Update:
     """Rows of the forwards before each optimizer step."""
     forwards: list[list[int]] = field(default_factory=list)
     """Rows of each forward."""
+    widths: list[int] = field(default_factory=list)
+    """Response positions of each forward."""
     _open: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -58,6 +60,7 @@ class Update:
     def _on_forward(self, module: nn.Module, args: tuple) -> None:
         rows = (args[0][:, -2] - FIRST_ROW_ID).tolist()
         self.forwards.append(rows)
+        self.widths.append(args[2].shape[1])
         self._open += rows
 
     def _on_step(self, *_) -> None:

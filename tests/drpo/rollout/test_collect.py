@@ -18,7 +18,7 @@ from drpo.models.scoring import response_logprobs
 from drpo.models.tokenizer import train_tokenizer
 from drpo.reward_functions import call_reward_fn
 from drpo.rewards import Completion
-from drpo.rollout.collect import Measured, Measurement, collect
+from drpo.rollout.collect import collect
 from drpo.rollout.generator import Generator, RolloutConfig, vocabulary_of
 from drpo.rollout.held_out import EvalConfig, evaluate
 from drpo.rollout.resets import ResetConfig
@@ -26,6 +26,8 @@ from drpo.rollout.sampler import SamplingConfig
 from drpo.rollout.starts import draw_starts
 from drpo.rollout.trajectory import Trajectory
 from drpo.run.metrics import Phases
+from drpo.trainers.online_models import OnlineModels
+from drpo.trainers.ppo_update import PPOConfig
 
 LIMIT = 9
 ROLLOUT = RolloutConfig(
@@ -89,14 +91,16 @@ def generator(models, tokenizer) -> Generator:
 def rollouts(models, generator, engine, examples) -> Callable[..., tuple[list, Trajectory, list[Completion]]]:
     actor_critic, reference = models
 
-    def measure(batch, trunk) -> Measured:
-        own = actor_critic(batch.queries, batch.query_mask, batch.responses, batch.response_mask)
-        return Measured(*own, response_logprobs(reference, batch, temperature=0.8).logprobs)
+    def reference_logprobs(batch, trunk):
+        return response_logprobs(reference, batch, temperature=0.8).logprobs
+
+    online = OnlineModels(engine, actor_critic, actor_critic, generator, reference_logprobs, notes=[])
 
     def roll_out(episodes: range, **reset) -> tuple[list, Trajectory, list[Completion]]:
         starts = draw_starts(examples, episodes, ResetConfig(**reset), ROLLOUT, generator, 0.0, 3)
-        measurement = Measurement(measure, microbatch_size=3)
-        return starts, *collect(starts, generator, engine, measurement, by_length, Phases())
+        rollouts, completions = collect(starts, generator, engine, by_length, Phases())
+        config = PPOConfig(microbatch_size=None, microbatch_tokens=40)
+        return starts, online.measure(rollouts, config, (3, 1)), completions
 
     return roll_out
 

@@ -255,20 +255,20 @@ class HeadGradients:
         update.model.critic.register_forward_hook(self._on_values)
 
     def _on_logits(self, module, args, output: Tensor) -> None:
-        rows, width = self.update.forwards[-1], self.logits.shape[1]
+        rows, width = self.update.forwards[-1], self.update.widths[-1]
         assert output.shape[0] == len(rows) * width
 
         def keep(gradient: Tensor) -> None:
-            self.logits[rows] += gradient.view(len(rows), width, -1).abs().amax(dim=-1)
+            self.logits[rows, :width] += gradient.view(len(rows), width, -1).abs().amax(dim=-1)
 
         output.register_hook(keep)
 
     def _on_values(self, module, args, output: Tensor) -> None:
-        rows, width = self.update.forwards[-1], self.values.shape[1]
+        rows, width = self.update.forwards[-1], self.update.widths[-1]
 
         def keep(gradient: Tensor) -> None:
             before_response = gradient.shape[1] - width - 1
-            self.values[rows] += gradient[:, before_response : before_response + width].abs()
+            self.values[rows, :width] += gradient[:, before_response : before_response + width].abs()
             outside = torch.cat(
                 [gradient[:, :before_response], gradient[:, before_response + width :]], dim=1
             )

@@ -1,0 +1,48 @@
+"""Cut rows of uneven length into micro-batches with little padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Lengths = tuple[int, int]
+"Tokens of a row's query and of its response, which are padded apart."
+
+
+def microbatches(
+    lengths: Sequence[Lengths], max_rows: int | None, max_tokens: int | None, world_size: int = 1
+) -> list[list[int]]:
+    """Group rows of like length, longest first; the number of groups is a multiple of the processes.
+
+        tokens of a group = rows * (longest query + longest response)
+
+    Every row is in exactly one group, and which one depends on the lengths and their order alone. A row longer than
+    `max_tokens` is a group of its own. Raises ValueError for rows that do not divide over the processes, and for no
+    bound.
+
+    Args:
+        lengths: of every row, in tokens.
+        max_rows: rows of a group; None leaves them unbounded.
+        max_tokens: tokens of a group, padding included; None leaves them unbounded.
+        world_size: processes; group i is for process i % world_size, so that all have like work.
+    """
+    if max_rows is None and max_tokens is None:
+        raise ValueError("max_rows and max_tokens are both None; give one")
+    if len(lengths) % world_size:
+        raise ValueError(f"{len(lengths)} rows do not divide over {world_size} processes")
+    order = sorted(range(len(lengths)), key=lambda row: sum(lengths[row]), reverse=True)
+    groups: list[list[int]] = []
+    query = response = 0
+    for row in order:
+        query, response = max(query, lengths[row][0]), max(response, lengths[row][1])
+        size = len(groups[-1]) + 1 if groups else 0
+        too_many = max_rows is not None and size > max_rows
+        too_long = max_tokens is not None and size * (query + response) > max_tokens
+        if not groups or too_many or too_long:
+            groups.append([])
+            query, response = lengths[row]
+        groups[-1].append(row)
+    while len(groups) % world_size:
+        largest = max(range(len(groups)), key=lambda group: len(groups[group]))
+        half = (len(groups[largest]) + 1) // 2
+        groups[largest : largest + 1] = [groups[largest][:half], groups[largest][half:]]
+    return groups

@@ -1,0 +1,51 @@
+"""Grouping rows by length: what a group may hold, by hand and as properties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from drpo.microbatches import microbatches
+
+
+def test_rows_are_grouped_longest_first_within_the_token_bound():
+    lengths = [(2, 1), (6, 2), (3, 3), (2, 2), (5, 3)]
+    # by total: row 1 and 4 (8 each), 2 (6), 3 (4), 0 (3); 2 rows * (6 + 3) = 18; 3 would be 27
+    assert microbatches(lengths, None, 18) == [[1, 4], [2, 3, 0]]  # 3 rows * (3 + 3) = 18
+    assert microbatches(lengths, None, 17) == [[1], [4, 2], [3, 0]]
+
+
+@pytest.mark.parametrize("max_rows", [None, 1, 3, 7])
+@pytest.mark.parametrize("max_tokens", [None, 1, 40, 200])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_row_is_in_one_group_within_both_bounds(max_rows, max_tokens, world_size):
+    if max_rows is None and max_tokens is None:
+        return
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        lengths = [
+            (int(q), int(r)) for q, r in draw.integers(1, 30, (world_size * int(draw.integers(1, 14)), 2))
+        ]
+        groups = microbatches(lengths, max_rows, max_tokens, world_size)
+        assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+        assert len(groups) % world_size == 0
+        for group in groups:
+            width = max(lengths[row][0] for row in group) + max(lengths[row][1] for row in group)
+            assert max_rows is None or len(group) <= max_rows
+            assert max_tokens is None or len(group) == 1 or len(group) * width <= max_tokens
+
+
+def test_rows_of_one_length_are_grouped_in_order():
+    assert microbatches([(4, 2)] * 5, 2, None) == [[0, 1], [2, 3], [4]]
+
+
+def test_groups_are_split_for_every_process_to_have_as_many():
+    assert microbatches([(4, 2)] * 4, 8, None, world_size=2) == [[0, 1], [2, 3]]
+    assert microbatches([(4, 2)] * 6, 2, None, world_size=2) == [[0], [1], [2, 3], [4, 5]]
+
+
+def test_impossible_divisions_are_refused():
+    with pytest.raises(ValueError, match="both None"):
+        microbatches([(1, 1)], None, None)
+    with pytest.raises(ValueError, match="3 rows do not divide over 2 processes"):
+        microbatches([(1, 1)] * 3, 1, None, world_size=2)
