@@ -45,20 +45,20 @@ class AgreementRecipe(Section):
 
 def agreement(recipe: AgreementRecipe) -> Path:
     """Match the verdicts and labels of all files, compute, write and print. Returns the path of agreement.json."""
-    if len(recipe.judgments) + len(recipe.labels) == 0:
+    if not recipe.judgments and not recipe.labels:
         raise ConfigError("judgments and labels must name files: at least one of labels, or two of judgments")
     judges = [read_judge_file(path, recipe.half_tie) for path in recipe.judgments]
     labels = load_labels(recipe.labels)
     ratings = side_by_side(judges, labels)
     if len(ratings.judges) + len(ratings.people) < 2:
         raise DataError("there is one rater only, and nobody to agree with; give more judgments or labels")
-    notes = _notes(ratings, {judge.question for judge in judges}, {label.question for label in labels})
-    found = {
+    counts = _counts(ratings)
+    results = {
         "judgments": recipe.judgments,
         "labels": recipe.labels,
-        "counts": _counts(ratings),
+        "counts": counts,
         "left_out": dict(ratings.left_out),
-        "notes": notes,
+        "notes": [],
         "agreement": everybody_together(ratings),
         "people_together": people_together(ratings),
         "ceilings": ceilings(ratings),
@@ -66,47 +66,34 @@ def agreement(recipe: AgreementRecipe) -> Path:
         "win_rates": win_rates(ratings),
         "by_confidence": by_confidence(ratings),
     }
-    if not found["agreement"]:
+    questions = {rating.question for rating in (*judges, *labels)} - {None}
+    if len(questions) > 1:
+        results["notes"].append(f"not everybody was asked the same: {', '.join(sorted(questions))}")
+    if len(ratings.people) > 1 and not counts["labelled by several"]:
+        results["notes"].append("no comparison has several labels, so there is no ceiling")
+    if not results["agreement"]:
         raise DataError(
             "no two raters decided one comparison in common; the files are of other prompts, systems or texts: "
-            + _sentence(ratings)
+            + ", ".join(f"{name}: {count}" for name, count in {**counts, **ratings.left_out}.items())
         )
     folder = Path(recipe.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save_resolved(recipe, folder / "config.yaml")
     path = folder / "agreement.json"
-    values = json.loads(json.dumps(found, default=asdict), parse_constant=lambda _: None)
+    values = json.loads(json.dumps(results, default=asdict), parse_constant=lambda _: None)
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    show_agreement(found)
+    show_agreement(results)
     return path
 
 
 def _counts(ratings: Ratings) -> dict[str, int]:
     """Count the matchups of each kind."""
-    nobody = np.zeros((len(ratings.keys), 1), dtype=bool)
-    judged, labelled = (
-        np.concatenate([nobody, *(~np.isnan(rater.scores[:, None]) for rater in raters)], axis=1)
-        for raters in (ratings.judges, ratings.people)
-    )
-    return {
-        "comparisons": len(ratings.keys),
-        "judged": int(judged.any(axis=1).sum()),
-        "labelled": int(labelled.any(axis=1).sum()),
-        "judged and labelled": int((judged.any(axis=1) & labelled.any(axis=1)).sum()),
-        "labelled by several": int((labelled.sum(axis=1) > 1).sum()),
+    judged = np.any([~np.isnan(judge.scores) for judge in ratings.judges], axis=0)
+    labelled = ratings.num_labels > 0
+    kinds = {
+        "judged": judged,
+        "labelled": labelled,
+        "judged and labelled": judged & labelled,
+        "labelled by several": ratings.num_labels > 1,
     }
-
-
-def _notes(ratings: Ratings, asked: set[str | None], answered: set[str | None]) -> list[str]:
-    questions = sorted((asked | answered) - {None})
-    notes = []
-    if len(questions) > 1:
-        notes.append(f"not everybody was asked the same: {', '.join(questions)}")
-    if len(ratings.people) > 1 and not _counts(ratings)["labelled by several"]:
-        notes.append("no comparison has several labels, so there is no ceiling")
-    return notes
-
-
-def _sentence(ratings: Ratings) -> str:
-    counts = {**_counts(ratings), **ratings.left_out}
-    return ", ".join(f"{name}: {count}" for name, count in counts.items())
+    return {"comparisons": len(ratings.keys)} | {name: int(mask.sum()) for name, mask in kinds.items()}

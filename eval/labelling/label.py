@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import quote
 
-from drpo.config import ConfigError, Section, key, refuse, save_resolved, setting
+from drpo.config import ConfigError, Section, refuse, save_resolved, setting
 from drpo.data.records import DataError
 from drpo.run.signals import handles_signals
 from eval.completions.rows import load_completions
@@ -56,14 +56,11 @@ class LabelRecipe(Section):
             refuse(checked_annotator(name) != name, "annotators", f"must be plain names, got {name!r}")
         alike = len({name.casefold() for name in self.annotators}) < len(self.annotators)
         refuse(alike, "annotators", f"must differ in more than upper and lower case, got {self.annotators}")
-        if self.host == "localhost":
-            return
         try:
-            address = ip_address(self.host)
+            address = ip_address("127.0.0.1" if self.host == "localhost" else self.host)
         except ValueError:
-            raise ConfigError(
-                f"{key('host')} must be an address such as 127.0.0.1, got {self.host!r}"
-            ) from None
+            address = None
+        refuse(address is None, "host", f"must be an address such as 127.0.0.1, got {self.host!r}")
         rule = f"must be one address, by which the page is opened, got {self.host}"
         refuse(address.is_unspecified, "host", rule)
 
@@ -81,9 +78,8 @@ def label(recipe: LabelRecipe, say: Say = print) -> Path:
     path = folder / "labels.jsonl"
     writer = LabelsWriter(path)
     if writer.num_cut:
-        say(
-            f"{path}: {writer.num_cut} bytes of a label are cut off, which a kill left unfinished; it did not count"
-        )
+        reason = "of a label are cut off, which a kill left unfinished; it did not count"
+        say(f"{path}: {writer.num_cut} bytes {reason}")
     queue = LabelQueue(matchups, writer, prompt, recipe.ties, recipe.annotators, recipe.seed)
     save_resolved(recipe, folder / "config.yaml")
     try:
@@ -105,21 +101,19 @@ def matchups_to_label(recipe: LabelRecipe, say: Say = print) -> list[Matchup]:
         matchups = first_prompts(matchups, recipe.num_prompts)
     different = [c for c in matchups if c.response_a.strip() != c.response_b.strip()]
     if not different:
-        raise DataError(
-            f"{recipe.system} and {recipe.baseline} gave equal responses everywhere: nothing to label"
-        )
-    if len(different) < len(matchups):
-        say(f"{len(matchups) - len(different)} of {len(matchups)} pairs are left out: equal responses")
+        systems = f"{recipe.system} and {recipe.baseline}"
+        raise DataError(f"{systems} gave equal responses everywhere: nothing to label")
+    if num_equal := len(matchups) - len(different):
+        say(f"{num_equal} of {len(matchups)} pairs are left out: equal responses")
     return different
 
 
 def _announce(recipe: LabelRecipe, queue: LabelQueue, url: str, say: Say) -> None:
-    say(
-        f"{len(queue)} pairs of {recipe.system} and {recipe.baseline}, labels in {recipe.run_dir}/labels.jsonl"
-    )
+    systems = f"{recipe.system} and {recipe.baseline}"
+    say(f"{len(queue)} pairs of {systems}, labels in {recipe.run_dir}/labels.jsonl")
     _show_progress(queue, say)
     if not is_loopback(recipe.host):
-        say(f"whoever reaches {recipe.host} can read these texts and label them")
+        say(f"anyone who reaches {recipe.host} can read these texts and label them")
     for name in recipe.annotators or [None]:
         say(f"open {url}" + (f"?annotator={quote(name)}" if name else ""))
     say("Ctrl-C ends it")
