@@ -37,11 +37,10 @@ def patched(
         raise ValueError(f"neuron_mask must be bool (True = patched), got {neuron_mask.dtype}")
 
     def patch(layer: int, activations: Tensor) -> Tensor:
-        constant = values[layer].to(activations)
-        return torch.where(neuron_mask[layer].to(activations.device), constant, activations)
+        mask = neuron_mask[layer].to(activations.device)
+        return torch.where(mask, values[layer].to(activations), activations)
 
-    changed = [layer for layer in range(len(neuron_mask)) if neuron_mask[layer].any()]
-    with _changing(model, changed, patch, positions):
+    with _changing(model, neuron_mask, patch, positions):
         yield
 
 
@@ -53,10 +52,11 @@ def scaled(model: nn.Module, factors: Tensor, positions: Positions = "all") -> I
     shapes or a mask that is not bool.
     """
     _check(model, positions, factors=factors)
-    changed = [layer for layer in range(len(factors)) if (factors[layer] != 1).any()]
-    with _changing(
-        model, changed, lambda layer, activations: activations * factors[layer].to(activations), positions
-    ):
+
+    def scale(layer: int, activations: Tensor) -> Tensor:
+        return activations * factors[layer].to(activations)
+
+    with _changing(model, factors != 1, scale, positions):
         yield
 
 
@@ -71,23 +71,29 @@ def tuning_free_factors(
 
     With the kinds TP, TN, AP, AN of `neuron_shift.kind_masks`: the `fraction` of TP and of AN with the largest
     |cos| gets 1 - alpha, the `fraction` of AP and of TN with the smallest |cos| gets 1 + alpha, all others 1; each
-    kind is selected separately, over all layers. `cosines` and `activations` are (L, d_mlp). `skip_most_active`: this
-    share of all neurons, those with the largest |activation|, keeps factor 1 and is excluded from the selection.
+    kind is selected separately, over all layers.
 
     Yang et al. 2024 (arXiv 2411.06424), tuning-free editing: alpha 0.05, half of each kind; for GPT-2 the top 20% by
     activation are excluded first. Raises ValueError when the shapes differ or a share is outside [0, 1].
+
+    Args:
+        cosines: Cosines of the value vectors with the probe direction (L, d_mlp).
+        activations: Mean activations (L, d_mlp).
+        alpha: Change of the factors, in [0, 1].
+        fraction: Share of each kind that is scaled.
+        skip_most_active: Share of all neurons, those with the largest |activation|, that keeps factor 1 and is
+            excluded from the selection.
     """
     for name, share in (("alpha", alpha), ("fraction", fraction), ("skip_most_active", skip_most_active)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {share}")
-    kinds = kind_masks(cosines, activations)
     by_activation = activations.abs().flatten().argsort(descending=True, stable=True)
-    kept_mask = torch.ones(activations.numel(), dtype=torch.bool)
-    kept_mask[by_activation[: int(skip_most_active * activations.numel())]] = False
+    selectable = torch.ones(activations.numel(), dtype=torch.bool)
+    selectable[by_activation[: int(skip_most_active * activations.numel())]] = False
     factors = torch.ones(activations.numel(), dtype=torch.float64)
-    for kind, mask in kinds.items():
+    for kind, mask in kind_masks(cosines, activations).items():
         dampened = kind in ("TP", "AN")
-        neurons = (mask.flatten() & kept_mask).nonzero().squeeze(1)
+        neurons = (mask.flatten() & selectable).nonzero().squeeze(1)
         order = cosines.flatten()[neurons].abs().argsort(descending=dampened, stable=True)
         chosen = neurons[order[: int(fraction * len(neurons))]]
         factors[chosen] = 1 - alpha if dampened else 1 + alpha
@@ -96,8 +102,9 @@ def tuning_free_factors(
 
 @contextmanager
 def _changing(
-    model: nn.Module, layers: list[int], change: Callable[[int, Tensor], Tensor], positions: Positions
+    model: nn.Module, neuron_mask: Tensor, change: Callable[[int, Tensor], Tensor], positions: Positions
 ) -> Iterator[None]:
+    """Apply `change` to the layers with neurons in `neuron_mask` (L, d_mlp), at `positions`, within this context."""
     shape: list[int] = []  # (B, T) of the current forward: OPT's MLPs see (B * T, d_mlp)
 
     def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -111,9 +118,11 @@ def _changing(
 
         return hook
 
-    projections = mlp_output_projections(model)
-    embedding = unwrap_peft(model).get_input_embeddings()
-    with pre_hooks([(embedding, remember), *((projections[layer], hook_of(layer)) for layer in layers)]):
+    hooks: list[tuple[nn.Module, Hook]] = [(unwrap_peft(model).get_input_embeddings(), remember)]
+    for layer, projection in enumerate(mlp_output_projections(model)):
+        if neuron_mask[layer].any():
+            hooks.append((projection, hook_of(layer)))
+    with pre_hooks(hooks):
         yield
 
 

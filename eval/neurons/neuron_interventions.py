@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from torch import nn
@@ -16,6 +16,8 @@ BEFORE = "before"
 EDITED = "before, edited without training"
 
 Continuations = list[list[int]]
+WrittenSummary = dict[str, dict[str, dict[str, float]]]
+"Policy -> measurement -> mean, change and half_width."
 
 
 @dataclass(frozen=True)
@@ -46,41 +48,34 @@ def intervene(
     for name, mask in groups.items():
         with patched(model, shift.after, mask, "last"):
             continuations[f"{BEFORE}, {name} patched"] = continue_prompts()
-    factors = tuning_free_factors(
-        shift.cosines, shift.before, edit.alpha, edit.fraction, edit.skip_most_active
-    )
-    with scaled(model, factors):
+    with scaled(model, tuning_free_factors(shift.cosines, shift.before, **asdict(edit))):
         continuations[EDITED] = continue_prompts()
     return continuations
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
     """Compute the mean of the non-nan values, and the half-width 1.96 s / sqrt(n) of its 95% interval."""
-    known = np.array(values, dtype=np.float64)
+    known = np.asarray(values, dtype=np.float64)
     known = known[np.isfinite(known)]
     if len(known) < 2:
         return (float(known[0]) if len(known) else float("nan")), float("nan")
     return float(known.mean()), float(1.96 * known.std(ddof=1) / np.sqrt(len(known)))
 
 
-def written_summary(
-    measured: Mapping[str, Mapping[str, Sequence[float]]],
-) -> dict[str, dict[str, dict[str, float]]]:
+def written_summary(measured: Mapping[str, Mapping[str, Sequence[float]]]) -> WrittenSummary:
     """Summarise policy -> measurement -> mean, and mean change from `before` on the same prompts with half-width.
 
     `measured` contains one number per prompt, nan where it is missing.
     """
-    base = measured[BEFORE]
-    summary: dict[str, dict[str, dict[str, float]]] = {}
+    summary: WrittenSummary = {policy: {} for policy in measured}
     for policy, columns in measured.items():
-        summary[policy] = {}
         for name, values in columns.items():
-            change, half = mean_and_half(np.subtract(values, base[name]))
+            change, half = mean_and_half(np.subtract(values, measured[BEFORE][name]))
             summary[policy][name] = {"mean": mean_and_half(values)[0], "change": change, "half_width": half}
     return summary
 
 
-def written_markdown(summary: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def written_markdown(summary: WrittenSummary) -> str:
     """Format the summary as a table: mean, and change from `before` with its 95% interval."""
     names = list(summary[BEFORE])
     lines = ["| policy | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]

@@ -33,18 +33,8 @@ def load_arrays(path: Path) -> NeuronShift:
 
 def save_summary(summary: dict[str, Any], path: Path) -> None:
     """Write JSON; nan and infinities become null."""
-    path.write_text(json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _finite(item) for key, item in value.items()}
-        case list():
-            return [_finite(item) for item in value]
-        case float() if not np.isfinite(value):
-            return None
-    return value
+    values = json.loads(json.dumps(summary), parse_constant=lambda _: None)
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _percent(share: float) -> str:
@@ -94,12 +84,10 @@ def markdown(summary: dict[str, Any]) -> str:
 def page(summary: dict[str, Any], reports: list[str]) -> str:
     """Format the Markdown page of a whole analysis: policies, tables, measures of the continuations, data."""
     positions, probe = summary["num_positions"], summary["probe"]
-    recorded_on = (
-        "what each policy writes" if summary["recorded_on"] == "own" else "what the policy before writes"
-    )
+    writer = "each policy" if summary["recorded_on"] == "own" else "the policy before"
     parts = [
         f"# Neurons of {summary['policies']['after']} against {summary['policies']['before']}\n",
-        f"{summary['num_prompts']} prompts, recorded on {recorded_on}; {positions['before']} positions before, "
+        f"{summary['num_prompts']} prompts, recorded on what {writer} writes; {positions['before']} positions before, "
         f"{positions['after']} after.",
     ]
     if probe is not None:
@@ -111,9 +99,11 @@ def page(summary: dict[str, Any], reports: list[str]) -> str:
     parts += [
         f"Two samples of the policy before would show a gross sum of about {noise:.4g} by chance.\n",
         markdown(summary),
+        "## What the policies write\n",
+        written_markdown(summary["written"]),
+        "## Data\n",
     ]
-    parts += ["## What the policies write\n", written_markdown(summary["written"])]
-    return "\n".join([*parts, "## Data\n", *reports]) + "\n"
+    return "\n".join([*parts, *reports]) + "\n"
 
 
 def plot_layers(summary: dict[str, Any], path: Path) -> None:
@@ -123,18 +113,18 @@ def plot_layers(summary: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers = summary["layers"]
-    places = range(summary["shape"][0])
+    sums = summary["layers"]
+    layers = range(summary["shape"][0])
     figure, axis = pyplot.subplots(figsize=(7, 4))
-    bottom = [0.0] * len(places)
+    bottom = np.zeros(len(layers))
     for group in summary["groups"]:
-        axis.bar(places, layers[group], bottom=bottom, label=group)
-        bottom = [low + height for low, height in zip(bottom, layers[group], strict=True)]
-    axis.bar(places, layers["opposing"], color="lightgrey", label="opposing")
-    axis.plot(places, layers["net"], color="black", marker="o", label="net")
+        axis.bar(layers, sums[group], bottom=bottom, label=group)
+        bottom = bottom + sums[group]
+    axis.bar(layers, sums["opposing"], color="lightgrey", label="opposing")
+    axis.plot(layers, sums["net"], color="black", marker="o", label="net")
     axis.axhline(0, color="black", linewidth=0.5)
-    if len(places) <= 16:
-        axis.set_xticks(list(places))
+    if len(layers) <= 16:
+        axis.set_xticks(layers)
     axis.set_xlabel("layer")
     axis.set_ylabel("reduction of the projection")
     axis.legend()
