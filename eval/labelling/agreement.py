@@ -1,27 +1,25 @@
-"""Compare judges with people, from their files: agreement, its ceiling, habits and win rates."""
+"""Compare judges with people, from their files: agreement, its ceiling, habits and win rates, as JSON and tables."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from drpo.config import ConfigError, Section, refuse, save_resolved
 from drpo.data.records import DataError
-from eval.labelling.agreement_tables import show_agreement
-from eval.labelling.label_agreement import (
-    by_confidence,
-    ceilings,
-    everybody_together,
-    everybodys_habits,
-    people_together,
-    win_rates,
-)
+from eval.labelling.label_agreement import compare_raters
 from eval.labelling.labels import load_labels
 from eval.labelling.ratings import Ratings, read_judge_file, side_by_side
+
+MAX_ROWS = 24
+"Rows of a table on the console."
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,7 @@ def agreement(recipe: AgreementRecipe) -> Path:
         "counts": counts,
         "left_out": dict(ratings.left_out),
         "notes": [],
-        "agreement": everybody_together(ratings),
-        "people_together": people_together(ratings),
-        "ceilings": ceilings(ratings),
-        "habits": everybodys_habits(ratings),
-        "win_rates": win_rates(ratings),
-        "by_confidence": by_confidence(ratings),
+        **compare_raters(ratings),
     }
     questions = {rating.question for rating in (*judges, *labels)} - {None}
     if len(questions) > 1:
@@ -82,7 +75,7 @@ def agreement(recipe: AgreementRecipe) -> Path:
     path = folder / "agreement.json"
     values = json.loads(json.dumps(results, default=asdict), parse_constant=lambda _: None)
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    show_agreement(results)
+    _show(results)
     return path
 
 
@@ -97,3 +90,83 @@ def _counts(ratings: Ratings) -> dict[str, int]:
         "labelled by several": ratings.num_labels > 1,
     }
     return {"comparisons": len(ratings.keys)} | {name: int(mask.sum()) for name, mask in kinds.items()}
+
+
+# --- tables ---------------------------------------------------------------------------------------------
+
+
+def _show(results: dict[str, Any]) -> None:
+    """Print the contents of agreement.json, at most MAX_ROWS rows per table."""
+    console = Console(markup=False, highlight=False, emoji=False)
+    together = [
+        (f"{x.rater_1}, {x.rater_2}", x.agreement.n, _percent(x.agreement, "agreement"), _kappa(x.agreement))
+        for x in results["agreement"]
+    ]
+    people = results["people_together"]
+    if people is not None:
+        together.append(("any two people", people.num_pairs, _percent(people.agreement), _kappa(people)))
+    _table(console, "agreement", ("", "comparisons", "agreement", "kappa"), together)
+    rows = [
+        (
+            x.judge,
+            x.ceiling.num_pairs,
+            *map(_percent, (x.ceiling.judge, x.ceiling.humans, x.ceiling.difference)),
+        )
+        for x in results["ceilings"]
+    ]
+    heads = ("judge", "comparisons", "judge and a person", "two people", "difference")
+    _table(console, "comparisons with several labels", heads, rows)
+    rows = [
+        (
+            x.name,
+            x.num_verdicts,
+            f"{x.ties:.0%}",
+            "unknown" if x.position is None else _percent(x.position, "first_share"),
+            "no difference" if x.longer_wins is None else _percent(x.longer_wins, "rate"),
+        )
+        for x in results["habits"]
+    ]
+    _table(console, "habits", ("", "verdicts", "ties", "first slot wins", "longer one wins"), rows)
+    rows = [
+        (
+            f"{x.system_a} against {x.system_b}, {x.judge}",
+            *(_percent(rate, "rate") for rate in (x.by_judge, x.by_people)),
+            _percent(x.difference, "difference"),
+        )
+        for x in results["win_rates"]
+    ]
+    heads = ("", "by the judge", "by people", "difference")
+    _table(console, "win rates on the comparisons that both decided", heads, rows)
+    rows = [
+        (x.judge, f"{x.confidence:g}", x.agreement.n, _percent(x.agreement, "agreement"))
+        for x in results["by_confidence"]
+    ]
+    heads = ("judge", "confidence", "labels", "agreement")
+    _table(console, "by the annotators' confidence", heads, rows)
+    counts = {**results["counts"], **{f"left out: {name}": n for name, n in results["left_out"].items()}}
+    for line in [*(f"{name}: {count}" for name, count in counts.items()), *results["notes"]]:
+        console.print(line)
+
+
+def _table(console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    if not rows:
+        return
+    table = Table(title=f"{title} [95% intervals over prompts]", title_justify="left")
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
+    for row in rows[:MAX_ROWS]:
+        table.add_row(*map(str, row))
+    console.print(table)
+    if len(rows) > MAX_ROWS:
+        console.print(f"and {len(rows) - MAX_ROWS} more rows in agreement.json")
+
+
+def _percent(measured: Any, name: str = "value") -> str:
+    value, low, high = (100 * getattr(measured, part) for part in (name, "low", "high"))
+    return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
+
+
+def _kappa(measured: Any) -> str:
+    if np.isnan(measured.kappa):
+        return "-"
+    return f"{measured.kappa:.2f} [{measured.kappa_low:.2f}, {measured.kappa_high:.2f}]"

@@ -129,15 +129,14 @@ def _serve(server: LabelServer) -> None:
 
     Labels are flushed before they are acknowledged, so shutdown need not wait.
     """
-    stopped = threading.Event()
+
+    def stop(*_: object) -> None:
+        threading.Thread(target=server.shutdown).start()  # it blocks until serve_forever returns
+
     numbers = (signal.SIGINT, signal.SIGTERM) if handles_signals() else ()
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    handlers = {number: signal.signal(number, stop) for number in numbers}
     try:
-        stopped.wait()
+        server.serve_forever()
     finally:
-        server.shutdown()
-        thread.join()
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

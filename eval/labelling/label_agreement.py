@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations, compress
+from itertools import combinations, compress, product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +86,18 @@ class ByConfidence:
     agreement: Agreement
 
 
+def compare_raters(ratings: Ratings) -> dict[str, Any]:
+    """Compute everything about the raters that agreement.json contains."""
+    return {
+        "agreement": everybody_together(ratings),
+        "people_together": people_together(ratings),
+        "ceilings": ceilings(ratings),
+        "habits": everybodys_habits(ratings),
+        "win_rates": win_rates(ratings),
+        "by_confidence": by_confidence(ratings),
+    }
+
+
 # --- agreement ------------------------------------------------------------------------------------------
 
 
@@ -95,10 +108,10 @@ def everybody_together(ratings: Ratings) -> list[Together]:
     """
     judges = [(judge.name, judge.scores) for judge in ratings.judges]
     people = [(person.name, person.scores) for person in ratings.people]
-    crowd = [(MAJORITY, ratings.majority)] if len(people) > 1 else []
+    majorities = [(MAJORITY, ratings.majority)] if len(people) > 1 else []
     pairs = [
-        *(("judge and majority", judge, majority) for judge in judges for majority in crowd),
-        *(("judge and person", judge, person) for judge in judges for person in people),
+        *(("judge and majority", *pair) for pair in product(judges, majorities)),
+        *(("judge and person", *pair) for pair in product(judges, people)),
         *(("judge and judge", *pair) for pair in combinations(judges, 2)),
         *(("person and person", *pair) for pair in combinations(people, 2)),
     ]

@@ -74,10 +74,8 @@ class LabelServer(ThreadingHTTPServer):
 
 def is_loopback(host: str) -> bool:
     """Return whether the address is reachable from this machine only."""
-    if host == "localhost":
-        return True
     try:
-        return ip_address(host).is_loopback
+        return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -107,6 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def _answer(self) -> tuple[bytes, str]:
+        """Return the content of the answer and its type. Raises RequestRefused for an invalid request."""
         body = self._body() if self.command == "POST" else b""
         address = self._address()
         path, queue = address.path, self.server.queue
@@ -118,7 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
             name, kind = FILES[path]
             text = (PAGE / name).read_text(encoding="utf-8")
             return text.replace(TOKEN_PLACE, self.server.token).encode(), kind
-        self._check_token()
+        token = self.headers.get(TOKEN_HEADER, "")
+        if not secrets.compare_digest(token.encode(), self.server.token.encode()):
+            raise RequestRefused(403, "this page is of an earlier start of the server: load it again")
         if path == "/api/state":
             names = parse_qs(address.query, keep_blank_values=True).get("annotator", [])
             return _as_json(queue.state(names[0] if len(names) == 1 else ""))
@@ -143,14 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
             name = ""
         if len(hosts) != 1 or name.casefold() not in self.server.host_names:
             self.close_connection = True  # a body, if any, is not read
-            raise RequestRefused(
-                403, f"this server is not {name or 'without a name'}; open {self.server.url}"
-            )
-
-    def _check_token(self) -> None:
-        token = self.headers.get(TOKEN_HEADER, "")
-        if not secrets.compare_digest(token.encode(), self.server.token.encode()):
-            raise RequestRefused(403, "this page is of an earlier start of the server: load it again")
+            name = name or "without a name"
+            raise RequestRefused(403, f"this server is not {name}; open {self.server.url}")
 
     def _body(self) -> bytes:
         """Read the whole body, so that the connection can be reused. Raises RequestRefused and closes it on failure."""

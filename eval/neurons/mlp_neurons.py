@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,8 @@ def mean_activations(
         queries, responses = [query_ids[row] for row in rows], [response_ids[row] for row in rows]
         batch = pad_batch(queries, responses, pad_id=0).to(device)
         mask = emitting_mask(batch)
-        with pre_hooks((module, _summing(sums[layer], mask)) for layer, module in enumerate(projections)):
+        hooks = [partial(_add_activations, layer_sums, mask) for layer_sums in sums]
+        with pre_hooks(zip(projections, hooks, strict=True)):
             inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
             backbone(**inputs, use_cache=False)
     return (sums / num_tokens).cpu()
@@ -111,12 +113,9 @@ def length_batches(
         yield rows[start : start + batch_size]
 
 
-def _summing(sums: Tensor, mask: Tensor) -> Hook:
-    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        activations = inputs[0].reshape(*mask.shape, -1)  # OPT flattens rows and positions
-        sums.add_(activations[mask].sum(dim=0, dtype=torch.float64))
-
-    return add
+def _add_activations(sums: Tensor, mask: Tensor, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    activations = inputs[0].reshape(*mask.shape, -1)  # OPT flattens rows and positions
+    sums.add_(activations[mask].sum(dim=0, dtype=torch.float64))
 
 
 def emitting_mask(batch: PaddedBatch) -> Tensor:

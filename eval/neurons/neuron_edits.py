@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -48,8 +49,7 @@ def patched(
 def scaled(model: nn.Module, factors: Tensor, positions: Positions = "all") -> Iterator[None]:
     """Multiply each activation by its neuron's entry of `factors` (L, d_mlp) within this context.
 
-    `positions` as for `patched`. The hooks are removed afterwards, even after an error. Raises ValueError on wrong
-    shapes or a mask that is not bool.
+    `positions`, the removal of the hooks and the errors are those of `patched`.
     """
     _check(model, positions, factors=factors)
 
@@ -110,23 +110,21 @@ def _changing(
     def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         shape[:] = inputs[0].shape
 
-    def hook_of(layer: int) -> Hook:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-            activations = inputs[0].reshape(*shape, -1)
-            mask = _position_mask(positions, shape).to(activations.device).unsqueeze(-1)
-            return torch.where(mask, change(layer, activations), activations).view_as(inputs[0])
-
-        return hook
+    def change_at(layer: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        activations = inputs[0].reshape(*shape, -1)
+        mask = _position_mask(positions, shape).to(activations.device).unsqueeze(-1)
+        return torch.where(mask, change(layer, activations), activations).view_as(inputs[0])
 
     hooks: list[tuple[nn.Module, Hook]] = [(unwrap_peft(model).get_input_embeddings(), remember)]
     for layer, projection in enumerate(mlp_output_projections(model)):
         if neuron_mask[layer].any():
-            hooks.append((projection, hook_of(layer)))
+            hooks.append((projection, partial(change_at, layer)))
     with pre_hooks(hooks):
         yield
 
 
 def _position_mask(positions: Positions, shape: list[int]) -> Tensor:
+    """Return the mask of the positions, (B, T) or (T,), in a forward of shape (B, T)."""
     if isinstance(positions, Tensor):
         if list(positions.shape) != shape:
             raise ValueError(
@@ -134,10 +132,8 @@ def _position_mask(positions: Positions, shape: list[int]) -> Tensor:
                 "positions of its shape, or 'all' or 'last'"
             )
         return positions
-    mask = torch.ones(shape, dtype=torch.bool)
-    if positions == "last":
-        mask[:, :-1] = False
-    return mask
+    first = shape[1] - 1 if positions == "last" else 0
+    return torch.arange(shape[1]) >= first
 
 
 def _check(model: nn.Module, positions: Positions, **arrays: Tensor) -> None:
@@ -149,8 +145,7 @@ def _check(model: nn.Module, positions: Positions, **arrays: Tensor) -> None:
             )
     if isinstance(positions, Tensor):
         if positions.dtype != torch.bool or positions.dim() != 2:
-            raise ValueError(
-                f"positions must be bool (rows, columns), got {positions.dtype} {tuple(positions.shape)}"
-            )
+            kind = f"{positions.dtype} {tuple(positions.shape)}"
+            raise ValueError(f"positions must be bool (rows, columns), got {kind}")
     elif positions not in ("all", "last"):
         raise ValueError(f"positions must be 'all', 'last' or a bool mask, got {positions!r}")

@@ -18,10 +18,8 @@ def save_arrays(shift: NeuronShift, path: Path) -> None:
     group = np.full(tuple(shift.before.shape), "", dtype="<U3")
     for name, mask in shift.group_masks().items():
         group[mask.numpy()] = name
-    names = (
-        *("cosines", "alignments", "alignments_after", "before", "after"),
-        *("projections_before", "projections_after", "reductions", "value_reductions"),
-    )
+    derived = ("projections_before", "projections_after", "reductions", "value_reductions")
+    names = (*NeuronShift.__dataclass_fields__, *derived)
     np.savez_compressed(path, group=group, **{name: getattr(shift, name).numpy() for name in names})
 
 
