@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from drpo.config import Section, refuse, refuse_changed, save_resolved
+from drpo.config import Section, key, refuse, refuse_changed, save_resolved
 from drpo.data.load import DataConfig, read_records
 from drpo.data.records import BadRows, DataError, Record, RowError
 from drpo.data.tasks.registry import TASKS
@@ -52,7 +52,7 @@ class ImportLabelsRecipe(Section):
         names = [field.name for field in fields(DataConfig) if field.name not in APPLIES]
         refuse_changed(self.data, names, "does not apply to labels: they are of whole texts", "data.")
         eval_split = TASKS[self.data.task].eval_split
-        rule = f"must be train or {eval_split} for data.task={self.data.task}, got {self.split}"
+        rule = f"must be train or {eval_split} for {key('data.task')}={self.data.task}, got {self.split}"
         refuse(eval_split is not None and self.split not in ("train", eval_split), "split", rule)
 
 

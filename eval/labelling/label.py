@@ -54,8 +54,10 @@ class LabelRecipe(Section):
     def check(self) -> None:
         for name in self.annotators:
             refuse(checked_annotator(name) != name, "annotators", f"must be plain names, got {name!r}")
-        alike = len({name.casefold() for name in self.annotators}) < len(self.annotators)
-        refuse(alike, "annotators", f"must differ in more than upper and lower case, got {self.annotators}")
+        has_repeats = len({name.casefold() for name in self.annotators}) < len(self.annotators)
+        refuse(
+            has_repeats, "annotators", f"must differ in more than upper and lower case, got {self.annotators}"
+        )
         try:
             address = ip_address("127.0.0.1" if self.host == "localhost" else self.host)
         except ValueError:
@@ -99,13 +101,13 @@ def matchups_to_label(recipe: LabelRecipe, say: Say = print) -> list[Matchup]:
     matchups = pair_up(rows, recipe.system, recipe.baseline)
     if recipe.num_prompts is not None:
         matchups = first_prompts(matchups, recipe.num_prompts)
-    different = [c for c in matchups if c.response_a.strip() != c.response_b.strip()]
-    if not different:
+    unequal = [c for c in matchups if c.response_a.strip() != c.response_b.strip()]
+    if not unequal:
         systems = f"{recipe.system} and {recipe.baseline}"
         raise DataError(f"{systems} gave equal responses everywhere: nothing to label")
-    if num_equal := len(matchups) - len(different):
+    if num_equal := len(matchups) - len(unequal):
         say(f"{num_equal} of {len(matchups)} pairs are left out: equal responses")
-    return different
+    return unequal
 
 
 def _announce(recipe: LabelRecipe, queue: LabelQueue, url: str, say: Say) -> None:

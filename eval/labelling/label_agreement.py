@@ -89,10 +89,10 @@ class ByConfidence:
 def compare_raters(ratings: Ratings) -> dict[str, Any]:
     """Compute everything about the raters that agreement.json contains."""
     return {
-        "agreement": everybody_together(ratings),
+        "agreement": pairwise_agreement(ratings),
         "people_together": people_together(ratings),
         "ceilings": ceilings(ratings),
-        "habits": everybodys_habits(ratings),
+        "habits": rater_habits(ratings),
         "win_rates": win_rates(ratings),
         "by_confidence": by_confidence(ratings),
     }
@@ -101,7 +101,7 @@ def compare_raters(ratings: Ratings) -> dict[str, Any]:
 # --- agreement ------------------------------------------------------------------------------------------
 
 
-def everybody_together(ratings: Ratings) -> list[Together]:
+def pairwise_agreement(ratings: Ratings) -> list[Together]:
     """Compare judges with each annotator and the majority of several, judges in pairs, and annotators in pairs.
 
     Pairs without a matchup that both decided are omitted.
@@ -164,7 +164,7 @@ def _both_decided(scores_1: Scores, scores_2: Scores) -> NDArray[np.bool_]:
 # --- habits ---------------------------------------------------------------------------------------------
 
 
-def everybodys_habits(ratings: Ratings) -> list[Habits]:
+def rater_habits(ratings: Ratings) -> list[Habits]:
     """Compute ties, first slot and length of each judge, of all labels together, and of each annotator."""
     longer_a, prompt_ids, num_people = ratings.longer_a, ratings.prompt_ids, len(ratings.people)
     habits = [_habits("judge", judge, longer_a, prompt_ids) for judge in ratings.judges]

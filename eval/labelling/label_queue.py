@@ -89,10 +89,7 @@ class LabelQueue:
             return {name: len(self._done.get(name, {})) for name in names}
 
     def state(self, name: Any) -> dict[str, Any]:
-        """Return what the page shows an annotator: the next matchup, if any, and the progress.
-
-        Raises RequestRefused for a name that may not label.
-        """
+        """Return the next matchup, if any, and the progress. Raises RequestRefused for a name that may not label."""
         with self._lock:
             return self._state(self._annotator(name))
 
@@ -167,8 +164,8 @@ class LabelQueue:
 
     def _order(self, annotator: str) -> list[str]:
         if annotator not in self._orders:
-            drawn = {pair: self._draw("order", annotator, matchup) for pair, matchup in self._by_id.items()}
-            self._orders[annotator] = sorted(drawn, key=drawn.__getitem__)
+            draws = {pair: self._draw("order", annotator, matchup) for pair, matchup in self._by_id.items()}
+            self._orders[annotator] = sorted(draws, key=draws.__getitem__)
         return self._orders[annotator]
 
     def _slots(self, annotator: str, matchup: Matchup) -> Order:

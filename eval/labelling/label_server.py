@@ -18,7 +18,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from socketserver import TCPServer
 from typing import Any
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from eval.labelling.label_queue import LabelQueue, RequestRefused
 
@@ -47,7 +47,7 @@ HEADERS = {
 
 
 class LabelServer(ThreadingHTTPServer):
-    """Serves a LabelQueue on `host` and `port` (0: a free one); `url` is the address of the page."""
+    """HTTP server of a LabelQueue on `host` and `port` (0: a free one); `url` is the address of the page."""
 
     daemon_threads = True
 
@@ -58,8 +58,8 @@ class LabelServer(ThreadingHTTPServer):
         loopback_names = ("localhost", "127.0.0.1", "::1") if is_loopback(host) else ()
         self.host_names = {host.casefold(), *loopback_names}
         super().__init__((host, port), _Handler)
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self.server_address[1]}/"
+        name = f"[{host}]" if ":" in host else host
+        self.url = f"http://{name}:{self.server_address[1]}/"
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's look-up of the host name, which can take seconds."""
@@ -107,7 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> tuple[bytes, str]:
         """Return the content of the answer and its type. Raises RequestRefused for an invalid request."""
         body = self._body() if self.command == "POST" else b""
-        address = self._address()
+        try:
+            address = urlsplit(self.path)
+        except ValueError as error:
+            raise RequestRefused(400, f"the address cannot be read: {error}") from None
         path, queue = address.path, self.server.queue
         if path not in METHODS:
             raise RequestRefused(404, "there is nothing here")
@@ -128,12 +131,6 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/undo":
             return _as_json(queue.undo(*_values(body, ("annotator", "pair"))))
         return _as_json(queue.choose(*_values(body, ("annotator", "pair", "choice", "seconds"))))
-
-    def _address(self) -> SplitResult:
-        try:
-            return urlsplit(self.path)
-        except ValueError as error:
-            raise RequestRefused(400, f"the address cannot be read: {error}") from None
 
     def _check_host(self) -> None:
         """Refuse other host names, against DNS rebinding: a page of another site would send that site's name."""

@@ -31,8 +31,8 @@ from eval.judging.matchup import Matchup, Order
 from eval.judging.verdict import Winner
 
 Status = Literal["labelled", "skipped", "undone"]
-"""labelled: there is a winner or a tie. skipped: the annotator gave no verdict. undone: what they said before of
-this matchup is taken back."""
+"""labelled: there is a winner or a tie. skipped: the annotator gave no verdict. undone: the annotator's previous row
+on this matchup is withdrawn."""
 Key = tuple[str, str, str, int]
 "prompt_id, system_a, system_b, seed: the key of a matchup."
 key_of = attrgetter("prompt_id", "system_a", "system_b", "seed")
@@ -297,13 +297,14 @@ class LabelsWriter:
         self.close()
 
     def _cut_unfinished_line(self) -> None:
-        whole, newline, rest = self.path.read_bytes().rpartition(b"\n")
-        if rest and not (rest.startswith(_LINE_START) or _LINE_START.startswith(rest)):
-            raise DataError(f"{self.path} does not end in a label, but in {rest[:40]!r}; it is left as it is")
-        if rest.endswith(b"}"):
+        lines, newline, last_line = self.path.read_bytes().rpartition(b"\n")
+        if last_line and not (last_line.startswith(_LINE_START) or _LINE_START.startswith(last_line)):
+            end = repr(last_line[:40])
+            raise DataError(f"{self.path} does not end in a label, but in {end}; it is left as it is")
+        if last_line.endswith(b"}"):
             raise DataError(
                 f"{self.path} ends in a whole label without a line break: was it edited? Add the line break if the "
                 "label is to count, or remove the line"
             )
-        self.num_cut = len(rest)
-        os.truncate(self.path, len(whole) + len(newline))
+        self.num_cut = len(last_line)
+        os.truncate(self.path, len(lines) + len(newline))

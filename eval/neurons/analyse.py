@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from drpo.config import ConfigError, Section, refuse, refuse_changed, save_resolved, setting
+from drpo.config import ConfigError, Section, key, refuse, refuse_changed, save_resolved, setting
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.stop import with_stop_token
 from drpo.models.loading import ModelConfig, load_policy
@@ -68,10 +68,11 @@ class NeuronShiftRecipe(Section):
     """Further measurements of what the policies write, name: module:function."""
 
     def check(self) -> None:
-        rule = f"can be demo for data.task=demo only, got data.task={self.data.task}"
+        task = key("data.task")
+        rule = f"can be demo for {task}=demo only, got {task}={self.data.task}"
         refuse(self.probe.source == "demo" and self.data.task != "demo", "probe.source", rule)
         if not self.interventions:
-            refuse_changed(self, ["edit"], "does not apply to interventions=false")
+            refuse_changed(self, ["edit"], f"does not apply to {key('interventions')}=false")
         for name in self.reward_functions:
             taken = name in ("probe_logit", "length")
             refuse(taken, f"reward_functions.{name}", "is the name of another measurement; choose another")
@@ -79,10 +80,10 @@ class NeuronShiftRecipe(Section):
 
 def neuron_shift(recipe: NeuronShiftRecipe, say: Say = print) -> Path:
     """Fit the probe, record both policies, and write each neuron's shift and the effect of patching the groups."""
-    for key, path in (("before", recipe.before), ("after", recipe.after)):
+    for name, path in (("before", recipe.before), ("after", recipe.after)):
         if path is None:
-            raise ConfigError(f"{key} must name a policy: a folder or hub id")
-        read_config(path, key)  # reports a missing policy under its key
+            raise ConfigError(f"{name} must name a policy: a folder or hub id")
+        read_config(path, name)  # reports a missing policy under its key
     rewards = import_functions(recipe.reward_functions, "reward_functions")
     tokenizer = _shared_tokenizer(recipe)
     splits = load_examples(recipe.data, tokenizer, "prompts")
@@ -179,10 +180,9 @@ def _probe(
         return load_probe(config.path), None, f"probe from {config.path}"
     texts = load_probe_texts(config, recipe.data.demo, tokenizer, recipe.data.max_bad_fraction)
     features = mean_hidden_states(policy, texts.context_ids, texts.text_ids, recipe.batch_size)
-    labels, test = torch.tensor(texts.labels), torch.tensor(texts.held_out)
-    fitted = test.logical_not()
-    probe = fit_probe(features[fitted], labels[fitted], config.l2)
-    return probe, probe_quality(probe, features[test], labels[test]), texts.report
+    labels, held_out = torch.tensor(texts.labels), torch.tensor(texts.held_out)
+    probe = fit_probe(features[~held_out], labels[~held_out], config.l2)
+    return probe, probe_quality(probe, features[held_out], labels[held_out]), texts.report
 
 
 def _measure(

@@ -12,6 +12,11 @@ import torch
 from eval.neurons.neuron_interventions import written_markdown
 from eval.neurons.neuron_shift import NeuronShift
 
+GROUP_ROW = (
+    "| {name} | {neurons} | {count} | {gross:.4g} | {share} | {opposing_count} | {opposing:.4g} | {net:.4g} |"
+)
+NEURON_ROW = "| {layer} | {neuron} | {kind} | {cosine:.3f} | {before:.4g} | {after:.4g} | {reduction:.4g} |"
+
 
 def save_arrays(shift: NeuronShift, path: Path) -> None:
     """Write an .npz of arrays (L, d_mlp); `group` contains "TP-", ..., or "" for neurons outside the groups."""
@@ -41,41 +46,34 @@ def _percent(share: float) -> str:
 
 def markdown(summary: dict[str, Any]) -> str:
     """Format the summary as tables: groups and their total, then layers, then the neurons that moved most."""
+    groups, sums_of_layers = summary["groups"], summary["layers"]
+    total = {"share": sum(group["share"] for group in groups.values()), **summary["total"]}
     lines = [
         "| group | neurons of the kind | moved away | gross | share of gross | moved toward | opposing | net |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- " * 8 + "|",
     ]
-    total = {"share": sum(group["share"] for group in summary["groups"].values()), **summary["total"]}
-    for name, row in (*summary["groups"].items(), ("all", total)):
-        lines.append(
-            f"| {name} | {row['neurons']} | {row['count']} | {row['gross']:.4g} | {_percent(row['share'])} | "
-            f"{row['opposing_count']} | {row['opposing']:.4g} | {row['net']:.4g} |"
-        )
+    for name, row in {**groups, "all": total}.items():
+        lines.append(GROUP_ROW.format_map({**row, "name": name, "share": _percent(row["share"])}))
     lines += [
         "",
         f"Net over gross: {total['balance']:.3f}. The changed value vectors add {total['value_vectors']:.4g} to the "
         "net.",
         "",
-        "| layer | gross | opposing | net | " + " | ".join(summary["groups"]) + " |",
-        "| --- " * (4 + len(summary["groups"])) + "|",
+        "| layer | gross | opposing | net | " + " | ".join(groups) + " |",
+        "| --- " * (4 + len(groups)) + "|",
     ]
-    layers = summary["layers"]
     for layer in range(summary["shape"][0]):
-        cells = [f"{layers[name][layer]:.4g}" for name in ("gross", "opposing", "net", *summary["groups"])]
+        cells = [f"{sums_of_layers[name][layer]:.4g}" for name in ("gross", "opposing", "net", *groups)]
         lines.append(f"| {layer} | " + " | ".join(cells) + " |")
-    for direction, rows in summary["top"].items():
+    for direction, neurons in summary["top"].items():
         lines += [
             "",
             f"Neurons that moved most {direction} the probe direction:",
             "",
             "| layer | neuron | kind | cosine | activation before | after | reduction |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| --- " * 7 + "|",
+            *map(NEURON_ROW.format_map, neurons),
         ]
-        for row in rows:
-            lines.append(
-                f"| {row['layer']} | {row['neuron']} | {row['kind']} | {row['cosine']:.3f} | {row['before']:.4g} | "
-                f"{row['after']:.4g} | {row['reduction']:.4g} |"
-            )
     return "\n".join(lines) + "\n"
 
 

@@ -77,10 +77,9 @@ def fit_probe(features: Tensor, labels: Tensor, l2: float = 1.0) -> Probe:
     """
     if labels.dtype != torch.bool or labels.shape != features.shape[:1]:
         raise ValueError(f"labels must be bool (n,) for features {tuple(features.shape)}, got {labels.dtype}")
-    if labels.unique().numel() < 2:
-        raise ValueError(
-            f"all {len(labels)} labels are {bool(labels.all())}; a probe needs both kinds of text"
-        )
+    if labels.all() or not labels.any():
+        label = bool(labels.all())
+        raise ValueError(f"all {len(labels)} labels are {label}; a probe needs both kinds of text")
     if not l2 > 0:
         raise ValueError(f"l2 must be positive, or separable texts have no optimum, got {l2}")
     if not features.isfinite().all():
@@ -101,8 +100,8 @@ def fit_probe(features: Tensor, labels: Tensor, l2: float = 1.0) -> Probe:
         gradient = inputs.T @ (probs - labels.double()) + penalty * theta
         hessian = inputs.T @ ((probs * (1 - probs)).unsqueeze(1) * inputs) + torch.diag(penalty)
         step = torch.linalg.solve(hessian, gradient)
-        scale, highest = 1.0, loss(theta) * (1 + 1e-12)  # rounding must not stop the last step
-        while loss(theta - scale * step) > highest and scale > 1e-10:
+        scale, max_loss = 1.0, loss(theta) * (1 + 1e-12)  # rounding must not stop the last step
+        while loss(theta - scale * step) > max_loss and scale > 1e-10:
             scale /= 2
         theta = theta - scale * step
         decrement = gradient @ step  # about twice the excess loss before this step
@@ -122,8 +121,8 @@ def probe_quality(probe: Probe, features: Tensor, labels: Tensor) -> dict[str, f
     """
     logits = probe.logits(features)
     true, false = logits[labels].numpy(), logits[labels.logical_not()].numpy()
-    both = len(true) > 0 and len(false) > 0
-    auc = stats.mannwhitneyu(true, false).statistic / (len(true) * len(false)) if both else float("nan")
+    num_pairs = len(true) * len(false)
+    auc = stats.mannwhitneyu(true, false).statistic / num_pairs if num_pairs else float("nan")
     return {
         "num_texts": len(labels),
         "accuracy": float(((logits > 0) == labels).double().mean()),
