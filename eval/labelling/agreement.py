@@ -98,43 +98,31 @@ def _counts(ratings: Ratings) -> dict[str, int]:
 def _show(results: dict[str, Any]) -> None:
     """Print the contents of agreement.json, at most MAX_ROWS rows per table."""
     console = Console(markup=False, highlight=False, emoji=False)
-    together = [
+    rows = [
         (f"{x.rater_1}, {x.rater_2}", x.agreement.n, _percent(x.agreement, "agreement"), _kappa(x.agreement))
         for x in results["agreement"]
     ]
     people = results["people_together"]
     if people is not None:
-        together.append(("any two people", people.num_pairs, _percent(people.agreement), _kappa(people)))
-    _table(console, "agreement", ("", "comparisons", "agreement", "kappa"), together)
-    rows = [
-        (
-            x.judge,
-            x.ceiling.num_pairs,
-            *map(_percent, (x.ceiling.judge, x.ceiling.humans, x.ceiling.difference)),
-        )
-        for x in results["ceilings"]
-    ]
+        rows.append(("any two people", people.num_pairs, _percent(people.agreement), _kappa(people)))
+    _table(console, "agreement", ("", "comparisons", "agreement", "kappa"), rows)
+    rows = []
+    for x in results["ceilings"]:
+        shares = (x.ceiling.judge, x.ceiling.humans, x.ceiling.difference)
+        rows.append((x.judge, x.ceiling.num_pairs, *map(_percent, shares)))
     heads = ("judge", "comparisons", "judge and a person", "two people", "difference")
     _table(console, "comparisons with several labels", heads, rows)
-    rows = [
-        (
-            x.name,
-            x.num_verdicts,
-            f"{x.ties:.0%}",
-            "unknown" if x.position is None else _percent(x.position, "first_share"),
-            "no difference" if x.longer_wins is None else _percent(x.longer_wins, "rate"),
-        )
-        for x in results["habits"]
-    ]
+    rows = []
+    for x in results["habits"]:
+        position = "unknown" if x.position is None else _percent(x.position, "first_share")
+        longer_wins = "no difference" if x.longer_wins is None else _percent(x.longer_wins, "rate")
+        rows.append((x.name, x.num_verdicts, f"{x.ties:.0%}", position, longer_wins))
     _table(console, "habits", ("", "verdicts", "ties", "first slot wins", "longer one wins"), rows)
-    rows = [
-        (
-            f"{x.system_a} against {x.system_b}, {x.judge}",
-            *(_percent(rate, "rate") for rate in (x.by_judge, x.by_people)),
-            _percent(x.difference, "difference"),
-        )
-        for x in results["win_rates"]
-    ]
+    rows = []
+    for x in results["win_rates"]:
+        rates = _percent(x.by_judge, "rate"), _percent(x.by_people, "rate")
+        systems = f"{x.system_a} against {x.system_b}, {x.judge}"
+        rows.append((systems, *rates, _percent(x.difference, "difference")))
     heads = ("", "by the judge", "by people", "difference")
     _table(console, "win rates on the comparisons that both decided", heads, rows)
     rows = [

@@ -89,7 +89,13 @@ def label(recipe: LabelRecipe, say: Say = print) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot listen on {recipe.host}, port {recipe.port}: {error}") from None
     with server, closing(queue):
-        _announce(recipe, queue, server.url, say)
+        say(f"{len(queue)} pairs of {recipe.system} and {recipe.baseline}, labels in {path}")
+        _show_progress(queue, say)
+        if not is_loopback(recipe.host):
+            say(f"anyone who reaches {recipe.host} can read these texts and label them")
+        for name in recipe.annotators or [None]:
+            say(f"open {server.url}" + (f"?annotator={quote(name)}" if name else ""))
+        say("Ctrl-C ends it")
         _serve(server)
     _show_progress(queue, say)
     return path
@@ -108,17 +114,6 @@ def matchups_to_label(recipe: LabelRecipe, say: Say = print) -> list[Matchup]:
     if num_equal := len(matchups) - len(unequal):
         say(f"{num_equal} of {len(matchups)} pairs are left out: equal responses")
     return unequal
-
-
-def _announce(recipe: LabelRecipe, queue: LabelQueue, url: str, say: Say) -> None:
-    systems = f"{recipe.system} and {recipe.baseline}"
-    say(f"{len(queue)} pairs of {systems}, labels in {recipe.run_dir}/labels.jsonl")
-    _show_progress(queue, say)
-    if not is_loopback(recipe.host):
-        say(f"anyone who reaches {recipe.host} can read these texts and label them")
-    for name in recipe.annotators or [None]:
-        say(f"open {url}" + (f"?annotator={quote(name)}" if name else ""))
-    say("Ctrl-C ends it")
 
 
 def _show_progress(queue: LabelQueue, say: Say) -> None:

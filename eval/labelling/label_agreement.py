@@ -192,14 +192,13 @@ def _habits(kind: str, rater: Rater, longer_a: Scores, prompt_ids: NDArray[np.st
 def win_rates(ratings: Ratings) -> list[SystemWinRate]:
     """Compute the win rate of each pair of systems by each judge and by the majority of people."""
     pairs = [(system_a, system_b) for _, system_a, system_b, _ in ratings.keys]
+    majority, prompt_ids = ratings.majority, ratings.prompt_ids
     results = []
     for judge in ratings.judges:
-        decided = _both_decided(judge.scores, ratings.majority)
+        decided = _both_decided(judge.scores, majority)
         for pair in dict.fromkeys(compress(pairs, decided)):
             rows = decided & [other == pair for other in pairs]
-            by_judge, by_people, ids = (
-                column[rows] for column in (judge.scores, ratings.majority, ratings.prompt_ids)
-            )
+            by_judge, by_people, ids = judge.scores[rows], majority[rows], prompt_ids[rows]
             rates = win_rate(by_judge, ids), win_rate(by_people, ids), paired_test(by_judge, by_people, ids)
             results.append(SystemWinRate(judge.name, *pair, *rates))
     return results

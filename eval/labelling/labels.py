@@ -19,6 +19,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from operator import attrgetter
@@ -249,7 +250,7 @@ def annotator_of_row(name: Any) -> str:
 # --- writing --------------------------------------------------------------------------------------------
 
 
-class LabelsWriter:
+class LabelsWriter(AbstractContextManager):
     """A labels file to append to: a label is on disk when `append` returns.
 
     `labels` contains the existing rows. A partial last line left by a kill is truncated, and `num_cut` is its number of
@@ -289,9 +290,6 @@ class LabelsWriter:
     def close(self) -> None:
         """Close the file and release its lock."""
         self._file.close()
-
-    def __enter__(self) -> LabelsWriter:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -24,8 +24,8 @@ from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig
 from drpo.rollout.starts import Start
 from eval.neurons.mlp_neurons import mean_activations, num_neurons
-from eval.neurons.neuron_interventions import EditConfig, intervene, written_summary
-from eval.neurons.neuron_report import page, plot_layers, save_arrays, save_summary
+from eval.neurons.neuron_edits import EditConfig, intervene
+from eval.neurons.neuron_report import page, plot_layers, save_arrays, save_summary, written_summary
 from eval.neurons.neuron_shift import NeuronShift, align, noise_gross, summarise
 from eval.neurons.probe import Probe, fit_probe, load_probe, mean_hidden_states, probe_quality, save_probe
 from eval.neurons.probe_texts import ProbeConfig, load_probe_texts

@@ -131,5 +131,5 @@ def pre_hooks(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
     """Register forward pre-hooks within this context, and remove them on errors, too."""
     with ExitStack() as handles:
         for module, hook in hooks:
-            handles.callback(module.register_forward_pre_hook(hook).remove)
+            handles.enter_context(module.register_forward_pre_hook(hook))
         yield

@@ -1,20 +1,58 @@
-"""Temporary changes of MLP activations: patching, scaling, and the factors of tuning-free editing."""
+"""Temporary changes of MLP activations: patching, scaling, tuning-free editing, and what policies write under them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from drpo.config import Section, setting
 from drpo.models.inputs import unwrap_peft
 from eval.neurons.mlp_neurons import Hook, mlp_output_projections, num_neurons, pre_hooks
-from eval.neurons.neuron_shift import kind_masks
+from eval.neurons.neuron_shift import NeuronShift, kind_masks
 
+BEFORE = "before"
+
+Continuations = list[list[int]]
 Positions = Literal["all", "last"] | Tensor
+
+
+@dataclass(frozen=True)
+class EditConfig(Section):
+    """Tuning-free editing (section `edit` of a recipe)."""
+
+    alpha: float = setting(0.05, ge=0, le=1)
+    """Neurons toward the probe direction are scaled by 1 - alpha, those away from it by 1 + alpha."""
+    fraction: float = setting(0.5, ge=0, le=1)
+    """Share of each kind of neuron that is scaled: largest |cosine| where dampened, smallest where strengthened."""
+    skip_most_active: float = setting(0.0, ge=0, le=1)
+    """Share of all neurons, those of the largest |mean activation|, that is left alone."""
+
+
+def intervene(
+    model: nn.Module, shift: NeuronShift, edit: EditConfig, continue_prompts: Callable[[], Continuations]
+) -> dict[str, Continuations]:
+    """Sample continuations of the policy before training under each intervention, by the intervention's name.
+
+    Interventions: each group of neurons, and all four together, patched to the mean activations after training; and
+    tuning-free editing. Groups without neurons are omitted. Patching changes the positions that emit the
+    continuation: the last prompt token and every new token. Editing scales all positions.
+    """
+    groups = {name: mask for name, mask in shift.group_masks().items() if mask.any()}
+    if groups:
+        groups["all four"] = sum(groups.values()) > 0
+    continuations = {}
+    for name, mask in groups.items():
+        with patched(model, shift.after, mask, "last"):
+            continuations[f"{BEFORE}, {name} patched"] = continue_prompts()
+    with scaled(model, tuning_free_factors(shift.cosines, shift.before, **asdict(edit))):
+        continuations[f"{BEFORE}, edited without training"] = continue_prompts()
+    return continuations
 
 
 @contextmanager

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from eval.neurons.neuron_interventions import written_markdown
+from eval.neurons.neuron_edits import BEFORE
 from eval.neurons.neuron_shift import NeuronShift
 
 GROUP_ROW = (
     "| {name} | {neurons} | {count} | {gross:.4g} | {share} | {opposing_count} | {opposing:.4g} | {net:.4g} |"
 )
 NEURON_ROW = "| {layer} | {neuron} | {kind} | {cosine:.3f} | {before:.4g} | {after:.4g} | {reduction:.4g} |"
+WrittenSummary = dict[str, dict[str, dict[str, float]]]
+"Policy -> measurement -> mean, change and half_width."
 
 
 def save_arrays(shift: NeuronShift, path: Path) -> None:
@@ -74,6 +77,41 @@ def markdown(summary: dict[str, Any]) -> str:
             "| --- " * 7 + "|",
             *map(NEURON_ROW.format_map, neurons),
         ]
+    return "\n".join(lines) + "\n"
+
+
+def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
+    """Compute the mean of the non-nan values, and the half-width 1.96 s / sqrt(n) of its 95% interval."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    if len(known) < 2:
+        return (float(known[0]) if len(known) else float("nan")), float("nan")
+    return float(known.mean()), float(1.96 * known.std(ddof=1) / np.sqrt(len(known)))
+
+
+def written_summary(measured: Mapping[str, Mapping[str, Sequence[float]]]) -> WrittenSummary:
+    """Summarise policy -> measurement -> mean, and mean change from `before` on the same prompts with half-width.
+
+    `measured` contains one number per prompt, nan where it is missing.
+    """
+    summary: WrittenSummary = {policy: {} for policy in measured}
+    for policy, columns in measured.items():
+        for name, values in columns.items():
+            change, half = mean_and_half(np.subtract(values, measured[BEFORE][name]))
+            summary[policy][name] = {"mean": mean_and_half(values)[0], "change": change, "half_width": half}
+    return summary
+
+
+def written_markdown(summary: WrittenSummary) -> str:
+    """Format the summary as a table: mean, and change from `before` with its 95% interval."""
+    names = list(summary[BEFORE])
+    lines = ["| policy | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
+    for policy, columns in summary.items():
+        cells = []
+        for cell in columns.values():
+            change = f" ({cell['change']:+.3f} ± {cell['half_width']:.3f})" if policy != BEFORE else ""
+            cells.append(f"{cell['mean']:.3f}{change}")
+        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
