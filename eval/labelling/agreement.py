@@ -1,4 +1,4 @@
-"""Compare judges with people, from their files: agreement, its ceiling, habits and win rates, as JSON and tables."""
+"""Compare judges with people, from their files, as JSON and tables: agreement, its ceiling, habits, win rates."""
 
 from __future__ import annotations
 
@@ -129,8 +129,7 @@ def _show(results: dict[str, Any]) -> None:
         (x.judge, f"{x.confidence:g}", x.agreement.n, _percent(x.agreement, "agreement"))
         for x in results["by_confidence"]
     ]
-    heads = ("judge", "confidence", "labels", "agreement")
-    _table(console, "by the annotators' confidence", heads, rows)
+    _table(console, "by the annotators' confidence", ("judge", "confidence", "labels", "agreement"), rows)
     counts = {**results["counts"], **{f"left out: {name}": n for name, n in results["left_out"].items()}}
     for line in [*(f"{name}: {count}" for name, count in counts.items()), *results["notes"]]:
         console.print(line)

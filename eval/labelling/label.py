@@ -75,15 +75,14 @@ def label(recipe: LabelRecipe, say: Say = print) -> Path:
         raise ConfigError("prompt must say what the annotators are asked, such as prompt=tldr-1")
     prompt = load_prompt(recipe.prompt)
     matchups = matchups_to_label(recipe, say)
-    folder = Path(recipe.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "labels.jsonl"
+    path = Path(recipe.run_dir) / "labels.jsonl"
     writer = LabelsWriter(path)
     if writer.num_cut:
-        reason = "of a label are cut off, which a kill left unfinished; it did not count"
-        say(f"{path}: {writer.num_cut} bytes {reason}")
+        say(
+            f"{path}: cut off {writer.num_cut} bytes of a label that a kill left unfinished; it did not count"
+        )
     queue = LabelQueue(matchups, writer, prompt, recipe.ties, recipe.annotators, recipe.seed)
-    save_resolved(recipe, folder / "config.yaml")
+    save_resolved(recipe, path.with_name("config.yaml"))
     try:
         server = LabelServer(queue, recipe.host, recipe.port)
     except OSError as error:

@@ -15,8 +15,6 @@ from eval.statistics.intervals import Interval
 from eval.statistics.position_bias import PositionBias, position_bias
 from eval.statistics.win_rate import PairedTest, WinRate, paired_test, win_rate
 
-MAJORITY = "majority"
-
 
 @dataclass(frozen=True)
 class Together:
@@ -108,7 +106,7 @@ def pairwise_agreement(ratings: Ratings) -> list[Together]:
     """
     judges = [(judge.name, judge.scores) for judge in ratings.judges]
     people = [(person.name, person.scores) for person in ratings.people]
-    majorities = [(MAJORITY, ratings.majority)] if len(people) > 1 else []
+    majorities = [("majority", ratings.majority)] if len(people) > 1 else []
     pairs = [
         *(("judge and majority", *pair) for pair in product(judges, majorities)),
         *(("judge and person", *pair) for pair in product(judges, people)),

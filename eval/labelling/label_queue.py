@@ -104,10 +104,9 @@ class LabelQueue:
                 raise RequestRefused(400, f"choice must be one of {', '.join(get_args(Choice))}")
             if choice == "tie" and not self.ties:
                 raise RequestRefused(400, "ties are not allowed here: choose one of the two, or skip")
-            if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-                raise RequestRefused(400, "seconds must be a number")
-            if not 0 <= seconds <= MAX_SECONDS:
-                raise RequestRefused(400, f"seconds must be between 0 and {MAX_SECONDS:g}")
+            is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if not (is_number and 0 <= seconds <= MAX_SECONDS):
+                raise RequestRefused(400, f"seconds must be a number between 0 and {MAX_SECONDS:g}")
             if not isinstance(pair, str) or pair not in self._by_id:
                 raise RequestRefused(404, "there is no such pair")
             if pair in self._done.get(annotator, {}):

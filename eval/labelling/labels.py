@@ -138,10 +138,8 @@ def checked_annotator(name: Any) -> str:
     if not name:
         raise ValueError("the annotator's name is empty; give a name of 1 to 40 letters or digits")
     if not ANNOTATOR.fullmatch(name):
-        raise ValueError(
-            f"{name[:MAX_NAME]!r} is not an annotator's name: 1 to {MAX_NAME} letters, digits, spaces and . _ -, "
-            "a letter or digit first"
-        )
+        rule = f"1 to {MAX_NAME} letters, digits, spaces and . _ -, a letter or digit first"
+        raise ValueError(f"{name[:MAX_NAME]!r} is not an annotator's name: {rule}")
     return name
 
 

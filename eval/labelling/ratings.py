@@ -21,7 +21,6 @@ from eval.judging.verdict import HalfTie, Judgment, combine_all
 from eval.labelling.labels import Key, Label, key_of
 
 Scores = NDArray[np.float64]
-ALL_LABELS = "all labels"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Ratings:
         """All labels as those of one rater (n * annotators,): the annotators of the first row, of the second, ..."""
         names = ("scores", "first_slot", "confidence")
         columns = ([getattr(person, name) for person in self.people] for name in names)
-        return Rater(ALL_LABELS, *(np.ravel(column, order="F") for column in columns))
+        return Rater("all labels", *(np.ravel(column, order="F") for column in columns))
 
     @property
     def labels(self) -> Scores:
@@ -113,9 +112,8 @@ class _Texts:
         is_reversed = reverse_key in self.lengths
         if is_reversed:
             key, lengths, hashes = reverse_key, lengths[::-1], hashes and hashes[::-1]
-        if self.lengths.setdefault(key, lengths) != lengths:
-            return None
-        if hashes and self.hashes.setdefault(key, hashes) != hashes:
+        same_lengths = self.lengths.setdefault(key, lengths) == lengths
+        if not same_lengths or (hashes and self.hashes.setdefault(key, hashes) != hashes):
             return None
         return key, is_reversed
 

@@ -68,8 +68,7 @@ class NeuronShiftRecipe(Section):
     """Further measurements of what the policies write, name: module:function."""
 
     def check(self) -> None:
-        task = key("data.task")
-        rule = f"can be demo for {task}=demo only, got {task}={self.data.task}"
+        rule = f"can be demo for {key('data.task')}=demo only, got {self.data.task}"
         refuse(self.probe.source == "demo" and self.data.task != "demo", "probe.source", rule)
         if not self.interventions:
             refuse_changed(self, ["edit"], f"does not apply to {key('interventions')}=false")
@@ -139,8 +138,7 @@ def neuron_shift(recipe: NeuronShiftRecipe, say: Say = print) -> Path:
         name: _measure(generator, probe, starts, responses, rewards) for name, responses in written.items()
     }
     summary["written"] = written_summary(measured)
-    reports = [f"prompts: {len(examples)} of {recipe.split}", splits.report, probe_report]
-    text = page(summary, reports)
+    text = page(summary, [f"prompts: {len(examples)} of {recipe.split}", splits.report, probe_report])
     say(text)
 
     folder = Path(recipe.run_dir)

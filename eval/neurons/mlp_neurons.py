@@ -46,8 +46,7 @@ def mlp_output_projections(model: nn.Module) -> list[nn.Module]:
                 "output projections in mlp_output_projections (eval/neurons/mlp_neurons.py)"
             )
     for layer, projection in enumerate(projections):
-        plain = isinstance(projection, nn.Linear | Conv1D) and projection.weight.is_floating_point()
-        if not plain:
+        if not (isinstance(projection, nn.Linear | Conv1D) and projection.weight.is_floating_point()):
             raise ConfigError(
                 f"the MLP output projection of layer {layer} of {config.model_type!r} is {type(projection).__name__}, "
                 "not a plain linear layer; merge the adapter, or load the model unquantised"

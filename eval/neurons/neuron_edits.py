@@ -1,4 +1,4 @@
-"""Temporary changes of MLP activations: patching, scaling, tuning-free editing, and what policies write under them."""
+"""Temporary changes of MLP activations: patching, scaling, tuning-free editing, and continuations under them."""
 
 from __future__ import annotations
 
@@ -85,10 +85,7 @@ def patched(
 
 @contextmanager
 def scaled(model: nn.Module, factors: Tensor, positions: Positions = "all") -> Iterator[None]:
-    """Multiply each activation by its neuron's entry of `factors` (L, d_mlp) within this context.
-
-    `positions`, the removal of the hooks and the errors are those of `patched`.
-    """
+    """Multiply activations by `factors` (L, d_mlp) within this context; all else is as in `patched`."""
     _check(model, positions, factors=factors)
 
     def scale(layer: int, activations: Tensor) -> Tensor:
@@ -177,9 +174,10 @@ def _position_mask(positions: Positions, shape: list[int]) -> Tensor:
 def _check(model: nn.Module, positions: Positions, **arrays: Tensor) -> None:
     expected = num_neurons(model)
     for name, array in arrays.items():
-        if tuple(array.shape) != expected:
+        shape = tuple(array.shape)
+        if shape != expected:
             raise ValueError(
-                f"{name} has shape {tuple(array.shape)}; this model has {expected} (layers, neurons of a layer)"
+                f"{name} has shape {shape}; this model has {expected} (layers, neurons of a layer)"
             )
     if isinstance(positions, Tensor):
         if positions.dtype != torch.bool or positions.dim() != 2:

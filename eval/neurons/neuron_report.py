@@ -43,10 +43,6 @@ def save_summary(summary: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _percent(share: float) -> str:
-    return "-" if np.isnan(share) else f"{share:.1%}"
-
-
 def markdown(summary: dict[str, Any]) -> str:
     """Format the summary as tables: groups and their total, then layers, then the neurons that moved most."""
     groups, sums_of_layers = summary["groups"], summary["layers"]
@@ -56,7 +52,8 @@ def markdown(summary: dict[str, Any]) -> str:
         "| --- " * 8 + "|",
     ]
     for name, row in {**groups, "all": total}.items():
-        lines.append(GROUP_ROW.format_map({**row, "name": name, "share": _percent(row["share"])}))
+        share = "-" if np.isnan(row["share"]) else f"{row['share']:.1%}"
+        lines.append(GROUP_ROW.format_map({**row, "name": name, "share": share}))
     lines += [
         "",
         f"Net over gross: {total['balance']:.3f}. The changed value vectors add {total['value_vectors']:.4g} to the "

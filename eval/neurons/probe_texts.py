@@ -91,7 +91,14 @@ def load_probe_texts(
         texts = demo_texts(demo, config.fault)
         num_rows, name = len(texts), "demo"
     else:
-        texts, num_rows, name = _read(config, bad)
+        table = read_table(config.path, config.split, bad)
+        for key_of_column in ("text_column", "label_column"):
+            column = getattr(config, key_of_column)
+            if column not in table.columns:
+                place, known = f"({key_of_column}) in {table.name}", ", ".join(table.columns)
+                raise DataError(f"no column {column!r} {place}; its columns are: {known}")
+        texts = convert_rows(table, bad, lambda row: _text_of(row, config))
+        num_rows, name = table.num_rows, table.name
     usable = []
     for text, context_ids, text_ids in zip(texts, *_encode(tokenizer, texts), strict=True):
         length = len(context_ids) + len(text_ids)
@@ -130,17 +137,6 @@ def demo_texts(config: DemoConfig, fault: str) -> list[ProbeText]:
             texts.append(ProbeText(record.completion, False, record.prompt, record.origin))
             texts.append(ProbeText(summary.response, True, record.prompt, record.origin))
     return texts
-
-
-def _read(config: ProbeConfig, bad: BadRows) -> tuple[list[ProbeText], int, str]:
-    table = read_table(config.path, config.split, bad)
-    for name in ("text_column", "label_column"):
-        column = getattr(config, name)
-        if column not in table.columns:
-            known = ", ".join(table.columns)
-            raise DataError(f"no column {column!r} ({name}) in {table.name}; its columns are: {known}")
-    texts = convert_rows(table, bad, lambda row: _text_of(row, config))
-    return texts, table.num_rows, table.name
 
 
 def _text_of(row: Row, config: ProbeConfig) -> ProbeText:
