@@ -138,7 +138,8 @@ def side_by_side(judges: Sequence[JudgeFile], labels: Iterable[Label]) -> Rating
                 left_out[f"judgments of {name} that are undecided"] += 1
             else:
                 key, is_reversed = place
-                votes[key] = 1 - j.score if is_reversed else j.score, j.first_slot_wins, None
+                score = 1 - j.score if is_reversed else j.score
+                votes[key] = (score, j.first_slot_wins, None)
     by_person: dict[str, _Votes] = {}
     for label in labels:
         if label.score is None:
@@ -150,7 +151,7 @@ def side_by_side(judges: Sequence[JudgeFile], labels: Iterable[Label]) -> Rating
             continue
         key, is_reversed = place
         score = 1 - label.score if is_reversed else label.score
-        by_person.setdefault(label.annotator, {})[key] = score, [label.first_slot_won], label.confidence
+        by_person.setdefault(label.annotator, {})[key] = (score, [label.first_slot_won], label.confidence)
     keys = list(texts.lengths)
     return Ratings(
         keys=keys,

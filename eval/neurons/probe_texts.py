@@ -92,11 +92,11 @@ def load_probe_texts(
         num_rows, name = len(texts), "demo"
     else:
         table = read_table(config.path, config.split, bad)
-        for key_of_column in ("text_column", "label_column"):
-            column = getattr(config, key_of_column)
+        known = ", ".join(table.columns)
+        for option in ("text_column", "label_column"):
+            column = getattr(config, option)
             if column not in table.columns:
-                place, known = f"({key_of_column}) in {table.name}", ", ".join(table.columns)
-                raise DataError(f"no column {column!r} {place}; its columns are: {known}")
+                raise DataError(f"no column {column!r} ({option}) in {table.name}; its columns are: {known}")
         texts = convert_rows(table, bad, lambda row: _text_of(row, config))
         num_rows, name = table.num_rows, table.name
     usable = []
