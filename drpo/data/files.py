@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from drpo.data.records import BadRows, DataError, Record, RowError
+from drpo.data.records import BadRows, DataError, RowError
 
+Item = TypeVar("Item")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 SPLIT_FILE = re.compile(r"(?P<split>.+?)(-\d+-of-\d+)?(\.jsonl|\.json|\.csv|\.parquet)(\.gz)?")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -100,7 +101,7 @@ def read_table(
     return Table(name, tuple(columns), rows, num_rows)
 
 
-def convert_rows(table: Table, bad: BadRows, to_record: Callable[[Row], Record]) -> list[Record]:
+def convert_rows(table: Table, bad: BadRows, to_record: Callable[[Row], Item]) -> list[Item]:
     """Convert the rows of a table to records; rows for which `to_record` raises RowError are added to `bad`."""
     records = []
     for row in table.rows:
