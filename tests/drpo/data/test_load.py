@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from real_data import DATA
 from tiny_tokenizers import CHATML, byte_level, single_bytes
 
-from drpo.config import options
+from drpo.config_help import options
 from drpo.data.encode import encode_query
 from drpo.data.load import DataConfig, load_examples, load_texts
 from drpo.data.records import DataError
