@@ -104,10 +104,8 @@ def convert_rows(table: Table, bad: BadRows, to_record: Callable[[Row], Record])
     """Convert the rows of a table to records; rows for which `to_record` raises RowError are added to `bad`."""
     records = []
     for row in table.rows:
-        try:
+        with bad.skipping(row.origin):
             records.append(to_record(row))
-        except RowError as error:
-            bad.add(error.kind, row.origin, error.detail)
     return records
 
 

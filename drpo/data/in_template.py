@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from drpo.data.chat import ChatTemplate
 from drpo.data.dialogue import parse_prompt
-from drpo.data.encode import encode_queries, encode_responses
+from drpo.data.encode import encode_prompts, encode_responses
 from drpo.data.records import DataError, Message, RowError
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ def encode_in_template(
     turns = parse_prompt(prompt) if messages is None else list(messages)
     try:
         text, _ = chat.render(turns, [])
-        literal = {text: chat.chat(turns, prompt).literal}
+        literal = chat.chat(turns, prompt).literal
     except RowError as error:
         raise DataError(f"a chat template refuses the prompt {prompt[:60]!r}: {error}") from None
-    (query_ids,) = encode_queries(tokenizer, [text], literal)
+    (query_ids,) = encode_prompts(tokenizer, [(text, literal)])
     (response_ids,) = encode_responses(tokenizer, [chat.opening + response], chat.opening)
     return query_ids, response_ids if ended else response_ids[:-1]

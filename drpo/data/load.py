@@ -261,11 +261,4 @@ def _encode(
     if view == "prompts":
         fitting, notes = distinct_prompts(fitting)
         report += notes
-    examples = []
-    encoded = encode_records(tokenizer, fitting, queries, view, config.max_response_length)
-    for record, example in zip(fitting, encoded, strict=True):
-        if isinstance(example, RowError):
-            bad.add(example.kind, record.origin, example.detail)
-        else:
-            examples.append(example)
-    return examples
+    return encode_records(tokenizer, fitting, queries, view, bad, config.max_response_length)

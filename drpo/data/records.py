@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -114,6 +115,14 @@ class BadRows:
         shown = self._shown.setdefault(kind, [])
         if len(shown) < NUM_SHOWN:
             shown.append(f"{origin}: {detail}" if detail else origin)
+
+    @contextmanager
+    def skipping(self, origin: str) -> Iterator[None]:
+        """Count the row at `origin` as bad when a RowError ends this context."""
+        try:
+            yield
+        except RowError as error:
+            self.add(error.kind, origin, error.detail)
 
     def summary(self) -> str:
         """Return a line for each kind with its count, and below it the first few of that kind."""

@@ -11,7 +11,7 @@ from drpo.data.encode import Example, encode_prompts, encode_records
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.noise import NoiseConfig
 from drpo.data.noise import add_noise as add_noise_to_examples
-from drpo.data.records import DataError, Record
+from drpo.data.records import BadRows, DataError, Record
 from drpo.data.stop import with_stop_token
 from drpo.data.tasks.demo import DemoConfig, true_reward
 
@@ -208,7 +208,7 @@ def spoilt_and_encoded_again(tokenizer, examples: list[Example], noise: NoiseCon
         records.append(replace(old, **new, extra=extra))
     prompts = [record.marked_prompt for record in records]
     queries = dict(zip(prompts, encode_prompts(tokenizer, prompts), strict=True))
-    return list(encode_records(tokenizer, records, queries, "pairs"))
+    return encode_records(tokenizer, records, queries, "pairs", BadRows())
 
 
 @pytest.mark.parametrize("data", ["demo", "own", "own in a chat template"])

@@ -11,7 +11,7 @@ import pytest
 from tiny_tokenizers import with_markup
 
 from drpo.data.chat import ChatTemplate
-from drpo.data.encode import encode_queries, encode_responses
+from drpo.data.encode import encode_prompts, encode_responses
 from drpo.data.files import Row
 from drpo.data.load import DataConfig
 from drpo.data.records import DataError, RowError
@@ -111,7 +111,7 @@ def record_of(chat: ChatTemplate, messages, reply):
 
 
 def trained_on(tokenizer, record) -> list[int]:
-    (query,) = encode_queries(tokenizer, [record.prompt], {record.prompt: record.chat.literal})
+    (query,) = encode_prompts(tokenizer, [record.marked_prompt])
     (response,) = encode_responses(tokenizer, [record.completion], record.chat.opening)
     return query + response
 
