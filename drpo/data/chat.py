@@ -79,7 +79,7 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer, self._arguments, self._header = tokenizer, dict(arguments or {}), ""
         if not tokenizer.chat_template:
-            raise DataError("data.chat_template=true, but the tokenizer has no chat template")
+            raise DataError("chat_template=true, but the tokenizer has no chat template")
         self._special = special_tokens(tokenizer)
         question = {"role": "user", "content": QUESTION}
         try:
@@ -155,7 +155,7 @@ class ChatTemplate:
             raise DataError(
                 f"the tokenizer's chat template ends a reply with {self._closing!r}, which holds no special token of "
                 "this tokenizer, so nothing tells the model to stop: take the tokenizer that the template is made "
-                "for, or name the token that is to end a response, data.stop_token"
+                "for, or name the token that is to end a response as stop_token"
             )
         if asked is None:
             asked = self._next_turn(question)
@@ -216,7 +216,7 @@ class ChatTemplate:
                     ChatTemplate(self._tokenizer, {**self._arguments, name: False})
                 except DataError:
                     continue
-                return f"data.chat_template_kwargs={{{name}: false}} makes it usable"
+                return f"chat_template_kwargs={{{name}: false}} makes it usable"
         return "Give the tokenizer another template"
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:

@@ -119,7 +119,7 @@ def _local(path: Path, split: str, subset: str | None, keep: Callable[[str], boo
     if subset is not None:
         folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         if subset not in folders:
-            raise DataError(f"no data.subset {subset!r} in {path}; its folders are: {_listing(folders)}")
+            raise DataError(f"no subset {subset!r} in {path}; its folders are: {_listing(folders)}")
         path = path / subset
     if (path / "dataset_dict.json").is_file():
         return _from_dataset(f"{path.name}/{split}", _saved(path, split), keep)
@@ -140,11 +140,11 @@ def _local(path: Path, split: str, subset: str | None, keep: Callable[[str], boo
 
 def _only_train(path: Path, split: str, subset: str | None) -> None:
     if subset is not None:
-        raise DataError(f"data.subset={subset} does not apply: {path} is a single file")
+        raise DataError(f"subset={subset} does not apply: {path} is a single file")
     if split != "train":
         raise DataError(
             f"no split {split!r}: {path} is a single split, 'train'. Give a folder of files named after "
-            "their splits, or hold out a part with data.eval_fraction"
+            "their splits, or hold out a part with eval_fraction"
         )
 
 
@@ -275,7 +275,7 @@ def _load_hub(path: str, split: str, subset: str | None, subset_is_folder: bool)
                 raise
             return load_dataset(path, data_dir=subset, split=split, revision=PARQUET_BRANCH)
     except Exception as error:
-        wanted = f"{path} (data.subset={subset or 'null'}, split {split})"
+        wanted = f"{path} (subset={subset or 'null'}, split {split})"
         raise DataError(f"cannot load {wanted} from the hub: {error}\n{_nothing_at(Path(path))}") from error
 
 

@@ -144,8 +144,8 @@ def load_examples(
     """
     if config.noise.on and view != "pairs":
         raise DataError(
-            f"data.noise applies to preference pairs, and this stage takes {view_name(view)}: "
-            "set data.noise.flip_rate and data.noise.off_topic_rate to 0"
+            f"noise applies to preference pairs, and this stage takes {view_name(view)}: "
+            "set noise.flip_rate and noise.off_topic_rate to 0"
         )
     tokenizer = with_stop_token(tokenizer, config)
     chat = template_of(config, tokenizer)
@@ -188,7 +188,7 @@ def load_texts(config: DataConfig) -> list[str]:
     """
     if config.chat_template:
         raise DataError(
-            "data.chat_template=true needs a tokenizer that has one: none can be trained on the data"
+            "chat_template=true needs a tokenizer that has one: none can be trained on the data"
         )
     records = read_records(config, config.train_split, "prompts", None, [])
     if config.held_out_split is None:

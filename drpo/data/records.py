@@ -142,9 +142,9 @@ class BadRows:
             return
         raise DataError(
             f"{len(self)} of {num_rows} {self.unit} are bad, "
-            f"more than data.max_bad_fraction={max_bad_fraction:g} allows:\n"
+            f"more than max_bad_fraction={max_bad_fraction:g} allows:\n"
             f"{self.summary()}\n"
-            "Correct them, or raise data.max_bad_fraction to leave them out."
+            "Correct them, or raise max_bad_fraction to leave them out."
         )
 
 

@@ -51,7 +51,7 @@ def check_arguments(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) 
         return
     if unread := sorted(set(names) - read):
         raise DataError(
-            f"data.chat_template_kwargs.{unread[0]}: the tokenizer's chat template does not read it, so it would do "
+            f"chat_template_kwargs.{unread[0]}: the tokenizer's chat template does not read it, so it would do "
             f"nothing; the template reads {', '.join(sorted(read)) or 'no arguments'}"
         )
 

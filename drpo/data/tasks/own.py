@@ -43,13 +43,13 @@ def own_records(
     for field, column in columns.items():
         if column not in table.columns:
             raise DataError(
-                f"no column {column!r} (data.columns.{field}) in {table.name}; "
+                f"no column {column!r} (columns.{field}) in {table.name}; "
                 f"its columns are: {', '.join(table.columns)}"
             )
     if not any(columns.get(field, field) in table.columns for field in PROMPT_SOURCES):
         raise DataError(
             f"no column {', '.join(PROMPT_SOURCES[:-1])} or {PROMPT_SOURCES[-1]} in {table.name}; "
-            f"its columns are: {', '.join(table.columns)}. Say which is which with data.columns.prompt=..."
+            f"its columns are: {', '.join(table.columns)}. Name yours with columns.prompt=..."
         )
     return convert_rows(table, bad, lambda row: own_record(row, columns, chat))
 
@@ -88,7 +88,7 @@ def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) 
         prompt, texts = chat.render(turns, texts)
         rendered = chat.chat(turns, dialogue(turns) if source is None else source)
     elif not isinstance(prompt, str):
-        raise DataError(f"{row.origin} holds a conversation: set data.chat_template=true to render it")
+        raise DataError(f"{row.origin} holds a conversation: set chat_template=true to render it")
 
     by_name = dict(zip(names, texts, strict=False))
     if "chosen" in by_name and "rejected" in by_name:

@@ -72,7 +72,7 @@ def truncate_query(query: str, num_tokens: Callable[[str], int], max_length: int
             return shortened(len(post))
     kept = longest_fit(lambda n: num_tokens(shortened(n)) <= max_length, len(post))
     if not post[:kept].strip():
-        raise RowError("prompt too long", f"no room for the post in data.max_prompt_length={max_length}")
+        raise RowError("prompt too long", f"no room for the post in max_prompt_length={max_length}")
     return shortened(kept)
 
 

@@ -170,7 +170,7 @@ def test_the_stop_token_counts_towards_the_length_limit(view, limit, fits):
     assert len(examples) == fits
     if not fits:
         assert bad.counts == {"response too long": 1}
-        assert "f:1: 4 tokens, data.max_response_length=3" in bad.summary()
+        assert "f:1: 4 tokens, max_response_length=3" in bad.summary()
 
 
 def test_responses_to_reset_to_are_cut_at_the_limit():

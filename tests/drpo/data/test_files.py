@@ -125,7 +125,7 @@ def test_a_folder_of_splits_shards_and_subsets(tmp_path):
     assert values(table) == ROWS[:2]
     with pytest.raises(DataError, match="no split 'valid'.* test, train"):
         read(folder, "valid")
-    with pytest.raises(DataError, match="no data.subset 'helpful'.* harmless"):
+    with pytest.raises(DataError, match="no subset 'helpful'.* harmless"):
         read(tmp_path / "hh", subset="helpful")
 
 
@@ -140,7 +140,7 @@ def test_a_file_has_one_split_and_no_subset(tmp_path):
     path.write_text(as_json_lines(ROWS), encoding="utf-8")
     with pytest.raises(DataError, match="no split 'test'"):
         read(path, "test")
-    with pytest.raises(DataError, match="data.subset=axis does not apply"):
+    with pytest.raises(DataError, match="subset=axis does not apply"):
         read(path, subset="axis")
 
 
@@ -270,6 +270,6 @@ def test_a_failing_hub_says_what_was_asked_and_what_is_there(monkeypatch, tmp_pa
     with pytest.raises(DataError) as error:
         read("some/where", "valid")
     message = str(error.value)
-    assert "some/where (data.subset=null, split valid)" in message
+    assert "some/where (subset=null, split valid)" in message
     assert '["train", "test"]' in message
     assert "mine.jsonl" in message
