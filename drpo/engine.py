@@ -102,7 +102,6 @@ class Engine:
         self._max_grad_norm = max_grad_norm
         self._module: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-        self._trackers_started = False
         self._config = config
         self._warned_of_bf16 = False
         plugin = self._accelerator.state.deepspeed_plugin
@@ -312,16 +311,14 @@ class Engine:
         if self._config.trackers:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
             self._accelerator.init_trackers(self._config.project, config=flat)
-            self._trackers_started = True
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        if self._trackers_started:
-            self._accelerator.log(metrics, step=step)
+        self._accelerator.log(metrics, step=step)
 
     def close(self) -> None:
         """Flush the trackers and leave the process group."""
-        if self._trackers_started:
-            self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()

@@ -304,5 +304,4 @@ def token_weighted_sum(logprobs: Tensor, weights: Tensor, mask: Tensor) -> Tenso
     Masked entries, also inf or nan, affect neither the sum nor a gradient.
     Source: Banerjee et al. 2024 (DPO against hallucinated prior exams in radiology reports), eq. 2 and 3.
     """
-    zero = logprobs.new_zeros(())
-    return (torch.where(mask, logprobs, zero) * torch.where(mask, weights, zero)).sum(dim=1)
+    return (torch.where(mask, logprobs, 0) * torch.where(mask, weights, 0)).sum(dim=1)

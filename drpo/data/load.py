@@ -187,9 +187,7 @@ def load_texts(config: DataConfig) -> list[str]:
     Held-out prompts are left out.
     """
     if config.chat_template:
-        raise DataError(
-            "chat_template=true needs a tokenizer that has one: none can be trained on the data"
-        )
+        raise DataError("chat_template=true needs a tokenizer that has one: none can be trained on the data")
     records = read_records(config, config.train_split, "prompts", None, [])
     if config.held_out_split is None:
         records, _ = hold_out(records, config.held_out_fraction, config.split_seed)

@@ -29,11 +29,10 @@ def position_limit(model: nn.Module) -> int | None:
 def _find_limit(model: nn.Module) -> int | None:
     limits = []
     for name, module in model.named_modules():
-        own_name = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and ("pos" in own_name or own_name == "wpe"):
-            limits.append(
-                module.num_embeddings - getattr(module, "offset", 0)
-            )  # OPT's first two rows are unused
+        last_name = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("pos" in last_name or last_name == "wpe"):
+            # OPT's first two rows are unused.
+            limits.append(module.num_embeddings - getattr(module, "offset", 0))
         buffers = module.named_buffers(recurse=False)
         limits += [len(table) for table_name, table in buffers if table_name in TABLE_NAMES]
         config = getattr(module, "config", None)
@@ -62,8 +61,8 @@ def check_lengths(model: nn.Module, lengths: Sequence[int], what: str, remedy: s
     returned. `what` names the model or its key.
     """
     config = getattr(model, "backbone", model).config.get_text_config()
-    limit, trained = position_limit(model), getattr(config, "max_position_embeddings", None)
-    end = trained if limit is None else limit
+    limit = position_limit(model)
+    end = getattr(config, "max_position_embeddings", None) if limit is None else limit
     longer = [length for length in lengths if end is not None and length > end]
     if not longer:
         return []
@@ -96,11 +95,10 @@ def check_sampling(
         key: recipe key that sets `max_response_length`, for errors.
     """
     lengths = [len(example.query_ids) + max_response_length for example in examples]
-    return check_lengths(
-        model, lengths, what, f"set data.max_prompt_length, or lower {key}={max_response_length}"
-    )
+    remedy = f"set data.max_prompt_length, or lower {key}={max_response_length}"
+    return check_lengths(model, lengths, what, remedy)
 
 
 def _responses(example: Example) -> list[list[int]]:
-    own = (example.completion_ids, example.chosen_ids, example.rejected_ids)
-    return [*(ids for ids in own if ids is not None), *example.ranked_ids]
+    single = (example.completion_ids, example.chosen_ids, example.rejected_ids)
+    return [*(ids for ids in single if ids is not None), *example.ranked_ids]

@@ -6,7 +6,8 @@ in a cache of their own, and sampled tokens and log-probabilities would then sil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,32 +65,21 @@ def can_probe_now(model: nn.Module) -> bool:
     Half precision may take minutes on a CPU, and kernels that need a GPU do not run there.
     """
     weight = model.get_input_embeddings().weight
-    on_cpu = weight.device.type == "cpu"
-    return not on_cpu or (
-        weight.dtype == torch.float32 and model.config._attn_implementation in ATTENTION_ON_CPU
-    )
+    plain = weight.dtype == torch.float32 and model.config._attn_implementation in ATTENTION_ON_CPU
+    return plain or weight.device.type != "cpu"
 
 
-class _probing:
-    """Context in evaluation mode, without gradients and autocast."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._training = [module for module in model.modules() if module.training]
-        self._model = model
-        self._contexts = [
-            torch.no_grad(),
-            torch.autocast(model.get_input_embeddings().weight.device.type, enabled=False),
-        ]
-
-    def __enter__(self) -> None:
-        self._model.eval()
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*error)
-        for module in self._training:
+@contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode, without gradients and autocast, within this context."""
+    trained = [module for module in model.modules() if module.training]
+    device = model.get_input_embeddings().weight.device.type
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module in trained:
             module.training = True
 
 

@@ -205,18 +205,16 @@ def _probe(backbone: nn.Module) -> bool:
     weight = backbone.get_input_embeddings().weight
     batch, other = (_probe_batch(first).to(weight.device) for first in (0, 1))
 
-    def separate(rows: PaddedBatch) -> Tensor:
-        inputs = model_inputs(backbone, rows.query_responses, rows.attention_mask)
+    def separate(batch: PaddedBatch) -> Tensor:
+        inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
-        return hidden[:, rows.queries.shape[1] - 1 : -1][rows.response_mask].float()
+        return hidden[:, batch.queries.shape[1] - 1 : -1][batch.response_mask].float()
 
     with torch.autocast(weight.device.type, enabled=False):
         packed = pack_rows(batch, 2)
         try:
             shared = _hidden(backbone, packed)[packed.predicting].float()
-        except (
-            Exception
-        ):  # Models without such inputs may raise any error; real faults show in separate rows.
+        except Exception:  # models without such inputs may raise any; real faults show in separate rows
             return False
         expected, elsewhere = separate(batch), separate(other)
     allowed = 0.01 if weight.dtype == torch.float32 else 0.1
