@@ -19,6 +19,7 @@ from drpo.data.records import BadRows, DataError, Record, RowError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 SPLIT_FILE = re.compile(r"(?P<split>.+?)(-\d+-of-\d+)?(\.jsonl|\.json|\.csv|\.parquet)(\.gz)?")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+NUM_LISTED = 20
 BOM = b"\xef\xbb\xbf"
 SCRIPT_REFUSED = "scripts are no longer supported"
 PARQUET_BRANCH = "refs/convert/parquet"
@@ -65,20 +66,24 @@ def read_table(
 ) -> Table:
     """Read one split of a file, a folder of files, a saved `datasets` folder or a hub dataset.
 
-    A single file has one split, "train". In a folder the files are the splits (train.jsonl, test.parquet,
-    train-00000-of-00002.parquet) and `subset` is a folder inside it; on the hub `subset` is a configuration,
-    or a `data_dir` with `subset_is_folder`. Rows that cannot be read are added to `bad`: invalid JSON,
-    not UTF-8, wrong type, wrong number of cells. Columns for which `keep` is False are left out.
-
     Raises DataError, naming what is there, for a missing file, subset or split, an empty or damaged file.
+
+    Args:
+        path: a file, which has one split, "train"; a folder, whose files are the splits (train.jsonl, test.parquet,
+            train-00000-of-00002.parquet); or a hub id.
+        split: name of the split.
+        bad: gets the rows that cannot be read: invalid JSON, not UTF-8, wrong type, wrong number of cells.
+        subset: a folder inside `path`; on the hub a configuration.
+        subset_is_folder: on the hub, `subset` is a `data_dir`.
+        limit: number of rows to read; None for all.
+        keep: whether to read a column.
     """
     local = Path(path).expanduser()
     if local.exists():
         name, raw_rows = _local(local, split, subset, keep)
     elif HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES):
-        name, raw_rows = _from_dataset(
-            f"{path}/{split}", _load_hub(path, split, subset, subset_is_folder), keep
-        )
+        dataset = _load_hub(path, split, subset, subset_is_folder)
+        name, raw_rows = _from_dataset(f"{path}/{split}", dataset, keep)
     else:
         raise DataError(_nothing_at(local))
 
@@ -132,7 +137,7 @@ def _local(path: Path, split: str, subset: str | None, keep: Callable[[str], boo
         if match and file.is_file():
             splits.setdefault(match["split"], []).append(file)
     if not splits:
-        raise DataError(f"no data files ({', '.join(SUFFIXES)}) in {path}, which holds: {_entries(path)}")
+        raise DataError(f"no data files ({', '.join(SUFFIXES)}) in {path}, which holds: {entries(path)}")
     if split not in splits:
         raise DataError(f"no split {split!r} in {path}; its files make the splits: {_listing(splits)}")
     return f"{path.name}/{split}", _read_files(splits[split], keep)
@@ -284,19 +289,21 @@ def _from_dataset(name: str, dataset, keep: Callable[[str], bool]):
     return name, ((name, number, values) for number, values in enumerate(dataset, start=1))
 
 
-# --- what is there --------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------------
 
 
-def _listing(names: Iterable[str], most: int = 20) -> str:
+def _listing(names: Iterable[str]) -> str:
     names = sorted(names)
-    more = f", ... ({len(names) - most} more)" if len(names) > most else ""
-    return (", ".join(names[:most]) + more) or "none"
+    rest = f", ... ({len(names) - NUM_LISTED} more)" if len(names) > NUM_LISTED else ""
+    return (", ".join(names[:NUM_LISTED]) + rest) or "none"
 
 
-def _entries(folder: Path) -> str:
-    return _listing(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+def entries(folder: Path) -> str:
+    """List the first entries of a folder, for an error."""
+    names = [entry.name + "/" * entry.is_dir() for entry in folder.iterdir()]
+    return _listing(names) if names else "nothing"
 
 
 def _nothing_at(path: Path) -> str:
     folder = next((parent for parent in path.parents if parent.is_dir()), Path("."))
-    return f"no file or folder {path}; {folder}/ holds: {_entries(folder)}"
+    return f"no file or folder {path}; {folder}/ holds: {entries(folder)}"

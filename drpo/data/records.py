@@ -184,7 +184,9 @@ def require_scores(value: object, field: str, num_responses: int) -> tuple[float
     return tuple(float(score) for score in value)
 
 
-def require_different(chosen: str, rejected: str) -> None:
-    """Raise RowError when the two responses of a pair are equal, surrounding whitespace aside."""
-    if chosen.strip() == rejected.strip():
+def require_different(chosen: str | None, rejected: str | None) -> None:
+    """Raise RowError when a pair has only one response, or two that are equal, surrounding whitespace aside."""
+    if (chosen is None) != (rejected is None):
+        raise RowError("missing field", "one of chosen and rejected is there, the other is not")
+    if chosen is not None and chosen.strip() == rejected.strip():
         raise RowError("chosen = rejected", repr(chosen.strip()[:60]))

@@ -85,10 +85,8 @@ def add_lora(
         raise ConfigError(f"model.lora.target_modules: PEFT cannot adapt a layer: {error}") from error
     if model.is_gradient_checkpointing:  # PEFT lets the embedding's output require gradients, trunk or not
         model.disable_input_require_grads()
-    if mismatched := {name for name, _ in _lora_layers(adapted)} ^ set(linear):
-        raise ConfigError(
-            f"model.lora: PEFT put adapters on other layers than asked: {sorted(mismatched)[:5]}"
-        )
+    if extra := {name for name, _ in _lora_layers(adapted)} ^ set(linear):
+        raise ConfigError(f"model.lora: PEFT put adapters on other layers than asked: {sorted(extra)[:5]}")
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # PEFT leaves modules_to_save in the precision of the base
             parameter.data = parameter.data.float()

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from drpo.config import ConfigError
+from drpo.data.files import entries
 from drpo.models.gguf import UNREADABLE, location, reading
 
 
@@ -28,17 +29,12 @@ def check_folder(path: str, key: str, any_of: tuple[str, ...]) -> None:
     folder = Path(path)
     if not folder.is_dir():
         nearest = next(parent for parent in folder.parents if parent.is_dir())
-        raise ConfigError(f"{key}: no folder {path!r}; {str(nearest)!r} holds {_listing(nearest)}")
+        raise ConfigError(f"{key}: no folder {path!r}; {str(nearest)!r} holds {entries(nearest)}")
     if not any((folder / name).is_file() for name in any_of):
         hint = ""
         if (folder / "adapter_config.json").is_file():
             hint = "; this is a bare adapter: merge it into its base model and save that"
-        raise ConfigError(f"{key}: {path!r} has no {any_of[0]}; it holds {_listing(folder)}{hint}")
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    return ", ".join(names[:20]) + (" ..." if len(names) > 20 else "") if names else "nothing"
+        raise ConfigError(f"{key}: {path!r} has no {any_of[0]}; it holds {entries(folder)}{hint}")
 
 
 def check_present(path: str, key: str) -> tuple[str, dict[str, str]]:

@@ -84,17 +84,13 @@ def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) 
     rendered = None
     if chat is not None:
         turns = _as_messages(prompt, implicit)
-        source = prompt if isinstance(prompt, str) else None
-        prompt, texts = chat.render(turns, texts)
-        rendered = chat.chat(turns, dialogue(turns) if source is None else source)
+        source = prompt if isinstance(prompt, str) else dialogue(turns)
+        prompt, texts, rendered = chat.convert(turns, texts, source)
     elif not isinstance(prompt, str):
         raise DataError(f"{row.origin} holds a conversation: set chat_template=true to render it")
 
     by_name = dict(zip(names, texts, strict=False))
-    if "chosen" in by_name and "rejected" in by_name:
-        require_different(by_name["chosen"], by_name["rejected"])
-    elif "chosen" in by_name or "rejected" in by_name:
-        raise RowError("missing field", "one of chosen and rejected is there, the other is not")
+    require_different(by_name.get("chosen"), by_name.get("rejected"))
     return Record(
         prompt,
         **by_name,
