@@ -32,7 +32,7 @@ VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datas
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 _PREFIX: ContextVar[str] = ContextVar("prefix", default="")
-"Where the section that is being made stands: `rollout.sampling.`"
+"Place of the section that is being made: `rollout.sampling.`"
 
 
 class ConfigError(ValueError):
@@ -147,8 +147,8 @@ def _as_sections(hint: Any, value: Any, place: str, default: Any = None) -> Any:
 
 
 def _no_section(section: type, value: Any, place: str) -> str:
-    known = ", ".join(f"{place}.{field.name}" for field in dataclasses.fields(section))
-    return f"{place} is a section, found {value!r}; known keys there: {known}"
+    keys = ", ".join(f"{place}.{field.name}" for field in dataclasses.fields(section))
+    return f"{place} is a section, found {value!r}; known keys there: {keys}"
 
 
 def _made(value: Any, prefix: str) -> Any:
@@ -261,8 +261,8 @@ def _unlocked(node: DictConfig) -> DictConfig:
 def _read_recipe(path: Path, recipe_class: type) -> DictConfig:
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path(".")
-        found = ", ".join(sorted(p.name for p in folder.glob("*.yaml"))) or "none"
-        raise ConfigError(f"no recipe {path}; the YAML files in {folder}/ are: {found}")
+        names = ", ".join(sorted(file.name for file in folder.glob("*.yaml"))) or "none"
+        raise ConfigError(f"no recipe {path}; the YAML files in {folder}/ are: {names}")
     try:
         node = OmegaConf.load(io.StringIO(quote_words(path.read_text(encoding="utf-8"), recipe_class)))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -70,11 +70,16 @@ def pad_batch(
     query_length: int | None = None,
     response_length: int | None = None,
 ) -> PaddedBatch:
-    """Left-pad the queries and right-pad the responses, to the longest row or to the given lengths.
+    """Left-pad the queries and right-pad the responses.
 
     The masks come from the lengths of the rows, so a token that happens to equal `pad_id` still counts.
-    A response may be empty; a query may not, since the first response token is predicted from it.
     Raises ValueError on no rows, unequal numbers of rows, an empty query or a row longer than its length.
+
+    Args:
+        query_ids: B rows of ids, none empty, since the first response token is predicted from its query.
+        response_ids: B rows of ids, which may be empty.
+        pad_id: fills the rest of a row.
+        query_length, response_length: Q and R; None for the longest row.
     """
     if not query_ids or len(query_ids) != len(response_ids):
         raise ValueError(

@@ -176,15 +176,15 @@ class ChatTemplate:
         if not any(find_special(message["content"], self._special)[1] for message in messages):
             return ()
         stand_ins = {token: chr(0xF0000 + number) for number, token in enumerate(sorted(self._special))}
-        hidden = []
+        masked_messages = []
         for message in messages:
             content = message["content"]
             for token in sorted(self._special, key=len, reverse=True):
                 content = content.replace(token, stand_ins[token])
-            hidden.append({**message, "content": content})
+            masked_messages.append({**message, "content": content})
         tokens = {stand_in: token for token, stand_in in stand_ins.items()}
         text, spans = "", []
-        for character in self._prompt(hidden):
+        for character in self._prompt(masked_messages):
             if character in tokens:
                 spans.append((len(text), len(text) + len(tokens[character])))
             text += tokens.get(character, character)

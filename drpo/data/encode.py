@@ -94,11 +94,11 @@ def encode_responses(
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, which ends responses: set tokenizer.eos_token")
     head, head_ids = _head(tokenizer, opening)
-    headed = [bool(head) and text.startswith(opening) for text in texts]
-    bodies = [text[len(head) :] if has else text for text, has in zip(texts, headed, strict=True)]
+    has_opening = [bool(head) and text.startswith(opening) for text in texts]
+    bodies = [text[len(head) :] if has else text for text, has in zip(texts, has_opening, strict=True)]
     encoded = _encode_continuations(tokenizer, bodies)
     stop = [tokenizer.eos_token_id]
-    return [(head_ids if has else []) + ids + stop for ids, has in zip(encoded, headed, strict=True)]
+    return [(head_ids if has else []) + ids + stop for ids, has in zip(encoded, has_opening, strict=True)]
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -112,7 +112,7 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
     return text.removeprefix(tokenizer.decode(anchor, **options))
 
 
-def said_texts(
+def readable_texts(
     tokenizer: PreTrainedTokenizerBase, responses: Sequence[Sequence[int]], openings: Sequence[str]
 ) -> list[str]:
     """Decode sampled responses for readers other than the model: without special tokens and template openings.
@@ -196,10 +196,10 @@ def truncate_left(prompt: str, num_tokens: Callable[[str], int], max_length: int
     """Return the end of the prompt that fits into `max_length` tokens; RowError if nothing does."""
     if num_tokens(prompt) <= max_length:
         return prompt
-    kept = longest_fit(lambda n: num_tokens(prompt[len(prompt) - n :]) <= max_length, len(prompt))
-    if kept == 0:
+    length = longest_fit(lambda n: num_tokens(prompt[len(prompt) - n :]) <= max_length, len(prompt))
+    if length == 0:
         raise RowError("prompt too long", f"nothing of it fits into max_prompt_length={max_length}")
-    return prompt[len(prompt) - kept :]
+    return prompt[len(prompt) - length :]
 
 
 def _responses(record: Record, view: View) -> list[str]:
@@ -247,12 +247,14 @@ def _encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[st
     # SentencePiece-like tokenizers put a space before any text: encode behind an anchor, then cut it off.
     encoded: dict[int, list[int]] = {}
     for anchor in ANCHORS:
-        (cut,) = _encode(tokenizer, [anchor])
-        missing = [place for place in range(len(texts)) if place not in encoded]
-        anchored = _encode(tokenizer, [anchor + texts[place] for place in missing], split_special_tokens=True)
-        for place, ids in zip(missing, anchored, strict=True):
-            if ids[: len(cut)] == cut:
-                encoded[place] = ids[len(cut) :]
+        (anchor_ids,) = _encode(tokenizer, [anchor])
+        remaining = [place for place in range(len(texts)) if place not in encoded]
+        anchored = _encode(
+            tokenizer, [anchor + texts[place] for place in remaining], split_special_tokens=True
+        )
+        for place, ids in zip(remaining, anchored, strict=True):
+            if ids[: len(anchor_ids)] == anchor_ids:
+                encoded[place] = ids[len(anchor_ids) :]
     for place, text in enumerate(texts):
         if place not in encoded:
             raise DataError(f"the tokenizer cannot encode this response apart from its prompt: {text[:60]!r}")

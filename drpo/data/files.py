@@ -26,7 +26,7 @@ PARQUET_BRANCH = "refs/convert/parquet"
 "Where the hub keeps the data of a repository whose loading script `datasets` no longer runs."
 
 RawRow = tuple[int, Any]
-"Number of a row, and its value or the RowError that stands for it."
+"Number of a row, and its value or the RowError in place of it."
 
 
 class Row(NamedTuple):
@@ -159,14 +159,14 @@ def _read_files(files: list[Path], keep: Callable[[str], bool]) -> Iterator[tupl
         if not file.name.endswith(SUFFIXES):
             raise DataError(f"{file} is of no known format; the formats are: {', '.join(SUFFIXES)}")
         if plain_name.endswith(".parquet"):
-            rows = _parquet(file, keep)
+            numbered_rows = _parquet(file, keep)
         elif plain_name.endswith(".csv"):
-            rows = _csv(file)
+            numbered_rows = _csv(file)
         elif plain_name.endswith(".json") and _starts_with_bracket(file):
-            rows = _json_array(file)
+            numbered_rows = _json_array(file)
         else:
-            rows = _json_lines(file)
-        for number, value in rows:
+            numbered_rows = _json_lines(file)
+        for number, value in numbered_rows:
             yield file.name, number, value
 
 
@@ -280,8 +280,8 @@ def _load_hub(path: str, split: str, subset: str | None, subset_is_folder: bool)
                 raise
             return load_dataset(path, data_dir=subset, split=split, revision=PARQUET_BRANCH)
     except Exception as error:
-        wanted = f"{path} (subset={subset or 'null'}, split {split})"
-        raise DataError(f"cannot load {wanted} from the hub: {error}\n{_nothing_at(Path(path))}") from error
+        source = f"{path} (subset={subset or 'null'}, split {split})"
+        raise DataError(f"cannot load {source} from the hub: {error}\n{_nothing_at(Path(path))}") from error
 
 
 def _from_dataset(name: str, dataset, keep: Callable[[str], bool]):

@@ -76,10 +76,10 @@ class DataConfig(Section):
 
     def check(self) -> None:
         refuse(self.task not in TASKS, "task", f"must be one of {', '.join(TASKS)}, got {self.task!r}")
-        task, given = TASKS[self.task], f"{key('task')}={self.task}"
+        task, task_key = TASKS[self.task], f"{key('task')}={self.task}"
         if task.read is not None:
-            refuse(not self.path, "path", f"must name the data for {given}, got {self.path!r}")
-        refuse_changed(self, task.unused, f"does not apply to {given}")
+            refuse(not self.path, "path", f"must name the data for {task_key}, got {self.path!r}")
+        refuse_changed(self, task.unused, f"does not apply to {task_key}")
         if self.eval_split is not None:
             rule = f"must differ from {key('train_split')}, got {self.eval_split!r}"
             refuse(self.eval_split == self.train_split, "eval_split", rule)
@@ -101,14 +101,14 @@ class DataConfig(Section):
         if self.truncation is not None:
             refuse(self.max_prompt_length is None, "truncation", f"needs {key('max_prompt_length')}")
             owners = " or ".join(name for name, other in TASKS.items() if other.by_paragraph)
-            rule = f"can be paragraph for {key('task')}={owners} only, got {given}"
+            rule = f"can be paragraph for {key('task')}={owners} only, got {task_key}"
             refuse(self.truncation == "paragraph" and task.by_paragraph is None, "truncation", rule)
 
     @property
     def prompt_truncation(self) -> Truncation:
         """`truncation`, or the task's own, which never cuts the opening of a chat template."""
-        own = TASKS[self.task].truncation
-        return self.truncation or ("refuse" if own == "left" and self.chat_template else own)
+        default = TASKS[self.task].truncation
+        return self.truncation or ("refuse" if default == "left" and self.chat_template else default)
 
     @property
     def held_out_split(self) -> str | None:
@@ -149,7 +149,7 @@ def load_examples(
         )
     tokenizer = with_stop_token(tokenizer, config)
     chat = template_of(config, tokenizer)
-    bad, report, what = BadRows("examples"), [], view_name(view)
+    bad, report, unit = BadRows("examples"), [], view_name(view)
     eval_split, train = config.held_out_split, []
     if eval_split is None or not held_out_only:
         train = _read_view(config, config.train_split, view, chat, bad, report)
@@ -166,9 +166,9 @@ def load_examples(
     train_examples = [example for example in examples if example.record.marked_prompt not in eval_prompts]
     bad.check(num_examples, config.max_bad_fraction)
     if len(train_examples) < len(examples):
-        report.append(f"{len(examples) - len(train_examples)} {what} left out of train: prompt held out")
+        report.append(f"{len(examples) - len(train_examples)} {unit} left out of train: prompt held out")
     if len(bad):
-        report.append(f"{len(bad)} of {num_examples} {what} left out:\n{bad.summary()}")
+        report.append(f"{len(bad)} of {num_examples} {unit} left out:\n{bad.summary()}")
     if not train_examples and not held_out_only:
         raise DataError("\n".join(["no examples are left to train on", *report]))
     if config.noise.on:
@@ -177,7 +177,7 @@ def load_examples(
     parts = {"eval": eval_examples} if held_out_only else {"train": train_examples, "eval": eval_examples}
     for name, part in parts.items():
         num_prompts = len({example.record.marked_prompt for example in part})
-        report.append(f"{name}: {len(part)} {what}, {num_prompts} distinct prompts")
+        report.append(f"{name}: {len(part)} {unit}, {num_prompts} distinct prompts")
     return Splits(train_examples, eval_examples, "\n".join(report))
 
 
@@ -193,17 +193,24 @@ def load_texts(config: DataConfig) -> list[str]:
         records, _ = hold_out(records, config.held_out_fraction, config.split_seed)
     texts: dict[str | None, None] = {}
     for record in records:
-        own = (record.prompt, record.completion, record.chosen, record.rejected, *record.responses)
-        texts |= dict.fromkeys(own)
+        fields = (record.prompt, record.completion, record.chosen, record.rejected, *record.responses)
+        texts |= dict.fromkeys(fields)
     return [text for text in texts if text is not None]
 
 
 def read_records(
     config: DataConfig, split: str, view: View, chat: ChatTemplate | None, report: list[str]
 ) -> list[Record]:
-    """Return the records of one split, read or made for `view`, and add lines to the report.
+    """Return the records of one split.
 
     Raises DataError for missing data and for too many bad rows.
+
+    Args:
+        config: the data.
+        split: name of the split.
+        view: generated data is made for it.
+        chat: renders conversations; None for texts as they are.
+        report: gets lines on what was read and left out.
     """
     task = TASKS[config.task]
     if task.make is not None:

@@ -61,8 +61,8 @@ def add_noise(pairs: Sequence[Example], config: NoiseConfig) -> tuple[list[Examp
     for name, rate in (("flipped", config.flip_rate), ("off_topic", config.off_topic_rate)):
         count = sum(pair.record.extra[name] for pair in noisy)
         share = count / max(len(noisy), 1)
-        what = name.replace("_", " ")
-        notes += [f"noise: {count} of {len(noisy)} pairs {what} ({share:.1%})"] * (rate > 0)
+        label = name.replace("_", " ")
+        notes += [f"noise: {count} of {len(noisy)} pairs {label} ({share:.1%})"] * (rate > 0)
     return noisy, notes
 
 

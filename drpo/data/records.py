@@ -17,7 +17,7 @@ MAX_SCORE = sys.float_info.max
 
 
 class DataError(ValueError):
-    """Data that cannot be used as asked; the message names the fault, its place and the remedy."""
+    """Data that cannot be used as configured; the message names the fault, its place and the remedy."""
 
 
 class RowError(Exception):
@@ -93,7 +93,7 @@ class Record:
         chat = None if self.chat is None else replace(self.chat, literal=literal)
         return replace(self, prompt=text, chat=chat)
 
-    def said(self, response: str) -> str:
+    def without_opening(self, response: str) -> str:
         """Return a response of this record without the text that a chat template writes before it."""
         return response.removeprefix(self.opening)
 

@@ -47,7 +47,7 @@ def check_arguments(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) 
         return
     try:
         read = template_variables(tokenizer.get_chat_template())
-    except (ValueError, TemplateError):  # none, or a broken one: ChatTemplate says so
+    except (ValueError, TemplateError):  # none, or a broken one: ChatTemplate reports it
         return
     if unread := sorted(set(names) - read):
         raise DataError(

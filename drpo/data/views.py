@@ -163,9 +163,9 @@ def _truth(label: object) -> bool | None:
 
 def distinct_prompts(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """Return the first record of each prompt, in order, and a note on the number of others."""
-    first: dict[MarkedPrompt, Record] = {}
+    first_records: dict[MarkedPrompt, Record] = {}
     for record in records:
-        first.setdefault(record.marked_prompt, record)
-    num_repeats = len(records) - len(first)
+        first_records.setdefault(record.marked_prompt, record)
+    num_repeats = len(records) - len(first_records)
     notes = [f"{num_repeats} rows repeat a prompt: the first of each is kept"] if num_repeats else []
-    return list(first.values()), notes
+    return list(first_records.values()), notes

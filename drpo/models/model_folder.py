@@ -76,9 +76,9 @@ def check_complete(info: dict[str, Any], path: str, key: str) -> None:
 
 def is_causal_lm(model_type: str | None, architectures: list[str] | None) -> bool:
     """Return whether transformers has a causal LM of this type, and the weights (if there are any) are of one."""
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
-    known = (known,) if isinstance(known, str) else known
-    return any(name in known or name.endswith("ForCausalLM") for name in architectures or known)
+    class_names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
+    class_names = (class_names,) if isinstance(class_names, str) else class_names
+    return any(name in class_names or name.endswith("ForCausalLM") for name in architectures or class_names)
 
 
 def kind_of(saved: dict[str, Any]) -> str:

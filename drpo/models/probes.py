@@ -32,11 +32,11 @@ def check_policy(model: nn.Module, key: str = "model.path", on_any_device: bool 
     the first device: two rows of at most six tokens, and one step from the cache.
     """
     causal_lm = unwrap_peft(model)
-    known = _FAULTS.setdefault(causal_lm, {})
+    faults = _FAULTS.setdefault(causal_lm, {})
     device = causal_lm.get_input_embeddings().weight.device.type
-    if device not in known and not (on_any_device and known):
-        known[device] = _policy_fault(causal_lm)
-    if fault := next((fault for fault in known.values() if fault), None):
+    if device not in faults and not (on_any_device and faults):
+        faults[device] = _policy_fault(causal_lm)
+    if fault := next((fault for fault in faults.values() if fault), None):
         raise ConfigError(
             f"{key}: {type(causal_lm).__name__} {fault}: sampled tokens and log-probabilities would not be the "
             "model's own. Choose a model whose layers pass (docs/models.md), as all plain transformers do"
@@ -49,11 +49,11 @@ def check_scalar_model(model: nn.Module, key: str = "value or reward model") -> 
     The probe runs once per model, which must then have all its layers.
     """
     scalar_model = unwrap_peft(model)
-    known = _FAULTS.setdefault(scalar_model, {})
-    if not known:
+    faults = _FAULTS.setdefault(scalar_model, {})
+    if not faults:
         device = scalar_model.get_input_embeddings().weight.device.type
-        known[device] = _scalar_fault(scalar_model)
-    if fault := next((fault for fault in known.values() if fault), None):
+        faults[device] = _scalar_fault(scalar_model)
+    if fault := next((fault for fault in faults.values() if fault), None):
         raise ConfigError(
             f"{key}: {type(scalar_model.backbone).__name__} {fault}: its scores would depend on the batch"
         )
@@ -72,14 +72,14 @@ def can_probe_now(model: nn.Module) -> bool:
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
     """Run the model in evaluation mode, without gradients and autocast, within this context."""
-    trained = [module for module in model.modules() if module.training]
+    training_modules = [module for module in model.modules() if module.training]
     device = model.get_input_embeddings().weight.device.type
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device, enabled=False):
             yield
     finally:
-        for module in trained:
+        for module in training_modules:
             module.training = True
 
 

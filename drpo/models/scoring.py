@@ -93,10 +93,17 @@ def chunked_scores(
     suppressed_ids: tuple[int, ...] = (),
     entropy: Entropy = False,
 ) -> ResponseScores:
-    """Score `ids` (N,), as (N,), under the logits that `head` gives for `hidden` (N, H), a chunk at a time.
+    """Score ids, as (N,), under the logits that a head gives for hidden states, a chunk at a time.
 
     With gradients on, several chunks are recomputed one by one in the backward pass. ZeRO-3: all processes must call
     the same modules for batches of any shape, so the head is called once as a module for any number of chunks.
+
+    Args:
+        head: from hidden states (N, H) to logits (N, V).
+        hidden: (N, H).
+        ids: (N,) int64.
+        chunk_size: positions per chunk.
+        temperature, suppressed_ids, entropy: as in `response_logprobs`.
     """
     if len(ids) <= chunk_size:
         return _score(head(hidden), ids, temperature, suppressed_ids, entropy)
@@ -186,13 +193,13 @@ def _probe_head(causal_lm: nn.Module) -> bool:
     backbone, head = getattr(causal_lm, "base_model", causal_lm), causal_lm.get_output_embeddings()
     if backbone is causal_lm or head is None:
         return False
-    seen = {}
+    head_io = {}
 
     def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        seen["input"] = args[0]
+        head_io["input"] = args[0]
         ramp = torch.linspace(-100, 100, output.shape[-1], dtype=torch.float32, device=output.device)
-        seen["output"] = ramp.to(output.dtype).expand_as(output)
-        return seen["output"]
+        head_io["output"] = ramp.to(output.dtype).expand_as(output)
+        return head_io["output"]
 
     ids = torch.zeros(1, 2, dtype=torch.long, device=causal_lm.get_input_embeddings().weight.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -205,8 +212,8 @@ def _probe_head(causal_lm: nn.Module) -> bool:
     hidden = getattr(outputs, "last_hidden_state", None)
     return (
         hidden is not None
-        and "input" in seen
-        and hidden.shape == seen["input"].shape
-        and torch.allclose(hidden.float(), seen["input"].float(), rtol=1e-3, atol=1e-5)
-        and torch.equal(logits.float(), seen["output"].float())
+        and "input" in head_io
+        and hidden.shape == head_io["input"].shape
+        and torch.allclose(hidden.float(), head_io["input"].float(), rtol=1e-3, atol=1e-5)
+        and torch.equal(logits.float(), head_io["output"].float())
     )

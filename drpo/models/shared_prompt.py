@@ -178,10 +178,10 @@ def can_share_prompt(model: nn.Module) -> bool:
     """
     causal_lm = unwrap_peft(model)
     implementation = causal_lm.config._attn_implementation
-    known = _SHARING.setdefault(causal_lm, {})
-    if implementation not in known:
-        known[implementation] = _may_share(causal_lm) and _probe(causal_lm.base_model)
-    return known[implementation]
+    results = _SHARING.setdefault(causal_lm, {})
+    if implementation not in results:
+        results[implementation] = _may_share(causal_lm) and _probe(causal_lm.base_model)
+    return results[implementation]
 
 
 def _may_share(causal_lm: nn.Module) -> bool:

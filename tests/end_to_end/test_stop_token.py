@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from drpo.config import ConfigError
 from drpo.data.chat import ChatTemplate
-from drpo.data.encode import decode_response, encode_response, said_texts
+from drpo.data.encode import decode_response, encode_response, readable_texts
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.records import DataError
 from drpo.data.stop import with_stop_token
@@ -218,4 +218,4 @@ def test_responses_survive_whatever_they_begin_with(text, make):
     ids = encode_response(tokenizer, text)
     assert ids[-1] == tokenizer.eos_token_id
     assert decode_response(tokenizer, ids[:-1]) == text
-    assert said_texts(tokenizer, [ids], [""]) == [text]
+    assert readable_texts(tokenizer, [ids], [""]) == [text]

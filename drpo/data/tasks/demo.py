@@ -89,14 +89,14 @@ def needed_items(prompt: str) -> list[str]:
 
 
 def _count_wrong(needed: Sequence[str], words: Sequence[str]) -> int:
-    wrong, last = 0, -1
+    num_wrong, last_place = 0, -1
     for word in words:
         place = needed.index(word) if word in needed else -1
-        if place > last:
-            last = place
+        if place > last_place:
+            last_place = place
         else:
-            wrong += 1
-    return wrong
+            num_wrong += 1
+    return num_wrong
 
 
 def true_reward(prompt: str, response: str, ended: bool) -> float:
@@ -109,9 +109,9 @@ def true_reward(prompt: str, response: str, ended: bool) -> float:
     needed, words = needed_items(prompt), response.split()
     if ended and words == needed:
         return COMPLETE_REWARD
-    wrong = _count_wrong(needed, words)
-    faults = wrong + (not words) + (not ended)
-    return -RIGHT_COST * (len(words) - wrong) - WRONG_COST * faults
+    num_wrong = _count_wrong(needed, words)
+    faults = num_wrong + (not words) + (not ended)
+    return -RIGHT_COST * (len(words) - num_wrong) - WRONG_COST * faults
 
 
 def true_rewards(completions: Sequence[Completion]) -> list[float]:
