@@ -127,14 +127,9 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return torch.where(mask, x, 0).sum(dim=dim)
 
 
-def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Average `x` where `mask` is True, over all entries or along `dim`.
-
-    Along `dim`, the mean of a row with an empty mask is nan; over all entries, an empty mask raises ValueError.
-    """
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Average `x` where `mask` is True; raise ValueError on an empty mask."""
     mask = mask.broadcast_to(x.shape)
-    if dim is not None:
-        return masked_sum(x, mask, dim) / mask.sum(dim=dim)
     count = int(mask.sum())
     if count == 0:
         raise ValueError(f"the mean of nothing: the mask of shape {tuple(mask.shape)} has no True entry")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from drpo.data.dialogue import dialogue
 from drpo.data.markup import Span, find_special, special_tokens
 from drpo.data.records import Chat, DataError, Message, RowError, require_encodable, require_text
 
@@ -120,10 +121,14 @@ class ChatTemplate:
         return prompt, [self._response(prompt, messages, response) for response in responses]
 
     def convert(
-        self, messages: Sequence[Message], responses: Sequence[str], source: str
+        self, messages: Sequence[Message], responses: Sequence[str], source: str | None
     ) -> tuple[str, list[str], Chat]:
-        """Render a conversation, and return also what a record keeps of it; `source` is the prompt in the data."""
+        """Render a conversation, and return also what a record keeps of it.
+
+        `source` is the prompt as the data has it; None for the messages as a dialogue.
+        """
         prompt, texts = self.render(messages, responses)
+        source = dialogue(messages) if source is None else source
         turns = tuple(without_none(messages))
         return prompt, texts, Chat(turns, source, self.opening, self._spelled(turns), self._arguments)
 

@@ -202,6 +202,8 @@ def test_a_conversation_without_chat_template_says_what_to_set():
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "empty text"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": []}]}, "missing field"),
         ({"messages": [BLUE]}, "missing field"),
+        ({"prompt": [{"role": "user"}], "completion": [BLUE]}, "wrong type"),
+        ({"messages": [{"role": "system"}, USER, BLUE]}, "wrong type"),
         ({"prompt": [USER], "completion": [GREEN, BLUE]}, "prompts differ"),
         ({"chosen": [USER, BLUE], "rejected": [{**USER, "content": "x"}, GREEN]}, "prompts differ"),
         ({"prompt": "other", "chosen": [USER, BLUE], "rejected": [USER, GREEN]}, "prompts differ"),
