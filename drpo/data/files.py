@@ -183,6 +183,14 @@ def _byte_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         ) from None
 
 
+def _text_lines(file: Path) -> Iterator[str]:
+    for number, line in _byte_lines(file):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}:{number} is not UTF-8: {error}") from None
+
+
 def _json_lines(file: Path) -> Iterator[RawRow]:
     for number, line in _byte_lines(file):
         if not line.strip():
@@ -202,27 +210,17 @@ def _starts_with_bracket(file: Path) -> bool:
 
 
 def _json_array(file: Path) -> Iterator[RawRow]:
-    content = b"".join(line for _, line in _byte_lines(file))
+    content = "".join(_text_lines(file))
     try:
-        yield from enumerate(json.loads(content.decode()), start=1)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8: {error}") from None
+        yield from enumerate(json.loads(content), start=1)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}") from None
 
 
 def _csv(file: Path) -> Iterator[RawRow]:
     """Yield rows; an empty cell is a missing value, a row over several lines has the number of its first."""
-
-    def text_lines() -> Iterator[str]:
-        for number, line in _byte_lines(file):
-            try:
-                yield line.decode()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{file}:{number} is not UTF-8: {error}") from None
-
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(text_lines(), strict=True)
+    reader = csv.reader(_text_lines(file), strict=True)
     try:
         header = next((cells for cells in reader if cells), [])
         if len(set(header)) < len(header):

@@ -151,10 +151,16 @@ def load_examples(
     chat = template_of(config, tokenizer)
     bad, report, unit = BadRows("examples"), [], view_name(view)
     eval_split, train = config.held_out_split, []
+
+    def read(split: str) -> list[Record]:
+        records, notes = view_records(read_records(config, split, view, chat, report), view, bad)
+        report.extend(notes)
+        return records
+
     if eval_split is None or not held_out_only:
-        train = _read_view(config, config.train_split, view, chat, bad, report)
+        train = read(config.train_split)
     if eval_split is not None:
-        held_out = _read_view(config, eval_split, view, chat, bad, report)
+        held_out = read(eval_split)
     else:
         train, held_out = hold_out(train, config.held_out_fraction, config.split_seed)
     if held_out_only:
@@ -231,14 +237,6 @@ def read_records(
     bad.check(table.num_rows, config.max_bad_fraction)
     report.append(f"{table.name}: {table.num_rows} rows read, {len(bad)} bad")
     report += [bad.summary()] * bool(len(bad)) + notes
-    return records
-
-
-def _read_view(
-    config: DataConfig, split: str, view: View, chat: ChatTemplate | None, bad: BadRows, report: list[str]
-) -> list[Record]:
-    records, notes = view_records(read_records(config, split, view, chat, report), view, bad)
-    report += notes
     return records
 
 

@@ -32,13 +32,10 @@ def view_records(records: Sequence[Record], view: View, bad: BadRows) -> tuple[l
     if view == "prompts":
         distinct, notes = distinct_prompts(records)
         return [replace(record, completion=best_response(record)) for record in distinct], notes
-    convert = {"demonstrations": _demonstration, "pairs": _pairs, "ranked": _ranked, "unpaired": _unpaired}[
-        view
-    ]
     converted, num_without = [], 0
     for record in records:
         with bad.skipping(record.origin):
-            examples = convert(record)
+            examples = CONVERSIONS[view](record)
             num_without += not examples
             for example in examples:
                 with bad.skipping(example.origin):  # a bad pair of ranked responses leaves the others
@@ -115,14 +112,8 @@ def _with_pair_scores(record: Record) -> Record:
 def pair_of(record: Record, chosen: int, rejected: int) -> Record:
     """Make the pair of two ranked responses, given by their places, with their scores in `extra`."""
     scores = {"chosen_score": record.scores[chosen], "rejected_score": record.scores[rejected]}
-    return Record(
-        record.prompt,
-        chosen=record.responses[chosen],
-        rejected=record.responses[rejected],
-        origin=record.origin,
-        extra={**record.extra, **scores},
-        chat=record.chat,
-    )
+    texts = {"completion": None, "chosen": record.responses[chosen], "rejected": record.responses[rejected]}
+    return replace(record, **texts, responses=(), scores=(), extra={**record.extra, **scores})
 
 
 def _ranked(record: Record) -> list[Record]:
@@ -159,6 +150,10 @@ def _truth(label: object) -> bool | None:
     if isinstance(label, str):
         return {"1": True, "0": False}.get(label.strip())
     return bool(label) if isinstance(label, int | float) and label in (0, 1) else None
+
+
+CONVERSIONS = {"demonstrations": _demonstration, "pairs": _pairs, "ranked": _ranked, "unpaired": _unpaired}
+"The records of a view that a record gives: none, one or several; RowError if it lacks what the view needs."
 
 
 def distinct_prompts(records: Sequence[Record]) -> tuple[list[Record], list[str]]:

@@ -83,7 +83,7 @@ def continuation_logprobs(
             hook.remove()
         logprobs = gather_logprobs(logits[0], ids)
     zeros = logprobs.new_zeros(batch.responses.shape)
-    return ResponseScores(zeros.masked_scatter(batch.response_mask, logprobs), None)
+    return ResponseScores(zeros.masked_scatter(batch.response_mask, logprobs))
 
 
 class PackedRows(NamedTuple):
