@@ -79,10 +79,10 @@ class Engine:
         with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         # Without it accelerate treats several CPU processes as one; with it it ignores DeepSpeed.
         cpu = several_on_cpu and not with_deepspeed
-        precision, why = config.mixed_precision, ""
+        precision, reason = config.mixed_precision, ""
         if not is_initialized():  # accelerate keeps one precision per process
             launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if with_deepspeed else None)
-            precision, why = choose_precision(precision, launcher, _device_type(cpu))
+            precision, reason = choose_precision(precision, launcher, _device_type(cpu))
         self._accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision,
@@ -112,9 +112,9 @@ class Engine:
             plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
             # Models load whole on every process; `prepare` partitions the trained one, frozen ones stay whole.
             unset_hf_deepspeed_config()
-        why = settled_why(config.mixed_precision, precision, self.precision, why)
-        if self.is_main and why:
-            _say(f"precision: {PRECISIONS[self.precision]}, {why}")
+        reason = settled_why(config.mixed_precision, precision, self.precision, reason)
+        if self.is_main and reason:
+            _say(f"precision: {PRECISIONS[self.precision]}, {reason}")
         if self.precision == "bf16":
             self._warn_if_bf16_is_slow()
         self.seed(seed)

@@ -13,7 +13,7 @@ PRECISIONS = {"no": "float32", "bf16": "bf16"}  # accelerate's word, ours
 
 
 def choose_precision(requested: str | None, launcher: str | None, device: str) -> tuple[str, str]:
-    """Return the precision in accelerate's terms, and why: the recipe's, else the launcher's, else the device's.
+    """Return the precision in accelerate's terms and the reason: the recipe's, else the launcher's or the device's.
 
     `accelerate launch` passes "no" also by default, so an explicit "no" cannot be recognised.
     """
@@ -30,14 +30,14 @@ def choose_precision(requested: str | None, launcher: str | None, device: str) -
     return "no", f"since this {shown(device)} has no fast bf16 products"
 
 
-def settled_why(requested: str | None, chosen: str | None, actual: str, why: str) -> str:
+def settled_why(requested: str | None, chosen: str | None, actual: str, reason: str) -> str:
     """Return why accelerate computes in the `actual` precision, after one was `chosen`.
 
     DeepSpeed follows its own config file. Raises ConfigError where it differs from the recipe's `requested` one.
     """
     check_precision(actual)
     if chosen in (None, actual):
-        return why
+        return reason
     if requested is not None:
         raise ConfigError(
             f"the recipe's mixed_precision is {requested}, but DeepSpeed's config says {actual}: change one"

@@ -48,7 +48,7 @@ def gguf_file(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> 
 
 
 @contextmanager
-def reading(file: Path, key: str, what: str = "") -> Iterator[None]:
+def reading(file: Path, key: str, part: str = "") -> Iterator[None]:
     """Raise ConfigError, naming the `key`, where transformers fails to read a GGUF file."""
     try:
         yield
@@ -58,7 +58,7 @@ def reading(file: Path, key: str, what: str = "") -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if _is_cut_short(file):
             reason = f"it seems to be cut short or damaged ({reason}); download it again"
-        raise ConfigError(f"{key}: cannot read {what}{str(file)!r}: {reason}") from error
+        raise ConfigError(f"{key}: cannot read {part}{str(file)!r}: {reason}") from error
 
 
 def _is_cut_short(file: Path) -> bool:

@@ -54,11 +54,11 @@ def check_width(model: nn.Module, attention_mask: Tensor) -> None:
         )
 
 
-def check_lengths(model: nn.Module, lengths: Sequence[int], what: str, remedy: str) -> list[str]:
+def check_lengths(model: nn.Module, lengths: Sequence[int], name: str, remedy: str) -> list[str]:
     """Raise ConfigError when texts of these `lengths` have more tokens than the model has positions.
 
     Rotary positions have no end: texts beyond `max_position_embeddings` of the config give a warning, which is
-    returned. `what` names the model or its key.
+    returned. `name` is that of the model or its key.
     """
     config = getattr(model, "backbone", model).config.get_text_config()
     limit = position_limit(model)
@@ -67,7 +67,7 @@ def check_lengths(model: nn.Module, lengths: Sequence[int], what: str, remedy: s
     if not longer:
         return []
     message = (
-        f"{what}: {len(longer)} of {len(lengths)} texts are longer than the {end} positions of this "
+        f"{name}: {len(longer)} of {len(lengths)} texts are longer than the {end} positions of this "
         f"{config.model_type} model, the longest has {max(longer)} tokens; {remedy}"
     )
     if limit is None:
@@ -75,15 +75,15 @@ def check_lengths(model: nn.Module, lengths: Sequence[int], what: str, remedy: s
     raise ConfigError(message)
 
 
-def check_examples(model: nn.Module, examples: Sequence[Example], what: str = "model.path") -> list[str]:
+def check_examples(model: nn.Module, examples: Sequence[Example], name: str = "model.path") -> list[str]:
     """Apply `check_lengths` to all examples, each with the longest of its responses."""
     lengths = [len(example.query_ids) + max(map(len, _responses(example)), default=0) for example in examples]
     remedy = "set data.max_prompt_length and data.max_response_length to sizes that fit together"
-    return check_lengths(model, lengths, what, remedy)
+    return check_lengths(model, lengths, name, remedy)
 
 
 def check_sampling(
-    model: nn.Module, examples: Sequence[Example], max_response_length: int, what: str, key: str
+    model: nn.Module, examples: Sequence[Example], max_response_length: int, name: str, key: str
 ) -> list[str]:
     """Apply `check_lengths` to all prompts with a response of `max_response_length` tokens.
 
@@ -91,12 +91,12 @@ def check_sampling(
         model: the model that samples or scores.
         examples: their prompts are checked.
         max_response_length: tokens of the response.
-        what: name of the model or its key, for errors.
+        name: that of the model or its key, for errors.
         key: recipe key that sets `max_response_length`, for errors.
     """
     lengths = [len(example.query_ids) + max_response_length for example in examples]
     remedy = f"set data.max_prompt_length, or lower {key}={max_response_length}"
-    return check_lengths(model, lengths, what, remedy)
+    return check_lengths(model, lengths, name, remedy)
 
 
 def _responses(example: Example) -> list[list[int]]:
