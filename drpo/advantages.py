@@ -13,16 +13,22 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1},    G_t = A_t + V_t
 
-    `rewards`, `values` (V_t: before token t) and `mask` are (B, R); the True tokens of a row are contiguous,
-    and V and A after the last of them are 0. Where `mask` is False both results are 0, and the entries of
-    `rewards` and `values` have no effect: with mask = action_mask the episode begins at the reset.
+    V and A after the last True token are 0. Where `mask` is False both results are 0, and the entries of `rewards` and
+    `values` have no effect: with mask = action_mask the episode begins at the reset.
     Raises ValueError when a row's mask has a hole. Source: Schulman et al. 2016, eq. 16.
+
+    Args:
+        rewards: r, (B, R).
+        values: V, (B, R); V_t is before token t.
+        mask: (B, R) bool; the True tokens of a row are contiguous.
+        gamma: discount per token.
+        lam: weight of longer returns, 0 to 1.
     """
     starts = mask & torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1].logical_not()], dim=1)
-    broken = (starts.sum(dim=1) > 1).nonzero().flatten().tolist()
-    if broken:
+    rows_with_holes = (starts.sum(dim=1) > 1).nonzero().flatten().tolist()
+    if rows_with_holes:
         raise ValueError(
-            f"the mask of rows {broken} has a hole; GAE needs one unbroken run of True tokens in a row"
+            f"the mask of rows {rows_with_holes} has a hole; GAE needs one unbroken run of True tokens in a row"
         )
 
     rewards = torch.where(mask, rewards, 0.0)
@@ -53,5 +59,5 @@ def rloo(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
         )
     returns = masked_sum(rewards, mask, dim=1)
     groups = returns.view(-1, group_size)
-    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
-    return torch.where(mask, (groups - others).view(-1, 1), 0.0)
+    means_of_others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return torch.where(mask, (groups - means_of_others).view(-1, 1), 0.0)

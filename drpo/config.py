@@ -7,34 +7,32 @@ defaults and bounds, and errors name the full key: a section does not know its p
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import io
-import json
 import math
+import operator
 import platform
 import subprocess
-import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from drpo.config_help import bounds_text, default_of, options
 from drpo.yaml_words import kind_at, quote_words
 
 Recipe = TypeVar("Recipe")
 
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
-
+COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 _PREFIX: ContextVar[str] = ContextVar("prefix", default="")
-"Where the section that is being made stands: `rollout.sampling.`"
+"Place of the section that is being made: `rollout.sampling.`"
 
 
 class ConfigError(ValueError):
@@ -49,28 +47,6 @@ def key(name: str) -> str:
     return _PREFIX.get() + name
 
 
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-    """Range of a number; None leaves a side open."""
-
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-
-    def __str__(self) -> str:
-        signs = {">=": self.ge, ">": self.gt, "<=": self.le, "<": self.lt}
-        return " and ".join(f"{sign} {limit:g}" for sign, limit in signs.items() if limit is not None)
-
-    def holds(self, value: float) -> bool:
-        return (
-            (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-        )
-
-
 def setting(
     default: float | None,
     *,
@@ -79,8 +55,15 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """Declare a field whose number, if not None, must lie within bounds: `num_epochs: int = setting(4, ge=1)`."""
-    return dataclasses.field(default=default, metadata={"bounds": Bounds(ge, gt, le, lt)})
+    """Declare a field whose number, if not None, must lie within bounds: `num_epochs: int = setting(4, ge=1)`.
+
+    Args:
+        default: the value without a setting.
+        ge, gt, le, lt: limits that the number must be >=, >, <= or < than; None leaves a side open.
+    """
+    limits = zip(COMPARISONS, (ge, gt, le, lt), strict=True)
+    bounds = {sign: limit for sign, limit in limits if limit is not None}
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
 
 
 class Section:
@@ -89,15 +72,15 @@ class Section:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if _section_class(hints[field.name]) is not None:
-                value = _as_sections(hints[field.name], value, key(field.name), _default(field))
+            hint, place, value = hints[field.name], key(field.name), getattr(self, field.name)
+            if _section_class(hint) is not None:
+                value = _as_sections(hint, value, place, default_of(field))
                 object.__setattr__(self, field.name, value)
-            _check_finite(value, key(field.name))
-            bounds = field.metadata.get("bounds")
-            if bounds is not None and value is not None and not bounds.holds(value):
-                or_null = " or null" if type(None) in get_args(hints[field.name]) else ""
-                raise ConfigError(f"{key(field.name)} must be {bounds}{or_null}, got {value}")
+            _check_finite(value, place)
+            bounds = field.metadata.get("bounds", {}) if value is not None else {}
+            if not all(COMPARISONS[sign](value, limit) for sign, limit in bounds.items()):
+                or_null = " or null" if type(None) in get_args(hint) else ""
+                raise ConfigError(f"{place} must be {bounds_text(field)}{or_null}, got {value}")
         self.check()
 
     def check(self) -> None:
@@ -105,14 +88,13 @@ class Section:
 
     def changed(self) -> list[str]:
         """Return the names of the settings that differ from their defaults, in the order of the source."""
-        return [
-            field.name for field in dataclasses.fields(self) if getattr(self, field.name) != _default(field)
-        ]
+        fields = dataclasses.fields(self)
+        return [field.name for field in fields if getattr(self, field.name) != default_of(field)]
 
 
-def refuse(given: bool, name: str, rule: str) -> None:
-    """Raise ConfigError `<full key of name> <rule>` if `given`."""
-    if given:
+def refuse(condition: bool, name: str, rule: str) -> None:
+    """Raise ConfigError `<full key of name> <rule>` if `condition`."""
+    if condition:
         raise ConfigError(f"{key(name)} {rule}")
 
 
@@ -132,12 +114,11 @@ def make_section(
 
     `prefix` is the place of the section, dot included: `rollout.`. Raises ConfigError naming the full key.
     """
-    base = OmegaConf.structured(section if default is None else default)
-    _unlock(base)
+    defaults = _unlocked(OmegaConf.structured(section if default is None else default))
     try:
-        given = OmegaConf.create(dict(values))
-        _check_kinds(given, base, prefix)
-        return _made(OmegaConf.merge(base, given), prefix)
+        layer = OmegaConf.create(dict(values))
+        _check_kinds(layer, defaults, prefix)
+        return _made(OmegaConf.merge(defaults, layer), prefix)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, section, prefix=prefix)) from None
 
@@ -166,28 +147,25 @@ def _as_sections(hint: Any, value: Any, place: str, default: Any = None) -> Any:
 
 
 def _no_section(section: type, value: Any, place: str) -> str:
-    known = ", ".join(f"{place}.{field.name}" for field in dataclasses.fields(section))
-    return f"{place} is a section, found {value!r}; known keys there: {known}"
+    keys = ", ".join(f"{place}.{field.name}" for field in dataclasses.fields(section))
+    return f"{place} is a section, found {value!r}; known keys there: {keys}"
 
 
-def _made(node, prefix: str) -> Any:
-    """Make the dataclass of a merged node, inner sections first, each under its full prefix."""
-    values = {}
-    for name in node:
-        child = node._get_node(name)
-        if OmegaConf.is_missing(node, name) or child._is_none():
-            values[name] = None
-        elif OmegaConf.is_dict(child) and dataclasses.is_dataclass(OmegaConf.get_type(child)):
-            values[name] = _made(child, f"{prefix}{name}.")
-        elif OmegaConf.is_dict(child) and dataclasses.is_dataclass(child._metadata.element_type):
-            values[name] = {inner: _made(child[inner], f"{prefix}{name}.{inner}.") for inner in child}
-        elif OmegaConf.is_list(child) and dataclasses.is_dataclass(child._metadata.element_type):
-            values[name] = [_made(item, f"{prefix}{name}[{i}].") for i, item in enumerate(child)]
-        else:
-            values[name] = OmegaConf.to_object(child) if OmegaConf.is_config(child) else node[name]
+def _made(value: Any, prefix: str) -> Any:
+    """Make the dataclasses of a merged node, inner sections first, each under its full prefix, dot included."""
+    if OmegaConf.is_list(value):
+        return [_made(item, f"{prefix.removesuffix('.')}[{i}].") for i, item in enumerate(value)]
+    if not OmegaConf.is_dict(value):
+        return value
+    values = {
+        name: None if OmegaConf.is_missing(value, name) else _made(value[name], f"{prefix}{name}.")
+        for name in value
+    }
+    if not dataclasses.is_dataclass(section := OmegaConf.get_type(value)):
+        return values
     before = _PREFIX.set(prefix)
     try:
-        return OmegaConf.get_type(node)(**values)
+        return section(**values)
     finally:
         _PREFIX.reset(before)
 
@@ -201,59 +179,54 @@ def load_recipe(recipe_class: type[Recipe], path: Path | None, overrides: Sequen
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type, or a value that the
     section's bounds or `check` refuse.
     """
-    layers = [OmegaConf.structured(recipe_class)]
-    if path is not None:
-        layers.append(_read_recipe(Path(path), recipe_class))
-    given = []
+    defaults = _unlocked(OmegaConf.structured(recipe_class))
+    layers = [] if path is None else [_read_recipe(Path(path), recipe_class)]
+    assignments = []
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals or not name:
             raise ConfigError(f"{override!r} is not an override: write section.key=value")
-        given.append(f"{name}={quote_words(value, kind_at(recipe_class, name))}")
+        assignments.append(f"{name}={quote_words(value, kind_at(recipe_class, name))}")
     try:
-        layers.append(OmegaConf.from_dotlist(given))
-        _unlock(layers[0])
-        for layer in layers[1:]:
-            _check_kinds(layer, layers[0])
-        return _made(OmegaConf.merge(*layers), "")
+        layers.append(OmegaConf.from_dotlist(assignments))
+        for layer in layers:
+            _check_kinds(layer, defaults)
+        return _made(OmegaConf.merge(defaults, *layers), "")
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, recipe_class, path)) from None
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(str(error)) from None
 
 
-def _check_kinds(given, defaults, prefix: str = "") -> None:
+def _check_kinds(layer: DictConfig, defaults: DictConfig, prefix: str = "") -> None:
     """Raise ConfigError for a section without keys or a list that is none; merging would not name the key."""
-    for name in given:
+    for name in layer:
         if name not in defaults:
             if name in (retired := getattr(OmegaConf.get_type(defaults), "RETIRED", {})):
                 raise ConfigError(f"{prefix}{name} {retired[name]}")
             continue  # the merge names unknown keys
-        place, value, default = f"{prefix}{name}", given._get_node(name), defaults._get_node(name)
+        place, value, default = f"{prefix}{name}", layer._get_node(name), defaults._get_node(name)
         if OmegaConf.is_dict(default) and dataclasses.is_dataclass(section := OmegaConf.get_type(default)):
             if not OmegaConf.is_dict(value):
-                raise ConfigError(_no_section(section, given[name], place))
+                raise ConfigError(_no_section(section, layer[name], place))
             _check_kinds(value, default, f"{place}.")
-        elif OmegaConf.is_list(default) and OmegaConf.is_dict(value):
-            found = ", ".join(map(str, value))
-            raise ConfigError(f"{place} is a list, written {place}=[a,b], found keys: {found}")
+        elif OmegaConf.is_dict(default) and OmegaConf.is_list(value):
+            raise ConfigError(f"{place} is a mapping, written {place}.name=value, found a list: {value}")
         elif OmegaConf.is_list(default) and OmegaConf.is_list(value):
             _check_items(value, default._metadata.element_type, place)
         elif OmegaConf.is_list(default) and not (value._is_none() or value._is_interpolation()):
-            raise ConfigError(f"{place} is a list, written {place}=[a,b], found {given[name]!r}")
-        elif OmegaConf.is_dict(default) and OmegaConf.is_list(value):
-            raise ConfigError(f"{place} is a mapping, written {place}.name=value, found a list: {value}")
+            shown = f"keys: {', '.join(map(str, value))}" if OmegaConf.is_dict(value) else repr(layer[name])
+            raise ConfigError(f"{place} is a list, written {place}=[a,b], found {shown}")
 
 
-def _check_items(items, item_class: type, key: str) -> None:
+def _check_items(items: ListConfig, item_class: type, key: str) -> None:
     """Check list items one by one; merging the whole list would name neither item nor key in an error."""
     for index in range(len(items)):
         item, place = items._get_node(index), f"{key}[{index}]"
         if dataclasses.is_dataclass(item_class):
             if not OmegaConf.is_dict(item):
                 raise ConfigError(_no_section(item_class, items[index], place))
-            defaults = OmegaConf.structured(item_class)
-            _unlock(defaults)
+            defaults = _unlocked(OmegaConf.structured(item_class))
             _check_kinds(item, defaults, f"{place}.")
             try:
                 OmegaConf.merge(defaults, item)
@@ -275,20 +248,21 @@ def _check_finite(value: Any, place: str) -> None:
             _check_finite(inner, f"{place}[{index}]")
 
 
-def _unlock(node) -> None:
+def _unlocked(node: DictConfig) -> DictConfig:
     """Make the read-only nodes of frozen dataclasses writable at every level, as merging needs them."""
     OmegaConf.set_readonly(node, False)
-    for key in node:
-        child = node._get_node(key)
+    for name in node:
+        child = node._get_node(name)
         if OmegaConf.is_dict(child) and not child._is_none():
-            _unlock(child)
+            _unlocked(child)
+    return node
 
 
-def _read_recipe(path: Path, recipe_class: type):
+def _read_recipe(path: Path, recipe_class: type) -> DictConfig:
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path(".")
-        found = ", ".join(sorted(p.name for p in folder.glob("*.yaml"))) or "none"
-        raise ConfigError(f"no recipe {path}; the YAML files in {folder}/ are: {found}")
+        names = ", ".join(sorted(file.name for file in folder.glob("*.yaml"))) or "none"
+        raise ConfigError(f"no recipe {path}; the YAML files in {folder}/ are: {names}")
     try:
         node = OmegaConf.load(io.StringIO(quote_words(path.read_text(encoding="utf-8"), recipe_class)))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -306,78 +280,10 @@ def _explain(error: OmegaConfBaseException, section: type, path: Path | None = N
     known = [option.key for option in options(section)]
     if key and key.partition("[")[0] not in known:
         level = key.rpartition(".")[0] + "." if "." in key else ""
-        there = dict.fromkeys(level + k[len(level) :].partition(".")[0] for k in known if k.startswith(level))
-        message += f"\nknown keys there: {', '.join(prefix + name for name in there)}"
+        inside = [name.removeprefix(level) for name in known if name.startswith(level)]
+        siblings = dict.fromkeys(prefix + level + name.partition(".")[0] for name in inside)
+        message += f"\nknown keys there: {', '.join(siblings)}"
     return message
-
-
-# --- help -----------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """One key of a recipe, as `--help` shows it."""
-
-    key: str
-    type: str
-    default: object
-    help: str
-    bounds: str = ""
-
-
-def options(recipe_class: type, prefix: str = "", defaults: object | None = None) -> Iterator[Option]:
-    """Yield every key of a recipe class, depth first, in the order of the source.
-
-    Defaults are those of the instance `defaults` if given, since a section may set other defaults than its class.
-    """
-    helps = _field_docs(recipe_class)
-    hints = get_type_hints(recipe_class)
-    for field in dataclasses.fields(recipe_class):
-        default = _default(field) if defaults is None else getattr(defaults, field.name)
-        if dataclasses.is_dataclass(hints[field.name]):
-            section = default if dataclasses.is_dataclass(default) else None
-            yield from options(hints[field.name], f"{prefix}{field.name}.", section)
-        else:
-            hint = hints[field.name]  # the choices of an alias, otherwise as written
-            shown = str(hint).removeprefix("typing.") if get_origin(hint) is Literal else str(field.type)
-            bounds = str(field.metadata.get("bounds", ""))
-            yield Option(prefix + field.name, shown, default, helps.get(field.name, ""), bounds)
-
-
-def _default(field: dataclasses.Field) -> object:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
-
-
-def help_text(recipe_class: type, usage: str) -> str:
-    """Return the `--help` page: usage, then each key with type, default and help."""
-    lines = [usage, ""]
-    section = None
-    for option in options(recipe_class):
-        head = option.key.rpartition(".")[0]
-        if head != section:
-            section = head
-            lines.append(f"\n[{section or 'top level'}]")
-        default = json.dumps(option.default, default=str)
-        kind = f"{option.type} {option.bounds}".rstrip()
-        lines.append(f"  {option.key}  ({kind}; default {default})")
-        lines += textwrap.wrap(option.help, 100, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
-
-
-def _field_docs(config_class: type) -> dict[str, str]:
-    """Return the string literals directly under the fields of a dataclass and its bases, by field name."""
-    docs: dict[str, str] = {}
-    for base in reversed(config_class.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        for statement, following in zip(body, body[1:], strict=False):
-            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-                continue
-            value = getattr(following, "value", None)
-            if isinstance(following, ast.Expr) and isinstance(value, ast.Constant):
-                docs[statement.target.id] = " ".join(str(value.value).split())
-    return docs
 
 
 # --- saving ---------------------------------------------------------------------------------------------

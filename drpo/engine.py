@@ -68,13 +68,7 @@ def _say(message: str) -> None:
 class Engine:
     """A prepared module and optimizer on every process, and the collectives that trainers need."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        run_dir: Path,
-        seed: int,
-        max_grad_norm: float | None,
-    ) -> None:
+    def __init__(self, config: EngineConfig, run_dir: Path, seed: int, max_grad_norm: float | None) -> None:
         _check_flags()
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset, DeepSpeed searches, with a warning
@@ -85,10 +79,10 @@ class Engine:
         with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         # Without it accelerate treats several CPU processes as one; with it it ignores DeepSpeed.
         cpu = several_on_cpu and not with_deepspeed
-        precision, why = config.mixed_precision, ""
+        precision, reason = config.mixed_precision, ""
         if not is_initialized():  # accelerate keeps one precision per process
             launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if with_deepspeed else None)
-            precision, why = choose_precision(precision, launcher, _device_type(cpu))
+            precision, reason = choose_precision(precision, launcher, _device_type(cpu))
         self._accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision,
@@ -99,10 +93,15 @@ class Engine:
         )
         # Otherwise backward would divide the loss by the accumulation steps of the environment or accelerate config.
         self._accelerator.gradient_accumulation_steps = 1
+        self.rank = self._accelerator.process_index
+        self.world_size = self._accelerator.num_processes
+        self.is_main = self._accelerator.is_main_process
+        self.device: torch.device = self._accelerator.device
+        self.precision: str = self._accelerator.mixed_precision
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._deepspeed = self._accelerator.distributed_type == DistributedType.DEEPSPEED
         self._max_grad_norm = max_grad_norm
         self._module: nn.Module | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._trackers_started = False
         self._config = config
         self._warned_of_bf16 = False
         plugin = self._accelerator.state.deepspeed_plugin
@@ -113,42 +112,14 @@ class Engine:
             plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
             # Models load whole on every process; `prepare` partitions the trained one, frozen ones stay whole.
             unset_hf_deepspeed_config()
-        why = settled_why(config.mixed_precision, precision, self.precision, why)
-        if self.is_main and why:
-            _say(f"precision: {PRECISIONS[self.precision]}, {why}")
+        reason = settled_why(config.mixed_precision, precision, self.precision, reason)
+        if self.is_main and reason:
+            _say(f"precision: {PRECISIONS[self.precision]}, {reason}")
         if self.precision == "bf16":
             self._warn_if_bf16_is_slow()
         self.seed(seed)
 
-    # --- where we are -----------------------------------------------------------------------------------
-
-    @property
-    def rank(self) -> int:
-        return self._accelerator.process_index
-
-    @property
-    def world_size(self) -> int:
-        return self._accelerator.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        return self._accelerator.is_main_process
-
-    @property
-    def device(self) -> torch.device:
-        return self._accelerator.device
-
-    @property
-    def precision(self) -> str:
-        return self._accelerator.mixed_precision
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self._optimizer
-
-    @property
-    def _deepspeed(self) -> bool:
-        return self._accelerator.distributed_type == DistributedType.DEEPSPEED
+    # --- processes --------------------------------------------------------------------------------------
 
     @property
     def partitions_weights(self) -> bool:
@@ -180,7 +151,7 @@ class Engine:
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Wrap for DDP, DeepSpeed or one process. Call the returned module where gradients are wanted."""
         self._note_weights(module)
-        self._module, self._optimizer = self._accelerator.prepare(module, optimizer)
+        self._module, self.optimizer = self._accelerator.prepare(module, optimizer)
         return self._module
 
     @property
@@ -220,14 +191,14 @@ class Engine:
             return float(self._accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
         limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
         norm = self._accelerator.clip_grad_norm_(self._module.parameters(), limit)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
     @torch.no_grad()
     def reset_optimizer(self, group: int | None = None) -> None:
         """Reset the moments and the step count of one parameter group, or of all, as before the first step."""
-        outer = self._optimizer.optimizer
+        outer = self.optimizer.optimizer
         # DeepSpeed's ZeRO wraps the one that was prepared.
         optimizer = getattr(outer, "optimizer", outer)
         if group is None:
@@ -312,16 +283,14 @@ class Engine:
         if self._config.trackers:
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}
             self._accelerator.init_trackers(self._config.project, config=flat)
-            self._trackers_started = True
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        if self._trackers_started:
-            self._accelerator.log(metrics, step=step)
+        self._accelerator.log(metrics, step=step)
 
     def close(self) -> None:
         """Flush the trackers and leave the process group."""
-        if self._trackers_started:
-            self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()

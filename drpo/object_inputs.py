@@ -70,11 +70,11 @@ def _with_model(config: ModelConfig, engine: Engine, model: Any, tokenizer: Any,
 def _with_records(config: DataConfig, engine: Engine, records: Any, folder: Path) -> DataConfig:
     if config.path is not None:
         raise ConfigError(f"records are given, and data.path={config.path} too: leave one out")
-    own = {} if TASKS[config.task].read is not None else {"task": "own"}
+    task = {} if TASKS[config.task].read is not None else {"task": "own"}
     if isinstance(records, str | Path):
-        return replace(config, path=str(records), **own)
+        return replace(config, path=str(records), **task)
     _write(engine, folder, lambda target: _save_rows(records, target))
-    return replace(config, path=str(folder / "train.jsonl"), **own)
+    return replace(config, path=str(folder / "train.jsonl"), **task)
 
 
 def _save_rows(records: Iterable[Mapping[str, Any]], folder: Path) -> None:

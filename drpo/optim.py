@@ -32,8 +32,8 @@ class OptimConfig(Section):
     """Clip the global gradient norm to this; null for no clipping."""
 
     def check(self) -> None:
-        wrong = len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas)
-        refuse(wrong, "betas", f"must be two numbers in [0, 1), got {self.betas}")
+        invalid = len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas)
+        refuse(invalid, "betas", f"must be two numbers in [0, 1), got {self.betas}")
 
 
 def build_optimizer(
@@ -44,19 +44,19 @@ def build_optimizer(
     Raises ConfigError for trained weights below float32, unless `has_master_weights`: the engine steps float32
     copies of them. A weight in bfloat16 has 8 bits, so steps below 1/256 of it are lost.
     """
-    trained = [{"params": [p for p in group if p.requires_grad]} for group in groups]
-    weights = [parameter for group in trained for parameter in group["params"]]
-    short = [weight for weight in weights if weight.dtype in (torch.bfloat16, torch.float16)]
-    if short and not has_master_weights:
+    trained_groups = [{"params": [p for p in group if p.requires_grad]} for group in groups]
+    weights = [parameter for group in trained_groups for parameter in group["params"]]
+    low_precision = [weight for weight in weights if weight.dtype in (torch.bfloat16, torch.float16)]
+    if low_precision and not has_master_weights:
         raise ConfigError(
-            f"model.dtype: {len(short)} of {len(weights)} trained tensors are in "
-            f"{str(short[0].dtype).removeprefix('torch.')}, where most steps are smaller than the rounding and are "
-            "lost; set model.dtype=float32 (engine.mixed_precision=bf16 computes in bf16 all the same), train an "
+            f"model.dtype: {len(low_precision)} of {len(weights)} trained tensors are in "
+            f"{str(low_precision[0].dtype).removeprefix('torch.')}, where most steps are smaller than the rounding and "
+            "are lost; set model.dtype=float32 (engine.mixed_precision=bf16 computes in bf16 all the same), train an "
             "adapter (model.lora.r), whose base may be in bfloat16, or run under DeepSpeed in bf16, which keeps "
             "float32 copies"
         )
     return torch.optim.AdamW(
-        trained,
+        trained_groups,
         lr=config.learning_rate,
         betas=tuple(config.betas),
         eps=config.eps,
@@ -73,9 +73,16 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float])
 def scheduled_rate(
     peak: float, config: OptimConfig, step: int, num_steps: int, warmup_steps: int | None = None
 ) -> float:
-    """Return the learning rate of step 0 <= step < num_steps, with `warmup_steps` replacing the config's if given.
+    """Return the learning rate of a step.
 
     Raises ConfigError when the warm-up is as long as the run.
+
+    Args:
+        peak: the highest rate.
+        config: the schedule.
+        step: 0 <= step < num_steps.
+        num_steps: optimizer steps of the run.
+        warmup_steps: replaces the config's; None keeps it.
     """
     warmup = config.warmup_steps if warmup_steps is None else warmup_steps
     if warmup >= num_steps:

@@ -12,13 +12,13 @@ from drpo.config import ConfigError
 PRECISIONS = {"no": "float32", "bf16": "bf16"}  # accelerate's word, ours
 
 
-def choose_precision(asked: str | None, launcher: str | None, device: str) -> tuple[str, str]:
-    """Return the precision in accelerate's terms, and why: the recipe's, else the launcher's, else the device's.
+def choose_precision(requested: str | None, launcher: str | None, device: str) -> tuple[str, str]:
+    """Return the precision in accelerate's terms and the reason: the recipe's, else the launcher's or the device's.
 
     `accelerate launch` passes "no" also by default, so an explicit "no" cannot be recognised.
     """
-    if asked is not None:
-        return asked, "as the recipe says"
+    if requested is not None:
+        return requested, "as the recipe says"
     fast = multiplies_bf16(device)
     if launcher == "no" and fast:
         return launcher, "as accelerate launch says; its --mixed_precision=bf16 is faster here"
@@ -30,17 +30,17 @@ def choose_precision(asked: str | None, launcher: str | None, device: str) -> tu
     return "no", f"since this {shown(device)} has no fast bf16 products"
 
 
-def settled_why(asked: str | None, chosen: str | None, found: str, why: str) -> str:
-    """Return why accelerate computes in the `found` precision, after one was `chosen`.
+def settled_why(requested: str | None, chosen: str | None, actual: str, reason: str) -> str:
+    """Return why accelerate computes in the `actual` precision, after one was `chosen`.
 
-    DeepSpeed follows its own config file. Raises ConfigError where it differs from the one that the recipe `asked` for.
+    DeepSpeed follows its own config file. Raises ConfigError where it differs from the recipe's `requested` one.
     """
-    check_precision(found)
-    if chosen in (None, found):
-        return why
-    if asked is not None:
+    check_precision(actual)
+    if chosen in (None, actual):
+        return reason
+    if requested is not None:
         raise ConfigError(
-            f"the recipe's mixed_precision is {asked}, but DeepSpeed's config says {found}: change one"
+            f"the recipe's mixed_precision is {requested}, but DeepSpeed's config says {actual}: change one"
         )
     return "as the DeepSpeed config says"
 

@@ -43,6 +43,12 @@ def implicit_margins(
     is for alpha logratio >= -MAX_LOG_RATIO; below, it continues as the tangent there: still monotone, with the
     gradient clamped at its maximum. Raises ValueError on an unknown divergence or an alpha outside (0, 1].
     Source: Wang et al. 2023 (f-DPO, "Beyond Reverse KL"), table 1; Rafailov et al. 2023, eq. 7 (reverse_kl).
+
+    Args:
+        chosen_logratios, rejected_logratios: (B,), in nats.
+        beta: strength of the penalty.
+        divergence: name of f.
+        alpha: exponent of the divergence alpha; others ignore it.
     """
     match divergence:
         case "reverse_kl":
@@ -62,8 +68,8 @@ def implicit_margins(
 
 def _bounded_exp(x: Tensor) -> Tensor:
     """Compute exp(x) up to MAX_LOG_RATIO, and its tangent from there on."""
-    held = x.clamp(max=MAX_LOG_RATIO)
-    return held.exp() * (1 + x - held)
+    clamped = x.clamp(max=MAX_LOG_RATIO)
+    return clamped.exp() * (1 + x - clamped)
 
 
 def score_offsets(gaps: Tensor, alpha: float, scale: str) -> Tensor:
@@ -142,8 +148,8 @@ def robust_dpo_loss(margins: Tensor, label_smoothing: float) -> Tensor:
     Raises ValueError unless 0 <= e < 0.5. Source: Chowdhury et al. 2024 (rDPO).
     """
     _require_label_smoothing(label_smoothing)
-    kept = (1 - label_smoothing) * dpo_loss(margins)
-    return (kept - label_smoothing * dpo_loss(-margins)) / (1 - 2 * label_smoothing)
+    correct = (1 - label_smoothing) * dpo_loss(margins)
+    return (correct - label_smoothing * dpo_loss(-margins)) / (1 - 2 * label_smoothing)
 
 
 def _require_label_smoothing(label_smoothing: float) -> None:
@@ -241,8 +247,8 @@ def orpo_loss(chosen_mean_logprobs: Tensor, rejected_mean_logprobs: Tensor, odds
 
 def _log_odds(logprobs: Tensor) -> Tensor:
     """Compute log p - log(1 - p); expm1 keeps 1 - p exact where p is near 1."""
-    held = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)
-    return held - (-torch.expm1(held)).log()
+    clamped = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)
+    return clamped - (-torch.expm1(clamped)).log()
 
 
 # --- single responses -------------------------------------------------------------------------------------
@@ -261,8 +267,14 @@ def kto_loss(
         desirable     desirable_weight   (1 - sigmoid(beta (logratio - kl)))
         undesirable   undesirable_weight (1 - sigmoid(beta (kl - logratio)))
 
-    `desirable_mask` (B,) bool; `kl` a scalar >= 0, the reference point z0 (an estimate of KL(pi || pi_ref)
-    over the batch), without a gradient. Source: Ethayarajh et al. 2024 (KTO), section 4.
+    Source: Ethayarajh et al. 2024 (KTO), section 4.
+
+    Args:
+        logratios: (B,), in nats.
+        desirable_mask: (B,) bool.
+        kl: scalar >= 0, the reference point z0: an estimate of KL(pi || pi_ref) over the batch, used without gradient.
+        beta: strength of the penalty.
+        desirable_weight, undesirable_weight: weights of the two kinds.
     """
     rewards = beta * (logratios - kl.detach())
     desirable = desirable_weight * torch.sigmoid(-rewards)
@@ -304,5 +316,4 @@ def token_weighted_sum(logprobs: Tensor, weights: Tensor, mask: Tensor) -> Tenso
     Masked entries, also inf or nan, affect neither the sum nor a gradient.
     Source: Banerjee et al. 2024 (DPO against hallucinated prior exams in radiology reports), eq. 2 and 3.
     """
-    zero = logprobs.new_zeros(())
-    return (torch.where(mask, logprobs, zero) * torch.where(mask, weights, zero)).sum(dim=1)
+    return (torch.where(mask, logprobs, 0) * torch.where(mask, weights, 0)).sum(dim=1)

@@ -18,19 +18,19 @@ from drpo.rewards import Completion, RewardFn
 def import_functions(functions: Mapping[str, str], key: str) -> dict[str, RewardFn]:
     """Import the functions of a mapping name -> module:function."""
     return {
-        name: _explained(import_function(spec, f"{key}.{name}"), f"{key}.{name}={spec!r}")
+        name: _with_located_errors(import_function(spec, f"{key}.{name}"), f"{key}.{name}={spec!r}")
         for name, spec in functions.items()
     }
 
 
-def _explained(function: RewardFn, where: str) -> RewardFn:
+def _with_located_errors(function: RewardFn, where: str) -> RewardFn:
     """Wrap `function` so that any exception in it becomes a ConfigError."""
 
     def score(completions: Sequence[Completion]) -> list[float]:
         try:
             scores = [float(score) for score in function(completions)]
         except Exception as error:
-            raise ConfigError(f"{where} does not score the responses: {_told(error)}") from error
+            raise ConfigError(f"{where} does not score the responses: {_described(error)}") from error
         if len(scores) != len(completions):
             raise ConfigError(f"{where} returned {len(scores)} scores for {len(completions)} responses")
         return scores
@@ -38,7 +38,7 @@ def _explained(function: RewardFn, where: str) -> RewardFn:
     return score
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     """Describe an error: its kind, where it was raised, and its message."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {place.filename}:{place.lineno}: {error}"
@@ -61,14 +61,15 @@ def import_function(spec: str, key: str) -> RewardFn:
         raise ConfigError(f"{key}={spec!r}: {error}; looked on sys.path and in {working_directory}") from None
     except Exception as error:  # a user's module may do anything
         raise ConfigError(
-            f"{key}={spec!r}: {module_name} fails when it is imported: {_told(error)}"
+            f"{key}={spec!r}: {module_name} fails when it is imported: {_described(error)}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        known = [
-            name for name in vars(module) if callable(getattr(module, name)) and not name.startswith("_")
-        ]
-        raise ConfigError(f"{key}={spec!r}: {module_name} has no function {function_name}; it has {known}")
+        public = [name for name in vars(module) if not name.startswith("_")]
+        functions = [name for name in public if callable(getattr(module, name))]
+        raise ConfigError(
+            f"{key}={spec!r}: {module_name} has no function {function_name}; it has {functions}"
+        )
     return function
 
 

@@ -80,12 +80,20 @@ def shape_scores(
     """Shape raw scores (B,) into the scores (B,) that the policy is trained on, in this order.
 
     1. clip:          score <- min(max(score, -clip), clip)
-    2. missing stop:  where `ended` (B,) is False, "replace" sets the score to -missing_stop_penalty
+    2. missing stop:  where `ended` is False, "replace" sets the score to -missing_stop_penalty
                       (Huang et al. 2024, the EOS trick) and "subtract" subtracts the penalty from it
-    3. length:        score <- score - length_penalty * lengths, with lengths (B,) in tokens
+    3. length:        score <- score - length_penalty * lengths
 
     Penalties are applied after clipping, so they are never clipped. Raises ValueError on another mode, a negative
     penalty (it is subtracted, so it must be positive or 0) or a clip that is not positive.
+
+    Args:
+        scores: (B,).
+        ended: (B,) bool, whether a stop token was sampled.
+        lengths: (B,) in tokens.
+        missing_stop: what happens to the score of a response that did not end.
+        missing_stop_penalty, length_penalty: in the unit of the scores; the latter per token.
+        clip: bound of |score|; None for no clipping.
     """
     if missing_stop_penalty < 0:
         raise ValueError(
@@ -112,16 +120,20 @@ def token_rewards(
 ) -> Tensor:
     """Compute token rewards (B, R): r_t = -kl_coef * kl_t where kl_mask, plus the score at the last real token.
 
-    `scores` (B,), `kl` (B, R) in nats, masks (B, R) bool. The last real token is found in `response_mask`,
-    not by looking for padding, so a response that fills the row is scored like any other.
-    Raises ValueError when a response has no token that could carry its score.
+    The last real token is found in `response_mask`, not by looking for padding, so a response that fills the row is
+    scored like any other. Raises ValueError when a response has no token that could carry its score.
     Source: Stiennon et al. 2020, section 3.4; Ziegler et al. 2019, eq. 2.
+
+    Args:
+        scores: (B,).
+        kl: (B, R), in nats.
+        kl_coef: score per nat.
+        kl_mask: (B, R) bool, the tokens with a penalty.
+        response_mask: (B, R) bool, the real tokens.
     """
     empty = response_mask.any(dim=1).logical_not().nonzero().flatten().tolist()
     if empty:
-        raise ValueError(
-            f"rows {empty} of response_mask are empty, so their scores have no token to stand on"
-        )
+        raise ValueError(f"rows {empty} of response_mask are empty, so no token can carry their scores")
     columns = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = torch.where(response_mask, columns, -1).amax(dim=1, keepdim=True)
     penalty = torch.where(kl_mask, -kl_coef * kl, 0.0)

@@ -7,8 +7,8 @@ gradient, not even inf or nan: they are replaced before the arithmetic, never mu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -27,9 +27,8 @@ class PaddedBatch:
     response_mask: Tensor
 
     def __post_init__(self) -> None:
-        for name in ("query", "response"):
-            ids = self.queries if name == "query" else self.responses
-            mask = self.query_mask if name == "query" else self.response_mask
+        queries, responses = (self.queries, self.query_mask), (self.responses, self.response_mask)
+        for name, (ids, mask) in (("query", queries), ("response", responses)):
             if ids.dim() != 2 or ids.shape != mask.shape:
                 shapes = f"ids {tuple(ids.shape)}, {name}_mask {tuple(mask.shape)}"
                 raise ValueError(f"{name} ids and mask must share one shape (rows, length), got {shapes}")
@@ -52,25 +51,16 @@ class PaddedBatch:
 
     def to(self, device: torch.device | str) -> PaddedBatch:
         """Return the batch on `device`."""
-        fields = (self.queries, self.query_mask, self.responses, self.response_mask)
-        return PaddedBatch(*(field.to(device) for field in fields))
+        return self._each(lambda tensor: tensor.to(device))
 
     def select(self, indices: Tensor | Sequence[int] | slice) -> PaddedBatch:
         """Select the rows at `indices` (int64, a bool row mask or a slice), padding width unchanged."""
         if not isinstance(indices, slice | Tensor):
             indices = torch.tensor(indices, dtype=torch.long, device=self.queries.device)
-        fields = (self.queries, self.query_mask, self.responses, self.response_mask)
-        return PaddedBatch(*(field[indices] for field in fields))
+        return self._each(lambda tensor: tensor[indices])
 
-    def trimmed(self) -> PaddedBatch:
-        """Return the batch without the columns that are padding in every row."""
-        query_length, response_length = (
-            int(mask.sum(dim=1).max()) for mask in (self.query_mask, self.response_mask)
-        )
-        first = self.queries.shape[1] - query_length
-        queries = (field[:, first:] for field in (self.queries, self.query_mask))
-        responses = (field[:, :response_length] for field in (self.responses, self.response_mask))
-        return PaddedBatch(*queries, *responses)
+    def _each(self, function: Callable[[Tensor], Tensor]) -> PaddedBatch:
+        return PaddedBatch(*(function(getattr(self, field.name)) for field in fields(self)))
 
 
 def pad_batch(
@@ -80,11 +70,16 @@ def pad_batch(
     query_length: int | None = None,
     response_length: int | None = None,
 ) -> PaddedBatch:
-    """Left-pad the queries and right-pad the responses, to the longest row or to the given lengths.
+    """Left-pad the queries and right-pad the responses.
 
     The masks come from the lengths of the rows, so a token that happens to equal `pad_id` still counts.
-    A response may be empty; a query may not, since the first response token is predicted from it.
     Raises ValueError on no rows, unequal numbers of rows, an empty query or a row longer than its length.
+
+    Args:
+        query_ids: B rows of ids, none empty, since the first response token is predicted from its query.
+        response_ids: B rows of ids, which may be empty.
+        pad_id: fills the rest of a row.
+        query_length, response_length: Q and R; None for the longest row.
     """
     if not query_ids or len(query_ids) != len(response_ids):
         raise ValueError(
@@ -129,18 +124,12 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum `x` where `mask` is True, over all entries or along `dim`; an empty mask sums to 0."""
-    kept = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    return kept.sum() if dim is None else kept.sum(dim=dim)
+    return torch.where(mask, x, 0).sum(dim=dim)
 
 
-def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Average `x` where `mask` is True, over all entries or along `dim`.
-
-    Along `dim`, the mean of a row with an empty mask is nan; over all entries, an empty mask raises ValueError.
-    """
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Average `x` where `mask` is True; raise ValueError on an empty mask."""
     mask = mask.broadcast_to(x.shape)
-    if dim is not None:
-        return masked_sum(x, mask, dim) / mask.sum(dim=dim)
     count = int(mask.sum())
     if count == 0:
         raise ValueError(f"the mean of nothing: the mask of shape {tuple(mask.shape)} has no True entry")
@@ -156,9 +145,9 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _masked_moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    kept = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)).double()
-    mean = masked_mean(kept, mask)
-    return kept, mean, masked_mean((kept - mean) ** 2, mask)
+    counted = torch.where(mask, x, 0).double()
+    mean = masked_mean(counted, mask)
+    return counted, mean, masked_mean((counted - mean) ** 2, mask)
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
@@ -167,11 +156,11 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float =
     With `shift_mean=False` the mean is added back afterwards. Masked entries of the result are 0.
     mean and var are the masked mean and population variance. Raises ValueError on an empty mask.
     """
-    kept, mean, var = _masked_moments(x, mask)
-    whitened = (kept - mean) * torch.rsqrt(var + eps)
+    counted, mean, var = _masked_moments(x, mask)
+    whitened = (counted - mean) * torch.rsqrt(var + eps)
     if not shift_mean:
         whitened = whitened + mean
-    return torch.where(mask, whitened, torch.zeros((), dtype=whitened.dtype, device=x.device)).to(x.dtype)
+    return torch.where(mask, whitened, 0).to(x.dtype)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

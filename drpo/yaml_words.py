@@ -73,8 +73,8 @@ def _texts(node: yaml.Node | None, kind: Any, seen: set[tuple[int, str]]) -> Ite
 def _known(kind: Any) -> Any:
     """Return a type without None."""
     if get_origin(kind) in (Union, types.UnionType):
-        others = [other for other in get_args(kind) if other is not type(None)]
-        return others[0] if len(others) == 1 else None
+        kinds = [part for part in get_args(kind) if part is not type(None)]
+        return kinds[0] if len(kinds) == 1 else None
     return kind
 
 

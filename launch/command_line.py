@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from transformers.utils import logging as transformers_logging
 
-from drpo.config import ConfigError, help_text, load_recipe
+from drpo.config import ConfigError, load_recipe
+from drpo.config_help import help_text
 from drpo.data.records import DataError
 from drpo.run.checkpoints import CheckpointError
 from drpo.run.folder import RunStopped

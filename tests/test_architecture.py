@@ -17,7 +17,18 @@ MAX_ARGUMENTS = 8
 # The layers of drpo, lowest first: a module imports from its own layer and from lower ones.
 # A folder stands for its modules, except for those that are named.
 LAYERS = (
-    ("contents", "tensors", "config", "yaml_words", "precision", "schedules", "microbatches", "run.lock", "kl"),
+    (
+        "contents",
+        "tensors",
+        "config",
+        "config_help",
+        "yaml_words",
+        "precision",
+        "schedules",
+        "microbatches",
+        "run.lock",
+        "kl",
+    ),
     (
         "jsonl",
         "losses",

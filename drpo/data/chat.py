@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from drpo.data.dialogue import dialogue
 from drpo.data.markup import Span, find_special, special_tokens
 from drpo.data.records import Chat, DataError, Message, RowError, require_encodable, require_text
 
@@ -79,24 +80,24 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer, self._arguments, self._header = tokenizer, dict(arguments or {}), ""
         if not tokenizer.chat_template:
-            raise DataError("data.chat_template=true, but the tokenizer has no chat template")
+            raise DataError("chat_template=true, but the tokenizer has no chat template")
         self._special = special_tokens(tokenizer)
         question = {"role": "user", "content": QUESTION}
         try:
             prompt = self._prompt([question])
             following = self._following(prompt, [question], REPLY)
-            asked = self._apply([question], add_generation_prompt=False)
+            bare = self._apply([question], add_generation_prompt=False)
         except RowError as error:
             detail = f"{error.detail}. {self._remedy()}"
             raise DataError(f"the tokenizer's chat template cannot be used: {detail}") from None
         if QUESTION not in prompt or REPLY not in following:
-            who = "user" if QUESTION not in prompt else "assistant"
+            role = "user" if QUESTION not in prompt else "assistant"
             raise DataError(
-                f"the tokenizer's chat template does not render the {who}'s message, a text; templates of "
+                f"the tokenizer's chat template does not render the {role}'s message, a text; templates of "
                 "models that see images want lists of parts. Give the tokenizer a template for texts"
             )
         self.opening, _, self._closing = following.rpartition(REPLY)
-        if asked == prompt and self.opening.strip():
+        if bare == prompt and self.opening.strip():
             # The header is not the model's to write; a space before the reply belongs to its first word.
             self._header = self.opening.rstrip(" ")
             self.opening = self.opening[len(self._header) :]
@@ -119,47 +120,52 @@ class ChatTemplate:
         prompt = self._prompt(messages)
         return prompt, [self._response(prompt, messages, response) for response in responses]
 
-    def chat(self, messages: Sequence[Message], source: str) -> Chat:
-        """Return what a record keeps of the rendered conversation; `source` is the prompt as the data has it."""
-        kept = tuple(without_none(messages))
-        return Chat(kept, source, self.opening, self._spelled(kept), self._arguments)
+    def convert(
+        self, messages: Sequence[Message], responses: Sequence[str], source: str | None
+    ) -> tuple[str, list[str], Chat]:
+        """Render a conversation, and return also what a record keeps of it.
+
+        `source` is the prompt as the data has it; None for the messages as a dialogue.
+        """
+        prompt, texts = self.render(messages, responses)
+        source = dialogue(messages) if source is None else source
+        turns = tuple(without_none(messages))
+        return prompt, texts, Chat(turns, source, self.opening, self._spelled(turns), self._arguments)
 
     def _response(self, prompt: str, messages: Sequence[Message], response: str) -> str:
         following = self._following(prompt, messages, response)
         if not following.endswith(self._closing):
             raise RowError("chat template", "it ends this response in another way than others")
         body = following.removesuffix(self._closing)
-        said = response if body.endswith(response) else response.strip()
+        reply = response if body.endswith(response) else response.strip()
         # A thought that the prompt has begun is part of a response that has it whole.
-        if not (prompt + body).endswith(said):
+        if not (prompt + body).endswith(reply):
             raise RowError(
                 "chat template", f"it leaves out or rearranges a part of the response {response[:SHOWN]!r}"
             )
-        opening = body[: max(len(body) - len(said), 0)]
+        opening = body[: max(len(body) - len(reply), 0)]
         if opening.strip() and opening != self.opening:
             raise RowError(
                 "chat template", f"it opens this response with {opening!r}, others with {self.opening!r}"
             )
         return body + self._tail
 
-    def _end_of_turn(self, question: Message, asked: str | None) -> tuple[str | None, str]:
+    def _end_of_turn(self, question: Message, stop_token: str | None) -> tuple[str | None, str]:
         """Return the token that ends the assistant's turn, and the text between reply and token.
 
         It is the first special token after a reply: at the end of a conversation or, where a turn ends without one,
-        before the next user's. None without one, or the one that was asked for.
+        before the next user's. None without one; `stop_token`, if given, takes precedence.
         """
         place, token = find_special(self._closing, self._special)
-        if token is not None and asked in (None, token):
+        if token is not None and stop_token in (None, token):
             return token, self._closing[:place]
-        if asked is None and self._closing.strip():
+        if stop_token is None and self._closing.strip():
             raise DataError(
                 f"the tokenizer's chat template ends a reply with {self._closing!r}, which holds no special token of "
                 "this tokenizer, so nothing tells the model to stop: take the tokenizer that the template is made "
-                "for, or name the token that is to end a response, data.stop_token"
+                "for, or name the token that is to end a response as stop_token"
             )
-        if asked is None:
-            asked = self._next_turn(question)
-        return asked, ""
+        return self._next_turn(question) if stop_token is None else stop_token, ""
 
     def _next_turn(self, question: Message) -> str | None:
         reply = {"role": "assistant", "content": REPLY}
@@ -167,8 +173,7 @@ class ChatTemplate:
             text = self._apply([question, reply, question], add_generation_prompt=False)
         except RowError:
             return None
-        following = text.rpartition(REPLY)[2].lstrip()
-        place, token = find_special(following, self._special)
+        place, token = find_special(text.rpartition(REPLY)[2].lstrip(), self._special)
         return token if place == 0 and token != self._tokenizer.bos_token else None
 
     def _spelled(self, messages: Sequence[Message]) -> tuple[Span, ...]:
@@ -176,15 +181,15 @@ class ChatTemplate:
         if not any(find_special(message["content"], self._special)[1] for message in messages):
             return ()
         stand_ins = {token: chr(0xF0000 + number) for number, token in enumerate(sorted(self._special))}
-        hidden = []
+        masked_messages = []
         for message in messages:
             content = message["content"]
             for token in sorted(self._special, key=len, reverse=True):
                 content = content.replace(token, stand_ins[token])
-            hidden.append({**message, "content": content})
+            masked_messages.append({**message, "content": content})
         tokens = {stand_in: token for token, stand_in in stand_ins.items()}
         text, spans = "", []
-        for character in self._prompt(hidden):
+        for character in self._prompt(masked_messages):
             if character in tokens:
                 spans.append((len(text), len(text) + len(tokens[character])))
             text += tokens.get(character, character)
@@ -216,7 +221,7 @@ class ChatTemplate:
                     ChatTemplate(self._tokenizer, {**self._arguments, name: False})
                 except DataError:
                     continue
-                return f"data.chat_template_kwargs={{{name}: false}} makes it usable"
+                return f"chat_template_kwargs={{{name}: false}} makes it usable"
         return "Give the tokenizer another template"
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from drpo.data.markup import MarkedPrompt, Span, find_special, special_tokens
-from drpo.data.records import DataError, Record, RowError
+from drpo.data.records import BadRows, DataError, Record, RowError
 from drpo.data.views import View
 
 if TYPE_CHECKING:
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 CHUNK = 1024
 ANCHORS = ("\n", ".", "a", "\n.")
 "Texts to encode a response behind: the first that the tokenizer does not merge with it."
+SINGLE_RESPONSES: dict[View, tuple[str, ...]] = {
+    "demonstrations": ("completion",),
+    "pairs": ("chosen", "rejected"),
+    "prompts": ("completion", "chosen", "rejected"),
+    "ranked": (),
+    "unpaired": ("completion",),
+}
+"Fields of a record that a view uses, of those that hold one response."
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +58,19 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return encode_responses(tokenizer, [text])[0]
 
 
-def encode_queries(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    literal: Mapping[str, Sequence[Span]] | None = None,
-) -> list[list[int]]:
-    """Encode many prompts; `literal` maps a prompt to places where special tokens are ordinary text."""
-    places = literal or {}
-    return encode_prompts(tokenizer, [(prompt, tuple(places.get(prompt, ()))) for prompt in prompts])
+def encode_queries(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Encode many prompts as `encode_query` does."""
+    return encode_prompts(tokenizer, [(prompt, ()) for prompt in prompts])
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[MarkedPrompt]) -> list[list[int]]:
     """Encode many prompts, each with its own places where special tokens are ordinary text."""
     opening = _opening_ids(tokenizer)
-    encoded = [_open(opening, ids) for ids in _encode(tokenizer, [text for text, _ in prompts])]
+    encoded = _encode(tokenizer, [text for text, _ in prompts])
     for number, (text, literal) in enumerate(prompts):
         if literal:
-            encoded[number] = _open(opening, _encode_markup(tokenizer, text, literal, starts=True))
-    return encoded
+            encoded[number] = _encode_markup(tokenizer, text, literal, starts=True)
+    return [_open(opening, ids) for ids in encoded]
 
 
 def query_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, Sequence[Span]], int]:
@@ -75,9 +78,8 @@ def query_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, Sequence
     opening = _opening_ids(tokenizer)
 
     def num_tokens(text: str, literal: Sequence[Span] = ()) -> int:
-        if literal:
-            return len(_open(opening, _encode_markup(tokenizer, text, literal, starts=True)))
-        return len(_open(opening, _encode(tokenizer, [text])[0]))
+        ids = _encode_markup(tokenizer, text, literal, True) if literal else _encode(tokenizer, [text])[0]
+        return len(_open(opening, ids))
 
     return num_tokens
 
@@ -92,11 +94,11 @@ def encode_responses(
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, which ends responses: set tokenizer.eos_token")
     head, head_ids = _head(tokenizer, opening)
-    headed = [bool(head) and text.startswith(opening) for text in texts]
-    bodies = [text[len(head) :] if has else text for text, has in zip(texts, headed, strict=True)]
+    has_opening = [bool(head) and text.startswith(opening) for text in texts]
+    bodies = [text[len(head) :] if has else text for text, has in zip(texts, has_opening, strict=True)]
     encoded = _encode_continuations(tokenizer, bodies)
     stop = [tokenizer.eos_token_id]
-    return [(head_ids if has else []) + ids + stop for ids, has in zip(encoded, headed, strict=True)]
+    return [(head_ids if has else []) + ids + stop for ids, has in zip(encoded, has_opening, strict=True)]
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -110,7 +112,7 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
     return text.removeprefix(tokenizer.decode(anchor, **options))
 
 
-def said_texts(
+def readable_texts(
     tokenizer: PreTrainedTokenizerBase, responses: Sequence[Sequence[int]], openings: Sequence[str]
 ) -> list[str]:
     """Decode sampled responses for readers other than the model: without special tokens and template openings.
@@ -134,48 +136,45 @@ def encode_records(
     records: Sequence[Record],
     queries: Mapping[MarkedPrompt, list[int]],
     view: View,
+    bad: BadRows,
     max_response_length: int | None = None,
-) -> Iterator[Example | RowError]:
-    """Yield an Example for each record, in order, or the RowError that takes its place.
+) -> list[Example]:
+    """Make an Example of each record, in order; examples with the same text share its list of ids.
 
-    `queries` contains the ids by prompt. Records with a response of more than `max_response_length` tokens, stop
-    token included, are errors. In the prompts view such a response is cut there: only a prefix of it can ever start
-    a rollout. Examples with the same text share its list of ids.
+    Args:
+        tokenizer: its EOS token ends a response.
+        records: records of the view.
+        queries: the ids by prompt.
+        view: the responses to encode.
+        bad: gets the records with a stop token inside a response, and those with a response that is too long.
+        max_response_length: tokens of a response, stop token included; None for no limit. In the prompts view a
+            longer response is cut there: only a prefix of it can ever start a rollout.
     """
-    texts = list(dict.fromkeys(text for record in records for text in _responses(record, view)))
+    texts = dict.fromkeys(text for record in records for text in _responses(record, view))
     # One template made all of them, so its opening is the same.
     opening = next((record.opening for record in records), "")
-    ids_by_text = dict(zip(texts, encode_responses(tokenizer, texts, opening), strict=True))
+    ids_by_text = dict(zip(texts, encode_responses(tokenizer, list(texts), opening), strict=True))
     stop_inside = {text for text, ids in ids_by_text.items() if tokenizer.eos_token_id in ids[:-1]}
-    limit = max_response_length
     if view == "prompts":
-        ids_by_text = {text: ids[:limit] for text, ids in ids_by_text.items()}
+        ids_by_text = {text: ids[:max_response_length] for text, ids in ids_by_text.items()}
+    examples = []
     for record in records:
-        if inside := stop_inside.intersection(_responses(record, view)):
-            yield RowError("stop token inside", f"{tokenizer.eos_token!r} in {min(inside)[:60]!r}")
-            continue
-        query_ids = queries[record.marked_prompt]
-        longest = max((len(ids_by_text[text]) for text in _responses(record, view)), default=0)
-        if limit is not None and longest > limit:
-            yield RowError("response too long", f"{longest} tokens, data.max_response_length={limit}")
-            continue
-        match view:
-            case "demonstrations" | "unpaired":
-                yield Example(record, query_ids, completion_ids=ids_by_text[record.completion])
-            case "pairs":
-                chosen_ids, rejected_ids = ids_by_text[record.chosen], ids_by_text[record.rejected]
-                yield Example(record, query_ids, chosen_ids=chosen_ids, rejected_ids=rejected_ids)
-            case "ranked":
-                yield Example(record, query_ids, ranked_ids=[ids_by_text[text] for text in record.responses])
-            case "prompts":
-                yield Example(
-                    record,
-                    query_ids,
-                    completion_ids=ids_by_text.get(record.completion),
-                    chosen_ids=ids_by_text.get(record.chosen),
-                    rejected_ids=ids_by_text.get(record.rejected),
-                    ranked_ids=[ids_by_text[text] for text in record.responses],
-                )
+        with bad.skipping(record.origin):
+            responses = _responses(record, view)
+            if inside := stop_inside.intersection(responses):
+                raise RowError("stop token inside", f"{tokenizer.eos_token!r} in {min(inside)[:60]!r}")
+            longest = max((len(ids_by_text[text]) for text in responses), default=0)
+            if max_response_length is not None and longest > max_response_length:
+                detail = f"{longest} tokens, max_response_length={max_response_length}"
+                raise RowError("response too long", detail)
+            single_ids = {
+                f"{name}_ids": ids_by_text.get(getattr(record, name)) for name in SINGLE_RESPONSES[view]
+            }
+            ranked_ids = [ids_by_text[text] for text in _ranked_responses(record, view)]
+            examples.append(
+                Example(record, queries[record.marked_prompt], **single_ids, ranked_ids=ranked_ids)
+            )
+    return examples
 
 
 def longest_fit(fits: Callable[[int], bool], length: int) -> int:
@@ -197,23 +196,19 @@ def truncate_left(prompt: str, num_tokens: Callable[[str], int], max_length: int
     """Return the end of the prompt that fits into `max_length` tokens; RowError if nothing does."""
     if num_tokens(prompt) <= max_length:
         return prompt
-    kept = longest_fit(lambda n: num_tokens(prompt[len(prompt) - n :]) <= max_length, len(prompt))
-    if kept == 0:
-        raise RowError("prompt too long", f"nothing of it fits into data.max_prompt_length={max_length}")
-    return prompt[len(prompt) - kept :]
+    length = longest_fit(lambda n: num_tokens(prompt[len(prompt) - n :]) <= max_length, len(prompt))
+    if length == 0:
+        raise RowError("prompt too long", f"nothing of it fits into max_prompt_length={max_length}")
+    return prompt[len(prompt) - length :]
 
 
 def _responses(record: Record, view: View) -> list[str]:
-    match view:
-        case "demonstrations" | "unpaired":
-            texts = [record.completion]
-        case "pairs":
-            texts = [record.chosen, record.rejected]
-        case "ranked":
-            texts = list(record.responses)
-        case "prompts":
-            texts = [record.completion, record.chosen, record.rejected, *record.responses]
-    return [text for text in texts if text is not None]
+    single = (getattr(record, name) for name in SINGLE_RESPONSES[view])
+    return [*(text for text in single if text is not None), *_ranked_responses(record, view)]
+
+
+def _ranked_responses(record: Record, view: View) -> tuple[str, ...]:
+    return record.responses if view in ("ranked", "prompts") else ()
 
 
 def _open(opening: list[int], ids: list[int]) -> list[int]:
@@ -252,12 +247,14 @@ def _encode_continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[st
     # SentencePiece-like tokenizers put a space before any text: encode behind an anchor, then cut it off.
     encoded: dict[int, list[int]] = {}
     for anchor in ANCHORS:
-        (cut,) = _encode(tokenizer, [anchor])
-        missing = [place for place in range(len(texts)) if place not in encoded]
-        anchored = _encode(tokenizer, [anchor + texts[place] for place in missing], split_special_tokens=True)
-        for place, ids in zip(missing, anchored, strict=True):
-            if ids[: len(cut)] == cut:
-                encoded[place] = ids[len(cut) :]
+        (anchor_ids,) = _encode(tokenizer, [anchor])
+        remaining = [place for place in range(len(texts)) if place not in encoded]
+        anchored = _encode(
+            tokenizer, [anchor + texts[place] for place in remaining], split_special_tokens=True
+        )
+        for place, ids in zip(remaining, anchored, strict=True):
+            if ids[: len(anchor_ids)] == anchor_ids:
+                encoded[place] = ids[len(anchor_ids) :]
     for place, text in enumerate(texts):
         if place not in encoded:
             raise DataError(f"the tokenizer cannot encode this response apart from its prompt: {text[:60]!r}")

@@ -12,20 +12,22 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from drpo.data.records import BadRows, DataError, Record, RowError
+from drpo.data.records import BadRows, DataError, RowError
 
+Item = TypeVar("Item")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 SPLIT_FILE = re.compile(r"(?P<split>.+?)(-\d+-of-\d+)?(\.jsonl|\.json|\.csv|\.parquet)(\.gz)?")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+NUM_LISTED = 20
 BOM = b"\xef\xbb\xbf"
 SCRIPT_REFUSED = "scripts are no longer supported"
 PARQUET_BRANCH = "refs/convert/parquet"
 "Where the hub keeps the data of a repository whose loading script `datasets` no longer runs."
 
 RawRow = tuple[int, Any]
-"Number of a row, and its value or the RowError that stands for it."
+"Number of a row, and its value or the RowError in place of it."
 
 
 class Row(NamedTuple):
@@ -65,20 +67,24 @@ def read_table(
 ) -> Table:
     """Read one split of a file, a folder of files, a saved `datasets` folder or a hub dataset.
 
-    A single file has one split, "train". In a folder the files are the splits (train.jsonl, test.parquet,
-    train-00000-of-00002.parquet) and `subset` is a folder inside it; on the hub `subset` is a configuration,
-    or a `data_dir` with `subset_is_folder`. Rows that cannot be read are added to `bad`: invalid JSON,
-    not UTF-8, wrong type, wrong number of cells. Columns for which `keep` is False are left out.
-
     Raises DataError, naming what is there, for a missing file, subset or split, an empty or damaged file.
+
+    Args:
+        path: a file, which has one split, "train"; a folder, whose files are the splits (train.jsonl, test.parquet,
+            train-00000-of-00002.parquet); or a hub id.
+        split: name of the split.
+        bad: gets the rows that cannot be read: invalid JSON, not UTF-8, wrong type, wrong number of cells.
+        subset: a folder inside `path`; on the hub a configuration.
+        subset_is_folder: on the hub, `subset` is a `data_dir`.
+        limit: number of rows to read; None for all.
+        keep: whether to read a column.
     """
     local = Path(path).expanduser()
     if local.exists():
         name, raw_rows = _local(local, split, subset, keep)
     elif HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES):
-        name, raw_rows = _from_dataset(
-            f"{path}/{split}", _load_hub(path, split, subset, subset_is_folder), keep
-        )
+        dataset = _load_hub(path, split, subset, subset_is_folder)
+        name, raw_rows = _from_dataset(f"{path}/{split}", dataset, keep)
     else:
         raise DataError(_nothing_at(local))
 
@@ -100,14 +106,12 @@ def read_table(
     return Table(name, tuple(columns), rows, num_rows)
 
 
-def convert_rows(table: Table, bad: BadRows, to_record: Callable[[Row], Record]) -> list[Record]:
+def convert_rows(table: Table, bad: BadRows, to_record: Callable[[Row], Item]) -> list[Item]:
     """Convert the rows of a table to records; rows for which `to_record` raises RowError are added to `bad`."""
     records = []
     for row in table.rows:
-        try:
+        with bad.skipping(row.origin):
             records.append(to_record(row))
-        except RowError as error:
-            bad.add(error.kind, row.origin, error.detail)
     return records
 
 
@@ -121,7 +125,7 @@ def _local(path: Path, split: str, subset: str | None, keep: Callable[[str], boo
     if subset is not None:
         folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         if subset not in folders:
-            raise DataError(f"no data.subset {subset!r} in {path}; its folders are: {_listing(folders)}")
+            raise DataError(f"no subset {subset!r} in {path}; its folders are: {_listing(folders)}")
         path = path / subset
     if (path / "dataset_dict.json").is_file():
         return _from_dataset(f"{path.name}/{split}", _saved(path, split), keep)
@@ -134,7 +138,7 @@ def _local(path: Path, split: str, subset: str | None, keep: Callable[[str], boo
         if match and file.is_file():
             splits.setdefault(match["split"], []).append(file)
     if not splits:
-        raise DataError(f"no data files ({', '.join(SUFFIXES)}) in {path}, which holds: {_entries(path)}")
+        raise DataError(f"no data files ({', '.join(SUFFIXES)}) in {path}, which holds: {entries(path)}")
     if split not in splits:
         raise DataError(f"no split {split!r} in {path}; its files make the splits: {_listing(splits)}")
     return f"{path.name}/{split}", _read_files(splits[split], keep)
@@ -142,11 +146,11 @@ def _local(path: Path, split: str, subset: str | None, keep: Callable[[str], boo
 
 def _only_train(path: Path, split: str, subset: str | None) -> None:
     if subset is not None:
-        raise DataError(f"data.subset={subset} does not apply: {path} is a single file")
+        raise DataError(f"subset={subset} does not apply: {path} is a single file")
     if split != "train":
         raise DataError(
             f"no split {split!r}: {path} is a single split, 'train'. Give a folder of files named after "
-            "their splits, or hold out a part with data.eval_fraction"
+            "their splits, or hold out a part with eval_fraction"
         )
 
 
@@ -156,14 +160,14 @@ def _read_files(files: list[Path], keep: Callable[[str], bool]) -> Iterator[tupl
         if not file.name.endswith(SUFFIXES):
             raise DataError(f"{file} is of no known format; the formats are: {', '.join(SUFFIXES)}")
         if plain_name.endswith(".parquet"):
-            rows = _parquet(file, keep)
+            numbered_rows = _parquet(file, keep)
         elif plain_name.endswith(".csv"):
-            rows = _csv(file)
+            numbered_rows = _csv(file)
         elif plain_name.endswith(".json") and _starts_with_bracket(file):
-            rows = _json_array(file)
+            numbered_rows = _json_array(file)
         else:
-            rows = _json_lines(file)
-        for number, value in rows:
+            numbered_rows = _json_lines(file)
+        for number, value in numbered_rows:
             yield file.name, number, value
 
 
@@ -178,6 +182,14 @@ def _byte_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(
             f"{file} is cut off or damaged after line {number} ({error}); copy it again"
         ) from None
+
+
+def _text_lines(file: Path) -> Iterator[str]:
+    for number, line in _byte_lines(file):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}:{number} is not UTF-8: {error}") from None
 
 
 def _json_lines(file: Path) -> Iterator[RawRow]:
@@ -199,27 +211,17 @@ def _starts_with_bracket(file: Path) -> bool:
 
 
 def _json_array(file: Path) -> Iterator[RawRow]:
-    content = b"".join(line for _, line in _byte_lines(file))
+    content = "".join(_text_lines(file))
     try:
-        yield from enumerate(json.loads(content.decode()), start=1)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8: {error}") from None
+        yield from enumerate(json.loads(content), start=1)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}") from None
 
 
 def _csv(file: Path) -> Iterator[RawRow]:
     """Yield rows; an empty cell is a missing value, a row over several lines has the number of its first."""
-
-    def text_lines() -> Iterator[str]:
-        for number, line in _byte_lines(file):
-            try:
-                yield line.decode()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{file}:{number} is not UTF-8: {error}") from None
-
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    reader = csv.reader(text_lines(), strict=True)
+    reader = csv.reader(_text_lines(file), strict=True)
     try:
         header = next((cells for cells in reader if cells), [])
         if len(set(header)) < len(header):
@@ -277,8 +279,8 @@ def _load_hub(path: str, split: str, subset: str | None, subset_is_folder: bool)
                 raise
             return load_dataset(path, data_dir=subset, split=split, revision=PARQUET_BRANCH)
     except Exception as error:
-        wanted = f"{path} (data.subset={subset or 'null'}, split {split})"
-        raise DataError(f"cannot load {wanted} from the hub: {error}\n{_nothing_at(Path(path))}") from error
+        source = f"{path} (subset={subset or 'null'}, split {split})"
+        raise DataError(f"cannot load {source} from the hub: {error}\n{_nothing_at(Path(path))}") from error
 
 
 def _from_dataset(name: str, dataset, keep: Callable[[str], bool]):
@@ -286,19 +288,21 @@ def _from_dataset(name: str, dataset, keep: Callable[[str], bool]):
     return name, ((name, number, values) for number, values in enumerate(dataset, start=1))
 
 
-# --- what is there --------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------------
 
 
-def _listing(names: Iterable[str], most: int = 20) -> str:
+def _listing(names: Iterable[str]) -> str:
     names = sorted(names)
-    more = f", ... ({len(names) - most} more)" if len(names) > most else ""
-    return (", ".join(names[:most]) + more) or "none"
+    rest = f", ... ({len(names) - NUM_LISTED} more)" if len(names) > NUM_LISTED else ""
+    return (", ".join(names[:NUM_LISTED]) + rest) or "none"
 
 
-def _entries(folder: Path) -> str:
-    return _listing(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+def entries(folder: Path) -> str:
+    """List the first entries of a folder, for an error."""
+    names = [entry.name + "/" * entry.is_dir() for entry in folder.iterdir()]
+    return _listing(names) if names else "nothing"
 
 
 def _nothing_at(path: Path) -> str:
     folder = next((parent for parent in path.parents if parent.is_dir()), Path("."))
-    return f"no file or folder {path}; {folder}/ holds: {_entries(folder)}"
+    return f"no file or folder {path}; {folder}/ holds: {entries(folder)}"

@@ -24,7 +24,7 @@ def hold_out(records: Sequence[Record], fraction: float, seed: int) -> tuple[lis
     if fraction > 0 and not held_out:
         num_prompts = len({record.shared_prompt for record in records})
         raise DataError(
-            f"data.eval_fraction={fraction:g} of {num_prompts} distinct prompts held out none: "
+            f"eval_fraction={fraction:g} of {num_prompts} distinct prompts held out none: "
             "raise it, or set it to 0 to hold out nothing"
         )
     return train, held_out

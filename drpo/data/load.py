@@ -76,10 +76,10 @@ class DataConfig(Section):
 
     def check(self) -> None:
         refuse(self.task not in TASKS, "task", f"must be one of {', '.join(TASKS)}, got {self.task!r}")
-        task, given = TASKS[self.task], f"{key('task')}={self.task}"
+        task, task_key = TASKS[self.task], f"{key('task')}={self.task}"
         if task.read is not None:
-            refuse(not self.path, "path", f"must name the data for {given}, got {self.path!r}")
-        refuse_changed(self, task.unused, f"does not apply to {given}")
+            refuse(not self.path, "path", f"must name the data for {task_key}, got {self.path!r}")
+        refuse_changed(self, task.unused, f"does not apply to {task_key}")
         if self.eval_split is not None:
             rule = f"must differ from {key('train_split')}, got {self.eval_split!r}"
             refuse(self.eval_split == self.train_split, "eval_split", rule)
@@ -101,14 +101,14 @@ class DataConfig(Section):
         if self.truncation is not None:
             refuse(self.max_prompt_length is None, "truncation", f"needs {key('max_prompt_length')}")
             owners = " or ".join(name for name, other in TASKS.items() if other.by_paragraph)
-            rule = f"can be paragraph for {key('task')}={owners} only, got {given}"
+            rule = f"can be paragraph for {key('task')}={owners} only, got {task_key}"
             refuse(self.truncation == "paragraph" and task.by_paragraph is None, "truncation", rule)
 
     @property
     def prompt_truncation(self) -> Truncation:
         """`truncation`, or the task's own, which never cuts the opening of a chat template."""
-        own = TASKS[self.task].truncation
-        return self.truncation or ("refuse" if own == "left" and self.chat_template else own)
+        default = TASKS[self.task].truncation
+        return self.truncation or ("refuse" if default == "left" and self.chat_template else default)
 
     @property
     def held_out_split(self) -> str | None:
@@ -144,17 +144,23 @@ def load_examples(
     """
     if config.noise.on and view != "pairs":
         raise DataError(
-            f"data.noise applies to preference pairs, and this stage takes {view_name(view)}: "
-            "set data.noise.flip_rate and data.noise.off_topic_rate to 0"
+            f"noise applies to preference pairs, and this stage takes {view_name(view)}: "
+            "set noise.flip_rate and noise.off_topic_rate to 0"
         )
     tokenizer = with_stop_token(tokenizer, config)
     chat = template_of(config, tokenizer)
-    bad, report, what = BadRows("examples"), [], view_name(view)
+    bad, report, unit = BadRows("examples"), [], view_name(view)
     eval_split, train = config.held_out_split, []
+
+    def read(split: str) -> list[Record]:
+        records, notes = view_records(read_records(config, split, view, chat, report), view, bad)
+        report.extend(notes)
+        return records
+
     if eval_split is None or not held_out_only:
-        train = _read_view(config, config.train_split, view, chat, bad, report)
+        train = read(config.train_split)
     if eval_split is not None:
-        held_out = _read_view(config, eval_split, view, chat, bad, report)
+        held_out = read(eval_split)
     else:
         train, held_out = hold_out(train, config.held_out_fraction, config.split_seed)
     if held_out_only:
@@ -166,9 +172,9 @@ def load_examples(
     train_examples = [example for example in examples if example.record.marked_prompt not in eval_prompts]
     bad.check(num_examples, config.max_bad_fraction)
     if len(train_examples) < len(examples):
-        report.append(f"{len(examples) - len(train_examples)} {what} left out of train: prompt held out")
+        report.append(f"{len(examples) - len(train_examples)} {unit} left out of train: prompt held out")
     if len(bad):
-        report.append(f"{len(bad)} of {num_examples} {what} left out:\n{bad.summary()}")
+        report.append(f"{len(bad)} of {num_examples} {unit} left out:\n{bad.summary()}")
     if not train_examples and not held_out_only:
         raise DataError("\n".join(["no examples are left to train on", *report]))
     if config.noise.on:
@@ -177,7 +183,7 @@ def load_examples(
     parts = {"eval": eval_examples} if held_out_only else {"train": train_examples, "eval": eval_examples}
     for name, part in parts.items():
         num_prompts = len({example.record.marked_prompt for example in part})
-        report.append(f"{name}: {len(part)} {what}, {num_prompts} distinct prompts")
+        report.append(f"{name}: {len(part)} {unit}, {num_prompts} distinct prompts")
     return Splits(train_examples, eval_examples, "\n".join(report))
 
 
@@ -187,25 +193,30 @@ def load_texts(config: DataConfig) -> list[str]:
     Held-out prompts are left out.
     """
     if config.chat_template:
-        raise DataError(
-            "data.chat_template=true needs a tokenizer that has one: none can be trained on the data"
-        )
+        raise DataError("chat_template=true needs a tokenizer that has one: none can be trained on the data")
     records = read_records(config, config.train_split, "prompts", None, [])
     if config.held_out_split is None:
         records, _ = hold_out(records, config.held_out_fraction, config.split_seed)
     texts: dict[str | None, None] = {}
     for record in records:
-        own = (record.prompt, record.completion, record.chosen, record.rejected, *record.responses)
-        texts |= dict.fromkeys(own)
+        fields = (record.prompt, record.completion, record.chosen, record.rejected, *record.responses)
+        texts |= dict.fromkeys(fields)
     return [text for text in texts if text is not None]
 
 
 def read_records(
     config: DataConfig, split: str, view: View, chat: ChatTemplate | None, report: list[str]
 ) -> list[Record]:
-    """Return the records of one split, read or made for `view`, and add lines to the report.
+    """Return the records of one split.
 
     Raises DataError for missing data and for too many bad rows.
+
+    Args:
+        config: the data.
+        split: name of the split.
+        view: generated data is made for it.
+        chat: renders conversations; None for texts as they are.
+        report: gets lines on what was read and left out.
     """
     task = TASKS[config.task]
     if task.make is not None:
@@ -226,14 +237,6 @@ def read_records(
     bad.check(table.num_rows, config.max_bad_fraction)
     report.append(f"{table.name}: {table.num_rows} rows read, {len(bad)} bad")
     report += [bad.summary()] * bool(len(bad)) + notes
-    return records
-
-
-def _read_view(
-    config: DataConfig, split: str, view: View, chat: ChatTemplate | None, bad: BadRows, report: list[str]
-) -> list[Record]:
-    records, notes = view_records(read_records(config, split, view, chat, report), view, bad)
-    report += notes
     return records
 
 
@@ -261,11 +264,4 @@ def _encode(
     if view == "prompts":
         fitting, notes = distinct_prompts(fitting)
         report += notes
-    examples = []
-    encoded = encode_records(tokenizer, fitting, queries, view, config.max_response_length)
-    for record, example in zip(fitting, encoded, strict=True):
-        if isinstance(example, RowError):
-            bad.add(example.kind, record.origin, example.detail)
-        else:
-            examples.append(example)
-    return examples
+    return encode_records(tokenizer, fitting, queries, view, bad, config.max_response_length)

@@ -26,5 +26,5 @@ def find_special(text: str, tokens: Collection[str], start: int = 0) -> tuple[in
 
     Without one it is (len(text), None).
     """
-    found = [(place, token) for token in tokens if token and (place := text.find(token, start)) >= 0]
-    return min(found, key=lambda item: (item[0], -len(item[1])), default=(len(text), None))
+    matches = [(place, token) for token in tokens if token and (place := text.find(token, start)) >= 0]
+    return min(matches, key=lambda item: (item[0], -len(item[1])), default=(len(text), None))

@@ -43,11 +43,11 @@ def add_noise(pairs: Sequence[Example], config: NoiseConfig) -> tuple[list[Examp
     """
     for pair in pairs:
         if pair.chosen_ids is None or pair.rejected_ids is None:
-            raise DataError(f"data.noise applies to pairs; {pair.record.origin} is none")
+            raise DataError(f"noise applies to pairs; {pair.record.origin} is none")
     if not config.on:
         return list(pairs), []
     if config.off_topic_rate > 0 and len({pair.record.prompt for pair in pairs}) < 2:
-        raise DataError("data.noise.off_topic_rate needs pairs on at least 2 distinct prompts")
+        raise DataError("noise.off_topic_rate needs pairs on at least 2 distinct prompts")
     places: Counter[str] = Counter()
     noisy = []
     for pair in pairs:
@@ -61,8 +61,8 @@ def add_noise(pairs: Sequence[Example], config: NoiseConfig) -> tuple[list[Examp
     for name, rate in (("flipped", config.flip_rate), ("off_topic", config.off_topic_rate)):
         count = sum(pair.record.extra[name] for pair in noisy)
         share = count / max(len(noisy), 1)
-        what = name.replace("_", " ")
-        notes += [f"noise: {count} of {len(noisy)} pairs {what} ({share:.1%})"] * (rate > 0)
+        label = name.replace("_", " ")
+        notes += [f"noise: {count} of {len(noisy)} pairs {label} ({share:.1%})"] * (rate > 0)
     return noisy, notes
 
 

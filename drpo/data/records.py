@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ MAX_SCORE = sys.float_info.max
 
 
 class DataError(ValueError):
-    """Data that cannot be used as asked; the message names the fault, its place and the remedy."""
+    """Data that cannot be used as configured; the message names the fault, its place and the remedy."""
 
 
 class RowError(Exception):
@@ -92,7 +93,7 @@ class Record:
         chat = None if self.chat is None else replace(self.chat, literal=literal)
         return replace(self, prompt=text, chat=chat)
 
-    def said(self, response: str) -> str:
+    def without_opening(self, response: str) -> str:
         """Return a response of this record without the text that a chat template writes before it."""
         return response.removeprefix(self.opening)
 
@@ -115,6 +116,14 @@ class BadRows:
         if len(shown) < NUM_SHOWN:
             shown.append(f"{origin}: {detail}" if detail else origin)
 
+    @contextmanager
+    def skipping(self, origin: str) -> Iterator[None]:
+        """Count the row at `origin` as bad when a RowError ends this context."""
+        try:
+            yield
+        except RowError as error:
+            self.add(error.kind, origin, error.detail)
+
     def summary(self) -> str:
         """Return a line for each kind with its count, and below it the first few of that kind."""
         if not self.counts:
@@ -133,9 +142,9 @@ class BadRows:
             return
         raise DataError(
             f"{len(self)} of {num_rows} {self.unit} are bad, "
-            f"more than data.max_bad_fraction={max_bad_fraction:g} allows:\n"
+            f"more than max_bad_fraction={max_bad_fraction:g} allows:\n"
             f"{self.summary()}\n"
-            "Correct them, or raise data.max_bad_fraction to leave them out."
+            "Correct them, or raise max_bad_fraction to leave them out."
         )
 
 
@@ -175,7 +184,9 @@ def require_scores(value: object, field: str, num_responses: int) -> tuple[float
     return tuple(float(score) for score in value)
 
 
-def require_different(chosen: str, rejected: str) -> None:
-    """Raise RowError when the two responses of a pair are equal, surrounding whitespace aside."""
-    if chosen.strip() == rejected.strip():
+def require_different(chosen: str | None, rejected: str | None) -> None:
+    """Raise RowError when a pair has only one response, or two that are equal, surrounding whitespace aside."""
+    if (chosen is None) != (rejected is None):
+        raise RowError("missing field", "one of chosen and rejected is there, the other is not")
+    if chosen is not None and chosen.strip() == rejected.strip():
         raise RowError("chosen = rejected", repr(chosen.strip()[:60]))

@@ -35,7 +35,7 @@ def with_stop_token(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> P
     """
     token = config.stop_token
     if token is not None and token not in tokenizer.get_vocab():
-        raise DataError(f"data.stop_token: {token!r} is not a single token of this tokenizer")
+        raise DataError(f"stop_token: {token!r} is not a single token of this tokenizer")
     if token is None and (chat := template_of(config, tokenizer)) is not None:
         token = chat.stop_token
     if token in (None, tokenizer.eos_token):
@@ -43,12 +43,12 @@ def with_stop_token(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> P
     if token == tokenizer.pad_token:
         if config.stop_token is not None:
             raise DataError(
-                f"data.stop_token: {token!r} is the padding token, which is never sampled; name another token"
+                f"stop_token: {token!r} is the padding token, which is never sampled; name another token"
             )
         raise DataError(
             f"the tokenizer's chat template ends a turn with {token!r}, which is its padding token and so never "
             "sampled: take pad_token out of its tokenizer_config.json, and another is added to pad with; or name "
-            "another token that ends a response, data.stop_token"
+            "another token that ends a response as stop_token"
         )
     return ending_with(tokenizer, token)
 

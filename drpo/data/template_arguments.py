@@ -47,11 +47,11 @@ def check_arguments(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) 
         return
     try:
         read = template_variables(tokenizer.get_chat_template())
-    except (ValueError, TemplateError):  # none, or a broken one: ChatTemplate says so
+    except (ValueError, TemplateError):  # none, or a broken one: ChatTemplate reports it
         return
     if unread := sorted(set(names) - read):
         raise DataError(
-            f"data.chat_template_kwargs.{unread[0]}: the tokenizer's chat template does not read it, so it would do "
+            f"chat_template_kwargs.{unread[0]}: the tokenizer's chat template does not read it, so it would do "
             f"nothing; the template reads {', '.join(sorted(read)) or 'no arguments'}"
         )
 

@@ -36,7 +36,7 @@ def shorten_prompts(
             continue
         try:
             if cut is None:
-                raise RowError("prompt too long", f"{len(ids)} tokens, data.max_prompt_length={max_length}")
+                raise RowError("prompt too long", f"{len(ids)} tokens, max_prompt_length={max_length}")
             shortened[prompt] = _shorten(prompt, max_length, cut, num_tokens)
         except RowError as error:
             shortened[prompt] = error

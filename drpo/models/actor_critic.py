@@ -14,7 +14,15 @@ from drpo.tensors import PaddedBatch
 
 
 class ActorCritic(nn.Module):
-    """Policy and critic: log pi(y_t | x, y_<t), its entropy and V(x, y_<t) of a batch's response tokens."""
+    """Policy and critic: log pi(y_t | x, y_<t), its entropy and V(x, y_<t) of a batch's response tokens.
+
+    Args:
+        policy: a causal language model.
+        critic: a scalar model; None for an estimator without values.
+        temperature: divides the logits.
+        suppressed_ids: ids that the policy never samples.
+        entropy_gradient: whether the entropy has a gradient.
+    """
 
     def __init__(
         self,
@@ -28,9 +36,11 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy = policy
         self.critic = critic
-        self._temperature = temperature
-        self._suppressed_ids = tuple(suppressed_ids)
-        self._entropy_gradient = entropy_gradient
+        self._scoring = {
+            "temperature": temperature,
+            "suppressed_ids": tuple(suppressed_ids),
+            "entropy": True if entropy_gradient else "detached",
+        }
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -45,23 +55,20 @@ class ActorCritic(nn.Module):
         response_mask: Tensor,
         trunk: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Compute (logprobs, entropy, values), each (B, R) float32, from the four tensors of a PaddedBatch.
-
-        `trunk` (B, Q+R, H) is the output of the frozen layers that policy and critic share (drpo.models.trunk); with
-        it only the layers above run.
+        """Compute (logprobs, entropy, values), each (B, R) float32.
 
         Rollout and training both use this forward, so that under autocast too the old log-probs equal those of the
         first training forward.
+
+        Args:
+            queries, query_mask: (B, Q) int64 and bool, as in a PaddedBatch.
+            responses, response_mask: (B, R) int64 and bool.
+            trunk: output (B, Q+R, H) of the frozen layers that policy and critic share (drpo.models.trunk); with it
+                only the layers above run.
         """
         batch = PaddedBatch(queries, query_mask, responses, response_mask)
         models = (self.policy,) if self.critic is None else (self.policy, self.critic)
         with resumed_from(trunk, *models):
-            scores = response_logprobs(
-                self.policy,
-                batch,
-                temperature=self._temperature,
-                suppressed_ids=self._suppressed_ids,
-                entropy=True if self._entropy_gradient else "detached",
-            )
+            scores = response_logprobs(self.policy, batch, **self._scoring)
             values = None if self.critic is None else token_values(self.critic, batch)
             return scores.logprobs, scores.entropy, values

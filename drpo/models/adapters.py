@@ -55,11 +55,8 @@ def add_lora(
         and (not within or name.startswith(within))
     ]
     if target_modules is not None:
-        absent = [
-            target
-            for target in target_modules
-            if not any(f".{name}".endswith(f".{target}") for name in linear)
-        ]
+        names = tuple(f".{name}" for name in linear)
+        absent = [target for target in target_modules if not any(n.endswith(f".{target}") for n in names)]
         if absent:
             raise ConfigError(
                 "model.lora.target_modules: no linear layer "
@@ -85,15 +82,11 @@ def add_lora(
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise ConfigError(
-            f"model.lora.target_modules: PEFT cannot adapt one of these layers: {error}"
-        ) from error
-    if (
-        model.is_gradient_checkpointing
-    ):  # PEFT makes the embedding's output require gradients, also below a frozen trunk
+        raise ConfigError(f"model.lora.target_modules: PEFT cannot adapt a layer: {error}") from error
+    if model.is_gradient_checkpointing:  # PEFT lets the embedding's output require gradients, trunk or not
         model.disable_input_require_grads()
-    if strange := {name for name, _ in _lora_layers(adapted)} ^ set(linear):
-        raise ConfigError(f"model.lora: PEFT put adapters on other layers than asked: {sorted(strange)[:5]}")
+    if extra := {name for name, _ in _lora_layers(adapted)} ^ set(linear):
+        raise ConfigError(f"model.lora: PEFT put adapters on other layers than asked: {sorted(extra)[:5]}")
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # PEFT leaves modules_to_save in the precision of the base
             parameter.data = parameter.data.float()
@@ -107,9 +100,8 @@ def _targets_as_given(model: PreTrainedModel) -> Iterator[None]:
     It converts by the model's type (peft.utils.transformers_weight_conversion), for models saved by earlier versions of
     transformers: a dense first layer or shared experts would lose their adapters to the fused ones.
     """
-    if not _has_fused_experts(model) or hasattr(
-        model.config, "mamba_num_heads"
-    ):  # PEFT guards Mamba by type too
+    # PEFT guards Mamba by type too.
+    if not _has_fused_experts(model) or hasattr(model.config, "mamba_num_heads"):
         yield
         return
     model.config.model_type = ""

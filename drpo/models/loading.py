@@ -131,18 +131,14 @@ def load_policy(
 
 
 def load_scalar_model(
-    path: str | Path,
-    config: ModelConfig,
-    model_class: type[Scalar] = ScalarModel,
-    seed: int = 0,
-    key: str = "path",
+    path: str | Path, config: ModelConfig, model_class: type[Scalar] = ScalarModel, key: str = "path"
 ) -> Scalar:
     """Load a saved ScalarModel (or subclass), or any Hugging Face *ForSequenceClassification with one label.
 
     Of `config`, dtype, attn_implementation, gradient_checkpointing and lora apply; with LoRA the head is
     trained whole. Raises ConfigError, naming the `key` of the recipe, when `path` holds neither.
     """
-    return _prepare(_read_scalar(str(path), config, model_class, key), config, seed, trained_whole=("head",))
+    return _prepare(_read_scalar(str(path), config, model_class, key), config, seed=0)
 
 
 def load_critic(
@@ -169,20 +165,21 @@ def load_critic(
                 "same weights, or null for a critic that starts from the policy"
             )
         share_trunk(critic, policy)
-    return _prepare(critic, config, seed, trained_whole=("head",))
+    return _prepare(critic, config, seed)
 
 
 def _read_scalar(path: str, config: ModelConfig, model_class: type[Scalar], key: str) -> Scalar:
     saved = read_config(path, key)
-    options = {"dtype": config.dtype}
     if "backbone" in saved:
         # Without its model_type: transformers would warn of a reward model that becomes a critic, as intended here.
         fields = {name: value for name, value in saved.items() if name != "model_type"}
-        options["config"] = model_class.config_class.from_dict(fields)
-        model, info = model_class.from_pretrained(path, **options, output_loading_info=True)
+        model_config = model_class.config_class.from_dict(fields)
+        model, info = model_class.from_pretrained(
+            path, dtype=config.dtype, config=model_config, output_loading_info=True
+        )
         check_complete(info, path, key)
     elif any(name.endswith("ForSequenceClassification") for name in saved.get("architectures") or []):
-        model = _from_sequence_classifier(path, options, model_class, key)
+        model = _from_sequence_classifier(path, config.dtype, model_class, key)
     else:
         raise ConfigError(
             f"{key}: {path!r} holds {kind_of(saved)}: neither a scalar model nor a *ForSequenceClassification; "
@@ -208,7 +205,7 @@ def fresh_critic(policy: nn.Module, config: ModelConfig, seed: int = 0) -> Scala
     if has_trunk(policy):
         share_trunk(critic, policy)
     nn.init.zeros_(critic.head.weight)
-    return _prepare(critic, config, seed, trained_whole=("head",))
+    return _prepare(critic, config, seed)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -222,9 +219,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(holder, name, 0.0)
 
 
-def _prepare(
-    model: PreTrainedModel, config: ModelConfig, seed: int, trained_whole: tuple[str, ...] = ()
-) -> PreTrainedModel:
+def _prepare(model: PreTrainedModel, config: ModelConfig, seed: int) -> PreTrainedModel:
     disable_dropout(model)
     if config.trainable_layers is not None:
         freeze_trunk(model, config.trainable_layers)
@@ -237,7 +232,7 @@ def _prepare(
             alpha=config.lora.alpha,
             target_modules=config.lora.target_modules,
             seed=seed,
-            trained_whole=trained_whole,
+            trained_whole=("head",) if isinstance(model, ScalarModel) else (),
             within=() if config.trainable_layers is None else trained_layer_names(model),
         )
     if config.gradient_checkpointing:
@@ -248,11 +243,9 @@ def _prepare(
     return model.train()
 
 
-def _from_sequence_classifier(
-    path: str, options: dict[str, Any], model_class: type[Scalar], key: str
-) -> Scalar:
+def _from_sequence_classifier(path: str, dtype: str, model_class: type[Scalar], key: str) -> Scalar:
     source, info = AutoModelForSequenceClassification.from_pretrained(
-        path, **options, output_loading_info=True
+        path, dtype=dtype, output_loading_info=True
     )
     check_complete(info, path, key)
     head = getattr(source, "score", None)

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from drpo.config import ConfigError
+from drpo.data.files import entries
 from drpo.models.gguf import UNREADABLE, location, reading
 
 
@@ -28,17 +29,12 @@ def check_folder(path: str, key: str, any_of: tuple[str, ...]) -> None:
     folder = Path(path)
     if not folder.is_dir():
         nearest = next(parent for parent in folder.parents if parent.is_dir())
-        raise ConfigError(f"{key}: no folder {path!r}; {str(nearest)!r} holds {_listing(nearest)}")
+        raise ConfigError(f"{key}: no folder {path!r}; {str(nearest)!r} holds {entries(nearest)}")
     if not any((folder / name).is_file() for name in any_of):
         hint = ""
         if (folder / "adapter_config.json").is_file():
             hint = "; this is a bare adapter: merge it into its base model and save that"
-        raise ConfigError(f"{key}: {path!r} has no {any_of[0]}; it holds {_listing(folder)}{hint}")
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    return ", ".join(names[:20]) + (" ..." if len(names) > 20 else "") if names else "nothing"
+        raise ConfigError(f"{key}: {path!r} has no {any_of[0]}; it holds {entries(folder)}{hint}")
 
 
 def check_present(path: str, key: str) -> tuple[str, dict[str, str]]:
@@ -80,9 +76,9 @@ def check_complete(info: dict[str, Any], path: str, key: str) -> None:
 
 def is_causal_lm(model_type: str | None, architectures: list[str] | None) -> bool:
     """Return whether transformers has a causal LM of this type, and the weights (if there are any) are of one."""
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
-    known = (known,) if isinstance(known, str) else known
-    return any(name in known or name.endswith("ForCausalLM") for name in architectures or known)
+    class_names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, ())
+    class_names = (class_names,) if isinstance(class_names, str) else class_names
+    return any(name in class_names or name.endswith("ForCausalLM") for name in architectures or class_names)
 
 
 def kind_of(saved: dict[str, Any]) -> str:

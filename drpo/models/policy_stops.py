@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from drpo.config import ConfigError
-from drpo.models.scoring import unwrap_peft
+from drpo.models.inputs import unwrap_peft
 
 
 def stop_ids(policy: nn.Module) -> tuple[int, ...]:
@@ -27,13 +27,13 @@ def check_stop_token(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> N
     SFT may teach another one. A policy that is compared with a reference, or rewarded for its samples, would be
     trained on a token that it never generates.
     """
-    own = stop_ids(policy)
-    if own and tokenizer.eos_token_id not in own:
-        said = [str(token) for token in tokenizer.convert_ids_to_tokens(list(own))]
+    ids = stop_ids(policy)
+    if ids and tokenizer.eos_token_id not in ids:
+        tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(list(ids))]
         raise ConfigError(
-            f"this policy ends its responses with {' or '.join(map(repr, said))} (eos_token_id in its "
+            f"this policy ends its responses with {' or '.join(map(repr, tokens))} (eos_token_id in its "
             f"generation_config.json or GGUF file), but the data's would end with {tokenizer.eos_token!r}: set "
-            f"data.stop_token to {said[0]!r} or data.chat_template to what the policy was trained with, or teach it "
+            f"data.stop_token to {tokens[0]!r} or data.chat_template to what the policy was trained with, or teach it "
             "the other one by SFT"
         )
 

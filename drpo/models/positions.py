@@ -29,11 +29,10 @@ def position_limit(model: nn.Module) -> int | None:
 def _find_limit(model: nn.Module) -> int | None:
     limits = []
     for name, module in model.named_modules():
-        own_name = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and ("pos" in own_name or own_name == "wpe"):
-            limits.append(
-                module.num_embeddings - getattr(module, "offset", 0)
-            )  # OPT's first two rows are unused
+        last_name = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("pos" in last_name or last_name == "wpe"):
+            # OPT's first two rows are unused.
+            limits.append(module.num_embeddings - getattr(module, "offset", 0))
         buffers = module.named_buffers(recurse=False)
         limits += [len(table) for table_name, table in buffers if table_name in TABLE_NAMES]
         config = getattr(module, "config", None)
@@ -55,20 +54,20 @@ def check_width(model: nn.Module, attention_mask: Tensor) -> None:
         )
 
 
-def check_lengths(model: nn.Module, lengths: Sequence[int], what: str, remedy: str) -> list[str]:
+def check_lengths(model: nn.Module, lengths: Sequence[int], name: str, remedy: str) -> list[str]:
     """Raise ConfigError when texts of these `lengths` have more tokens than the model has positions.
 
     Rotary positions have no end: texts beyond `max_position_embeddings` of the config give a warning, which is
-    returned. `what` names the model or its key.
+    returned. `name` is that of the model or its key.
     """
     config = getattr(model, "backbone", model).config.get_text_config()
-    limit, trained = position_limit(model), getattr(config, "max_position_embeddings", None)
-    end = trained if limit is None else limit
+    limit = position_limit(model)
+    end = getattr(config, "max_position_embeddings", None) if limit is None else limit
     longer = [length for length in lengths if end is not None and length > end]
     if not longer:
         return []
     message = (
-        f"{what}: {len(longer)} of {len(lengths)} texts are longer than the {end} positions of this "
+        f"{name}: {len(longer)} of {len(lengths)} texts are longer than the {end} positions of this "
         f"{config.model_type} model, the longest has {max(longer)} tokens; {remedy}"
     )
     if limit is None:
@@ -76,15 +75,15 @@ def check_lengths(model: nn.Module, lengths: Sequence[int], what: str, remedy: s
     raise ConfigError(message)
 
 
-def check_examples(model: nn.Module, examples: Sequence[Example], what: str = "model.path") -> list[str]:
+def check_examples(model: nn.Module, examples: Sequence[Example], name: str = "model.path") -> list[str]:
     """Apply `check_lengths` to all examples, each with the longest of its responses."""
     lengths = [len(example.query_ids) + max(map(len, _responses(example)), default=0) for example in examples]
     remedy = "set data.max_prompt_length and data.max_response_length to sizes that fit together"
-    return check_lengths(model, lengths, what, remedy)
+    return check_lengths(model, lengths, name, remedy)
 
 
 def check_sampling(
-    model: nn.Module, examples: Sequence[Example], max_response_length: int, what: str, key: str
+    model: nn.Module, examples: Sequence[Example], max_response_length: int, name: str, key: str
 ) -> list[str]:
     """Apply `check_lengths` to all prompts with a response of `max_response_length` tokens.
 
@@ -92,15 +91,14 @@ def check_sampling(
         model: the model that samples or scores.
         examples: their prompts are checked.
         max_response_length: tokens of the response.
-        what: name of the model or its key, for errors.
+        name: that of the model or its key, for errors.
         key: recipe key that sets `max_response_length`, for errors.
     """
     lengths = [len(example.query_ids) + max_response_length for example in examples]
-    return check_lengths(
-        model, lengths, what, f"set data.max_prompt_length, or lower {key}={max_response_length}"
-    )
+    remedy = f"set data.max_prompt_length, or lower {key}={max_response_length}"
+    return check_lengths(model, lengths, name, remedy)
 
 
 def _responses(example: Example) -> list[list[int]]:
-    own = (example.completion_ids, example.chosen_ids, example.rejected_ids)
-    return [*(ids for ids in own if ids is not None), *example.ranked_ids]
+    single = (example.completion_ids, example.chosen_ids, example.rejected_ids)
+    return [*(ids for ids in single if ids is not None), *example.ranked_ids]

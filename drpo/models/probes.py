@@ -6,7 +6,8 @@ in a cache of their own, and sampled tokens and log-probabilities would then sil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,11 +32,11 @@ def check_policy(model: nn.Module, key: str = "model.path", on_any_device: bool 
     the first device: two rows of at most six tokens, and one step from the cache.
     """
     causal_lm = unwrap_peft(model)
-    known = _FAULTS.setdefault(causal_lm, {})
+    faults = _FAULTS.setdefault(causal_lm, {})
     device = causal_lm.get_input_embeddings().weight.device.type
-    if device not in known and not (on_any_device and known):
-        known[device] = _policy_fault(causal_lm)
-    if fault := next((fault for fault in known.values() if fault), None):
+    if device not in faults and not (on_any_device and faults):
+        faults[device] = _policy_fault(causal_lm)
+    if fault := next((fault for fault in faults.values() if fault), None):
         raise ConfigError(
             f"{key}: {type(causal_lm).__name__} {fault}: sampled tokens and log-probabilities would not be the "
             "model's own. Choose a model whose layers pass (docs/models.md), as all plain transformers do"
@@ -48,11 +49,11 @@ def check_scalar_model(model: nn.Module, key: str = "value or reward model") -> 
     The probe runs once per model, which must then have all its layers.
     """
     scalar_model = unwrap_peft(model)
-    known = _FAULTS.setdefault(scalar_model, {})
-    if not known:
+    faults = _FAULTS.setdefault(scalar_model, {})
+    if not faults:
         device = scalar_model.get_input_embeddings().weight.device.type
-        known[device] = _scalar_fault(scalar_model)
-    if fault := next((fault for fault in known.values() if fault), None):
+        faults[device] = _scalar_fault(scalar_model)
+    if fault := next((fault for fault in faults.values() if fault), None):
         raise ConfigError(
             f"{key}: {type(scalar_model.backbone).__name__} {fault}: its scores would depend on the batch"
         )
@@ -64,32 +65,21 @@ def can_probe_now(model: nn.Module) -> bool:
     Half precision may take minutes on a CPU, and kernels that need a GPU do not run there.
     """
     weight = model.get_input_embeddings().weight
-    on_cpu = weight.device.type == "cpu"
-    return not on_cpu or (
-        weight.dtype == torch.float32 and model.config._attn_implementation in ATTENTION_ON_CPU
-    )
+    plain = weight.dtype == torch.float32 and model.config._attn_implementation in ATTENTION_ON_CPU
+    return plain or weight.device.type != "cpu"
 
 
-class _probing:
-    """Context in evaluation mode, without gradients and autocast."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._training = [module for module in model.modules() if module.training]
-        self._model = model
-        self._contexts = [
-            torch.no_grad(),
-            torch.autocast(model.get_input_embeddings().weight.device.type, enabled=False),
-        ]
-
-    def __enter__(self) -> None:
-        self._model.eval()
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*error)
-        for module in self._training:
+@contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode, without gradients and autocast, within this context."""
+    training_modules = [module for module in model.modules() if module.training]
+    device = model.get_input_embeddings().weight.device.type
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module in training_modules:
             module.training = True
 
 

@@ -28,7 +28,11 @@ class ResponseScores(NamedTuple):
     """Scores `logprobs` (B, R) and, on request, `entropy` (B, R) in nats; float32, unspecified under padding."""
 
     logprobs: Tensor
-    entropy: Tensor | None
+    entropy: Tensor | None = None
+
+
+Scoring = Callable[[Tensor, Tensor], ResponseScores]
+"Scores ids (...) under logits (..., V)."
 
 
 def response_logprobs(
@@ -68,56 +72,54 @@ def response_logprobs(
     check_policy(model, on_any_device=True)  # probed at loading, except in half precision
     length = batch.responses.shape[1]
     ids = batch.responses.masked_fill(batch.response_mask.logical_not(), 0)
+    score = functools.partial(_score, temperature=temperature, suppressed_ids=suppressed_ids, entropy=entropy)
     if not head_is_plain(causal_lm):
         inputs = model_inputs(causal_lm, batch.query_responses, batch.attention_mask)
         logits = causal_lm(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-        return _score(logits, ids, temperature, tuple(suppressed_ids), entropy)
+        return score(logits, ids)
 
     backbone, head = causal_lm.base_model, causal_lm.get_output_embeddings()
     inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
     hidden = backbone(**inputs, use_cache=False).last_hidden_state
     first = batch.queries.shape[1] - 1
     hidden = hidden[:, first : first + length].flatten(0, 1)
-    scores = chunked_scores(
-        head, hidden, ids.reshape(-1), chunk_size, temperature, tuple(suppressed_ids), entropy
-    )
+    scores = chunked_scores(head, hidden, ids.reshape(-1), chunk_size, score)
     return ResponseScores(*(None if column is None else column.view_as(ids) for column in scores))
 
 
 def chunked_scores(
-    head: nn.Module,
-    hidden: Tensor,
-    ids: Tensor,
-    chunk_size: int,
-    temperature: float = 1.0,
-    suppressed_ids: tuple[int, ...] = (),
-    entropy: Entropy = False,
+    head: nn.Module, hidden: Tensor, ids: Tensor, chunk_size: int, score: Scoring | None = None
 ) -> ResponseScores:
-    """Score `ids` (N,), as (N,), under the logits that `head` gives for `hidden` (N, H), a chunk at a time.
+    """Score ids, as (N,), under the logits that a head gives for hidden states, a chunk at a time.
 
     With gradients on, several chunks are recomputed one by one in the backward pass. ZeRO-3: all processes must call
     the same modules for batches of any shape, so the head is called once as a module for any number of chunks.
+
+    Args:
+        head: from hidden states (N, H) to logits (N, V).
+        hidden: (N, H).
+        ids: (N,) int64.
+        chunk_size: positions per chunk.
+        score: scores ids under logits; None for their log-probabilities alone.
     """
+    score = score or _score
     if len(ids) <= chunk_size:
-        return _score(head(hidden), ids, temperature, suppressed_ids, entropy)
+        return score(head(hidden), ids)
     logits_of = head.forward
 
     def score_chunk(hidden: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        scores = _score(logits_of(hidden), ids, temperature, suppressed_ids, entropy)
-        return scores if entropy else scores[:1]
+        return tuple(column for column in score(logits_of(hidden), ids) if column is not None)
 
     def score_all(hidden: Tensor) -> tuple[Tensor, ...]:
-        score = score_chunk
+        run = score_chunk
         if torch.is_grad_enabled():
-            score = functools.partial(checkpoint, score_chunk, use_reentrant=False, preserve_rng_state=False)
-        chunks = [
-            score(*chunk) for chunk in zip(hidden.split(chunk_size), ids.split(chunk_size), strict=True)
-        ]
+            run = functools.partial(checkpoint, score_chunk, use_reentrant=False, preserve_rng_state=False)
+        pairs = zip(hidden.split(chunk_size), ids.split(chunk_size), strict=True)
+        chunks = [run(*pair) for pair in pairs]
         return tuple(torch.cat(columns) for columns in zip(*chunks, strict=True))
 
     with _forward_replaced(head, score_all):
-        scores = head(hidden)
-    return ResponseScores(scores[0], scores[1] if entropy else None)
+        return ResponseScores(*head(hidden))
 
 
 @contextmanager
@@ -134,13 +136,17 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 def _score(
-    logits: Tensor, ids: Tensor, temperature: float, suppressed_ids: tuple[int, ...], entropy: Entropy
+    logits: Tensor,
+    ids: Tensor,
+    temperature: float = 1.0,
+    suppressed_ids: Sequence[int] = (),
+    entropy: Entropy = False,
 ) -> ResponseScores:
     logits = logits.float() if temperature == 1.0 else logits.float() / temperature
     logits = suppress(logits, suppressed_ids)
     logprobs = gather_logprobs(logits, ids)
     if not entropy:
-        return ResponseScores(logprobs, None)
+        return ResponseScores(logprobs)
     return ResponseScores(logprobs, entropy_from_logits(logits.detach() if entropy == "detached" else logits))
 
 
@@ -186,13 +192,13 @@ def _probe_head(causal_lm: nn.Module) -> bool:
     backbone, head = getattr(causal_lm, "base_model", causal_lm), causal_lm.get_output_embeddings()
     if backbone is causal_lm or head is None:
         return False
-    seen = {}
+    head_io = {}
 
     def replace_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        seen["input"] = args[0]
+        head_io["input"] = args[0]
         ramp = torch.linspace(-100, 100, output.shape[-1], dtype=torch.float32, device=output.device)
-        seen["output"] = ramp.to(output.dtype).expand_as(output)
-        return seen["output"]
+        head_io["output"] = ramp.to(output.dtype).expand_as(output)
+        return head_io["output"]
 
     ids = torch.zeros(1, 2, dtype=torch.long, device=causal_lm.get_input_embeddings().weight.device)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -205,8 +211,8 @@ def _probe_head(causal_lm: nn.Module) -> bool:
     hidden = getattr(outputs, "last_hidden_state", None)
     return (
         hidden is not None
-        and "input" in seen
-        and hidden.shape == seen["input"].shape
-        and torch.allclose(hidden.float(), seen["input"].float(), rtol=1e-3, atol=1e-5)
-        and torch.equal(logits.float(), seen["output"].float())
+        and "input" in head_io
+        and hidden.shape == head_io["input"].shape
+        and torch.allclose(hidden.float(), head_io["input"].float(), rtol=1e-3, atol=1e-5)
+        and torch.equal(logits.float(), head_io["output"].float())
     )

@@ -83,7 +83,7 @@ def continuation_logprobs(
             hook.remove()
         logprobs = gather_logprobs(logits[0], ids)
     zeros = logprobs.new_zeros(batch.responses.shape)
-    return ResponseScores(zeros.masked_scatter(batch.response_mask, logprobs), None)
+    return ResponseScores(zeros.masked_scatter(batch.response_mask, logprobs))
 
 
 class PackedRows(NamedTuple):
@@ -178,10 +178,10 @@ def can_share_prompt(model: nn.Module) -> bool:
     """
     causal_lm = unwrap_peft(model)
     implementation = causal_lm.config._attn_implementation
-    known = _SHARING.setdefault(causal_lm, {})
-    if implementation not in known:
-        known[implementation] = _may_share(causal_lm) and _probe(causal_lm.base_model)
-    return known[implementation]
+    results = _SHARING.setdefault(causal_lm, {})
+    if implementation not in results:
+        results[implementation] = _may_share(causal_lm) and _probe(causal_lm.base_model)
+    return results[implementation]
 
 
 def _may_share(causal_lm: nn.Module) -> bool:
@@ -205,18 +205,16 @@ def _probe(backbone: nn.Module) -> bool:
     weight = backbone.get_input_embeddings().weight
     batch, other = (_probe_batch(first).to(weight.device) for first in (0, 1))
 
-    def separate(rows: PaddedBatch) -> Tensor:
-        inputs = model_inputs(backbone, rows.query_responses, rows.attention_mask)
+    def separate(batch: PaddedBatch) -> Tensor:
+        inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
-        return hidden[:, rows.queries.shape[1] - 1 : -1][rows.response_mask].float()
+        return hidden[:, batch.queries.shape[1] - 1 : -1][batch.response_mask].float()
 
     with torch.autocast(weight.device.type, enabled=False):
         packed = pack_rows(batch, 2)
         try:
             shared = _hidden(backbone, packed)[packed.predicting].float()
-        except (
-            Exception
-        ):  # Models without such inputs may raise any error; real faults show in separate rows.
+        except Exception:  # models without such inputs may raise any; real faults show in separate rows
             return False
         expected, elsewhere = separate(batch), separate(other)
     allowed = 0.01 if weight.dtype == torch.float32 else 0.1

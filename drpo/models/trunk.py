@@ -41,9 +41,7 @@ def freeze_trunk(model: nn.Module, trainable_layers: int) -> None:
     Tied embeddings are the trunk's input, so they are frozen with it. Raises ConfigError when the model has no
     more layers than that, or cannot be split there: a probe compares the outputs with and without the split.
     """
-    backbone = _backbone(model)
-    owner, name = _layer_list(backbone)
-    num_layers = len(getattr(owner, name))
+    backbone, num_layers = _backbone(model), len(_layers(model))
     if not trainable_layers < num_layers:
         raise ConfigError(
             f"model.trainable_layers is {trainable_layers}, but the model has {num_layers} layers; give fewer, or "
@@ -63,7 +61,7 @@ def freeze_trunk(model: nn.Module, trainable_layers: int) -> None:
 
 def trained_layer_names(model: nn.Module) -> tuple[str, ...]:
     """Return the prefixes of the names of the top layers in `model.named_modules()`."""
-    layers = getattr(*_layer_list(_backbone(model)))
+    layers = _layers(model)
     top = set(layers[_first_trained(model) :])
     return tuple(f"{name}." for name, module in model.named_modules() if module in top)
 
@@ -94,7 +92,7 @@ def recorded_trunk(model: nn.Module) -> Iterator[list[Tensor]]:
     if not has_trunk(model):
         yield []
         return
-    with _caught_at(getattr(*_layer_list(_backbone(model))), _first_trained(model)) as caught:
+    with _caught_at(_layers(model), _first_trained(model)) as caught:
         yield caught
 
 
@@ -117,16 +115,15 @@ def resumed_from(trunk: Tensor | None, *models: nn.Module) -> Iterator[None]:
 
 def share_trunk(model: nn.Module, source: nn.Module) -> None:
     """Replace the embedding and lower layers of `model` by those of `source`, so they are in memory once."""
-    own, given = _backbone(model), _backbone(source)
-    first = _first_trained(source)
-    own_layers, given_layers = (getattr(*_layer_list(backbone)) for backbone in (own, given))
+    backbone, embedding = _backbone(model), _backbone(source).get_input_embeddings()
+    layers, source_layers, first = _layers(model), _layers(source), _first_trained(source)
     for index in range(first):
-        own_layers[index] = given_layers[index]
+        layers[index] = source_layers[index]
     tied = head_is_tied(model)
-    own.set_input_embeddings(given.get_input_embeddings())
+    backbone.set_input_embeddings(embedding)
     if tied:
-        unwrap_peft(model).get_output_embeddings().weight = given.get_input_embeddings().weight
-    setattr(own, FIRST_TRAINED, first)
+        unwrap_peft(model).get_output_embeddings().weight = embedding.weight
+    setattr(backbone, FIRST_TRAINED, first)
     _run_probes(model)
 
 
@@ -141,16 +138,16 @@ def same_trunk(model: nn.Module, source: nn.Module) -> bool:
 
     A small batch detects differences that no weight shows (a scaled rotary embedding, another epsilon).
     """
-    own, given = _backbone(model), _backbone(source)
-    if type(own) is not type(given) or len(getattr(*_layer_list(own))) != len(getattr(*_layer_list(given))):
+    backbone, source_backbone, first = _backbone(model), _backbone(source), _first_trained(source)
+    if type(backbone) is not type(source_backbone) or len(_layers(model)) != len(_layers(source)):
         return False
-    ours, theirs = (_trunk_weights(backbone, _first_trained(source)) for backbone in (own, given))
-    if ours.keys() != theirs.keys() or not all(
-        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name].to(ours[name].device))
-        for name in ours
-    ):
+    weights, source_weights = (_trunk_weights(each, first) for each in (backbone, source_backbone))
+    if weights.keys() != source_weights.keys():
         return False
-    outputs = [_trunk_of(m, _probe_batch(m), _first_trained(source)).float().cpu() for m in (model, source)]
+    for weight, source_weight in zip(weights.values(), map(source_weights.get, weights), strict=True):
+        if weight.dtype != source_weight.dtype or not torch.equal(weight, source_weight.to(weight.device)):
+            return False
+    outputs = [_trunk_of(m, _probe_batch(m), first).float().cpu() for m in (model, source)]
     mask = _probe_batch(source).attention_mask.cpu()
     return torch.allclose(outputs[0][mask], outputs[1][mask], rtol=1e-3, atol=1e-3)
 
@@ -209,6 +206,10 @@ def _backbone(model: nn.Module) -> nn.Module:
     return unwrap_peft(model).base_model
 
 
+def _layers(model: nn.Module) -> nn.ModuleList:
+    return getattr(*_layer_list(_backbone(model)))
+
+
 def _first_trained(model: nn.Module) -> int:
     return getattr(_backbone(model), FIRST_TRAINED)
 
@@ -216,24 +217,24 @@ def _first_trained(model: nn.Module) -> int:
 def _layer_list(backbone: nn.Module) -> tuple[nn.Module, str]:
     """Return the module that holds the list of layers, and the list's name there."""
     num_layers = backbone.config.get_text_config().num_hidden_layers
-    found = [
+    lists = [
         (module, name)
         for module in backbone.modules()
         for name, child in module.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == num_layers
     ]
-    if len(found) != 1:
+    if len(lists) != 1:
         raise ConfigError(
-            f"model.trainable_layers: {type(backbone).__name__} has {len(found)} lists of {num_layers} layers, so it "
+            f"model.trainable_layers: {type(backbone).__name__} has {len(lists)} lists of {num_layers} layers, so it "
             "is not known where to cut; set it to null"
         )
-    return found[0]
+    return lists[0]
 
 
 @torch.no_grad()
 def _modules_before(model: nn.Module, first: int) -> dict[str, nn.Module]:
     """Return, by name, the modules that run before layer `first`, and those outside the layers that never run."""
-    layers = getattr(*_layer_list(_backbone(model)))
+    layers = _layers(model)
     after: set[nn.Module] = {module for layer in layers[first:] for module in layer.modules()}
     reached = False
 
@@ -266,8 +267,8 @@ def _can_be_cut(model: nn.Module) -> bool:
 
 def _probe(model: nn.Module) -> Tensor:
     """Return the model's output for the probe batch: numbers of scalar models, logits of language models."""
-    whole, batch = unwrap_peft(model), _probe_batch(model)
-    output = whole(**model_inputs(whole, batch.query_responses, batch.attention_mask))
+    plain, batch = unwrap_peft(model), _probe_batch(model)
+    output = plain(**model_inputs(plain, batch.query_responses, batch.attention_mask))
     for name in ("logits", "last_hidden_state"):
         output = getattr(output, name, output)
     return output[batch.attention_mask].float()
@@ -280,10 +281,10 @@ def _probe_batch(model: nn.Module) -> PaddedBatch:
 
 def _run_probes(model: nn.Module) -> None:
     """Run the one-time probes, which need the unmodified model."""
-    whole = unwrap_peft(model)
-    if isinstance(whole, ScalarModel):
-        check_scalar_model(whole)
-    elif whole.get_output_embeddings() is not None:
-        check_policy(whole, on_any_device=True)
-        head_is_plain(whole)
-        can_share_prompt(whole)
+    plain = unwrap_peft(model)
+    if isinstance(plain, ScalarModel):
+        check_scalar_model(plain)
+    elif plain.get_output_embeddings() is not None:
+        check_policy(plain, on_any_device=True)
+        head_is_plain(plain)
+        can_share_prompt(plain)

@@ -31,20 +31,20 @@ def check_own_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, key: str
     model without a tokenizer is accepted.
     """
     try:
-        own = read_tokenizer(path, key)
+        model_tokenizer = read_tokenizer(path, key)
     except ConfigError:
         return
-    ours, theirs = (
+    tokens, model_tokens = (
         {i: token for token, i in each.get_vocab().items() if token not in each.added_tokens_encoder}
-        for each in (tokenizer, own)
+        for each in (tokenizer, model_tokenizer)
     )
-    different = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i])
+    different = sorted(i for i in tokens.keys() & model_tokens.keys() if tokens[i] != model_tokens[i])
     if different:
         first = different[0]
         raise ConfigError(
             f"model.tokenizer: it is not the vocabulary of {path!r} ({key}): {len(different)} ids are other tokens "
-            f"there, the first {first}, {ours[first]!r} here and {theirs[first]!r} there, so the model would read and "
-            "write nonsense; set model.tokenizer to null for the model's own, or to one made from it"
+            f"there, the first {first}, {tokens[first]!r} here and {model_tokens[first]!r} there, so the model would "
+            "read and write nonsense; set model.tokenizer to null for the model's own, or to one made from it"
         )
 
 
@@ -63,19 +63,15 @@ def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, key: st
             f"{key}: its tokenizer must be there too, to hold it against the policy's: {reason}"
         ) from None
     padding = {tokenizer.pad_token, other.pad_token}
-    own, theirs = (
+    ids, other_ids = (
         {token: i for token, i in each.get_vocab().items() if token not in padding}
         for each in (tokenizer, other)
     )
-    if own != theirs:
-        different = sorted(
-            (token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token)),
-            key=lambda token: own.get(token, len(own)),
-        )
-        token = different[0]
+    if different := {token for token, _ in ids.items() ^ other_ids.items()}:
+        token = min(different, key=lambda token: ids.get(token, len(ids)))
         raise ConfigError(
             f"{key}: {path!r} was trained on another vocabulary than the policy's ({len(different)} tokens differ: "
-            f"{token!r} is {theirs.get(token, 'unknown')} there and {own.get(token, 'unknown')} here), so it would "
+            f"{token!r} is {other_ids.get(token, 'unknown')} there and {ids.get(token, 'unknown')} here), so it would "
             "read nonsense; choose one of the policy's family"
         )
     return other
@@ -109,13 +105,9 @@ def check_trained_alike(path: str, key: str, chat: bool, arguments: Mapping[str,
     Its config records whether its texts went through the chat template, and with which arguments.
     """
     trained = read_config(path, key)
-    if trained.get("chat_template") not in (None, chat):
-        raise ConfigError(
-            f"{key}: {path!r} was trained with data.chat_template={not chat}, and the policy's prompts are made with "
-            f"{chat}: give both the same"
-        )
-    if trained.get("chat_template") and (theirs := trained["chat_template_kwargs"]) != dict(arguments):
-        raise ConfigError(
-            f"{key}: {path!r} was trained with data.chat_template_kwargs={theirs}, and the policy's prompts are made "
-            f"with {dict(arguments)}: give both the same"
-        )
+    for name, value in (("chat_template", chat), ("chat_template_kwargs", dict(arguments))):
+        if trained.get("chat_template") is not None and trained[name] != value:
+            raise ConfigError(
+                f"{key}: {path!r} was trained with data.{name}={trained[name]}, and the policy's prompts are made with "
+                f"{value}: give both the same"
+            )

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from drpo.config import ConfigError, Section, key, refuse, setting
-from drpo.data.encode import said_texts
+from drpo.data.encode import readable_texts
 from drpo.rewards import Completion
 from drpo.rollout.sampler import Generated, SamplingConfig, Vocabulary, draw_uniforms, sample
 from drpo.rollout.starts import Start
@@ -151,7 +151,7 @@ class Generator:
         """Make Completions of responses for reward functions, `ended` when the last token is a stop token."""
         ended = [ids[-1] in self.vocabulary.stop_ids for ids in responses]
         bodies = [ids[:-1] if end else ids for ids, end in zip(responses, ended, strict=True)]
-        texts = said_texts(self.tokenizer, bodies, [start.example.record.opening for start in starts])
+        texts = readable_texts(self.tokenizer, bodies, [start.example.record.opening for start in starts])
         return [
             Completion(
                 prompt=start.example.record.prompt,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from drpo.data.encode import said_texts
+from drpo.data.encode import readable_texts
 from drpo.rewards import Completion
 from drpo.rollout.trajectory import Rollouts
 
@@ -19,7 +19,7 @@ def rollout_samples(
         completion = completions[index]
         forced = int(rollouts.reset_lengths[index])
         forced_ids, sampled_ids = completion.response_ids[:forced], completion.response_ids[forced:]
-        prefix, continuation = said_texts(tokenizer, [forced_ids, sampled_ids], ["", ""])
+        prefix, continuation = readable_texts(tokenizer, [forced_ids, sampled_ids], ["", ""])
         rows.append(
             {
                 "split": "rollout",

@@ -26,7 +26,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from drpo.config import ConfigError, Section, load_recipe, options, save_resolved, setting
+from drpo.config import ConfigError, Section, load_recipe, save_resolved, setting
+from drpo.config_help import options
 from drpo.engine import Engine
 from drpo.run.checkpoints import (
     CheckpointError,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from drpo.data.encode import Example, encode_responses, said_texts
+from drpo.data.encode import Example, encode_responses, readable_texts
 from drpo.data.records import DataError
 from drpo.data.views import best_response
 from drpo.engine import Engine
@@ -82,7 +82,7 @@ class Policy:
     def _row(self, request: Request, ids: list[int]) -> CompletionRow:
         ended = ids[-1] in self.generator.vocabulary.stop_ids
         record, reference = request.example.record, best_response(request.example.record)
-        (text,) = said_texts(self.generator.tokenizer, [ids[:-1] if ended else ids], [record.opening])
+        (text,) = readable_texts(self.generator.tokenizer, [ids[:-1] if ended else ids], [record.opening])
         meta = {"response_ids": ids}  # encoding the text may give other ids
         if record.chat is not None:  # another template may give another prompt
             meta |= {"query_ids": list(request.example.query_ids)} | messages_meta(record)
@@ -94,7 +94,7 @@ class Policy:
             ended,
             len(ids),
             request.seed,
-            None if reference is None else record.said(reference),
+            None if reference is None else record.without_opening(reference),
             meta,
         )
 

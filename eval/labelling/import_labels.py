@@ -8,21 +8,27 @@ order of the data and of the label, and a pair labelled by several people is one
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
-from drpo.config import Section, refuse, refuse_changed, save_resolved
+from drpo.config import Section, key, refuse, refuse_changed, save_resolved
 from drpo.data.load import DataConfig, read_records
 from drpo.data.records import BadRows, DataError, Record, RowError
 from drpo.data.tasks.registry import TASKS
 from drpo.data.views import view_records
 from eval.completions.rows import CompletionRow, CompletionsWriter, prompt_id_of
 from eval.judging.matchup import Matchup
-from eval.labelling.labels import Label, LabelsWriter, checked_annotator, label_of, text_hash
+from eval.labelling.labels import (
+    Label,
+    LabelsWriter,
+    annotator_of_row,
+    current_labels,
+    label_of,
+    number_of_row,
+    text_hash,
+)
 from eval.progress import Say
 
 SYSTEMS = ("text_1", "text_2")
@@ -46,17 +52,17 @@ class ImportLabelsRecipe(Section):
         names = [field.name for field in fields(DataConfig) if field.name not in APPLIES]
         refuse_changed(self.data, names, "does not apply to labels: they are of whole texts", "data.")
         eval_split = TASKS[self.data.task].eval_split
-        rule = f"must be train or {eval_split} for data.task={self.data.task}, got {self.split}"
+        rule = f"must be train or {eval_split} for {key('data.task')}={self.data.task}, got {self.split}"
         refuse(eval_split is not None and self.split not in ("train", eval_split), "split", rule)
 
 
 def import_labels(recipe: ImportLabelsRecipe, say: Say = print) -> Path:
     """Read the pairs, and write them as completions and labels. Returns the path of labels.jsonl."""
     folder, config = Path(recipe.run_dir), recipe.data
-    path = folder / "labels.jsonl"
-    for name in ("completions.jsonl", "labels.jsonl"):
-        if (folder / name).exists():
-            raise DataError(f"{folder / name} is there already; choose another run_dir or remove it")
+    completions_path, labels_path = folder / "completions.jsonl", folder / "labels.jsonl"
+    for path in (completions_path, labels_path):
+        if path.exists():
+            raise DataError(f"{path} is there already; choose another run_dir or remove it")
     report: list[str] = []
     bad = BadRows()
     records = read_records(config, recipe.split, "pairs", None, report)
@@ -70,10 +76,10 @@ def import_labels(recipe: ImportLabelsRecipe, say: Say = print) -> Path:
         raise DataError("no labelled pairs are left")
     folder.mkdir(parents=True, exist_ok=True)
     save_resolved(recipe, folder / "config.yaml")
-    CompletionsWriter(folder / "completions.jsonl", {"data": config.path or config.task}).write(rows)
-    with LabelsWriter(path) as writer:
+    CompletionsWriter(completions_path, {"data": config.path or config.task}).write(rows)
+    with LabelsWriter(labels_path) as writer:
         writer.append(labels)
-    return path
+    return labels_path
 
 
 def labels_from_pairs(
@@ -85,17 +91,21 @@ def labels_from_pairs(
     (openai/summarize_from_feedback). The order of presentation is unknown. Records with an annotator's name or a
     confidence of a wrong type are added to `bad`.
     """
-    pairs: dict[str, dict[tuple[str, str], list[tuple[Record, str, float | None]]]] = {}
+    pairs: dict[str, dict[tuple[str, str], list[tuple[str, str, float | None]]]] = {}
     for record in records:
+        nested = record.extra.get("extra")
+        confidence = nested.get("confidence") if isinstance(nested, dict) else None
+        worker = record.extra.get("worker")
         try:
-            annotator, confidence = _annotator(record.extra), _confidence(record.extra)
+            annotator = UNKNOWN if worker is None else annotator_of_row(worker)
+            confidence = number_of_row(record.extra.get("confidence", confidence), "confidence")
         except RowError as error:
             bad.add(error.kind, record.origin, error.detail)
             continue
         texts = tuple(sorted((record.chosen, record.rejected), key=text_hash))
-        pairs.setdefault(record.prompt, {}).setdefault(texts, []).append((record, annotator, confidence))
+        verdicts = pairs.setdefault(record.prompt, {}).setdefault(texts, [])
+        verdicts.append((annotator, "a" if record.chosen == texts[0] else "b", confidence))
     rows, labels = [], []
-    num_labels: Counter[int] = Counter()
     for prompt, by_texts in pairs.items():
         for seed, texts in enumerate(sorted(by_texts, key=lambda texts: [text_hash(text) for text in texts])):
             matchup = Matchup(prompt_id_of(prompt), prompt, SYSTEMS[0], texts[0], SYSTEMS[1], texts[1], seed)
@@ -103,45 +113,20 @@ def labels_from_pairs(
                 CompletionRow(system, matchup.prompt_id, prompt, text, True, None, seed)
                 for system, text in zip(SYSTEMS, texts, strict=True)
             ]
-            said = by_texts[texts]
-            num_labels[len({annotator for _, annotator, _ in said})] += 1
-            for record, annotator, confidence in said:
-                winner = "a" if record.chosen == texts[0] else "b"
-                labels.append(label_of(matchup, annotator, "labelled", winner, None, confidence=confidence))
-    num_pairs, num_places = sum(num_labels.values()), sum(n * count for n, count in num_labels.items())
-    several = num_pairs - num_labels[1]
+            labels += [
+                label_of(matchup, annotator, "labelled", winner, None, confidence=confidence)
+                for annotator, winner, confidence in by_texts[texts]
+            ]
+    current = current_labels(labels)
+    num_labels = Counter(label.key for label in current)
     counts = {
         "labels": len(labels),
         "annotators": len({label.annotator for label in labels}),
         "prompts": len(pairs),
-        "pairs": num_pairs,
-        "pairs with labels by several annotators": several,
+        "pairs": len(num_labels),
+        "pairs with labels by several annotators": sum(num > 1 for num in num_labels.values()),
     }
     notes = [", ".join(f"{name}: {count}" for name, count in counts.items())]
-    if len(labels) > num_places:
-        notes.append(
-            f"an annotator's second labels of a pair, of which the last one counts: {len(labels) - num_places}"
-        )
+    if num_replaced := len(labels) - len(current):
+        notes.append(f"an annotator's second labels of a pair, of which the last one counts: {num_replaced}")
     return rows, labels, notes
-
-
-def _annotator(extra: Any) -> str:
-    worker = extra.get("worker")
-    if worker is None:
-        return UNKNOWN
-    try:
-        return checked_annotator(worker)
-    except ValueError as error:
-        raise RowError("bad annotator", str(error)) from None
-
-
-def _confidence(extra: Any) -> float | None:
-    inner = extra.get("extra")
-    value = extra.get("confidence", inner.get("confidence") if isinstance(inner, dict) else None)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowError("wrong type", f"confidence is {value!r}, not a number")
-    if not -sys.float_info.max <= value <= sys.float_info.max:
-        raise RowError("number out of range", f"confidence is {str(value)[:20]}")
-    return float(value)

@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import quote
 
-from drpo.config import ConfigError, Section, key, refuse, save_resolved, setting
+from drpo.config import ConfigError, Section, refuse, save_resolved, setting
 from drpo.data.records import DataError
 from drpo.run.signals import handles_signals
 from eval.completions.rows import load_completions
@@ -54,16 +54,15 @@ class LabelRecipe(Section):
     def check(self) -> None:
         for name in self.annotators:
             refuse(checked_annotator(name) != name, "annotators", f"must be plain names, got {name!r}")
-        alike = len({name.casefold() for name in self.annotators}) < len(self.annotators)
-        refuse(alike, "annotators", f"must differ in more than upper and lower case, got {self.annotators}")
-        if self.host == "localhost":
-            return
+        has_repeats = len({name.casefold() for name in self.annotators}) < len(self.annotators)
+        refuse(
+            has_repeats, "annotators", f"must differ in more than upper and lower case, got {self.annotators}"
+        )
         try:
-            address = ip_address(self.host)
+            address = ip_address("127.0.0.1" if self.host == "localhost" else self.host)
         except ValueError:
-            raise ConfigError(
-                f"{key('host')} must be an address such as 127.0.0.1, got {self.host!r}"
-            ) from None
+            address = None
+        refuse(address is None, "host", f"must be an address such as 127.0.0.1, got {self.host!r}")
         rule = f"must be one address, by which the page is opened, got {self.host}"
         refuse(address.is_unspecified, "host", rule)
 
@@ -76,22 +75,26 @@ def label(recipe: LabelRecipe, say: Say = print) -> Path:
         raise ConfigError("prompt must say what the annotators are asked, such as prompt=tldr-1")
     prompt = load_prompt(recipe.prompt)
     matchups = matchups_to_label(recipe, say)
-    folder = Path(recipe.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "labels.jsonl"
+    path = Path(recipe.run_dir) / "labels.jsonl"
     writer = LabelsWriter(path)
     if writer.num_cut:
         say(
-            f"{path}: {writer.num_cut} bytes of a label are cut off, which a kill left unfinished; it did not count"
+            f"{path}: cut off {writer.num_cut} bytes of a label that a kill left unfinished; it did not count"
         )
     queue = LabelQueue(matchups, writer, prompt, recipe.ties, recipe.annotators, recipe.seed)
-    save_resolved(recipe, folder / "config.yaml")
+    save_resolved(recipe, path.with_name("config.yaml"))
     try:
         server = LabelServer(queue, recipe.host, recipe.port)
     except OSError as error:
         raise ConfigError(f"cannot listen on {recipe.host}, port {recipe.port}: {error}") from None
     with server, closing(queue):
-        _announce(recipe, queue, server.url, say)
+        say(f"{len(queue)} pairs of {recipe.system} and {recipe.baseline}, labels in {path}")
+        _show_progress(queue, say)
+        if not is_loopback(recipe.host):
+            say(f"anyone who reaches {recipe.host} can read these texts and label them")
+        for name in recipe.annotators or [None]:
+            say(f"open {server.url}" + (f"?annotator={quote(name)}" if name else ""))
+        say("Ctrl-C ends it")
         _serve(server)
     _show_progress(queue, say)
     return path
@@ -103,26 +106,13 @@ def matchups_to_label(recipe: LabelRecipe, say: Say = print) -> list[Matchup]:
     matchups = pair_up(rows, recipe.system, recipe.baseline)
     if recipe.num_prompts is not None:
         matchups = first_prompts(matchups, recipe.num_prompts)
-    different = [c for c in matchups if c.response_a.strip() != c.response_b.strip()]
-    if not different:
-        raise DataError(
-            f"{recipe.system} and {recipe.baseline} gave equal responses everywhere: nothing to label"
-        )
-    if len(different) < len(matchups):
-        say(f"{len(matchups) - len(different)} of {len(matchups)} pairs are left out: equal responses")
-    return different
-
-
-def _announce(recipe: LabelRecipe, queue: LabelQueue, url: str, say: Say) -> None:
-    say(
-        f"{len(queue)} pairs of {recipe.system} and {recipe.baseline}, labels in {recipe.run_dir}/labels.jsonl"
-    )
-    _show_progress(queue, say)
-    if not is_loopback(recipe.host):
-        say(f"whoever reaches {recipe.host} can read these texts and label them")
-    for name in recipe.annotators or [None]:
-        say(f"open {url}" + (f"?annotator={quote(name)}" if name else ""))
-    say("Ctrl-C ends it")
+    unequal = [c for c in matchups if c.response_a.strip() != c.response_b.strip()]
+    if not unequal:
+        systems = f"{recipe.system} and {recipe.baseline}"
+        raise DataError(f"{systems} gave equal responses everywhere: nothing to label")
+    if num_equal := len(matchups) - len(unequal):
+        say(f"{num_equal} of {len(matchups)} pairs are left out: equal responses")
+    return unequal
 
 
 def _show_progress(queue: LabelQueue, say: Say) -> None:
@@ -135,15 +125,14 @@ def _serve(server: LabelServer) -> None:
 
     Labels are flushed before they are acknowledged, so shutdown need not wait.
     """
-    stopped = threading.Event()
+
+    def stop(*_: object) -> None:
+        threading.Thread(target=server.shutdown).start()  # it blocks until serve_forever returns
+
     numbers = (signal.SIGINT, signal.SIGTERM) if handles_signals() else ()
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    handlers = {number: signal.signal(number, stop) for number in numbers}
     try:
-        stopped.wait()
+        server.serve_forever()
     finally:
-        server.shutdown()
-        thread.join()
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

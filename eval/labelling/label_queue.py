@@ -15,11 +15,11 @@ from eval.judging.matchup import Matchup, Order
 from eval.judging.openai.pairwise import PairwisePrompt
 from eval.judging.verdict import winner_of
 from eval.labelling.labels import (
-    Key,
     Label,
     LabelsWriter,
     checked_annotator,
     current_labels,
+    key_of,
     label_of,
     text_hash,
 )
@@ -28,7 +28,7 @@ Choice = Literal["first", "second", "tie", "skip"]
 MAX_SECONDS = 1e6
 
 
-class LabelRefused(Exception):
+class RequestRefused(Exception):
     """An invalid request of an annotator; `code` is its HTTP status."""
 
     def __init__(self, code: int, message: str) -> None:
@@ -70,14 +70,9 @@ class LabelQueue:
         self._lock = threading.Lock()
         self._allowed = tuple(annotators)
         self._by_id = {secrets.token_hex(8): matchup for matchup in matchups}
-        self._id_of = {_key(matchup): pair for pair, matchup in self._by_id.items()}
         self._orders: dict[str, list[str]] = {}
         self._done: dict[str, dict[str, Label]] = {}  # annotator -> pair -> label, the latest last
-        self._refuse_other(writer.labels)
-        for label in current_labels(writer.labels):
-            pair = self._id_of.get(label.key)
-            if pair is not None:
-                self._done.setdefault(label.annotator, {})[pair] = label
+        self._load_labels()
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -90,44 +85,38 @@ class LabelQueue:
     def progress(self) -> dict[str, int]:
         """Return the number of matchups each known annotator has finished."""
         with self._lock:
-            return {
-                name: len(self._done.get(name, {})) for name in dict.fromkeys((*self._allowed, *self._done))
-            }
+            names = dict.fromkeys((*self._allowed, *self._done))
+            return {name: len(self._done.get(name, {})) for name in names}
 
     def state(self, name: Any) -> dict[str, Any]:
-        """Return what the page shows an annotator: the next matchup, if any, and the progress.
-
-        Raises LabelRefused for a name that may not label.
-        """
+        """Return the next matchup, if any, and the progress. Raises RequestRefused for a name that may not label."""
         with self._lock:
             return self._state(self._annotator(name))
 
     def choose(self, name: Any, pair: Any, choice: Any, seconds: Any) -> dict[str, Any]:
         """Store an annotator's verdict on a matchup, and return the new state.
 
-        Raises LabelRefused, and stores nothing, unless it is the first valid verdict on one of the matchups.
+        Raises RequestRefused, and stores nothing, unless it is the first valid verdict on one of the matchups.
         """
         with self._lock:
             annotator = self._annotator(name)
             if choice not in get_args(Choice):
-                raise LabelRefused(400, f"choice must be one of {', '.join(get_args(Choice))}")
+                raise RequestRefused(400, f"choice must be one of {', '.join(get_args(Choice))}")
             if choice == "tie" and not self.ties:
-                raise LabelRefused(400, "ties are not allowed here: choose one of the two, or skip")
-            if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-                raise LabelRefused(400, "seconds must be a number")
-            if not 0 <= seconds <= MAX_SECONDS:
-                raise LabelRefused(400, f"seconds must be between 0 and {MAX_SECONDS:g}")
+                raise RequestRefused(400, "ties are not allowed here: choose one of the two, or skip")
+            is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if not (is_number and 0 <= seconds <= MAX_SECONDS):
+                raise RequestRefused(400, f"seconds must be a number between 0 and {MAX_SECONDS:g}")
             if not isinstance(pair, str) or pair not in self._by_id:
-                raise LabelRefused(404, "there is no such pair")
+                raise RequestRefused(404, "there is no such pair")
             if pair in self._done.get(annotator, {}):
-                raise LabelRefused(409, "this pair is labelled already, perhaps in another window")
+                raise RequestRefused(409, "this pair is labelled already, perhaps in another window")
             matchup = self._by_id[pair]
             order = self._slots(annotator, matchup)
             winner = None if choice == "skip" else winner_of(choice, order)
             status = "skipped" if choice == "skip" else "labelled"
-            label = label_of(
-                matchup, annotator, status, winner, order, self.prompt.name, round(float(seconds), 2)
-            )
+            seconds = round(float(seconds), 2)
+            label = label_of(matchup, annotator, status, winner, order, self.prompt.name, seconds)
             self._writer.append([label])
             self._done.setdefault(annotator, {})[pair] = label
             return self._state(annotator)
@@ -138,9 +127,9 @@ class LabelQueue:
             annotator = self._annotator(name)
             done = self._done.get(annotator, {})
             if not done:
-                raise LabelRefused(409, "there is nothing to undo")
+                raise RequestRefused(409, "there is nothing to undo")
             if not isinstance(pair, str) or pair != next(reversed(done)):
-                raise LabelRefused(409, "this is not the last label, perhaps because of another window")
+                raise RequestRefused(409, "this is not the last label, perhaps because of another window")
             matchup, label = self._by_id[pair], done[pair]
             self._writer.append([label_of(matchup, annotator, "undone", None, label.order, self.prompt.name)])
             del done[pair]
@@ -151,8 +140,7 @@ class LabelQueue:
     def _state(self, annotator: str, shown: str | None = None) -> dict[str, Any]:
         """Return the state with the pair `shown`, by default the annotator's first one without a label."""
         done = self._done.get(annotator, {})
-        left = (pair for pair in self._order(annotator) if pair not in done)
-        pair = shown or next(left, None)
+        pair = shown or next((pair for pair in self._order(annotator) if pair not in done), None)
         counts = Counter(label.winner or label.status for label in done.values())
         return {
             "annotator": annotator,
@@ -175,53 +163,47 @@ class LabelQueue:
 
     def _order(self, annotator: str) -> list[str]:
         if annotator not in self._orders:
-            drawn = {
-                pair: _hash(self.seed, "order", annotator.casefold(), *_key(c))
-                for pair, c in self._by_id.items()
-            }
-            self._orders[annotator] = sorted(drawn, key=drawn.__getitem__)
+            draws = {pair: self._draw("order", annotator, matchup) for pair, matchup in self._by_id.items()}
+            self._orders[annotator] = sorted(draws, key=draws.__getitem__)
         return self._orders[annotator]
 
     def _slots(self, annotator: str, matchup: Matchup) -> Order:
-        return "ab" if _hash(self.seed, "slots", annotator.casefold(), *_key(matchup))[0] % 2 else "ba"
+        return "ab" if self._draw("slots", annotator, matchup)[0] % 2 else "ba"
+
+    def _draw(self, purpose: str, annotator: str, matchup: Matchup) -> bytes:
+        """Return random bytes that depend on (seed, purpose, annotator, matchup) alone."""
+        drawn_for = (self.seed, purpose, annotator.casefold(), *key_of(matchup))
+        return hashlib.sha256(json.dumps(drawn_for).encode()).digest()
 
     def _annotator(self, name: Any) -> str:
         try:
             name = checked_annotator(name)
         except ValueError as error:
-            raise LabelRefused(400, str(error)) from None
+            raise RequestRefused(400, str(error)) from None
         for known in self._allowed or self._done:  # names ignore case
             if known.casefold() == name.casefold():
                 return known
         if self._allowed:
-            raise LabelRefused(403, f"this run has no annotator {name}")
+            raise RequestRefused(403, f"this run has no annotator {name}")
         return name
 
-    def _refuse_other(self, labels: Sequence[Label]) -> None:
+    def _load_labels(self) -> None:
+        """Count the labels of the file as done. Raises DataError for those of other texts or of another question."""
+        ids = {key_of(matchup): pair for pair, matchup in self._by_id.items()}
         bad = BadRows("labels")
-        for label in current_labels(labels):
-            pair = self._id_of.get(label.key)
+        for label in current_labels(self._writer.labels):
+            pair = ids.get(label.key)
             if pair is None:
                 continue
-            matchup = self._by_id[pair]
+            self._done.setdefault(label.annotator, {})[pair] = label
             where = f"{label.annotator} on prompt {label.prompt_id}"
+            hashes = tuple(map(text_hash, self._by_id[pair].shown("ab")))
             if label.question != self.prompt.name:
                 bad.add(f"answer to {label.question}, not to {self.prompt.name}", where)
-            elif (label.hash_a, label.hash_b) != (
-                text_hash(matchup.response_a),
-                text_hash(matchup.response_b),
-            ):
+            elif (label.hash_a, label.hash_b) != hashes:
                 bad.add("label of other texts", where)
         if bad:
             raise DataError(
                 f"{self._writer.path} holds other labels of the same comparisons:\n{bad.summary()}\n"
                 "Choose another run_dir, or give the completions and the prompt that they were made with."
             )
-
-
-def _key(matchup: Matchup) -> Key:
-    return matchup.prompt_id, matchup.system_a, matchup.system_b, matchup.seed
-
-
-def _hash(*drawn: Any) -> bytes:
-    return hashlib.sha256(json.dumps(drawn).encode()).digest()

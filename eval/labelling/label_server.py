@@ -11,16 +11,16 @@ import json
 import secrets
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 from socketserver import TCPServer
 from typing import Any
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
-from eval.labelling.label_queue import LabelQueue, LabelRefused
+from eval.labelling.label_queue import LabelQueue, RequestRefused
 
 PAGE = Path(__file__).resolve().parent / "label_page"
 FILES = {
@@ -28,6 +28,7 @@ FILES = {
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
+METHODS = {**dict.fromkeys((*FILES, "/api/state"), "GET"), "/api/label": "POST", "/api/undo": "POST"}
 TOKEN_PLACE = "{{token}}"
 TOKEN_HEADER = "X-Label-Token"
 MAX_BODY = 4096
@@ -46,7 +47,7 @@ HEADERS = {
 
 
 class LabelServer(ThreadingHTTPServer):
-    """Serves a LabelQueue on `host` and `port` (0: a free one); `url` is the address of the page."""
+    """HTTP server of a LabelQueue on `host` and `port` (0: a free one); `url` is the address of the page."""
 
     daemon_threads = True
 
@@ -54,12 +55,11 @@ class LabelServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.queue = queue
         self.token = secrets.token_urlsafe(32)
-        self.host_names = {host.casefold()} | (
-            {"localhost", "127.0.0.1", "::1"} if is_loopback(host) else set()
-        )
+        loopback_names = ("localhost", "127.0.0.1", "::1") if is_loopback(host) else ()
+        self.host_names = {host.casefold(), *loopback_names}
         super().__init__((host, port), _Handler)
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self.server_address[1]}/"
+        name = f"[{host}]" if ":" in host else host
+        self.url = f"http://{name}:{self.server_address[1]}/"
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's look-up of the host name, which can take seconds."""
@@ -74,18 +74,10 @@ class LabelServer(ThreadingHTTPServer):
 
 def is_loopback(host: str) -> bool:
     """Return whether the address is reachable from this machine only."""
-    if host == "localhost":
-        return True
     try:
-        return ip_address(host).is_loopback
+        return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-class _Refused(Exception):
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -96,51 +88,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: LabelServer
 
     def do_GET(self) -> None:
-        self._answer(self._get)
-
-    def do_POST(self) -> None:
-        self._answer(self._post)
-
-    def _get(self) -> tuple[bytes, str]:
-        address = self._address()
-        if address.path in FILES:
-            name, kind = FILES[address.path]
-            text = (PAGE / name).read_text(encoding="utf-8")
-            return text.replace(TOKEN_PLACE, self.server.token).encode(), kind
-        if address.path == "/api/state":
-            self._check_token()
-            names = parse_qs(address.query, keep_blank_values=True).get("annotator", [])
-            return _as_json(self.server.queue.state(names[0] if len(names) == 1 else ""))
-        raise _not_here(address.path, ("/api/label", "/api/undo"), "POST")
-
-    def _post(self) -> tuple[bytes, str]:
-        body = self._body()
-        path = self._address().path
-        if path not in ("/api/label", "/api/undo"):
-            raise _not_here(path, (*FILES, "/api/state"), "GET")
-        self._check_token()
-        if self.headers.get_content_type() != "application/json":
-            raise _Refused(415, "the body must be application/json")
-        fields = {"annotator", "pair"} | ({"choice", "seconds"} if path == "/api/label" else set())
-        values = _json_object(body, fields)
-        queue = self.server.queue
-        if path == "/api/undo":
-            return _as_json(queue.undo(values["annotator"], values["pair"]))
-        return _as_json(
-            queue.choose(values["annotator"], values["pair"], values["choice"], values["seconds"])
-        )
-
-    def _address(self) -> SplitResult:
-        try:
-            return urlsplit(self.path)
-        except ValueError as error:
-            raise _Refused(400, f"the address cannot be read: {error}") from None
-
-    def _answer(self, respond: Callable[[], tuple[bytes, str]]) -> None:
+        """Answer a request of either method."""
         try:
             self._check_host()
-            content, kind = respond()
-        except (_Refused, LabelRefused) as error:
+            content, kind = self._answer()
+        except RequestRefused as error:
             self._refuse(error.code, str(error))
         except OSError as error:
             if isinstance(error, ConnectionError | TimeoutError):
@@ -149,6 +101,36 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(500, f"the label could not be written, so nothing was stored: {reason}")
         else:
             self._send(200, content, kind)
+
+    do_POST = do_GET
+
+    def _answer(self) -> tuple[bytes, str]:
+        """Return the content of the answer and its type. Raises RequestRefused for an invalid request."""
+        body = self._body() if self.command == "POST" else b""
+        try:
+            address = urlsplit(self.path)
+        except ValueError as error:
+            raise RequestRefused(400, f"the address cannot be read: {error}") from None
+        path, queue = address.path, self.server.queue
+        if path not in METHODS:
+            raise RequestRefused(404, "there is nothing here")
+        if self.command != METHODS[path]:
+            raise RequestRefused(405, f"{path} takes {METHODS[path]}")
+        if path in FILES:
+            name, kind = FILES[path]
+            text = (PAGE / name).read_text(encoding="utf-8")
+            return text.replace(TOKEN_PLACE, self.server.token).encode(), kind
+        token = self.headers.get(TOKEN_HEADER, "")
+        if not secrets.compare_digest(token.encode(), self.server.token.encode()):
+            raise RequestRefused(403, "this page is of an earlier start of the server: load it again")
+        if path == "/api/state":
+            names = parse_qs(address.query, keep_blank_values=True).get("annotator", [])
+            return _as_json(queue.state(names[0] if len(names) == 1 else ""))
+        if self.headers.get_content_type() != "application/json":
+            raise RequestRefused(415, "the body must be application/json")
+        if path == "/api/undo":
+            return _as_json(queue.undo(*_values(body, ("annotator", "pair"))))
+        return _as_json(queue.choose(*_values(body, ("annotator", "pair", "choice", "seconds"))))
 
     def _check_host(self) -> None:
         """Refuse other host names, against DNS rebinding: a page of another site would send that site's name."""
@@ -159,29 +141,23 @@ class _Handler(BaseHTTPRequestHandler):
             name = ""
         if len(hosts) != 1 or name.casefold() not in self.server.host_names:
             self.close_connection = True  # a body, if any, is not read
-            raise _Refused(403, f"this server is not {name or 'without a name'}; open {self.server.url}")
-
-    def _check_token(self) -> None:
-        given = self.headers.get(TOKEN_HEADER, "")
-        if not secrets.compare_digest(given.encode(), self.server.token.encode()):
-            raise _Refused(403, "this page is of an earlier start of the server: load it again")
+            name = name or "without a name"
+            raise RequestRefused(403, f"this server is not {name}; open {self.server.url}")
 
     def _body(self) -> bytes:
-        """Read the whole body, so that the connection can be reused. Raises _Refused and closes it on failure."""
+        """Read the whole body, so that the connection can be reused. Raises RequestRefused and closes it on failure."""
         length = self.headers.get("Content-Length", "")
         if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
             self.close_connection = True
-            raise _Refused(411, "the request must give its Content-Length")
+            raise RequestRefused(411, "the request must give its Content-Length")
         if len(length) > 18 or int(length) > MAX_BODY:
             self.close_connection = True
-            self.rfile.read(
-                min(int(length[:18]), MAX_DRAINED)
-            )  # clients read the answer only after sending everything
-            raise _Refused(413, f"the body must not exceed {MAX_BODY} bytes")
+            self.rfile.read(min(int(length[:18]), MAX_DRAINED))  # clients send everything before they read
+            raise RequestRefused(413, f"the body must not exceed {MAX_BODY} bytes")
         body = self.rfile.read(int(length))
         if len(body) < int(length):
             self.close_connection = True
-            raise _Refused(400, "the body is shorter than its Content-Length")
+            raise RequestRefused(400, "the body is shorter than its Content-Length")
         return body
 
     def _send(self, code: int, content: bytes, kind: str) -> None:
@@ -217,17 +193,13 @@ def _as_json(values: dict[str, Any]) -> tuple[bytes, str]:
     return json.dumps(values).encode(), "application/json; charset=utf-8"
 
 
-def _json_object(body: bytes, fields: set[str]) -> dict[str, Any]:
+def _values(body: bytes, fields: Sequence[str]) -> list[Any]:
+    """Return the values of `fields`, which must be those of the JSON object in the body."""
     try:
-        values = json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError):
-        raise _Refused(400, "the body is not JSON") from None
-    if not isinstance(values, dict) or values.keys() != fields:
-        raise _Refused(400, f"the body must be an object with {', '.join(sorted(fields))} and nothing else")
-    return values
-
-
-def _not_here(path: str, elsewhere: tuple[str, ...], method: str) -> _Refused:
-    if path in elsewhere:
-        return _Refused(405, f"{path} takes {method}")
-    return _Refused(404, "there is nothing here")
+        raise RequestRefused(400, "the body is not JSON") from None
+    if not isinstance(content, dict) or content.keys() != set(fields):
+        names = ", ".join(sorted(fields))
+        raise RequestRefused(400, f"the body must be an object with {names} and nothing else")
+    return [content[name] for name in fields]

@@ -15,13 +15,15 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from operator import attrgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 from drpo.data.records import BadRows, DataError, RowError
@@ -30,12 +32,15 @@ from eval.judging.matchup import Matchup, Order
 from eval.judging.verdict import Winner
 
 Status = Literal["labelled", "skipped", "undone"]
-"""labelled: there is a winner or a tie. skipped: the annotator gave no verdict. undone: what they said before of
-this matchup is taken back."""
+"""labelled: there is a winner or a tie. skipped: the annotator gave no verdict. undone: the annotator's previous row
+on this matchup is withdrawn."""
 Key = tuple[str, str, str, int]
 "prompt_id, system_a, system_b, seed: the key of a matchup."
+key_of = attrgetter("prompt_id", "system_a", "system_b", "seed")
+"The key of a matchup, or of the matchup of a label or judgment."
 
 MAX_NAME = 40
+ANNOTATOR = re.compile(rf"[^\W_][\w .-]{{0,{MAX_NAME - 1}}}")
 _LINE_START = b'{"prompt_id": "'
 "Start of every row, including one truncated by a kill."
 _SCORE = {"a": 1.0, "tie": 0.5, "b": 0.0}
@@ -76,7 +81,7 @@ class Label:
     @property
     def key(self) -> Key:
         """Key of the labelled matchup."""
-        return self.prompt_id, self.system_a, self.system_b, self.seed
+        return key_of(self)
 
     @property
     def score(self) -> float | None:
@@ -118,12 +123,11 @@ def label_of(
         seconds: Time since the matchup was shown.
         confidence: The annotator's confidence, on the data's own scale.
     """
-    c = matchup
-    return Label(
-        *(c.prompt_id, c.system_a, c.system_b, c.seed, annotator, order, status, winner),
-        *(text_hash(c.response_a), text_hash(c.response_b), len(c.response_a), len(c.response_b)),
-        *(question, seconds, confidence, datetime.now(timezone.utc).isoformat(timespec="seconds")),
-    )
+    texts = matchup.shown("ab")
+    verdict = (annotator, order, status, winner)
+    hashes_and_lengths = (*map(text_hash, texts), *map(len, texts))
+    time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Label(*key_of(matchup), *verdict, *hashes_and_lengths, question, seconds, confidence, time)
 
 
 def checked_annotator(name: Any) -> str:
@@ -133,11 +137,9 @@ def checked_annotator(name: Any) -> str:
     name = " ".join(unicodedata.normalize("NFC", name).split())
     if not name:
         raise ValueError("the annotator's name is empty; give a name of 1 to 40 letters or digits")
-    if len(name) > MAX_NAME or not all(c.isalnum() or c in " ._-" for c in name) or not name[0].isalnum():
-        raise ValueError(
-            f"{name[:MAX_NAME]!r} is not an annotator's name: 1 to {MAX_NAME} letters, digits, spaces and . _ -, "
-            "a letter or digit first"
-        )
+    if not ANNOTATOR.fullmatch(name):
+        rule = f"1 to {MAX_NAME} letters, digits, spaces and . _ -, a letter or digit first"
+        raise ValueError(f"{name[:MAX_NAME]!r} is not an annotator's name: {rule}")
     return name
 
 
@@ -195,15 +197,14 @@ def load_labels(paths: Sequence[Path | str]) -> list[Label]:
     return labels
 
 
-MAX_NUMBER = sys.float_info.max
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("prompt_id", "system_a", "system_b", "annotator", "status", "hash_a", "hash_b"), (str,)),
+    **dict.fromkeys(("prompt_id", "system_a", "system_b", "annotator"), (str,)),
+    **dict.fromkeys(("status", "hash_a", "hash_b", "time"), (str,)),
     **dict.fromkeys(("seed", "length_a", "length_b"), (int,)),
     **dict.fromkeys(("order", "winner", "question"), (str, type(None))),
     **dict.fromkeys(("seconds", "confidence"), (int, float, type(None))),
-    "time": (str,),
 }
-_ALLOWED = {
+_CHOICES = {
     "order": (*get_args(Order), None),
     "status": get_args(Status),
     "winner": (*get_args(Winner), None),
@@ -212,13 +213,12 @@ _ALLOWED = {
 
 def _label_of_line(line: bytes) -> Label:
     values = fields_of_line(line, _TYPES)
-    for name, allowed in _ALLOWED.items():
-        if values[name] not in allowed:
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
             raise RowError("unknown value", f"{name} is {values[name]!r}")
     for name in ("seconds", "confidence"):
-        if values[name] is not None and not -MAX_NUMBER <= values[name] <= MAX_NUMBER:
-            raise RowError("number out of range", f"{name} is {str(values[name])[:20]}")
-    if values["annotator"] != _annotator(values["annotator"]):
+        number_of_row(values[name], name)
+    if values["annotator"] != annotator_of_row(values["annotator"]):
         raise RowError("bad annotator", f"{values['annotator']!r} is not how launch/label.py writes a name")
     try:
         return Label(**values)
@@ -226,7 +226,19 @@ def _label_of_line(line: bytes) -> Label:
         raise RowError("status and winner differ", str(error)) from None
 
 
-def _annotator(name: str) -> str:
+def number_of_row(value: Any, name: str) -> float | None:
+    """Return a number, or None where there is none. Raises RowError for other types, nan and infinities."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RowError("wrong type", f"{name} is {value!r}, not a number")
+    if not -sys.float_info.max <= value <= sys.float_info.max:
+        raise RowError("number out of range", f"{name} is {str(value)[:20]}")
+    return float(value)
+
+
+def annotator_of_row(name: Any) -> str:
+    """Return an annotator's name in normal form. Raises RowError for an invalid one."""
     try:
         return checked_annotator(name)
     except ValueError as error:
@@ -236,7 +248,7 @@ def _annotator(name: str) -> str:
 # --- writing --------------------------------------------------------------------------------------------
 
 
-class LabelsWriter:
+class LabelsWriter(AbstractContextManager):
     """A labels file to append to: a label is on disk when `append` returns.
 
     `labels` contains the existing rows. A partial last line left by a kill is truncated, and `num_cut` is its number of
@@ -264,36 +276,31 @@ class LabelsWriter:
         lines = "".join(json.dumps(asdict(label), ensure_ascii=False) + "\n" for label in labels).encode()
         if self._file.closed:
             raise OSError(errno.EBADF, "the server has ended", str(self.path))
-        file = self._file.fileno()
-        size = os.fstat(file).st_size
+        size = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(lines) < len(lines):
                 raise OSError(errno.ENOSPC, "only a part was written", str(self.path))
-            os.fsync(file)
+            os.fsync(self._file)
         except OSError:
-            os.ftruncate(file, size)  # a partial line would corrupt the next one
+            self._file.truncate(size)  # a partial line would corrupt the next one
             raise
 
     def close(self) -> None:
         """Close the file and release its lock."""
         self._file.close()
 
-    def __enter__(self) -> LabelsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _cut_unfinished_line(self) -> None:
-        whole, newline, rest = self.path.read_bytes().rpartition(b"\n")
-        if rest and not (rest.startswith(_LINE_START) or _LINE_START.startswith(rest)):
-            raise DataError(f"{self.path} does not end in a label, but in {rest[:40]!r}; it is left as it is")
-        if rest.endswith(b"}"):
+        lines, newline, last_line = self.path.read_bytes().rpartition(b"\n")
+        if last_line and not (last_line.startswith(_LINE_START) or _LINE_START.startswith(last_line)):
+            end = repr(last_line[:40])
+            raise DataError(f"{self.path} does not end in a label, but in {end}; it is left as it is")
+        if last_line.endswith(b"}"):
             raise DataError(
                 f"{self.path} ends in a whole label without a line break: was it edited? Add the line break if the "
                 "label is to count, or remove the line"
             )
-        self.num_cut = len(rest)
-        os.truncate(self.path, len(whole) + len(newline))
+        self.num_cut = len(last_line)
+        os.truncate(self.path, len(lines) + len(newline))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from drpo.jsonl import lines_of
 from eval.judging.judgments import read_verdicts
 from eval.judging.verdict import HalfTie, Judgment, combine_all
-from eval.labelling.labels import Key, Label
+from eval.labelling.labels import Key, Label, key_of
 
 Scores = NDArray[np.float64]
 
@@ -73,103 +73,101 @@ class Ratings:
         return np.array([key[0] for key in self.keys])
 
     @property
+    def pooled(self) -> Rater:
+        """All labels as those of one rater (n * annotators,): the annotators of the first row, of the second, ..."""
+        names = ("scores", "first_slot", "confidence")
+        columns = ([getattr(person, name) for person in self.people] for name in names)
+        return Rater("all labels", *(np.ravel(column, order="F") for column in columns))
+
+    @property
     def labels(self) -> Scores:
         """The annotators' scores, one column each (n, annotators)."""
-        return np.stack([person.scores for person in self.people], axis=1)
+        return self.pooled.scores.reshape(len(self.keys), len(self.people))
+
+    @property
+    def num_labels(self) -> NDArray[np.int_]:
+        """Number of annotators who decided each row (n,)."""
+        return (~np.isnan(self.labels)).sum(axis=1)
 
     @property
     def majority(self) -> Scores:
         """Mean of the annotators' scores (n,): above 0.5 most votes are for a; a tie is half a vote for each."""
-        num_labels = (~np.isnan(self.labels)).sum(axis=1)
-        return np.where(num_labels, np.nansum(self.labels, axis=1) / np.maximum(num_labels, 1), np.nan)
+        sums, num_labels = np.nansum(self.labels, axis=1), self.num_labels
+        return np.where(num_labels, sums / np.maximum(num_labels, 1), np.nan)
 
 
 @dataclass
-class _Said:
-    """One rater's verdicts, by row."""
+class _Texts:
+    """Lengths of the two texts of each matchup and, once a label has given them, their hashes."""
 
-    scores: dict[int, float] = field(default_factory=dict)
-    slots: dict[int, Sequence[float]] = field(default_factory=dict)
-    confidence: dict[int, float] = field(default_factory=dict)
-
-    def rater(self, name: str, num_rows: int) -> Rater:
-        width = max(map(len, self.slots.values()), default=1)
-        slots = np.full((num_rows, width), np.nan)
-        for row, won in self.slots.items():
-            slots[row, : len(won)] = won
-        columns = []
-        for values in (self.scores, self.confidence):
-            column = np.full(num_rows, np.nan)
-            column[list(values)] = list(values.values())
-            columns.append(column)
-        return Rater(name, columns[0], slots if width > 1 else slots[:, 0], columns[1])
-
-
-class _Rows:
-    """The matchups so far, with the lengths and, once a label has given them, the hashes of their two texts."""
-
-    def __init__(self) -> None:
-        self.index: dict[Key, int] = {}
-        self.lengths: list[tuple[int, int]] = []
-        self._hashes: dict[int, tuple[str, str]] = {}
+    lengths: dict[Key, tuple[int, int]] = field(default_factory=dict)
+    hashes: dict[Key, tuple[str, str]] = field(default_factory=dict)
 
     def find(
         self, key: Key, lengths: tuple[int, int], hashes: tuple[str, str] | None = None
-    ) -> tuple[int, bool] | None:
-        """Return the row, and whether its systems are in reverse order; None if its texts differ."""
+    ) -> tuple[Key, bool] | None:
+        """Return the matchup's key, and whether it has the systems in reverse order; None if its texts differ."""
         prompt_id, a, b, seed = key
-        turned = (prompt_id, b, a, seed) in self.index
-        if turned:
-            key, lengths, hashes = (prompt_id, b, a, seed), lengths[::-1], hashes and hashes[::-1]
-        row = self.index.setdefault(key, len(self.index))
-        if row == len(self.lengths):
-            self.lengths.append(lengths)
-        if lengths != self.lengths[row] or (hashes and self._hashes.setdefault(row, hashes) != hashes):
+        reverse_key = (prompt_id, b, a, seed)
+        is_reversed = reverse_key in self.lengths
+        if is_reversed:
+            key, lengths, hashes = reverse_key, lengths[::-1], hashes and hashes[::-1]
+        same_lengths = self.lengths.setdefault(key, lengths) == lengths
+        if not same_lengths or (hashes and self.hashes.setdefault(key, hashes) != hashes):
             return None
-        return row, turned
+        return key, is_reversed
+
+
+_Votes = dict[Key, tuple[float, Sequence[float | None], float | None]]
+"A rater's scores of system a, wins of the first slot in each order, and confidence."
 
 
 def side_by_side(judges: Sequence[JudgeFile], labels: Iterable[Label]) -> Ratings:
     """Combine judgments and current labels (of `load_labels`). Judges with the same name are numbered."""
-    rows, left_out = _Rows(), Counter()
-    by_judge: dict[str, _Said] = {}
+    texts, left_out = _Texts(), Counter()
+    by_judge: dict[str, _Votes] = {}
     for judge in judges:
         count = sum(name == judge.name or name.startswith(f"{judge.name} (") for name in by_judge)
         name = f"{judge.name} ({count + 1})" if count else judge.name
-        said = by_judge.setdefault(name, _Said())
+        votes = by_judge.setdefault(name, {})
         for j in judge.judgments:
-            place = rows.find((j.prompt_id, j.system_a, j.system_b, j.seed), (j.length_a, j.length_b))
+            place = texts.find(key_of(j), (j.length_a, j.length_b))
             if place is None:
                 left_out[f"judgments of {name} on other texts"] += 1
             elif j.score is None:
                 left_out[f"judgments of {name} that are undecided"] += 1
             else:
-                _note(said, place, j.score, [np.nan if won is None else won for won in j.first_slot_wins])
-    by_person: dict[str, _Said] = {}
+                key, is_reversed = place
+                score = 1 - j.score if is_reversed else j.score
+                votes[key] = (score, j.first_slot_wins, None)
+    by_person: dict[str, _Votes] = {}
     for label in labels:
         if label.score is None:
             left_out["comparisons that an annotator skipped"] += 1
             continue
-        place = rows.find(label.key, (label.length_a, label.length_b), (label.hash_a, label.hash_b))
+        place = texts.find(label.key, (label.length_a, label.length_b), (label.hash_a, label.hash_b))
         if place is None:
             left_out["labels of other texts"] += 1
             continue
-        slot = np.nan if label.first_slot_won is None else label.first_slot_won
-        said = by_person.setdefault(label.annotator, _Said())
-        _note(said, place, label.score, [slot])
-        if label.confidence is not None:
-            said.confidence[place[0]] = label.confidence
-    num_rows = len(rows.index)
+        key, is_reversed = place
+        score = 1 - label.score if is_reversed else label.score
+        by_person.setdefault(label.annotator, {})[key] = (score, [label.first_slot_won], label.confidence)
+    keys = list(texts.lengths)
     return Ratings(
-        keys=list(rows.index),
-        longer_a=np.array([a - b for a, b in rows.lengths], dtype=np.float64),
-        judges=[said.rater(name, num_rows) for name, said in by_judge.items()],
-        people=[said.rater(name, num_rows) for name, said in sorted(by_person.items())],
+        keys=keys,
+        longer_a=np.array([a - b for a, b in texts.lengths.values()], dtype=np.float64),
+        judges=[_rater(name, votes, keys) for name, votes in by_judge.items()],
+        people=[_rater(name, votes, keys) for name, votes in sorted(by_person.items())],
         left_out=left_out,
     )
 
 
-def _note(said: _Said, place: tuple[int, bool], score: float, slots: Sequence[float]) -> None:
-    row, turned = place
-    said.scores[row] = 1 - score if turned else score
-    said.slots[row] = slots
+def _rater(name: str, votes: _Votes, keys: Sequence[Key]) -> Rater:
+    """Make the arrays of a rater; None and rows without a vote become nan."""
+    width = max((len(slots) for _, slots, _ in votes.values()), default=1)
+    scores, confidence = np.full((2, len(keys)), np.nan)
+    first_slot = np.full((len(keys), width), np.nan)
+    for row, key in enumerate(keys):
+        if key in votes:
+            scores[row], first_slot[row], confidence[row] = votes[key]
+    return Rater(name, scores, first_slot if width > 1 else first_slot[:, 0], confidence)

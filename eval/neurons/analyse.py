@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from drpo.config import ConfigError, Section, refuse, refuse_changed, save_resolved, setting
-from drpo.data.encode import Example
+from drpo.config import ConfigError, Section, key, refuse, refuse_changed, save_resolved, setting
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.stop import with_stop_token
 from drpo.models.loading import ModelConfig, load_policy
@@ -25,12 +24,8 @@ from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig
 from drpo.rollout.starts import Start
 from eval.neurons.mlp_neurons import mean_activations, num_neurons
-from eval.neurons.neuron_interventions import (
-    EditConfig,
-    intervene,
-    written_summary,
-)
-from eval.neurons.neuron_report import page, plot_layers, save_arrays, save_summary
+from eval.neurons.neuron_edits import EditConfig, intervene
+from eval.neurons.neuron_report import page, plot_layers, save_arrays, save_summary, written_summary
 from eval.neurons.neuron_shift import NeuronShift, align, noise_gross, summarise
 from eval.neurons.probe import Probe, fit_probe, load_probe, mean_hidden_states, probe_quality, save_probe
 from eval.neurons.probe_texts import ProbeConfig, load_probe_texts
@@ -73,10 +68,10 @@ class NeuronShiftRecipe(Section):
     """Further measurements of what the policies write, name: module:function."""
 
     def check(self) -> None:
-        rule = f"can be demo for data.task=demo only, got data.task={self.data.task}"
+        rule = f"can be demo for {key('data.task')}=demo only, got {self.data.task}"
         refuse(self.probe.source == "demo" and self.data.task != "demo", "probe.source", rule)
         if not self.interventions:
-            refuse_changed(self, ["edit"], "does not apply to interventions=false")
+            refuse_changed(self, ["edit"], f"does not apply to {key('interventions')}=false")
         for name in self.reward_functions:
             taken = name in ("probe_logit", "length")
             refuse(taken, f"reward_functions.{name}", "is the name of another measurement; choose another")
@@ -84,9 +79,10 @@ class NeuronShiftRecipe(Section):
 
 def neuron_shift(recipe: NeuronShiftRecipe, say: Say = print) -> Path:
     """Fit the probe, record both policies, and write each neuron's shift and the effect of patching the groups."""
-    _check_start(recipe)
-    for key, path in (("before", recipe.before), ("after", recipe.after)):
-        read_config(path, key)  # reports a missing policy under its key
+    for name, path in (("before", recipe.before), ("after", recipe.after)):
+        if path is None:
+            raise ConfigError(f"{name} must name a policy: a folder or hub id")
+        read_config(path, name)  # reports a missing policy under its key
     rewards = import_functions(recipe.reward_functions, "reward_functions")
     tokenizer = _shared_tokenizer(recipe)
     splits = load_examples(recipe.data, tokenizer, "prompts")
@@ -94,68 +90,66 @@ def neuron_shift(recipe: NeuronShiftRecipe, say: Say = print) -> Path:
     if len(examples) < 2:
         raise ConfigError(f"split={recipe.split} has {len(examples)} prompts; two or more are needed")
     queries = [example.query_ids for example in examples]
-
-    policy = _load(recipe, recipe.before, tokenizer, say)
-    lengths = [len(query) + recipe.num_new_tokens for query in queries]
-    for note in check_lengths(
-        policy, lengths, "before", "set data.max_prompt_length, or lower num_new_tokens"
-    ):
-        say(note)
-    shape = num_neurons(policy)
     starts = [Start(row, example) for row, example in enumerate(examples)]
 
-    def written_by(generator: Generator) -> list[list[int]]:
+    def continue_prompts(generator: Generator) -> list[list[int]]:
         return [completion.response_ids for completion in generator.respond(starts)]
 
-    generator = _generator(recipe, policy, tokenizer)
+    lengths = [len(query) + recipe.num_new_tokens for query in queries]
+    remedy = "set data.max_prompt_length, or lower num_new_tokens"
+    generator = _load(recipe, recipe.before, tokenizer, say)
+    policy = generator.policy
+    for note in check_lengths(policy, lengths, "before", remedy):
+        say(note)
+    shape = num_neurons(policy)
     probe, quality, probe_report = _probe(recipe, policy, tokenizer)
     alignments, cosines = align(policy, probe.weight)
-    written = {"before": written_by(generator)}
-    read_before = written["before"]
-    halves = [mean_activations(policy, queries[i::2], read_before[i::2], recipe.batch_size) for i in (0, 1)]
-    sizes = [sum(map(len, read_before[i::2])) for i in (0, 1)]
+    written = {"before": continue_prompts(generator)}
+    texts = written["before"]
+    halves = [mean_activations(policy, queries[i::2], texts[i::2], recipe.batch_size) for i in (0, 1)]
+    sizes = [sum(map(len, texts[i::2])) for i in (0, 1)]
     before = (halves[0] * sizes[0] + halves[1] * sizes[1]) / sum(sizes)
     del policy, generator  # one policy in memory at a time
 
-    policy = _load(recipe, recipe.after, tokenizer, say)
-    if num_neurons(policy) != shape:
-        raise ConfigError(
-            f"after: {num_neurons(policy)} (layers, neurons of a layer), but before has {shape}"
-        )
-    alignments_after, _ = align(policy, probe.weight)
-    written["after"] = written_by(_generator(recipe, policy, tokenizer))
-    read_after = written["after"] if recipe.continuations == "own" else read_before
-    after = mean_activations(policy, queries, read_after, recipe.batch_size)
-    del policy
+    generator = _load(recipe, recipe.after, tokenizer, say)
+    shape_after = num_neurons(generator.policy)
+    if shape_after != shape:
+        raise ConfigError(f"after: {shape_after} (layers, neurons of a layer), but before has {shape}")
+    alignments_after, _ = align(generator.policy, probe.weight)
+    written["after"] = continue_prompts(generator)
+    texts = written["after" if recipe.continuations == "own" else "before"]
+    after = mean_activations(generator.policy, queries, texts, recipe.batch_size)
+    del generator
 
     shift = NeuronShift(cosines, alignments, alignments_after, before, after)
     summary = {
         "policies": {"before": recipe.before, "after": recipe.after},
         "recorded_on": recipe.continuations,
         "num_prompts": len(examples),
-        "num_positions": {"before": sum(sizes), "after": sum(map(len, read_after))},
+        "num_positions": {"before": sum(sizes), "after": sum(map(len, texts))},
         "probe": quality,
         **summarise(shift),
     }
     summary["total"]["noise_gross"] = noise_gross(*halves, alignments)
-    policy = _load(recipe, recipe.before, tokenizer, say)
-    generator = _generator(recipe, policy, tokenizer)
+    generator = _load(recipe, recipe.before, tokenizer, say)
     if recipe.interventions:
-        written |= intervene(policy, shift, recipe.edit, lambda: written_by(generator))
+        written |= intervene(generator.policy, shift, recipe.edit, lambda: continue_prompts(generator))
     measured = {
-        name: _measure(generator, probe, examples, responses, rewards) for name, responses in written.items()
+        name: _measure(generator, probe, starts, responses, rewards) for name, responses in written.items()
     }
     summary["written"] = written_summary(measured)
-    reports = [f"prompts: {len(examples)} of {recipe.split}", splits.report, probe_report]
-    text = page(summary, reports)
+    text = page(summary, [f"prompts: {len(examples)} of {recipe.split}", splits.report, probe_report])
     say(text)
-    return _write(recipe, shift, probe, summary, text)
 
-
-def _check_start(recipe: NeuronShiftRecipe) -> None:
-    for name, path in (("before", recipe.before), ("after", recipe.after)):
-        if path is None:
-            raise ConfigError(f"{name} must name a policy: a folder or hub id")
+    folder = Path(recipe.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_resolved(recipe, folder / "config.yaml")
+    save_arrays(shift, folder / "neurons.npz")
+    save_probe(probe, folder / "probe.npz")
+    save_summary(summary, folder / "summary.json")
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    plot_layers(summary, folder / "layers.png")
+    return folder / "summary.md"
 
 
 def _shared_tokenizer(recipe: NeuronShiftRecipe) -> PreTrainedTokenizerBase:
@@ -165,12 +159,14 @@ def _shared_tokenizer(recipe: NeuronShiftRecipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(
-    recipe: NeuronShiftRecipe, path: str, tokenizer: PreTrainedTokenizerBase, say: Say
-) -> PreTrainedModel:
+def _load(recipe: NeuronShiftRecipe, path: str, tokenizer: PreTrainedTokenizerBase, say: Say) -> Generator:
+    """Load a policy to generate with; both policies use the same random numbers."""
     say(f"loading {path}")
     policy = load_policy(ModelConfig(path=path, dtype=recipe.dtype), tokenizer)
-    return policy.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    policy.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    vocabulary = vocabulary_of(tokenizer, policy.config.vocab_size, stop_ids(policy))
+    sampling, length = recipe.sampling, recipe.num_new_tokens
+    return Generator(policy, tokenizer, vocabulary, sampling, length, recipe.batch_size, recipe.seed)
 
 
 def _probe(
@@ -182,51 +178,26 @@ def _probe(
         return load_probe(config.path), None, f"probe from {config.path}"
     texts = load_probe_texts(config, recipe.data.demo, tokenizer, recipe.data.max_bad_fraction)
     features = mean_hidden_states(policy, texts.context_ids, texts.text_ids, recipe.batch_size)
-    labels, test = torch.tensor(texts.labels), torch.tensor(texts.held_out)
-    fitted = test.logical_not()
-    probe = fit_probe(features[fitted], labels[fitted], config.l2)
-    return probe, probe_quality(probe, features[test], labels[test]), texts.report
-
-
-def _generator(
-    recipe: NeuronShiftRecipe, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Generator:
-    """Make a generator with the same random numbers for either policy."""
-    vocabulary = vocabulary_of(tokenizer, policy.config.vocab_size, stop_ids(policy))
-    sampling, length = recipe.sampling, recipe.num_new_tokens
-    return Generator(policy, tokenizer, vocabulary, sampling, length, recipe.batch_size, recipe.seed)
+    labels, held_out = torch.tensor(texts.labels), torch.tensor(texts.held_out)
+    probe = fit_probe(features[~held_out], labels[~held_out], config.l2)
+    return probe, probe_quality(probe, features[held_out], labels[held_out]), texts.report
 
 
 def _measure(
     generator: Generator,
     probe: Probe,
-    examples: Sequence[Example],
+    starts: Sequence[Start],
     responses: Sequence[list[int]],
     rewards: Mapping[str, RewardFn],
 ) -> dict[str, list[float]]:
     """Measure each response: probe logit (nan for an empty continuation), length, reward functions."""
-    completions = generator.completions([Start(row, e) for row, e in enumerate(examples)], responses)
+    completions = generator.completions(starts, responses)
     texts = [c.response_ids[:-1] if c.ended else c.response_ids for c in completions]
-    rows = [row for row, text in enumerate(texts) if text]
+    indices = [index for index, text in enumerate(texts) if text]
     logits = torch.full((len(texts),), torch.nan, dtype=torch.float64)
-    if rows:
-        contexts = [completions[row].query_ids for row in rows]
-        answers = [texts[row] for row in rows]
-        features = mean_hidden_states(generator.policy, contexts, answers, generator.batch_size)
-        logits[rows] = probe.logits(features)
+    if indices:
+        contexts, texts = [completions[i].query_ids for i in indices], [texts[i] for i in indices]
+        features = mean_hidden_states(generator.policy, contexts, texts, generator.batch_size)
+        logits[indices] = probe.logits(features)
     measured = {"probe_logit": logits.tolist(), "length": [float(len(ids)) for ids in responses]}
     return measured | {name: call_reward_fn(fn, completions).tolist() for name, fn in rewards.items()}
-
-
-def _write(
-    recipe: NeuronShiftRecipe, shift: NeuronShift, probe: Probe, summary: dict[str, Any], text: str
-) -> Path:
-    folder = Path(recipe.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_resolved(recipe, folder / "config.yaml")
-    save_arrays(shift, folder / "neurons.npz")
-    save_probe(probe, folder / "probe.npz")
-    save_summary(summary, folder / "summary.json")
-    (folder / "summary.md").write_text(text, encoding="utf-8")
-    plot_layers(summary, folder / "layers.png")
-    return folder / "summary.md"

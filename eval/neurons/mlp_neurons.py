@@ -7,7 +7,8 @@ gate where there is one. With activation a_i it adds a_i v_i to the MLP's output
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,30 +31,27 @@ def mlp_output_projections(model: nn.Module) -> list[nn.Module]:
     config, backbone = causal_lm.config, causal_lm.base_model
     match config.model_type:
         case "gpt_neox":
-            found = [layer.mlp.dense_4h_to_h for layer in backbone.layers]
+            projections = [layer.mlp.dense_4h_to_h for layer in backbone.layers]
         case "gpt2":
-            found = [block.mlp.c_proj for block in backbone.h]
+            projections = [block.mlp.c_proj for block in backbone.h]
         case "llama" | "mistral" | "qwen2" | "qwen3" | "gemma" | "gemma2":
-            found = [layer.mlp.down_proj for layer in backbone.layers]
+            projections = [layer.mlp.down_proj for layer in backbone.layers]
         case "opt":
-            found = [layer.fc2 for layer in backbone.decoder.layers]
-        case "bloom" if not (
-            config.slow_but_exact and config.pretraining_tp > 1
-        ):  # a path without the projection
-            found = [block.mlp.dense_4h_to_h for block in backbone.h]
+            projections = [layer.fc2 for layer in backbone.decoder.layers]
+        case "bloom" if not config.slow_but_exact or config.pretraining_tp <= 1:  # else it is not called
+            projections = [block.mlp.dense_4h_to_h for block in backbone.h]
         case other:
             raise ConfigError(
                 f"the MLP neurons of architecture {other!r} ({type(causal_lm).__name__}) are not known; name its "
                 "output projections in mlp_output_projections (eval/neurons/mlp_neurons.py)"
             )
-    for layer, projection in enumerate(found):
-        plain = isinstance(projection, nn.Linear | Conv1D) and projection.weight.is_floating_point()
-        if not plain:
+    for layer, projection in enumerate(projections):
+        if not (isinstance(projection, nn.Linear | Conv1D) and projection.weight.is_floating_point()):
             raise ConfigError(
                 f"the MLP output projection of layer {layer} of {config.model_type!r} is {type(projection).__name__}, "
                 "not a plain linear layer; merge the adapter, or load the model unquantised"
             )
-    return found
+    return projections
 
 
 def value_vectors(projection: nn.Module) -> Tensor:
@@ -84,10 +82,6 @@ def mean_activations(
 
     Raises ValueError on unequal numbers of rows, an empty query, or no response token at all.
     """
-    if len(query_ids) != len(response_ids):
-        raise ValueError(
-            f"{len(query_ids)} queries but {len(response_ids)} responses; give one of each per row"
-        )
     num_tokens = sum(map(len, response_ids))
     if num_tokens == 0:
         raise ValueError(f"no token in any of the {len(response_ids)} responses: no position to record")
@@ -95,26 +89,32 @@ def mean_activations(
     device = backbone.get_input_embeddings().weight.device
     projections = mlp_output_projections(model)
     sums = torch.zeros(num_neurons(model), dtype=torch.float64, device=device)
-    longest_first = sorted(
-        range(len(query_ids)), key=lambda row: len(query_ids[row]) + len(response_ids[row]), reverse=True
-    )
-    for start in range(0, len(longest_first), batch_size):
-        rows = longest_first[start : start + batch_size]
+    for rows in length_batches(query_ids, response_ids, batch_size):
         queries, responses = [query_ids[row] for row in rows], [response_ids[row] for row in rows]
         batch = pad_batch(queries, responses, pad_id=0).to(device)
         mask = emitting_mask(batch)
-        with pre_hooks((module, _summing(sums[layer], mask)) for layer, module in enumerate(projections)):
+        hooks = [partial(_add_activations, layer_sums, mask) for layer_sums in sums]
+        with pre_hooks(zip(projections, hooks, strict=True)):
             inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
             backbone(**inputs, use_cache=False)
     return (sums / num_tokens).cpu()
 
 
-def _summing(sums: Tensor, mask: Tensor) -> Hook:
-    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        activations = inputs[0].reshape(*mask.shape, -1)  # OPT flattens rows and positions
-        sums.add_(activations[mask].sum(dim=0, dtype=torch.float64))
+def length_batches(
+    context_ids: Sequence[Sequence[int]], text_ids: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[list[int]]:
+    """Yield the numbers of the rows in batches, longest rows first. Raises ValueError on unequal numbers of rows."""
+    if len(context_ids) != len(text_ids):
+        raise ValueError(f"{len(context_ids)} contexts but {len(text_ids)} texts; give one of each per row")
+    lengths = [len(context) + len(text) for context, text in zip(context_ids, text_ids, strict=True)]
+    rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    for start in range(0, len(rows), batch_size):
+        yield rows[start : start + batch_size]
 
-    return add
+
+def _add_activations(sums: Tensor, mask: Tensor, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    activations = inputs[0].reshape(*mask.shape, -1)  # OPT flattens rows and positions
+    sums.add_(activations[mask].sum(dim=0, dtype=torch.float64))
 
 
 def emitting_mask(batch: PaddedBatch) -> Tensor:
@@ -128,11 +128,7 @@ def emitting_mask(batch: PaddedBatch) -> Tensor:
 @contextmanager
 def pre_hooks(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
     """Register forward pre-hooks within this context, and remove them on errors, too."""
-    handles = []
-    try:
+    with ExitStack() as handles:
         for module, hook in hooks:
-            handles.append(module.register_forward_pre_hook(hook))
+            handles.enter_context(module.register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

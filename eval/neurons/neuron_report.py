@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from eval.neurons.neuron_interventions import written_markdown
+from eval.neurons.neuron_edits import BEFORE
 from eval.neurons.neuron_shift import NeuronShift
+
+GROUP_ROW = (
+    "| {name} | {neurons} | {count} | {gross:.4g} | {share} | {opposing_count} | {opposing:.4g} | {net:.4g} |"
+)
+NEURON_ROW = "| {layer} | {neuron} | {kind} | {cosine:.3f} | {before:.4g} | {after:.4g} | {reduction:.4g} |"
+WrittenSummary = dict[str, dict[str, dict[str, float]]]
+"Policy -> measurement -> mean, change and half_width."
 
 
 def save_arrays(shift: NeuronShift, path: Path) -> None:
@@ -18,10 +26,8 @@ def save_arrays(shift: NeuronShift, path: Path) -> None:
     group = np.full(tuple(shift.before.shape), "", dtype="<U3")
     for name, mask in shift.group_masks().items():
         group[mask.numpy()] = name
-    names = (
-        *("cosines", "alignments", "alignments_after", "before", "after"),
-        *("projections_before", "projections_after", "reductions", "value_reductions"),
-    )
+    derived = ("projections_before", "projections_after", "reductions", "value_reductions")
+    names = (*NeuronShift.__dataclass_fields__, *derived)
     np.savez_compressed(path, group=group, **{name: getattr(shift, name).numpy() for name in names})
 
 
@@ -33,73 +39,86 @@ def load_arrays(path: Path) -> NeuronShift:
 
 def save_summary(summary: dict[str, Any], path: Path) -> None:
     """Write JSON; nan and infinities become null."""
-    path.write_text(json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _finite(item) for key, item in value.items()}
-        case list():
-            return [_finite(item) for item in value]
-        case float() if not np.isfinite(value):
-            return None
-    return value
-
-
-def _percent(share: float) -> str:
-    return "-" if np.isnan(share) else f"{share:.1%}"
+    values = json.loads(json.dumps(summary), parse_constant=lambda _: None)
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """Format the summary as tables: groups and their total, then layers, then the neurons that moved most."""
+    groups, sums_of_layers = summary["groups"], summary["layers"]
+    total = {"share": sum(group["share"] for group in groups.values()), **summary["total"]}
     lines = [
         "| group | neurons of the kind | moved away | gross | share of gross | moved toward | opposing | net |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- " * 8 + "|",
     ]
-    total = {"share": sum(group["share"] for group in summary["groups"].values()), **summary["total"]}
-    for name, row in (*summary["groups"].items(), ("all", total)):
-        lines.append(
-            f"| {name} | {row['neurons']} | {row['count']} | {row['gross']:.4g} | {_percent(row['share'])} | "
-            f"{row['opposing_count']} | {row['opposing']:.4g} | {row['net']:.4g} |"
-        )
+    for name, row in {**groups, "all": total}.items():
+        share = "-" if np.isnan(row["share"]) else f"{row['share']:.1%}"
+        lines.append(GROUP_ROW.format_map({**row, "name": name, "share": share}))
     lines += [
         "",
         f"Net over gross: {total['balance']:.3f}. The changed value vectors add {total['value_vectors']:.4g} to the "
         "net.",
         "",
-        "| layer | gross | opposing | net | " + " | ".join(summary["groups"]) + " |",
-        "| --- " * (4 + len(summary["groups"])) + "|",
+        "| layer | gross | opposing | net | " + " | ".join(groups) + " |",
+        "| --- " * (4 + len(groups)) + "|",
     ]
-    layers = summary["layers"]
     for layer in range(summary["shape"][0]):
-        cells = [f"{layers[name][layer]:.4g}" for name in ("gross", "opposing", "net", *summary["groups"])]
+        cells = [f"{sums_of_layers[name][layer]:.4g}" for name in ("gross", "opposing", "net", *groups)]
         lines.append(f"| {layer} | " + " | ".join(cells) + " |")
-    for direction, rows in summary["top"].items():
+    for direction, neurons in summary["top"].items():
         lines += [
             "",
             f"Neurons that moved most {direction} the probe direction:",
             "",
             "| layer | neuron | kind | cosine | activation before | after | reduction |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| --- " * 7 + "|",
+            *map(NEURON_ROW.format_map, neurons),
         ]
-        for row in rows:
-            lines.append(
-                f"| {row['layer']} | {row['neuron']} | {row['kind']} | {row['cosine']:.3f} | {row['before']:.4g} | "
-                f"{row['after']:.4g} | {row['reduction']:.4g} |"
-            )
+    return "\n".join(lines) + "\n"
+
+
+def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
+    """Compute the mean of the non-nan values, and the half-width 1.96 s / sqrt(n) of its 95% interval."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    if len(known) < 2:
+        return (float(known[0]) if len(known) else float("nan")), float("nan")
+    return float(known.mean()), float(1.96 * known.std(ddof=1) / np.sqrt(len(known)))
+
+
+def written_summary(measured: Mapping[str, Mapping[str, Sequence[float]]]) -> WrittenSummary:
+    """Summarise policy -> measurement -> mean, and mean change from `before` on the same prompts with half-width.
+
+    `measured` contains one number per prompt, nan where it is missing.
+    """
+    summary: WrittenSummary = {policy: {} for policy in measured}
+    for policy, columns in measured.items():
+        for name, values in columns.items():
+            change, half = mean_and_half(np.subtract(values, measured[BEFORE][name]))
+            summary[policy][name] = {"mean": mean_and_half(values)[0], "change": change, "half_width": half}
+    return summary
+
+
+def written_markdown(summary: WrittenSummary) -> str:
+    """Format the summary as a table: mean, and change from `before` with its 95% interval."""
+    names = list(summary[BEFORE])
+    lines = ["| policy | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
+    for policy, columns in summary.items():
+        cells = []
+        for cell in columns.values():
+            change = f" ({cell['change']:+.3f} ± {cell['half_width']:.3f})" if policy != BEFORE else ""
+            cells.append(f"{cell['mean']:.3f}{change}")
+        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def page(summary: dict[str, Any], reports: list[str]) -> str:
     """Format the Markdown page of a whole analysis: policies, tables, measures of the continuations, data."""
     positions, probe = summary["num_positions"], summary["probe"]
-    recorded_on = (
-        "what each policy writes" if summary["recorded_on"] == "own" else "what the policy before writes"
-    )
+    writer = "each policy" if summary["recorded_on"] == "own" else "the policy before"
     parts = [
         f"# Neurons of {summary['policies']['after']} against {summary['policies']['before']}\n",
-        f"{summary['num_prompts']} prompts, recorded on {recorded_on}; {positions['before']} positions before, "
+        f"{summary['num_prompts']} prompts, recorded on what {writer} writes; {positions['before']} positions before, "
         f"{positions['after']} after.",
     ]
     if probe is not None:
@@ -111,9 +130,11 @@ def page(summary: dict[str, Any], reports: list[str]) -> str:
     parts += [
         f"Two samples of the policy before would show a gross sum of about {noise:.4g} by chance.\n",
         markdown(summary),
+        "## What the policies write\n",
+        written_markdown(summary["written"]),
+        "## Data\n",
     ]
-    parts += ["## What the policies write\n", written_markdown(summary["written"])]
-    return "\n".join([*parts, "## Data\n", *reports]) + "\n"
+    return "\n".join([*parts, *reports]) + "\n"
 
 
 def plot_layers(summary: dict[str, Any], path: Path) -> None:
@@ -123,18 +144,18 @@ def plot_layers(summary: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers = summary["layers"]
-    places = range(summary["shape"][0])
+    sums = summary["layers"]
+    layers = range(summary["shape"][0])
     figure, axis = pyplot.subplots(figsize=(7, 4))
-    bottom = [0.0] * len(places)
+    bottom = np.zeros(len(layers))
     for group in summary["groups"]:
-        axis.bar(places, layers[group], bottom=bottom, label=group)
-        bottom = [low + height for low, height in zip(bottom, layers[group], strict=True)]
-    axis.bar(places, layers["opposing"], color="lightgrey", label="opposing")
-    axis.plot(places, layers["net"], color="black", marker="o", label="net")
+        axis.bar(layers, sums[group], bottom=bottom, label=group)
+        bottom = bottom + sums[group]
+    axis.bar(layers, sums["opposing"], color="lightgrey", label="opposing")
+    axis.plot(layers, sums["net"], color="black", marker="o", label="net")
     axis.axhline(0, color="black", linewidth=0.5)
-    if len(places) <= 16:
-        axis.set_xticks(list(places))
+    if len(layers) <= 16:
+        axis.set_xticks(layers)
     axis.set_xlabel("layer")
     axis.set_ylabel("reduction of the projection")
     axis.legend()

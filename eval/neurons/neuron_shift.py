@@ -6,7 +6,6 @@ p_i = a_i (v_i . w) / |w| to the projection of its MLP's output on the probe dir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from drpo.config import ConfigError
 from eval.neurons.mlp_neurons import mlp_output_projections, value_vectors
 
-KINDS = ("TP", "TN", "AP", "AN")
 GROUPS = {"TP": "TP-", "TN": "TN+", "AP": "AP+", "AN": "AN-"}
 """The group of the neurons of each kind that moved away from the probe direction."""
 NUM_TOP = 10
@@ -57,13 +55,11 @@ def kind_masks(cosines: Tensor, activations: Tensor) -> dict[str, Tensor]:
     activation >= 0, N: below 0. A neuron with cosine 0 has no kind: it cannot change the projection.
     """
     if cosines.shape != activations.shape:
-        raise ValueError(
-            f"cosines have shape {tuple(cosines.shape)}, activations {tuple(activations.shape)}; both are (L, d_mlp)"
-        )
-    toward, away, positive = cosines > 0, cosines < 0, activations >= 0
-    negative = activations < 0
+        shapes = f"cosines have shape {tuple(cosines.shape)}, activations {tuple(activations.shape)}"
+        raise ValueError(f"{shapes}; both are (L, d_mlp)")
+    toward, away, positive, negative = cosines > 0, cosines < 0, activations >= 0, activations < 0
     masks = (toward & positive, toward & negative, away & positive, away & negative)
-    return dict(zip(KINDS, masks, strict=True))
+    return dict(zip(GROUPS, masks, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,12 +111,6 @@ class NeuronShift:
         return {GROUPS[kind]: mask & away for kind, mask in kinds.items()}
 
 
-def shares(gross: Sequence[float]) -> list[float]:
-    """Divide each sum by their total; nan for all when the total is 0. Sums are >= 0."""
-    total = sum(gross)
-    return [value / total if total > 0 else float("nan") for value in gross]
-
-
 def noise_gross(first: Tensor, second: Tensor, alignments: Tensor) -> float:
     """Estimate the gross sum due to sampling alone, from mean activations over two halves of one policy's samples.
 
@@ -150,52 +140,43 @@ def summarise(shift: NeuronShift) -> dict[str, Any]:
     }
     groups: dict[str, dict[str, float]] = {}
     for kind, mask in kind_masks(shift.cosines, shift.before).items():
-        mine = torch.where(mask, reductions, 0)
-        gross, opposing = mine.clamp(min=0), mine.clamp(max=0)
+        reductions_of_kind = torch.where(mask, reductions, 0)
+        gross, opposing = reductions_of_kind.clamp(min=0), reductions_of_kind.clamp(max=0)
         groups[GROUPS[kind]] = {
             "neurons": int(mask.sum()),
             "count": int((gross > 0).sum()),
             "gross": float(gross.sum()),
             "opposing_count": int((opposing < 0).sum()),
             "opposing": float(opposing.sum()),
-            "net": float(mine.sum()),
+            "net": float(reductions_of_kind.sum()),
         }
         layers[GROUPS[kind]] = gross.sum(dim=1).tolist()
-    for group, share in zip(groups.values(), shares([g["gross"] for g in groups.values()]), strict=True):
-        group["share"] = share
-    columns = ("neurons", "count", "gross", "opposing_count", "opposing", "net")
-    total = {column: sum(group[column] for group in groups.values()) for column in columns}
+    total = {column: sum(group[column] for group in groups.values()) for column in groups["TP-"]}
     total["neurons"] = reductions.numel()
-    total["balance"] = total["net"] / total["gross"] if total["gross"] > 0 else float("nan")
+    total_gross = total["gross"] or float("nan")  # shares of nothing are undefined
+    for group in groups.values():
+        group["share"] = group["gross"] / total_gross
+    total["balance"] = total["net"] / total_gross
     total["value_vectors"] = float(shift.value_reductions.sum())
-    return {
-        "shape": list(reductions.shape),
-        "groups": groups,
-        "total": total,
-        "layers": layers,
-        "top": {
-            "away from": _top_neurons(shift, reductions),
-            "toward": _top_neurons(shift, -reductions),
-        },
-    }
+    top = {"away from": _top_neurons(shift, reductions), "toward": _top_neurons(shift, -reductions)}
+    return {"shape": list(reductions.shape), "groups": groups, "total": total, "layers": layers, "top": top}
 
 
 def _top_neurons(shift: NeuronShift, size: Tensor) -> list[dict[str, Any]]:
     """Return the NUM_TOP neurons with the largest positive `size`."""
     kinds = kind_masks(shift.cosines, shift.before)
-    width = size.shape[1]
-    order = size.flatten().argsort(descending=True, stable=True)[:NUM_TOP].tolist()
-    rows = []
-    for layer, neuron in (divmod(index, width) for index in order if size.flatten()[index] > 0):
-        rows.append(
-            {
-                "layer": layer,
-                "neuron": neuron,
-                "kind": next(kind for kind, mask in kinds.items() if mask[layer, neuron]),
-                "cosine": float(shift.cosines[layer, neuron]),
-                "before": float(shift.before[layer, neuron]),
-                "after": float(shift.after[layer, neuron]),
-                "reduction": float(shift.reductions[layer, neuron]),
-            }
-        )
-    return rows
+    largest = size.flatten().argsort(descending=True, stable=True)[:NUM_TOP].tolist()
+    places = [divmod(index, size.shape[1]) for index in largest]
+    return [
+        {
+            "layer": place[0],
+            "neuron": place[1],
+            "kind": next(kind for kind, mask in kinds.items() if mask[place]),
+            "cosine": float(shift.cosines[place]),
+            "before": float(shift.before[place]),
+            "after": float(shift.after[place]),
+            "reduction": float(shift.reductions[place]),
+        }
+        for place in places
+        if size[place] > 0
+    ]

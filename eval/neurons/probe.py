@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from drpo.config import ConfigError
 from drpo.models.inputs import model_inputs, unwrap_peft
+from eval.neurons.mlp_neurons import length_batches
 
 TOLERANCE = 1e-12
 MAX_STEPS = 100
@@ -45,19 +46,13 @@ def mean_hidden_states(
     h is the backbone's output, after its final norm. Context (which may be empty) and padding do not count. The
     model should be in evaluation mode. Raises ValueError on unequal numbers of rows, or an empty text.
     """
-    if len(context_ids) != len(text_ids):
-        raise ValueError(f"{len(context_ids)} contexts but {len(text_ids)} texts; give one of each per row")
     for row, ids in enumerate(text_ids):
         if len(ids) == 0:
             raise ValueError(f"text {row} is empty; a mean needs a token")
     backbone = unwrap_peft(model).base_model
     device = backbone.get_input_embeddings().weight.device
-    means: list[Tensor | None] = [None] * len(text_ids)
-    longest_first = sorted(
-        range(len(text_ids)), key=lambda row: len(context_ids[row]) + len(text_ids[row]), reverse=True
-    )
-    for start in range(0, len(longest_first), batch_size):
-        rows = longest_first[start : start + batch_size]
+    rows_of_means, means = [], []
+    for rows in length_batches(context_ids, text_ids, batch_size):
         ids = [torch.tensor([*context_ids[row], *text_ids[row]]) for row in rows]
         first = torch.tensor([len(context_ids[row]) for row in rows]).unsqueeze(1)
         end = torch.tensor([len(sequence) for sequence in ids]).unsqueeze(1)
@@ -67,9 +62,9 @@ def mean_hidden_states(
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
         text_mask = ((columns >= first) & (columns < end)).to(device)
         sums = torch.where(text_mask.unsqueeze(-1), hidden, 0).sum(dim=1, dtype=torch.float64)
-        for row, mean in zip(rows, (sums / text_mask.sum(dim=1, keepdim=True)).cpu(), strict=True):
-            means[row] = mean
-    return torch.stack(means)
+        rows_of_means += rows
+        means.append((sums / text_mask.sum(dim=1, keepdim=True)).cpu())
+    return torch.cat(means)[torch.tensor(rows_of_means).argsort()]
 
 
 def fit_probe(features: Tensor, labels: Tensor, l2: float = 1.0) -> Probe:
@@ -83,9 +78,8 @@ def fit_probe(features: Tensor, labels: Tensor, l2: float = 1.0) -> Probe:
     if labels.dtype != torch.bool or labels.shape != features.shape[:1]:
         raise ValueError(f"labels must be bool (n,) for features {tuple(features.shape)}, got {labels.dtype}")
     if labels.all() or not labels.any():
-        raise ValueError(
-            f"all {len(labels)} labels are {bool(labels.all())}; a probe needs both kinds of text"
-        )
+        label = bool(labels.all())
+        raise ValueError(f"all {len(labels)} labels are {label}; a probe needs both kinds of text")
     if not l2 > 0:
         raise ValueError(f"l2 must be positive, or separable texts have no optimum, got {l2}")
     if not features.isfinite().all():
@@ -106,8 +100,8 @@ def fit_probe(features: Tensor, labels: Tensor, l2: float = 1.0) -> Probe:
         gradient = inputs.T @ (probs - labels.double()) + penalty * theta
         hessian = inputs.T @ ((probs * (1 - probs)).unsqueeze(1) * inputs) + torch.diag(penalty)
         step = torch.linalg.solve(hessian, gradient)
-        scale, highest = 1.0, loss(theta) * (1 + 1e-12)  # rounding must not stop the last step
-        while loss(theta - scale * step) > highest and scale > 1e-10:
+        scale, max_loss = 1.0, loss(theta) * (1 + 1e-12)  # rounding must not stop the last step
+        while loss(theta - scale * step) > max_loss and scale > 1e-10:
             scale /= 2
         theta = theta - scale * step
         decrement = gradient @ step  # about twice the excess loss before this step
@@ -127,8 +121,8 @@ def probe_quality(probe: Probe, features: Tensor, labels: Tensor) -> dict[str, f
     """
     logits = probe.logits(features)
     true, false = logits[labels].numpy(), logits[labels.logical_not()].numpy()
-    both = len(true) > 0 and len(false) > 0
-    auc = stats.mannwhitneyu(true, false).statistic / (len(true) * len(false)) if both else float("nan")
+    num_pairs = len(true) * len(false)
+    auc = stats.mannwhitneyu(true, false).statistic / num_pairs if num_pairs else float("nan")
     return {
         "num_texts": len(labels),
         "accuracy": float(((logits > 0) == labels).double().mean()),
@@ -150,21 +144,17 @@ def load_probe(path: str | Path) -> Probe:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no probe file {path}")
+    if path.suffix not in (".npz", ".npy", ".pt"):
+        raise ConfigError(f"a probe file is .npz, .npy or .pt, not {path.suffix!r}: {path}")
     bias = 0.0
     try:
-        match path.suffix:
-            case ".npz":
-                with np.load(path) as arrays:
-                    weight = torch.from_numpy(arrays["weight"])
-                    bias = float(arrays["bias"]) if "bias" in arrays else 0.0
-            case ".npy":
-                weight = torch.from_numpy(np.load(path))
-            case ".pt":
-                weight = torch.load(path, map_location="cpu", weights_only=True)
-            case other:
-                raise ConfigError(f"a probe file is .npz, .npy or .pt, not {other!r}: {path}")
-    except ConfigError:
-        raise
+        if path.suffix == ".pt":
+            weight = torch.load(path, map_location="cpu", weights_only=True)
+        elif path.suffix == ".npy":
+            weight = torch.from_numpy(np.load(path))
+        else:
+            with np.load(path) as arrays:
+                weight, bias = torch.from_numpy(arrays["weight"]), float(arrays.get("bias", 0.0))
     except Exception as error:  # damaged files raise errors of many classes
         raise ConfigError(f"cannot read the probe file {path}: {error}") from error
     if not isinstance(weight, Tensor):

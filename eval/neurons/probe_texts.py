@@ -7,7 +7,7 @@ from typing import Literal
 
 from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.data.encode import encode_queries, encode_responses
-from drpo.data.files import Row, read_table
+from drpo.data.files import Row, convert_rows, read_table
 from drpo.data.holdout import is_held_out
 from drpo.data.records import BadRows, DataError, RowError, require_text
 from drpo.data.tasks.demo import DemoConfig, make_demo
@@ -91,31 +91,36 @@ def load_probe_texts(
         texts = demo_texts(demo, config.fault)
         num_rows, name = len(texts), "demo"
     else:
-        texts, num_rows, name = _read(config, bad)
-    fitting = []
+        table = read_table(config.path, config.split, bad)
+        known = ", ".join(table.columns)
+        for option in ("text_column", "label_column"):
+            column = getattr(config, option)
+            if column not in table.columns:
+                raise DataError(f"no column {column!r} ({option}) in {table.name}; its columns are: {known}")
+        texts = convert_rows(table, bad, lambda row: _text_of(row, config))
+        num_rows, name = table.num_rows, table.name
+    usable = []
     for text, context_ids, text_ids in zip(texts, *_encode(tokenizer, texts), strict=True):
         length = len(context_ids) + len(text_ids)
         if config.max_length is not None and length > config.max_length:
-            bad.add("text too long", text.origin, f"{length} tokens, probe.max_length={config.max_length}")
+            bad.add("text too long", text.origin, f"{length} tokens, max_length={config.max_length}")
         elif not text_ids:
             bad.add("empty text", text.origin, "no token")
         else:
-            fitting.append((text, context_ids, text_ids))
+            usable.append((text, context_ids, text_ids))
     bad.check(num_rows, max_bad_fraction)
-    held_out = [is_held_out(text.prompt or text.text, config.holdout, 0) for text, _, _ in fitting]
-    labels = [text.label for text, _, _ in fitting]
-    report = [
-        f"probe texts of {name}: {num_rows} rows read, {len(bad)} bad",
-        *[bad.summary()] * bool(len(bad)),
-    ]
+    held_out = [is_held_out(text.prompt or text.text, config.holdout, 0) for text, _, _ in usable]
+    labels = [text.label for text, _, _ in usable]
+    report = [f"probe texts of {name}: {num_rows} rows read, {len(bad)} bad"]
+    if bad:
+        report.append(bad.summary())
     for part, is_test in (("fitted on", False), ("tested on", True)):
-        mine = [label for label, test in zip(labels, held_out, strict=True) if test == is_test]
-        report.append(f"{part} {len(mine)} texts, {sum(mine)} of them true")
-        if len(set(mine)) < 2:
+        labels_of_part = [label for label, test in zip(labels, held_out, strict=True) if test == is_test]
+        report.append(f"{part} {len(labels_of_part)} texts, {sum(labels_of_part)} of them true")
+        if len(set(labels_of_part)) < 2:
             raise DataError("\n".join([f"a probe is {part} texts of both labels", *report]))
-    return EncodedTexts(
-        [ids for _, ids, _ in fitting], [ids for _, _, ids in fitting], labels, held_out, "\n".join(report)
-    )
+    context_ids, text_ids = [ids for _, ids, _ in usable], [ids for _, _, ids in usable]
+    return EncodedTexts(context_ids, text_ids, labels, held_out, "\n".join(report))
 
 
 def demo_texts(config: DemoConfig, fault: str) -> list[ProbeText]:
@@ -134,23 +139,6 @@ def demo_texts(config: DemoConfig, fault: str) -> list[ProbeText]:
     return texts
 
 
-def _read(config: ProbeConfig, bad: BadRows) -> tuple[list[ProbeText], int, str]:
-    table = read_table(config.path, config.split, bad)
-    for name in ("text_column", "label_column"):
-        if getattr(config, name) not in table.columns:
-            raise DataError(
-                f"no column {getattr(config, name)!r} (probe.{name}) in {table.name}; "
-                f"its columns are: {', '.join(table.columns)}"
-            )
-    texts = []
-    for row in table.rows:
-        try:
-            texts.append(_text_of(row, config))
-        except RowError as error:
-            bad.add(error.kind, row.origin, error.detail)
-    return texts, table.num_rows, table.name
-
-
 def _text_of(row: Row, config: ProbeConfig) -> ProbeText:
     text = require_text(row.values.get(config.text_column), config.text_column)
     value = row.values.get(config.label_column)
@@ -167,7 +155,7 @@ def _encode(tokenizer, texts: list[ProbeText]) -> tuple[list[list[int]], list[li
     alone = encode_queries(tokenizer, [text.text for text in texts])
     continuing = encode_responses(tokenizer, [text.text for text in texts])
     text_ids = [
-        continuing[row][:-1] if text.prompt else alone[row][len(context_ids[row]) :]
-        for row, text in enumerate(texts)
+        response[:-1] if text.prompt else query[len(context) :]
+        for text, context, query, response in zip(texts, context_ids, alone, continuing, strict=True)
     ]
     return context_ids, text_ids

@@ -11,17 +11,8 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from drpo.config import (
-    ConfigError,
-    Section,
-    help_text,
-    key,
-    load_recipe,
-    options,
-    package_versions,
-    refuse,
-    save_resolved,
-)
+from drpo.config import ConfigError, Section, key, load_recipe, package_versions, refuse, save_resolved
+from drpo.config_help import help_text, options
 
 
 @dataclass(frozen=True)

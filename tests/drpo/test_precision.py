@@ -14,7 +14,8 @@ from online_runs import forget_precision
 from tiny_runs import CLEAN, ROOT
 
 from drpo import precision
-from drpo.config import ConfigError, options
+from drpo.config import ConfigError
+from drpo.config_help import options
 from drpo.engine import Engine, EngineConfig
 from drpo.precision import (
     bf16_over_float32,

@@ -128,8 +128,6 @@ def test_masked_statistics_equal_a_plain_loop(seed):
     for i in range(len(x)):
         row = counted(x[i : i + 1], mask[i : i + 1])
         assert masked_sum(x, mask, dim=1)[i].item() == pytest.approx(sum(row), rel=1e-5, abs=1e-6)
-        if row:
-            assert masked_mean(x, mask, dim=1)[i].item() == pytest.approx(sum(row) / len(row), rel=1e-5)
 
 
 def test_masks_broadcast():
@@ -145,9 +143,6 @@ def test_empty_masks():
     for function in (masked_mean, masked_var, masked_whiten):
         with pytest.raises(ValueError, match="no True entry"):
             function(x, none)
-    half = torch.tensor([[T, T, F], [F, F, F]])
-    means = masked_mean(x, half, dim=1)
-    assert means[0].item() == 1.0 and math.isnan(means[1].item())
 
 
 def test_whitening_by_hand():

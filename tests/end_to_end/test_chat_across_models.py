@@ -132,7 +132,10 @@ def test_a_reward_model_reads_a_finished_response_as_it_read_its_training_pairs(
         for pair in pairs:
             record = pair.record
             prompt, meta = record.shared_prompt, messages_meta(record)
-            said = {"chosen": record.said(record.chosen), "rejected": record.said(record.rejected)}
+            said = {
+                "chosen": record.without_opening(record.chosen),
+                "rejected": record.without_opening(record.rejected),
+            }
             rows += [
                 CompletionRow(name, prompt_id_of(prompt), prompt, text, True, None, 0, said["chosen"], meta)
                 for name, text in said.items()

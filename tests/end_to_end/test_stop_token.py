@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from drpo.config import ConfigError
 from drpo.data.chat import ChatTemplate
-from drpo.data.encode import decode_response, encode_response, said_texts
+from drpo.data.encode import decode_response, encode_response, readable_texts
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.records import DataError
 from drpo.data.stop import with_stop_token
@@ -94,9 +94,9 @@ def test_the_named_token_goes_before_that_of_the_template(rows):
 
 
 def test_a_token_that_does_not_exist_or_stands_inside_a_response_is_told(rows):
-    with pytest.raises(DataError, match=r"data.stop_token: '<never>' is not a single token"):
+    with pytest.raises(DataError, match=r"stop_token: '<never>' is not a single token"):
         load_examples(config(rows, stop_token="<never>"), byte_level(), "pairs")
-    with pytest.raises(DataError, match=r"data.stop_token: '\[PAD\]' is the padding token"):
+    with pytest.raises(DataError, match=r"stop_token: '\[PAD\]' is the padding token"):
         load_examples(config(rows, stop_token="[PAD]"), byte_level(), "pairs")
     with pytest.raises(DataError, match="4 x stop token inside"):
         load_examples(config(rows, stop_token="u"), byte_level(vocab_size=261), "demonstrations")
@@ -107,7 +107,7 @@ def test_an_end_of_turn_that_pads_is_refused_with_what_to_do(rows):
     tokenizer.pad_token = "<|im_end|>"
     with pytest.raises(
         DataError,
-        match=r"^the tokenizer's chat template ends a turn with '<\|im_end\|>', .*pad_token.*data.stop_token",
+        match=r"^the tokenizer's chat template ends a turn with '<\|im_end\|>', .*pad_token.*stop_token",
     ):
         load_examples(config(rows, chat_template=True), tokenizer, "demonstrations")
     other = config(rows, chat_template=True, stop_token="<|endoftext|>")
@@ -116,7 +116,7 @@ def test_an_end_of_turn_that_pads_is_refused_with_what_to_do(rows):
 
 def test_an_end_of_turn_that_is_no_token_is_refused_by_the_key_that_helps(rows):
     spelled = CHATML.replace("<|im_end|>", "<|end_of_turn|>")
-    with pytest.raises(DataError, match="'<|end_of_turn|>.*data.stop_token"):
+    with pytest.raises(DataError, match="'<|end_of_turn|>.*stop_token"):
         load_examples(config(rows, chat_template=True), byte_level(chat_template=spelled), "pairs")
     named = config(rows, chat_template=True, stop_token="<|im_end|>")
     assert load_examples(named, byte_level(chat_template=spelled), "pairs").train
@@ -218,4 +218,4 @@ def test_responses_survive_whatever_they_begin_with(text, make):
     ids = encode_response(tokenizer, text)
     assert ids[-1] == tokenizer.eos_token_id
     assert decode_response(tokenizer, ids[:-1]) == text
-    assert said_texts(tokenizer, [ids], [""]) == [text]
+    assert readable_texts(tokenizer, [ids], [""]) == [text]

@@ -19,7 +19,7 @@ from eval.judging.verdict import Verdict
 from eval.labelling.agreement import AgreementRecipe
 from eval.labelling.agreement import agreement as run
 from eval.labelling.label import LabelRecipe, matchups_to_label
-from eval.labelling.label_agreement import everybodys_habits
+from eval.labelling.label_agreement import rater_habits
 from eval.labelling.label_queue import LabelQueue
 from eval.labelling.labels import LabelsWriter, label_of
 from eval.labelling.ratings import side_by_side
@@ -154,7 +154,7 @@ def test_the_longer_response_may_be_either_and_equal_lengths_say_nothing():
         label_of(replace(c, response_a="x" * a, response_b="y" * b), "anna", "labelled", winner, None)
         for c, (a, b), winner in zip(COMPARED, lengths, winners, strict=False)
     ]
-    (anna,) = everybodys_habits(side_by_side([], said))
+    (anna,) = rater_habits(side_by_side([], said))
     assert (anna.num_verdicts, anna.position) == (5, None)
     assert anna.longer_wins.rate == pytest.approx(2.5 / 4) and anna.longer_wins.undecided == 1
 

@@ -83,7 +83,7 @@ def fails(folder, monkeypatch) -> Iterator[Callable[..., str]]:
         (["loss.token_weights={}"], ["loss.token_weights needs chosen_relevance"]),
         (["reference.path=./none"], ["reference.path: ", "./none"]),
         (["sample.reward_functions={good: 'nowhere:score'}"], ["sample.reward_functions", "nowhere"]),
-        (["loss.name=kto", "data.noise.flip_rate=0.2"], ["data.noise applies to preference pairs"]),
+        (["loss.name=kto", "data.noise.flip_rate=0.2"], ["noise applies to preference pairs"]),
         (["batch.size=0"], ["batch.size must be >= 1"]),
         (["data.eval_fraction=0"], ["no held-out examples", "eval.every=0"]),
         (["optim.warmup_steps=2"], ["optim.warmup_steps is 2, it must be below the number of steps, 2"]),

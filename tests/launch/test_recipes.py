@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from shipped_recipes import SIZES, STAGES, TASKS, differing, loaded, stage_of
 
-from drpo.config import help_text, load_recipe, options, save_resolved
+from drpo.config import load_recipe, save_resolved
+from drpo.config_help import help_text, options
 from drpo.run.folder import flatten
 from drpo.trainers.online_recipe import OnlineRecipe, RewardConfig
 from drpo.trainers.preference.recipe import PreferenceRecipe

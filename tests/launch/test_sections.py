@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -11,7 +12,8 @@ import pytest
 import yaml
 from shipped_recipes import STAGES
 
-from drpo.config import ConfigError, Section, help_text, load_recipe, options
+from drpo.config import ConfigError, Section, load_recipe
+from drpo.config_help import help_text, options
 from drpo.rollout.generator import RolloutConfig
 from drpo.rollout.sampler import SamplingConfig
 from drpo.trainers.online_recipe import OnlineRecipe
@@ -35,14 +37,13 @@ def fields_of(section: type, place: str = "", around: tuple = ()) -> Iterator[tu
                 yield from fields_of(kind, f"{place}{field.name}{step}.", (*around, field.name, *inner))
 
 
-def just_outside(bounds: Any, kind: Any) -> list[float]:
+def just_outside(bounds: dict[str, float], kind: Any) -> list[float]:
     """The values next to each limit that the bounds exclude."""
     number = int if int in (kind, *get_args(kind)) else float
     below = (lambda x: x - 1) if number is int else (lambda x: math.nextafter(x, -math.inf))
     above = (lambda x: x + 1) if number is int else (lambda x: math.nextafter(x, math.inf))
-    outside = [] if bounds.ge is None else [below(number(bounds.ge))]
-    outside += [] if bounds.le is None else [above(number(bounds.le))]
-    return outside + [number(limit) for limit in (bounds.gt, bounds.lt) if limit is not None]
+    outside = {">=": below, "<=": above, ">": number, "<": number}
+    return [outside[sign](number(limit)) for sign, limit in bounds.items()]
 
 
 def nested(steps: tuple, value: Any) -> Any:
@@ -88,6 +89,18 @@ def test_help_shows_all_bounds(recipe):
     page = help_text(recipe, "usage")
     for option in options(recipe):
         assert f"  {option.key}  ({option.type}{' ' * bool(option.bounds)}{option.bounds}; default " in page
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_opens_each_section_once_its_own_keys_first(recipe):
+    sections = {}
+    for part in help_text(recipe, "usage").split("\n\n[")[1:]:
+        name, _, body = part.partition("]\n")
+        assert name not in sections and not any(other.startswith(f"{name}.") for other in sections)
+        sections[name] = re.findall(r"^  (\S+)  \(", body, re.MULTILINE)
+    assert sorted(key for keys in sections.values() for key in keys) == sorted(o.key for o in options(recipe))
+    for name, keys in sections.items():
+        assert {key.rpartition(".")[0] or "top level" for key in keys} == {name}
 
 
 def test_help_shows_bounds_beside_the_type():

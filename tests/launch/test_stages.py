@@ -355,10 +355,10 @@ def fails(folder, monkeypatch) -> Callable[..., str]:
         (["drpo.yaml", "model.path=./none"], ["no folder './none'"]),
         (["drpo.yaml", "model.path=null"], ["no policy to train: give model.path"]),
         (["own.yaml", "data.path=missing.jsonl"], ["no file or folder missing.jsonl", "own.jsonl"]),
-        (["own.yaml"], ["no column prompt", "question, good, bad", "data.columns.prompt"]),
+        (["own.yaml"], ["no column prompt", "question, good, bad", "columns.prompt"]),
         (
             ["own.yaml", "data.columns={prompt: question, chosen: good, rejected: worse}"],
-            ["no column 'worse' (data.columns.rejected)", "question, good, bad"],
+            ["no column 'worse' (columns.rejected)", "question, good, bad"],
         ),
         (
             ["own.yaml", "data.columns.prompt=question", "data.eval_split=test"],

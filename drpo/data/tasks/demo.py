@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import exp, log
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from drpo.config import Section, key, refuse, setting
 from drpo.data.records import Record
@@ -27,6 +27,7 @@ from drpo.data.views import View, view_name
 
 if TYPE_CHECKING:
     from drpo.data.load import DataConfig
+    from drpo.rewards import Completion
 
 DemoView = Literal["demonstrations", "pairs", "prompts", "ranked"]
 
@@ -73,17 +74,6 @@ class DemoConfig(Section):
         return 1 - self.completion_rate ** (1 / (self.num_needed - 1))
 
 
-class Scorable(Protocol):
-    """The part of a completion that `true_rewards` reads (`drpo.rewards.Completion` has it)."""
-
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def response(self) -> str: ...
-    @property
-    def ended(self) -> bool: ...
-
-
 def needed_items(prompt: str) -> list[str]:
     """Return the needed items of a post, in its order.
 
@@ -99,14 +89,14 @@ def needed_items(prompt: str) -> list[str]:
 
 
 def _count_wrong(needed: Sequence[str], words: Sequence[str]) -> int:
-    wrong, last = 0, -1
+    num_wrong, last_place = 0, -1
     for word in words:
         place = needed.index(word) if word in needed else -1
-        if place > last:
-            last = place
+        if place > last_place:
+            last_place = place
         else:
-            wrong += 1
-    return wrong
+            num_wrong += 1
+    return num_wrong
 
 
 def true_reward(prompt: str, response: str, ended: bool) -> float:
@@ -119,12 +109,12 @@ def true_reward(prompt: str, response: str, ended: bool) -> float:
     needed, words = needed_items(prompt), response.split()
     if ended and words == needed:
         return COMPLETE_REWARD
-    wrong = _count_wrong(needed, words)
-    faults = wrong + (not words) + (not ended)
-    return -RIGHT_COST * (len(words) - wrong) - WRONG_COST * faults
+    num_wrong = _count_wrong(needed, words)
+    faults = num_wrong + (not words) + (not ended)
+    return -RIGHT_COST * (len(words) - num_wrong) - WRONG_COST * faults
 
 
-def true_rewards(completions: Sequence[Scorable]) -> list[float]:
+def true_rewards(completions: Sequence[Completion]) -> list[float]:
     """Compute `true_reward` of each completion: the demo's reward function for online training."""
     return [true_reward(c.prompt, c.response, c.ended) for c in completions]
 
@@ -177,33 +167,33 @@ def make_demo(config: DemoConfig, view: DemoView, split: Split) -> list[Record]:
     records = []
     for i in range(config.num_train if split == "train" else config.num_eval):
         post = draw_post(config, posts, split)
-        record = Record(post.prompt, origin=f"demo/{split}:{i}")
+        fields: dict[str, Any] = {}
         match view:
             case "demonstrations":
-                record = replace(record, completion=as_text(demonstrate(config, post, writers)))
+                fields["completion"] = as_text(demonstrate(config, post, writers))
             case "pairs" | "prompts":
-                a, b = draw_two(config, post, annotator)
-                chosen, rejected = _label(config, post.prompt, a, b, annotator)
-                record = replace(record, chosen=chosen, rejected=rejected)
+                drafts = draw_two(config, post, annotator)
+                pair = dict(
+                    zip(("chosen", "rejected"), _label(config, post.prompt, *drafts, annotator), strict=True)
+                )
                 if view == "prompts":
-                    record = replace(record, completion=as_text(post.needed))
+                    fields = {**pair, "completion": as_text(post.needed)}
                 else:
-                    rewards = [true_reward(post.prompt, text, True) for text in (chosen, rejected)]
-                    scores = dict(zip(("chosen_score", "rejected_score"), rewards, strict=True))
-                    record = replace(record, extra=scores)
+                    rewards = {f"{n}_score": true_reward(post.prompt, text, True) for n, text in pair.items()}
+                    fields = {**pair, "extra": rewards}
             case "ranked":
                 responses = draw_several(config, post, rater, config.num_ranked)
                 scores = tuple(_rate(config, post.prompt, text, rater) for text in responses)
-                record = replace(record, responses=responses, scores=scores)
-        records.append(record)
+                fields = {"responses": responses, "scores": scores}
+        records.append(Record(post.prompt, origin=f"demo/{split}:{i}", **fields))
     return records
 
 
 def demo_records(config: DataConfig, view: View, split: Split) -> tuple[list[Record], list[str]]:
     """Make the records of one split of a recipe, and a line for the report."""
-    made = "pairs" if view == "unpaired" else view
-    records = make_demo(config.demo, made, split)[: config.limit]
-    return records, [f"demo/{split}: {len(records)} {view_name(made)} made"]
+    demo_view = "pairs" if view == "unpaired" else view
+    records = make_demo(config.demo, demo_view, split)[: config.limit]
+    return records, [f"demo/{split}: {len(records)} {view_name(demo_view)} made"]
 
 
 FILE_KEYS = ("path", "subset", "train_split", "eval_split", "eval_fraction", "split_seed", "columns")

@@ -31,13 +31,13 @@ def make_faulty_summaries(config: DemoConfig) -> list[FaultySummary]:
     summaries = []
     for record in make_demo(config, "prompts", "eval"):
         words = needed_items(record.prompt)
-        place = rng.randrange(len(words))
-        left = rng.randrange(len(words) - 1)
-        wrong = rng.choice([item for item in ITEMS if item not in words])
+        position = rng.randrange(len(words))
+        swap = rng.randrange(len(words) - 1)
+        other_item = rng.choice([item for item in ITEMS if item not in words])
         faults = {
             "incomplete": words[: rng.randrange(1, len(words))],
-            "wrong_item": [*words[:place], wrong, *words[place + 1 :]],
-            "wrong_order": [*words[:left], words[left + 1], words[left], *words[left + 2 :]],
+            "wrong_item": [*words[:position], other_item, *words[position + 1 :]],
+            "wrong_order": [*words[:swap], words[swap + 1], words[swap], *words[swap + 2 :]],
             "no_stop": words,
         }
         for kind in ERROR_KINDS:

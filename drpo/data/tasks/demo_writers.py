@@ -137,10 +137,10 @@ def draw_two(config: DemoConfig, post: Post, rng: random.Random) -> tuple[str, s
 
 def draw_several(config: DemoConfig, post: Post, rng: random.Random, number: int) -> tuple[str, ...]:
     """Draw `number` different summaries by the writers of `draw_two`."""
-    drawn: dict[str, None] = {}
-    while len(drawn) < number:
-        drawn |= dict.fromkeys(draw_two(config, post, rng))
-    return tuple(drawn)[:number]
+    summaries: dict[str, None] = {}
+    while len(summaries) < number:
+        summaries |= dict.fromkeys(draw_two(config, post, rng))
+    return tuple(summaries)[:number]
 
 
 def as_text(words: Sequence[str]) -> str:

@@ -28,18 +28,17 @@ def hh_record(row: Row, chat: ChatTemplate | None) -> Record:
     )
     rendered = None
     if chat is not None:
-        turns, source = parse_turns(prompt), prompt
-        prompt, (chosen, rejected) = chat.render(turns, [chosen.strip(), rejected.strip()])
-        rendered = chat.chat(turns, source)
+        responses = [chosen.strip(), rejected.strip()]
+        prompt, (chosen, rejected), rendered = chat.convert(parse_turns(prompt), responses, prompt)
     return Record(prompt, chosen=chosen, rejected=rejected, origin=row.origin, extra=extra, chat=rendered)
 
 
 def hh_records(table: Table, bad: BadRows, chat: ChatTemplate | None = None) -> list[Record]:
     """Convert a table of dialogue pairs to records; DataError when a column is missing."""
-    missing = {"chosen", "rejected"}.difference(table.columns)
-    if missing:
+    absent = {"chosen", "rejected"}.difference(table.columns)
+    if absent:
         raise DataError(
-            f"{table.name} is not hh-rlhf data: no column {' or '.join(sorted(missing))}; "
+            f"{table.name} is not hh-rlhf data: no column {' or '.join(sorted(absent))}; "
             f"its columns are: {', '.join(table.columns)}"
         )
     return convert_rows(table, bad, lambda row: hh_record(row, chat))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from drpo.data.chat import ChatTemplate, is_conversation, require_messages, split_conversation
-from drpo.data.dialogue import ASSISTANT, HUMAN, dialogue, parse_turns, split_dialogue
+from drpo.data.dialogue import ASSISTANT, HUMAN, parse_turns, split_dialogue
 from drpo.data.files import Row, Table, convert_rows
 from drpo.data.records import (
     BadRows,
@@ -43,13 +43,13 @@ def own_records(
     for field, column in columns.items():
         if column not in table.columns:
             raise DataError(
-                f"no column {column!r} (data.columns.{field}) in {table.name}; "
+                f"no column {column!r} (columns.{field}) in {table.name}; "
                 f"its columns are: {', '.join(table.columns)}"
             )
     if not any(columns.get(field, field) in table.columns for field in PROMPT_SOURCES):
         raise DataError(
             f"no column {', '.join(PROMPT_SOURCES[:-1])} or {PROMPT_SOURCES[-1]} in {table.name}; "
-            f"its columns are: {', '.join(table.columns)}. Say which is which with data.columns.prompt=..."
+            f"its columns are: {', '.join(table.columns)}. Name yours with columns.prompt=..."
         )
     return convert_rows(table, bad, lambda row: own_record(row, columns, chat))
 
@@ -68,7 +68,9 @@ def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) 
     if fields["completion"] is not None and fields["messages"] is not None:
         extra["messages"] = fields["messages"]
     elif fields["messages"] is not None:
-        fields["completion"] = _conversation(fields["messages"])
+        if not is_conversation(fields["messages"]):
+            raise RowError("wrong type", "messages is not a list of messages with a role each")
+        fields["completion"] = fields["messages"]
     if isinstance(fields["prompt"], str):
         require_text(fields["prompt"], "prompt")
     implicit = fields["prompt"] is None
@@ -83,18 +85,16 @@ def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) 
     prompt = _agree(fields["prompt"], contexts)
     rendered = None
     if chat is not None:
-        turns = _as_messages(prompt, implicit)
-        source = prompt if isinstance(prompt, str) else None
-        prompt, texts = chat.render(turns, texts)
-        rendered = chat.chat(turns, dialogue(turns) if source is None else source)
+        turns, source = prompt, None
+        if isinstance(prompt, str):
+            turns = parse_turns(prompt) if implicit else [{"role": "user", "content": prompt}]
+            source = prompt
+        prompt, texts, rendered = chat.convert(turns, texts, source)
     elif not isinstance(prompt, str):
-        raise DataError(f"{row.origin} holds a conversation: set data.chat_template=true to render it")
+        raise DataError(f"{row.origin} holds a conversation: set chat_template=true to render it")
 
     by_name = dict(zip(names, texts, strict=False))
-    if "chosen" in by_name and "rejected" in by_name:
-        require_different(by_name["chosen"], by_name["rejected"])
-    elif "chosen" in by_name or "rejected" in by_name:
-        raise RowError("missing field", "one of chosen and rejected is there, the other is not")
+    require_different(by_name.get("chosen"), by_name.get("rejected"))
     return Record(
         prompt,
         **by_name,
@@ -125,12 +125,6 @@ def _messages(field: str, value: Any) -> Any:
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         return require_messages(value, field)
     return value
-
-
-def _conversation(messages: Any) -> list:
-    if not is_conversation(messages):
-        raise RowError("wrong type", "messages is not a list of messages with a role each")
-    return messages
 
 
 def _ranked(responses: Any, scores: Any) -> list:
@@ -174,12 +168,6 @@ def _agree(prompt: Any, contexts: list[list | str | None]) -> Any:
     if prompt is not None and prompt != turns[0] and not repeats:
         raise RowError("prompts differ", "the prompt column and the turns before the response")
     return turns[0]
-
-
-def _as_messages(prompt: Any, implicit: bool) -> list:
-    if not isinstance(prompt, str):
-        return prompt
-    return parse_turns(prompt) if implicit else [{"role": "user", "content": prompt}]
 
 
 def _json_value(value: Any) -> Any:

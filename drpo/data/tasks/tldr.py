@@ -70,10 +70,10 @@ def truncate_query(query: str, num_tokens: Callable[[str], int], max_length: int
         post = post[: post.rindex("\n")]
         if post.strip() and num_tokens(shortened(len(post))) <= max_length:
             return shortened(len(post))
-    kept = longest_fit(lambda n: num_tokens(shortened(n)) <= max_length, len(post))
-    if not post[:kept].strip():
-        raise RowError("prompt too long", f"no room for the post in data.max_prompt_length={max_length}")
-    return shortened(kept)
+    length = longest_fit(lambda n: num_tokens(shortened(n)) <= max_length, len(post))
+    if not post[:length].strip():
+        raise RowError("prompt too long", f"no room for the post in max_prompt_length={max_length}")
+    return shortened(length)
 
 
 def tldr_records(
@@ -113,14 +113,10 @@ def chat_record(record: Record, chat: ChatTemplate) -> Record:
     """Convert a record to a conversation: a user's message asks for the summary, the summaries answer it."""
     messages = [{"role": "user", "content": f"{INSTRUCTION}\n\n{record.prompt}"}]
     texts = {name: text for name in RESPONSES if (text := getattr(record, name)) is not None}
-    prompt, rendered = chat.render(messages, [text.strip() for text in (*texts.values(), *record.responses)])
-    return replace(
-        record,
-        prompt=prompt,
-        **dict(zip(texts, rendered, strict=False)),
-        responses=tuple(rendered[len(texts) :]),
-        chat=chat.chat(messages, record.prompt),
-    )
+    stripped = [text.strip() for text in (*texts.values(), *record.responses)]
+    prompt, responses, rendered = chat.convert(messages, stripped, record.prompt)
+    single = dict(zip(texts, responses, strict=False))
+    return replace(record, prompt=prompt, **single, responses=tuple(responses[len(texts) :]), chat=rendered)
 
 
 # --- layouts --------------------------------------------------------------------------------------------
@@ -200,10 +196,7 @@ def formatted_record(row: Row) -> Record:
     if not prompt.endswith(ENDING):
         raise RowError("no TL;DR", f"the prompt ends with {prompt[-20:]!r}, not with {ENDING!r}")
     texts = {name: _response(values.pop(name), name) for name in RESPONSES if values.get(name) is not None}
-    if ("chosen" in texts) != ("rejected" in texts):
-        raise RowError("missing field", "one of chosen and rejected is there, the other is not")
-    if "chosen" in texts:
-        require_different(texts["chosen"], texts["rejected"])
+    require_different(texts.get("chosen"), texts.get("rejected"))
     return Record(prompt, **texts, origin=row.origin, extra=values)
 
 
@@ -231,9 +224,7 @@ def _posts_only(table: Table) -> tuple[Table, list[str]]:
 
     posts = [row for row in table.rows if not is_article(row)]
     num_articles = len(table.rows) - len(posts)
-    notes = (
-        [f"{num_articles} rows are on CNN/DM articles, not Reddit posts: left out"] if num_articles else []
-    )
+    notes = [f"{num_articles} rows are on CNN/DM articles, not Reddit posts: left out"] * bool(num_articles)
     return Table(table.name, table.columns, posts, table.num_rows), notes
 
 
@@ -246,21 +237,11 @@ def _merge_ranked(records: list[Record]) -> list[Record]:
     for record in records:
         posts.setdefault(record.prompt, {}).setdefault(record.responses[0], []).append(record)
     merged = []
-    for prompt, summaries in posts.items():
+    for summaries in posts.values():
         firsts = [same[0] for same in summaries.values()]
-        merged.append(
-            Record(
-                prompt,
-                responses=tuple(summaries),
-                scores=tuple(sum(each.scores[0] for each in same) / len(same) for same in summaries.values()),
-                origin=firsts[0].origin,
-                extra={
-                    "info": firsts[0].extra["info"],
-                    "policies": [first.extra["policies"][0] for first in firsts],
-                },
-                chat=firsts[0].chat,
-            )
-        )
+        scores = tuple(sum(each.scores[0] for each in same) / len(same) for same in summaries.values())
+        extra = firsts[0].extra | {"policies": [first.extra["policies"][0] for first in firsts]}
+        merged.append(replace(firsts[0], responses=tuple(summaries), scores=scores, extra=extra))
     return merged
 
 

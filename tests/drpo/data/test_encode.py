@@ -15,7 +15,7 @@ from drpo.data.encode import (
     query_counter,
     truncate_left,
 )
-from drpo.data.records import DataError, Record, RowError
+from drpo.data.records import BadRows, DataError, Record, RowError
 
 PIECES = [
     "I can",
@@ -145,7 +145,7 @@ RECORD = Record(
 )
 def test_an_example_has_the_ids_that_its_view_uses(view, filled):
     tokenizer = single_bytes()
-    (example,) = encode_records(tokenizer, [RECORD], {("p", ()): [9]}, view)
+    (example,) = encode_records(tokenizer, [RECORD], {("p", ()): [9]}, view, BadRows())
     stop = [tokenizer.eos_token_id]
     for name in ("completion_ids", "chosen_ids", "rejected_ids"):
         expected = bytes_of(filled[name], tokenizer) + stop if name in filled else None
@@ -157,24 +157,25 @@ def test_an_example_has_the_ids_that_its_view_uses(view, filled):
 
 
 def test_a_prompt_without_responses_is_an_example():
-    (example,) = encode_records(single_bytes(), [Record("p")], {("p", ()): [9]}, "prompts", 5)
+    (example,) = encode_records(single_bytes(), [Record("p")], {("p", ()): [9]}, "prompts", BadRows(), 5)
     assert example.completion_ids is None and example.chosen_ids is None and example.ranked_ids == []
 
 
 @pytest.mark.parametrize(("limit", "fits"), [(4, True), (3, False)])
 @pytest.mark.parametrize("view", ["demonstrations", "pairs", "ranked", "unpaired"])
 def test_the_stop_token_counts_towards_the_length_limit(view, limit, fits):
-    record = Record("p", " ab", " ab", " b", responses=(" b", " ab"), scores=(1.0, 2.0))
-    (example,) = encode_records(single_bytes(), [record], {("p", ()): [9]}, view, limit)
-    assert isinstance(example, RowError) != fits
+    record = Record("p", " ab", " ab", " b", responses=(" b", " ab"), scores=(1.0, 2.0), origin="f:1")
+    bad = BadRows()
+    examples = encode_records(single_bytes(), [record], {("p", ()): [9]}, view, bad, limit)
+    assert len(examples) == fits
     if not fits:
-        assert example.kind == "response too long"
-        assert "4 tokens, data.max_response_length=3" in example.detail
+        assert bad.counts == {"response too long": 1}
+        assert "f:1: 4 tokens, max_response_length=3" in bad.summary()
 
 
 def test_responses_to_reset_to_are_cut_at_the_limit():
     tokenizer = single_bytes()
-    (example,) = encode_records(tokenizer, [RECORD], {("p", ()): [9]}, "prompts", 3)
+    (example,) = encode_records(tokenizer, [RECORD], {("p", ()): [9]}, "prompts", BadRows(), 3)
     assert example.completion_ids == bytes_of(" c", tokenizer) + [tokenizer.eos_token_id]
     assert example.chosen_ids == bytes_of(" ch", tokenizer)
     assert example.ranked_ids == [bytes_of(" r1", tokenizer), bytes_of(" r2", tokenizer)]

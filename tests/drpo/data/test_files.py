@@ -125,7 +125,7 @@ def test_a_folder_of_splits_shards_and_subsets(tmp_path):
     assert values(table) == ROWS[:2]
     with pytest.raises(DataError, match="no split 'valid'.* test, train"):
         read(folder, "valid")
-    with pytest.raises(DataError, match="no data.subset 'helpful'.* harmless"):
+    with pytest.raises(DataError, match="no subset 'helpful'.* harmless"):
         read(tmp_path / "hh", subset="helpful")
 
 
@@ -140,7 +140,7 @@ def test_a_file_has_one_split_and_no_subset(tmp_path):
     path.write_text(as_json_lines(ROWS), encoding="utf-8")
     with pytest.raises(DataError, match="no split 'test'"):
         read(path, "test")
-    with pytest.raises(DataError, match="data.subset=axis does not apply"):
+    with pytest.raises(DataError, match="subset=axis does not apply"):
         read(path, subset="axis")
 
 
@@ -169,6 +169,15 @@ def test_bad_lines_are_counted_with_their_place_and_the_others_are_kept(tmp_path
     assert table.num_rows == len(table.rows) + len(bad)
     for line in (2, 3, 4):
         assert f"rows.jsonl:{line}" in bad.summary()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("rows.json", '[{"a": "b"},\n{"a": "é"}]'), ("rows.csv", "a\né\n")]
+)
+def test_a_json_array_or_csv_file_that_is_not_utf8_is_refused_by_line(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=f"{name}:2 is not UTF-8"):
+        read_table(str(tmp_path / name), "train", BadRows())
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.9])
@@ -270,6 +279,6 @@ def test_a_failing_hub_says_what_was_asked_and_what_is_there(monkeypatch, tmp_pa
     with pytest.raises(DataError) as error:
         read("some/where", "valid")
     message = str(error.value)
-    assert "some/where (data.subset=null, split valid)" in message
+    assert "some/where (subset=null, split valid)" in message
     assert '["train", "test"]' in message
     assert "mine.jsonl" in message

@@ -40,6 +40,6 @@ def test_records_of_one_prompt_stay_together_and_in_order():
 
 def test_a_fraction_that_holds_out_nothing_is_an_error_and_zero_is_not():
     records = [Record("a"), Record("b")]
-    with pytest.raises(DataError, match="data.eval_fraction=1e-09 of 2 distinct prompts"):
+    with pytest.raises(DataError, match="eval_fraction=1e-09 of 2 distinct prompts"):
         hold_out(records, 1e-9, 0)
     assert hold_out(records, 0.0, 0) == (records, [])

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from real_data import DATA
 from tiny_tokenizers import CHATML, byte_level, single_bytes
 
-from drpo.config import options
+from drpo.config_help import options
 from drpo.data.encode import encode_query
 from drpo.data.load import DataConfig, load_examples, load_texts
 from drpo.data.records import DataError
@@ -184,7 +184,7 @@ def load_examples_or_error(config, view):
 
 def test_a_fraction_that_holds_out_nothing_is_an_error(tmp_path):
     path = write(tmp_path / "r.jsonl", rows_of(3))
-    assert "data.eval_fraction=1e-06 of 3 distinct prompts" in load_examples_or_error(
+    assert "eval_fraction=1e-06 of 3 distinct prompts" in load_examples_or_error(
         own(path, eval_fraction=1e-6), "pairs"
     )
     splits = load_examples(own(path, eval_fraction=0.0), single_bytes(), "pairs")
@@ -214,8 +214,8 @@ def test_too_long_prompts_and_responses_are_bad_examples(tmp_path):
     limits = {"max_prompt_length": 12, "max_response_length": 6, "eval_fraction": 0.2}
     message = load_examples_or_error(own(path, **limits), "pairs")
     assert "2 of 100 examples are bad" in message
-    assert "rows.jsonl:5: 22 tokens, data.max_prompt_length=12" in message
-    assert "rows.jsonl:8: 15 tokens, data.max_response_length=6" in message
+    assert "rows.jsonl:5: 22 tokens, max_prompt_length=12" in message
+    assert "rows.jsonl:8: 15 tokens, max_response_length=6" in message
     splits = load_examples(own(path, **limits, max_bad_fraction=0.02), single_bytes(), "pairs")
     assert len(splits.train) + len(splits.eval) == 98
     prompts = load_examples(own(path, **limits), single_bytes(), "prompts")
@@ -297,7 +297,7 @@ def test_texts_for_a_tokenizer_are_distinct_and_without_held_out_prompts(tmp_pat
     assert set(texts) == {text for row in rows if row["prompt"] in train for text in row.values()}
     assert len(texts) == len(set(texts))
     assert len(load_texts(DataConfig(demo=DemoConfig(num_train=20, num_eval=8)))) >= 40
-    with pytest.raises(DataError, match="data.chat_template=true needs a tokenizer"):
+    with pytest.raises(DataError, match="chat_template=true needs a tokenizer"):
         load_texts(own(path, chat_template=True))
 
 

@@ -11,7 +11,7 @@ from drpo.data.encode import Example, encode_prompts, encode_records
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.noise import NoiseConfig
 from drpo.data.noise import add_noise as add_noise_to_examples
-from drpo.data.records import DataError, Record
+from drpo.data.records import BadRows, DataError, Record
 from drpo.data.stop import with_stop_token
 from drpo.data.tasks.demo import DemoConfig, true_reward
 
@@ -148,7 +148,7 @@ def test_noise_that_cannot_be_made_is_refused():
         add_noise_to_examples(
             [Example(Record("p", completion=" c", origin="f:9"), [1])], NoiseConfig(flip_rate=0.1)
         )
-    with pytest.raises(DataError, match=r"data\.noise\.off_topic_rate needs pairs on at least 2"):
+    with pytest.raises(DataError, match=r"noise\.off_topic_rate needs pairs on at least 2"):
         add_noise(pairs_of(4, num_prompts=1), NoiseConfig(off_topic_rate=0.1))
 
 
@@ -208,7 +208,7 @@ def spoilt_and_encoded_again(tokenizer, examples: list[Example], noise: NoiseCon
         records.append(replace(old, **new, extra=extra))
     prompts = [record.marked_prompt for record in records]
     queries = dict(zip(prompts, encode_prompts(tokenizer, prompts), strict=True))
-    return list(encode_records(tokenizer, records, queries, "pairs"))
+    return encode_records(tokenizer, records, queries, "pairs", BadRows())
 
 
 @pytest.mark.parametrize("data", ["demo", "own", "own in a chat template"])
@@ -237,7 +237,7 @@ def test_noise_on_examples_is_noise_on_texts_that_are_encoded_again(data, tmp_pa
 @pytest.mark.parametrize("view", ["demonstrations", "prompts", "ranked", "unpaired"])
 def test_views_without_pairs_refuse_noise(view):
     config = DataConfig(demo=DemoConfig(num_train=20, num_eval=5), noise=NoiseConfig(flip_rate=0.1))
-    with pytest.raises(DataError, match=f"data.noise applies to preference pairs, .*takes {view}"):
+    with pytest.raises(DataError, match=f"noise applies to preference pairs, .*takes {view}"):
         load_examples(config, byte_level(), view)
 
 

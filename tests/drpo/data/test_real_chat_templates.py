@@ -11,7 +11,7 @@ import pytest
 from tiny_tokenizers import with_markup
 
 from drpo.data.chat import ChatTemplate
-from drpo.data.encode import encode_queries, encode_responses
+from drpo.data.encode import encode_prompts, encode_responses
 from drpo.data.files import Row
 from drpo.data.load import DataConfig
 from drpo.data.records import DataError, RowError
@@ -111,7 +111,7 @@ def record_of(chat: ChatTemplate, messages, reply):
 
 
 def trained_on(tokenizer, record) -> list[int]:
-    (query,) = encode_queries(tokenizer, [record.prompt], {record.prompt: record.chat.literal})
+    (query,) = encode_prompts(tokenizer, [record.marked_prompt])
     (response,) = encode_responses(tokenizer, [record.completion], record.chat.opening)
     return query + response
 
@@ -158,14 +158,14 @@ def test_a_training_text_is_what_the_template_writes(name, arguments):
             )
             asked_ids = tokenizer(asked, add_special_tokens=False).input_ids
             assert record.prompt == asked and own[: len(asked_ids)] == asked_ids
-            assert record.said(record.completion).strip() == reply
+            assert record.without_opening(record.completion).strip() == reply
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if not usable(name)])
 def test_a_template_without_a_property_is_refused_by_it(name):
     with pytest.raises(DataError, match=ENDS[family(name)]) as error:
         ChatTemplate(tokenizer_of(name))
-    assert ("data.chat_template_kwargs={enable_thinking: false}" in str(error.value)) == ("nemotron" in name)
+    assert ("chat_template_kwargs={enable_thinking: false}" in str(error.value)) == ("nemotron" in name)
 
 
 def wrong(name: str, reply: str, **options) -> RowError | None:

@@ -49,7 +49,7 @@ def test_the_limit_is_a_share_of_all_rows_and_is_itself_allowed():
         bad.check(99, 0.01)
     message = str(error.value)
     assert "1 of 99 rows" in message
-    assert "data.max_bad_fraction=0.01" in message
+    assert "max_bad_fraction=0.01" in message
     assert "f.jsonl:3" in message
     with pytest.raises(DataError):
         bad.check(100, 0.0)

@@ -24,7 +24,7 @@ def test_a_misspelt_name_is_refused_with_the_names_there_are():
     tokenizer = byte_level(chat_template=THOUGHT)
     assert template_of(config(enable_thinking=False), tokenizer) is not None
     with pytest.raises(
-        DataError, match=r"^data.chat_template_kwargs.enable_thinkin: .* the template reads enable_thinking$"
+        DataError, match=r"^chat_template_kwargs.enable_thinkin: .* the template reads enable_thinking$"
     ):
         template_of(config(enable_thinkin=False), tokenizer)
     with pytest.raises(DataError, match="the template reads no arguments"):

@@ -16,7 +16,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from drpo.config import ConfigError, load_recipe, options
+from drpo.config import ConfigError, load_recipe
+from drpo.config_help import options
 from drpo.models.export import save_policy
 from drpo.models.loading import LoraConfig, ModelConfig, disable_dropout, load_critic, load_policy
 from drpo.models.scalar_head import ScalarModel

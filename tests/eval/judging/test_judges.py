@@ -10,7 +10,8 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from drpo.config import ConfigError, help_text, load_recipe, setting
+from drpo.config import ConfigError, load_recipe, setting
+from drpo.config_help import help_text
 from eval.completions.rows import CompletionRow, CompletionsWriter, prompt_id_of
 from eval.judging import judges
 from eval.judging.collect import asked_by

@@ -10,7 +10,7 @@ import pytest
 from label_runs import BETTER, WORSE, better_slot, matchups, queue
 
 from drpo.data.records import DataError
-from eval.labelling.label_queue import LabelRefused
+from eval.labelling.label_queue import RequestRefused
 from eval.labelling.labels import current_labels, read_labels
 
 
@@ -121,14 +121,14 @@ def test_undo_shows_the_pair_again_and_appends_a_row(path):
 def test_only_the_own_last_label_can_be_undone(path):
     full = queue(path)
     first = full.state("anna")["pair"]["id"]
-    with pytest.raises(LabelRefused, match="nothing to undo"):
+    with pytest.raises(RequestRefused, match="nothing to undo"):
         full.undo("anna", first)
     second = full.choose("anna", first, "tie", 1)["pair"]["id"]
     full.choose("anna", second, "tie", 1)
     for pair in (first, None, 7):
-        with pytest.raises(LabelRefused, match="not the last label"):
+        with pytest.raises(RequestRefused, match="not the last label"):
             full.undo("anna", pair)
-    with pytest.raises(LabelRefused, match="nothing to undo"):
+    with pytest.raises(RequestRefused, match="nothing to undo"):
         full.undo("ben", second)
     assert len(read_labels(path)) == 2
 
@@ -204,12 +204,12 @@ def test_what_is_refused_stores_nothing(path):
         (400, ("anna", pair, "first", math.nan)),
         (400, ("anna", pair, "first", 10**400)),
     ):
-        with pytest.raises(LabelRefused) as refused:
+        with pytest.raises(RequestRefused) as refused:
             full.choose(*arguments)
         assert refused.value.code == code, arguments
     assert full.state("anna")["done"] == 0 and path.read_bytes() == b""
     full.choose("anna", pair, "first", 1)
-    with pytest.raises(LabelRefused, match="labelled already"):
+    with pytest.raises(RequestRefused, match="labelled already"):
         full.choose("anna", pair, "second", 1)
     assert len(read_labels(path)) == 1
 
@@ -220,5 +220,5 @@ def test_a_name_in_other_letters_is_the_same_person(path):
     full.choose("Anna", pair["id"], better_slot(pair), 1)
     assert full.state("ANNA")["done"] == 1 and full.state("ANNA")["annotator"] == "Anna"
     assert full.state("anna b")["done"] == 0
-    with pytest.raises(LabelRefused, match="labelled already"):
+    with pytest.raises(RequestRefused, match="labelled already"):
         full.choose("anna", pair["id"], "tie", 1)

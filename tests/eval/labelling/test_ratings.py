@@ -132,6 +132,12 @@ def test_confidence_stays_with_its_label():
     assert np.isnan(ratings.people[1].confidence).all()
 
 
+def test_a_later_label_replaces_the_confidence_as_well():
+    again = labels("anna", "b", compared=[turned(COMPARED[0])])
+    (anna,) = side_by_side([], [*labels("anna", "b", confidence=7.0), *again]).people
+    assert anna.scores.tolist() == [1] and np.isnan(anna.confidence).all()
+
+
 @pytest.mark.parametrize(
     "orders, half_tie, score", [("both", "half", 0.75), ("both", "tie", 0.5), ("one", "half", 1)]
 )

@@ -8,14 +8,8 @@ from sampled import generate
 from tiny_models import tiny_model
 
 from drpo.rollout.sampler import SamplingConfig
-from eval.neurons.neuron_edits import tuning_free_factors
-from eval.neurons.neuron_interventions import (
-    EditConfig,
-    intervene,
-    mean_and_half,
-    written_markdown,
-    written_summary,
-)
+from eval.neurons.neuron_edits import EditConfig, intervene, tuning_free_factors
+from eval.neurons.neuron_report import mean_and_half, written_markdown, written_summary
 from eval.neurons.neuron_shift import NeuronShift
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]

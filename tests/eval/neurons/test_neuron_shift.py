@@ -11,7 +11,7 @@ from tiny_models import ARCHITECTURES, tiny_model
 from drpo.config import ConfigError
 from eval.neurons.mlp_neurons import mean_activations, mlp_output_projections
 from eval.neurons.neuron_edits import patched, scaled
-from eval.neurons.neuron_shift import NeuronShift, align, kind_masks, noise_gross, shares, summarise
+from eval.neurons.neuron_shift import NeuronShift, align, kind_masks, noise_gross, summarise
 
 QUERIES = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 RESPONSES = [[20, 21, 1], [22, 23, 24, 25], [26, 1]]
@@ -254,9 +254,7 @@ def test_sums_reconcile_on_random_neurons():
 def test_the_published_sums_of_gpt2_medium():
     """Yang et al. 2024, first version: sums of the four groups, and shares of 31.8, 23.9, 7.0 and 37.3 percent;
     neurons that move the other way sum to -40.27, so the net is a seventh of the gross."""
-    published = [15.11, 11.34, 3.32, 17.72]
-    assert [round(100 * share, 1) for share in shares(published)] == [31.8, 23.9, 7.0, 37.3]
-    # The same through neurons: one of each group, and one that opposes.
+    # One neuron of each group, and one that opposes.
     shift = made_shift(
         cosines=[[1.0, 1.0, -1.0, -1.0, -1.0]],
         before=[[20.0, -1.0, 1.0, -20.0, 50.0]],

@@ -161,7 +161,7 @@ def test_messages_beside_a_completion_stay_in_extra():
 
 
 def test_a_conversation_without_chat_template_says_what_to_set():
-    with pytest.raises(DataError, match="f:1 holds a conversation: set data.chat_template=true"):
+    with pytest.raises(DataError, match="f:1 holds a conversation: set chat_template=true"):
         convert({"messages": [USER, BLUE]})
 
 
@@ -202,6 +202,8 @@ def test_a_conversation_without_chat_template_says_what_to_set():
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "empty text"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": []}]}, "missing field"),
         ({"messages": [BLUE]}, "missing field"),
+        ({"prompt": [{"role": "user"}], "completion": [BLUE]}, "wrong type"),
+        ({"messages": [{"role": "system"}, USER, BLUE]}, "wrong type"),
         ({"prompt": [USER], "completion": [GREEN, BLUE]}, "prompts differ"),
         ({"chosen": [USER, BLUE], "rejected": [{**USER, "content": "x"}, GREEN]}, "prompts differ"),
         ({"prompt": "other", "chosen": [USER, BLUE], "rejected": [USER, GREEN]}, "prompts differ"),
@@ -221,9 +223,9 @@ def test_bad_rows_by_kind(row, kind):
 
 def test_a_missing_column_names_those_that_are_there():
     table = Table("mine.csv", ("question", "answer"), [Row({"question": "q", "answer": "a"}, "f:1")], 1)
-    with pytest.raises(DataError, match=r"no column prompt.* question, answer\. .*data\.columns\.prompt"):
+    with pytest.raises(DataError, match=r"no column prompt.* question, answer\. .*columns\.prompt"):
         own_records(table, BadRows(), {})
-    with pytest.raises(DataError, match=r"no column 'query' \(data\.columns\.prompt\).* question, answer"):
+    with pytest.raises(DataError, match=r"no column 'query' \(columns\.prompt\).* question, answer"):
         own_records(table, BadRows(), {"prompt": "query"})
 
 
