@@ -64,15 +64,11 @@ def response_logprobs(
         entropy: whether the entropy is computed too, and whether with gradients.
         chunk_size: positions per chunk.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}")
+    score = scoring(temperature, suppressed_ids, entropy)
     causal_lm = unwrap_peft(model)
     check_policy(model, on_any_device=True)  # probed at loading, except in half precision
     length = batch.responses.shape[1]
     ids = batch.responses.masked_fill(batch.response_mask.logical_not(), 0)
-    score = functools.partial(_score, temperature=temperature, suppressed_ids=suppressed_ids, entropy=entropy)
     if not head_is_plain(causal_lm):
         inputs = model_inputs(causal_lm, batch.query_responses, batch.attention_mask)
         logits = causal_lm(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
@@ -87,6 +83,13 @@ def response_logprobs(
     return ResponseScores(*(None if column is None else column.view_as(ids) for column in scores))
 
 
+def scoring(temperature: float, suppressed_ids: Sequence[int], entropy: Entropy) -> Scoring:
+    """Return the function that scores ids under logits. Raises ValueError on a temperature that is not positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive to score tokens, got {temperature}")
+    return functools.partial(_score, temperature=temperature, suppressed_ids=suppressed_ids, entropy=entropy)
+
+
 def chunked_scores(
     head: nn.Module, hidden: Tensor, ids: Tensor, chunk_size: int, score: Scoring | None = None
 ) -> ResponseScores:
@@ -94,6 +97,7 @@ def chunked_scores(
 
     With gradients on, several chunks are recomputed one by one in the backward pass. ZeRO-3: all processes must call
     the same modules for batches of any shape, so the head is called once as a module for any number of chunks.
+    Raises ValueError on a chunk_size below 1.
 
     Args:
         head: from hidden states (N, H) to logits (N, V).
@@ -102,6 +106,8 @@ def chunked_scores(
         chunk_size: positions per chunk.
         score: scores ids under logits; None for their log-probabilities alone.
     """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}")
     score = score or _score
     if len(ids) <= chunk_size:
         return score(head(hidden), ids)

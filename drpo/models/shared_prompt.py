@@ -11,6 +11,7 @@ between them, and the LM head runs on real response positions alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,8 +20,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from drpo.models.inputs import model_inputs, takes_position_ids, unwrap_peft
-from drpo.models.scoring import ResponseScores, chunked_scores, head_is_plain, response_logprobs
-from drpo.tensors import PaddedBatch, gather_logprobs, pad_batch, position_ids
+from drpo.models.scalar_head import ScalarModel, token_values
+from drpo.models.scoring import (
+    Entropy,
+    ResponseScores,
+    chunked_scores,
+    head_is_plain,
+    response_logprobs,
+    scoring,
+)
+from drpo.tensors import PaddedBatch, pad_batch, position_ids
 
 ATTENTION_WITH_OWN_MASK = ("eager", "sdpa")  # the implementations that take any mask (B, 1, T, T)
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -37,43 +46,43 @@ WINDOWS = (
 
 
 def continuation_logprobs(
-    model: nn.Module, batch: PaddedBatch, num_continuations: int, *, chunk_size: int = 1024
+    model: nn.Module,
+    batch: PaddedBatch,
+    num_continuations: int,
+    *,
+    temperature: float = 1.0,
+    suppressed_ids: Sequence[int] = (),
+    entropy: Entropy = False,
+    chunk_size: int = 1024,
 ) -> ResponseScores:
-    """Compute `response_logprobs` (K*B, R) of K = `num_continuations` responses to each of B queries.
+    """Compute `response_logprobs` (K*B, R) of K responses to each of B queries.
 
     Rows of `batch` are K blocks of B rows; row k*B + b holds query b, in every block the same, and its k-th
     response. Values and gradients are those of separate rows up to rounding, which costs B * (Q + K*R) positions in
     place of B * K * (Q + R). A model that cannot share prompts, or whose attention window is narrower than the
     shared row, gets separate rows. ZeRO-3: in both cases the backbone and the head are called once each.
 
-    Raises ValueError when the rows are not K blocks, or the blocks differ in their queries.
-    """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}")
-    if num_continuations < 1 or len(batch.responses) % num_continuations:
-        raise ValueError(f"{len(batch.responses)} rows are not {num_continuations} blocks of one length")
-    num_queries = len(batch.responses) // num_continuations
-    for ids in (batch.queries, batch.query_mask):
-        blocks = ids.view(num_continuations, num_queries, -1)
-        if not torch.equal(blocks, blocks[:1].expand_as(blocks)):
-            raise ValueError("the blocks of rows differ in their queries; a shared prompt needs equal ones")
-    causal_lm = unwrap_peft(model)
-    length = batch.responses.shape[1]
-    row_length = batch.queries.shape[1] + num_continuations * (length - 1)
-    # The probe comes before what depends on this batch: under ZeRO-3 all processes must take part in it.
-    if (
-        num_continuations == 1
-        or not can_share_prompt(model)
-        or length == 0
-        or row_length > narrowest_window(causal_lm.config)
-    ):
-        return response_logprobs(model, batch, chunk_size=chunk_size)
+    Raises ValueError when the rows are not K blocks, or the blocks differ in their queries, and as
+    `response_logprobs` does.
 
-    packed = pack_rows(batch, num_continuations)
+    Args:
+        model: a causal language model.
+        batch: queries and responses, (K*B, Q) and (K*B, R).
+        num_continuations: K.
+        temperature: divides the logits.
+        suppressed_ids: ids that the policy never samples.
+        entropy: whether the entropy is computed too, and whether with gradients.
+        chunk_size: positions per chunk of the LM head.
+    """
+    options = {"temperature": temperature, "suppressed_ids": suppressed_ids, "entropy": entropy}
+    _check_blocks(batch, num_continuations)
+    if not _packs(model, batch, num_continuations):
+        return response_logprobs(model, batch, **options, chunk_size=chunk_size)
+    causal_lm, packed, score = unwrap_peft(model), pack_rows(batch, num_continuations), scoring(**options)
     ids, head = batch.responses[batch.response_mask], causal_lm.get_output_embeddings()
     if head_is_plain(causal_lm):
         hidden = _hidden(causal_lm.base_model, packed)[packed.predicting]
-        logprobs = chunked_scores(head, hidden, ids, chunk_size).logprobs
+        scores = chunked_scores(head, hidden, ids, chunk_size, score)
     else:
         # The model's changes to its logits are elementwise, so the head may get fewer positions.
         hook = head.register_forward_pre_hook(lambda module, args: (args[0][packed.predicting][None],))
@@ -81,9 +90,47 @@ def continuation_logprobs(
             logits = causal_lm(**packed_inputs(causal_lm, packed), use_cache=False).logits
         finally:
             hook.remove()
-        logprobs = gather_logprobs(logits[0], ids)
-    zeros = logprobs.new_zeros(batch.responses.shape)
-    return ResponseScores(zeros.masked_scatter(batch.response_mask, logprobs))
+        scores = score(logits[0], ids)
+    return ResponseScores(*(None if column is None else _in_rows(column, batch) for column in scores))
+
+
+def continuation_values(model: nn.Module, batch: PaddedBatch, num_continuations: int) -> Tensor:
+    """Compute `token_values` (K*B, R) of a scalar model for K responses to each of B queries.
+
+    Rows, costs and errors are those of `continuation_logprobs`; 0 on padding where prompts are shared.
+    """
+    _check_blocks(batch, num_continuations)
+    if not _packs(model, batch, num_continuations):
+        return token_values(model, batch)
+    scalar_model, packed = unwrap_peft(model), pack_rows(batch, num_continuations)
+    return _in_rows(scalar_model.head(_hidden(scalar_model.backbone, packed)[packed.predicting]), batch)
+
+
+def _check_blocks(batch: PaddedBatch, num_continuations: int) -> None:
+    if num_continuations < 1 or len(batch.responses) % num_continuations:
+        raise ValueError(f"{len(batch.responses)} rows are not {num_continuations} blocks of one length")
+    num_queries = len(batch.responses) // num_continuations
+    for ids in (batch.queries, batch.query_mask):
+        blocks = ids.view(num_continuations, num_queries, -1)
+        if not torch.equal(blocks, blocks[:1].expand_as(blocks)):
+            raise ValueError("the blocks of rows differ in their queries; a shared prompt needs equal ones")
+
+
+def _packs(model: nn.Module, batch: PaddedBatch, num_continuations: int) -> bool:
+    """Return whether the rows of a batch are packed; ZeRO-3: the probe comes first, as all processes take part."""
+    length = batch.responses.shape[1]
+    row_length = batch.queries.shape[1] + num_continuations * (length - 1)
+    return (
+        num_continuations > 1
+        and can_share_prompt(model)
+        and length > 0
+        and row_length <= narrowest_window(_backbone(unwrap_peft(model)).config)
+    )
+
+
+def _in_rows(values: Tensor, batch: PaddedBatch) -> Tensor:
+    """Place the numbers of real response tokens in rows (K*B, R), 0 on padding."""
+    return values.new_zeros(batch.responses.shape).masked_scatter(batch.response_mask, values)
 
 
 class PackedRows(NamedTuple):
@@ -176,21 +223,26 @@ def can_share_prompt(model: nn.Module) -> bool:
     kernels that take no custom mask. Then a probe decides, once per model and attention implementation: the hidden
     states of two tiny packed rows must be those of separate rows.
     """
-    causal_lm = unwrap_peft(model)
-    implementation = causal_lm.config._attn_implementation
-    results = _SHARING.setdefault(causal_lm, {})
+    plain = unwrap_peft(model)
+    backbone = _backbone(plain)
+    implementation = backbone.config._attn_implementation
+    results = _SHARING.setdefault(plain, {})
     if implementation not in results:
-        results[implementation] = _may_share(causal_lm) and _probe(causal_lm.base_model)
+        is_stateful = getattr(plain, "_is_stateful", False)
+        may_share = backbone is not plain and not is_stateful and _may_share(backbone)
+        results[implementation] = may_share and _probe(backbone)
     return results[implementation]
 
 
-def _may_share(causal_lm: nn.Module) -> bool:
-    text = causal_lm.config.get_text_config()
+def _backbone(model: nn.Module) -> nn.Module:
+    return model.backbone if isinstance(model, ScalarModel) else model.base_model
+
+
+def _may_share(backbone: nn.Module) -> bool:
+    text = backbone.config.get_text_config()
     return (
-        causal_lm.base_model is not causal_lm
-        and causal_lm.config._attn_implementation in ATTENTION_WITH_OWN_MASK
-        and takes_position_ids(causal_lm.base_model)
-        and not getattr(causal_lm, "_is_stateful", False)
+        backbone.config._attn_implementation in ATTENTION_WITH_OWN_MASK
+        and takes_position_ids(backbone)
         and not getattr(text, "alibi", False)
         and set(getattr(text, "layer_types", None) or ()) <= MASKED_LAYERS
     )

@@ -7,10 +7,12 @@ from tiny_models import ARCHITECTURES, HYBRIDS, VOCAB_SIZE, tiny_model
 from torch import nn
 
 from drpo.models.adapters import add_lora
+from drpo.models.scalar_head import ScalarModel, token_values
 from drpo.models.scoring import adapter_disabled, head_is_plain, response_logprobs
 from drpo.models.shared_prompt import (
     can_share_prompt,
     continuation_logprobs,
+    continuation_values,
     narrowest_window,
     pack_rows,
 )
@@ -90,6 +92,43 @@ def test_shared_prompts_score_and_learn_as_separate_rows(
     seen = rows_fed(model)
     continuation_logprobs(model, batch, num_continuations)
     assert seen == [len(QUERY_LENGTHS)], "one forward, one row per query"
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "llama", "gemma2"])
+def test_temperature_suppressed_ids_and_entropy_apply_as_to_separate_rows(model_type):
+    model, batch = tiny_model(model_type, **WIDE.get(model_type, {})).double(), shared_batch(3)
+    options = {"temperature": 0.6, "suppressed_ids": (1, 5, 7), "entropy": True}
+    expected, shared = response_logprobs(model, batch, **options), continuation_logprobs(model, batch, 3, **options)
+    plain = response_logprobs(model, batch).logprobs
+    real = batch.response_mask
+    assert (expected.logprobs - plain)[real].abs().max() > 0.1, "else the options do nothing"
+    for one, other in zip(expected, shared, strict=True):
+        torch.testing.assert_close(one[real], other[real], atol=1e-5, rtol=0)  # float32 logits
+
+
+@pytest.mark.parametrize("implementation, dtype", [("sdpa", torch.float64), ("eager", torch.float32)])
+@pytest.mark.parametrize("lora", [False, True])
+def test_values_and_their_gradients_are_those_of_separate_rows(implementation, dtype, lora, rows_fed):
+    causal_lm = tiny_model("llama")
+    causal_lm.set_attn_implementation(implementation)
+    model = ScalarModel.from_causal_lm(causal_lm).to(dtype)
+    if lora:
+        model = add_lora(model, r=2, alpha=4.0, target_modules=None, seed=0, trained_whole=("head",))
+    batch = shared_batch(4)
+    expected = token_values(model, batch)
+    gradients = weighted_gradients(model, expected, batch)
+    assert expected[batch.response_mask].std() > 0.01 and gradients, "else this proves nothing"
+    assert can_share_prompt(model)
+    seen = rows_fed(model)
+    values = continuation_values(model, batch, 4)
+    assert seen == [len(QUERY_LENGTHS)], "one forward, one row per query"
+    real = batch.response_mask
+    torch.testing.assert_close(values[real], expected[real], atol=1e-5, rtol=0)  # the head is in float32
+    assert not values[~real].any()
+    shared = weighted_gradients(model, values, batch)
+    assert shared.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(shared[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_one_response_is_an_ordinary_row(rows_fed):
