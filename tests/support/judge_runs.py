@@ -112,7 +112,7 @@ def judge(
                 judge_setup(config, prompt, ties, price),
                 open_store,
                 Budget(open_store, budget or BudgetConfig()),
-                RateLimiter(limits),
+                RateLimiter(limits.requests_per_minute),
                 retry,
                 limits.concurrency,
                 random.Random(0),

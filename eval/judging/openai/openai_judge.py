@@ -21,7 +21,7 @@ from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Question
 from eval.judging.openai.answer_body import decoded
 from eval.judging.openai.budget import Budget, BudgetReached, Reservation
-from eval.judging.openai.rate_limit import Admission, RateLimiter
+from eval.judging.openai.rate_limit import RateLimiter
 from eval.judging.openai.request import JudgeSetup, Request, stored_verdicts
 from eval.judging.openai.retry import Failure, RetryConfig, classify, delay_before_retry, unclear_text
 from eval.judging.openai.settings import OpenAISettings
@@ -145,7 +145,7 @@ class OpenAIJudge:
         """Send a request until it has an answer or has failed. Raises JudgeStopped when the run has to stop."""
         first_sent = None
         for attempt in range(1, self._retry.max_attempts + 1):
-            reservation, admission = await self._leave_to_send(request)
+            reservation = await self._leave_to_send(request)
             sent = time.monotonic()
             first_sent = first_sent or sent
             try:
@@ -176,14 +176,12 @@ class OpenAIJudge:
                     self._limiter.pause(failure.retry_after)
                 await self._unless_stopped(asyncio.sleep(delay))
             else:
-                if call.prompt_tokens is not None and call.completion_tokens is not None:
-                    self._limiter.correct(admission, call.prompt_tokens + call.completion_tokens)
                 await self._budget.settle(reservation, self._setup.paid(request, call), "answered", call)
                 self._failures_in_a_row = 0
                 return call
         raise AssertionError("the loop returns in its last round")
 
-    async def _leave_to_send(self, request: Request) -> tuple[Reservation, Admission]:
+    async def _leave_to_send(self, request: Request) -> Reservation:
         """Wait for room in the budget, then for the pace."""
         reserving = self._budget.reserve(request.key, self._setup.most(request))
         try:
@@ -191,12 +189,11 @@ class OpenAIJudge:
         except BudgetReached as error:
             raise self._halt(JudgeStopped(str(error))) from None
         try:
-            tokens = request.prompt_tokens_about + self._setup.config.max_output_tokens
-            admission = await self._unless_stopped(self._limiter.wait(tokens))
+            await self._unless_stopped(self._limiter.wait())
         except BaseException:
             await self._budget.withdraw(reservation)
             raise
-        return reservation, admission
+        return reservation
 
     async def _send(self, body: Mapping[str, Any]) -> tuple[Any, Mapping[str, str]]:
         """Return the JSON of an answer and its headers. Raises what the client raises, or NotAnAnswer."""

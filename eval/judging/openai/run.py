@@ -85,7 +85,7 @@ async def _ask(
 ) -> Outcome:
     async with client:
         budget = Budget(store, recipe.budget)
-        limiter = RateLimiter(recipe.limits)
+        limiter = RateLimiter(recipe.limits.requests_per_minute)
 
         def live(setup: JudgeSetup) -> OpenAIJudge:
             concurrency = recipe.limits.concurrency
