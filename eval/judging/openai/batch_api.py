@@ -32,7 +32,7 @@ from eval.judging.openai.retry import (
     classify_status,
     unclear_text,
 )
-from eval.judging.openai.store import Call, Store
+from eval.judging.openai.store import Call, Reservation, Store
 from eval.judging.verdict import Verdict
 
 MAX_BYTES = 190_000_000
@@ -110,56 +110,53 @@ class BatchJudge:
     async def _submit(self, requests: Sequence[Request]) -> None:
         name = uuid.uuid4().hex
         try:
-            keys = [request.key for request in requests]
-            self._budget.reserve_all(keys, [self._setup.most(r) for r in requests], name)
+            self._budget.reserve_batch([(r.key, self._setup.max_usd(r)) for r in requests], name)
         except BudgetReached as error:
             raise JudgeStopped(str(error)) from None
         self._store.put_batch(name, None, "open", [(r.key, r.sample, r.body) for r in requests])
-        content = b"".join(map(_line, requests))
-
-        async def upload() -> FileObject:
-            file = await self._client.files.create(file=(f"{name}.jsonl", content), purpose="batch")
-            return with_id(file, FileObject)
-
-        batch_id = await self._create(name, (await self._ask(upload)).id)
+        content = (f"{name}.jsonl", b"".join(map(_line, requests)))
+        file = await self._ask(lambda: self._client.files.create(file=content, purpose="batch"), FileObject)
+        batch_id = await self._create(name, file.id)
         self._store.update_batch(name, batch_id, "open")
         self._say(f"submitted batch {batch_id} of {len(requests)} requests")
 
     async def _create(self, name: str, file_id: str) -> str:
         """Submit a batch; after an unclear failure, first check that it does not exist, since each one is paid for."""
-        tried = False
+        submitted = False
 
-        async def create() -> Batch:
-            nonlocal tried
-            if tried and (found := await self._listed(name)) is not None:
-                return found
-            tried = True
-            batch = await self._client.batches.create(
+        async def create() -> Any:
+            nonlocal submitted
+            if submitted and (listed := await self._listed(name)) is not None:
+                return listed
+            submitted = True
+            return await self._client.batches.create(
                 input_file_id=file_id,
                 endpoint=ENDPOINT,
                 completion_window="24h",
                 metadata={METADATA_KEY: name},
             )
-            return with_id(batch, Batch)
 
-        return (await self._ask(create)).id
+        return (await self._ask(create, Batch)).id
 
     async def _listed(self, name: str) -> Batch | None:
         """Return the batch with this name in its metadata, None if there is none."""
-        raw = await self._client.batches.with_raw_response.list(
-            limit=100
-        )  # the client cannot page through HTML
+        # Raw: the client cannot page through HTML.
+        raw = await self._client.batches.with_raw_response.list(limit=100)
         return batch_called(name, METADATA_KEY, decoded(raw.http_response.text))
 
     async def _rows(self, file_id: str, num_expected: int) -> list[dict[str, Any]]:
         """Download the rows of a file. Raises NotAnAnswer as `rows_in` does."""
         return rows_in((await self._client.files.content(file_id)).content, file_id, num_expected)
 
-    async def _ask(self, request: Callable[[], Any]) -> Any:
-        """Send a request about batches, retried while that may help. Raises JudgeStopped when it does not."""
+    async def _ask(self, request: Callable[[], Any], kind: type[FileObject | Batch] | None = None) -> Any:
+        """Send a request about batches, retried while that may help. Raises JudgeStopped when it does not.
+
+        A reply that must be of a `kind` is checked as `with_id` does.
+        """
         for attempt in range(1, self._retry.max_attempts + 1):
             try:
-                return await request()
+                reply = await request()
+                return reply if kind is None else with_id(reply, kind)
             except Exception as error:
                 failure = classify(error)
                 if failure.action != "retry" or attempt == self._retry.max_attempts:
@@ -181,11 +178,11 @@ class BatchJudge:
         """Wait for every submitted batch, of this run or an earlier one, and store its answers."""
         for name, batch_id, rows in self._store.open_batches():
             if batch_id is None:
-                found = await self._ask(lambda name=name: self._listed(name))
-                batch_id = None if found is None else found.id
+                listed = await self._ask(lambda name=name: self._listed(name))
+                batch_id = None if listed is None else listed.id
             if batch_id is None:  # killed before it was submitted, so it costs nothing
-                for number, reserved in self._store.open_requests_of(name).values():
-                    self._budget.settle_one(number, reserved, 0.0, "never submitted", None)
+                for reservation in self._store.open_requests_of(name).values():
+                    await self._budget.settle(reservation, 0.0, "never submitted")
                 self._store.update_batch(name, None, "never submitted")
                 continue
             self._store.update_batch(name, batch_id, "open")
@@ -200,11 +197,8 @@ class BatchJudge:
                 raise JudgeStopped(f"batch {batch.id} was not accepted: {reasons_of(batch)}")
 
     async def _wait_for(self, batch_id: str) -> Batch:
-        async def look() -> Batch:
-            return with_id(await self._client.batches.retrieve(batch_id), Batch)
-
         while True:
-            batch = await self._ask(look)
+            batch = await self._ask(lambda: self._client.batches.retrieve(batch_id), Batch)
             if batch.status in ENDED:
                 return batch
             await self._sleep(self._config.poll_seconds)
@@ -219,18 +213,19 @@ class BatchJudge:
             rows = await self._ask(lambda of=file_id, expected=num_expected: self._rows(of, expected))
             for row in rows:
                 if (key := row["custom_id"]) in open_requests:
-                    number, reserved = open_requests.pop(key)
-                    failure = self._settle(requests[key], row, number, reserved)
+                    failure = await self._settle(requests[key], row, open_requests.pop(key))
                     if failure is not None and failure.action == "stop":
                         stop = failure
-        for key, (number, reserved) in open_requests.items():  # expired or cancelled before their turn
+        for key, reservation in open_requests.items():  # expired or cancelled before their turn
             detail = f"no answer in a batch that ended as {batch.status}"
-            self._budget.settle_one(number, reserved, 0.0, detail, None)
+            await self._budget.settle(reservation, 0.0, detail)
             self._note_failure(requests[key], detail)
         if stop is not None:
             raise JudgeStopped(stop.detail, stop.param)
 
-    def _settle(self, request: Request, row: dict[str, Any], number: int, reserved: float) -> Failure | None:
+    async def _settle(
+        self, request: Request, row: dict[str, Any], reservation: Reservation
+    ) -> Failure | None:
         """Book one row of a batch, and return its failure, if any."""
         response = row["response"] if isinstance(row.get("response"), dict) else {}
         body, status = response.get("body"), status_of(row, response)
@@ -240,8 +235,7 @@ class BatchJudge:
             except NotAnAnswer as error:
                 failure = classify(error)
             else:
-                paid = reserved if call.cost is None else call.cost
-                self._budget.settle_one(number, reserved, paid, "answered", call)
+                await self._budget.settle(reservation, call.cost, "answered", call)
                 return None
         else:
             failure = classify_status(status, row.get("error") or body, {})
@@ -250,8 +244,7 @@ class BatchJudge:
         call = None
         if failure.action == "refused":
             call = self._setup.unanswerable(request, "batch", "refused", failure.detail, 1)
-        paid = reserved if failure.may_be_paid else 0.0
-        self._budget.settle_one(number, reserved, paid, failure.detail, call)
+        await self._budget.settle(reservation, None if failure.may_be_paid else 0.0, failure.detail, call)
         if failure.action in ("retry", "give_up"):
             self._note_failure(request, failure.detail)
         if failure.action == "give_up":
@@ -260,7 +253,7 @@ class BatchJudge:
 
     def _note_failure(self, request: Request, detail: str) -> None:
         call = self._setup.unanswerable(request, "batch", "failed", detail, 1)
-        self._store.record_failure(call)
+        self._store.add_call(call)
         self._failures.setdefault(request.key, []).append(call)
 
 

@@ -89,7 +89,7 @@ def estimate(setup: JudgeSetup, questions: Sequence[Question], store: Store) -> 
         prompt_tokens,
         answer_tokens,
         about,
-        None if price is None else sum(setup.most(request) for request in requests),
+        None if price is None else sum(setup.max_usd(request) for request in requests),
         None if price is None else price.as_of,
     )
 

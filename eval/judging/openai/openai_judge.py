@@ -20,12 +20,12 @@ from drpo.config import ConfigError
 from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Question
 from eval.judging.openai.answer_body import decoded
-from eval.judging.openai.budget import Budget, BudgetReached, Reservation
+from eval.judging.openai.budget import Budget, BudgetReached
 from eval.judging.openai.rate_limit import RateLimiter
 from eval.judging.openai.request import JudgeSetup, Request, stored_verdicts
 from eval.judging.openai.retry import Failure, RetryConfig, classify, delay_before_retry, unclear_text
 from eval.judging.openai.settings import OpenAISettings
-from eval.judging.openai.store import Call, Store
+from eval.judging.openai.store import Call, Reservation, Store
 from eval.judging.verdict import Verdict
 
 Result = TypeVar("Result")
@@ -70,11 +70,11 @@ class OpenAIJudge:
         self._stop_event = asyncio.Event()
 
     def stop(self, reason: str) -> None:
-        self._halt(JudgeStopped(reason))
+        self._halt(reason)
 
-    def _halt(self, error: JudgeStopped) -> JudgeStopped:
+    def _halt(self, reason: str, param: str | None = None) -> JudgeStopped:
         if self._stopped is None:
-            self._stopped = error
+            self._stopped = JudgeStopped(reason, param)
             self._stop_event.set()
         return self._stopped
 
@@ -90,7 +90,7 @@ class OpenAIJudge:
                     if self._stopped is not None:
                         return
             except BaseException as error:
-                self._halt(JudgeStopped(f"a worker ended with {error!r}"))
+                self._halt(f"a worker ended with {error!r}")
                 raise
             finally:
                 done.put_nowait(None)
@@ -109,8 +109,8 @@ class OpenAIJudge:
                 if isinstance(result, BaseException) and not isinstance(result, JudgeStopped):
                     raise result
             if self._stopped is not None:
-                left = [question for question in questions if question not in yielded]
-                for verdict in stored_verdicts(self._setup, left, self._store):  # needs no request
+                unanswered = [question for question in questions if question not in yielded]
+                for verdict in stored_verdicts(self._setup, unanswered, self._store):  # needs no request
                     yield verdict
                 raise self._stopped
         finally:
@@ -155,39 +155,39 @@ class OpenAIJudge:
                 )
             except Exception as error:  # after a cancellation the reservation stays open: it may be paid
                 failure = classify(error)
-                paid = reservation.usd if failure.may_be_paid else 0.0
+                paid = None if failure.may_be_paid else 0.0
                 if failure.action == "refused":
                     call = self._setup.unanswerable(request, "live", "refused", failure.detail, attempt)
                     await self._budget.settle(reservation, paid, failure.detail, call)
                     return call
                 await self._budget.settle(reservation, paid, failure.detail)
                 if failure.action == "stop":
-                    raise self._halt(JudgeStopped(failure.detail, failure.param)) from None
+                    raise self._halt(failure.detail, failure.param) from None
                 if failure.unclear and not self._store.answered_by(request.body["model"]):
-                    raise self._halt(JudgeStopped(unclear_text(failure))) from None
+                    raise self._halt(unclear_text(failure)) from None
                 if failure.action == "give_up" or attempt == self._retry.max_attempts:
                     return self._failed(request, failure, attempt)
                 delay = delay_before_retry(self._retry, attempt, failure.retry_after, self._rng)
                 if time.monotonic() - first_sent + delay > self._retry.max_elapsed:
                     if failure.cause == "day":  # the same for all questions
-                        raise self._halt(JudgeStopped(failure.detail)) from None
+                        raise self._halt(failure.detail) from None
                     return self._failed(request, failure, attempt)
                 if failure.retry_after is not None:
                     self._limiter.pause(failure.retry_after)
                 await self._unless_stopped(asyncio.sleep(delay))
             else:
-                await self._budget.settle(reservation, self._setup.paid(request, call), "answered", call)
+                await self._budget.settle(reservation, call.cost, "answered", call)
                 self._failures_in_a_row = 0
                 return call
         raise AssertionError("the loop returns in its last round")
 
     async def _leave_to_send(self, request: Request) -> Reservation:
         """Wait for room in the budget, then for the pace."""
-        reserving = self._budget.reserve(request.key, self._setup.most(request))
+        reserving = self._budget.reserve(request.key, self._setup.max_usd(request))
         try:
             reservation = await self._unless_stopped(reserving)
         except BudgetReached as error:
-            raise self._halt(JudgeStopped(str(error))) from None
+            raise self._halt(str(error)) from None
         try:
             await self._unless_stopped(self._limiter.wait())
         except BaseException:
@@ -204,12 +204,10 @@ class OpenAIJudge:
 
     def _failed(self, request: Request, failure: Failure, num_attempts: int) -> Call:
         call = self._setup.unanswerable(request, "live", "failed", failure.detail, num_attempts)
-        self._store.record_failure(call)
+        self._store.add_call(call)
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._retry.max_failures_in_a_row:
-            self._halt(
-                JudgeStopped(f"{self._failures_in_a_row} questions in a row got no answer: {failure.detail}")
-            )
+            self._halt(f"{self._failures_in_a_row} questions in a row got no answer: {failure.detail}")
         return call
 
     async def _unless_stopped(self, waiting: Coroutine[Any, Any, Result]) -> Result:

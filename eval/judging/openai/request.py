@@ -11,7 +11,7 @@ from eval.judging.injection import suspicions
 from eval.judging.matchup import Question
 from eval.judging.openai.answer import Answer, Form, JudgePrompt, ParsedAnswer
 from eval.judging.openai.answer_body import said_in, text_or_none
-from eval.judging.openai.prices import Price, Tokens, prompt_tokens_about, prompt_tokens_at_most
+from eval.judging.openai.prices import Price, prompt_tokens_about, prompt_tokens_at_most
 from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Call, Store, call_key, now
 from eval.judging.verdict import Verdict, verdict_on, winner_of
@@ -65,7 +65,7 @@ class JudgeSetup:
             texts.append(json.dumps(body["response_format"]))
         return Request(key, sample, body, prompt_tokens_at_most(texts), prompt_tokens_about(texts))
 
-    def most(self, request: Request) -> float:
+    def max_usd(self, request: Request) -> float:
         """Return the maximum cost in dollars of sending a request once; 0 without a price."""
         if self.price is None:
             return 0.0
@@ -147,10 +147,6 @@ class JudgeSetup:
         parsed = self.read(call)
         return replace(call, status=parsed.status, slot=parsed.slot, detail=parsed.detail)
 
-    def paid(self, request: Request, call: Call) -> float:
-        """Return the dollars to book for an answer: its cost, or the bound if the server reported no usage."""
-        return self.most(request) if call.cost is None else call.cost
-
     def unanswerable(
         self, request: Request, backend: str, status: str, detail: str, num_attempts: int
     ) -> Call:
@@ -175,22 +171,17 @@ class JudgeSetup:
         if prompt is None or completion is None:
             return {}
         prompt_details = usage.get("prompt_tokens_details")
-        tokens = Tokens(
-            prompt,
-            _count(prompt_details, "cached_tokens") or 0,
-            _count(prompt_details, "cache_write_tokens") or 0,
-            completion,
-            _count(usage.get("completion_tokens_details"), "reasoning_tokens") or 0,
-        )
+        cached = _count(prompt_details, "cached_tokens") or 0
+        cache_write = _count(prompt_details, "cache_write_tokens") or 0
+        reasoning = _count(usage.get("completion_tokens_details"), "reasoning_tokens") or 0
+        priced = self.price is not None and model == self.config.model
         return {
-            "prompt_tokens": tokens.prompt,
-            "cached_tokens": tokens.cached,
-            "cache_write_tokens": tokens.cache_write,
-            "completion_tokens": tokens.completion,
-            "reasoning_tokens": tokens.reasoning,
-            "cost": self.price.cost(tokens)
-            if self.price is not None and model == self.config.model
-            else None,
+            "prompt_tokens": prompt,
+            "cached_tokens": cached,
+            "cache_write_tokens": cache_write,
+            "completion_tokens": completion,
+            "reasoning_tokens": reasoning,
+            "cost": self.price.cost(prompt, cached, cache_write, completion) if priced else None,
         }
 
 
