@@ -40,6 +40,7 @@ class Answer:
     refusal: str | None = None
     "The API's own field for a refusal."
     finish_reason: str | None = "stop"
+    "None if the completion has no choices."
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from eval.judging.injection import suspicions
 from eval.judging.matchup import Question
 from eval.judging.openai.answer import Answer, Form, JudgePrompt, ParsedAnswer
-from eval.judging.openai.answer_body import said_in, text_or_none
+from eval.judging.openai.answer_body import answer_in, text_or_none
 from eval.judging.openai.prices import Price, prompt_tokens_about, prompt_tokens_at_most
 from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Call, Store, call_key, now
@@ -117,7 +117,7 @@ class JudgeSetup:
         latency: float | None,
         request_id: Any,
     ) -> Call:
-        """Record an answer, given as the JSON of a chat completion. Raises the errors of `said_in`.
+        """Record an answer, given as the JSON of a chat completion. Raises the errors of `answer_in`.
 
         Args:
             request: The request that was answered.
@@ -127,21 +127,19 @@ class JudgeSetup:
             latency: Seconds of the last attempt; None if unknown.
             request_id: The API's id of the request, for support.
         """
-        said = said_in(payload, "" if self.form == "json" else "\n")
-        there = said.finish_reason is not None
+        answer = answer_in(payload, "" if self.form == "json" else "\n")
+        has_choices = answer.finish_reason is not None
         call = self._record(
             request,
             backend,
-            text=said.text,
-            refusal=said.refusal,
-            finish_reason=said.finish_reason,
+            **asdict(answer),
             model_returned=text_or_none(payload.get("model")),
             fingerprint=text_or_none(payload.get("system_fingerprint")),
             request_id=text_or_none(request_id),
             num_attempts=num_attempts,
             latency=latency,
-            detail="" if there else "an answer without choices",
-            status="ok" if there else "malformed",
+            detail="" if has_choices else "an answer without choices",
+            status="ok" if has_choices else "malformed",
             **self._usage(payload.get("usage"), request.body["model"]),
         )
         parsed = self.read(call)
