@@ -68,7 +68,7 @@ class ScoreJudge:
     def _verdict(self, question: Question, scores: dict[_Text, float]) -> Verdict:
         a, b = (scores[text] for text in _texts(question.matchup))
         if not (math.isfinite(a) and math.isfinite(b)):
-            return verdict_on(question, "failed", None, f"scores {a} and {b} are not both finite")
+            return verdict_on(question, "failed", None, detail=f"scores {a} and {b} are not both finite")
         winner: Winner = "tie" if abs(a - b) <= self._tie_margin else ("a" if a > b else "b")
         return verdict_on(question, "ok", winner, scores=(a, b))
 

@@ -1,7 +1,7 @@
-"""Answers of a judge model: the interface of prompts for judges, and the parts common to all answers.
+"""Answers of a judge model, as far as their parsing is independent of the question.
 
-A way of asking is one module such as `pairwise`: the prompt and the parser of its answers. This module parses what is
-independent of the question: refusals, truncated answers, thoughts, JSON inside a code fence.
+That is: refusals, truncated answers, thoughts, JSON inside a code fence. `pairwise` has the question and the parser of
+its verdicts.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-from eval.judging.matchup import Question
 from eval.judging.openai.thoughts import after_thoughts
 from eval.judging.verdict import Slot, Status
 
@@ -52,22 +51,6 @@ class ParsedAnswer:
     detail: str = ""
 
 
-class JudgePrompt(Protocol):
-    """A way of asking: the messages of a question, and how an answer to them is parsed."""
-
-    def messages(self, question: Question, form: Form, ties: bool, sample: int) -> list[dict[str, str]]:
-        """Return the messages of one call. `sample` > 0 asks again after an unreadable answer."""
-        ...
-
-    def response_format(self, ties: bool) -> dict[str, Any]:
-        """Return the JSON schema of an answer in the form json, as the API takes it."""
-        ...
-
-    def parse(self, answer: Answer, form: Form, ties: bool) -> ParsedAnswer:
-        """Read an answer that was asked for in this form."""
-        ...
-
-
 class Unreadable(ValueError):
     """An answer without a verdict; the message describes what it contains instead."""
 
@@ -102,11 +85,8 @@ def parse_answer(answer: Answer, form: Form, read_slot: Callable[[str], Slot]) -
 def _nothing_said(whole: str, reason: str) -> str:
     if whole:
         return "thoughts and no answer"
-    return (
-        "a call of a tool in place of an answer"
-        if reason in ("tool_calls", "function_call")
-        else "empty answer"
-    )
+    is_tool_call = reason in ("tool_calls", "function_call")
+    return "a call of a tool in place of an answer" if is_tool_call else "empty answer"
 
 
 def without_fence(text: str) -> str:

@@ -68,15 +68,13 @@ class PairwisePrompt:
         first, second = matchup.shown(question.order)
         code = marker_code(self.name, (matchup.prompt, first, second), sample)
         sections = [
-            _section(title, text, code)
-            for title, text in (
-                (self.material, matchup.prompt),
-                (f"{self.noun} A", first),
-                (f"{self.noun} B", second),
-            )
+            self.question,
+            _section(self.material, matchup.prompt, code),
+            _section(f"{self.noun} A", first, code),
+            _section(f"{self.noun} B", second, code),
+            f"### Instructions:\n{_instructions(self, form, ties, sample)}",
         ]
-        instructions = f"### Instructions:\n{_instructions(self, form, ties, sample)}"
-        user = "\n\n".join([self.question, *sections, instructions])
+        user = "\n\n".join(sections)
         return [{"role": "system", "content": _system(self, code)}, {"role": "user", "content": user}]
 
     def response_format(self, ties: bool) -> dict[str, Any]:
@@ -224,10 +222,7 @@ def _read_json(text: str, noun: str) -> Slot:
         raise Unreadable(f"not JSON: {error}") from None
     if not isinstance(answer, dict) or not isinstance(answer.get(JSON_VERDICT), str):
         raise Unreadable(f"JSON without a {JSON_VERDICT!r} of type text")
-    slot = _slot(answer[JSON_VERDICT], noun)
-    if slot is None:
-        raise Unreadable(f"{JSON_VERDICT} is {shorten(answer[JSON_VERDICT])!r}")
-    return slot
+    return _common_slot([answer[JSON_VERDICT]], noun, JSON_VERDICT)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -253,16 +248,18 @@ def _read_text(text: str, label: str, noun: str) -> Slot:
         if match := labelled.fullmatch(line):
             verdicts.append(match.group("verdict").strip(_DECORATION) or below)
     if not verdicts:
-        slot = _slot(lines[-1], noun)
-        if slot is None:
-            raise Unreadable(f"no line {label!r}, and the last line is {shorten(lines[-1])!r}")
-        return slot
+        return _common_slot([lines[-1]], noun, f"no line {label!r}, and the last line")
+    return _common_slot(verdicts, noun, label)
+
+
+def _common_slot(verdicts: list[str], noun: str, place: str) -> Slot:
+    """Return the slot that all verdicts name. Raises Unreadable, naming their place, where there is none."""
     slots = {_slot(verdict, noun) for verdict in verdicts}
     if len(slots) > 1:
         raise Unreadable(f"several different verdicts: {[shorten(v) for v in verdicts]}")
     slot = slots.pop()
     if slot is None:
-        raise Unreadable(f"{label} is {shorten(verdicts[0])!r}")
+        raise Unreadable(f"{place} is {shorten(verdicts[0])!r}")
     return slot
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from eval.judging.injection import suspicions
 from eval.judging.matchup import Question
-from eval.judging.openai.answer import Answer, Form, JudgePrompt, ParsedAnswer
+from eval.judging.openai.answer import Answer, Form, ParsedAnswer
 from eval.judging.openai.answer_body import answer_in, text_or_none
+from eval.judging.openai.pairwise import PairwisePrompt
 from eval.judging.openai.prices import Price, prompt_tokens_about, prompt_tokens_at_most
 from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Call, Store, call_key, now
@@ -36,7 +37,7 @@ class JudgeSetup:
     """Settings, prompt, form and price shared by all calls of a run."""
 
     config: OpenAISettings
-    prompt: JudgePrompt
+    prompt: PairwisePrompt
     ties: bool
     form: Form
     price: Price | None
@@ -101,8 +102,9 @@ class JudgeSetup:
             question,
             parsed.status,
             None if parsed.slot is None else winner_of(parsed.slot, question.order),
-            parsed.detail,
-            (suspicions(matchup.response_a), suspicions(matchup.response_b)),
+            detail=parsed.detail,
+            suspicions_a=suspicions(matchup.response_a),
+            suspicions_b=suspicions(matchup.response_b),
             keys=tuple(call.key for call in calls),
         )
 
