@@ -91,6 +91,14 @@ def answer_in(payload: Any, joint: str) -> Answer:
     return Answer(text_or_none(text), text_or_none(message.get("refusal")) or text_or_none(refusal), reason)
 
 
+def objects_in(listed: Any) -> list[Mapping[str, Any]]:
+    """Return the objects of a reply that lists models or batches. Raises NotAnAnswer for other JSON."""
+    objects = listed.get("data") if isinstance(listed, Mapping) else None
+    if not isinstance(objects, list) or not all(isinstance(item, Mapping) for item in objects):
+        raise NotAnAnswer(json.dumps(listed)[:80])
+    return objects
+
+
 def _has_error(payload: Mapping[str, Any]) -> bool:
     """Return whether a body reports an error with status 200, in `error` or as MiniMax does."""
     if payload.get("error"):

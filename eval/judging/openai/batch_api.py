@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from openai.types import Batch, FileObject
 from drpo.config import Section, setting
 from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Question
-from eval.judging.openai.answer_body import decoded
+from eval.judging.openai.answer_body import decoded, text_or_none
 from eval.judging.openai.batch_replies import batch_called, reasons_of, rows_in, status_of, with_id
 from eval.judging.openai.budget import Budget, BudgetReached
 from eval.judging.openai.request import JudgeSetup, Request
@@ -34,6 +35,7 @@ from eval.judging.openai.retry import (
 )
 from eval.judging.openai.store import Call, Reservation, Store
 from eval.judging.verdict import Verdict
+from eval.progress import Say
 
 MAX_BYTES = 190_000_000
 "A little less than the API's limit of 200 MB for a file."
@@ -65,11 +67,11 @@ class BatchJudge:
         budget: Budget,
         config: BatchAPIConfig,
         retry: RetryConfig,
-        say: Callable[[str], None],
+        say: Say,
     ) -> None:
         self._client, self._setup, self._store, self._budget = client, setup, store, budget
         self._config, self._retry, self._say = config, retry, say
-        self._failures: dict[str, list[Call]] = {}
+        self._failures: dict[str, list[Call]] = defaultdict(list)
         self._hopeless: set[str] = set()
         self._stopping = asyncio.Event()
         self._reason = ""
@@ -90,9 +92,9 @@ class BatchJudge:
             stopped = error
         for question in questions:
             request, calls = self._setup.unanswered(question, self._store)
-            failed = [] if request is None else self._failures.get(request.key, [])[-1:]
-            if request is None or failed:
-                yield self._setup.verdict(question, [*calls, *failed])
+            failures = [] if request is None else self._failures[request.key][-1:]
+            if request is None or failures:
+                yield self._setup.verdict(question, [*calls, *failures])
         if stopped is not None:
             raise stopped
 
@@ -100,10 +102,9 @@ class BatchJudge:
         """Return the requests to submit now, each once."""
         requests = (self._setup.unanswered(question, self._store)[0] for question in questions)
         unique = {request.key: request for request in requests if request is not None}
-        return [r for r in unique.values() if not self._given_up(r.key)]
-
-    def _given_up(self, key: str) -> bool:
-        return key in self._hopeless or len(self._failures.get(key, [])) >= self._config.max_submissions
+        max_failures = self._config.max_submissions
+        given_up = self._hopeless | {key for key in unique if len(self._failures[key]) >= max_failures}
+        return [request for key, request in unique.items() if key not in given_up]
 
     # --- submitting -------------------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ class BatchJudge:
             self._budget.reserve_batch([(r.key, self._setup.max_usd(r)) for r in requests], name)
         except BudgetReached as error:
             raise JudgeStopped(str(error)) from None
-        self._store.put_batch(name, None, "open", [(r.key, r.sample, r.body) for r in requests])
+        self._store.add_batch(name, [(r.key, r.sample, r.body) for r in requests])
         content = (f"{name}.jsonl", b"".join(map(_line, requests)))
         file = await self._ask(lambda: self._client.files.create(file=content, purpose="batch"), FileObject)
         batch_id = await self._create(name, file.id)
@@ -187,7 +188,7 @@ class BatchJudge:
                 continue
             self._store.update_batch(name, batch_id, "open")
             batch = await self._wait_for(batch_id)
-            requests = {key: self._setup.restored(key, sample, body) for key, sample, body in rows}
+            requests = {key: Request(key, sample, body) for key, sample, body in rows}
             try:
                 await self._merge(name, batch, requests)
             finally:
@@ -231,7 +232,8 @@ class BatchJudge:
         body, status = response.get("body"), status_of(row, response)
         if 200 <= status < 300:
             try:
-                call = self._setup.answered(request, body, "batch", 1, None, response.get("request_id"))
+                request_id = text_or_none(response.get("request_id"))
+                call = self._setup.answered(request, body, "batch", request_id=request_id)
             except NotAnAnswer as error:
                 failure = classify(error)
             else:
@@ -243,7 +245,7 @@ class BatchJudge:
             failure = replace(failure, action="stop", detail=unclear_text(failure))
         call = None
         if failure.action == "refused":
-            call = self._setup.unanswerable(request, "batch", "refused", failure.detail, 1)
+            call = self._setup.record(request, "batch", "refused", detail=failure.detail)
         await self._budget.settle(reservation, None if failure.may_be_paid else 0.0, failure.detail, call)
         if failure.action in ("retry", "give_up"):
             self._note_failure(request, failure.detail)
@@ -252,9 +254,9 @@ class BatchJudge:
         return failure
 
     def _note_failure(self, request: Request, detail: str) -> None:
-        call = self._setup.unanswerable(request, "batch", "failed", detail, 1)
+        call = self._setup.record(request, "batch", "failed", detail=detail)
         self._store.add_call(call)
-        self._failures.setdefault(request.key, []).append(call)
+        self._failures[request.key].append(call)
 
 
 def _line(request: Request) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from openai.types import Batch, FileObject
 
 from drpo.jsonl import lines_of
+from eval.judging.openai.answer_body import objects_in
 from eval.judging.openai.retry import NotAnAnswer
 
 Named = TypeVar("Named", FileObject, Batch)
@@ -23,10 +24,7 @@ def with_id(reply: Any, kind: type[Named]) -> Named:
 
 def batch_called(name: str, key: str, listed: Any) -> Batch | None:
     """Return the listed batch whose metadata has `name` under `key`. Raises NotAnAnswer for anything but a list."""
-    batches = listed.get("data") if isinstance(listed, Mapping) else None
-    if not isinstance(batches, list) or not all(isinstance(batch, Mapping) for batch in batches):
-        raise NotAnAnswer(json.dumps(listed)[:80])
-    for batch in batches:
+    for batch in objects_in(listed):
         metadata = batch.get("metadata")
         if isinstance(metadata, Mapping) and metadata.get(key) == name:
             return with_id(Batch.construct(**batch), Batch)

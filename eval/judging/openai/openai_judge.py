@@ -12,6 +12,7 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from itertools import count
 from typing import Any, TypeVar
 
 from openai import AsyncOpenAI
@@ -19,7 +20,7 @@ from openai import AsyncOpenAI
 from drpo.config import ConfigError
 from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Question
-from eval.judging.openai.answer_body import decoded
+from eval.judging.openai.answer_body import decoded, text_or_none
 from eval.judging.openai.budget import Budget, BudgetReached
 from eval.judging.openai.rate_limit import RateLimiter
 from eval.judging.openai.request import JudgeSetup, Request, stored_verdicts
@@ -144,20 +145,21 @@ class OpenAIJudge:
     async def _send_until_answered(self, request: Request) -> Call:
         """Send a request until it has an answer or has failed. Raises JudgeStopped when the run has to stop."""
         first_sent = None
-        for attempt in range(1, self._retry.max_attempts + 1):
-            reservation = await self._leave_to_send(request)
+        for attempt in count(1):
+            reservation = await self._reserve(request)
             sent = time.monotonic()
             first_sent = first_sent or sent
             try:
                 payload, headers = await self._send(request.body)
-                call = self._setup.answered(
-                    request, payload, "live", attempt, time.monotonic() - sent, headers.get("x-request-id")
-                )
+                values = {"num_attempts": attempt, "latency": time.monotonic() - sent}
+                request_id = text_or_none(headers.get("x-request-id"))
+                call = self._setup.answered(request, payload, "live", request_id=request_id, **values)
             except Exception as error:  # after a cancellation the reservation stays open: it may be paid
                 failure = classify(error)
                 paid = None if failure.may_be_paid else 0.0
                 if failure.action == "refused":
-                    call = self._setup.unanswerable(request, "live", "refused", failure.detail, attempt)
+                    values = {"detail": failure.detail, "num_attempts": attempt}
+                    call = self._setup.record(request, "live", "refused", **values)
                     await self._budget.settle(reservation, paid, failure.detail, call)
                     return call
                 await self._budget.settle(reservation, paid, failure.detail)
@@ -166,12 +168,12 @@ class OpenAIJudge:
                 if failure.unclear and not self._store.answered_by(request.body["model"]):
                     raise self._halt(unclear_text(failure)) from None
                 if failure.action == "give_up" or attempt == self._retry.max_attempts:
-                    return self._failed(request, failure, attempt)
+                    return self._fail(request, failure, attempt)
                 delay = delay_before_retry(self._retry, attempt, failure.retry_after, self._rng)
                 if time.monotonic() - first_sent + delay > self._retry.max_elapsed:
                     if failure.cause == "day":  # the same for all questions
                         raise self._halt(failure.detail) from None
-                    return self._failed(request, failure, attempt)
+                    return self._fail(request, failure, attempt)
                 if failure.retry_after is not None:
                     self._limiter.pause(failure.retry_after)
                 await self._unless_stopped(asyncio.sleep(delay))
@@ -179,9 +181,8 @@ class OpenAIJudge:
                 await self._budget.settle(reservation, call.cost, "answered", call)
                 self._failures_in_a_row = 0
                 return call
-        raise AssertionError("the loop returns in its last round")
 
-    async def _leave_to_send(self, request: Request) -> Reservation:
+    async def _reserve(self, request: Request) -> Reservation:
         """Wait for room in the budget, then for the pace."""
         reserving = self._budget.reserve(request.key, self._setup.max_usd(request))
         try:
@@ -202,8 +203,10 @@ class OpenAIJudge:
         )
         return decoded(raw.text), raw.headers
 
-    def _failed(self, request: Request, failure: Failure, num_attempts: int) -> Call:
-        call = self._setup.unanswerable(request, "live", "failed", failure.detail, num_attempts)
+    def _fail(self, request: Request, failure: Failure, num_attempts: int) -> Call:
+        """Store that a request has failed; stop the run after too many of them in a row."""
+        values = {"detail": failure.detail, "num_attempts": num_attempts}
+        call = self._setup.record(request, "live", "failed", **values)
         self._store.add_call(call)
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._retry.max_failures_in_a_row:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date, datetime, timezone
-from typing import Any
 
 import openai
 from openai import AsyncOpenAI
@@ -14,12 +12,13 @@ from openai import AsyncOpenAI
 from eval.completions.rows import prompt_id_of
 from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Matchup, Question
-from eval.judging.openai.answer import Form, ParsedAnswer
-from eval.judging.openai.answer_body import decoded
+from eval.judging.openai.answer import Form, shorten
+from eval.judging.openai.answer_body import decoded, objects_in
 from eval.judging.openai.openai_judge import OpenAIJudge
 from eval.judging.openai.request import JudgeSetup
-from eval.judging.openai.retry import NotAnAnswer, classify
-from eval.judging.openai.store import Call, Store, call_key
+from eval.judging.openai.retry import classify
+from eval.judging.openai.store import Store, call_key
+from eval.progress import Say
 
 WARN_DAYS = 60
 "Warn of a shutdown within this many days."
@@ -43,9 +42,7 @@ PROBE = Question(
 "A question that everybody answers alike."
 
 
-async def check_model(
-    client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[str], None], today: date | None = None
-) -> None:
+async def check_model(client: AsyncOpenAI, setup: JudgeSetup, say: Say, today: date | None = None) -> None:
     """Check that the model exists and is not shut down, and warn of an upcoming shutdown.
 
     Raises JudgeStopped when OpenAI does not have the model, it is shut down, the key is not accepted, its credit is
@@ -77,17 +74,16 @@ async def check_model(
         )
 
 
-async def _check_listed(client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[str], None]) -> None:
+async def _check_listed(client: AsyncOpenAI, setup: JudgeSetup, say: Say) -> None:
     """Check that the list of models contains the model, after a look-up by name found none.
 
     Servers other than OpenAI's may load unlisted models, so there the first call decides.
     """
     config = setup.config
     try:
-        raw = (
-            await client.models.with_raw_response.list()
-        )  # the parsed call raises AttributeError on an HTML page
-        names = _names(decoded(raw.text))
+        # Raw: the parsed call raises AttributeError on an HTML page.
+        raw = await client.models.with_raw_response.list()
+        names = [str(model.get("id")) for model in objects_in(decoded(raw.text))]
     except Exception as error:
         failure = classify(error)
         if failure.action == "stop" and failure.cause in ("money", "day", "place"):
@@ -102,14 +98,6 @@ async def _check_listed(client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[s
         if config.base_url is None:
             raise JudgeStopped(message)
         say(message)
-
-
-def _names(listed: Any) -> list[str]:
-    """Return the ids in a list of models. Raises NotAnAnswer for other JSON."""
-    models = listed.get("data") if isinstance(listed, Mapping) else None
-    if not isinstance(models, list):
-        raise NotAnAnswer(json.dumps(listed)[:80])
-    return [str(model.get("id")) for model in models if isinstance(model, Mapping)]
 
 
 def _date(text: object) -> date | None:
@@ -133,7 +121,7 @@ async def probe_form(
     make_judge: Callable[[JudgeSetup], OpenAIJudge],
     setup: JudgeSetup,
     store: Store,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Form:
     """Ask one easy question and return the form of the model's answer: a schema if it keeps to one, else text.
 
@@ -168,11 +156,8 @@ async def probe_form(
             case "failed" if last:
                 raise JudgeStopped(f"the probe got no answer: {parsed.detail}")
         if last:
-            say(f"the answer to a probe cannot be read ({parsed.status}: {_shown(parsed, call)})")
+            text = shorten(call.text or "", 100)
+            detail = f"{parsed.detail}; it says {text!r}" if text else parsed.detail
+            say(f"the answer to a probe cannot be read ({parsed.status}: {detail})")
     store.put_fact(_fact_name(setup), form)
     return form
-
-
-def _shown(parsed: ParsedAnswer, call: Call) -> str:
-    text = " ".join((call.text or "").split())
-    return f"{parsed.detail}; it says {text[:100]!r}" if text else parsed.detail

@@ -12,10 +12,10 @@ from eval.judging.matchup import Question
 from eval.judging.openai.answer import Answer, Form, ParsedAnswer
 from eval.judging.openai.answer_body import answer_in, text_or_none
 from eval.judging.openai.pairwise import PairwisePrompt
-from eval.judging.openai.prices import Price, prompt_tokens_about, prompt_tokens_at_most
+from eval.judging.openai.prices import Price, prompt_tokens_at_most
 from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Call, Store, call_key, now
-from eval.judging.verdict import Verdict, verdict_on, winner_of
+from eval.judging.verdict import Status, Verdict, verdict_on, winner_of
 
 MAX_TOKENS = 10**9
 "A server that reports more tokens for one call has miscounted."
@@ -23,13 +23,17 @@ MAX_TOKENS = 10**9
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The body of the request for a question, its key in the store, and bounds on its tokens."""
+    """The body of the request for a question, and its key in the store."""
 
     key: str
     sample: int
     body: dict[str, Any]
-    prompt_tokens_at_most: int
-    prompt_tokens_about: float
+
+    @property
+    def texts(self) -> list[str]:
+        """Texts that count as prompt tokens: the messages and the schema."""
+        schema = [json.dumps(self.body["response_format"])] if "response_format" in self.body else []
+        return [message["content"] for message in self.body["messages"]] + schema
 
 
 @dataclass(frozen=True)
@@ -57,20 +61,13 @@ class JudgeSetup:
         if self.form == "json":
             body["response_format"] = self.prompt.response_format(self.ties)
         key = call_key({"url": config.url.rstrip("/"), "body": body, "sample": sample})
-        return self.restored(key, sample, body)
-
-    def restored(self, key: str, sample: int, body: dict[str, Any]) -> Request:
-        """Make a request from its stored parts."""
-        texts = [message["content"] for message in body["messages"]]
-        if "response_format" in body:
-            texts.append(json.dumps(body["response_format"]))
-        return Request(key, sample, body, prompt_tokens_at_most(texts), prompt_tokens_about(texts))
+        return Request(key, sample, body)
 
     def max_usd(self, request: Request) -> float:
         """Return the maximum cost in dollars of sending a request once; 0 without a price."""
         if self.price is None:
             return 0.0
-        return self.price.at_most(request.prompt_tokens_at_most, self.config.max_output_tokens)
+        return self.price.at_most(prompt_tokens_at_most(request.texts), self.config.max_output_tokens)
 
     def read(self, call: Call) -> ParsedAnswer:
         """Parse the answer of a call with the current parser."""
@@ -110,60 +107,40 @@ class JudgeSetup:
 
     # --- records ----------------------------------------------------------------------------------------
 
-    def answered(
-        self,
-        request: Request,
-        payload: Any,
-        backend: str,
-        num_attempts: int,
-        latency: float | None,
-        request_id: Any,
-    ) -> Call:
-        """Record an answer, given as the JSON of a chat completion. Raises the errors of `answer_in`.
+    def answered(self, request: Request, payload: Any, backend: str, **values: Any) -> Call:
+        """Record an answer, given as the JSON of a chat completion; `values` are further fields of the call.
 
-        Args:
-            request: The request that was answered.
-            payload: Parsed JSON of the answer.
-            backend: live or batch.
-            num_attempts: Number of times the request was sent.
-            latency: Seconds of the last attempt; None if unknown.
-            request_id: The API's id of the request, for support.
+        Raises the errors of `answer_in`.
         """
         answer = answer_in(payload, "" if self.form == "json" else "\n")
         has_choices = answer.finish_reason is not None
-        call = self._record(
+        call = self.record(
             request,
             backend,
-            **asdict(answer),
+            "ok" if has_choices else "malformed",
+            detail="" if has_choices else "an answer without choices",
             model_returned=text_or_none(payload.get("model")),
             fingerprint=text_or_none(payload.get("system_fingerprint")),
-            request_id=text_or_none(request_id),
-            num_attempts=num_attempts,
-            latency=latency,
-            detail="" if has_choices else "an answer without choices",
-            status="ok" if has_choices else "malformed",
+            **asdict(answer),
             **self._usage(payload.get("usage"), request.body["model"]),
+            **values,
         )
         parsed = self.read(call)
         return replace(call, status=parsed.status, slot=parsed.slot, detail=parsed.detail)
 
-    def unanswerable(
-        self, request: Request, backend: str, status: str, detail: str, num_attempts: int
-    ) -> Call:
-        """Record a call without an answer: failed, or refused before it reached a model."""
-        return self._record(request, backend, status=status, detail=detail, num_attempts=num_attempts)
-
-    def _record(self, request: Request, backend: str, **values: Any) -> Call:
-        empty = dict.fromkeys(Call.__dataclass_fields__)
+    def record(self, request: Request, backend: str, status: Status, **values: Any) -> Call:
+        """Record a call, sent once, with `values` for further fields; those without a value are None."""
         known = {
             "key": request.key,
             "model": request.body["model"],
             "sample": request.sample,
             "backend": backend,
+            "status": status,
+            "num_attempts": 1,
             "time": now(),
             "request": json.dumps(request.body, ensure_ascii=False),
         }
-        return Call(**{**empty, **known, **values})
+        return Call(**dict.fromkeys(Call.__dataclass_fields__) | known | values)
 
     def _usage(self, usage: Any, model: str) -> dict[str, Any]:
         """Return tokens and cost; empty if the server does not count both sides: the upper bound is charged."""
@@ -187,8 +164,8 @@ class JudgeSetup:
 
 def stored_verdicts(setup: JudgeSetup, questions: Iterable[Question], store: Store) -> list[Verdict]:
     """Return the verdicts of the questions that the store answers."""
-    found = ((question, *setup.unanswered(question, store)) for question in questions)
-    return [setup.verdict(question, calls) for question, request, calls in found if request is None]
+    stored = ((question, *setup.unanswered(question, store)) for question in questions)
+    return [setup.verdict(question, calls) for question, request, calls in stored if request is None]
 
 
 def _count(usage: Any, name: str) -> int | None:

@@ -234,15 +234,13 @@ class Store:
 
     # --- batches and facts ------------------------------------------------------------------------------
 
-    def put_batch(
-        self, name: str, batch_id: str | None, state: str, requests: Sequence[tuple[str, int, dict[str, Any]]]
-    ) -> None:
-        """Enter a batch: our name, the API's id once known, and its requests as key, sample and body."""
-        row = (name, batch_id, state, json.dumps(list(requests)), now())
-        self._db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
+    def add_batch(self, name: str, requests: Sequence[tuple[str, int, dict[str, Any]]]) -> None:
+        """Enter a batch before it is submitted: our name, and its requests as key, sample and body."""
+        row = (name, json.dumps(list(requests)), now())
+        self._db.execute("INSERT INTO batches VALUES (?, NULL, 'open', ?, ?)", row)
 
     def update_batch(self, name: str, batch_id: str | None, state: str) -> None:
-        """Update a batch; "open" is one whose answers are pending."""
+        """Update a batch: the API's id, and its state, which is "open" while answers are pending."""
         self._db.execute("UPDATE batches SET id = ?, state = ? WHERE name = ?", (batch_id, state, name))
 
     def open_batches(self) -> list[tuple[str, str | None, list[tuple[str, int, dict[str, Any]]]]]:

@@ -91,5 +91,5 @@ def test_another_way_of_asking_is_sent_and_read(text, status, winner):
         {"role": "user", "content": "Is 'found hat' better than 'lost hat'? (0)"}
     ]
     payload = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
-    verdict = setup.verdict(question, [setup.answered(request, payload, "live", 1, None, None)])
+    verdict = setup.verdict(question, [setup.answered(request, payload, "live")])
     assert (verdict.status, verdict.winner) == (status, winner)

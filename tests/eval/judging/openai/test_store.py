@@ -85,8 +85,8 @@ def test_facts_and_batches(path):
     with closing(Store(path)) as store:
         store.put_fact("form", "json")
         store.put_fact("form", {"a": [1]})
-        store.put_batch("mine", None, "open", [("k", 0, {"model": "m"})])
-        store.put_batch("other", "batch_0", "open", [])
+        store.add_batch("mine", [("k", 0, {"model": "m"})])
+        store.add_batch("other", [])
         store.update_batch("other", "batch_0", "completed")
     with closing(Store(path)) as store:
         assert store.fact("form") == {"a": [1]} and store.fact("else") is None
