@@ -18,6 +18,8 @@ something else, every time. truncated: the answer was cut at its length limit. f
 Winner = Literal["a", "b", "tie"]
 Slot = Literal["first", "second", "tie"]
 
+_SHARE: dict[Winner | None, float] = {"a": 1.0, "tie": 0.5, "b": 0.0}
+"Share of the win that goes to system a."
 STATUSES: tuple[Status, ...] = ("ok", "refused", "malformed", "truncated", "failed")
 
 
@@ -52,12 +54,8 @@ class Verdict:
     @property
     def first_slot_won(self) -> float | None:
         """1 if the response shown first won, 0 if the other did, 0.5 for a tie, None without a verdict."""
-        match self.winner:
-            case None:
-                return None
-            case "tie":
-                return 0.5
-        return float((self.winner == "a") == (self.order == "ab"))
+        share = _SHARE.get(self.winner)
+        return share if share is None or self.order == "ab" else 1.0 - share
 
 
 def winner_of(slot: Slot, order: Order) -> Winner:
@@ -109,7 +107,6 @@ class Judgment:
 
 
 HalfTie = Literal["half", "tie"]
-_SHARE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
 def combine_all(

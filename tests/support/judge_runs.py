@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -115,7 +114,6 @@ def judge(
                 RateLimiter(limits.requests_per_minute),
                 retry,
                 limits.concurrency,
-                random.Random(0),
             )
             verdicts: list[Verdict] = []
             try:

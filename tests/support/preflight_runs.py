@@ -31,7 +31,7 @@ def check(server: StubServer, key: str = KEY, config: JudgeConfig | None = None)
 
     async def run():
         async with AsyncOpenAI(api_key=key, base_url=server.url, max_retries=0, timeout=20) as client:
-            await check_model(client, judge_setup(config), said.append, TODAY)
+            await check_model(client, config, said.append, TODAY)
 
     asyncio.run(run())
     return said

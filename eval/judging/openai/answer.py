@@ -73,20 +73,15 @@ def parse_answer(answer: Answer, form: Form, read_slot: Callable[[str], Slot]) -
     if text is None:  # a verdict in thoughts is a draft
         return ParsedAnswer("malformed", detail="thoughts without an end")
     if not text:
-        return ParsedAnswer("malformed", detail=_nothing_said(whole, reason))
+        is_tool_call = reason in ("tool_calls", "function_call")
+        absence = "a call of a tool in place of an answer" if is_tool_call else "empty answer"
+        return ParsedAnswer("malformed", detail="thoughts and no answer" if whole else absence)
     try:
         return ParsedAnswer("ok", read_slot(text))
     except Unreadable as error:
         if _REFUSAL.match(text):
             return ParsedAnswer("refused", detail=shorten(text))
         return ParsedAnswer("malformed", detail=str(error))
-
-
-def _nothing_said(whole: str, reason: str) -> str:
-    if whole:
-        return "thoughts and no answer"
-    is_tool_call = reason in ("tool_calls", "function_call")
-    return "a call of a tool in place of an answer" if is_tool_call else "empty answer"
 
 
 def without_fence(text: str) -> str:

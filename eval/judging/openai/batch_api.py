@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from eval.judging.openai.retry import (
     RetryConfig,
     classify,
     classify_status,
+    delay_before_retry,
     unclear_text,
 )
 from eval.judging.openai.store import Call, Reservation, Store
@@ -69,10 +71,22 @@ class BatchJudge:
         retry: RetryConfig,
         say: Say,
     ) -> None:
+        """Make a judge.
+
+        Args:
+            client: Client of the API.
+            setup: Settings, prompt, form and price.
+            store: Answers, which are reused, and open batches.
+            budget: Caps on the cost of the store.
+            config: Sizes of batches, and times between looks at them.
+            retry: When a request about batches is sent again.
+            say: Reports progress.
+        """
         self._client, self._setup, self._store, self._budget = client, setup, store, budget
         self._config, self._retry, self._say = config, retry, say
         self._failures: dict[str, list[Call]] = defaultdict(list)
         self._hopeless: set[str] = set()
+        self._rng = random.Random()
         self._stopping = asyncio.Event()
         self._reason = ""
 
@@ -150,10 +164,7 @@ class BatchJudge:
         return rows_in((await self._client.files.content(file_id)).content, file_id, num_expected)
 
     async def _ask(self, request: Callable[[], Any], kind: type[FileObject | Batch] | None = None) -> Any:
-        """Send a request about batches, retried while that may help. Raises JudgeStopped when it does not.
-
-        A reply that must be of a `kind` is checked as `with_id` does.
-        """
+        """Send a request, retried while that may help, for a reply of a `kind`; raise JudgeStopped without one."""
         for attempt in range(1, self._retry.max_attempts + 1):
             try:
                 reply = await request()
@@ -162,8 +173,7 @@ class BatchJudge:
                 failure = classify(error)
                 if failure.action != "retry" or attempt == self._retry.max_attempts:
                     raise JudgeStopped(f"the Batch API: {failure.detail}") from None
-                delay = failure.retry_after
-                await self._sleep(self._retry.base_delay * 2**attempt if delay is None else delay)
+                await self._sleep(delay_before_retry(self._retry, attempt, failure.retry_after, self._rng))
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep. Raises JudgeStopped when the run is asked to stop; submitted batches continue at the API."""

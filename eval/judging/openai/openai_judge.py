@@ -11,7 +11,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from itertools import count
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from openai import AsyncOpenAI
 from drpo.config import ConfigError
 from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Question
-from eval.judging.openai.answer_body import decoded, text_or_none
+from eval.judging.openai.answer_body import decoded
 from eval.judging.openai.budget import Budget, BudgetReached
 from eval.judging.openai.rate_limit import RateLimiter
 from eval.judging.openai.request import JudgeSetup, Request, stored_verdicts
@@ -60,11 +60,21 @@ class OpenAIJudge:
         limiter: RateLimiter,
         retry: RetryConfig,
         concurrency: int,
-        rng: random.Random | None = None,
     ) -> None:
+        """Make a judge.
+
+        Args:
+            client: Client of the API.
+            setup: Settings, prompt, form and price.
+            store: Answers, which are reused.
+            budget: Caps on the cost of the store.
+            limiter: Pace of the requests.
+            retry: When a request is sent again.
+            concurrency: Number of questions asked at once.
+        """
         self._client, self._setup, self._store, self._budget = client, setup, store, budget
         self._limiter, self._retry, self._concurrency = limiter, retry, concurrency
-        self._rng = rng or random.Random()
+        self._rng = random.Random()
         self._under_way: dict[str, asyncio.Task[Call]] = {}
         self._failures_in_a_row = 0
         self._stopped: JudgeStopped | None = None
@@ -150,10 +160,14 @@ class OpenAIJudge:
             sent = time.monotonic()
             first_sent = first_sent or sent
             try:
-                payload, headers = await self._send(request.body)
-                values = {"num_attempts": attempt, "latency": time.monotonic() - sent}
-                request_id = text_or_none(headers.get("x-request-id"))
-                call = self._setup.answered(request, payload, "live", request_id=request_id, **values)
+                raw = await asyncio.wait_for(
+                    self._client.chat.completions.with_raw_response.create(**request.body),
+                    self._retry.timeout,
+                )
+                values = {"latency": time.monotonic() - sent, "request_id": raw.headers.get("x-request-id")}
+                call = self._setup.answered(
+                    request, decoded(raw.text), "live", num_attempts=attempt, **values
+                )
             except Exception as error:  # after a cancellation the reservation stays open: it may be paid
                 failure = classify(error)
                 paid = None if failure.may_be_paid else 0.0
@@ -195,13 +209,6 @@ class OpenAIJudge:
             await self._budget.withdraw(reservation)
             raise
         return reservation
-
-    async def _send(self, body: Mapping[str, Any]) -> tuple[Any, Mapping[str, str]]:
-        """Return the JSON of an answer and its headers. Raises what the client raises, or NotAnAnswer."""
-        raw = await asyncio.wait_for(
-            self._client.chat.completions.with_raw_response.create(**body), self._retry.timeout
-        )
-        return decoded(raw.text), raw.headers
 
     def _fail(self, request: Request, failure: Failure, num_attempts: int) -> Call:
         """Store that a request has failed; stop the run after too many of them in a row."""

@@ -17,6 +17,7 @@ from eval.judging.openai.answer_body import decoded, objects_in
 from eval.judging.openai.openai_judge import OpenAIJudge
 from eval.judging.openai.request import JudgeSetup
 from eval.judging.openai.retry import classify
+from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Store, call_key
 from eval.progress import Say
 
@@ -42,18 +43,19 @@ PROBE = Question(
 "A question that everybody answers alike."
 
 
-async def check_model(client: AsyncOpenAI, setup: JudgeSetup, say: Say, today: date | None = None) -> None:
+async def check_model(
+    client: AsyncOpenAI, config: OpenAISettings, say: Say, today: date | None = None
+) -> None:
     """Check that the model exists and is not shut down, and warn of an upcoming shutdown.
 
     Raises JudgeStopped when OpenAI does not have the model, it is shut down, the key is not accepted, its credit is
     exhausted or the server is unreachable. Transient errors, other servers without this information and keys without
     permission to look up models are only reported.
     """
-    config = setup.config
     try:
         model = await client.models.retrieve(config.model)
     except openai.NotFoundError:
-        await _check_listed(client, setup, say)
+        await _check_listed(client, config, say)
         return
     except Exception as error:
         failure = classify(error)
@@ -74,12 +76,11 @@ async def check_model(client: AsyncOpenAI, setup: JudgeSetup, say: Say, today: d
         )
 
 
-async def _check_listed(client: AsyncOpenAI, setup: JudgeSetup, say: Say) -> None:
+async def _check_listed(client: AsyncOpenAI, config: OpenAISettings, say: Say) -> None:
     """Check that the list of models contains the model, after a look-up by name found none.
 
     Servers other than OpenAI's may load unlisted models, so there the first call decides.
     """
-    config = setup.config
     try:
         # Raw: the parsed call raises AttributeError on an HTML page.
         raw = await client.models.with_raw_response.list()
@@ -118,10 +119,7 @@ def _fact_name(setup: JudgeSetup) -> str:
 
 
 async def probe_form(
-    make_judge: Callable[[JudgeSetup], OpenAIJudge],
-    setup: JudgeSetup,
-    store: Store,
-    say: Say,
+    make_judge: Callable[[JudgeSetup], OpenAIJudge], setup: JudgeSetup, store: Store, say: Say
 ) -> Form:
     """Ask one easy question and return the form of the model's answer: a schema if it keeps to one, else text.
 
@@ -131,31 +129,30 @@ async def probe_form(
     known = known_form(setup, store)
     if known is not None:
         return known
-    wanted = setup.config.form
-    forms: tuple[Form, ...] = ("json", "text") if wanted == "auto" else (wanted,)
+    forms: tuple[Form, ...] = ("json", "text") if setup.config.form == "auto" else (setup.config.form,)
     for form in forms:
-        last = form == forms[-1]
-        asked = replace(setup, form=form)
+        is_last = form == forms[-1]
+        setup = replace(setup, form=form)
         try:
-            call = await make_judge(asked).call(asked.request(PROBE, 0))
+            call = await make_judge(setup).call(setup.request(PROBE, 0))
         except JudgeStopped as error:
-            if error.param == "response_format" and not last:
+            if error.param == "response_format" and not is_last:
                 continue
             if error.param == "temperature":
                 raise JudgeStopped(f"{error}; give judge.temperature=null") from None
             raise
-        parsed = asked.read(call)
+        parsed = setup.read(call)
         match parsed.status:
             case "ok":
                 break
             case "truncated":
                 raise JudgeStopped(
-                    f"the answer to a probe was cut at judge.max_output_tokens={asked.config.max_output_tokens}; "
+                    f"the answer to a probe was cut at judge.max_output_tokens={setup.config.max_output_tokens}; "
                     "reasoning models need more, for their thoughts count"
                 )
-            case "failed" if last:
+            case "failed" if is_last:
                 raise JudgeStopped(f"the probe got no answer: {parsed.detail}")
-        if last:
+        if is_last:
             text = shorten(call.text or "", 100)
             detail = f"{parsed.detail}; it says {text!r}" if text else parsed.detail
             say(f"the answer to a probe cannot be read ({parsed.status}: {detail})")

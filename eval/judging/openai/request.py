@@ -73,8 +73,8 @@ class JudgeSetup:
         """Parse the answer of a call with the current parser."""
         if call.status == "failed" or (call.text is None and call.status == "refused"):
             return ParsedAnswer(call.status, None, call.detail)
-        if call.text is None and call.finish_reason is None:  # no choices
-            return ParsedAnswer("malformed", None, call.detail)
+        if call.text is None and call.finish_reason is None:
+            return ParsedAnswer("malformed", None, "an answer without choices")
         answer = Answer(call.text, call.refusal, call.finish_reason)
         return self.prompt.parse(answer, self.form, self.ties)
 
@@ -113,12 +113,10 @@ class JudgeSetup:
         Raises the errors of `answer_in`.
         """
         answer = answer_in(payload, "" if self.form == "json" else "\n")
-        has_choices = answer.finish_reason is not None
         call = self.record(
             request,
             backend,
-            "ok" if has_choices else "malformed",
-            detail="" if has_choices else "an answer without choices",
+            "ok",  # until it is read
             model_returned=text_or_none(payload.get("model")),
             fingerprint=text_or_none(payload.get("system_fingerprint")),
             **asdict(answer),

@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openai import AsyncOpenAI
-
-from drpo.config import ConfigError, refuse
+from drpo.config import ConfigError, key, refuse
 from eval.judging.collect import collect_verdicts
 from eval.judging.judge import JudgeKind, JudgeStopped, Outcome
 from eval.judging.judgments import disk_trouble_explained
@@ -68,22 +66,16 @@ def ask_openai(recipe: JudgeRecipe, questions: Sequence[Question], say: Say) -> 
             raise DryRun(estimated)
         outcome = Outcome(stored_verdicts(setup, questions, store))
         if len(outcome.verdicts) < len(questions) or store.open_batches():
-            client = make_client(config, recipe.retry)
-            outcome = asyncio.run(_ask(recipe, client, setup, store, questions, say))
+            outcome = asyncio.run(_ask(recipe, setup, store, questions, say))
         else:  # neither a key nor a network is needed, nor that the model is still there
             say(estimate(setup, questions, store).text())
         return replace(outcome, calls=store.calls(), ledger=store.ledger())
 
 
 async def _ask(
-    recipe: JudgeRecipe,
-    client: AsyncOpenAI,
-    setup: JudgeSetup,
-    store: Store,
-    questions: Sequence[Question],
-    say: Say,
+    recipe: JudgeRecipe, setup: JudgeSetup, store: Store, questions: Sequence[Question], say: Say
 ) -> Outcome:
-    async with client:
+    async with make_client(recipe.judge, recipe.retry) as client:
         budget = Budget(store, recipe.budget)
         limiter = RateLimiter(recipe.limits.requests_per_minute)
 
@@ -92,7 +84,7 @@ async def _ask(
             return OpenAIJudge(client, setup, store, budget, limiter, recipe.retry, concurrency)
 
         try:
-            await check_model(client, setup, say)
+            await check_model(client, recipe.judge, say)
             if recipe.judge.probe:
                 setup = replace(setup, form=await probe_form(live, setup, store, say))
         except JudgeStopped as stopped:
@@ -105,8 +97,8 @@ async def _ask(
 
 
 def _check_recipe(recipe: JudgeRecipe) -> None:
-    given = recipe.judge.backend != "batch" and recipe.batch != BatchAPIConfig()
-    refuse(given, "batch", "does not apply to this judge; it is for judge.backend=batch")
+    is_unused = recipe.judge.backend != "batch" and recipe.batch != BatchAPIConfig()
+    refuse(is_unused, "batch", f"does not apply to this judge; it is for {key('judge.backend')}=batch")
 
 
 OPENAI = JudgeKind(
