@@ -113,14 +113,11 @@ def _without_nan(result: Result) -> Result:
 
 def _slots(judgments: Sequence[Judgment]) -> list[tuple[float | None, ...]]:
     """Return (n, 2), or (n, 1) where one order was asked; None where a run was stopped in between."""
-    both = any(_was_to_be_asked_twice(judgment) for judgment in judgments)
+    # Both orders were to be asked where there are two verdicts, or one that did not suffice for a score.
+    both = any(
+        len(j.first_slot_wins) == 2 or (j.score is None and None not in j.first_slot_wins) for j in judgments
+    )
     return [(*j.first_slot_wins, None)[:2] if both else j.first_slot_wins for j in judgments]
-
-
-def _was_to_be_asked_twice(judgment: Judgment) -> bool:
-    """Return whether both orders were to be asked: two verdicts, or one that did not suffice for a score."""
-    slots = judgment.first_slot_wins
-    return len(slots) == 2 or (judgment.score is None and None not in slots)
 
 
 def _suspected(scores: Sequence[float | None]) -> Suspected:

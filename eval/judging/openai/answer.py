@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from eval.judging.openai.thoughts import after_thoughts
 from eval.judging.verdict import Slot, Status
@@ -69,7 +69,9 @@ def parse_answer(answer: Answer, form: Form, read_slot: Callable[[str], Slot]) -
     if reason in _CUT:
         return ParsedAnswer("truncated", detail="the answer reached its length limit")
     whole = (answer.text or "").strip()
-    text = whole if form == "json" and _is_json(whole) else after_thoughts(whole)
+    # Markers inside a JSON object are quotes, not a chain of thought.
+    is_object = form == "json" and isinstance(json_or_none(without_fence(whole)), dict)
+    text = whole if is_object else after_thoughts(whole)
     if text is None:  # a verdict in thoughts is a draft
         return ParsedAnswer("malformed", detail="thoughts without an end")
     if not text:
@@ -90,12 +92,12 @@ def without_fence(text: str) -> str:
     return fenced.group(1) if fenced else text
 
 
-def _is_json(text: str) -> bool:
-    """Return whether the text is one JSON object. Markers inside it are then quotes, not a chain of thought."""
+def json_or_none(text: str | bytes) -> Any:
+    """Parse JSON, or return None for text that is not JSON."""
     try:
-        return isinstance(json.loads(without_fence(text)), dict)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return False
+        return None
 
 
 def shorten(text: str, length: int = 120) -> str:

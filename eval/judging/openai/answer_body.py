@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from drpo.jsonl import encodable, lines_of
-from eval.judging.openai.answer import Answer
+from eval.judging.openai.answer import Answer, json_or_none
 from eval.judging.openai.retry import ErrorInAnswer, NotAnAnswer
 
 Kind = TypeVar("Kind", list, dict)
@@ -19,18 +19,14 @@ _BROKEN = frozenset({"error", "insufficient_system_resource", "network_error", "
 def decoded(text: str) -> Any:
     """Parse a body as JSON, or as an event stream (sent by some gateways unasked). Raises NotAnAnswer for others."""
     text = text.removeprefix("\ufeff")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
+    payload = json_or_none(text)
+    if payload is not None:
+        return payload
     chunks = []
     for _, line in lines_of(text.replace("\r", "\n")):  # a stream's lines may end in \r alone
         data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
         if data and data != "[DONE]":
-            try:
-                chunks.append(json.loads(data))
-            except (ValueError, RecursionError):
-                raise NotAnAnswer(text[:80]) from None
+            chunks.append(json_or_none(data))
     if not chunks or not all(isinstance(chunk, Mapping) for chunk in chunks):
         raise NotAnAnswer(text[:80])
     return _joined(chunks)

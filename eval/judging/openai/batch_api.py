@@ -58,32 +58,20 @@ class BatchAPIConfig(Section):
     """How often a request that came back without an answer is submitted, all in all."""
 
 
+@dataclass(eq=False)
 class BatchJudge:
     """A judge that asks a model through the Batch API."""
 
-    def __init__(
-        self,
-        client: AsyncOpenAI,
-        setup: JudgeSetup,
-        store: Store,
-        budget: Budget,
-        config: BatchAPIConfig,
-        retry: RetryConfig,
-        say: Say,
-    ) -> None:
-        """Make a judge.
+    client: AsyncOpenAI
+    setup: JudgeSetup
+    store: Store
+    "Answers, which are reused, and open batches."
+    budget: Budget
+    config: BatchAPIConfig
+    retry: RetryConfig
+    say: Say
 
-        Args:
-            client: Client of the API.
-            setup: Settings, prompt, form and price.
-            store: Answers, which are reused, and open batches.
-            budget: Caps on the cost of the store.
-            config: Sizes of batches, and times between looks at them.
-            retry: When a request about batches is sent again.
-            say: Reports progress.
-        """
-        self._client, self._setup, self._store, self._budget = client, setup, store, budget
-        self._config, self._retry, self._say = config, retry, say
+    def __post_init__(self) -> None:
         self._failures: dict[str, list[Call]] = defaultdict(list)
         self._hopeless: set[str] = set()
         self._rng = random.Random()
@@ -99,24 +87,24 @@ class BatchJudge:
         try:
             await self._merge_open()
             while missing := self._missing(questions):
-                for chunk in _chunks(missing, self._config.max_requests):
+                for chunk in _chunks(missing, self.config.max_requests):
                     await self._submit(chunk)
                 await self._merge_open()
         except JudgeStopped as error:
             stopped = error
         for question in questions:
-            request, calls = self._setup.unanswered(question, self._store)
+            request, calls = self.setup.unanswered(question, self.store)
             failures = [] if request is None else self._failures[request.key][-1:]
             if request is None or failures:
-                yield self._setup.verdict(question, [*calls, *failures])
+                yield self.setup.verdict(question, [*calls, *failures])
         if stopped is not None:
             raise stopped
 
     def _missing(self, questions: Sequence[Question]) -> list[Request]:
         """Return the requests to submit now, each once."""
-        requests = (self._setup.unanswered(question, self._store)[0] for question in questions)
+        requests = (self.setup.unanswered(question, self.store)[0] for question in questions)
         unique = {request.key: request for request in requests if request is not None}
-        max_failures = self._config.max_submissions
+        max_failures = self.config.max_submissions
         given_up = self._hopeless | {key for key in unique if len(self._failures[key]) >= max_failures}
         return [request for key, request in unique.items() if key not in given_up]
 
@@ -125,15 +113,15 @@ class BatchJudge:
     async def _submit(self, requests: Sequence[Request]) -> None:
         name = uuid.uuid4().hex
         try:
-            self._budget.reserve_batch([(r.key, self._setup.max_usd(r)) for r in requests], name)
+            self.budget.reserve_batch([(r.key, self.setup.max_usd(r)) for r in requests], name)
         except BudgetReached as error:
             raise JudgeStopped(str(error)) from None
-        self._store.add_batch(name, [(r.key, r.sample, r.body) for r in requests])
+        self.store.add_batch(name, [(r.key, r.sample, r.body) for r in requests])
         content = (f"{name}.jsonl", b"".join(map(_line, requests)))
-        file = await self._ask(lambda: self._client.files.create(file=content, purpose="batch"), FileObject)
+        file = await self._ask(lambda: self.client.files.create(file=content, purpose="batch"), FileObject)
         batch_id = await self._create(name, file.id)
-        self._store.update_batch(name, batch_id, "open")
-        self._say(f"submitted batch {batch_id} of {len(requests)} requests")
+        self.store.update_batch(name, batch_id, "open")
+        self.say(f"submitted batch {batch_id} of {len(requests)} requests")
 
     async def _create(self, name: str, file_id: str) -> str:
         """Submit a batch; after an unclear failure, first check that it does not exist, since each one is paid for."""
@@ -144,7 +132,7 @@ class BatchJudge:
             if submitted and (listed := await self._listed(name)) is not None:
                 return listed
             submitted = True
-            return await self._client.batches.create(
+            return await self.client.batches.create(
                 input_file_id=file_id,
                 endpoint=ENDPOINT,
                 completion_window="24h",
@@ -156,24 +144,24 @@ class BatchJudge:
     async def _listed(self, name: str) -> Batch | None:
         """Return the batch with this name in its metadata, None if there is none."""
         # Raw: the client cannot page through HTML.
-        raw = await self._client.batches.with_raw_response.list(limit=100)
+        raw = await self.client.batches.with_raw_response.list(limit=100)
         return batch_called(name, METADATA_KEY, decoded(raw.http_response.text))
 
     async def _rows(self, file_id: str, num_expected: int) -> list[dict[str, Any]]:
         """Download the rows of a file. Raises NotAnAnswer as `rows_in` does."""
-        return rows_in((await self._client.files.content(file_id)).content, file_id, num_expected)
+        return rows_in((await self.client.files.content(file_id)).content, file_id, num_expected)
 
     async def _ask(self, request: Callable[[], Any], kind: type[FileObject | Batch] | None = None) -> Any:
         """Send a request, retried while that may help, for a reply of a `kind`; raise JudgeStopped without one."""
-        for attempt in range(1, self._retry.max_attempts + 1):
+        for attempt in range(1, self.retry.max_attempts + 1):
             try:
                 reply = await request()
                 return reply if kind is None else with_id(reply, kind)
             except Exception as error:
                 failure = classify(error)
-                if failure.action != "retry" or attempt == self._retry.max_attempts:
+                if failure.action != "retry" or attempt == self.retry.max_attempts:
                     raise JudgeStopped(f"the Batch API: {failure.detail}") from None
-                await self._sleep(delay_before_retry(self._retry, attempt, failure.retry_after, self._rng))
+                await self._sleep(delay_before_retry(self.retry, attempt, failure.retry_after, self._rng))
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep. Raises JudgeStopped when the run is asked to stop; submitted batches continue at the API."""
@@ -187,35 +175,35 @@ class BatchJudge:
 
     async def _merge_open(self) -> None:
         """Wait for every submitted batch, of this run or an earlier one, and store its answers."""
-        for name, batch_id, rows in self._store.open_batches():
+        for name, batch_id, rows in self.store.open_batches():
             if batch_id is None:
                 listed = await self._ask(lambda name=name: self._listed(name))
                 batch_id = None if listed is None else listed.id
             if batch_id is None:  # killed before it was submitted, so it costs nothing
-                for reservation in self._store.open_requests_of(name).values():
-                    await self._budget.settle(reservation, 0.0, "never submitted")
-                self._store.update_batch(name, None, "never submitted")
+                for reservation in self.store.open_requests_of(name).values():
+                    await self.budget.settle(reservation, 0.0, "never submitted")
+                self.store.update_batch(name, None, "never submitted")
                 continue
-            self._store.update_batch(name, batch_id, "open")
+            self.store.update_batch(name, batch_id, "open")
             batch = await self._wait_for(batch_id)
             requests = {key: Request(key, sample, body) for key, sample, body in rows}
             try:
                 await self._merge(name, batch, requests)
             finally:
-                merged = not self._store.open_requests_of(name)
-                self._store.update_batch(name, batch_id, batch.status if merged else "open")
+                merged = not self.store.open_requests_of(name)
+                self.store.update_batch(name, batch_id, batch.status if merged else "open")
             if batch.status == "failed":  # not accepted: its file, the account's queue or quota
                 raise JudgeStopped(f"batch {batch.id} was not accepted: {reasons_of(batch)}")
 
     async def _wait_for(self, batch_id: str) -> Batch:
         while True:
-            batch = await self._ask(lambda: self._client.batches.retrieve(batch_id), Batch)
+            batch = await self._ask(lambda: self.client.batches.retrieve(batch_id), Batch)
             if batch.status in ENDED:
                 return batch
-            await self._sleep(self._config.poll_seconds)
+            await self._sleep(self.config.poll_seconds)
 
     async def _merge(self, name: str, batch: Batch, requests: dict[str, Request]) -> None:
-        open_requests = self._store.open_requests_of(name)
+        open_requests = self.store.open_requests_of(name)
         stop: Failure | None = None
         completed = getattr(batch.request_counts, "completed", None)
         for file_id, num_expected in ((batch.output_file_id, completed), (batch.error_file_id, 0)):
@@ -229,7 +217,7 @@ class BatchJudge:
                         stop = failure
         for key, reservation in open_requests.items():  # expired or cancelled before their turn
             detail = f"no answer in a batch that ended as {batch.status}"
-            await self._budget.settle(reservation, 0.0, detail)
+            await self.budget.settle(reservation, 0.0, detail)
             self._note_failure(requests[key], detail)
         if stop is not None:
             raise JudgeStopped(stop.detail, stop.param)
@@ -243,20 +231,20 @@ class BatchJudge:
         if 200 <= status < 300:
             try:
                 request_id = text_or_none(response.get("request_id"))
-                call = self._setup.answered(request, body, "batch", request_id=request_id)
+                call = self.setup.answered(request, body, "batch", request_id=request_id)
             except NotAnAnswer as error:
                 failure = classify(error)
             else:
-                await self._budget.settle(reservation, call.cost, "answered", call)
+                await self.budget.settle(reservation, call.cost, "answered", call)
                 return None
         else:
             failure = classify_status(status, row.get("error") or body, {})
-        if failure.unclear and not self._store.answered_by(request.body["model"]):
+        if failure.unclear and not self.store.answered_by(request.body["model"]):
             failure = replace(failure, action="stop", detail=unclear_text(failure))
         call = None
         if failure.action == "refused":
-            call = self._setup.record(request, "batch", "refused", detail=failure.detail)
-        await self._budget.settle(reservation, None if failure.may_be_paid else 0.0, failure.detail, call)
+            call = self.setup.record(request, "batch", "refused", detail=failure.detail)
+        await self.budget.settle(reservation, None if failure.may_be_paid else 0.0, failure.detail, call)
         if failure.action in ("retry", "give_up"):
             self._note_failure(request, failure.detail)
         if failure.action == "give_up":
@@ -264,8 +252,8 @@ class BatchJudge:
         return failure
 
     def _note_failure(self, request: Request, detail: str) -> None:
-        call = self._setup.record(request, "batch", "failed", detail=detail)
-        self._store.add_call(call)
+        call = self.setup.record(request, "batch", "failed", detail=detail)
+        self.store.add_call(call)
         self._failures[request.key].append(call)
 
 

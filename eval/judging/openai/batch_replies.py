@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from openai.types import Batch, FileObject
 
 from drpo.jsonl import lines_of
+from eval.judging.openai.answer import json_or_none
 from eval.judging.openai.answer_body import objects_in
 from eval.judging.openai.retry import NotAnAnswer
 
@@ -39,10 +39,7 @@ def rows_in(content: bytes, file_id: str, num_expected: int | None) -> list[dict
     """
     rows = []
     for number, line in lines_of(content):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+        row = json_or_none(line)
         if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str):
             shown = line[:80].decode(errors="replace")
             raise NotAnAnswer(f"line {number} of {file_id} is not a row of a batch: {shown}")

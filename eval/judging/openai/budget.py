@@ -63,8 +63,7 @@ class Budget:
                 if not self._reserved or self._calls_used_up(1):
                     raise BudgetReached(refusal)
                 await self._settled.wait()
-            (reservation,) = self._enter([(key, usd)])
-        return reservation
+            return self._enter([(key, usd)])[0]
 
     def reserve_batch(self, max_usd: list[tuple[str, float]], batch: str) -> None:
         """Reserve a whole batch, as key and maximum cost, or raise BudgetReached and reserve nothing."""

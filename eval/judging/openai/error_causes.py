@@ -8,11 +8,12 @@ at the statuses listed with them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from eval.judging.openai.answer import json_or_none
 
 Cause = Literal["money", "day", "text", "size", "place", "key"]
 """money: credit, plan or spending limit exhausted. day: daily quota exhausted. text: content filter rejected this
@@ -188,10 +189,7 @@ def _parts(body: Any, depth: int) -> Iterator[Mapping[str, Any] | str]:
     if depth == 0:
         return
     if isinstance(body, str):
-        try:
-            inner = json.loads(body) if body.lstrip().startswith(("{", "[")) else None
-        except (ValueError, RecursionError):
-            inner = None
+        inner = json_or_none(body) if body.lstrip().startswith(("{", "[")) else None
         yield from [body] if inner is None else _parts(inner, depth - 1)
     elif isinstance(body, list):
         for item in body[:5]:

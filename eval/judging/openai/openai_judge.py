@@ -12,6 +12,7 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeVar
 
@@ -48,32 +49,21 @@ def make_client(config: OpenAISettings, retry: RetryConfig) -> AsyncOpenAI:
     return AsyncOpenAI(api_key=key, base_url=config.url, max_retries=0, timeout=retry.timeout)
 
 
+@dataclass(eq=False)
 class OpenAIJudge:
     """A judge that asks a model, one request per call."""
 
-    def __init__(
-        self,
-        client: AsyncOpenAI,
-        setup: JudgeSetup,
-        store: Store,
-        budget: Budget,
-        limiter: RateLimiter,
-        retry: RetryConfig,
-        concurrency: int,
-    ) -> None:
-        """Make a judge.
+    client: AsyncOpenAI
+    setup: JudgeSetup
+    store: Store
+    "Answers, which are reused."
+    budget: Budget
+    limiter: RateLimiter
+    retry: RetryConfig
+    concurrency: int
+    "Questions asked at once."
 
-        Args:
-            client: Client of the API.
-            setup: Settings, prompt, form and price.
-            store: Answers, which are reused.
-            budget: Caps on the cost of the store.
-            limiter: Pace of the requests.
-            retry: When a request is sent again.
-            concurrency: Number of questions asked at once.
-        """
-        self._client, self._setup, self._store, self._budget = client, setup, store, budget
-        self._limiter, self._retry, self._concurrency = limiter, retry, concurrency
+    def __post_init__(self) -> None:
         self._rng = random.Random()
         self._under_way: dict[str, asyncio.Task[Call]] = {}
         self._failures_in_a_row = 0
@@ -106,7 +96,7 @@ class OpenAIJudge:
             finally:
                 done.put_nowait(None)
 
-        workers = [asyncio.create_task(work()) for _ in range(self._concurrency)]
+        workers = [asyncio.create_task(work()) for _ in range(self.concurrency)]
         try:
             running = len(workers)
             while running:
@@ -121,7 +111,7 @@ class OpenAIJudge:
                     raise result
             if self._stopped is not None:
                 unanswered = [question for question in questions if question not in yielded]
-                for verdict in stored_verdicts(self._setup, unanswered, self._store):  # needs no request
+                for verdict in stored_verdicts(self.setup, unanswered, self.store):  # needs no request
                     yield verdict
                 raise self._stopped
         finally:
@@ -133,16 +123,16 @@ class OpenAIJudge:
     async def _ask(self, question: Question) -> Verdict:
         """Ask until an answer can be read, or the number of retries is used up."""
         while True:
-            request, calls = self._setup.unanswered(question, self._store)
+            request, calls = self.setup.unanswered(question, self.store)
             if request is None:
-                return self._setup.verdict(question, calls)
+                return self.setup.verdict(question, calls)
             call = await self.call(request)
             if call.status == "failed":
-                return self._setup.verdict(question, [*calls, call])
+                return self.setup.verdict(question, [*calls, call])
 
     async def call(self, request: Request) -> Call:
         """Return the stored answer to a request, the one awaited by another worker, or a new one."""
-        stored = self._store.answer(request.key)
+        stored = self.store.answer(request.key)
         if stored is not None:
             return stored
         task = self._under_way.get(request.key)
@@ -161,62 +151,60 @@ class OpenAIJudge:
             first_sent = first_sent or sent
             try:
                 raw = await asyncio.wait_for(
-                    self._client.chat.completions.with_raw_response.create(**request.body),
-                    self._retry.timeout,
+                    self.client.chat.completions.with_raw_response.create(**request.body),
+                    self.retry.timeout,
                 )
                 values = {"latency": time.monotonic() - sent, "request_id": raw.headers.get("x-request-id")}
-                call = self._setup.answered(
-                    request, decoded(raw.text), "live", num_attempts=attempt, **values
-                )
+                call = self.setup.answered(request, decoded(raw.text), "live", num_attempts=attempt, **values)
             except Exception as error:  # after a cancellation the reservation stays open: it may be paid
                 failure = classify(error)
                 paid = None if failure.may_be_paid else 0.0
                 if failure.action == "refused":
                     values = {"detail": failure.detail, "num_attempts": attempt}
-                    call = self._setup.record(request, "live", "refused", **values)
-                    await self._budget.settle(reservation, paid, failure.detail, call)
+                    call = self.setup.record(request, "live", "refused", **values)
+                    await self.budget.settle(reservation, paid, failure.detail, call)
                     return call
-                await self._budget.settle(reservation, paid, failure.detail)
+                await self.budget.settle(reservation, paid, failure.detail)
                 if failure.action == "stop":
                     raise self._halt(failure.detail, failure.param) from None
-                if failure.unclear and not self._store.answered_by(request.body["model"]):
+                if failure.unclear and not self.store.answered_by(request.body["model"]):
                     raise self._halt(unclear_text(failure)) from None
-                if failure.action == "give_up" or attempt == self._retry.max_attempts:
+                if failure.action == "give_up" or attempt == self.retry.max_attempts:
                     return self._fail(request, failure, attempt)
-                delay = delay_before_retry(self._retry, attempt, failure.retry_after, self._rng)
-                if time.monotonic() - first_sent + delay > self._retry.max_elapsed:
+                delay = delay_before_retry(self.retry, attempt, failure.retry_after, self._rng)
+                if time.monotonic() - first_sent + delay > self.retry.max_elapsed:
                     if failure.cause == "day":  # the same for all questions
                         raise self._halt(failure.detail) from None
                     return self._fail(request, failure, attempt)
                 if failure.retry_after is not None:
-                    self._limiter.pause(failure.retry_after)
+                    self.limiter.pause(failure.retry_after)
                 await self._unless_stopped(asyncio.sleep(delay))
             else:
-                await self._budget.settle(reservation, call.cost, "answered", call)
+                await self.budget.settle(reservation, call.cost, "answered", call)
                 self._failures_in_a_row = 0
                 return call
 
     async def _reserve(self, request: Request) -> Reservation:
         """Wait for room in the budget, then for the pace."""
-        reserving = self._budget.reserve(request.key, self._setup.max_usd(request))
+        reserving = self.budget.reserve(request.key, self.setup.max_usd(request))
         try:
             reservation = await self._unless_stopped(reserving)
         except BudgetReached as error:
             raise self._halt(str(error)) from None
         try:
-            await self._unless_stopped(self._limiter.wait())
+            await self._unless_stopped(self.limiter.wait())
         except BaseException:
-            await self._budget.withdraw(reservation)
+            await self.budget.withdraw(reservation)
             raise
         return reservation
 
     def _fail(self, request: Request, failure: Failure, num_attempts: int) -> Call:
         """Store that a request has failed; stop the run after too many of them in a row."""
         values = {"detail": failure.detail, "num_attempts": num_attempts}
-        call = self._setup.record(request, "live", "failed", **values)
-        self._store.add_call(call)
+        call = self.setup.record(request, "live", "failed", **values)
+        self.store.add_call(call)
         self._failures_in_a_row += 1
-        if self._failures_in_a_row >= self._retry.max_failures_in_a_row:
+        if self._failures_in_a_row >= self.retry.max_failures_in_a_row:
             self._halt(f"{self._failures_in_a_row} questions in a row got no answer: {failure.detail}")
         return call
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,6 @@ from eval.judging.openai.answer import (
     without_fence,
 )
 from eval.judging.verdict import Slot
-
-PARSER_VERSION = 2
-"""Goes up when an answer may be read in another way than before. Answers are stored as they came, so stored ones are
-then read anew, and nothing is asked again."""
 
 JSON_VERDICT = "preferred"
 "The key of the verdict in a JSON answer."
@@ -161,12 +158,11 @@ def load_prompt(name: str) -> PairwisePrompt:
 
 def marker_code(prompt_name: str, texts: tuple[str, ...], sample: int) -> str:
     """Return 16 hex digits derived from the texts that they mark and contained in none of them."""
-    for attempt in range(100):
+    for attempt in count():
         hashed = hashlib.sha256(json.dumps([prompt_name, texts, sample, attempt]).encode())
         code = hashed.hexdigest()[:16]
         if not any(code in text.lower() for text in texts):
             return code
-    raise AssertionError("a text contains a hundred hashes of itself")
 
 
 # --- the question ---------------------------------------------------------------------------------------
@@ -235,9 +231,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_text(text: str, label: str, noun: str) -> Slot:
     """Return the verdict of the labelled line, or of the line below a bare label.
 
-    Without a labelled line it is that of a last line that contains a verdict and nothing else.
-
-    Several labelled lines must agree: a judge may quote one from the texts it compares.
+    Without a labelled line it is that of a last line that contains a verdict and nothing else. Several labelled lines
+    must agree: a judge may quote one from the texts it compares.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     labelled = re.compile(

@@ -42,6 +42,7 @@ class JudgeSetup:
 
     config: OpenAISettings
     prompt: PairwisePrompt
+    "Or another way of asking, with the methods messages, response_format and parse."
     ties: bool
     form: Form
     price: Price | None

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drpo.config import ConfigError, key, refuse
+from drpo.config import key, refuse
 from eval.judging.collect import collect_verdicts
 from eval.judging.judge import JudgeKind, JudgeStopped, Outcome
 from eval.judging.judgments import disk_trouble_explained
@@ -38,18 +38,15 @@ def ask_openai(recipe: JudgeRecipe, questions: Sequence[Question], say: Say) -> 
     estimate, for budget.dry_run.
     """
     config = recipe.judge
-    if config.model is None:
-        raise ConfigError(
-            "judge.model must name the model that judges; there is no default, models are retired"
-        )
-    if recipe.prompt is None:
-        raise ConfigError("prompt must say what the judge is asked, such as prompt=tldr-1")
+    rule = "must name the model that judges; there is no default, models are retired"
+    refuse(config.model is None, "judge.model", rule)
+    refuse(recipe.prompt is None, "prompt", "must say what the judge is asked, such as prompt=tldr-1")
     price = load_price(recipe.budget.prices_path, config.model, config.backend == "batch")
-    if price is None and recipe.budget.max_usd is not None:
-        raise ConfigError(
-            f"budget.max_usd needs a price of {config.model}, which {recipe.budget.prices_path} does not have; "
-            "give a table with budget.prices, or cap budget.max_calls"
-        )
+    rule = (
+        f"needs a price of {config.model}, which {recipe.budget.prices_path} does not have; give a table with "
+        "budget.prices, or cap budget.max_calls"
+    )
+    refuse(price is None and recipe.budget.max_usd is not None, "budget.max_usd", rule)
     form = "json" if config.form == "auto" else config.form
     setup = JudgeSetup(config, load_prompt(recipe.prompt), recipe.ties, form, price)
     with disk_trouble_explained(Path(recipe.run_dir)), closing(Store(recipe.store_path)) as store:

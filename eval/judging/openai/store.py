@@ -252,10 +252,7 @@ class Store:
 
     def put_fact(self, name: str, value: Any) -> None:
         """Store a JSON value under a name."""
-        self._db.execute(
-            "INSERT INTO facts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            (name, json.dumps(value)),
-        )
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
     def fact(self, name: str) -> Any:
         """Return the value under a name, None if there is none."""

@@ -7,7 +7,7 @@ import pytest
 from eval.judging.judges import JudgeConfig
 from eval.judging.matchup import Matchup, Question
 from eval.judging.openai.answer import Unreadable, parse_answer
-from eval.judging.openai.pairwise import PARSER_VERSION, PROMPTS
+from eval.judging.openai.pairwise import PROMPTS
 from eval.judging.openai.request import JudgeSetup
 
 MATCHUP = Matchup("id", "POST: my hat\nTL;DR:", "x", " lost hat\n", "y", "  found hat")
@@ -47,10 +47,6 @@ def test_keys_of_first_questions_are_those_of_stored_answers(prompt, form, key):
 def test_keys_of_other_settings_are_those_of_stored_answers(form, key):
     setup = JudgeSetup(JudgeConfig(**LOCAL, form=form), PROMPTS["tldr-1"], False, form, None)
     assert setup.request(Question(MATCHUP, "ba"), 1).key == key
-
-
-def test_parser_version_is_that_of_stored_answers():
-    assert PARSER_VERSION == 2
 
 
 class YesOrNo:
