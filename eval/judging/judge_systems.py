@@ -76,9 +76,9 @@ class JudgeRecipe(Section):
         orders = f"does not apply to {key('orders')}={self.orders}"
         refuse_changed(self, ["seed" if self.orders == "both" else "half_tie"], orders)
         kind = KINDS[self.judge.kind]
-        others = {name for other in KINDS.values() for name in other.recipe_keys} - set(kind.recipe_keys)
+        foreign_keys = {name for k in KINDS.values() for name in k.recipe_keys} - set(kind.recipe_keys)
         rule = f"does not apply to {key('judge.kind')}={self.judge.kind}"
-        refuse_changed(self, [field.name for field in fields(self) if field.name in others], rule)
+        refuse_changed(self, [field.name for field in fields(self) if field.name in foreign_keys], rule)
         kind.check_recipe(self)
 
     @property
@@ -101,11 +101,9 @@ def judge(recipe: JudgeRecipe, say: Say = print) -> Path:
     rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
     matchups = pair_up(rows, recipe.system, recipe.baseline)
     if recipe.num_prompts is not None:
-        num_available = len({matchup.prompt_id for matchup in matchups})
-        if num_available < recipe.num_prompts:
-            say(
-                f"num_prompts={recipe.num_prompts}, but the files have {num_available} prompts: all are judged"
-            )
+        total = len({matchup.prompt_id for matchup in matchups})
+        if total < recipe.num_prompts:
+            say(f"num_prompts={recipe.num_prompts}, but the files have {total} prompts: all are judged")
         matchups = first_prompts(matchups, recipe.num_prompts)
     questions = questions_of(matchups, recipe.orders, recipe.seed)
     folder = Path(recipe.run_dir)

@@ -73,7 +73,7 @@ class BatchJudge:
 
     def __post_init__(self) -> None:
         self._failures: dict[str, list[Call]] = defaultdict(list)
-        self._hopeless: set[str] = set()
+        self._unanswerable: set[str] = set()
         self._rng = random.Random()
         self._stopping = asyncio.Event()
         self._reason = ""
@@ -86,8 +86,8 @@ class BatchJudge:
         stopped = None
         try:
             await self._merge_open()
-            while missing := self._missing(questions):
-                for chunk in _chunks(missing, self.config.max_requests):
+            while requests := self._next_requests(questions):
+                for chunk in _chunks(requests, self.config.max_requests):
                     await self._submit(chunk)
                 await self._merge_open()
         except JudgeStopped as error:
@@ -100,12 +100,12 @@ class BatchJudge:
         if stopped is not None:
             raise stopped
 
-    def _missing(self, questions: Sequence[Question]) -> list[Request]:
+    def _next_requests(self, questions: Sequence[Question]) -> list[Request]:
         """Return the requests to submit now, each once."""
         requests = (self.setup.unanswered(question, self.store)[0] for question in questions)
         unique = {request.key: request for request in requests if request is not None}
         max_failures = self.config.max_submissions
-        given_up = self._hopeless | {key for key in unique if len(self._failures[key]) >= max_failures}
+        given_up = self._unanswerable | {key for key in unique if len(self._failures[key]) >= max_failures}
         return [request for key, request in unique.items() if key not in given_up]
 
     # --- submitting -------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ class BatchJudge:
         if failure.action in ("retry", "give_up"):
             self._note_failure(request, failure.detail)
         if failure.action == "give_up":
-            self._hopeless.add(request.key)
+            self._unanswerable.add(request.key)
         return failure
 
     def _note_failure(self, request: Request, detail: str) -> None:

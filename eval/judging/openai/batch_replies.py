@@ -41,8 +41,8 @@ def rows_in(content: bytes, file_id: str, num_expected: int | None) -> list[dict
     for number, line in lines_of(content):
         row = json_or_none(line)
         if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str):
-            shown = line[:80].decode(errors="replace")
-            raise NotAnAnswer(f"line {number} of {file_id} is not a row of a batch: {shown}")
+            text = line[:80].decode(errors="replace")
+            raise NotAnAnswer(f"line {number} of {file_id} is not a row of a batch: {text}")
         rows.append(row)
     if not rows and num_expected:
         raise NotAnAnswer(f"{file_id} is empty; expected {num_expected} answers")
@@ -62,6 +62,6 @@ def reasons_of(batch: Batch) -> str:
     """Format the reasons why a batch was not accepted, at most three."""
     errors = getattr(batch.errors, "data", batch.errors)
     if isinstance(errors, list):
-        shown = (f"{getattr(e, 'code', None)}: {getattr(e, 'message', None) or e}" for e in errors[:3])
-        return "; ".join(shown) or "no reason given"
+        reasons = (f"{getattr(e, 'code', None)}: {getattr(e, 'message', None) or e}" for e in errors[:3])
+        return "; ".join(reasons) or "no reason given"
     return str(errors or "no reason given")[:200]

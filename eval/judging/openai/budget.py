@@ -107,16 +107,16 @@ class Budget:
 
     def _refusal(self, usd: float, count: int) -> str | None:
         """Return why `count` more requests of at most `usd` dollars may not be sent, None if they may."""
-        what = "the next request" if count == 1 else f"the next {count} requests"
+        subject = "the next request" if count == 1 else f"the next {count} requests"
         if self._calls_used_up(count):
             return (
-                f"{what} would pass budget.max_calls={self._config.max_calls}: {self.num_requests} were sent; raise it "
-                "to go on"
+                f"{subject} would pass budget.max_calls={self._config.max_calls}: {self.num_requests} were sent; "
+                "raise it to go on"
             )
         cap = self._config.max_usd
         if cap is not None and self.spent + self.reserved + usd > cap:
             return (
-                f"{what} could cost ${usd:.4f}, which would pass budget.max_usd={cap:g}: ${self.spent:.4f} are spent"
+                f"{subject} could cost ${usd:.4f}, which would pass budget.max_usd={cap:g}: ${self.spent:.4f} are spent"
                 + (f" and ${self.reserved:.4f} reserved" if self._reserved else "")
                 + "; raise it to go on"
             )

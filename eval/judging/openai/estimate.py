@@ -70,7 +70,7 @@ def estimate(setup: JudgeSetup, questions: Sequence[Question], store: Store) -> 
     """Estimate the cost of these questions; those that the store answers cost nothing."""
     next_requests = [setup.unanswered(question, store)[0] for question in questions]
     unanswered = [request for request in next_requests if request is not None]
-    requests = list({request.key: request for request in unanswered}.values())
+    requests = {request.key: request for request in unanswered}.values()
     num_open = len(requests)
     prompt_tokens = sum(prompt_tokens_about(request.texts) for request in requests)
     answers = [

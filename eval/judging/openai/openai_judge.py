@@ -65,7 +65,7 @@ class OpenAIJudge:
 
     def __post_init__(self) -> None:
         self._rng = random.Random()
-        self._under_way: dict[str, asyncio.Task[Call]] = {}
+        self._tasks: dict[str, asyncio.Task[Call]] = {}
         self._failures_in_a_row = 0
         self._stopped: JudgeStopped | None = None
         self._stop_event = asyncio.Event()
@@ -80,42 +80,42 @@ class OpenAIJudge:
         return self._stopped
 
     async def verdicts(self, questions: Sequence[Question]) -> AsyncIterator[Verdict]:
-        pending = iter(questions)
-        yielded: set[Question] = set()
-        done: asyncio.Queue[tuple[Question, Verdict] | None] = asyncio.Queue()
+        queue = iter(questions)
+        answered_questions: set[Question] = set()
+        results: asyncio.Queue[tuple[Question, Verdict] | None] = asyncio.Queue()
 
         async def work() -> None:
             try:
-                for question in pending:
-                    done.put_nowait((question, await self._ask(question)))
+                for question in queue:
+                    results.put_nowait((question, await self._ask(question)))
                     if self._stopped is not None:
                         return
             except BaseException as error:
                 self._halt(f"a worker ended with {error!r}")
                 raise
             finally:
-                done.put_nowait(None)
+                results.put_nowait(None)
 
         workers = [asyncio.create_task(work()) for _ in range(self.concurrency)]
         try:
-            running = len(workers)
-            while running:
-                answered = await done.get()
-                if answered is None:
-                    running -= 1
+            num_running = len(workers)
+            while num_running:
+                result = await results.get()
+                if result is None:
+                    num_running -= 1
                 else:
-                    yielded.add(answered[0])
-                    yield answered[1]
-            for result in await asyncio.gather(*workers, return_exceptions=True):
-                if isinstance(result, BaseException) and not isinstance(result, JudgeStopped):
-                    raise result
+                    answered_questions.add(result[0])
+                    yield result[1]
+            for error in await asyncio.gather(*workers, return_exceptions=True):
+                if error is not None and not isinstance(error, JudgeStopped):
+                    raise error
             if self._stopped is not None:
-                unanswered = [question for question in questions if question not in yielded]
+                unanswered = [question for question in questions if question not in answered_questions]
                 for verdict in stored_verdicts(self.setup, unanswered, self.store):  # needs no request
                     yield verdict
                 raise self._stopped
         finally:
-            tasks = [*workers, *self._under_way.values()]
+            tasks = [*workers, *self._tasks.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -135,11 +135,11 @@ class OpenAIJudge:
         stored = self.store.answer(request.key)
         if stored is not None:
             return stored
-        task = self._under_way.get(request.key)
+        task = self._tasks.get(request.key)
         if task is None:
             task = asyncio.create_task(self._send_until_answered(request))
-            self._under_way[request.key] = task
-            task.add_done_callback(lambda _: self._under_way.pop(request.key, None))
+            self._tasks[request.key] = task
+            task.add_done_callback(lambda _: self._tasks.pop(request.key, None))
         return await task
 
     async def _send_until_answered(self, request: Request) -> Call:

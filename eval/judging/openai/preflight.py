@@ -94,8 +94,8 @@ async def _check_listed(client: AsyncOpenAI, config: OpenAISettings, say: Say) -
         say(f"{config.base_url} does not tell which models it has: {failure.detail}")
         return
     if config.model not in names:
-        shown = ", ".join(sorted(names)[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")
-        message = f"{config.url} does not list the model {config.model}; it has: {shown or 'none'}"
+        listed = ", ".join(sorted(names)[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")
+        message = f"{config.url} does not list the model {config.model}; it has: {listed or 'none'}"
         if config.base_url is None:
             raise JudgeStopped(message)
         say(message)
@@ -126,9 +126,9 @@ async def probe_form(
     The result is stored, so a rerun uses the same form and pays for no second probe.
     Raises JudgeStopped when the model refuses a setting, gives no answer, or needs more tokens than allowed.
     """
-    known = known_form(setup, store)
-    if known is not None:
-        return known
+    stored_form = known_form(setup, store)
+    if stored_form is not None:
+        return stored_form
     forms: tuple[Form, ...] = ("json", "text") if setup.config.form == "auto" else (setup.config.form,)
     for form in forms:
         is_last = form == forms[-1]

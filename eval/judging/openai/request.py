@@ -129,7 +129,7 @@ class JudgeSetup:
 
     def record(self, request: Request, backend: str, status: Status, **values: Any) -> Call:
         """Record a call, sent once, with `values` for further fields; those without a value are None."""
-        known = {
+        values_of_request = {
             "key": request.key,
             "model": request.body["model"],
             "sample": request.sample,
@@ -139,7 +139,7 @@ class JudgeSetup:
             "time": now(),
             "request": json.dumps(request.body, ensure_ascii=False),
         }
-        return Call(**dict.fromkeys(Call.__dataclass_fields__) | known | values)
+        return Call(**dict.fromkeys(Call.__dataclass_fields__) | values_of_request | values)
 
     def _usage(self, usage: Any, model: str) -> dict[str, Any]:
         """Return tokens and cost; empty if the server does not count both sides: the upper bound is charged."""

@@ -98,8 +98,9 @@ def classify(error: Exception) -> Failure:
             return classify_status(error.status_code, error.response.text, error.response.headers)
         case openai.APITimeoutError() | openai.APIConnectionError():
             sent = type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout")
-            what = "no answer in time" if isinstance(error, openai.APITimeoutError) else "connection failed"
-            return Failure("retry", f"{what}: {error.__cause__ or error}", may_be_paid=sent)
+            timed_out = isinstance(error, openai.APITimeoutError)
+            problem = "no answer in time" if timed_out else "connection failed"
+            return Failure("retry", f"{problem}: {error.__cause__ or error}", may_be_paid=sent)
         case asyncio.TimeoutError():
             return Failure("retry", "no answer in time", may_be_paid=True)
         case ErrorInAnswer():
