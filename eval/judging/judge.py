@@ -50,11 +50,9 @@ class Judge(Protocol):
 
     def verdicts(self, questions: Sequence[Question]) -> AsyncIterator[Verdict]:
         """Yield one verdict for each question. Raises JudgeStopped, after all verdicts that are still available."""
-        ...
 
     def stop(self, reason: str) -> None:
         """Send no more requests; `verdicts` waits for those in flight, keeps them, and raises JudgeStopped."""
-        ...
 
 
 # --- kinds ----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Answers of a judge model, as far as their parsing is independent of the question.
+"""Answers of a judge model: the interface of prompts for judges, and the parts common to all answers.
 
-That is: refusals, truncated answers, thoughts, JSON inside a code fence. `pairwise` has the question and the parser of
-its verdicts.
+A way of asking is one module such as `pairwise`: the prompt and the parser of its answers. This module parses what is
+independent of the question: refusals, truncated answers, thoughts, JSON inside a code fence.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from eval.judging.matchup import Question
 from eval.judging.openai.thoughts import after_thoughts
 from eval.judging.verdict import Slot, Status
 
@@ -49,6 +50,19 @@ class ParsedAnswer:
     status: Status
     slot: Slot | None = None
     detail: str = ""
+
+
+class JudgePrompt(Protocol):
+    """A way of asking: the messages of a question, and how an answer to them is parsed."""
+
+    def messages(self, question: Question, form: Form, ties: bool, sample: int) -> list[dict[str, str]]:
+        """Return the messages of one call. `sample` > 0 asks again after an unreadable answer."""
+
+    def response_format(self, ties: bool) -> dict[str, Any]:
+        """Return the JSON schema of an answer in the form json, as the API takes it."""
+
+    def parse(self, answer: Answer, form: Form, ties: bool) -> ParsedAnswer:
+        """Read an answer that was asked for in this form."""
 
 
 class Unreadable(ValueError):

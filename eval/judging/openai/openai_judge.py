@@ -25,7 +25,7 @@ from eval.judging.openai.answer_body import decoded
 from eval.judging.openai.budget import Budget, BudgetReached
 from eval.judging.openai.rate_limit import RateLimiter
 from eval.judging.openai.request import JudgeSetup, Request, stored_verdicts
-from eval.judging.openai.retry import Failure, RetryConfig, classify, delay_before_retry, unclear_text
+from eval.judging.openai.retry import RetryConfig, classify, delay_before_retry, unclear_text
 from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Call, Reservation, Store
 from eval.judging.verdict import Verdict
@@ -158,24 +158,24 @@ class OpenAIJudge:
                 call = self.setup.answered(request, decoded(raw.text), "live", num_attempts=attempt, **values)
             except Exception as error:  # after a cancellation the reservation stays open: it may be paid
                 failure = classify(error)
+                is_refusal = failure.action == "refused"
+                values = {"detail": failure.detail, "num_attempts": attempt}
+                call = self.setup.record(request, "live", "refused" if is_refusal else "failed", **values)
                 paid = None if failure.may_be_paid else 0.0
-                if failure.action == "refused":
-                    values = {"detail": failure.detail, "num_attempts": attempt}
-                    call = self.setup.record(request, "live", "refused", **values)
-                    await self.budget.settle(reservation, paid, failure.detail, call)
+                await self.budget.settle(reservation, paid, failure.detail, call if is_refusal else None)
+                if is_refusal:
                     return call
-                await self.budget.settle(reservation, paid, failure.detail)
                 if failure.action == "stop":
                     raise self._halt(failure.detail, failure.param) from None
                 if failure.unclear and not self.store.answered_by(request.body["model"]):
                     raise self._halt(unclear_text(failure)) from None
                 if failure.action == "give_up" or attempt == self.retry.max_attempts:
-                    return self._fail(request, failure, attempt)
+                    return self._fail(call)
                 delay = delay_before_retry(self.retry, attempt, failure.retry_after, self._rng)
                 if time.monotonic() - first_sent + delay > self.retry.max_elapsed:
                     if failure.cause == "day":  # the same for all questions
                         raise self._halt(failure.detail) from None
-                    return self._fail(request, failure, attempt)
+                    return self._fail(call)
                 if failure.retry_after is not None:
                     self.limiter.pause(failure.retry_after)
                 await self._unless_stopped(asyncio.sleep(delay))
@@ -198,14 +198,12 @@ class OpenAIJudge:
             raise
         return reservation
 
-    def _fail(self, request: Request, failure: Failure, num_attempts: int) -> Call:
-        """Store that a request has failed; stop the run after too many of them in a row."""
-        values = {"detail": failure.detail, "num_attempts": num_attempts}
-        call = self.setup.record(request, "live", "failed", **values)
+    def _fail(self, call: Call) -> Call:
+        """Store a failed call; stop the run after too many of them in a row."""
         self.store.add_call(call)
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self.retry.max_failures_in_a_row:
-            self._halt(f"{self._failures_in_a_row} questions in a row got no answer: {failure.detail}")
+            self._halt(f"{self._failures_in_a_row} questions in a row got no answer: {call.detail}")
         return call
 
     async def _unless_stopped(self, waiting: Coroutine[Any, Any, Result]) -> Result:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,6 @@ class PairwisePrompt:
     "Label of the verdict: Preferred, More helpful."
 
     def messages(self, question: Question, form: Form, ties: bool, sample: int) -> list[dict[str, str]]:
-        """Return the messages of one call. `sample` > 0 asks again after an unreadable answer."""
         matchup = question.matchup
         first, second = matchup.shown(question.order)
         code = marker_code(self.name, (matchup.prompt, first, second), sample)
@@ -75,7 +75,6 @@ class PairwisePrompt:
         return [{"role": "system", "content": _system(self, code)}, {"role": "user", "content": user}]
 
     def response_format(self, ties: bool) -> dict[str, Any]:
-        """Return the JSON schema of an answer, as the API takes it."""
         verdicts = ["A", "B", "tie"] if ties else ["A", "B"]
         schema = {
             "type": "object",
@@ -89,12 +88,8 @@ class PairwisePrompt:
         return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
     def parse(self, answer: Answer, form: Form, ties: bool) -> ParsedAnswer:
-        """Read status and slot of an answer that was asked for in this form."""
-
-        def read_slot(text: str) -> Slot:
-            return _read_json(text, self.noun) if form == "json" else _read_text(text, self.label, self.noun)
-
-        parsed = parse_answer(answer, form, read_slot)
+        read_slot = _read_json if form == "json" else _read_text
+        parsed = parse_answer(answer, form, partial(read_slot, self))
         if parsed.slot == "tie" and not ties:
             return ParsedAnswer("malformed", detail="a tie, which was not among the choices")
         return parsed
@@ -211,14 +206,14 @@ def _plural(noun: str) -> str:
 # --- the answer -----------------------------------------------------------------------------------------
 
 
-def _read_json(text: str, noun: str) -> Slot:
+def _read_json(prompt: PairwisePrompt, text: str) -> Slot:
     try:
         answer = json.loads(without_fence(text), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"not JSON: {error}") from None
     if not isinstance(answer, dict) or not isinstance(answer.get(JSON_VERDICT), str):
         raise Unreadable(f"JSON without a {JSON_VERDICT!r} of type text")
-    return _common_slot([answer[JSON_VERDICT]], noun, JSON_VERDICT)
+    return _common_slot([answer[JSON_VERDICT]], prompt.noun, JSON_VERDICT)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -228,7 +223,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_text(text: str, label: str, noun: str) -> Slot:
+def _read_text(prompt: PairwisePrompt, text: str) -> Slot:
     """Return the verdict of the labelled line, or of the line below a bare label.
 
     Without a labelled line it is that of a last line that contains a verdict and nothing else. Several labelled lines
@@ -236,15 +231,15 @@ def _read_text(text: str, label: str, noun: str) -> Slot:
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     labelled = re.compile(
-        rf"[\W_]*{re.escape(label)}[{re.escape(_DECORATION)}]*:(?P<verdict>.*)", re.IGNORECASE
+        rf"[\W_]*{re.escape(prompt.label)}[{re.escape(_DECORATION)}]*:(?P<verdict>.*)", re.IGNORECASE
     )
     verdicts = []
     for line, below in zip(lines, [*lines[1:], ""], strict=True):
         if match := labelled.fullmatch(line):
             verdicts.append(match.group("verdict").strip(_DECORATION) or below)
     if not verdicts:
-        return _common_slot([lines[-1]], noun, f"no line {label!r}, and the last line")
-    return _common_slot(verdicts, noun, label)
+        return _common_slot([lines[-1]], prompt.noun, f"no line {prompt.label!r}, and the last line")
+    return _common_slot(verdicts, prompt.noun, prompt.label)
 
 
 def _common_slot(verdicts: list[str], noun: str, place: str) -> Slot:

@@ -9,9 +9,8 @@ from typing import Any
 
 from eval.judging.injection import suspicions
 from eval.judging.matchup import Question
-from eval.judging.openai.answer import Answer, Form, ParsedAnswer
+from eval.judging.openai.answer import Answer, Form, JudgePrompt, ParsedAnswer
 from eval.judging.openai.answer_body import answer_in, text_or_none
-from eval.judging.openai.pairwise import PairwisePrompt
 from eval.judging.openai.prices import Price, prompt_tokens_at_most
 from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Call, Store, call_key, now
@@ -41,8 +40,7 @@ class JudgeSetup:
     """Settings, prompt, form and price shared by all calls of a run."""
 
     config: OpenAISettings
-    prompt: PairwisePrompt
-    "Or another way of asking, with the methods messages, response_format and parse."
+    prompt: JudgePrompt
     ties: bool
     form: Form
     price: Price | None

@@ -23,9 +23,7 @@ Action = Literal["retry", "refused", "give_up", "stop"]
 """retry: it may pass. refused: the API would not have this text judged. give_up: this request cannot work, others may.
 stop: no request can work without user action."""
 
-SETTING_CODES = frozenset(
-    {"unsupported_parameter", "unsupported_value", "unknown_parameter", "model_not_found"}
-)
+SETTING_CODES = frozenset("unsupported_parameter unsupported_value unknown_parameter model_not_found".split())
 SETTINGS = frozenset(
     {"temperature", "response_format", "reasoning_effort", "max_tokens", "max_completion_tokens", "model"}
 )

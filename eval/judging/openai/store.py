@@ -129,16 +129,13 @@ class Store:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 lock = resources.enter_context(self.path.with_name(self.path.name + ".lock").open("w"))
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise DataError(f"{self.path} is in use by another run; wait for it or stop it") from None
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._db = resources.enter_context(closing(sqlite3.connect(self.path, isolation_level=None)))
                 self._open()
-            except (
-                OSError,
-                sqlite3.OperationalError,
-            ) as error:  # a full disk, a file that may not be written
+            except BlockingIOError:
+                raise DataError(f"{self.path} is in use by another run; wait for it or stop it") from None
+            # A full disk, or a file that may not be written.
+            except (OSError, sqlite3.OperationalError) as error:
                 raise DataError(f"no store of verdicts can be kept at {self.path}: {error}") from None
             except sqlite3.DatabaseError as error:
                 raise DataError(f"{self.path} is not a store of verdicts: {error}") from None
