@@ -28,7 +28,7 @@ from eval.reporting.comparison import (
     SystemRow,
 )
 from eval.statistics.across_runs import Measured, difference, measured, widened_by_runs
-from eval.statistics.bradley_terry import bradley_terry
+from eval.statistics.bradley_terry import bradley_terry, elo
 from eval.statistics.frontier import pareto_front
 from eval.statistics.intervals import Interval
 from eval.statistics.win_rate import holm
@@ -205,7 +205,7 @@ def _ranking(systems: Sequence[System], baseline: str, more_judgments: Sequence[
         )
     except ValueError as error:  # such as two groups of systems that never met
         return Ranking((), baseline, len(decided), (f"no ranking: {error}",))
-    columns = (result.elo.tolist(), result.elo_low.tolist(), result.elo_high.tolist())
+    columns = (elo(strengths).tolist() for strengths in (result.strengths, result.low, result.high))
     ranked = tuple(map(RankedSystem, result.systems, *columns))
     return Ranking(ranked, baseline, result.num_comparisons, tuple(result.warnings))
 
