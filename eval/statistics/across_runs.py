@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats
 
-from eval.statistics.intervals import Interval, mean_interval, prompt_codes, prompt_means, rate_interval
+from eval.statistics.intervals import Interval, mean_interval, prompt_codes, rate_interval
 from eval.statistics.sample_size import detectable_difference
 from eval.statistics.seeds import seed_difference, seed_interval
 from eval.statistics.win_rate import paired_test
@@ -52,15 +52,14 @@ class Values:
 def run_matrix(runs: Sequence[Values]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
     """Return the prompts sorted by id (P,), and each run's mean on each prompt (S, P); nan without a number."""
     prompt_ids = tuple(sorted({prompt_id for run in runs for prompt_id in run.prompt_ids}))
-    column = {prompt_id: place for place, prompt_id in enumerate(prompt_ids)}
+    column = {prompt_id: index for index, prompt_id in enumerate(prompt_ids)}
     matrix = np.full((len(runs), len(prompt_ids)), np.nan)
-    for row, run in enumerate(runs):
-        numbers = np.asarray(run.numbers, dtype=np.float64)
-        known = ~np.isnan(numbers)
+    for means, run in zip(matrix, runs, strict=True):
+        known = ~np.isnan(run.numbers)
         columns = np.array([column[prompt_id] for prompt_id in run.prompt_ids], dtype=np.intp)[known]
-        sums = np.bincount(columns, weights=numbers[known], minlength=len(prompt_ids))
+        sums = np.bincount(columns, weights=run.numbers[known], minlength=len(prompt_ids))
         counts = np.bincount(columns, minlength=len(prompt_ids))
-        matrix[row, counts > 0] = sums[counts > 0] / counts[counts > 0]
+        np.divide(sums, counts, out=means, where=counts > 0)
     return prompt_ids, matrix
 
 
@@ -73,26 +72,22 @@ def measured(
     `floor`, such as 0 for a KL, unless the value itself is. Raises ValueError when a run has no numbers.
     """
     _, matrix = run_matrix(runs)
-    empty = [row for row, numbers in enumerate(matrix) if np.isnan(numbers).all()]
+    empty = np.flatnonzero(np.isnan(matrix).all(axis=1)).tolist()
     if empty:
         raise ValueError(f"runs {empty} have no number at all")
-    means = tuple(float(np.nanmean(numbers)) for numbers in matrix)
+    means = tuple(np.nanmean(matrix, axis=1).tolist())
     if matrix.shape[1] == 1:
         return Measured(float(np.mean(means)), None, None, means, "one prompt")
     if len(runs) > 1:
-        result = seed_interval(matrix, bounds)
-        low = max(result.low, min(floor, result.value))
-        return Measured(result.value, low, result.high, means, "seeds")
-    numbers, codes = (
-        np.asarray(runs[0].numbers, dtype=np.float64),
-        prompt_codes(runs[0].prompt_ids, len(runs[0].numbers)),
-    )
-    if bounds == (0.0, 1.0):
-        interval = rate_interval(numbers, codes)
+        interval, method = seed_interval(matrix, bounds), "seeds"
     else:
-        interval = mean_interval(prompt_means(numbers, codes), bounds=bounds)
+        if bounds == (0.0, 1.0):
+            interval = rate_interval(runs[0].numbers, prompt_codes(runs[0].prompt_ids, len(runs[0].numbers)))
+        else:
+            interval = mean_interval(matrix[0, ~np.isnan(matrix[0])], bounds=bounds)
+        method = interval.method
     low = max(interval.low, min(floor, interval.value))
-    return Measured(interval.value, low, interval.high, means, interval.method)
+    return Measured(interval.value, low, interval.high, means, method)
 
 
 def widened_by_runs(
@@ -144,7 +139,8 @@ def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference
         result = seed_difference(matrix_1, matrix_2)
         over, detectable = "seeds and prompts", None
     else:
-        scores_1, scores_2 = _over_runs(matrix_1), _over_runs(matrix_2)
+        # nan where a run has no number: the levels of runs differ
+        scores_1, scores_2 = matrix_1.mean(axis=0), matrix_2.mean(axis=0)
         result, over = paired_test(scores_1, scores_2), "prompts"
         sd = float(np.nanstd(scores_1 - scores_2, ddof=1)) if result.num_prompts > 1 else 0.0
         detectable = detectable_difference(result.num_prompts, sd) if sd > 0 else None
@@ -156,8 +152,3 @@ def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference
 def _varies(matrix: NDArray[np.float64]) -> bool:
     decided = matrix[~np.isnan(matrix)]
     return len(decided) == 0 or float(np.ptp(decided)) > 1e-12
-
-
-def _over_runs(matrix: ArrayLike) -> NDArray[np.float64]:
-    """Average each prompt over runs; nan where a run has no number, because the levels of runs differ."""
-    return np.asarray(matrix).mean(axis=0)

@@ -53,10 +53,6 @@ class _Parts:
     cell_variance: float
     cell_df: int
 
-    @property
-    def seed_variance(self) -> float:
-        return float(self.seed_means.var(ddof=1)) / len(self.seed_means)
-
 
 def seed_interval(
     scores: ArrayLike, bounds: tuple[float, float] | None = (0.0, 1.0), confidence: float = 0.95
@@ -80,13 +76,11 @@ def seed_interval(
     scores = _checked_matrix(scores, "scores", bounds)
     parts = _parts(scores, "scores")
     value = float(parts.seed_means.mean())
-    sources = _sources([parts], parts.prompt_parts)
+    sources = _Sources([parts], parts.prompt_parts)
     num_prompts = len(parts.prompt_parts)
     if sources.vary:
         half = sources.half_width(1 - confidence)
-        low, high = value - half, value + half
-        if bounds is not None:
-            low, high = max(low, bounds[0]), min(high, bounds[1])
+        low, high = np.clip([value - half, value + half], *(bounds or (-np.inf, np.inf)))
     elif bounds is not None:
         interval = constant_interval(value, num_prompts, bounds, confidence)
         low, high = interval.low, interval.high
@@ -127,7 +121,7 @@ def seed_difference(scores_1: ArrayLike, scores_2: ArrayLike, confidence: float 
     shared = ~(np.isnan(scores_1).all(axis=0) | np.isnan(scores_2).all(axis=0))
     parts_1, parts_2 = _parts(scores_1[:, shared], "scores_1"), _parts(scores_2[:, shared], "scores_2")
     difference = float(parts_1.seed_means.mean() - parts_2.seed_means.mean())
-    sources = _sources([parts_1, parts_2], parts_1.prompt_parts - parts_2.prompt_parts)
+    sources = _Sources([parts_1, parts_2], parts_1.prompt_parts - parts_2.prompt_parts)
     if not sources.vary:
         raise ValueError("no score varies over seeds or prompts, so the difference has no interval")
     half = sources.half_width(1 - confidence)
@@ -185,16 +179,18 @@ def _parts(scores: NDArray[np.float64], name: str) -> _Parts:
     )
 
 
-@dataclass(frozen=True)
 class _Sources:
     """Variances of each method's seeds and of the prompts, with degrees of freedom; both include the cells' error."""
 
-    seed_variances: NDArray[np.float64]
-    seed_dfs: NDArray[np.float64]
-    prompt_variance: float
-    prompt_df: int
-    cell_variance: float
-    cell_df: int
+    def __init__(self, methods: list[_Parts], prompt_parts: NDArray[np.float64]) -> None:
+        num_prompts = len(prompt_parts)
+        self.seed_variances = np.array([m.seed_means.var(ddof=1) / len(m.seed_means) for m in methods])
+        self.seed_dfs = np.array([len(m.seed_means) - 1 for m in methods])
+        self.cell_variance = sum(m.cell_variance for m in methods)
+        self.cell_df = sum(m.cell_df for m in methods)
+        prompt_variance = float((prompt_parts**2).sum()) * num_prompts / (num_prompts - 1)
+        self.prompt_variance = max(prompt_variance - self.cell_variance, 0.0)
+        self.prompt_df = num_prompts - 1
 
     @property
     def vary(self) -> bool:
@@ -223,17 +219,3 @@ class _Sources:
         if excess(0.0) >= 0:
             return 1.0
         return float(np.exp(brentq(excess, -100.0, 0.0))) if excess(-100.0) > 0 else float(np.exp(-100.0))
-
-
-def _sources(methods: list[_Parts], prompt_parts: NDArray[np.float64]) -> _Sources:
-    num_prompts = len(prompt_parts)
-    prompt_variance = float((prompt_parts**2).sum()) * num_prompts / (num_prompts - 1)
-    cell_variance = sum(m.cell_variance for m in methods)
-    return _Sources(
-        seed_variances=np.array([m.seed_variance for m in methods]),
-        seed_dfs=np.array([len(m.seed_means) - 1 for m in methods]),
-        prompt_variance=max(prompt_variance - cell_variance, 0.0),
-        prompt_df=num_prompts - 1,
-        cell_variance=cell_variance,
-        cell_df=sum(m.cell_df for m in methods),
-    )
