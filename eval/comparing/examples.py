@@ -12,11 +12,6 @@ from eval.judging.verdict import Verdict
 from eval.reporting.comparison import Example, VerdictRow
 
 
-def rival_run(baseline: System, index: int) -> Run:
-    """Return the baseline's run with the same number as the system's run, modulo the number of baseline runs."""
-    return baseline.runs[index % len(baseline.runs)]
-
-
 def examples_of(systems: Sequence[System], baseline: System, num_prompts: int | None) -> tuple[Example, ...]:
     """Pair each response of each system with the baseline's, with its verdicts and measured values.
 
@@ -30,12 +25,12 @@ def examples_of(systems: Sequence[System], baseline: System, num_prompts: int | 
         for system in systems
         if system.name != baseline.name
         for index in range(len(system.runs))
-        for example in _of_run(system, index, rival_run(baseline, index), baseline.name, chosen)
+        for example in _of_run(system, index, baseline, chosen)
     )
 
 
-def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[str]) -> list[Example]:
-    run = system.runs[index]
+def _of_run(system: System, index: int, baseline: System, chosen: set[str]) -> list[Example]:
+    run, rivals = system.runs[index], baseline.runs[index % len(baseline.runs)]
     by_prompt: dict[str, dict[int, CompletionRow]] = {}
     for row in rivals.rows:
         by_prompt.setdefault(row.prompt_id, {})[row.seed] = row
@@ -46,13 +41,13 @@ def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[
     numbers = _numbers_of_responses(run)
     examples = []
     for place, row in enumerate(run.rows):
-        theirs = by_prompt.get(row.prompt_id)
-        if row.prompt_id not in chosen or theirs is None:
+        answers = by_prompt.get(row.prompt_id)
+        if row.prompt_id not in chosen or answers is None:
             continue
         key = row.prompt_id, row.seed
-        rival = theirs.get(row.seed) or next(iter(theirs.values()))
+        rival = answers.get(row.seed) or next(iter(answers.values()))
         judgment = judgments.get(key)
-        own = verdicts.get(key, [])
+        on_row = verdicts.get(key, [])
         examples.append(
             Example(
                 id=f"{system.name}/{index}/{row.prompt_id}/{row.seed}",
@@ -60,7 +55,7 @@ def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[
                 prompt=row.prompt,
                 system=system.name,
                 run=index,
-                baseline=baseline,
+                baseline=baseline.name,
                 response_a=row.response,
                 response_b=rival.response,
                 ended_a=row.ended,
@@ -68,9 +63,9 @@ def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[
                 prefix_a=0,  # held-out prompts are continued from their end
                 score=None if judgment is None else judgment.score,
                 consistent=None if judgment is None else judgment.consistent,
-                verdicts=tuple(_verdict_row(verdict, run.answers) for verdict in own),
-                suspicions_a=tuple(sorted({each for verdict in own for each in verdict.suspicions_a})),
-                suspicions_b=tuple(sorted({each for verdict in own for each in verdict.suspicions_b})),
+                verdicts=tuple(_verdict_row(verdict, run.answers) for verdict in on_row),
+                suspicions_a=tuple(sorted({sign for verdict in on_row for sign in verdict.suspicions_a})),
+                suspicions_b=tuple(sorted({sign for verdict in on_row for sign in verdict.suspicions_b})),
                 values={name: column[place] for name, column in numbers.items()},
             )
         )

@@ -129,7 +129,11 @@ def run_of_policy(
     sampled = recipe.sampling == SAMPLED
     values = measured_values(engine, rows, rewards)
     if kl_reference is not None:
-        samples = rows if sampled else read_completions(_sample(recipe, engine, say))
+        samples = rows
+        if not sampled:
+            folder = str(Path(recipe.run_dir) / "sampled")
+            at_one = replace(recipe, run_dir=folder, sampling=SAMPLED, num_responses=1)
+            samples = read_completions(complete_policy(at_one, engine, say))
         values[KL] = _kls(recipe, engine, samples, kl_reference, say)
     meta = read_meta(path)
     hashes = {name: value for name, value in meta.items() if name.endswith("_sha256") and value}
@@ -228,12 +232,6 @@ def measured_values(
             raise DataError(f"{name}: {error}") from error
         values[name] = Values(prompt_ids, scores)
     return values
-
-
-def _sample(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
-    """Sample responses at temperature 1, as the KL estimate requires."""
-    folder = str(Path(recipe.run_dir) / "sampled")
-    return complete_policy(replace(recipe, run_dir=folder, sampling=SAMPLED, num_responses=1), engine, say)
 
 
 def _kls(
