@@ -160,11 +160,8 @@ def _meta(
     """Collect all settings that decide the texts; a file is resumed only if all of them are equal."""
     versions = {"python": sys.version.split()[0], **package_versions()}
     versions |= {name: metadata.version(name) for name in ("drpo", "tokenizers", "numpy")}
-    settings = {
-        key: value
-        for key, value in flatten(recipe).items()
-        if not f"{key}.".startswith(tuple(f"{name}." for name in (*FREE_ON_RESUME, "imported")))
-    }
+    unbound = (*FREE_ON_RESUME, "imported")
+    settings = {key: value for key, value in flatten(recipe).items() if key.partition(".")[0] not in unbound}
     return {
         "weights_sha256": weights_sha256(model) if engine.is_main else None,
         "data_sha256": requests_sha256(requests),

@@ -16,7 +16,7 @@ from scipy import stats
 
 from eval.statistics.intervals import Interval, mean_interval, prompt_codes, rate_interval
 from eval.statistics.sample_size import detectable_difference
-from eval.statistics.seeds import seed_difference, seed_interval
+from eval.statistics.seeds import Difference, seed_difference, seed_interval
 from eval.statistics.win_rate import paired_test
 
 
@@ -79,15 +79,13 @@ def measured(
     if matrix.shape[1] == 1:
         return Measured(float(np.mean(means)), None, None, means, "one prompt")
     if len(runs) > 1:
-        interval, method = seed_interval(matrix, bounds), "seeds"
+        interval = seed_interval(matrix, bounds)
+    elif bounds == (0.0, 1.0):
+        interval = rate_interval(runs[0].numbers, prompt_codes(runs[0].prompt_ids, len(runs[0].numbers)))
     else:
-        if bounds == (0.0, 1.0):
-            interval = rate_interval(runs[0].numbers, prompt_codes(runs[0].prompt_ids, len(runs[0].numbers)))
-        else:
-            interval = mean_interval(matrix[0, ~np.isnan(matrix[0])], bounds=bounds)
-        method = interval.method
+        interval = mean_interval(matrix[0, ~np.isnan(matrix[0])], bounds=bounds)
     low = max(interval.low, min(floor, interval.value))
-    return Measured(interval.value, low, interval.high, means, method)
+    return Measured(interval.value, low, interval.high, means, interval.method)
 
 
 def widened_by_runs(
@@ -108,20 +106,6 @@ def widened_by_runs(
     return Measured(interval.value, low, high, tuple(runs), "widened by seeds")
 
 
-@dataclass(frozen=True)
-class Difference:
-    """System 1 minus system 2. `over` names what the interval is over: "prompts", or "seeds and prompts"."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    num_prompts: int
-    over: str
-    detectable: float | None
-    "Smallest true difference that this many prompts detect with power 0.8; None where seeds count, too."
-
-
 def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference:
     """Compute the difference of two systems' scores in [0, 1] on their shared prompts.
 
@@ -136,17 +120,14 @@ def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference
     matrix_1 = matrix_1[:, np.isin(prompts_1, shared)]  # columns are sorted by id
     matrix_2 = matrix_2[:, np.isin(prompts_2, shared)]
     if len(runs_1) > 1 and len(runs_2) > 1 and (_varies(matrix_1) or _varies(matrix_2)):
-        result = seed_difference(matrix_1, matrix_2)
-        over, detectable = "seeds and prompts", None
-    else:
-        # nan where a run has no number: the levels of runs differ
-        scores_1, scores_2 = matrix_1.mean(axis=0), matrix_2.mean(axis=0)
-        result, over = paired_test(scores_1, scores_2), "prompts"
-        sd = float(np.nanstd(scores_1 - scores_2, ddof=1)) if result.num_prompts > 1 else 0.0
-        detectable = detectable_difference(result.num_prompts, sd) if sd > 0 else None
-    return Difference(
-        result.difference, result.low, result.high, result.p_value, result.num_prompts, over, detectable
-    )
+        return seed_difference(matrix_1, matrix_2)
+    # nan where a run has no number: the levels of runs differ
+    scores_1, scores_2 = matrix_1.mean(axis=0), matrix_2.mean(axis=0)
+    test = paired_test(scores_1, scores_2)
+    sd = float(np.nanstd(scores_1 - scores_2, ddof=1)) if test.num_prompts > 1 else 0.0
+    detectable = detectable_difference(test.num_prompts, sd) if sd > 0 else None
+    limits = test.low, test.high
+    return Difference(test.difference, *limits, test.p_value, test.num_prompts, "prompts", detectable)
 
 
 def _varies(matrix: NDArray[np.float64]) -> bool:
