@@ -202,14 +202,16 @@ def _frontiers(rows: Sequence[SystemRow], measures: Sequence[Measure]) -> tuple[
     """Collect, for each reward, the systems that have a KL, and mark those on the Pareto front."""
     frontiers = []
     for measure in measures:
-        placed = [row for row in rows if row.values.get(KL) and row.values[measure.key]]
-        if not measure.is_reward or not placed:
+        measured_rows = [row for row in rows if row.values.get(KL) and row.values[measure.key]]
+        if not measure.is_reward or not measured_rows:
             continue
-        kls, rewards = ([Estimate(*_limits(row.values[key])) for row in placed] for key in (KL, measure.key))
+        kls, rewards = (
+            [Estimate(*_limits(row.values[key])) for row in measured_rows] for key in (KL, measure.key)
+        )
         on_front = pareto_front([kl.value for kl in kls], [reward.value for reward in rewards]).tolist()
         points = [
             FrontierRow(row.name, row.method, kl, reward, best)
-            for row, kl, reward, best in zip(placed, kls, rewards, on_front, strict=True)
+            for row, kl, reward, best in zip(measured_rows, kls, rewards, on_front, strict=True)
         ]
         frontiers.append(Frontier(measure.key, tuple(points)))
     return tuple(frontiers)
@@ -221,10 +223,10 @@ def _curves(rows: Sequence[SystemRow], measures: Sequence[Measure], setting_name
     for measure in measures:
         if not (measure.is_reward or measure.key == KL):
             continue
-        placed = [row for row in rows if row.setting is not None and row.values[measure.key]]
+        measured_rows = [row for row in rows if row.setting is not None and row.values[measure.key]]
         points = []
-        for method in dict.fromkeys(row.method for row in placed):
-            line = sorted((row for row in placed if row.method == method), key=attrgetter("setting"))
+        for method in dict.fromkeys(row.method for row in measured_rows):
+            line = sorted((row for row in measured_rows if row.method == method), key=attrgetter("setting"))
             if len(line) > 1:
                 points += [
                     CurvePoint(*_limits(row.values[measure.key]), row.name, row.method, row.setting)

@@ -51,9 +51,9 @@ def measures_of(baseline: str, judged: bool, has_kl: bool, rewards: Sequence[str
             "over responses sampled at temperature 1."
         )
         measures.append(Measure(KL, "KL", "nats", 2, None, text, floor=0.0))
-    for name, shown in zip(ROUGES, ("ROUGE-1", "ROUGE-2", "ROUGE-L"), strict=True):
-        text = f"F1 of {shown} against the dataset's own response, in percent."
-        measures.append(Measure(name, shown, "%", 1, "high", text, (0.0, 1.0)))
+    for key, name in zip(ROUGES, ("ROUGE-1", "ROUGE-2", "ROUGE-L"), strict=True):
+        text = f"F1 of {name} against the dataset's own response, in percent."
+        measures.append(Measure(key, name, "%", 1, "high", text, (0.0, 1.0)))
     length = "Tokens of a response, the stop token included."
     ended = "Share of the responses that came to their end and were not cut at the length limit."
     measures.append(Measure("num_tokens", "length", "tokens", 1, None, length, floor=0.0))

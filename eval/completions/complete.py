@@ -122,9 +122,9 @@ def complete_policy(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
     missing = [request for request in requests if request.key(recipe.system) not in done]
     num_done = len(requests) - len(missing)
     vocabulary = vocabulary_with(recipe.bad_tokens, tokenizer, model)
-    placed = engine.place(model, as_trained=False)
+    model = engine.place(model, as_trained=False)
     sampling, length = recipe.sampling, recipe.max_response_length
-    generator = Generator(placed, tokenizer, vocabulary, sampling, length, recipe.batch_size)
+    generator = Generator(model, tokenizer, vocabulary, sampling, length, recipe.batch_size)
     policy = Policy(recipe.system, generator)
     progress = Progress(len(requests), num_done, "responses", say)
     if engine.is_main:
@@ -183,10 +183,10 @@ def _add_systems(
     if writer is None or not (recipe.reference or recipe.null_response):
         return
     rows = [row for row in read_completions(path) if row.system not in (REFERENCE, NULL)]
-    made = reference_rows(rows) if recipe.reference else []
-    made += constant_rows(rows, NULL, NULL_RESPONSE) if recipe.null_response else []
-    made = [row for row in made if row.key not in writer.done]
-    writer.write(made if tokenizer is None else with_num_tokens(made, tokenizer))
+    added = reference_rows(rows) if recipe.reference else []
+    added += constant_rows(rows, NULL, NULL_RESPONSE) if recipe.null_response else []
+    added = [row for row in added if row.key not in writer.done]
+    writer.write(added if tokenizer is None else with_num_tokens(added, tokenizer))
 
 
 def _import(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:

@@ -28,7 +28,7 @@ def reference_rows(rows: Sequence[CompletionRow]) -> list[CompletionRow]:
         if row.reference is None:
             bad.add("no reference", row.prompt_id)
     if bad:
-        raise DataError(f"the dataset's responses cannot stand as a system:\n{bad.summary()}")
+        raise DataError(f"the dataset's responses cannot be a system:\n{bad.summary()}")
     return [
         replace(row, system=REFERENCE, response=row.reference, **BY_NO_POLICY, meta=row.prompt_meta)
         for row in references.values()

@@ -72,6 +72,11 @@ class CompletionRow:
         return {MESSAGES: self.meta[MESSAGES]} if MESSAGES in self.meta else {}
 
 
+def is_built_in(system: str) -> bool:
+    """Return whether a name is taken: by the references, the constant response, or an attack on the judge."""
+    return system in (REFERENCE, NULL) or "attack/" in system
+
+
 def messages_meta(record: Record) -> dict[str, Any]:
     """Return the part of a row's `meta` on the prompt's turns; empty where no chat template was used."""
     return {} if record.chat is None else {MESSAGES: [dict(turn) for turn in record.chat.messages]}

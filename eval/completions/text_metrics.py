@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,18 +138,12 @@ def rouge_f1(responses: Sequence[str], references: Sequence[str]) -> dict[str, N
     """
     from rouge_score.rouge_scorer import RougeScorer  # slow import
 
-    scorer = RougeScorer(ROUGES, tokenizer=_Words())
+    # Its own tokenizer drops all but ASCII words.
+    scorer = RougeScorer(ROUGES, tokenizer=SimpleNamespace(tokenize=words))
     scored = [
         scorer.score(reference, response) for response, reference in zip(responses, references, strict=True)
     ]
     return {name: np.array([scores[name].fmeasure for scores in scored], dtype=np.float64) for name in ROUGES}
-
-
-class _Words:
-    """Adapter of `words` for rouge-score, whose own tokenizer drops all but ASCII words."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return words(text)
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float | None:

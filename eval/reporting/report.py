@@ -120,7 +120,7 @@ def _page(
     plots: list[Figure],
 ) -> str:
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
-    shown = {
+    browser_data = {
         "measures": comparison.measures,
         "systems": [{"name": system.name, "method": system.method} for system in comparison.systems],
         "examples": comparison.examples,
@@ -141,7 +141,7 @@ def _page(
         style=Markup(style),
         script=Markup(script),
         policy=_security_policy(style, script),
-        data=Markup(script_json(shown)),
+        data=Markup(script_json(browser_data)),
     )
 
 

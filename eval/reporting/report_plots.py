@@ -68,10 +68,10 @@ def _win_rates(comparison: Comparison, measure: MeasureRow, styles: Mapping[str,
     for system in comparison.systems:
         rate = system.values[measure.key]
         if _has_value(rate):
-            shown = estimate_text(rate, measure)
-            text = f"{system.name}: {shown}"
+            rate_text = estimate_text(rate, measure)
+            text = f"{system.name}: {rate_text}"
             bars.append(Mark(system.name, styles[system.method], text, _scaled(rate, measure)))
-            rows.append(row_of(system.name, shown))
+            rows.append(row_of(system.name, rate_text))
     if not bars:
         return None
     title, axis = f"{_capital(measure.name)} against {comparison.baseline}", measure_title(measure)
@@ -133,11 +133,11 @@ def _curve(curve: Curve, measure: MeasureRow, styles: Mapping[str, int]) -> Figu
     for point in curve.points:
         if not _has_value(point):
             continue
-        shown, setting = estimate_text(point, measure), f"{point.setting:g}"
-        text = f"{curve.setting} {setting}: {shown}"
+        value, setting = estimate_text(point, measure), f"{point.setting:g}"
+        text = f"{curve.setting} {setting}: {value}"
         xy = (Estimate(point.setting, None, None), _scaled(point, measure))
         points.append(Mark(point.system, styles[point.method], text, *xy, point.method, True))
-        rows.append(row_of(point.system, point.method, setting, shown))
+        rows.append(row_of(point.system, point.method, setting, value))
     if not points:
         return None
     title, axes = f"{_capital(measure.name)} over {curve.setting}", (curve.setting, measure_title(measure))

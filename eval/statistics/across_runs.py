@@ -114,11 +114,10 @@ def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference
     """
     prompts_1, matrix_1 = run_matrix(runs_1)
     prompts_2, matrix_2 = run_matrix(runs_2)
-    shared = sorted(set(prompts_1) & set(prompts_2))
-    if not shared:
+    shared, columns_1, columns_2 = np.intersect1d(prompts_1, prompts_2, return_indices=True)
+    if not len(shared):
         raise ValueError("the two systems share no prompts")
-    matrix_1 = matrix_1[:, np.isin(prompts_1, shared)]  # columns are sorted by id
-    matrix_2 = matrix_2[:, np.isin(prompts_2, shared)]
+    matrix_1, matrix_2 = matrix_1[:, columns_1], matrix_2[:, columns_2]
     if len(runs_1) > 1 and len(runs_2) > 1 and (_varies(matrix_1) or _varies(matrix_2)):
         return seed_difference(matrix_1, matrix_2)
     # nan where a run has no number: the levels of runs differ

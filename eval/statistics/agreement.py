@@ -59,7 +59,7 @@ def agreement(
     """
     confidence = checked_confidence(confidence)
     scores_1, scores_2 = checked_scores(scores_1, "scores_1"), checked_scores(scores_2, "scores_2")
-    same_rows("scores_1", len(scores_1), {"scores_2": len(scores_2)})
+    same_rows({"scores_1": len(scores_1), "scores_2": len(scores_2)})
     codes = prompt_codes(prompt_ids, len(scores_1))
     decided = ~(np.isnan(scores_1) | np.isnan(scores_2))
     if not decided.any():
@@ -168,7 +168,7 @@ def human_ceiling(
     labels = np.asarray(human_scores, dtype=np.float64)
     if labels.ndim != 2 or labels.shape[1] < 2:
         raise ValueError(f"human_scores must be (pairs, at least 2 annotators), got shape {labels.shape}")
-    same_rows("judge_scores", len(judge_scores), {"human_scores": len(labels)})
+    same_rows({"judge_scores": len(judge_scores), "human_scores": len(labels)})
     checked_scores(labels.ravel(), "human_scores")
     codes = prompt_codes(prompt_ids, len(labels))
     usable = ((~np.isnan(labels)).sum(axis=1) >= 2) & ~np.isnan(judge_scores)

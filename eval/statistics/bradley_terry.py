@@ -84,7 +84,7 @@ def bradley_terry(
     confidence = checked_confidence(confidence)
     scores = checked_scores(scores)
     names_a, names_b = np.asarray(systems_a, dtype=str), np.asarray(systems_b, dtype=str)
-    same_rows("scores", len(scores), {"systems_a": len(names_a), "systems_b": len(names_b)})
+    same_rows({"scores": len(scores), "systems_a": len(names_a), "systems_b": len(names_b)})
     codes = prompt_codes(prompt_ids, len(scores))
     if (names_a == names_b).any():
         row = int((names_a == names_b).argmax())
@@ -178,7 +178,7 @@ def _separation_warning(labels: NDArray, systems: NDArray) -> str:
     listed = ", ".join(f"{{{group}}}" for group in _grouped(labels, systems))
     return (
         f"separation: between the groups {listed} one side got everything or nothing, so their distance has no "
-        "finite estimate; what stands here is held finite by a weak prior; more comparisons are needed"
+        "finite estimate; the one shown is held finite by a weak prior; more comparisons are needed"
     )
 
 
