@@ -139,9 +139,10 @@ def _judged_systems(
     estimates: list[Estimate] = []
     for number, (one, other, index) in enumerate(meetings, 1):
         say(f"judging {number} of {len(meetings)}: {one.name} against {other.name}, run {index}")
-        run = _judge(recipe, one, other, index, say)
-        if isinstance(run, Estimate):
-            estimates.append(run)
+        try:
+            run = _judge(recipe, one, other, index, say)
+        except DryRun as stopped:
+            estimates.append(stopped.estimate)
             continue
         if other is baseline:
             judged.setdefault(one.name, []).append(run)
@@ -152,11 +153,8 @@ def _judged_systems(
     return [replace(system, runs=tuple(judged.get(system.name, system.runs))) for system in systems], between
 
 
-def _judge(recipe: CompareRecipe, one: System, other: System, index: int, say: Say) -> Run | Estimate:
-    """Judge run `index` of `one` against that of `other`, modulo their numbers of runs.
-
-    In a dry run, return the estimated cost.
-    """
+def _judge(recipe: CompareRecipe, one: System, other: System, index: int, say: Say) -> Run:
+    """Judge run `index` of `one` against that of `other`, modulo their numbers of runs. Raises DryRun."""
     run, rival = index % len(one.runs), index % len(other.runs)
     files = [recipe.folder_of(one.name, run) / COMPLETIONS, recipe.folder_of(other.name, rival) / COMPLETIONS]
     folder = Path(recipe.run_dir) / "judgments" / f"{slug(one.name)}_{run}" / f"{slug(other.name)}_{rival}"
@@ -168,10 +166,7 @@ def _judge(recipe: CompareRecipe, one: System, other: System, index: int, say: S
         baseline=other.name,
         store=str(recipe.store) if _keeps_store(recipe) else None,
     )
-    try:
-        return judge_run(judging, one.runs[run], say)
-    except DryRun as stopped:
-        return stopped.estimate
+    return judge_run(judging, one.runs[run], say)
 
 
 def _keeps_store(recipe: CompareRecipe) -> bool:

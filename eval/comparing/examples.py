@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -63,18 +63,16 @@ def _of_run(system: System, index: int, baseline: System, chosen: set[str]) -> l
                 prefix_a=0,  # held-out prompts are continued from their end
                 score=None if judgment is None else judgment.score,
                 consistent=None if judgment is None else judgment.consistent,
-                verdicts=tuple(_verdict_row(verdict, run.answers) for verdict in on_row),
+                verdicts=tuple(
+                    VerdictRow(v.order, v.status, v.winner, run.answers.get((*key, v.order)), v.detail)
+                    for v in on_row
+                ),
                 suspicions_a=tuple(sorted({sign for verdict in on_row for sign in verdict.suspicions_a})),
                 suspicions_b=tuple(sorted({sign for verdict in on_row for sign in verdict.suspicions_b})),
                 values={name: column[place] for name, column in numbers.items()},
             )
         )
     return examples
-
-
-def _verdict_row(verdict: Verdict, answers: Mapping[tuple[str, int, str], str]) -> VerdictRow:
-    text = answers.get((verdict.prompt_id, verdict.seed, verdict.order))
-    return VerdictRow(verdict.order, verdict.status, verdict.winner, text, verdict.detail)
 
 
 def _numbers_of_responses(run: Run) -> dict[str, list[float | None]]:

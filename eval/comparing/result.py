@@ -119,15 +119,14 @@ def _length_controlled(system: System, statistics: JudgedStatistics, warnings: l
     if pooled is None:
         raise ValueError(statistics.length_controlled_missing)
     warnings += [f"LC win rate: {warning}" for warning in pooled.warnings]
-    runs = [pooled]
+    by_run = [statistics]
     if len(system.runs) > 1:
         by_run = [judged_statistics(run.judgments) for run in system.runs]
-        for index, single in enumerate(by_run):
-            if single.length_controlled is None:
-                raise ValueError(f"run {index}: {single.length_controlled_missing}")
-        runs = [single.length_controlled for single in by_run]
+    for index, single in enumerate(by_run):
+        if single.length_controlled is None:
+            raise ValueError(f"run {index}: {single.length_controlled_missing}")
     interval = Interval(pooled.rate, pooled.low, pooled.high, 0, pooled.method)
-    return widened_by_runs(interval, [run.rate for run in runs])
+    return widened_by_runs(interval, [single.length_controlled.rate for single in by_run])
 
 
 def _judged_row(statistics: JudgedStatistics) -> JudgedRow:

@@ -112,5 +112,5 @@ def text_values(rows: Sequence[CompletionRow]) -> dict[str, Values]:
 
 def judged_values(judgments: Sequence[Judgment]) -> Values:
     """Return the score of each comparison; nan where it is undecided."""
-    scores = [np.nan if judgment.score is None else judgment.score for judgment in judgments]
-    return Values(tuple(judgment.prompt_id for judgment in judgments), np.array(scores, dtype=np.float64))
+    scores = np.array([judgment.score for judgment in judgments], dtype=np.float64)
+    return Values(tuple(judgment.prompt_id for judgment in judgments), scores)
