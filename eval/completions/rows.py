@@ -156,9 +156,9 @@ def parse_rows(
     parse: Callable[[Any], CompletionRow],
     bad: BadRows | None = None,
 ) -> list[CompletionRow]:
-    """Parse all rows of a file, each with its origin. Raises DataError for bad or repeated rows, all counted, or none.
+    """Parse all rows of a file, each with its origin; `bad` contains those that could not be read at all.
 
-    `bad` contains the rows that could not be read at all.
+    Raises DataError for bad or repeated rows, all counted, and for no rows.
     """
     rows: dict[tuple[str, str, int], CompletionRow] = {}
     bad = BadRows() if bad is None else bad
