@@ -26,7 +26,12 @@ class StageFailed(Exception):
     """Failure of a script that another script ran; the message names its log."""
 
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
+LAUNCH = Path(__file__).resolve().parent
+RECIPES = LAUNCH / "recipes"
+
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, RunStopped, FloatingPointError, OSError, StageFailed)
+"Errors in recipe, data, checkpoint, disk or training that a user can fix."
 
 
 def main(
@@ -34,9 +39,8 @@ def main(
 ) -> None:
     """Read the command line, run the recipe, print the path of the result as the last line.
 
-    Without a recipe the embedded one named `default_recipe` is used. `forced` overrides come last. Errors that a
-    user can fix (recipe, data, checkpoint, disk) are printed as one message without a traceback, exit code 1; Ctrl-C
-    exits with 130.
+    Without a recipe the embedded one named `default_recipe` is used. `forced` overrides come last. USER_ERRORS are
+    printed as one message without a traceback, exit code 1; Ctrl-C exits with 130.
     """
     arguments = sys.argv[1:]
     script = Path(sys.argv[0]).name
@@ -50,15 +54,7 @@ def main(
         recipe = load_recipe(recipe_class, find_recipe(path or default_recipe), [*overrides, *forced])
         with graceful_shutdown():
             result = run(recipe)
-    except (
-        ConfigError,
-        DataError,
-        CheckpointError,
-        RunStopped,
-        FloatingPointError,
-        OSError,
-        StageFailed,
-    ) as error:
+    except USER_ERRORS as error:
         raise SystemExit(f"{script}: {error}") from None
     except KeyboardInterrupt:
         print(f"{script}: stopped; what is on disk is kept", file=sys.stderr)
@@ -89,17 +85,23 @@ def call(num_threads: int, command: list[str], log: Path, folder: Path | None = 
         raise StageFailed(f"{' '.join(command)} failed with code {done.returncode}; see {log}")
 
 
+def run_stage(stage: str, *arguments: str) -> None:
+    """Run launch/<stage>.py as a user would; exit with a message when it fails."""
+    print(f"\n=== {stage}: launch/{stage}.py {' '.join(arguments)}", flush=True)
+    if subprocess.run([sys.executable, str(LAUNCH / f"{stage}.py"), *arguments]).returncode:
+        script = Path(sys.argv[0]).name
+        raise SystemExit(f"{script}: the stage {stage} failed; the same command again goes on from there")
+
+
 def quieten_libraries() -> None:
-    """Silence the progress bars of transformers and DeepSpeed's warning about running on a CPU."""
+    """Silence the progress bars of transformers, and two warnings of DeepSpeed and accelerate."""
     transformers_logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: "Setting accelerator to CPU" not in record.getMessage()
-    )
-    logging.getLogger("accelerate.utils.other").addFilter(
-        lambda record: (
-            "Removed shared tensor" not in record.getMessage()
-        )  # tied weights, and the shared trunk
-    )
+    noise = {
+        "DeepSpeed": "Setting accelerator to CPU",
+        "accelerate.utils.other": "Removed shared tensor",  # tied weights, and the shared trunk
+    }
+    for logger, text in noise.items():
+        logging.getLogger(logger).addFilter(lambda record, text=text: text not in record.getMessage())
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from drpo.data.tasks.demo import DemoConfig, make_demo
 from eval.completions.rows import CompletionRow, CompletionsWriter, prompt_id_of
+from launch.command_line import LAUNCH
 
-LAUNCH = Path(__file__).resolve().parent
 DEMO_RUNS = Path("runs/demo")
 DEMO_COMPLETIONS = Path("runs/demo/completions/texts.jsonl")
 NUM_POSTS = 256

@@ -12,9 +12,17 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
+from drpo.api import train_online
 from drpo.trainers.online_recipe import OnlineRecipe
 from launch.command_line import main
-from launch.online import run
+from launch.demo_inputs import make_demo_inputs
+
+
+def run(recipe: OnlineRecipe) -> Path:
+    """Create the demo inputs that are requested and missing, then train."""
+    make_demo_inputs(recipe.model.path, recipe.reward.path, recipe.critic.path)
+    return train_online(recipe)
+
 
 if __name__ == "__main__":
     main(OnlineRecipe, "demo/drpo.yaml", run)

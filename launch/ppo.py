@@ -14,7 +14,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 
 from drpo.trainers.online_recipe import OnlineRecipe
 from launch.command_line import main
-from launch.online import run
+from launch.drpo import run
 
 if __name__ == "__main__":
     main(OnlineRecipe, "demo/ppo.yaml", run, forced=["reset.proportion=0"])

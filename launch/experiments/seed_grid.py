@@ -15,9 +15,8 @@ from rich.progress import Progress
 from scipy import stats
 
 from drpo.config import ConfigError
-from launch.command_line import call, find_recipe
+from launch.command_line import LAUNCH, call, find_recipe
 
-LAUNCH = Path(__file__).resolve().parents[1]
 MADE_FROM = "made_from.json"
 
 

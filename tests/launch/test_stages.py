@@ -30,12 +30,13 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from drpo.api import train_sft
 from drpo.config import load_recipe
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.sft import SFTRecipe
-from launch import online, sft
 from launch.command_line import main
 from launch.demo_inputs import single_process_environment
+from launch.drpo import run as run_online
 from reward_models.model import RewardModel
 
 RECIPE_SCRIPTS = sorted(
@@ -310,7 +311,7 @@ def fails(folder, monkeypatch) -> Callable[..., str]:
     monkeypatch.chdir(folder)
     forget_precision()
 
-    def start(*arguments: str, recipe_class: type = OnlineRecipe, run=online.run) -> str:
+    def start(*arguments: str, recipe_class: type = OnlineRecipe, run=run_online) -> str:
         monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
         with pytest.raises(SystemExit) as left:
             main(recipe_class, "demo/drpo.yaml", run)
@@ -391,7 +392,7 @@ def test_mistakes_in_a_recipe_are_named(fails, arguments, named):
 )
 def test_mistakes_in_an_sft_recipe_are_named(fails, tmp_path, changes, named):
     recipe = write_recipe(tmp_path / "sft.yaml", replaced({**SFT, "run_dir": str(tmp_path / "run")}, changes))
-    assert named in fails(str(recipe), recipe_class=SFTRecipe, run=sft.run)
+    assert named in fails(str(recipe), recipe_class=SFTRecipe, run=train_sft)
 
 
 def replaced(recipe: dict, changes: dict) -> dict:
