@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from drpo.trainers.online_recipe import RewardConfig
 from reward_models.model import RewardModel
 
 
+@dataclass(eq=False)
 class RewardModelScorer:
     """RewardFn that scores completions with a reward model.
 
@@ -35,20 +37,14 @@ class RewardModelScorer:
     conversation rendered by its own template.
     """
 
-    def __init__(
-        self,
-        model: RewardModel,
-        tokenizer,
-        engine: Engine,
-        batch_size: int,
-        shares_tokenizer: bool,
-        shares_template: bool = True,
-        key: str = "reward.path",
-    ) -> None:
-        self._model, self._tokenizer, self._engine = model, tokenizer, engine
-        self.shares_trunk = False
-        self._batch_size, self._shares_tokenizer, self._key = batch_size, shares_tokenizer, key
-        self._shares_template = shares_template
+    _model: RewardModel
+    _tokenizer: PreTrainedTokenizerBase
+    _engine: Engine
+    _batch_size: int
+    _shares_tokenizer: bool
+    _shares_template: bool
+    _key: str
+    shares_trunk: bool = False
 
     @classmethod
     def load(
@@ -120,24 +116,23 @@ class RewardModelScorer:
     def __call__(self, completions: Sequence[Completion]) -> Tensor:
         """Return the scores (B,), float32; rows are batched by length, so a batch has little padding."""
         ids = [self._ids(completion) for completion in completions]
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row][0]) + len(ids[row][1]))
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i][0]) + len(ids[i][1]))
         scores = torch.empty(len(ids))
         for first in range(0, len(order), self._batch_size):
-            rows = order[first : first + self._batch_size]
-            batch = pad_batch(
-                [ids[r][0] for r in rows], [ids[r][1] for r in rows], self._tokenizer.pad_token_id
-            )
+            indices = order[first : first + self._batch_size]
+            queries, responses = zip(*(ids[i] for i in indices), strict=True)
+            batch = pad_batch(queries, responses, self._tokenizer.pad_token_id).to(self._engine.device)
             with self._engine.autocast():
-                scores[rows] = self._model.score(batch.to(self._engine.device)).float().cpu()
+                scores[indices] = self._model.score(batch).float().cpu()
         return scores
 
     def _ids(self, completion: Completion) -> tuple[list[int], list[int]]:
         chat, ended = completion.record.chat, completion.ended
         if not completion.query_ids:  # a text from any source, tokenized the model's own way
             ended = True  # as a judge of texts takes it; at other tokens than the stop token the head never learned
-            reads_chat = self._was_trained_on_chat or (
-                self._was_trained_on_chat is None and self._tokenizer.chat_template is not None
-            )
+            reads_chat = self._was_trained_on_chat
+            if reads_chat is None:
+                reads_chat = self._tokenizer.chat_template is not None
         else:
             reads_chat = chat is not None
             self._check_trained_on(reads_chat)

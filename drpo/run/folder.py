@@ -263,8 +263,9 @@ class RunFolder:
         require_same(self.engine, {"data": report}, "data")
         self.say(report)
 
-    def say(self, message: object) -> None:
-        if self.engine.is_main:
+    def say(self, *messages: object) -> None:
+        """Print each message, on the main process."""
+        for message in messages if self.engine.is_main else ():
             self._console.print(message, highlight=False, soft_wrap=isinstance(message, str), markup=False)
 
     def close(self) -> None:

@@ -154,17 +154,13 @@ def assign_credit(
         running: moments of all scores, updated when shaping.normalise="running".
         group_size: rollouts per prompt, adjacent rows.
     """
-    raw = trajectory.scores
-    match shaping.normalise:
-        case "running":
-            running.update(raw)
-            raw = running.normalise(raw)
-        case "batch":
-            batch = RunningMoments()
-            batch.update(raw)
-            raw = batch.normalise(raw)
+    scores = trajectory.scores
+    if shaping.normalise != "none":
+        moments = running if shaping.normalise == "running" else RunningMoments()
+        moments.update(scores)
+        scores = moments.normalise(scores)
     scores = shape_scores(
-        raw,
+        scores,
         trajectory.ended,
         trajectory.lengths,
         missing_stop=shaping.missing_stop,

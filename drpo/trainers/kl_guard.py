@@ -46,13 +46,14 @@ class KLGuard:
             f"step {step}: KL to the reference is {metrics[MEASURED]:.3g} nats per sampled token, "
             f"above kl.max_per_token={self._config.max_per_token:g}"
         )
-        if self._config.on_max == "stop" or self._rolled_back or not earlier:
+        reason = None
+        if self._config.on_max == "stop":
             reason = ""
-            if self._config.on_max == "rollback":
-                missing = (
-                    f"; no checkpoint from before step {step - 1} is left: checkpoint.every, checkpoint.keep"
-                )
-                reason = "; going back did not help" if self._rolled_back else missing
+        elif self._rolled_back:
+            reason = "; going back did not help"
+        elif not earlier:
+            reason = f"; no checkpoint from before step {step - 1} is left: checkpoint.every, checkpoint.keep"
+        if reason is not None:
             raise RunStopped(
                 f"{message}{reason}. Last checkpoint: {checkpoints[-1] if checkpoints else 'none'}. "
                 "Raise kl.coef or lower optim.learning_rate"

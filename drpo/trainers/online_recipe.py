@@ -84,27 +84,22 @@ class OnlineRecipe(Section):
 
     def check(self) -> None:
         alone, warmup = self.critic.pretrain_steps, self.optim.warmup_steps
-        refuse(
-            alone > self.num_steps,
-            "critic.pretrain_steps",
-            f"({alone}) must not exceed num_steps ({self.num_steps})",
-        )
+        rule = f"({alone}) must not exceed num_steps ({self.num_steps})"
+        refuse(alone > self.num_steps, "critic.pretrain_steps", rule)
         for section in ("optim", "critic"):
             steps = getattr(self, section).warmup_steps or 0
             rule = f"is {steps}, it must be below num_steps, {self.num_steps}"
             refuse(steps >= self.num_steps, f"{section}.warmup_steps", rule)
-        refuse(
-            alone < self.num_steps <= alone + warmup,
-            "optim.warmup_steps",
+        rule = (
             f"is {warmup}, it must be below the steps in which the policy learns, num_steps - critic.pretrain_steps = "
-            f"{self.num_steps - alone}",
+            f"{self.num_steps - alone}"
         )
+        refuse(alone < self.num_steps <= alone + warmup, "optim.warmup_steps", rule)
         longest, shortest = self.rollout.max_response_length, self.reset.min_length
-        refuse(
-            self.reset.proportion > 0 and shortest >= longest,
-            "reset.min_length",
-            f"({shortest}) must be below rollout.max_response_length ({longest}): no response could be reset",
+        rule = (
+            f"({shortest}) must be below rollout.max_response_length ({longest}): no response could be reset"
         )
+        refuse(self.reset.proportion > 0 and shortest >= longest, "reset.min_length", rule)
         share = 0.2 * self.rollout.batch_size
         refuse(
             self.kl.target_per_token is not None and self.kl.horizon <= share,
