@@ -15,14 +15,12 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 from drpo.api import train_online
 from drpo.trainers.online_recipe import OnlineRecipe
 from launch.command_line import main
-from launch.demo_inputs import make_demo_inputs
 
 
-def run(recipe: OnlineRecipe) -> Path:
-    """Create the demo inputs that are requested and missing, then train."""
-    make_demo_inputs(recipe.model.path, recipe.reward.path, recipe.critic.path)
-    return train_online(recipe)
+def inputs(recipe: OnlineRecipe) -> list[str | None]:
+    """List the models that the recipe names."""
+    return [recipe.model.path, recipe.reward.path, recipe.critic.path]
 
 
 if __name__ == "__main__":
-    main(OnlineRecipe, "demo/drpo.yaml", run)
+    main(OnlineRecipe, "demo/drpo.yaml", train_online, inputs)

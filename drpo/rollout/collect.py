@@ -74,8 +74,8 @@ def collect(
         query_length,
         response_length,
     ).to(engine.device)
-    rows = torch.arange(len(starts), device=engine.device)
-    parts = [batch.select(some) for some in rows.split(measurement.microbatch_size)]
+    indices = torch.arange(len(starts), device=engine.device)
+    parts = [batch.select(part) for part in indices.split(measurement.microbatch_size)]
     trunks: list[Tensor | None] = [None] * len(parts)
     if has_trunk(policy):
         with phases("trunk"), engine.autocast():

@@ -183,8 +183,8 @@ def held_out_sampler(
     check_sampling(policy, examples, config.max_response_length, "model.path", key)
     if config.kl_reference is not None:
         check_same_vocabulary(tokenizer, config.kl_reference, "sample.kl_reference")
-        whole = {"architecture": {}, "tokenizer": None, "vocab_size": None, "trainable_layers": None}
-        source = replace(run.recipe.model, path=config.kl_reference, lora=LoraConfig(), **whole)
+        defaults = {"architecture": {}, "tokenizer": None, "vocab_size": None, "trainable_layers": None}
+        source = replace(run.recipe.model, path=config.kl_reference, lora=LoraConfig(), **defaults)
         frozen = engine.place(load_policy(source, tokenizer, seed, "sample.kl_reference"), as_trained=True)
         check_sampling(frozen, examples, config.max_response_length, "sample.kl_reference", key)
 

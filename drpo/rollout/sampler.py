@@ -282,9 +282,9 @@ def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     total = cdf[:, -1]
     target = uniforms * total
     block = _first_above(cdf, target)
-    before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0)
+    mass_before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0)
     inside = blocks[torch.arange(len(blocks), device=probs.device), block].cumsum(dim=-1, dtype=torch.float64)
-    token = block * _BLOCK + _first_above(inside, target - before)
+    token = block * _BLOCK + _first_above(inside, target - mass_before)
     return token.masked_fill(total.isfinite().logical_not(), -1)
 
 

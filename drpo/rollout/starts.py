@@ -37,6 +37,15 @@ def draw_starts(
     """Draw the starts of the given episodes; each depends on (seed, episode) alone.
 
     A dataset response is cut at its first stop token, so no prefix extends beyond it.
+
+    Args:
+        examples: the prompts, and the responses to reset to.
+        episodes: numbers of the rollouts.
+        reset: share and lengths of resets.
+        rollout: rollouts per prompt, and their longest response.
+        generator: its tokenizer and stop ids.
+        progress: share of training done, in [0, 1].
+        seed: the run's seed.
     """
     starts = []
     for episode in episodes:

@@ -29,10 +29,10 @@ class KLGuard:
     def passes(self, metrics: Mapping[str, float]) -> bool:
         """Return whether the KL of a batch is within the limit."""
         limit = self._config.max_per_token
-        within = limit is None or metrics[MEASURED] <= limit
-        if within:
+        passes = limit is None or metrics[MEASURED] <= limit
+        if passes:
             self._rolled_back = False
-        return within
+        return passes
 
     def roll_back(self, engine: Engine, run: RunFolder, step: int, metrics: Mapping[str, float]) -> None:
         """Restore the last weights whose KL was below the limit.

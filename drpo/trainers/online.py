@@ -201,10 +201,10 @@ def learning_rates(recipe: OnlineRecipe, step: int) -> tuple[float, ...]:
     critic_rate = scheduled_rate(
         critic_peak, recipe.optim, step - 1, recipe.num_steps, warmup_steps=recipe.critic.warmup_steps
     )
-    alone = recipe.critic.pretrain_steps
-    if step <= alone:
+    pretrain_steps = recipe.critic.pretrain_steps
+    if step <= pretrain_steps:
         return 0.0, critic_rate
-    args = (recipe.optim, step - 1 - alone, recipe.num_steps - alone)
+    args = (recipe.optim, step - 1 - pretrain_steps, recipe.num_steps - pretrain_steps)
     return scheduled_rate(recipe.optim.learning_rate, *args), critic_rate
 
 

@@ -78,7 +78,15 @@ class FrozenCopy:
 def policy_as_it_starts(
     model: ModelConfig, engine: Engine, tokenizer, policy: nn.Module, seed: int
 ) -> AdapterOff | FrozenCopy:
-    """Return the initial policy: its base weights under LoRA, else a copy, which shares a frozen trunk."""
+    """Return the initial policy: its base weights under LoRA, else a copy, which shares a frozen trunk.
+
+    Args:
+        model: where the policy was loaded from.
+        engine: places the copy.
+        tokenizer: the policy's.
+        policy: the policy in training, before its first step.
+        seed: seed of the weights of a policy from scratch.
+    """
     if model.lora.r:
         return AdapterOff(policy)
     copy = engine.place(load_policy(model, tokenizer, seed), as_trained=True)

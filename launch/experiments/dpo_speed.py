@@ -80,8 +80,8 @@ class BenchmarkRecipe(Section):
     """Seed of weights and data."""
 
     def check(self) -> None:
-        wrong = len(self.prompt_lengths) != 2 or not 1 <= self.prompt_lengths[0] <= self.prompt_lengths[1]
-        refuse(wrong, "prompt_lengths", f"must be two rising numbers >= 1, got {self.prompt_lengths}")
+        is_wrong = len(self.prompt_lengths) != 2 or not 1 <= self.prompt_lengths[0] <= self.prompt_lengths[1]
+        refuse(is_wrong, "prompt_lengths", f"must be two rising numbers >= 1, got {self.prompt_lengths}")
         rule = f"({self.batch_size}) must be a multiple of microbatch_size ({self.microbatch_size})"
         refuse(self.batch_size % self.microbatch_size != 0, "batch_size", rule)
         rule = f"({self.warmup_steps}) must be below num_steps ({self.num_steps})"

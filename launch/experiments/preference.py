@@ -185,8 +185,8 @@ def _gain(row: dict, rows: list[dict], baseline: str, column: str) -> list[float
     """Return differences by seed from the baseline in the same setting, None for the baseline and SFT."""
     if row["method"] in ("SFT", baseline):
         return None
-    other = next(r for r in rows if r["method"] == baseline and r["setting"] == row["setting"])
-    return [mine - theirs for mine, theirs in zip(row[column], other[column], strict=True)]
+    base_row = next(r for r in rows if r["method"] == baseline and r["setting"] == row["setting"])
+    return [value - base for value, base in zip(row[column], base_row[column], strict=True)]
 
 
 def _plot(table: TableConfig, rows: list[dict], path: Path) -> None:

@@ -146,10 +146,12 @@ def _plot(recipe: ExperimentRecipe, rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(6, 4))
     axis = figure.subplots()
     for beta in recipe.betas:
-        mine = [row for row in rows if row["beta"] == beta]
-        means, halves = zip(*(interval(row["reward"]) for row in mine), strict=True)
+        beta_rows = [row for row in rows if row["beta"] == beta]
+        means, halves = zip(*(interval(row["reward"]) for row in beta_rows), strict=True)
         label = "PPO" if beta == 0 else f"DR-PO, beta {beta:g}"
-        axis.errorbar([r["completion_rate"] for r in mine], means, halves, marker="o", capsize=3, label=label)
+        axis.errorbar(
+            [row["completion_rate"] for row in beta_rows], means, halves, marker="o", capsize=3, label=label
+        )
     axis.set_xscale("log")
     axis.set_xlabel("share of demonstrations that are complete")
     axis.set_ylabel("true reward after training (95% interval)")

@@ -37,14 +37,14 @@ def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str]
     command += ["engine.trackers=[]", "log.samples_every=0"]
     record, made_from = run_dir / MADE_FROM, _inputs(command, recipe)
     if record.exists():
-        then = json.loads(record.read_text())
-        done = then.pop("finished")
-        if changed := [name for name in sorted(then | made_from) if then.get(name) != made_from.get(name)]:
+        saved = json.loads(record.read_text())
+        has_finished = saved.pop("finished")
+        if changed := [name for name in sorted(saved | made_from) if saved.get(name) != made_from.get(name)]:
             raise ConfigError(
                 f"{run_dir} holds a run from other inputs ({', '.join(changed)} changed); move it away to make it "
                 "anew, or choose another run_dir"
             )
-        if done:
+        if has_finished:
             return
     run_dir.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({**made_from, "finished": False}))

@@ -92,8 +92,8 @@ class SmolLMExperimentRecipe(Section):
     """Runs at a time, each on its share of the cores."""
 
     def check(self) -> None:
-        unfit = len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds)
-        refuse(unfit, "seeds", f"must be two or more different numbers, for intervals, got {self.seeds}")
+        is_wrong = len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds)
+        refuse(is_wrong, "seeds", f"must be two or more different numbers, for intervals, got {self.seeds}")
         refuse(not self.methods, "methods", "is empty; give at least one")
         folders = ["sft", "reward_model", "judge", "compare", *map(slug, self.methods)]
         repeated = [folder for folder in folders if folders.count(folder) > 1]

@@ -13,6 +13,8 @@ from label_runs import BETTER, WORSE, matchups
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
 from drpo.data.tasks.demo import true_reward
+from eval.judging.judge_systems import JudgeRecipe
+from eval.judging.judge_systems import judge as run_judge
 from eval.judging.judgments import write_judgments
 from eval.judging.openai.pairwise import PROMPTS
 from eval.judging.verdict import Verdict
@@ -24,8 +26,6 @@ from eval.labelling.label_queue import LabelQueue
 from eval.labelling.labels import LabelsWriter, label_of
 from eval.labelling.ratings import side_by_side
 from launch.command_line import find_recipe
-from launch.judge import JudgeRecipe
-from launch.judge import run as run_judge
 
 COMPARED = matchups(10)
 NAMES = {"a": "a", "b": "b", "t": "tie", "s": None}

@@ -31,10 +31,11 @@ from stub_judge_server import (
 from drpo.config import ConfigError, load_recipe
 from drpo.run.folder import RunStopped
 from eval.completions.rows import prompt_id_of
+from eval.judging.judge_systems import JudgeRecipe
+from eval.judging.judge_systems import judge as run
 from eval.judging.judgments import read_verdicts
 from eval.judging.openai.store import Store
 from launch.command_line import find_recipe
-from launch.judge import JudgeRecipe, run
 
 __all__ = ["folder"]  # the fixture
 
@@ -201,12 +202,6 @@ def test_a_comparison_that_was_half_asked_when_the_run_stopped_has_no_score(fold
     rate = summary["win_rate"]
     assert (rate["rate"], rate["worst_case"], rate["best_case"]) == (0.5, 0.25, 0.75)
     assert summary["position_bias"]["num_calls"] == 2, "the third call has no other order"
-
-
-def test_several_processes_are_refused(folder, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with StubServer() as server, pytest.raises(ConfigError, match="runs in one process"):
-        run(recipe(server, folder))
 
 
 def test_failures_and_undecided_comparisons_beyond_what_is_allowed_fail_the_run(folder):

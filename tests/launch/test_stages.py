@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,13 +31,12 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drpo.api import train_sft
+from drpo.api import train_online, train_sft
 from drpo.config import load_recipe
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.sft import SFTRecipe
 from launch.command_line import main
 from launch.demo_inputs import single_process_environment
-from launch.drpo import run as run_online
 from reward_models.model import RewardModel
 
 RECIPE_SCRIPTS = sorted(
@@ -305,13 +305,22 @@ def test_a_disk_that_refuses_and_ctrl_c_are_one_message(monkeypatch, capsys, tmp
     assert capsys.readouterr().err == "script.py: stopped; what is on disk is kept\n"
 
 
+@pytest.mark.parametrize("script", ["judge", "label", "neuron_shift"])
+def test_scripts_of_one_process_refuse_several(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    with pytest.raises(SystemExit, match=f"{script}.py: this runs in one process: start it with python"):
+        runpy.run_path(str(ROOT / "launch" / f"{script}.py"), run_name="__main__")
+
+
 @pytest.fixture
 def fails(folder, monkeypatch) -> Callable[..., str]:
     """`fails("recipe.yaml", "key=value", ...)` is the one message with which the script leaves."""
     monkeypatch.chdir(folder)
     forget_precision()
 
-    def start(*arguments: str, recipe_class: type = OnlineRecipe, run=run_online) -> str:
+    def start(*arguments: str, recipe_class: type = OnlineRecipe, run=train_online) -> str:
         monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
         with pytest.raises(SystemExit) as left:
             main(recipe_class, "demo/drpo.yaml", run)

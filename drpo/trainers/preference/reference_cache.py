@@ -117,11 +117,13 @@ def _read(folder: Path, key: dict[str, Any], lengths: Sequence[int]) -> list[np.
     """
     damaged = f"reference.cache_dir: {folder} is damaged, delete it to compute the log-probs anew"
     try:
-        then = dict(json.loads((folder / "key.json").read_text()))
+        saved_key = dict(json.loads((folder / "key.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{damaged} (key.json: {error})") from None
     changed = [
-        f"{name}: {then.get(name)} -> {value}" for name, value in key.items() if then.get(name) != value
+        f"{name}: {saved_key.get(name)} -> {value}"
+        for name, value in key.items()
+        if saved_key.get(name) != value
     ]
     if changed:
         raise ConfigError(
@@ -132,7 +134,7 @@ def _read(folder: Path, key: dict[str, Any], lengths: Sequence[int]) -> list[np.
         flat = np.load(folder / "logprobs.npy", mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{damaged} (logprobs.npy: {error})") from None
-    if then.get("sha256") != _digest(flat):
+    if saved_key.get("sha256") != _digest(flat):
         raise ConfigError(f"{damaged} (logprobs.npy is not what was written)")
     return np.split(flat, np.cumsum(lengths)[:-1])
 
