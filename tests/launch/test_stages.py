@@ -350,7 +350,7 @@ def fails(folder, monkeypatch) -> Callable[..., str]:
         (["--learning-rate"], ["unknown flag --learning-rate", "section.key=value"]),
         (["drpo.yaml", "--seed=3"], ["--seed"]),
         (["drpo.yaml", "reward.function=null"], ["give reward.path", "or reward.function"]),
-        (["drpo.yaml", "reward.path=rm"], ["reward.path cannot be given beside reward.function"]),
+        (["drpo.yaml", "reward.path=rm"], ["reward.path cannot be given together with reward.function"]),
         (
             ["drpo.yaml", "reward.function=no_module:score"],
             ["reward.function", "no_module", "looked on sys.path"],

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from drpo.engine import Engine
 from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch, pad_batch
 from drpo.trainers.preference.pair_objective import block_logprobs
@@ -24,35 +24,21 @@ Prompt = tuple[Sequence[int], Sequence[Sequence[int]]]
 def reference_logprobs(
     run: RunFolder, prompts: Sequence[Prompt], tokenizer, reference: Reference
 ) -> list[list[np.ndarray]]:
-    """Compute the reference's log-probs (length,), float32, of every response of every prompt."""
-    recipe = run.recipe
-    score = functools.partial(block_logprobs, share_prompts=recipe.share_prompts)
-    logprobs = functools.partial(reference.apply, score)
-    size, pad_id = recipe.batch.microbatch_size, tokenizer.pad_token_id
-    return all_logprobs(prompts, run.engine, run, logprobs, size, pad_id)
+    """Compute the reference's log-probs of all responses, see `all_logprobs`."""
+    score = functools.partial(block_logprobs, share_prompts=run.recipe.share_prompts)
+    return all_logprobs(run, prompts, tokenizer.pad_token_id, functools.partial(reference.apply, score))
 
 
 @torch.no_grad()
 def all_logprobs(
-    prompts: Sequence[Prompt],
-    engine: Engine,
-    run: RunFolder,
-    logprobs: Callable[[PaddedBatch, int], Tensor],
-    microbatch_size: int,
-    pad_id: int,
+    run: RunFolder, prompts: Sequence[Prompt], pad_id: int, score: Callable[[PaddedBatch, int], Tensor]
 ) -> list[list[np.ndarray]]:
     """Compute the log-probs (length,), float32, of every response of every prompt, on every process.
 
-    Prompts with the same number of responses are scored together. Raises FloatingPointError on inf or nan.
-
-    Args:
-        prompts: queries with their responses.
-        engine: divides the prompts among the processes.
-        run: shows progress.
-        logprobs: `logprobs(batch, k)` scores k blocks with the same queries in each, (k*B, R).
-        microbatch_size: prompts per forward.
-        pad_id: id of padding.
+    `score(batch, k)` scores k blocks with the same queries in each, (k*B, R); prompts with the same number of responses
+    are scored together. Raises FloatingPointError on inf or nan.
     """
+    engine, microbatch_size = run.engine, run.recipe.batch.microbatch_size
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i][1]), len(prompts[i][0])))
     results: dict[int, list[np.ndarray]] = {}
     per_round = ROUND * microbatch_size * engine.world_size
@@ -66,15 +52,14 @@ def all_logprobs(
             responses = [prompts[i][1][k] for k in range(num_responses) for i in indices]
             with engine.autocast():
                 batch = pad_batch(queries, responses, pad_id).to(engine.device)
-                table = logprobs(batch, num_responses).float().cpu().numpy()
+                table = score(batch, num_responses).float().cpu().numpy()
             for row, i in enumerate(indices):
-                blocks = table[row :: len(indices)]  # the row of this prompt in each block
-                responses = [b[: len(ids)].copy() for b, ids in zip(blocks, prompts[i][1], strict=True)]
-                local.append((i, responses))
+                rows = zip(table[row :: len(indices)], prompts[i][1], strict=True)  # one of each block
+                local.append((i, [logprobs[: len(ids)].copy() for logprobs, ids in rows]))
         results |= dict(engine.gather_objects(local))
         run.advance(min(per_round, len(order) - start))
-    for i, responses in results.items():
-        if not all(np.isfinite(row).all() for row in responses):
+    for i, logprobs in results.items():
+        if not np.isfinite(np.concatenate(logprobs)).all():
             raise FloatingPointError(
                 f"the log-probs of prompt {i} are not finite; check the model and its precision"
             )
@@ -83,11 +68,5 @@ def all_logprobs(
 
 def _same_number(indices: Sequence[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
     """Group prompts into micro-batches of at most `size`, each with equal numbers of responses."""
-    batches: list[list[int]] = []
-    for i in indices:
-        last = batches[-1] if batches else None
-        if last and len(last) < size and len(prompts[last[0]][1]) == len(prompts[i][1]):
-            last.append(i)
-        else:
-            batches.append([i])
-    return batches
+    groups = [list(group) for _, group in groupby(indices, key=lambda i: len(prompts[i][1]))]
+    return [group[first : first + size] for group in groups for first in range(0, len(group), size)]
