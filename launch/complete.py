@@ -7,8 +7,6 @@ Writes completions.jsonl, completions.meta.json (the settings that determine the
 config.yaml to `run_dir`. Running it again resumes an interrupted run.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -6,8 +6,6 @@ Writes completions.jsonl (systems text_1 and text_2, for launch/judge.py) and la
 `run_dir`.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -6,8 +6,6 @@ Writes judgments.jsonl, summary.json, config.yaml and, for a model behind an API
 again sends only the requests without an answer.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

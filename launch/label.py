@@ -6,8 +6,6 @@ Prints the address of the page and serves it until Ctrl-C. Every label is append
 the same command resumes. launch/agreement.py compares the labels with a judge's verdicts.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 accelerate launch launch/reward_model.py [recipe.yaml] [section.key=value ...]
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

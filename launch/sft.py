@@ -3,8 +3,6 @@
 accelerate launch launch/sft.py [recipe.yaml] [section.key=value ...]
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -46,9 +46,10 @@ def require_shared_folder(engine: Engine, folder: Path, key: str) -> None:
             for path in new_folders:
                 path.rmdir()
     engine.barrier()
-    if blind_ranks := [rank for rank, sees in enumerate(sees_file) if not sees]:
+    if blind_ranks := [str(rank) for rank, sees in enumerate(sees_file) if not sees]:
+        shown = ", ".join(blind_ranks[:8]) + ", ..." * (len(blind_ranks) > 8)
         raise ConfigError(
-            f"{key}: process {_listed(blind_ranks)} of {engine.world_size} cannot see what process 0 writes to its "
+            f"{key}: process {shown} of {engine.world_size} cannot see what process 0 writes to its "
             f"{folder.absolute()}; all processes, on all machines, need the same folder: start them with the same "
             f"{key} on a file system that the machines share"
         )
@@ -82,7 +83,3 @@ def _appears(path: Path) -> bool:
         if path.parent.is_dir():
             list(path.parent.iterdir())  # listing the folder makes NFS query its server again
     return True
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")

@@ -102,11 +102,6 @@ class AdvantageConfig(Section):
             refuse_changed(self, ("gamma", "lam"), rule)
 
     @property
-    def needs_group(self) -> bool:
-        """Whether the estimator compares the rollouts of a prompt."""
-        return self.estimator == "rloo"
-
-    @property
     def needs_critic(self) -> bool:
         """Whether the estimator reads a critic's values."""
         return self.estimator == "gae"

@@ -154,7 +154,7 @@ def fit(
         set_learning_rates(engine.optimizer, [rate])
         with phases("update"):
             check_finite = functools.partial(finite_or_stop, engine, run.path, step)
-            metrics = take_step(engine, module, objective, local, batch.microbatch_size, check_finite)
+            metrics = _take_step(engine, module, objective, local, batch.microbatch_size, check_finite)
         metrics["optim/learning_rate"] = rate
         samples: list[dict[str, Any]] = []
         stage_ended = stage_step + 1 == num_stage_steps
@@ -191,7 +191,7 @@ def _schedule(
     ]
 
 
-def take_step(
+def _take_step(
     engine: Engine,
     module: nn.Module,
     objective: Objective,
@@ -199,16 +199,7 @@ def take_step(
     microbatch_size: int,
     check_finite: Callable[[Tensor, str], None],
 ) -> dict[str, float]:
-    """Take one optimizer step; return metrics over the items of all processes.
-
-    Args:
-        engine: accumulates gradients and takes the step.
-        module: the objective, prepared by the engine.
-        objective: the loss.
-        items: this process's share of the step.
-        microbatch_size: items per forward.
-        check_finite: called with a tensor and its name, raises on inf or nan.
-    """
+    """Take one optimizer step on this process's `items`; return metrics over the items of all processes."""
     microbatches, num_targets = _microbatches(engine, objective, items, microbatch_size)
     statistics: tuple[Tensor, ...] = ()
     if objective.needs_step_statistics:

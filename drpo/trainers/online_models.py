@@ -18,6 +18,7 @@ from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import response_logprobs
+from drpo.models.trunk import has_trunk, share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
 from drpo.rewards import BoundedRewardFn, RewardFn, TrunkRewardFn
@@ -26,7 +27,7 @@ from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch
 from drpo.trainers.online_recipe import OnlineRecipe
-from drpo.trainers.reference import policy_as_it_starts
+from drpo.trainers.reference import AdapterOff, FrozenCopy
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
     groups = [module.parameters() for module in (policy, critic) if module is not None]
     optimizer = build_optimizer(groups, recipe.optim, engine.casts_weights)
     prepared = engine.prepare(actor_critic, optimizer)
-    reference_logprobs = _reference(recipe, engine, tokenizer, policy, vocabulary.suppressed_ids)
+    reference_logprobs = _reference(run, tokenizer, policy, vocabulary.suppressed_ids)
     generator = Generator(
         policy,
         tokenizer,
@@ -114,14 +115,19 @@ def _check_positions(
     return check_sampling(policy, examples, length, "model.path", key)
 
 
-def _reference(
-    recipe: OnlineRecipe, engine: Engine, tokenizer, policy, suppressed_ids: tuple[int, ...]
-) -> Callable[..., Tensor]:
-    """Return a function for log-probs under the initial policy, of a batch and the frozen trunk's output."""
-    reference = policy_as_it_starts(recipe.model, engine, tokenizer, policy, recipe.seed)
-    score = functools.partial(
-        response_logprobs, temperature=recipe.rollout.sampling.temperature, suppressed_ids=suppressed_ids
-    )
+def _reference(run: RunFolder, tokenizer, policy, suppressed_ids: tuple[int, ...]) -> Callable[..., Tensor]:
+    """Return a function for log-probs under the initial policy, of a batch and the frozen trunk's output.
+
+    The initial policy is the base weights under LoRA, else a copy, which shares a frozen trunk.
+    """
+    model, temperature = run.recipe.model, run.recipe.rollout.sampling.temperature
+    reference = AdapterOff(policy)
+    if not model.lora.r:
+        copy = run.engine.place(load_policy(model, tokenizer, run.recipe.seed), as_trained=True)
+        if has_trunk(policy):
+            share_trunk(copy, policy)
+        reference = FrozenCopy(copy, has_trunk(policy))
+    score = functools.partial(response_logprobs, temperature=temperature, suppressed_ids=suppressed_ids)
 
     def logprobs(batch: PaddedBatch, trunk: Tensor | None = None) -> Tensor:
         return reference.apply(score, batch, trunk=trunk).logprobs

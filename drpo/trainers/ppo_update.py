@@ -87,7 +87,9 @@ def ppo_update(
             row_losses.append(losses.detach())
             values = torch.stack(list(statistics.values())).double()
             sums = values if sums is None else sums + values
-        check_finite(_at_rows(torch.cat(row_losses), local, len(trajectory.scores)), "the loss")
+        # At their rows of the whole batch, 0 elsewhere, so that an error names the right rollout.
+        placed_losses = losses.new_zeros(len(trajectory.scores)).index_copy(0, local, torch.cat(row_losses))
+        check_finite(placed_losses, "the loss")
         grad_norms.append(engine.optimizer_step())
         check_finite(torch.tensor([grad_norms[-1]], device=local.device), "the gradient norm")
         means = dict(zip(statistics, engine.sum(sums).tolist(), strict=True))
@@ -152,8 +154,3 @@ def _minibatches(num_rows: int, config: PPOConfig, seed: int, step: int) -> Iter
     for epoch in range(config.num_epochs):
         order = np.random.default_rng([seed, MINIBATCH_STREAM, step, epoch]).permutation(num_rows)
         yield from torch.from_numpy(order).tensor_split(config.num_minibatches)
-
-
-def _at_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Scatter values to their rows of the whole batch, 0 elsewhere, so that an error names the right rollout."""
-    return values.new_zeros(num_rows).index_copy(0, rows, values)

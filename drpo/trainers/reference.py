@@ -8,11 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from drpo.engine import Engine
 from drpo.models.adapters import merged_state_dict
-from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.scoring import adapter_disabled
-from drpo.models.trunk import has_trunk, recorded_trunk, resumed_from, share_trunk
+from drpo.models.trunk import recorded_trunk, resumed_from
 
 Score = Callable[..., Any]
 "A function of a model and further arguments that returns log-probs, or contains them in its result."
@@ -73,23 +71,3 @@ class FrozenCopy:
                 tensor.lerp_(target, mix)
             else:
                 tensor.copy_(target)
-
-
-def policy_as_it_starts(
-    model: ModelConfig, engine: Engine, tokenizer, policy: nn.Module, seed: int
-) -> AdapterOff | FrozenCopy:
-    """Return the initial policy: its base weights under LoRA, else a copy, which shares a frozen trunk.
-
-    Args:
-        model: where the policy was loaded from.
-        engine: places the copy.
-        tokenizer: the policy's.
-        policy: the policy in training, before its first step.
-        seed: seed of the weights of a policy from scratch.
-    """
-    if model.lora.r:
-        return AdapterOff(policy)
-    copy = engine.place(load_policy(model, tokenizer, seed), as_trained=True)
-    if has_trunk(policy):
-        share_trunk(copy, policy)
-    return FrozenCopy(copy, has_trunk(policy))

@@ -248,20 +248,19 @@ def compare(
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Format the table: medians over the repeats, and the range of the ratios."""
-    header = ("precision", "ours, pairs/s", "TRL, pairs/s", "ratio: median (range)", "peak GiB ours / TRL",
-              "losses differ by")  # fmt: skip
-    cells = [
+    return markdown_table(
         [
-            "float32" if row["precision"] == "no" else row["precision"],
-            f"{np.median(row['ours']):.2f}",
-            f"{np.median(row['trl']):.2f}",
-            median_and_range(row["ratio"]),
-            f"{row['ours_peak_gib']:.2f} / {row['trl_peak_gib']:.2f}",
-            f"{row['loss_difference']:.1e}",
+            {
+                "precision": "float32" if row["precision"] == "no" else row["precision"],
+                "ours, pairs/s": f"{np.median(row['ours']):.2f}",
+                "TRL, pairs/s": f"{np.median(row['trl']):.2f}",
+                "ratio: median (range)": median_and_range(row["ratio"]),
+                "peak GiB ours / TRL": f"{row['ours_peak_gib']:.2f} / {row['trl_peak_gib']:.2f}",
+                "losses differ by": f"{row['loss_difference']:.1e}",
+            }
+            for row in rows
         ]
-        for row in rows
-    ]
-    return markdown_table(header, cells)
+    )
 
 
 if __name__ == "__main__":

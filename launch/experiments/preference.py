@@ -171,14 +171,17 @@ def markdown(title: str, table: TableConfig, rows: list[dict]) -> str:
     labels = ["setting", "method"] if table.settings else ["method"]
     baseline = next(iter(table.methods))
     main_column, *other_columns = table.named_columns
-    cells = []
+    lines = []
     for row in rows:
-        values = [row[main_column], _gain(row, rows, baseline, main_column)]
-        values += [row[name] for name in other_columns]
-        intervals = ["-" if v is None else "{:.3g} ± {:.2g}".format(*interval(v)) for v in values]
-        cells.append([*(row[label] for label in labels), *intervals])
-    header = [*labels, main_column, f"gain over {baseline}", *other_columns]
-    return f"### {title}\n\n{markdown_table(header, cells)}"
+        gain = _gain(row, rows, baseline, main_column)
+        values = {main_column: row[main_column], f"gain over {baseline}": gain}
+        values |= {name: row[name] for name in other_columns}
+        cells = {
+            name: "-" if by_seed is None else "{:.3g} ± {:.2g}".format(*interval(by_seed))
+            for name, by_seed in values.items()
+        }
+        lines.append({label: row[label] for label in labels} | cells)
+    return f"### {title}\n\n{markdown_table(lines)}"
 
 
 def _gain(row: dict, rows: list[dict], baseline: str, column: str) -> list[float] | None:

@@ -24,6 +24,13 @@ from launch.command_line import StageFailed, main
 from launch.experiments.results import markdown_table, metric, write_results
 from launch.experiments.seed_grid import RunGrid, interval
 
+COLUMNS = {
+    "SFT true reward": "sft",
+    "final true reward": "reward",
+    "gain over PPO": "gain_over_ppo",
+    "KL to SFT": "kl",
+    "length": "length",
+}
 TRUE_REWARD = "drpo.data.tasks.demo:true_rewards"
 
 
@@ -122,24 +129,16 @@ def _summary(recipe: ExperimentRecipe, rate: float, beta: float) -> dict[str, fl
 
 def markdown(rows: list[dict]) -> str:
     """Format the table of results: mean over seeds with the 95% t-interval, the gain paired by seed."""
-    header = (
-        "completion rate",
-        "beta",
-        "SFT true reward",
-        "final true reward",
-        "gain over PPO",
-        "KL to SFT",
-        "length",
-    )
-    cells = []
+    table = []
     for row in rows:
         is_ppo = row["beta"] == 0
-        intervals = [
-            "-" if is_ppo and key == "gain_over_ppo" else "{:.2f} ± {:.2f}".format(*interval(row[key]))
-            for key in ("sft", "reward", "gain_over_ppo", "kl", "length")
-        ]
-        cells.append([f"{row['completion_rate']:g}", f"{row['beta']:g}" + " (PPO)" * is_ppo, *intervals])
-    return markdown_table(header, cells)
+        cells = {
+            "completion rate": f"{row['completion_rate']:g}",
+            "beta": f"{row['beta']:g}" + " (PPO)" * is_ppo,
+        }
+        cells |= {name: "{:.2f} ± {:.2f}".format(*interval(row[key])) for name, key in COLUMNS.items()}
+        table.append(cells | {"gain over PPO": "-"} if is_ppo else cells)
+    return markdown_table(table)
 
 
 def _plot(recipe: ExperimentRecipe, rows: list[dict], path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ def metric(run_dir: Path, key: str) -> list[float]:
     return [row[key] for row in read_metrics(run_dir / "metrics.jsonl") if key in row]
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Format a Markdown table."""
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in (header, ["---"] * len(header), *rows))
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Format a Markdown table of rows from column to cell; the columns are those of the first row."""
+    lines = (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def median_and_range(values: Sequence[float]) -> str:

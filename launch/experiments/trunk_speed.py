@@ -159,18 +159,18 @@ def compare(
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Format the table: medians over the rounds, and the ranges of the ratios."""
-    header = ("trained", "score + update, s", "times faster", "peak GiB", "share of the memory")
-    cells = [
+    return markdown_table(
         [
-            row["trained"],
-            f"{row['seconds']:.1f}",
-            median_and_range(row["faster"]),
-            f"{row['peak_gib']:.2f}",
-            median_and_range(row["memory"]),
+            {
+                "trained": row["trained"],
+                "score + update, s": f"{row['seconds']:.1f}",
+                "times faster": median_and_range(row["faster"]),
+                "peak GiB": f"{row['peak_gib']:.2f}",
+                "share of the memory": median_and_range(row["memory"]),
+            }
+            for row in rows
         ]
-        for row in rows
-    ]
-    return markdown_table(header, cells)
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class PairObjective(Objective):
     def step_statistics(self, weighted: Tensor, row_metrics: RowMetrics) -> Tensor:
         """Compute log mean exp(-loss / beta') over all pairs of the step, the normaliser of Dr. DPO's weights."""
         exponents = -row_metrics["pair_loss"] / self._loss.dr_dpo.beta_prime
-        return log_mean_exp(exponents).float().to(self._device)
+        log_count = torch.tensor(float(len(exponents)), dtype=exponents.dtype).log()
+        return (torch.logsumexp(exponents, dim=0) - log_count).float().to(self._device)
 
     def forward(self, batch: PairBatch, step_statistics: Tensor | None = None) -> tuple[Tensor, RowMetrics]:
         logprobs, reference = self._logprobs(batch)
@@ -139,11 +140,6 @@ def block_logprobs(
     if share_prompts:
         return continuation_logprobs(model, batch, num_responses).logprobs
     return response_logprobs(model, batch).logprobs
-
-
-def log_mean_exp(values: Tensor) -> Tensor:
-    """Compute log mean exp of a vector, a scalar."""
-    return torch.logsumexp(values, dim=0) - torch.tensor(float(len(values)), dtype=values.dtype).log()
 
 
 def pair_loss(config: LossConfig, scores: PairScores, offsets: Tensor) -> Tensor:

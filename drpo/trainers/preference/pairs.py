@@ -132,15 +132,11 @@ def _offset(example: Example, config: OffsetConfig) -> tuple[float, bool]:
 
 
 def _weights(example: Example, config: TokenWeightsConfig, tokenizer) -> tuple[list[float], list[float]]:
-    record = example.record
-    sides = []
-    for side, text, ids in (
-        ("chosen", record.chosen, example.chosen_ids),
-        ("rejected", record.rejected, example.rejected_ids),
-    ):
+    record, weights = example.record, []
+    for side, ids in (("chosen", example.chosen_ids), ("rejected", example.rejected_ids)):
         key = f"{side}_relevance"
         if key not in record.extra:
             raise RowError("missing field", f"loss.token_weights needs {key}")
-        relevant = token_relevance(tokenizer, text, ids, record.extra[key], config.labels)
-        sides.append([1.0 if counts else config.gamma for counts in relevant])
-    return sides[0], sides[1]
+        relevance = token_relevance(tokenizer, getattr(record, side), ids, record.extra[key], config.labels)
+        weights.append([1.0 if is_relevant else config.gamma for is_relevant in relevance])
+    return tuple(weights)

@@ -10,7 +10,8 @@ from drpo.data.load import Splits
 from drpo.run.folder import RunFolder
 from drpo.trainers.preference.curriculum import CurriculumConfig, build_stages
 from drpo.trainers.preference.dataset_logprobs import reference_logprobs
-from drpo.trainers.preference.pairs import make_pairs
+from drpo.trainers.preference.pairs import Pair, make_pairs
+from drpo.trainers.preference.recipe import LossConfig
 from drpo.trainers.reference import Reference
 
 
@@ -48,17 +49,13 @@ def pair_stages(run: RunFolder, splits: Splits, tokenizer, reference: Reference 
             place = {example.record.origin: i for i, example in enumerate(splits.eval)}
             held_out.sort(key=lambda pair: place[pair.record.origin])
             notes += [f"held out: {note}" for note in held_out_notes]
-    pairs_of_stages = []
-    for examples in stages:
-        pairs, pair_notes = make_pairs(examples, recipe.loss, tokenizer, recipe.data.max_bad_fraction)
-        pairs_of_stages.append(pairs)
-        notes += pair_notes
+
+    def pairs_of(examples: list[Example], loss: LossConfig, prefix: str = "") -> list[Pair]:
+        pairs, pair_notes = make_pairs(examples, loss, tokenizer, recipe.data.max_bad_fraction)
+        notes.extend(prefix + note for note in pair_notes)
+        return pairs
+
+    pairs = [pairs_of(examples, recipe.loss) for examples in stages]
     # Held-out pairs need no offset, so those of equal score count too.
-    held_out_pairs: list[Any] = []
-    if held_out:
-        held_out_loss = replace(recipe.loss, offset=None)
-        held_out_pairs, pair_notes = make_pairs(
-            held_out, held_out_loss, tokenizer, recipe.data.max_bad_fraction
-        )
-        notes += [f"held out: {note}" for note in pair_notes]
-    return PairStages(pairs_of_stages, held_out_pairs, "\n".join(notes))
+    held_out_pairs = pairs_of(held_out, replace(recipe.loss, offset=None), "held out: ") if held_out else []
+    return PairStages(pairs, held_out_pairs, "\n".join(notes))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os.path
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from drpo.data.encode import decode_response
 from drpo.data.records import RowError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def token_relevance(
