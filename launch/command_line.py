@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -28,8 +29,6 @@ class StageFailed(Exception):
 
 
 RECIPES = LAUNCH / "recipes"
-
-
 USER_ERRORS = (ConfigError, DataError, CheckpointError, RunStopped, FloatingPointError, OSError, StageFailed)
 "Errors in recipe, data, checkpoint, disk or training that a user can fix."
 
@@ -61,7 +60,8 @@ def main(
         print(help_text(recipe_class, usage))
         return
     quieten_libraries()
-    sys.stdout.reconfigure(line_buffering=True)  # a pipe gets each message at once
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a pipe gets each message at once
     try:
         path, overrides = split_arguments(arguments)
         recipe = load_recipe(recipe_class, find_recipe(path or default_recipe), [*overrides, *forced])

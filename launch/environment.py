@@ -10,7 +10,7 @@ import torch
 from drpo.config import VERSIONED_PACKAGES, git_commit, package_versions
 from drpo.precision import PRECISIONS, choose_precision
 
-FURTHER = ("tokenizers", "numpy", "openai", "vllm", "trl")
+OTHER_PACKAGES = ("tokenizers", "numpy", "openai", "vllm", "trl")
 
 
 def environment_text() -> str:
@@ -21,7 +21,7 @@ def environment_text() -> str:
         "drpo": f"{metadata.version('drpo')} (commit {git_commit()})",
         "python": platform.python_version(),
         "system": platform.platform(),
-        **package_versions((*VERSIONED_PACKAGES, *FURTHER)),
+        **package_versions((*VERSIONED_PACKAGES, *OTHER_PACKAGES)),
         "CPU": f"{_cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         **_gpus(),
         "precision": f"{PRECISIONS[precision]}, {why}",

@@ -38,7 +38,7 @@ class RolloutConfig(Section):
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
     """Temperature. top_k and top_p are refused: log-probabilities are those of all tokens."""
     bad_tokens: list[str] = field(default_factory=list)
-    """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
+    """Tokens that are never sampled, in addition to padding and ids that the tokenizer does not have."""
     generation_batch_size: int = setting(64, ge=1)
     """Rows decoded together on one device."""
 

@@ -88,8 +88,9 @@ def run(recipe: ExperimentRecipe) -> Path:
                 run_dir = _online_dir(root, rate, beta, seed)
                 grid.launch("drpo", "demo/drpo.yaml", run_dir, overrides, needs=[policy])
     rows = [_summary(recipe, rate, beta) for rate in recipe.completion_rates for beta in recipe.betas]
+    path = write_results(root, rows, markdown(rows))
     _plot(recipe, rows, root / "results.png")
-    return write_results(root, rows, markdown(rows))
+    return path
 
 
 def _sft_dir(root: Path, rate: float, seed: int) -> Path:

@@ -159,7 +159,7 @@ def check(recipe: SmolLMExperimentRecipe) -> None:
     for name, stage in stages.items():
         if stage.script not in STAGES:
             raise ConfigError(f"{name}.script must be one of {', '.join(STAGES)}, got {stage.script!r}")
-        if split := [each for each in stage.overrides if each.startswith(SPLIT)]:
+        if split := [override for override in stage.overrides if override.startswith(SPLIT)]:
             raise ConfigError(
                 f"{name}.overrides: {split[0]} belongs in shared: all stages hold the same rows out"
             )
@@ -186,7 +186,7 @@ def _load(recipe_class: type, name: str, stage: StageConfig, overrides: list[str
 
 def compare_overrides(recipe: SmolLMExperimentRecipe) -> list[str]:
     """Return the comparison's overrides: it evaluates on the prompts that the stages hold out."""
-    data = [f"complete.{each}" for each in recipe.shared if each.startswith("data.")]
+    data = [f"complete.{override}" for override in recipe.shared if override.startswith("data.")]
     return [*data, *recipe.compare.overrides]
 
 

@@ -26,6 +26,7 @@ from eval.labelling.label_queue import LabelQueue
 from eval.labelling.labels import LabelsWriter, label_of
 from eval.labelling.ratings import side_by_side
 from launch.command_line import find_recipe
+from launch.demo_inputs import make_demo_inputs
 
 COMPARED = matchups(10)
 NAMES = {"a": "a", "b": "b", "t": "tie", "s": None}
@@ -247,6 +248,7 @@ def test_the_demo_from_judge_and_labels_to_the_table(folder, capsys):
     """An annotator who knows the true reward, against the judge that does."""
     judge = load_recipe(JudgeRecipe, find_recipe("demo/judge.yaml"), [])
     label = load_recipe(LabelRecipe, find_recipe("demo/label.yaml"), [])
+    make_demo_inputs(*judge.completions)
     run_judge(judge)
     compared = matchups_to_label(label)
     path = Path(label.run_dir) / "labels.jsonl"

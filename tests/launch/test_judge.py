@@ -36,6 +36,7 @@ from eval.judging.judge_systems import judge as run
 from eval.judging.judgments import read_verdicts
 from eval.judging.openai.store import Store
 from launch.command_line import find_recipe
+from launch.demo_inputs import make_demo_inputs
 
 __all__ = ["folder"]  # the fixture
 
@@ -89,7 +90,9 @@ def test_a_function_that_does_not_score_is_told_in_one_line(folder, monkeypatch,
 def test_the_demo_recipe_runs_offline(tmp_path, monkeypatch):
     """Its annotator's labels against the true reward; 256 posts."""
     monkeypatch.chdir(tmp_path)
-    path = run(load_recipe(JudgeRecipe, find_recipe("demo/judge.yaml"), []))
+    demo = load_recipe(JudgeRecipe, find_recipe("demo/judge.yaml"), [])
+    make_demo_inputs(*demo.completions)
+    path = run(demo)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 512 and all(row["final"] and "key" not in row for row in rows)
     for row in rows:
@@ -101,7 +104,7 @@ def test_the_demo_recipe_runs_offline(tmp_path, monkeypatch):
     assert 0.6 < rate["low"] < rate["rate"] < rate["high"] < 1.0 and rate["num_prompts"] == 256
     assert controlled["low"] < controlled["rate"] < controlled["high"] and "spent" not in summary
     first = path.read_bytes()
-    run(load_recipe(JudgeRecipe, find_recipe("demo/judge.yaml"), []))
+    run(demo)
     assert path.read_bytes() == first
 
 

@@ -71,7 +71,7 @@ class TokenWeightsConfig(Section):
     gamma: float = setting(0.0, ge=0, le=1)
     """Weight of irrelevant tokens; 1 is the loss without weights, 0 leaves them out."""
     labels: Literal["line", "token"] = "line"
-    """What a label in chosen_relevance and rejected_relevance stands for."""
+    """Unit of a label in chosen_relevance and rejected_relevance."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LossConfig(Section):
     target_margin: float | None = setting(None, ge=0)
     """simpo: gamma, the margin that the scaled log-probabilities must reach."""
     odds_coef: float | None = setting(None, gt=0)
-    """orpo: lambda, the weight of the odds ratio beside the likelihood."""
+    """orpo: lambda, the weight of the odds ratio, added to the likelihood."""
     desirable_weight: float | None = setting(None, gt=0)
     """kto: weight of good responses; null: 1."""
     undesirable_weight: float | None = setting(None, gt=0)
