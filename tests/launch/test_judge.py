@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
 import signal
 import sqlite3
 import sys
@@ -36,7 +37,7 @@ from eval.judging.judge_systems import judge as run
 from eval.judging.judgments import read_verdicts
 from eval.judging.openai.store import Store
 from launch.command_line import find_recipe
-from launch.demo_inputs import make_demo_inputs
+from launch.demo_inputs import LAUNCH
 
 __all__ = ["folder"]  # the fixture
 
@@ -87,12 +88,12 @@ def test_a_function_that_does_not_score_is_told_in_one_line(folder, monkeypatch,
         run(load_recipe(JudgeRecipe, folder / "judge.yaml", []))
 
 
-def test_the_demo_recipe_runs_offline(tmp_path, monkeypatch):
+def test_the_demo_recipe_runs_offline(tmp_path, monkeypatch, capsys):
     """Its annotator's labels against the true reward; 256 posts."""
     monkeypatch.chdir(tmp_path)
-    demo = load_recipe(JudgeRecipe, find_recipe("demo/judge.yaml"), [])
-    make_demo_inputs(*demo.completions)
-    path = run(demo)
+    monkeypatch.setattr("sys.argv", ["judge.py"])
+    runpy.run_path(str(LAUNCH / "judge.py"), run_name="__main__")  # which makes the completions
+    path = Path(capsys.readouterr().out.splitlines()[-1])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 512 and all(row["final"] and "key" not in row for row in rows)
     for row in rows:
@@ -104,7 +105,7 @@ def test_the_demo_recipe_runs_offline(tmp_path, monkeypatch):
     assert 0.6 < rate["low"] < rate["rate"] < rate["high"] < 1.0 and rate["num_prompts"] == 256
     assert controlled["low"] < controlled["rate"] < controlled["high"] and "spent" not in summary
     first = path.read_bytes()
-    run(demo)
+    run(load_recipe(JudgeRecipe, find_recipe("demo/judge.yaml"), []))
     assert path.read_bytes() == first
 
 
