@@ -52,22 +52,31 @@ def ppo_update(
     draw: tuple[int, int],
     check_finite: Callable[[Tensor, str], None],
 ) -> dict[str, float]:
-    """Optimise the actor-critic on a batch that all processes hold in full, each computing its share of the rows.
+    """Optimise the actor-critic on a whole batch, each process computing its share of the rows.
 
         loss = sum_policy_tokens(clipped policy loss - entropy_coef * entropy) / N_policy
                + value_coef * sum_value_tokens(clipped value loss) / N_value
 
     N counts the tokens of the whole minibatch over all micro-batches and processes, so the result does not depend on
-    how the minibatch is cut. Its order depends on `draw`, the seed and the step. Without a critic the second term is
-    missing. Takes num_epochs * num_minibatches optimizer steps, fewer when `target_kl` ends it. Returns the statistics
-    of `_losses`, each a token mean per minibatch, averaged over the minibatches, and `grad_norm` (mean, before
-    clipping) and `num_optimizer_steps`.
+    how the minibatch is cut. Without a critic the second term is missing. Takes num_epochs * num_minibatches optimizer
+    steps, fewer when `target_kl` ends it. Returns the statistics of `_losses`, token means averaged over the
+    minibatches, and `grad_norm` (mean, before clipping) and `num_optimizer_steps`.
+
+    Args:
+        engine: divides the rows, accumulates gradients, takes the steps.
+        model: the prepared actor-critic.
+        trajectory: B rollouts, the same on every process.
+        credit: their advantages, returns and masks, (B, R).
+        config: settings of the update.
+        train_policy: False trains the critic alone.
+        draw: seed and step, which determine the order of the minibatches.
+        check_finite: called with a tensor and its name, raises on inf or nan.
     """
     totals: Counter[str] = Counter()
     grad_norms: list[float] = []
-    for rows in _minibatches(len(trajectory.scores), config, *draw):
-        counts = (credit.policy_mask[rows].sum(), credit.value_mask[rows].sum())
-        local = rows[engine.shard(len(rows))].to(trajectory.scores.device)
+    for indices in _minibatches(len(trajectory.scores), config, *draw):
+        counts = (credit.policy_mask[indices].sum(), credit.value_mask[indices].sum())
+        local = indices[engine.shard(len(indices))].to(trajectory.scores.device)
         parts = local.split(config.microbatch_size)
         row_losses, sums = [], None
         for index, part in enumerate(parts):
@@ -78,7 +87,9 @@ def ppo_update(
             row_losses.append(losses.detach())
             values = torch.stack(list(statistics.values())).double()
             sums = values if sums is None else sums + values
-        check_finite(_at_rows(torch.cat(row_losses), local, len(trajectory.scores)), "the loss")
+        # At their rows of the whole batch, 0 elsewhere, so that an error names the right rollout.
+        placed_losses = losses.new_zeros(len(trajectory.scores)).index_copy(0, local, torch.cat(row_losses))
+        check_finite(placed_losses, "the loss")
         grad_norms.append(engine.optimizer_step())
         check_finite(torch.tensor([grad_norms[-1]], device=local.device), "the gradient norm")
         means = dict(zip(statistics, engine.sum(sums).tolist(), strict=True))
@@ -95,30 +106,32 @@ def _losses(
     model: nn.Module,
     trajectory: Trajectory,
     credit: Credit,
-    rows: Tensor,
+    indices: Tensor,
     counts: tuple[Tensor, Tensor],
     config: PPOConfig,
     train_policy: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the loss of some rows, and their share of the minibatch's statistics.
+    """Compute the loss of the rows at `indices`, and their share of the minibatch's statistics.
 
     `counts` are the policy tokens and value tokens of the whole minibatch.
     """
     num_policy, num_value = counts
-    batch = trajectory.batch.select(rows)
-    policy_mask, value_mask = credit.policy_mask[rows], credit.value_mask[rows]
-    trunk = None if trajectory.trunk is None else trajectory.trunk[rows]
+    batch = trajectory.batch.select(indices)
+    policy_mask, value_mask = credit.policy_mask[indices], credit.value_mask[indices]
+    trunk = None if trajectory.trunk is None else trajectory.trunk[indices]
     logprobs, entropy, values = model(
         batch.queries, batch.query_mask, batch.responses, batch.response_mask, trunk
     )
-    old_logprobs = trajectory.logprobs[rows]
-    policy = ppo_policy_loss(logprobs, old_logprobs, credit.advantages[rows], config.clip_range)
+    old_logprobs = trajectory.logprobs[indices]
+    policy = ppo_policy_loss(logprobs, old_logprobs, credit.advantages[indices], config.clip_range)
     policy_loss = masked_sum(policy.loss, policy_mask, dim=1) / num_policy
     bonus = masked_sum(entropy, policy_mask, dim=1) / num_policy
     statistics = {"policy_loss": policy_loss.sum(), "entropy": bonus.sum()}
     terms = []
     if values is not None:
-        value = ppo_value_loss(values, trajectory.values[rows], credit.returns[rows], config.value_clip_range)
+        value = ppo_value_loss(
+            values, trajectory.values[indices], credit.returns[indices], config.value_clip_range
+        )
         value_loss = masked_sum(value.loss, value_mask, dim=1) / num_value
         statistics["value_loss"] = value_loss.sum()
         statistics["value_clip_fraction"] = masked_sum(value.clipped.float(), value_mask) / num_value
@@ -141,8 +154,3 @@ def _minibatches(num_rows: int, config: PPOConfig, seed: int, step: int) -> Iter
     for epoch in range(config.num_epochs):
         order = np.random.default_rng([seed, MINIBATCH_STREAM, step, epoch]).permutation(num_rows)
         yield from torch.from_numpy(order).tensor_split(config.num_minibatches)
-
-
-def _at_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Scatter values to their rows of the whole batch, 0 elsewhere, so that an error names the right rollout."""
-    return values.new_zeros(num_rows).index_copy(0, rows, values)

@@ -26,9 +26,10 @@ from tiny_runs import CLEAN, plain
 
 from drpo.config import load_recipe
 from drpo.run.folder import RunStopped
+from eval.judging.judge_systems import JudgeRecipe
+from eval.judging.judge_systems import judge as run
 from eval.judging.judgments import read_verdicts
 from eval.judging.openai.store import Store
-from launch.judge import JudgeRecipe, run
 
 __all__ = ["folder"]  # the fixture
 
