@@ -223,7 +223,9 @@ def test_functions_are_short_and_take_few_arguments(module):
 @every_module
 def test_more_than_four_arguments_are_listed(module):
     """In an `Args:` list, or by the name of the function that has the same ones."""
-    for function in ast.walk(tree_of(module)):
+    body = tree_of(module).body
+    members = [*body, *(member for node in body if isinstance(node, ast.ClassDef) for member in node.body)]
+    for function in members:
         if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) or function.name.startswith("_"):
             continue
         arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
@@ -231,7 +233,9 @@ def test_more_than_four_arguments_are_listed(module):
         docstring = ast.get_docstring(function) or ""
         if len(names) > 4 and "Arguments and errors are those of" not in docstring:
             listed = docstring.partition("Args:\n")[2]
-            missing = [name for name in names if not re.search(rf"^[^:]*\b{name}\b[^:]*:", listed, re.MULTILINE)]
+            missing = [
+                name for name in names if not re.search(rf"^[^:]*\b{name}\b[^:]*:", listed, re.MULTILINE)
+            ]
             assert not missing, f"{function.name} does not list {', '.join(missing)}"
 
 

@@ -101,7 +101,15 @@ class RunGrid:
     def launch(
         self, stage: str, recipe: str, run_dir: Path, overrides: Sequence[str], needs: Sequence[Future] = ()
     ) -> Future:
-        """Queue `launch_once`, which waits for the jobs `needs`; a failure of one of them is its own."""
+        """Queue `launch_once`.
+
+        Args:
+            stage: name of the launch script.
+            recipe: recipe of that script.
+            run_dir: folder of the run.
+            overrides: settings on top, key=value.
+            needs: jobs to wait for; a failure of one of them is this job's own.
+        """
 
         def job() -> None:
             for need in needs:
