@@ -296,10 +296,10 @@ def save_resolved(recipe: object, path: Path) -> None:
     Path(path).write_text("\n".join(lines) + "\n" + OmegaConf.to_yaml(OmegaConf.structured(recipe)))
 
 
-def package_versions() -> dict[str, str]:
-    """Return the installed versions of the packages that determine a run's numbers."""
+def package_versions(packages: Sequence[str] = VERSIONED_PACKAGES) -> dict[str, str]:
+    """Return the installed versions of packages, by default of those that determine a run's numbers."""
     versions = {}
-    for package in VERSIONED_PACKAGES:
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

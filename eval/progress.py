@@ -24,5 +24,5 @@ class Progress:
         if now - self._shown < SECONDS and self._done < self._total:
             return
         self._shown, rate = now, self._new / max(now - self._started, 1e-9)
-        left = (self._total - self._done) / rate
-        self._say(f"{self._done} of {self._total} {self._noun}, {rate:.3g} a second, {left:.0f} s left")
+        remaining = (self._total - self._done) / rate
+        self._say(f"{self._done} of {self._total} {self._noun}, {rate:.3g} a second, {remaining:.0f} s left")

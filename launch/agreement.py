@@ -7,8 +7,6 @@ agreement.json to `run_dir` and prints it as tables. With several judgments file
 other.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

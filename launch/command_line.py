@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from drpo.data.records import DataError
 from drpo.run.checkpoints import CheckpointError
 from drpo.run.folder import RunStopped
 from drpo.run.signals import graceful_shutdown
+from launch.demo_inputs import LAUNCH, make_demo_inputs
 
 Recipe = TypeVar("Recipe")
 
@@ -27,17 +29,30 @@ class StageFailed(Exception):
     """Failure of a script that another script ran; the message names its log."""
 
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
+RECIPES = LAUNCH / "recipes"
+USER_ERRORS = (ConfigError, DataError, CheckpointError, RunStopped, FloatingPointError, OSError, StageFailed)
+"Errors in recipe, data, checkpoint, disk or training that a user can fix."
 
 
 def main(
-    recipe_class: type[Recipe], default_recipe: str, run: Callable[[Recipe], Path], forced: Sequence[str] = ()
+    recipe_class: type[Recipe],
+    default_recipe: str,
+    run: Callable[[Recipe], Path],
+    inputs: Callable[[Recipe], Sequence[str | None]] = lambda recipe: (),
+    forced: Sequence[str] = (),
+    one_process: bool = False,
 ) -> None:
     """Read the command line, run the recipe, print the path of the result as the last line.
 
-    Without a recipe the embedded one named `default_recipe` is used. `forced` overrides come last. Errors that a
-    user can fix (recipe, data, checkpoint, disk) are printed as one message without a traceback, exit code 1; Ctrl-C
-    exits with 130.
+    USER_ERRORS are printed as one message without a traceback, exit code 1; Ctrl-C exits with 130.
+
+    Args:
+        recipe_class: the recipe's section.
+        default_recipe: name of the recipe that is used without one.
+        run: takes the recipe and returns the path.
+        inputs: the recipe's inputs; those of the demo are made where they are missing.
+        forced: overrides that come last.
+        one_process: whether to raise ConfigError under a launcher with several processes.
     """
     arguments = sys.argv[1:]
     script = Path(sys.argv[0]).name
@@ -46,61 +61,52 @@ def main(
         print(help_text(recipe_class, usage))
         return
     quieten_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a pipe gets each message at once
     try:
         path, overrides = split_arguments(arguments)
         recipe = load_recipe(recipe_class, find_recipe(path or default_recipe), [*overrides, *forced])
+        if one_process and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ConfigError("this runs in one process: start it with python")
         with graceful_shutdown():
+            make_demo_inputs(*inputs(recipe))
             result = run(recipe)
-    except (
-        ConfigError,
-        DataError,
-        CheckpointError,
-        RunStopped,
-        FloatingPointError,
-        OSError,
-        StageFailed,
-    ) as error:
+    except USER_ERRORS as error:
         raise SystemExit(f"{script}: {error}") from None
     except KeyboardInterrupt:
         print(f"{script}: stopped; what is on disk is kept", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     if int(os.environ.get("RANK", 0)) == 0:
-        print(result.resolve(), flush=True)
-
-
-def say(message: str) -> None:
-    """Print a message and flush, so that a pipe gets it at once."""
-    print(message, flush=True)
-
-
-def one_process(script: str) -> None:
-    """Raise ConfigError under a launcher with several processes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError(f"{script} runs in one process: start it with python")
+        print(result.resolve())
 
 
 def call(num_threads: int, command: list[str], log: Path, folder: Path | None = None) -> None:
     """Run a script in a fresh process, in `folder`; raise StageFailed, naming the log, when it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
     with log.open("w") as file:
-        done = subprocess.run(
-            [sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=folder
-        )
-    if done.returncode:
-        raise StageFailed(f"{' '.join(command)} failed with code {done.returncode}; see {log}")
+        process = [sys.executable, *command]
+        code = subprocess.run(process, stdout=file, stderr=file, env=environment, cwd=folder).returncode
+    if code:
+        raise StageFailed(f"{' '.join(command)} failed with code {code}; see {log}")
+
+
+def run_stage(stage: str, *arguments: str) -> None:
+    """Run launch/<stage>.py as a user would; exit with a message when it fails."""
+    print(f"\n=== {stage}: launch/{stage}.py {' '.join(arguments)}", flush=True)
+    if subprocess.run([sys.executable, str(LAUNCH / f"{stage}.py"), *arguments]).returncode:
+        script = Path(sys.argv[0]).name
+        raise SystemExit(f"{script}: the stage {stage} failed; the same command again goes on from there")
 
 
 def quieten_libraries() -> None:
-    """Silence the progress bars of transformers and DeepSpeed's warning about running on a CPU."""
+    """Silence the progress bars of transformers, and two warnings of DeepSpeed and accelerate."""
     transformers_logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: "Setting accelerator to CPU" not in record.getMessage()
-    )
-    logging.getLogger("accelerate.utils.other").addFilter(
-        lambda record: (
-            "Removed shared tensor" not in record.getMessage()
-        )  # tied weights, and the shared trunk
-    )
+    noise = {
+        "DeepSpeed": "Setting accelerator to CPU",
+        "accelerate.utils.other": "Removed shared tensor",  # tied weights, and the shared trunk
+    }
+    for logger, text in noise.items():
+        logging.getLogger(logger).addFilter(lambda record, text=text: text not in record.getMessage())
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -18,16 +18,14 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 
 from eval.comparing.compare import compare
 from eval.comparing.recipe import CompareRecipe
-from launch.command_line import main, say
-from launch.demo_inputs import make_demo_inputs
+from launch.command_line import main
 
 
-def run(recipe: CompareRecipe) -> Path:
-    """Train the demo's policies that are requested and missing, then compare."""
+def inputs(recipe: CompareRecipe) -> list[str | None]:
+    """List the models that the recipe names."""
     policies = [policy for system in recipe.systems for policy in system.policies]
-    make_demo_inputs(*policies, recipe.kl_reference, recipe.reward_model)
-    return compare(recipe, say)
+    return [*policies, recipe.kl_reference, recipe.reward_model]
 
 
 if __name__ == "__main__":
-    main(CompareRecipe, "demo/compare.yaml", run)
+    main(CompareRecipe, "demo/compare.yaml", compare, inputs)

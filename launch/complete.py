@@ -7,8 +7,6 @@ Writes completions.jsonl, completions.meta.json (the settings that determine the
 config.yaml to `run_dir`. Running it again resumes an interrupted run.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -18,15 +16,12 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 
 from eval.completions.complete import complete
 from eval.completions.recipe import CompleteRecipe
-from launch.command_line import main, say
-from launch.demo_inputs import make_demo_inputs
-
-
-def run(recipe: CompleteRecipe) -> Path:
-    """Train the demo's policy if it is requested and missing, then complete."""
-    make_demo_inputs(recipe.policy, recipe.perplexity_policy)
-    return complete(recipe, say)
-
+from launch.command_line import main
 
 if __name__ == "__main__":
-    main(CompleteRecipe, "demo/complete.yaml", run)
+    main(
+        CompleteRecipe,
+        "demo/complete.yaml",
+        complete,
+        lambda recipe: [recipe.policy, recipe.perplexity_policy],
+    )

@@ -5,7 +5,6 @@ python launch/demo.py
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 
 from rich.console import Console
 
-from launch.command_line import quieten_libraries
+from launch.command_line import quieten_libraries, run_stage
 from launch.demo_inputs import DEMO_RUNS
 from launch.demo_results import error_table, evaluations, plot
 
@@ -29,21 +28,14 @@ def main() -> None:
         raise SystemExit(f"{__doc__.strip()}\n\nIt takes no arguments; the stages do: launch/drpo.py --help")
     quieten_libraries()
     for stage in STAGES:
-        launch(stage)
+        run_stage(stage, f"demo/{stage}.yaml")
     ppo, drpo = (evaluations(DEMO_RUNS / stage) for stage in ("ppo", "drpo"))
     Console().print(error_table(DEMO_RUNS / "reward_model" / "reward_model"))
     plot({"PPO": ppo, "DR-PO": drpo}, DEMO_RUNS / "curves.png")
-    launch("compare")
+    run_stage("compare", "demo/compare.yaml")
     print("policies, metrics and sample completions, curves, and the report to open in a browser:")
     for path in (*(DEMO_RUNS / stage for stage in STAGES), DEMO_RUNS / "curves.png", REPORT):
         print(f"  {path}")
-
-
-def launch(stage: str) -> None:
-    """Run a script on its demo recipe, as a user would."""
-    print(f"\n=== {stage}: launch/{stage}.py demo/{stage}.yaml", flush=True)
-    if subprocess.run([sys.executable, str(HERE / f"{stage}.py"), f"demo/{stage}.yaml"]).returncode:
-        raise SystemExit(f"demo.py: the stage {stage} failed; the same command again goes on from there")
 
 
 if __name__ == "__main__":

@@ -31,10 +31,12 @@ LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 
 
 def make_demo_inputs(*needed: str | None) -> None:
-    """Run the stages whose results are in `needed` and missing, in one process, before any engine exists.
+    """Make what is in `needed`, belongs to the demo and is missing, in one process, before any engine exists.
 
-    Under a multi-process launch the first process runs them and the others wait.
+    Under a multi-process launch the first process runs the stages, and the others wait.
     """
+    if str(DEMO_COMPLETIONS) in needed and not DEMO_COMPLETIONS.exists():
+        _write_completions()
     missing = [folder for folder in STAGES if str(folder) in needed and not folder.exists()]
     if not missing:
         return
@@ -59,10 +61,7 @@ def single_process_environment() -> dict[str, str]:
     }
 
 
-def make_demo_completions(*needed: str) -> None:
-    """Write DEMO_COMPLETIONS if it is in `needed` and missing."""
-    if str(DEMO_COMPLETIONS) not in needed or DEMO_COMPLETIONS.exists():
-        return
+def _write_completions() -> None:
     print(f"{DEMO_COMPLETIONS} is missing: writing it", flush=True)
     config = DemoConfig(num_eval=NUM_POSTS)
     by_writers = make_demo(config, "demonstrations", "eval")

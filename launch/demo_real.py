@@ -5,7 +5,6 @@ python launch/demo_real.py [file or hub id with TL;DR data]
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from drpo.config import load_recipe
 from drpo.data.files import read_table
 from drpo.data.records import BadRows, DataError
 from eval.comparing.recipe import CompareRecipe
-from launch.command_line import find_recipe, quieten_libraries
+from launch.command_line import find_recipe, quieten_libraries, run_stage
 
 STAGES = ("sft", "reward_model", "ppo", "drpo", "dpo", "compare")
 
@@ -41,17 +40,11 @@ def main() -> None:
     started = time.monotonic()
     for stage in STAGES:
         key = "complete.data.path" if stage == "compare" else "data.path"
-        arguments = [f"demo_real/{stage}.yaml", f"{key}={path}"]
-        print(f"\n=== {stage}: launch/{stage}.py {' '.join(arguments)}", flush=True)
-        if subprocess.run([sys.executable, str(HERE / f"{stage}.py"), *arguments]).returncode:
-            raise SystemExit(
-                f"demo_real.py: the stage {stage} failed; the same command again goes on from there"
-            )
+        run_stage(stage, f"demo_real/{stage}.yaml", f"{key}={path}")
         print(f"{(time.monotonic() - started) / 60:.1f} minutes so far", flush=True)
-    print(
-        f"policies, metrics and samples are in {Path(recipe.run_dir).parent}; open the report in a browser:"
-    )
-    print(f"  {Path(recipe.run_dir) / 'report.html'}")
+    folder = Path(recipe.run_dir)
+    print(f"policies, metrics and samples are in {folder.parent}; open the report in a browser:")
+    print(f"  {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

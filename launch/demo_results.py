@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from drpo.data.encode import encode_query, encode_response
@@ -42,24 +43,21 @@ def error_table(reward_model: Path) -> Table:
 
     references = scores([s.record.completion for s in summaries], [True] * len(summaries))
     faulty = scores([s.response for s in summaries], [s.ended for s in summaries])
-    result = Table(title="reward model: a held-out reference against itself with one fault")
-    for name in ("kind of error", "accuracy", "mean score of reference", "mean score of faulty"):
-        result.add_column(name, justify="left" if name == "kind of error" else "right")
+    table = Table("kind of error", title="reward model: a held-out reference against itself with one fault")
+    for name in ("accuracy", "mean score of reference", "mean score of faulty"):
+        table.add_column(name, justify="right")
     for kind in ERROR_KINDS:
-        rows = [row for row, summary in enumerate(summaries) if summary.kind == kind]
-        wins = (references[rows] > faulty[rows]).float().mean()
-        result.add_row(kind, f"{wins:.3f}", f"{references[rows].mean():.2f}", f"{faulty[rows].mean():.2f}")
-    return result
+        indices = [index for index, summary in enumerate(summaries) if summary.kind == kind]
+        reference, copy = references[indices], faulty[indices]
+        wins = (reference > copy).float().mean()
+        table.add_row(kind, f"{wins:.3f}", f"{reference.mean():.2f}", f"{copy.mean():.2f}")
+    return table
 
 
 def plot(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Plot true reward and reward-model score on held-out prompts over training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), sharex=True)
+    figure = Figure(figsize=(9, 3.5))
+    axes = figure.subplots(1, 2, sharex=True)
     for axis, (name, key) in zip(axes, CURVES.items(), strict=True):
         for policy, rows in runs.items():
             axis.plot([row["step"] for row in rows], [row[key] for row in rows], marker="o", label=policy)
@@ -68,4 +66,3 @@ def plot(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -12,9 +12,15 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
+from drpo.api import train_online
 from drpo.trainers.online_recipe import OnlineRecipe
 from launch.command_line import main
-from launch.online import run
+
+
+def inputs(recipe: OnlineRecipe) -> list[str | None]:
+    """List the models that the recipe names."""
+    return [recipe.model.path, recipe.reward.path, recipe.critic.path]
+
 
 if __name__ == "__main__":
-    main(OnlineRecipe, "demo/drpo.yaml", run)
+    main(OnlineRecipe, "demo/drpo.yaml", train_online, inputs)

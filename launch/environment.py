@@ -7,10 +7,10 @@ from importlib import metadata
 
 import torch
 
-from drpo.config import git_commit, package_versions
+from drpo.config import VERSIONED_PACKAGES, git_commit, package_versions
 from drpo.precision import PRECISIONS, choose_precision
 
-FURTHER = ("tokenizers", "numpy", "openai", "vllm", "trl")
+OTHER_PACKAGES = ("tokenizers", "numpy", "openai", "vllm", "trl")
 
 
 def environment_text() -> str:
@@ -21,20 +21,12 @@ def environment_text() -> str:
         "drpo": f"{metadata.version('drpo')} (commit {git_commit()})",
         "python": platform.python_version(),
         "system": platform.platform(),
-        **package_versions(),
-        **{name: _version(name) for name in FURTHER},
+        **package_versions((*VERSIONED_PACKAGES, *OTHER_PACKAGES)),
         "CPU": f"{_cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         **_gpus(),
         "precision": f"{PRECISIONS[precision]}, {why}",
     }
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _cpu_name() -> str:
@@ -49,8 +41,8 @@ def _cpu_name() -> str:
 def _gpus() -> dict[str, str]:
     if not torch.cuda.is_available():
         return {"GPU": "none"}
-    found = {}
+    gpus = {}
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        found[f"GPU {index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
-    return found | {"CUDA": str(torch.version.cuda)}
+        gpus[f"GPU {index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
+    return gpus | {"CUDA": str(torch.version.cuda)}

@@ -6,8 +6,6 @@ Writes completions.jsonl (systems text_1 and text_2, for launch/judge.py) and la
 `run_dir`.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -16,13 +14,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 from eval.labelling.import_labels import ImportLabelsRecipe, import_labels
-from launch.command_line import main, say
-
-
-def run(recipe: ImportLabelsRecipe) -> Path:
-    """Read the pairs, and write them as completions and labels."""
-    return import_labels(recipe, say)
-
+from launch.command_line import main
 
 if __name__ == "__main__":
-    main(ImportLabelsRecipe, "demo/import_labels.yaml", run)
+    main(ImportLabelsRecipe, "demo/import_labels.yaml", import_labels)

@@ -6,8 +6,6 @@ Writes judgments.jsonl, summary.json, config.yaml and, for a model behind an API
 again sends only the requests without an answer.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -16,16 +14,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 from eval.judging.judge_systems import JudgeRecipe, judge
-from launch.command_line import main, one_process, say
-from launch.demo_inputs import make_demo_completions
-
-
-def run(recipe: JudgeRecipe) -> Path:
-    """Write the demo's completions if they are requested and missing, then judge."""
-    one_process("judge.py")
-    make_demo_completions(*recipe.completions)
-    return judge(recipe, say)
-
+from launch.command_line import main
 
 if __name__ == "__main__":
-    main(JudgeRecipe, "demo/judge.yaml", run)
+    main(JudgeRecipe, "demo/judge.yaml", judge, lambda recipe: recipe.completions, one_process=True)

@@ -6,8 +6,6 @@ Prints the address of the page and serves it until Ctrl-C. Every label is append
 the same command resumes. launch/agreement.py compares the labels with a judge's verdicts.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -16,16 +14,7 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 from eval.labelling.label import LabelRecipe, label
-from launch.command_line import main, one_process, say
-from launch.demo_inputs import make_demo_completions
-
-
-def run(recipe: LabelRecipe) -> Path:
-    """Write the demo's completions if they are requested and missing, then serve the page."""
-    one_process("label.py")
-    make_demo_completions(*recipe.completions)
-    return label(recipe, say)
-
+from launch.command_line import main
 
 if __name__ == "__main__":
-    main(LabelRecipe, "demo/label.yaml", run)
+    main(LabelRecipe, "demo/label.yaml", label, lambda recipe: recipe.completions, one_process=True)

@@ -15,16 +15,13 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 from eval.neurons.analyse import NeuronShiftRecipe, neuron_shift
-from launch.command_line import main, one_process, say
-from launch.demo_inputs import make_demo_inputs
+from launch.command_line import main
 
 
-def run(recipe: NeuronShiftRecipe) -> Path:
-    """Train the demo's policies that are requested and missing, then compare them."""
-    one_process("neuron_shift.py")
-    make_demo_inputs(recipe.before, recipe.after)
-    return neuron_shift(recipe, say)
+def inputs(recipe: NeuronShiftRecipe) -> list[str | None]:
+    """List the models that the recipe names."""
+    return [recipe.before, recipe.after]
 
 
 if __name__ == "__main__":
-    main(NeuronShiftRecipe, "demo/neuron_shift.yaml", run)
+    main(NeuronShiftRecipe, "demo/neuron_shift.yaml", neuron_shift, inputs, one_process=True)

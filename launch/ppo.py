@@ -3,8 +3,6 @@
 accelerate launch launch/ppo.py [recipe.yaml] [section.key=value ...]
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -12,9 +10,10 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
+from drpo.api import train_online
 from drpo.trainers.online_recipe import OnlineRecipe
 from launch.command_line import main
-from launch.online import run
+from launch.drpo import inputs
 
 if __name__ == "__main__":
-    main(OnlineRecipe, "demo/ppo.yaml", run, forced=["reset.proportion=0"])
+    main(OnlineRecipe, "demo/ppo.yaml", train_online, inputs, forced=["reset.proportion=0"])

@@ -3,8 +3,6 @@
 accelerate launch launch/reward_model.py [recipe.yaml] [section.key=value ...]
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -13,16 +11,8 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parent)
 
 from launch.command_line import main
-from launch.demo_inputs import make_demo_inputs
 from reward_models.api import train_reward_model
 from reward_models.train import RewardModelRecipe
 
-
-def run(recipe: RewardModelRecipe) -> Path:
-    """Train the demo's SFT policy if it is requested and missing, then train."""
-    make_demo_inputs(recipe.model.path)
-    return train_reward_model(recipe)
-
-
 if __name__ == "__main__":
-    main(RewardModelRecipe, "demo/reward_model.yaml", run)
+    main(RewardModelRecipe, "demo/reward_model.yaml", train_reward_model, lambda recipe: [recipe.model.path])

@@ -3,8 +3,6 @@
 accelerate launch launch/sft.py [recipe.yaml] [section.key=value ...]
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -16,11 +14,5 @@ from drpo.api import train_sft
 from drpo.trainers.sft import SFTRecipe
 from launch.command_line import main
 
-
-def run(recipe: SFTRecipe) -> Path:
-    """Train the policy of the recipe."""
-    return train_sft(recipe)
-
-
 if __name__ == "__main__":
-    main(SFTRecipe, "demo/sft.yaml", run)
+    main(SFTRecipe, "demo/sft.yaml", train_sft)

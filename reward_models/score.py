@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from drpo.trainers.online_recipe import RewardConfig
 from reward_models.model import RewardModel
 
 
+@dataclass(eq=False)
 class RewardModelScorer:
     """RewardFn that scores completions with a reward model.
 
@@ -35,20 +37,14 @@ class RewardModelScorer:
     conversation rendered by its own template.
     """
 
-    def __init__(
-        self,
-        model: RewardModel,
-        tokenizer,
-        engine: Engine,
-        batch_size: int,
-        shares_tokenizer: bool,
-        shares_template: bool = True,
-        key: str = "reward.path",
-    ) -> None:
-        self._model, self._tokenizer, self._engine = model, tokenizer, engine
-        self.shares_trunk = False
-        self._batch_size, self._shares_tokenizer, self._key = batch_size, shares_tokenizer, key
-        self._shares_template = shares_template
+    model: RewardModel
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    batch_size: int
+    shares_tokenizer: bool
+    shares_template: bool
+    key: str
+    shares_trunk: bool = False
 
     @classmethod
     def load(
@@ -84,7 +80,7 @@ class RewardModelScorer:
     @property
     def max_tokens(self) -> int | None:
         """Number of positions of a model that reads the policy's tokens; None without a limit, or for texts."""
-        return position_limit(self._model) if self._shares_tokenizer else None
+        return position_limit(self.model) if self.shares_tokenizer else None
 
     def share_trunk(self, policy: nn.Module) -> None:
         """Use the policy's frozen trunk in place of an equal one of its own.
@@ -93,12 +89,12 @@ class RewardModelScorer:
         """
         self.shares_trunk = (
             has_trunk(policy)
-            and self._shares_tokenizer
-            and not self._engine.casts_weights
-            and same_trunk(self._model, policy)
+            and self.shares_tokenizer
+            and not self.engine.casts_weights
+            and same_trunk(self.model, policy)
         )
         if self.shares_trunk:
-            share_trunk(self._model, policy)
+            share_trunk(self.model, policy)
 
     @torch.no_grad()
     def score_from_trunk(
@@ -112,54 +108,53 @@ class RewardModelScorer:
             return self(completions)
         scores = []
         for part, trunk in zip(parts, trunks, strict=True):
-            with self._engine.autocast(), resumed_from(trunk, self._model):
-                scores.append(self._model.score(part).float().cpu())
+            with self.engine.autocast(), resumed_from(trunk, self.model):
+                scores.append(self.model.score(part).float().cpu())
         return torch.cat(scores)
 
     @torch.no_grad()
     def __call__(self, completions: Sequence[Completion]) -> Tensor:
         """Return the scores (B,), float32; rows are batched by length, so a batch has little padding."""
         ids = [self._ids(completion) for completion in completions]
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row][0]) + len(ids[row][1]))
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i][0]) + len(ids[i][1]))
         scores = torch.empty(len(ids))
-        for first in range(0, len(order), self._batch_size):
-            rows = order[first : first + self._batch_size]
-            batch = pad_batch(
-                [ids[r][0] for r in rows], [ids[r][1] for r in rows], self._tokenizer.pad_token_id
-            )
-            with self._engine.autocast():
-                scores[rows] = self._model.score(batch.to(self._engine.device)).float().cpu()
+        for first in range(0, len(order), self.batch_size):
+            indices = order[first : first + self.batch_size]
+            queries, responses = zip(*(ids[i] for i in indices), strict=True)
+            batch = pad_batch(queries, responses, self.tokenizer.pad_token_id).to(self.engine.device)
+            with self.engine.autocast():
+                scores[indices] = self.model.score(batch).float().cpu()
         return scores
 
     def _ids(self, completion: Completion) -> tuple[list[int], list[int]]:
         chat, ended = completion.record.chat, completion.ended
         if not completion.query_ids:  # a text from any source, tokenized the model's own way
             ended = True  # as a judge of texts takes it; at other tokens than the stop token the head never learned
-            reads_chat = self._was_trained_on_chat or (
-                self._was_trained_on_chat is None and self._tokenizer.chat_template is not None
-            )
+            reads_chat = self._was_trained_on_chat
+            if reads_chat is None:
+                reads_chat = self.tokenizer.chat_template is not None
         else:
             reads_chat = chat is not None
             self._check_trained_on(reads_chat)
-        if self._shares_tokenizer and (chat is None or self._shares_rendering(chat)):
+        if self.shares_tokenizer and (chat is None or self._shares_rendering(chat)):
             response = list(completion.response_ids)
             if completion.ended:  # whichever token ended it: the model was trained on this one
-                response[-1] = (self._in_template[1] if reads_chat else self._tokenizer).eos_token_id
+                response[-1] = (self._in_template[1] if reads_chat else self.tokenizer).eos_token_id
             return completion.query_ids, response
         if reads_chat:
             template, tokenizer = self._in_template
             messages = None if chat is None else chat.messages
             prompt, response = completion.record.shared_prompt, completion.response
             return encode_in_template(tokenizer, template, prompt, response, ended, messages)
-        response = encode_response(self._tokenizer, completion.response)
+        response = encode_response(self.tokenizer, completion.response)
         if not ended:
             response = response[:-1]
-        return encode_query(self._tokenizer, completion.prompt), response
+        return encode_query(self.tokenizer, completion.prompt), response
 
     @property
     def _was_trained_on_chat(self) -> bool | None:
         """Whether `reward_models.train` trained it on a chat template; None for a model from elsewhere."""
-        return getattr(self._model.config, "chat_template", None)
+        return getattr(self.model.config, "chat_template", None)
 
     def check_reads(self, chat: bool) -> None:
         """Raise ConfigError when the model cannot read the prompts: conversations if `chat`, else plain texts."""
@@ -170,13 +165,13 @@ class RewardModelScorer:
     def _check_trained_on(self, reads_chat: bool) -> None:
         if self._was_trained_on_chat not in (None, reads_chat):
             raise ConfigError(
-                f"{self._key}: this reward model was trained with data.chat_template={not reads_chat}, and the "
+                f"{self.key}: this reward model was trained with data.chat_template={not reads_chat}, and the "
                 f"policy's prompts are made with {reads_chat}: give both the same"
             )
 
     def _shares_rendering(self, chat: Chat) -> bool:
-        arguments = self._model.config.chat_template_kwargs if self._was_trained_on_chat else chat.arguments
-        return self._shares_template and dict(chat.arguments) == arguments
+        arguments = self.model.config.chat_template_kwargs if self._was_trained_on_chat else chat.arguments
+        return self.shares_template and dict(chat.arguments) == arguments
 
     @functools.cached_property
     def _in_template(self) -> tuple[ChatTemplate, PreTrainedTokenizerBase]:
@@ -184,17 +179,17 @@ class RewardModelScorer:
 
         The stop token is the saved eos token, or for a model from elsewhere the template's end of turn.
         """
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             raise ConfigError(
-                f"{self._key}: the prompts are conversations, and this reward model's tokenizer has no chat template "
+                f"{self.key}: the prompts are conversations, and this reward model's tokenizer has no chat template "
                 "to render them with; take a reward model that has one, or the policy's tokenizer"
             )
         if self._was_trained_on_chat:
-            eos, arguments = self._tokenizer.eos_token, self._model.config.chat_template_kwargs
-            return ChatTemplate(self._tokenizer, arguments, eos), self._tokenizer
-        template = ChatTemplate(self._tokenizer)
+            eos, arguments = self.tokenizer.eos_token, self.model.config.chat_template_kwargs
+            return ChatTemplate(self.tokenizer, arguments, eos), self.tokenizer
+        template = ChatTemplate(self.tokenizer)
         ending = template.stop_token
-        tokenizer = self._tokenizer if ending is None else ending_with(self._tokenizer, ending)
+        tokenizer = self.tokenizer if ending is None else ending_with(self.tokenizer, ending)
         return template, tokenizer
 
 

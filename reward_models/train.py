@@ -23,7 +23,7 @@ from drpo.preference_losses import bradley_terry_loss
 from drpo.run.folder import Callback, RunFolder
 from drpo.run.result import Result
 from drpo.tensors import PaddedBatch, pad_batch
-from drpo.trainers.offline import BatchConfig, OfflineRecipe, RowMetrics, RowObjective, fit
+from drpo.trainers.offline import Objective, OfflineRecipe, RowMetrics, fit
 from drpo.trainers.sft import tokenizer_for
 from reward_models.model import Aggregation, RewardModel
 
@@ -55,13 +55,12 @@ class RewardModelRecipe(OfflineRecipe):
         refuse(self.model.lora.r > 0, "model.lora.r", "must be 0: a reward model is trained in full")
 
 
-class RewardObjective(RowObjective):
+class RewardObjective(Objective):
     """Bradley-Terry loss over pairs, chosen and rejected in one forward."""
 
     def __init__(self, model: RewardModel, pad_id: int, score_penalty: float, device: torch.device) -> None:
-        super().__init__()
-        self.model = model
-        self._pad_id, self._score_penalty, self._device = pad_id, score_penalty, device
+        super().__init__(model, pad_id, device)
+        self._score_penalty = score_penalty
 
     def collate(self, examples: Sequence[Example]) -> PaddedBatch:
         """Stack the chosen responses on top of the rejected ones: 2 x pairs rows."""
@@ -92,8 +91,7 @@ def train(recipe: RewardModelRecipe, engine: Engine, callbacks: Sequence[Callbac
     run.say_data(splits.report)
     references = load_references(recipe, tokenizer)
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
-    for note in check_examples(policy, [*splits.train, *splits.eval, *references]):
-        run.say(note)
+    run.say(*check_examples(policy, [*splits.train, *splits.eval, *references]))
     model = RewardModel.from_causal_lm(policy, recipe.seed)
     if can_probe_now(model.backbone):
         check_scalar_model(model, "model.path")
@@ -107,9 +105,9 @@ def train(recipe: RewardModelRecipe, engine: Engine, callbacks: Sequence[Callbac
     fit(run, objective, [splits.train], splits.eval, name="reward model", result=result)
     if references:
         with engine.whole_weights(objective):
-            mean = reference_mean(engine, model, references, tokenizer.pad_token_id, recipe.batch)
-        model.config.centre = mean
-        run.say(f"mean score of {len(references)} references was {mean:.4f}; they now score 0 on average")
+            centre = reference_mean(run, model, references, tokenizer.pad_token_id)
+        model.config.centre = centre
+        run.say(f"mean score of {len(references)} references was {centre:.4f}; they now score 0 on average")
     return result.finish()
 
 
@@ -132,15 +130,14 @@ def load_references(recipe: RewardModelRecipe, tokenizer) -> list[Example]:
 
 
 @torch.no_grad()
-def reference_mean(
-    engine: Engine, model: RewardModel, references: Sequence[Example], pad_id: int, batch: BatchConfig
-) -> float:
+def reference_mean(run: RunFolder, model: RewardModel, references: Sequence[Example], pad_id: int) -> float:
     """Return the mean score of the references' completions, which becomes the zero (Huang et al. 2024)."""
-    mine = references[engine.rank :: engine.world_size]
+    engine, size = run.engine, run.recipe.batch.microbatch_size
+    local = references[engine.rank :: engine.world_size]
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for first in range(0, len(mine), batch.microbatch_size):
-        part = mine[first : first + batch.microbatch_size]
-        rows = pad_batch([e.query_ids for e in part], [e.completion_ids for e in part], pad_id)
+    for first in range(0, len(local), size):
+        part = local[first : first + size]
+        batch = pad_batch([e.query_ids for e in part], [e.completion_ids for e in part], pad_id)
         with engine.autocast():
-            total += model.score(rows.to(engine.device)).double().sum()
+            total += model.score(batch.to(engine.device)).double().sum()
     return float(engine.sum(total)) / len(references)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -219,6 +220,25 @@ def test_functions_are_short_and_take_few_arguments(module):
         arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
         num_arguments = sum(argument.arg not in ("self", "cls") for argument in arguments)
         assert num_arguments <= MAX_ARGUMENTS, f"{function.name} has {num_arguments} arguments"
+
+
+@every_module
+def test_more_than_four_arguments_are_listed(module):
+    """In an `Args:` list, or by the name of the function that has the same ones."""
+    body = tree_of(module).body
+    members = [*body, *(member for node in body if isinstance(node, ast.ClassDef) for member in node.body)]
+    for function in members:
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) or function.name.startswith("_"):
+            continue
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+        docstring = ast.get_docstring(function) or ""
+        if len(names) > 4 and "Arguments and errors are those of" not in docstring:
+            listed = docstring.partition("Args:\n")[2]
+            missing = [
+                name for name in names if not re.search(rf"^[^:]*\b{name}\b[^:]*:", listed, re.MULTILINE)
+            ]
+            assert not missing, f"{function.name} does not list {', '.join(missing)}"
 
 
 OF_NO_MODULE = ("tests", "tests/end_to_end", "tests/support")

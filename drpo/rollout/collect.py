@@ -51,8 +51,8 @@ def collect(
         query_length,
         response_length,
     ).to(engine.device)
-    rows = torch.arange(len(starts), device=engine.device)
-    parts = [batch.select(some) for some in rows.split(generator.batch_size)]
+    indices = torch.arange(len(starts), device=engine.device)
+    parts = [batch.select(part) for part in indices.split(generator.batch_size)]
     trunks: list[Tensor | None] = [None] * len(parts)
     if has_trunk(policy):
         with phases("trunk"), engine.autocast():
@@ -62,10 +62,7 @@ def collect(
             reward_fn = functools.partial(reward_fn.score_from_trunk, parts=parts, trunks=trunks)
         scores = call_reward_fn(reward_fn, completions)
     rollouts = Rollouts(
-        queries=batch.queries,
-        query_mask=batch.query_mask,
-        responses=batch.responses,
-        response_mask=batch.response_mask,
+        **vars(batch),
         reset_lengths=torch.tensor([len(start.prefix) for start in starts], device=engine.device),
         source_lengths=torch.tensor([start.source_length for start in starts], device=engine.device),
         ended=torch.tensor([c.ended for c in completions], device=engine.device),

@@ -38,7 +38,7 @@ class RolloutConfig(Section):
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
     """Temperature. top_k and top_p are refused: log-probabilities are those of all tokens."""
     bad_tokens: list[str] = field(default_factory=list)
-    """Tokens that are never sampled, beside padding and ids that the tokenizer does not have."""
+    """Tokens that are never sampled, in addition to padding and ids that the tokenizer does not have."""
     generation_batch_size: int = setting(64, ge=1)
     """Rows decoded together on one device."""
 
@@ -75,17 +75,17 @@ def vocabulary_of(
         key: recipe key of `bad_tokens`, for errors.
     """
     known = tokenizer.get_vocab()
-    if missing := [token for token in bad_tokens if token not in known]:
-        raise ConfigError(f"{key}: {missing} are not single tokens of this tokenizer")
+    if unknown := [token for token in bad_tokens if token not in known]:
+        raise ConfigError(f"{key}: {unknown} are not single tokens of this tokenizer")
     bad = {known[token] for token in bad_tokens}
-    never = {tokenizer.pad_token_id} | bad | set(range(num_logits)).difference(known.values())
-    if (stop := tokenizer.eos_token_id) in never:
+    suppressed = {tokenizer.pad_token_id} | bad | set(range(num_logits)).difference(known.values())
+    if (stop := tokenizer.eos_token_id) in suppressed:
         raise ConfigError(
             f"{key} or padding and the token that ends responses (data.stop_token) share the ids [{stop}]"
         )
-    suppressed = sorted(i for i in never if i < num_logits)
-    others = [i for i in policy_stops if i != stop and i < num_logits and i not in never]
-    return Vocabulary(tokenizer.pad_token_id, (stop, *others), tuple(suppressed))
+    further_stops = [i for i in policy_stops if i != stop and i < num_logits and i not in suppressed]
+    suppressed_ids = sorted(i for i in suppressed if i < num_logits)
+    return Vocabulary(tokenizer.pad_token_id, (stop, *further_stops), tuple(suppressed_ids))
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,6 @@ class Generator:
     seed: int = 0
     "Seed of the responses of `respond`."
 
-    @classmethod
-    def of_rollouts(
-        cls, config: RolloutConfig, policy: nn.Module, tokenizer, vocabulary: Vocabulary, seed: int
-    ) -> Generator:
-        """Make the generator of a recipe's section `rollout`."""
-        sampling, length = config.sampling, config.max_response_length
-        return cls(policy, tokenizer, vocabulary, sampling, length, config.generation_batch_size, seed)
-
     def generate(
         self,
         contexts: Sequence[Sequence[int]],
@@ -125,17 +117,10 @@ class Generator:
         were sampled from. Raises the errors of `drpo.rollout.sampler.sample`.
         """
         length = max(max_new_tokens, default=0)
-        uniforms = [draw_uniforms(seed, [number], length) for seed, number in draws]
-        return sample(
-            self.policy,
-            contexts,
-            max_new_tokens,
-            torch.cat(uniforms) if uniforms else draw_uniforms(0, [], length),
-            self.sampling,
-            self.vocabulary,
-            self.batch_size,
-            logprobs,
-        )
+        rows = [draw_uniforms(seed, [number], length) for seed, number in draws]
+        uniforms = torch.cat([draw_uniforms(0, [], length), *rows])
+        settings = (self.sampling, self.vocabulary, self.batch_size, logprobs)
+        return sample(self.policy, contexts, max_new_tokens, uniforms, *settings)
 
     def respond(self, starts: Sequence[Start]) -> list[Completion]:
         """Complete the responses that begin at `starts`; each depends on (seed, episode) alone."""

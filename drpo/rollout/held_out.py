@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from drpo.config import ConfigError, Section, refuse, setting
 from drpo.data.encode import Example
 from drpo.engine import Engine
 from drpo.kl import sequence_kl
-from drpo.models.loading import LoraConfig, ModelConfig, load_policy
+from drpo.models.loading import LoraConfig, load_policy
 from drpo.models.policy_stops import stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scoring import response_logprobs
@@ -25,6 +24,7 @@ from drpo.rollout.generator import Generator, RolloutConfig, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig
 from drpo.rollout.samples import evaluation_sample
 from drpo.rollout.starts import Start
+from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch, pad_batch
 
 EVAL_SEED_OFFSET = 1_000_003  # separates the random numbers of evaluation from those of rollouts
@@ -74,14 +74,6 @@ class SampleConfig(Section):
             refuse(taken, f"reward_functions.{name}", "is the name of another metric; choose another")
 
 
-class SamplingRecipe(Protocol):
-    """Recipe of a stage that samples held-out prompts."""
-
-    seed: int
-    model: ModelConfig
-    sample: SampleConfig
-
-
 @torch.no_grad()
 def evaluate(
     config: EvalConfig,
@@ -111,14 +103,13 @@ def evaluate(
             "there are no held-out prompts to evaluate on; set data.eval_split or data.eval_fraction, or turn the "
             "evaluation off with eval.every=0"
         )
-    mine = list(enumerate(examples[: config.num_prompts]))[engine.rank :: engine.world_size]
-    starts = [Start(episode, example) for episode, example in mine]
+    starts = [Start(episode, example) for episode, example in enumerate(examples[: config.num_prompts])]
+    starts = starts[engine.rank :: engine.world_size]
     results: list[tuple[int, dict[str, float], dict[str, Any]]] = []
     if starts:
         sampling = SamplingConfig(temperature=config.temperature)
-        completions = replace(generator, sampling=sampling, seed=generator.seed + EVAL_SEED_OFFSET).respond(
-            starts
-        )
+        evaluator = replace(generator, sampling=sampling, seed=generator.seed + EVAL_SEED_OFFSET)
+        completions = evaluator.respond(starts)
         scores = {name: call_reward_fn(fn, completions).tolist() for name, fn in rewards.items()}
         if reference_logprobs is not None:
             name = "kl" if config.temperature == generator.sampling.temperature else "log_ratio"
@@ -128,10 +119,12 @@ def evaluate(
             length, ended = float(len(completion.response_ids)), float(completion.ended)
             measured = {**numbers, "length": length, "ended": ended}
             results.append((start.episode, measured, evaluation_sample(completion, numbers)))
-    everything = sorted(engine.gather_objects(results), key=lambda result: result[0])
-    names = everything[0][1]
-    means = {f"eval/{name}": sum(r[1][name] for r in everything) / len(everything) for name in names}
-    return means, [row for _, _, row in everything]
+    _, measurements, samples = zip(*sorted(engine.gather_objects(results), key=lambda r: r[0]), strict=True)
+    means = {
+        f"eval/{name}": sum(numbers[name] for numbers in measurements) / len(measurements)
+        for name in measurements[0]
+    }
+    return means, list(samples)
 
 
 def _log_ratios(
@@ -143,10 +136,10 @@ def _log_ratios(
     """Compute sum_t log pi/pi_ref of each completion, at the generator's temperature."""
     ratios: list[float] = []
     for first in range(0, len(completions), generator.batch_size):
-        some = completions[first : first + generator.batch_size]
+        part = completions[first : first + generator.batch_size]
         batch = pad_batch(
-            [completion.query_ids for completion in some],
-            [completion.response_ids for completion in some],
+            [completion.query_ids for completion in part],
+            [completion.response_ids for completion in part],
             generator.vocabulary.pad_id,
         ).to(device)
         logprobs = response_logprobs(
@@ -162,9 +155,7 @@ def _log_ratios(
 
 
 def held_out_sampler(
-    recipe: SamplingRecipe,
-    engine: Engine,
-    *,
+    run: RunFolder,
     policy: nn.Module,
     tokenizer,
     examples: Sequence[Example],
@@ -173,22 +164,33 @@ def held_out_sampler(
 ) -> Callable[[], Held] | None:
     """Make a function that samples a completion of each distinct prompt, or None when there is nothing to sample.
 
-    With `reference_logprobs`, or a policy at `config.kl_reference` (loaded with the settings of `recipe.model`), the
-    metrics have the mean over completions of log pi/pi_ref in nats: `eval/kl`, which estimates KL(pi, pi_ref), when
-    they are sampled at temperature 1, else `eval/log_ratio`, which does not.
+    With a reference the metrics have the mean over completions of log pi/pi_ref in nats: `eval/kl`, which estimates
+    KL(pi, pi_ref), when they are sampled at temperature 1, else `eval/log_ratio`, which does not.
+
+    Args:
+        run: its recipe has the sections `sample` and `model`; with the latter's settings a policy at
+            `sample.kl_reference` is loaded as the reference.
+        policy: the policy in training.
+        tokenizer: its tokenizer.
+        examples: held-out examples.
+        rewards: scores by name, `eval/<name>`.
+        reference_logprobs: maps a batch to log-probs (B, R); None without another reference.
     """
-    config, seed = recipe.sample, recipe.seed
+    engine, config, seed = run.engine, run.recipe.sample, run.recipe.seed
     if not config.num_prompts or not examples:
         return None
     key = "sample.max_response_length"
     check_sampling(policy, examples, config.max_response_length, "model.path", key)
     if config.kl_reference is not None:
         check_same_vocabulary(tokenizer, config.kl_reference, "sample.kl_reference")
-        whole = {"architecture": {}, "tokenizer": None, "vocab_size": None, "trainable_layers": None}
-        source = replace(recipe.model, path=config.kl_reference, lora=LoraConfig(), **whole)
+        defaults = {"architecture": {}, "tokenizer": None, "vocab_size": None, "trainable_layers": None}
+        source = replace(run.recipe.model, path=config.kl_reference, lora=LoraConfig(), **defaults)
         frozen = engine.place(load_policy(source, tokenizer, seed, "sample.kl_reference"), as_trained=True)
         check_sampling(frozen, examples, config.max_response_length, "sample.kl_reference", key)
-        reference_logprobs = functools.partial(_logprobs, frozen)
+
+        def reference_logprobs(batch: PaddedBatch) -> Tensor:
+            return response_logprobs(frozen, batch).logprobs
+
     prompts = list({example.record.marked_prompt: example for example in reversed(examples)}.values())[::-1]
     generator = Generator(
         policy,
@@ -206,7 +208,3 @@ def held_out_sampler(
             return evaluate(settings, engine, generator, prompts, rewards, reference_logprobs)
 
     return sample
-
-
-def _logprobs(model: nn.Module, batch: PaddedBatch) -> Tensor:
-    return response_logprobs(model, batch).logprobs

@@ -108,28 +108,36 @@ def draw_reset_length(
     seed: int,
     episode: int,
 ) -> int:
-    """Draw the number of tokens of a dataset response of `source_length` tokens that this episode starts from.
+    """Draw the number of tokens of a dataset response that this episode starts from.
 
         z ~ Bernoulli(proportion);   h ~ Uniform{allowed lengths} if z, else h = 0
 
-    Allowed are the boundaries h (increasing token counts, see `prefix_boundaries`) between
-    max(min_length, ceil(min_fraction L)) and min(floor(max_fraction L), L-1, max_response_length-1),
-    L = source_length: the policy samples at least one token. h = 0 when none is allowed.
-    `progress` in [0, 1] is the share of training done. The draw depends on (seed, episode) alone: not on the
-    batch, the process, or earlier draws. Source: arXiv 2404.08495, Algorithm 1 and section 6.2.
+    Allowed are the boundaries h between max(min_length, ceil(min_fraction L)) and min(floor(max_fraction L), L-1,
+    max_response_length-1), L = source_length: the policy samples at least one token. h = 0 when none is allowed.
+    The draw depends on (seed, episode) alone: not on the batch, the process, or earlier draws.
+    Source: arXiv 2404.08495, Algorithm 1 and section 6.2.
+
+    Args:
+        config: share and limits.
+        boundaries: increasing token counts (`prefix_boundaries`).
+        source_length: tokens of the response.
+        max_response_length: longest response of a rollout.
+        progress: share of training done, in [0, 1].
+        seed: the run's seed.
+        episode: number of the rollout.
     """
     generator = np.random.default_rng([seed, RESET_STREAM, episode])
     is_reset = generator.random() < config.proportion
     position = generator.random()
     if not is_reset:
         return 0
-    within = _allowed(config, boundaries, source_length, max_response_length)
-    if not within:
+    lengths = _allowed(config, boundaries, source_length, max_response_length)
+    if not lengths:
         return 0
     if config.length == "curriculum":
-        not_yet = math.floor(len(within) * max(0.0, 1.0 - progress / config.curriculum_end))
-        within = within[min(not_yet, len(within) - 1) :]
-    return within[int(position * len(within))]
+        num_skipped = math.floor(len(lengths) * max(0.0, 1.0 - progress / config.curriculum_end))
+        lengths = lengths[min(num_skipped, len(lengths) - 1) :]
+    return lengths[int(position * len(lengths))]
 
 
 def _allowed(

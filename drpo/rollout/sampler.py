@@ -85,18 +85,25 @@ def sample(
 ) -> Generated:
     """Sample new tokens for each context, in the order of `contexts`, a sampled stop token included.
 
-    Row i ends at the first of `stop_ids` or after `max_new_tokens[i]` tokens (0 gives an empty list). Its
-    t-th new token comes from `uniforms[i, t]`, float64 (rows, at least max(max_new_tokens)). `suppressed_ids`
-    are never sampled. Rows run in batches of `batch_size`, longest contexts first; equal contexts are
-    computed once, and rows that have ended leave the batch.
+    Batches run with the longest contexts first; equal contexts are computed once, and rows that have ended leave the
+    batch.
 
     Raises ValueError on an empty context or arguments of unequal length, FloatingPointError on logits that
     are not finite, ConfigError for a model that does not decode exactly (`check_policy`)
     or has fewer positions than a row has tokens.
+
+    Args:
+        model: a causal language model.
+        contexts: token ids of each row.
+        max_new_tokens: tokens after which each row ends without a stop token; 0 gives an empty list.
+        uniforms: [i, t] chooses the t-th new token of row i, float64 (rows, at least max(max_new_tokens)).
+        sampling: temperature and filters.
+        vocabulary: ids that end a row, and ids that are never sampled.
+        batch_size: rows decoded together.
+        logprobs: whether to return log-probabilities.
     """
     _check(contexts, max_new_tokens, uniforms, batch_size)
-    results: list[list[int]] = [[] for _ in contexts]
-    scored: list[list[float]] = [[] for _ in contexts]
+    results: list[tuple[list[int], list[float]]] = [([], []) for _ in contexts]
     order = sorted(
         (row for row, budget in enumerate(max_new_tokens) if budget > 0),
         key=lambda row: (len(contexts[row]), tuple(contexts[row])),
@@ -109,18 +116,13 @@ def sample(
     with _evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            continuations, numbers = _sample_batch(
-                causal_lm,
-                [contexts[row] for row in rows],
-                [max_new_tokens[row] for row in rows],
-                uniforms[rows],
-                sampling,
-                vocabulary,
-                logprobs,
-            )
-            for row, tokens, values in zip(rows, continuations, numbers, strict=True):
-                results[row], scored[row] = tokens, values
-    return Generated(results, scored if logprobs else None)
+            batch = [contexts[row] for row in rows]
+            budgets = [max_new_tokens[row] for row in rows]
+            sampled = _sample_batch(causal_lm, batch, budgets, uniforms[rows], sampling, vocabulary, logprobs)
+            for row, result in zip(rows, sampled, strict=True):
+                results[row] = result
+    tokens = [ids for ids, _ in results]
+    return Generated(tokens, [numbers for _, numbers in results] if logprobs else None)
 
 
 def _check(
@@ -163,7 +165,8 @@ def _sample_batch(
     sampling: SamplingConfig,
     vocabulary: Vocabulary,
     with_logprobs: bool,
-) -> tuple[list[list[int]], list[list[float]]]:
+) -> list[tuple[list[int], list[float]]]:
+    """Sample the rows of one batch: their tokens, and the log-probabilities of these on request."""
     device = causal_lm.get_input_embeddings().weight.device
     width, longest = max(map(len, contexts)), max(budgets)
     prompts = list(dict.fromkeys(map(tuple, contexts)))
@@ -191,21 +194,19 @@ def _sample_batch(
     logits = forward(ids.to(device), 0, width)
     prompt_rows = {prompt: row for row, prompt in enumerate(prompts)}
     live = list(range(len(contexts)))  # rows that are still in the batch, ended or not
-    kept = torch.tensor([prompt_rows[tuple(context)] for context in contexts], device=device)
+    indices = torch.tensor([prompt_rows[tuple(context)] for context in contexts], device=device)
     if len(prompts) < len(contexts):
-        cache.reorder_cache(kept)
-    attention_mask, positions, logits = attention_mask[kept], positions[kept], logits[kept]
+        cache.reorder_cache(indices)
+    attention_mask, positions, logits = attention_mask[indices], positions[indices], logits[indices]
     last_positions = [len(context) + budget - 1 for context, budget in zip(contexts, budgets, strict=True)]
     positions = torch.minimum(positions, torch.tensor(last_positions, device=device).unsqueeze(1))
     uniforms = uniforms.to(device)
 
     results: list[list[int]] = [[] for _ in contexts]
     running = set(live)
-    scored: list[
-        tuple[list[int], Tensor]
-    ] = []  # of each step: the rows in the batch, and the token's log-prob
+    scored: list[tuple[list[int], Tensor]] = []  # at each step: the rows in the batch, and their log-probs
     for step in range(longest):
-        tokens, logprobs = _sample_step(logits, uniforms[:, step], sampling, vocabulary.suppressed_ids)
+        tokens, logprobs = sample_tokens(logits, uniforms[:, step], sampling, vocabulary.suppressed_ids)
         if with_logprobs:
             scored.append((live, logprobs))
         for row, token in zip(live, tokens.tolist(), strict=True):  # the only host sync of a step
@@ -222,35 +223,29 @@ def _sample_batch(
         if not running:
             break
         if len(running) <= 0.875 * len(live):  # selecting copies the cache, so a few ended rows may stay
-            kept = torch.tensor([i for i, row in enumerate(live) if row in running], device=device)
+            indices = torch.tensor([i for i, row in enumerate(live) if row in running], device=device)
             live = [row for row in live if row in running]
-            cache.reorder_cache(kept)
-            attention_mask, positions, uniforms = attention_mask[kept], positions[kept], uniforms[kept]
-            tokens = tokens[kept]
+            cache.reorder_cache(indices)
+            attention_mask, positions = attention_mask[indices], positions[indices]
+            uniforms, tokens = uniforms[indices], tokens[indices]
         logits = forward(tokens.unsqueeze(1), width + step, width + step + 1)
     numbers: list[list[float]] = [[] for _ in contexts]
     for rows, logprobs in scored:
         for row, value in zip(rows, logprobs.tolist(), strict=True):
             if len(numbers[row]) < len(results[row]):  # an ended row may stay
                 numbers[row].append(value)
-    return results, numbers
+    return list(zip(results, numbers, strict=True))
 
 
 def sample_tokens(
     logits: Tensor, uniforms: Tensor, sampling: SamplingConfig, suppressed_ids: Sequence[int] = ()
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Sample tokens (B,) int64: the smallest v whose CDF exceeds u, for the filtered softmax of logits (B, V).
 
     `uniforms` (B,) float64. Filters apply in the order suppressed ids, temperature, top-k, top-p, and the
-    rest is renormalised. A row of logits with nan or +inf gives -1.
+    rest is renormalised. A row of logits with nan or +inf gives -1. The second result is the log-probability (B,)
+    float32 of each token in the filtered softmax.
     """
-    return _sample_step(logits, uniforms, sampling, suppressed_ids)[0]
-
-
-def _sample_step(
-    logits: Tensor, uniforms: Tensor, sampling: SamplingConfig, suppressed_ids: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Sample as `sample_tokens`, with the log-probability (B,) float32 of each token in the filtered softmax."""
     with torch.autocast(logits.device.type, enabled=False):
         logits = suppress(logits.float(), suppressed_ids)
         if sampling.temperature == 0:
@@ -287,9 +282,9 @@ def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     total = cdf[:, -1]
     target = uniforms * total
     block = _first_above(cdf, target)
-    before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0)
+    mass_before = torch.where(block > 0, cdf.gather(1, (block - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0)
     inside = blocks[torch.arange(len(blocks), device=probs.device), block].cumsum(dim=-1, dtype=torch.float64)
-    token = block * _BLOCK + _first_above(inside, target - before)
+    token = block * _BLOCK + _first_above(inside, target - mass_before)
     return token.masked_fill(total.isfinite().logical_not(), -1)
 
 

@@ -17,20 +17,11 @@ def rollout_samples(
     rows = []
     for index in range(min(num_samples, len(completions))):
         completion = completions[index]
-        forced = int(rollouts.reset_lengths[index])
-        forced_ids, sampled_ids = completion.response_ids[:forced], completion.response_ids[forced:]
+        num_forced = int(rollouts.reset_lengths[index])
+        forced_ids, sampled_ids = completion.response_ids[:num_forced], completion.response_ids[num_forced:]
         prefix, continuation = readable_texts(tokenizer, [forced_ids, sampled_ids], ["", ""])
-        rows.append(
-            {
-                "split": "rollout",
-                "origin": completion.record.origin,
-                "prompt": completion.prompt,
-                "prefix": prefix,
-                "continuation": continuation,
-                "ended": completion.ended,
-                "scores": {"score": float(rollouts.scores[index])},
-            }
-        )
+        row = evaluation_sample(completion, {"score": float(rollouts.scores[index])})
+        rows.append(row | {"split": "rollout", "prefix": prefix, "continuation": continuation})
     return rows
 
 

@@ -37,6 +37,15 @@ def draw_starts(
     """Draw the starts of the given episodes; each depends on (seed, episode) alone.
 
     A dataset response is cut at its first stop token, so no prefix extends beyond it.
+
+    Args:
+        examples: the prompts, and the responses to reset to.
+        episodes: numbers of the rollouts.
+        reset: share and lengths of resets.
+        rollout: rollouts per prompt, and their longest response.
+        generator: its tokenizer and stop ids.
+        progress: share of training done, in [0, 1].
+        seed: the run's seed.
     """
     starts = []
     for episode in episodes:
@@ -44,7 +53,9 @@ def draw_starts(
         prefix: tuple[int, ...] = ()
         source_length = 0
         if reset.proportion > 0:
-            source = _up_to_stop(reset_response(example, reset.source), generator.vocabulary.stop_ids)
+            source = reset_response(example, reset.source)
+            ends = (i + 1 for i, token in enumerate(source) if token in generator.vocabulary.stop_ids)
+            source = source[: next(ends, len(source))]
             boundaries = prefix_boundaries(source, reset.boundary, generator.tokenizer)
             length = draw_reset_length(
                 reset, boundaries, len(source), rollout.max_response_length, progress, seed, episode
@@ -53,8 +64,3 @@ def draw_starts(
             source_length = len(source) if length else 0
         starts.append(Start(episode, example, prefix, source_length))
     return starts
-
-
-def _up_to_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> Sequence[int]:
-    ends = [position for position, token in enumerate(ids) if token in stop_ids]
-    return ids[: ends[0] + 1] if ends else ids

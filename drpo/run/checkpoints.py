@@ -24,12 +24,20 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `checkpoints/step_<step>` atomically from all ranks, then delete all but the newest `keep`."""
+    """Write `checkpoints/step_<step>` atomically from all ranks, then delete all but the newest `keep`.
+
+    Args:
+        engine: gives its state: weights, optimizer, random numbers.
+        run_dir: folder of the run.
+        step: the step just taken.
+        state: JSON values of the trainer.
+        keep: number of checkpoints that stay.
+    """
     folder = run_dir / "checkpoints" / f"step_{step}"
     partial = folder.with_name(f".partial_{step}")
     if engine.is_main:
-        for left_by_a_kill in folder.parent.glob(".*_*"):
-            shutil.rmtree(left_by_a_kill)
+        for remnant in folder.parent.glob(".*_*"):  # of a process that was killed
+            shutil.rmtree(remnant)
         partial.mkdir(parents=True)
     engine.barrier()
     engine.save_state(partial)
@@ -77,8 +85,8 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """List the complete checkpoints of a run, oldest first."""
     root = Path(run_dir) / "checkpoints"
-    found = [p for p in root.glob("step_*") if STEP_FOLDER.match(p.name) and (p / "trainer.json").is_file()]
-    return sorted(found, key=step_of)
+    folders = [p for p in root.glob("step_*") if STEP_FOLDER.match(p.name) and (p / "trainer.json").is_file()]
+    return sorted(folders, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -126,16 +126,16 @@ class RunFolder:
         engine.barrier()
         config = self.path / "config.yaml"
         # The main process checks for all: a network file system may show an older state to another one.
-        found = [folder.name for folder in list_checkpoints(self.path)]
-        begun = config.exists() and _holds_something(self.metrics.path)
-        found, begun = engine.from_main((found, begun))
+        checkpoints = [folder.name for folder in list_checkpoints(self.path)]
+        has_metrics = config.exists() and _holds_something(self.metrics.path)
+        checkpoints, has_metrics = engine.from_main((checkpoints, has_metrics))
         state = None
-        if found:
-            last = self.path / "checkpoints" / found[-1]
+        if checkpoints:
+            last = self.path / "checkpoints" / checkpoints[-1]
             self._refuse_other_settings(read_trainer_state(last)["settings"])
             state = load_checkpoint(engine, last)
             self.say(f"resuming {self.path} after step {state['step']}")
-        elif begun:
+        elif has_metrics:
             # Killed before its first checkpoint: the same run starts again. A run that failed at once may be changed.
             self._refuse_other_settings(self._settings_of_the_earlier_run(config))
         engine.barrier()  # all processes have checked before the main one writes
@@ -183,23 +183,23 @@ class RunFolder:
         shutil.move(self.path, target)
         self.say(f"moved the earlier run to {target}")
 
-    def _refuse_other_settings(self, then: dict[str, Any]) -> None:
-        now = flatten(self.recipe)
+    def _refuse_other_settings(self, saved: dict[str, Any]) -> None:
+        current = flatten(self.recipe)
         defaults = {option.key: _as_json(option.default) for option in options(type(self.recipe))}
-        then = defaults | then  # a key of a later version had its default
+        saved = defaults | saved  # a key of a later version had its default
         free = tuple(f"{key}." for key in FREE_ON_RESUME)
         changed = [
-            f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
-            for key in sorted(then | now)
-            if not f"{key}.".startswith(free) and now.get(key) != then.get(key)
+            f"{key}: {saved.get(key)!r} -> {current.get(key)!r}"
+            for key in sorted(saved | current)
+            if not f"{key}.".startswith(free) and current.get(key) != saved.get(key)
         ]
         if changed:
             key = "engine.mixed_precision"
-            other = key in then and then[key] != now[key]
-            keep = f"{key}={then[key]} to keep that run's precision, " if other else ""
+            differs = key in saved and saved[key] != current[key]
+            advice = f"{key}={saved[key]} to keep that run's precision, " if differs else ""
             raise CheckpointError(
                 f"{self.path} holds a run with other settings: {'; '.join(changed)}. "
-                f"Choose {keep}another run_dir, or resume=restart to move that run aside"
+                f"Choose {advice}another run_dir, or resume=restart to move that run aside"
             )
 
     # --- during the run ---------------------------------------------------------------------------------
@@ -264,8 +264,9 @@ class RunFolder:
         require_same(self.engine, {"data": report}, "data")
         self.say(report)
 
-    def say(self, message: object) -> None:
-        if self.engine.is_main:
+    def say(self, *messages: object) -> None:
+        """Print each message, on the main process."""
+        for message in messages if self.engine.is_main else ():
             self._console.print(message, highlight=False, soft_wrap=isinstance(message, str), markup=False)
 
     def close(self) -> None:

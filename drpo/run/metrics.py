@@ -36,11 +36,11 @@ class JsonLines:
         """Drop the rows of later steps, and a partial last line left by a kill."""
         if not self.path.exists():
             return
-        whole = self.path.read_bytes().split(b"\n")[:-1]  # in bytes: a kill may cut a character in two
-        numbered = enumerate(whole, start=1)
-        kept = [line + b"\n" for number, line in numbered if self._step(line, number) <= step]
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # in bytes: a kill may cut a character in two
+        numbered = enumerate(lines, start=1)
+        kept_lines = [line + b"\n" for number, line in numbered if self._step(line, number) <= step]
         replacement = self.path.with_suffix(".tmp")
-        replacement.write_bytes(b"".join(kept))
+        replacement.write_bytes(b"".join(kept_lines))
         replacement.replace(self.path)
 
     def _step(self, line: bytes, number: int) -> int:

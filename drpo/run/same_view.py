@@ -27,11 +27,11 @@ def require_shared_folder(engine: Engine, folder: Path, key: str) -> None:
     """
     if engine.world_size == 1:
         return
-    made: list[Path] = []
+    new_folders: list[Path] = []
     name, problem = f".shared_{uuid.uuid4().hex}", ""
     if engine.is_main:
         try:
-            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
         except OSError as error:
@@ -39,16 +39,17 @@ def require_shared_folder(engine: Engine, folder: Path, key: str) -> None:
     name, problem = engine.from_main((name, problem))
     if problem:
         raise ConfigError(f"{key}: {folder} cannot be written to: {problem}")
-    seen = engine.gather_objects([engine.is_main or _appears(folder / name)])
+    sees_file = engine.gather_objects([engine.is_main or _appears(folder / name)])
     if engine.is_main:
         (folder / name).unlink()
         with suppress(OSError):  # another run may use them meanwhile
-            for path in made:
+            for path in new_folders:
                 path.rmdir()
     engine.barrier()
-    if blind := [rank for rank, sees in enumerate(seen) if not sees]:
+    if blind_ranks := [str(rank) for rank, sees in enumerate(sees_file) if not sees]:
+        shown = ", ".join(blind_ranks[:8]) + ", ..." * (len(blind_ranks) > 8)
         raise ConfigError(
-            f"{key}: process {_listed(blind)} of {engine.world_size} cannot see what process 0 writes to its "
+            f"{key}: process {shown} of {engine.world_size} cannot see what process 0 writes to its "
             f"{folder.absolute()}; all processes, on all machines, need the same folder: start them with the same "
             f"{key} on a file system that the machines share"
         )
@@ -61,11 +62,11 @@ def require_same(engine: Engine, values: Mapping[str, Any], what: str) -> None:
     """
     if engine.world_size == 1:
         return
-    first, *others = engine.gather_objects([dict(values)])
-    for rank, theirs in enumerate(others, start=1):
-        differing = [key for key in sorted(first | theirs) if first.get(key) != theirs.get(key)]
+    expected, *other_values = engine.gather_objects([dict(values)])
+    for rank, values in enumerate(other_values, start=1):
+        differing = [key for key in sorted(expected | values) if expected.get(key) != values.get(key)]
         if differing:
-            shown = "; ".join(f"{key}: {first.get(key)!r} and {theirs.get(key)!r}" for key in differing)
+            shown = "; ".join(f"{key}: {expected.get(key)!r} and {values.get(key)!r}" for key in differing)
             raise ConfigError(
                 f"processes 0 and {rank} have different {what}: {shown}. Start all processes, on all machines, with "
                 "the same recipe, overrides and files"
@@ -82,7 +83,3 @@ def _appears(path: Path) -> bool:
         if path.parent.is_dir():
             list(path.parent.iterdir())  # listing the folder makes NFS query its server again
     return True
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")

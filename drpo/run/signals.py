@@ -15,11 +15,11 @@ def graceful_shutdown() -> Iterator[None]:
 
     Training saves a checkpoint and exits, a judge keeps its answers. Outside this context the caller handles signals.
     """
-    before = _GRACEFUL.set(True)
+    token = _GRACEFUL.set(True)
     try:
         yield
     finally:
-        _GRACEFUL.reset(before)
+        _GRACEFUL.reset(token)
 
 
 def handles_signals() -> bool:

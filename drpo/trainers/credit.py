@@ -102,11 +102,6 @@ class AdvantageConfig(Section):
             refuse_changed(self, ("gamma", "lam"), rule)
 
     @property
-    def needs_group(self) -> bool:
-        """Whether the estimator compares the rollouts of a prompt."""
-        return self.estimator == "rloo"
-
-    @property
     def needs_critic(self) -> bool:
         """Whether the estimator reads a critic's values."""
         return self.estimator == "gae"
@@ -154,17 +149,13 @@ def assign_credit(
         running: moments of all scores, updated when shaping.normalise="running".
         group_size: rollouts per prompt, adjacent rows.
     """
-    raw = trajectory.scores
-    match shaping.normalise:
-        case "running":
-            running.update(raw)
-            raw = running.normalise(raw)
-        case "batch":
-            batch = RunningMoments()
-            batch.update(raw)
-            raw = batch.normalise(raw)
+    scores = trajectory.scores
+    if shaping.normalise != "none":
+        moments = running if shaping.normalise == "running" else RunningMoments()
+        moments.update(scores)
+        scores = moments.normalise(scores)
     scores = shape_scores(
-        raw,
+        scores,
         trajectory.ended,
         trajectory.lengths,
         missing_stop=shaping.missing_stop,

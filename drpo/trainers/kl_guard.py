@@ -29,10 +29,10 @@ class KLGuard:
     def passes(self, metrics: Mapping[str, float]) -> bool:
         """Return whether the KL of a batch is within the limit."""
         limit = self._config.max_per_token
-        within = limit is None or metrics[MEASURED] <= limit
-        if within:
+        passes = limit is None or metrics[MEASURED] <= limit
+        if passes:
             self._rolled_back = False
-        return within
+        return passes
 
     def roll_back(self, engine: Engine, run: RunFolder, step: int, metrics: Mapping[str, float]) -> None:
         """Restore the last weights whose KL was below the limit.
@@ -46,13 +46,14 @@ class KLGuard:
             f"step {step}: KL to the reference is {metrics[MEASURED]:.3g} nats per sampled token, "
             f"above kl.max_per_token={self._config.max_per_token:g}"
         )
-        if self._config.on_max == "stop" or self._rolled_back or not earlier:
+        reason = None
+        if self._config.on_max == "stop":
             reason = ""
-            if self._config.on_max == "rollback":
-                missing = (
-                    f"; no checkpoint from before step {step - 1} is left: checkpoint.every, checkpoint.keep"
-                )
-                reason = "; going back did not help" if self._rolled_back else missing
+        elif self._rolled_back:
+            reason = "; going back did not help"
+        elif not earlier:
+            reason = f"; no checkpoint from before step {step - 1} is left: checkpoint.every, checkpoint.keep"
+        if reason is not None:
             raise RunStopped(
                 f"{message}{reason}. Last checkpoint: {checkpoints[-1] if checkpoints else 'none'}. "
                 "Raise kl.coef or lower optim.learning_rate"

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,41 +25,29 @@ from drpo.trainers.finite import finite_or_stop
 RowMetrics = dict[str, Tensor]
 
 
-class Objective(Protocol):
-    """A loss as an nn.Module around the model it trains, so that one forward is one call of the engine's module.
+class Objective(nn.Module):
+    """A loss as a module around the model it trains, so that one forward is one call of the engine's module.
 
-    `forward` takes a collated batch and returns the losses, one number per row (b,) summed over the row's targets,
-    and further named numbers of the rows, each (b,). `num_targets` is the divisor of the losses' sum (the number of
-    tokens, pairs, ...), and `summarise` makes metrics of the losses and numbers of all rows.
+    Subclasses define `collate`, which makes a batch of items, and `forward`, which takes a batch and returns the
+    losses, one number per row (b,) summed over the row's targets, and further named numbers of the rows, each (b,).
 
-    An objective whose losses depend on all rows of the step sets `needs_step_statistics`: the rows are then computed
-    twice, first without gradients and statistics; `step_statistics` of these results is an input of the second forward.
+    A loss that depends on all rows of the step sets `needs_step_statistics`: the rows are then computed twice, first
+    without gradients and statistics; `step_statistics` of these losses and numbers is an input of the second forward.
     """
-
-    model: nn.Module
-    needs_step_statistics: bool
-
-    def collate(self, items: Sequence[Any]) -> Any: ...
-
-    def num_targets(self, batch: Any) -> int: ...
-
-    def step_statistics(self, losses: Tensor, rows: RowMetrics) -> Tensor: ...
-
-    def summarise(self, losses: Tensor, rows: RowMetrics) -> dict[str, float]: ...
-
-    def __call__(self, batch: Any, step_statistics: Tensor | None = None) -> tuple[Tensor, RowMetrics]: ...
-
-
-class RowObjective(nn.Module):
-    """An Objective of independent rows, with the mean of every number as its metric."""
 
     needs_step_statistics = False
 
-    def step_statistics(self, losses: Tensor, rows: RowMetrics) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} needs no step statistics")
+    def __init__(self, model: nn.Module, pad_id: int, device: torch.device) -> None:
+        super().__init__()
+        self.model, self._pad_id, self._device = model, pad_id, device
 
-    def summarise(self, losses: Tensor, rows: RowMetrics) -> dict[str, float]:
-        return {name: float(values.mean()) for name, values in rows.items()}
+    def num_targets(self, batch: Any) -> int:
+        """Return the divisor of the losses' sum: the number of tokens, pairs, ..."""
+        return len(batch)
+
+    def summarise(self, losses: Tensor, row_metrics: RowMetrics) -> dict[str, float]:
+        """Make metrics of the losses and numbers of all rows: the mean of every number."""
+        return {name: float(values.mean()) for name, values in row_metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -109,11 +97,8 @@ class OfflineRecipe(Section):
         if self.num_steps is not None:
             rule = f"and num_steps={self.num_steps} both set the length of training; set num_steps=null, or drop it"
             refuse_changed(self.batch, ["num_epochs"], rule, "batch.")
-        refuse(
-            self.log.samples_every not in (0, LogConfig.samples_every),
-            "log.samples_every",
-            "is for online runs; offline stages sample at every evaluation (eval.every): drop it",
-        )
+        rule = "is for online runs; offline stages sample at every evaluation (eval.every): drop it"
+        refuse(self.log.samples_every not in (0, LogConfig.samples_every), "log.samples_every", rule)
 
 
 def fit(
@@ -169,22 +154,22 @@ def fit(
         set_learning_rates(engine.optimizer, [rate])
         with phases("update"):
             check_finite = functools.partial(finite_or_stop, engine, run.path, step)
-            metrics = take_step(engine, module, objective, local, batch.microbatch_size, check_finite)
+            metrics = _take_step(engine, module, objective, local, batch.microbatch_size, check_finite)
         metrics["optim/learning_rate"] = rate
-        rows: list[dict[str, Any]] = []
+        samples: list[dict[str, Any]] = []
         stage_ended = stage_step + 1 == num_stage_steps
         if evaluation.every and (step % evaluation.every == 0 or stage_ended):
             with phases("eval"), engine.whole_weights(objective):
                 metrics |= held_out_metrics(engine, objective, held_out[: evaluation.num_examples], batch)
                 if sample is not None:
-                    further_metrics, rows = sample()
-                    metrics |= further_metrics
+                    sample_metrics, samples = sample()
+                    metrics |= sample_metrics
         if after_step is not None:
             after_step(step, stage_ended)
         metrics |= phases.seconds()
         metrics["perf/examples_per_second"] = batch.size / metrics["time/update"]
         metrics["perf/peak_memory_gib"] = peak_memory_gib(engine.device)
-        run.write_samples(step, rows)
+        run.write_samples(step, samples)
         run.record(step, metrics, ("train/loss", "train/accuracy", "eval/loss", "eval/accuracy", "time/step"))
         run.advance()
         if result is not None:
@@ -206,7 +191,7 @@ def _schedule(
     ]
 
 
-def take_step(
+def _take_step(
     engine: Engine,
     module: nn.Module,
     objective: Objective,
@@ -215,26 +200,19 @@ def take_step(
     check_finite: Callable[[Tensor, str], None],
 ) -> dict[str, float]:
     """Take one optimizer step on this process's `items`; return metrics over the items of all processes."""
-    microbatches = [
-        objective.collate(items[first : first + microbatch_size])
-        for first in range(0, len(items), microbatch_size)
-    ]
-    step_statistics = None
+    microbatches, num_targets = _microbatches(engine, objective, items, microbatch_size)
+    statistics: tuple[Tensor, ...] = ()
     if objective.needs_step_statistics:
         with torch.no_grad():
-            seen = [module(microbatch) for microbatch in microbatches]
-        step_statistics = objective.step_statistics(*_gather(engine, seen))
-    num_local = sum(objective.num_targets(microbatch) for microbatch in microbatches)
-    num_targets = float(engine.sum(torch.tensor(float(num_local), device=engine.device)))
+            results = _gather(engine, [module(microbatch) for microbatch in microbatches])
+        statistics = (objective.step_statistics(*results),)
     results = []
     for index, microbatch in enumerate(microbatches):
         last = index == len(microbatches) - 1
         with engine.accumulating(last):
-            losses, rows = (
-                module(microbatch) if step_statistics is None else module(microbatch, step_statistics)
-            )
+            losses, row_metrics = module(microbatch, *statistics)
             engine.backward(losses.sum() / num_targets * engine.loss_scale(), last)
-        results.append((losses.detach(), rows))
+        results.append((losses.detach(), row_metrics))
     check_finite(torch.cat([losses for losses, _ in results]), "the loss")
     grad_norm = engine.optimizer_step()
     check_finite(torch.tensor([grad_norm], device=engine.device), "the gradient norm")
@@ -247,32 +225,36 @@ def held_out_metrics(
     engine: Engine, objective: Objective, items: Sequence[Any], batch: BatchConfig
 ) -> dict[str, float]:
     """Compute `eval/<name>` of the objective over all `items`, divided among the processes."""
-    mine = items[engine.rank :: engine.world_size]
-    microbatches = [
-        objective.collate(mine[first : first + batch.microbatch_size])
-        for first in range(0, len(mine), batch.microbatch_size)
-    ]
+    local = items[engine.rank :: engine.world_size]
+    microbatches, num_targets = _microbatches(engine, objective, local, batch.microbatch_size)
 
-    def forward(*step_statistics: Tensor) -> tuple[Tensor, RowMetrics]:
+    def forward(*statistics: Tensor) -> tuple[Tensor, RowMetrics]:
         with engine.autocast():
-            return _gather(engine, [objective(microbatch, *step_statistics) for microbatch in microbatches])
+            return _gather(engine, [objective(microbatch, *statistics) for microbatch in microbatches])
 
-    num_local = sum(objective.num_targets(microbatch) for microbatch in microbatches)
-    num_targets = float(engine.sum(torch.tensor(float(num_local), device=engine.device)))
-    losses, rows = forward()
+    results = forward()
     if objective.needs_step_statistics:
-        losses, rows = forward(objective.step_statistics(losses, rows))
-    return _metrics("eval", objective, losses, rows, num_targets)
+        results = forward(objective.step_statistics(*results))
+    return _metrics("eval", objective, *results, num_targets)
+
+
+def _microbatches(
+    engine: Engine, objective: Objective, items: Sequence[Any], size: int
+) -> tuple[list[Any], float]:
+    """Collate this process's items, and count the targets of all processes."""
+    microbatches = [objective.collate(items[first : first + size]) for first in range(0, len(items), size)]
+    num_local = sum(objective.num_targets(microbatch) for microbatch in microbatches)
+    return microbatches, float(engine.sum(torch.tensor(float(num_local), device=engine.device)))
 
 
 def _gather(engine: Engine, results: Sequence[tuple[Tensor, RowMetrics]]) -> tuple[Tensor, RowMetrics]:
-    """Gather losses and numbers of the rows of all micro-batches and processes, in float64, on every process."""
-    mine = []
-    for losses, rows in results:
-        named = {"": losses, **rows}
+    """Gather losses and row metrics of all micro-batches and processes, in float64, on every process."""
+    local = []
+    for losses, row_metrics in results:
+        named = {"": losses, **row_metrics}
         numbers = torch.stack([values.detach().double() for values in named.values()]).tolist()
-        mine.append(dict(zip(named, numbers, strict=True)))
-    gathered = engine.gather_objects(mine)
+        local.append(dict(zip(named, numbers, strict=True)))
+    gathered = engine.gather_objects(local)
     columns = {
         name: torch.tensor([number for part in gathered for number in part[name]], dtype=torch.float64)
         for name in gathered[0]
@@ -281,7 +263,7 @@ def _gather(engine: Engine, results: Sequence[tuple[Tensor, RowMetrics]]) -> tup
 
 
 def _metrics(
-    group: str, objective: Objective, losses: Tensor, rows: RowMetrics, num_targets: float
+    group: str, objective: Objective, losses: Tensor, row_metrics: RowMetrics, num_targets: float
 ) -> dict[str, float]:
-    metrics = {"loss": float(losses.sum()) / num_targets, **objective.summarise(losses, rows)}
+    metrics = {"loss": float(losses.sum()) / num_targets, **objective.summarise(losses, row_metrics)}
     return {f"{group}/{name}": value for name, value in metrics.items()}

@@ -47,9 +47,15 @@ def train(
 ) -> Path:
     """Run the recipe and return the folder of the final policy.
 
-    `reward_fn` scores rollouts; `eval_rewards` are further scores of the held-out completions, by name.
     Raises CheckpointError when run_dir holds another run, FloatingPointError on inf or nan, RunStopped when
     the KL exceeds kl.max_per_token with kl.on_max=stop.
+
+    Args:
+        recipe: all settings.
+        engine: processes, devices and precision.
+        reward_fn: scores rollouts and held-out completions.
+        eval_rewards: further scores of the held-out completions, by name; none is named score.
+        callbacks: called with step and metrics after every step.
     """
     run = RunFolder(recipe, engine, callbacks)
     key = "model.path" if recipe.model.tokenizer is None else "model.tokenizer"
@@ -57,11 +63,10 @@ def train(
     splits = load_examples(recipe.data, tokenizer, "prompts")
     run.say_data(splits.report)
     _check(recipe, engine, splits, tokenizer)
-    models = load_models(recipe, engine, splits, tokenizer, reward_fn)
-    for note in models.notes:
-        run.say(note)
+    models = load_models(run, splits, tokenizer, reward_fn)
+    run.say(*models.notes)
     state = run.open()
-    loop = _Loop(recipe, engine, run, models, splits, reward_fn, eval_rewards)
+    loop = _Loop(run, models, splits, {"score": reward_fn, **eval_rewards})
     if state is not None:
         loop.load_state_dict(state)
     result = Result(run, models.actor_critic, models.generator.policy, tokenizer, splits.report, "policy")
@@ -80,26 +85,19 @@ class _Loop:
     """Steps of an online run, and the state between them."""
 
     def __init__(
-        self,
-        recipe: OnlineRecipe,
-        engine: Engine,
-        run: RunFolder,
-        models: OnlineModels,
-        splits: Splits,
-        reward_fn: RewardFn,
-        eval_rewards: Mapping[str, RewardFn],
+        self, run: RunFolder, models: OnlineModels, splits: Splits, rewards: Mapping[str, RewardFn]
     ) -> None:
-        self.recipe, self.engine, self.run, self.models, self.splits = recipe, engine, run, models, splits
-        self.reward_fn, self.eval_rewards = reward_fn, eval_rewards
-        self.controller, self.running = recipe.kl.controller(), RunningMoments()
-        self.guard = KLGuard(recipe.kl)
+        self.run, self.recipe, self.engine = run, run.recipe, run.engine
+        self.models, self.splits, self.rewards = models, splits, rewards
+        self.controller, self.running = run.recipe.kl.controller(), RunningMoments()
+        self.guard = KLGuard(run.recipe.kl)
 
     def begin(self) -> None:
         """Evaluate before the first update, and save a checkpoint if the guard may roll back to it."""
         if self.recipe.eval.every:
-            metrics, rows = self.evaluate()
+            metrics, samples = self.evaluate()
             self.run.record(0, metrics, SHOWN)
-            self.run.write_samples(0, rows)
+            self.run.write_samples(0, samples)
         if self.guard.needs_first_checkpoint:
             self.run.save(0, self.recipe.num_steps, self.state_dict(), always=True)
 
@@ -115,7 +113,7 @@ class _Loop:
 
         with engine.whole_weights(models.actor_critic):
             local, completions = collect(starts[engine.shard(batch_size)], models.generator, engine,
-                                         self.reward_fn, phases)  # fmt: skip
+                                         self.rewards["score"], phases)  # fmt: skip
             check_finite(local.scores, "the reward", [c.record.origin for c in completions])
             with phases("score"):
                 trajectory = models.measure(local.map(engine.gather_rows), recipe.ppo, (recipe.seed, step))
@@ -149,31 +147,30 @@ class _Loop:
                 raise
         metrics["safety/num_rollbacks"] = float(self.guard.num_rollbacks)
 
-        rows = []
+        samples = []
         if recipe.log.samples_every and (step % recipe.log.samples_every == 0 or step == 1):
-            rows += rollout_samples(local, completions, models.generator.tokenizer, recipe.log.num_samples)
+            samples += rollout_samples(local, completions, models.generator.tokenizer, recipe.log.num_samples)
         if recipe.eval.every and (step % recipe.eval.every == 0 or step == recipe.num_steps):
             with phases("eval"):
-                eval_metrics, eval_rows = self.evaluate()
+                eval_metrics, eval_samples = self.evaluate()
             metrics |= eval_metrics
-            rows += eval_rows
+            samples += eval_samples
         metrics |= _speed(engine, phases, trajectory)
-        self.run.write_samples(step, rows)
+        self.run.write_samples(step, samples)
         self.run.record(step, metrics, SHOWN)
         self.run.advance()
 
     def evaluate(self) -> Held:
         """Complete and score the held-out prompts."""
-        rewards = {"score": self.reward_fn, **self.eval_rewards}
         models = self.models
         with self.engine.whole_weights(models.actor_critic), self.engine.autocast():
-            return evaluate(self.recipe.eval, self.engine, models.generator, self.splits.eval, rewards,
+            return evaluate(self.recipe.eval, self.engine, models.generator, self.splits.eval, self.rewards,
                             models.reference_logprobs)  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs in addition to the engine's."""
-        own = {"kl": self.controller.state_dict(), "running": self.running.state_dict()}
-        return own | self.guard.state_dict()
+        state = {"kl": self.controller.state_dict(), "running": self.running.state_dict()}
+        return state | self.guard.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.controller.load_state_dict(state["kl"])
@@ -204,10 +201,10 @@ def learning_rates(recipe: OnlineRecipe, step: int) -> tuple[float, ...]:
     critic_rate = scheduled_rate(
         critic_peak, recipe.optim, step - 1, recipe.num_steps, warmup_steps=recipe.critic.warmup_steps
     )
-    alone = recipe.critic.pretrain_steps
-    if step <= alone:
+    pretrain_steps = recipe.critic.pretrain_steps
+    if step <= pretrain_steps:
         return 0.0, critic_rate
-    args = (recipe.optim, step - 1 - alone, recipe.num_steps - alone)
+    args = (recipe.optim, step - 1 - pretrain_steps, recipe.num_steps - pretrain_steps)
     return scheduled_rate(recipe.optim.learning_rate, *args), critic_rate
 
 

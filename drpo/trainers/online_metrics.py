@@ -35,7 +35,7 @@ def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> di
     mask = trajectory.action_mask
     sampled = (trajectory.logprobs, trajectory.ref_logprobs, mask)
     kl_in_reward = credit.kl.sum(dim=1)
-    rows = {
+    row_metrics = {
         "score": trajectory.scores,
         "shaped_score": credit.scores,
         "kl_k1": sequence_kl(*sampled, "k1"),
@@ -45,14 +45,14 @@ def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> di
         "sampled_length": mask.sum(dim=1).float(),
         "ended": trajectory.ended.float(),
     }
-    metrics = {f"objective/{name}": float(values.mean()) for name, values in rows.items()}
+    metrics = {f"objective/{name}": float(values.mean()) for name, values in row_metrics.items()}
     metrics["objective/score_std"] = float(trajectory.scores.std(correction=0))
     metrics["objective/length_max"] = float(trajectory.lengths.max())
     for estimator in ("k1", "k3"):
         metrics[f"objective/kl_{estimator}_per_token"] = float(kl_per_token(*sampled, estimator))
     metrics["objective/kl_coef"] = kl_coef
     metrics["objective/entropy"] = float(masked_mean(trajectory.entropy, mask))
-    metrics |= _by_start(trajectory, rows)
+    metrics |= _by_start(trajectory, row_metrics)
     if trajectory.values is not None:
         metrics |= _of_the_critic(trajectory, credit)
     return metrics
@@ -70,7 +70,7 @@ def _of_the_critic(trajectory: Trajectory, credit: Credit) -> dict[str, float]:
     return metrics
 
 
-def _by_start(trajectory: Trajectory, rows: dict[str, Tensor]) -> dict[str, float]:
+def _by_start(trajectory: Trajectory, row_metrics: dict[str, Tensor]) -> dict[str, float]:
     """Compute the means for rollouts from the prompt, from resets, and by the share of the response forced."""
     is_reset = trajectory.is_reset
     fraction = trajectory.reset_lengths / trajectory.source_lengths.clamp(min=1)
@@ -85,7 +85,7 @@ def _by_start(trajectory: Trajectory, rows: dict[str, Tensor]) -> dict[str, floa
         if not bool(members.any()):
             continue  # a group without rollouts has no mean; its keys are absent in this step
         for name in ("score", "sampled_length", "kl_k3", "ended"):
-            metrics[f"{group}/{name}"] = float(torch.mean(rows[name][members]))
-        tokens = rows["sampled_length"][members].sum()
-        metrics[f"{group}/kl_k3_per_token"] = float(rows["kl_k3"][members].sum() / tokens)
+            metrics[f"{group}/{name}"] = float(torch.mean(row_metrics[name][members]))
+        tokens = row_metrics["sampled_length"][members].sum()
+        metrics[f"{group}/kl_k3_per_token"] = float(row_metrics["kl_k3"][members].sum() / tokens)
     return metrics

@@ -19,15 +19,17 @@ from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import response_logprobs
+from drpo.models.trunk import has_trunk, share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
 from drpo.rewards import BoundedRewardFn, RewardFn, TrunkRewardFn
 from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.rollout.trajectory import Rollouts, Trajectory
+from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.ppo_update import PPOConfig
-from drpo.trainers.reference import policy_as_it_starts
+from drpo.trainers.reference import AdapterOff, FrozenCopy
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,14 @@ class OnlineModels:
         )
 
 
-def load_models(
-    recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer, reward_fn: RewardFn
-) -> OnlineModels:
+def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) -> OnlineModels:
     """Load and prepare policy, critic and reference, and share the policy's frozen trunk with the reward model.
 
     Raises ConfigError for models that do not fit each other, the data or the settings.
     """
+    recipe, engine, rollout = run.recipe, run.engine, run.recipe.rollout
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     check_stop_token(policy, tokenizer)
-    rollout = recipe.rollout
     vocabulary = vocabulary_of(tokenizer, policy.config.vocab_size, stop_ids(policy), rollout.bad_tokens)
     critic = _load_critic(recipe, policy, tokenizer) if recipe.advantage.needs_critic else None
     actor_critic = ActorCritic(
@@ -100,13 +100,19 @@ def load_models(
     if isinstance(reward_fn, TrunkRewardFn):
         reward_fn.share_trunk(policy)
     notes = _check_positions(recipe, splits, policy, critic, reward_fn)
-    trained = [module for module in (policy, critic) if module is not None]
-    optimizer = build_optimizer(
-        [module.parameters() for module in trained], recipe.optim, engine.casts_weights
-    )
+    groups = [module.parameters() for module in (policy, critic) if module is not None]
+    optimizer = build_optimizer(groups, recipe.optim, engine.casts_weights)
     prepared = engine.prepare(actor_critic, optimizer)
-    reference_logprobs = _reference(recipe, engine, tokenizer, policy, vocabulary.suppressed_ids)
-    generator = Generator.of_rollouts(rollout, policy, tokenizer, vocabulary, recipe.seed)
+    reference_logprobs = _reference(run, tokenizer, policy, vocabulary.suppressed_ids)
+    generator = Generator(
+        policy,
+        tokenizer,
+        vocabulary,
+        rollout.sampling,
+        rollout.max_response_length,
+        rollout.generation_batch_size,
+        recipe.seed,
+    )
     return OnlineModels(engine, actor_critic, prepared, generator, reference_logprobs, notes)
 
 
@@ -137,14 +143,19 @@ def _check_positions(
     return check_sampling(policy, examples, length, "model.path", key)
 
 
-def _reference(
-    recipe: OnlineRecipe, engine: Engine, tokenizer, policy, suppressed_ids: tuple[int, ...]
-) -> Callable[..., Tensor]:
-    """Return a function for log-probs under the initial policy, of a batch and the frozen trunk's output."""
-    reference = policy_as_it_starts(recipe.model, engine, tokenizer, policy, recipe.seed)
-    score = functools.partial(
-        response_logprobs, temperature=recipe.rollout.sampling.temperature, suppressed_ids=suppressed_ids
-    )
+def _reference(run: RunFolder, tokenizer, policy, suppressed_ids: tuple[int, ...]) -> Callable[..., Tensor]:
+    """Return a function for log-probs under the initial policy, of a batch and the frozen trunk's output.
+
+    The initial policy is the base weights under LoRA, else a copy, which shares a frozen trunk.
+    """
+    model, temperature = run.recipe.model, run.recipe.rollout.sampling.temperature
+    reference = AdapterOff(policy)
+    if not model.lora.r:
+        copy = run.engine.place(load_policy(model, tokenizer, run.recipe.seed), as_trained=True)
+        if has_trunk(policy):
+            share_trunk(copy, policy)
+        reference = FrozenCopy(copy, has_trunk(policy))
+    score = functools.partial(response_logprobs, temperature=temperature, suppressed_ids=suppressed_ids)
 
     def logprobs(batch: PaddedBatch, trunk: Tensor | None = None) -> Tensor:
         return reference.apply(score, batch, trunk=trunk).logprobs

@@ -48,7 +48,7 @@ class RewardConfig(Section):
     """What happens to the score before training."""
 
     def check(self) -> None:
-        rule = f"cannot be given beside {key('function')}; choose one"
+        rule = f"cannot be given together with {key('function')}; choose one"
         refuse(None not in (self.path, self.function), "path", rule)
         if self.function is not None:
             rule = f"is for a reward model ({key('path')}), and {key('function')} has none; drop it"
@@ -83,28 +83,23 @@ class OnlineRecipe(Section):
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def check(self) -> None:
-        alone, warmup = self.critic.pretrain_steps, self.optim.warmup_steps
-        refuse(
-            alone > self.num_steps,
-            "critic.pretrain_steps",
-            f"({alone}) must not exceed num_steps ({self.num_steps})",
-        )
+        pretrain_steps, warmup = self.critic.pretrain_steps, self.optim.warmup_steps
+        rule = f"({pretrain_steps}) must not exceed num_steps ({self.num_steps})"
+        refuse(pretrain_steps > self.num_steps, "critic.pretrain_steps", rule)
         for section in ("optim", "critic"):
             steps = getattr(self, section).warmup_steps or 0
             rule = f"is {steps}, it must be below num_steps, {self.num_steps}"
             refuse(steps >= self.num_steps, f"{section}.warmup_steps", rule)
-        refuse(
-            alone < self.num_steps <= alone + warmup,
-            "optim.warmup_steps",
+        rule = (
             f"is {warmup}, it must be below the steps in which the policy learns, num_steps - critic.pretrain_steps = "
-            f"{self.num_steps - alone}",
+            f"{self.num_steps - pretrain_steps}"
         )
+        refuse(pretrain_steps < self.num_steps <= pretrain_steps + warmup, "optim.warmup_steps", rule)
         longest, shortest = self.rollout.max_response_length, self.reset.min_length
-        refuse(
-            self.reset.proportion > 0 and shortest >= longest,
-            "reset.min_length",
-            f"({shortest}) must be below rollout.max_response_length ({longest}): no response could be reset",
+        rule = (
+            f"({shortest}) must be below rollout.max_response_length ({longest}): no response could be reset"
         )
+        refuse(self.reset.proportion > 0 and shortest >= longest, "reset.min_length", rule)
         share = 0.2 * self.rollout.batch_size
         refuse(
             self.kl.target_per_token is not None and self.kl.horizon <= share,
@@ -117,9 +112,9 @@ class OnlineRecipe(Section):
             rule = f"does not apply to {estimator}: there is no critic"
             refuse_changed(self.critic, vars(self.critic).keys(), rule, "critic.")
             refuse_changed(self.ppo, ("value_coef", "value_clip_range"), rule, "ppo.")
-        alone_in_group = self.advantage.needs_group and self.rollout.rollouts_per_prompt < 2
+        lacks_group = self.advantage.estimator == "rloo" and self.rollout.rollouts_per_prompt < 2
         rule = f"must be >= 2 for {estimator}, which compares the rollouts of a prompt"
-        refuse(alone_in_group, "rollout.rollouts_per_prompt", rule)
+        refuse(lacks_group, "rollout.rollouts_per_prompt", rule)
         rule = f"({self.ppo.num_minibatches}) must divide rollout.batch_size ({self.rollout.batch_size})"
         refuse(self.rollout.batch_size % self.ppo.num_minibatches != 0, "ppo.num_minibatches", rule)
 

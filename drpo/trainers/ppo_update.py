@@ -72,16 +72,25 @@ def ppo_update(
     draw: tuple[int, int],
     check_finite: Callable[[Tensor, str], None],
 ) -> dict[str, float]:
-    """Optimise the actor-critic on a batch that all processes hold in full, each computing its share of the rows.
+    """Optimise the actor-critic on a whole batch, each process computing its share of the rows.
 
         loss = sum_policy_tokens(clipped policy loss - entropy_coef * entropy) / N_policy
                + value_coef * sum_value_tokens(clipped value loss) / N_value
 
     N counts the tokens of the whole minibatch over all micro-batches and processes, so the result does not depend on
-    how the minibatch is cut. Its order depends on `draw`, the seed and the step. Without a critic the second term is
-    missing. Takes num_epochs * num_minibatches optimizer steps, fewer when `target_kl` ends it. Returns the statistics
-    of `_losses`, each a token mean per minibatch, averaged over the minibatches, and `grad_norm` (mean, before
-    clipping) and `num_optimizer_steps`.
+    how the minibatch is cut. Without a critic the second term is missing. Takes num_epochs * num_minibatches optimizer
+    steps, fewer when `target_kl` ends it. Returns the statistics of `_losses`, token means averaged over the
+    minibatches, and `grad_norm` (mean, before clipping) and `num_optimizer_steps`.
+
+    Args:
+        engine: divides the rows, accumulates gradients, takes the steps.
+        model: the prepared actor-critic.
+        trajectory: B rollouts, the same on every process.
+        credit: their advantages, returns and masks, (B, R).
+        config: settings of the update.
+        train_policy: False trains the critic alone.
+        draw: seed and step, which determine the order of the minibatches.
+        check_finite: called with a tensor and its name, raises on inf or nan.
     """
     totals: Counter[str] = Counter()
     grad_norms: list[float] = []
@@ -98,8 +107,12 @@ def ppo_update(
             row_losses.append(losses.detach())
             values = torch.stack(list(statistics.values())).double()
             sums = values if sums is None else sums + values
+        # At their rows of the whole batch, 0 elsewhere, so that an error names the right rollout.
         own_rows = torch.cat([part.rows for part in local])
-        check_finite(_at_rows(torch.cat(row_losses), own_rows, len(trajectory.scores)), "the loss")
+        placed_losses = losses.new_zeros(len(trajectory.scores)).index_copy(
+            0, own_rows, torch.cat(row_losses)
+        )
+        check_finite(placed_losses, "the loss")
         grad_norms.append(engine.optimizer_step())
         check_finite(torch.tensor([grad_norms[-1]], device=engine.device), "the gradient norm")
         means = dict(zip(statistics, engine.sum(sums).tolist(), strict=True))
@@ -155,8 +168,3 @@ def _losses(
         statistics["clip_fraction"] = masked_sum(policy.clipped.float(), policy_mask) / num_policy
         statistics["ratio"] = masked_sum(policy.ratio, policy_mask) / num_policy
     return sum(terms[1:], terms[0]), {name: value.detach() for name, value in statistics.items()}
-
-
-def _at_rows(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """Scatter values to their rows of the whole batch, 0 elsewhere, so that an error names the right rollout."""
-    return values.new_zeros(num_rows).index_copy(0, rows, values)

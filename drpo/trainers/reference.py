@@ -8,14 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from drpo.engine import Engine
 from drpo.models.adapters import merged_state_dict
-from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.scoring import adapter_disabled
-from drpo.models.trunk import has_trunk, recorded_trunk, resumed_from, share_trunk
+from drpo.models.trunk import recorded_trunk, resumed_from
 
-Score = Callable[..., Tensor]
-"A function of a model and further arguments."
+Score = Callable[..., Any]
+"A function of a model and further arguments that returns log-probs, or contains them in its result."
 
 
 class Reference(Protocol):
@@ -24,12 +22,12 @@ class Reference(Protocol):
     `trunk` is the output of the policy's frozen trunk for the same inputs (drpo.models.trunk), if available.
     """
 
-    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Tensor: ...
+    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Any: ...
 
 
 def policy_and_reference(
     policy: nn.Module, reference: Reference, score: Score, *arguments: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, Any]:
     """Score with the policy, and without gradients with the reference; a shared trunk runs once."""
     with recorded_trunk(policy) as trunks:
         scores = score(policy, *arguments)
@@ -43,7 +41,7 @@ class AdapterOff:
     def __init__(self, policy: nn.Module) -> None:
         self._policy = policy
 
-    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Tensor:
+    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Any:
         with adapter_disabled(self._policy), resumed_from(trunk, self._policy):
             return score(self._policy, *arguments)
 
@@ -54,7 +52,7 @@ class FrozenCopy:
     def __init__(self, module: nn.Module, shares_trunk: bool = False) -> None:
         self.module, self._shares_trunk = module, shares_trunk
 
-    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Tensor:
+    def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Any:
         with resumed_from(trunk if self._shares_trunk else None, self.module):
             return score(self.module, *arguments)
 
@@ -65,23 +63,11 @@ class FrozenCopy:
         The policy's weights must be gathered (Engine.whole_weights). Source: Gorbatovski et al. 2024 (TR-DPO), eq. 5.
         """
         weights = merged_state_dict(policy)
-        own = self.module.state_dict(keep_vars=True)
+        tensors = self.module.state_dict(keep_vars=True)
         # A tied weight has several names, and must be updated once.
-        for name, tensor in {id(tensor): (name, tensor) for name, tensor in own.items()}.values():
+        for name, tensor in {id(tensor): (name, tensor) for name, tensor in tensors.items()}.values():
             target = weights[name].to(tensor.device, tensor.dtype)
             if tensor.is_floating_point() and mix < 1:
                 tensor.lerp_(target, mix)
             else:
                 tensor.copy_(target)
-
-
-def policy_as_it_starts(
-    model: ModelConfig, engine: Engine, tokenizer, policy: nn.Module, seed: int
-) -> AdapterOff | FrozenCopy:
-    """Return the initial policy: its base weights under LoRA, else a copy, which shares a frozen trunk."""
-    if model.lora.r:
-        return AdapterOff(policy)
-    copy = engine.place(load_policy(model, tokenizer, seed), as_trained=True)
-    if has_trunk(policy):
-        share_trunk(copy, policy)
-    return FrozenCopy(copy, has_trunk(policy))

@@ -24,7 +24,7 @@ from drpo.rollout.held_out import SampleConfig, held_out_sampler
 from drpo.run.folder import Callback, RunFolder
 from drpo.run.result import Result
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
-from drpo.trainers.offline import OfflineRecipe, RowMetrics, RowObjective, fit
+from drpo.trainers.offline import Objective, OfflineRecipe, RowMetrics, fit
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,12 @@ class SFTRecipe(OfflineRecipe):
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-class SFTObjective(RowObjective):
+class SFTObjective(Objective):
     """Negative log-likelihood: sum over target tokens of -log pi(token | the tokens before it)."""
 
     def __init__(self, model, pad_id: int, loss_on: str, device: torch.device) -> None:
-        super().__init__()
-        self.model = model
-        self._pad_id, self._loss_on, self._device = pad_id, loss_on, device
+        super().__init__(model, pad_id, device)
+        self._loss_on = loss_on
 
     def collate(self, examples: Sequence[Example]) -> PaddedBatch:
         queries = [example.query_ids for example in examples]
@@ -71,18 +70,9 @@ def train(
     splits = load_examples(recipe.data, tokenizer, "demonstrations")
     run.say_data(splits.report)
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
-    for note in check_examples(policy, [*splits.train, *splits.eval]):
-        run.say(note)
+    run.say(*check_examples(policy, [*splits.train, *splits.eval]))
     objective = SFTObjective(policy, tokenizer.pad_token_id, recipe.loss_on, engine.device)
-
-    sample = held_out_sampler(
-        recipe,
-        engine,
-        policy=policy,
-        tokenizer=tokenizer,
-        examples=splits.eval,
-        rewards=rewards,
-    )
+    sample = held_out_sampler(run, policy, tokenizer, splits.eval, rewards)
     result = Result(run, objective, policy, tokenizer, splits.report, "policy")
     fit(run, objective, [splits.train], splits.eval, name="SFT", result=result, sample=sample)
     return result.finish()

@@ -30,7 +30,7 @@ from eval.comparing.runs import (
     run_of_policy,
     run_of_references,
 )
-from eval.comparing.systems import KL, Measure, Run, System, measures_of
+from eval.comparing.systems import KL, Run, System, measures_of
 from eval.completions.rows import REFERENCE
 from eval.judging.judges import KINDS
 from eval.judging.judgments import tokens_and_cost
@@ -70,11 +70,14 @@ def compare(recipe: CompareRecipe, say: Say = print) -> Path:
     if not is_main:
         return folder
     save_resolved(recipe, folder / "config.yaml")
-    more: list[Judgment] = []
+    between: list[Judgment] = []
     if recipe.pairs != "none":
-        systems, more = _judged_systems(recipe, systems, say)
+        systems, between = _judged_systems(recipe, systems, say)
+    has_kl = any(system.values(KL) for system in systems)
+    rewards = [REWARD_MODEL] * (recipe.reward_model is not None) + list(recipe.reward_functions)
+    measures = measures_of(recipe.baseline, recipe.pairs != "none", has_kl, rewards)
     findings = compare_systems(
-        systems, _measures(recipe, systems), recipe.baseline, recipe.setting_name, more, recipe.num_examples
+        systems, measures, recipe.baseline, recipe.setting_name, between, recipe.num_examples
     )
     comparison = Comparison(**vars(_description(recipe)), **vars(findings))
     write_comparison(comparison, folder)
@@ -132,31 +135,30 @@ def _judged_systems(
         rows = [*one.runs[index % len(one.runs)].rows, *other.runs[index % len(other.runs)].rows]
         pair_up(rows, one.name, other.name)
     judged: dict[str, list[Run]] = {}
-    more: list[Judgment] = []
+    between: list[Judgment] = []
     estimates: list[Estimate] = []
     for number, (one, other, index) in enumerate(meetings, 1):
         say(f"judging {number} of {len(meetings)}: {one.name} against {other.name}, run {index}")
-        own, rival = index % len(one.runs), index % len(other.runs)
-        run = _judge(recipe, one, own, other, rival, say)
-        if isinstance(run, Estimate):
-            estimates.append(run)
+        try:
+            run = _judge(recipe, one, other, index, say)
+        except DryRun as stopped:
+            estimates.append(stopped.estimate)
             continue
         if other is baseline:
             judged.setdefault(one.name, []).append(run)
         else:
-            more += run.judgments
+            between += run.judgments
     if estimates:
         raise RunStopped(f"judging.budget.dry_run: nothing was asked. In all {total_text(estimates)}")
-    return [replace(system, runs=tuple(judged.get(system.name, system.runs))) for system in systems], more
+    return [replace(system, runs=tuple(judged.get(system.name, system.runs))) for system in systems], between
 
 
-def _judge(
-    recipe: CompareRecipe, one: System, own: int, other: System, rival: int, say: Say
-) -> Run | Estimate:
-    """Judge a run of `one` against a run of `other`; in a dry run, return the estimated cost."""
-    files = [recipe.folder_of(one.name, own) / COMPLETIONS, recipe.folder_of(other.name, rival) / COMPLETIONS]
-    folder = Path(recipe.run_dir) / "judgments" / f"{slug(one.name)}_{own}" / f"{slug(other.name)}_{rival}"
-    asked = replace(
+def _judge(recipe: CompareRecipe, one: System, other: System, index: int, say: Say) -> Run:
+    """Judge run `index` of `one` against that of `other`, modulo their numbers of runs. Raises DryRun."""
+    run, rival = index % len(one.runs), index % len(other.runs)
+    files = [recipe.folder_of(one.name, run) / COMPLETIONS, recipe.folder_of(other.name, rival) / COMPLETIONS]
+    folder = Path(recipe.run_dir) / "judgments" / f"{slug(one.name)}_{run}" / f"{slug(other.name)}_{rival}"
+    judging = replace(
         recipe.judging,
         run_dir=str(folder),
         completions=[str(file) for file in files],
@@ -164,10 +166,7 @@ def _judge(
         baseline=other.name,
         store=str(recipe.store) if _keeps_store(recipe) else None,
     )
-    try:
-        return judge_run(asked, one.runs[own], say)
-    except DryRun as stopped:
-        return stopped.estimate
+    return judge_run(judging, one.runs[run], say)
 
 
 def _keeps_store(recipe: CompareRecipe) -> bool:
@@ -176,12 +175,6 @@ def _keeps_store(recipe: CompareRecipe) -> bool:
 
 
 # --- the result -----------------------------------------------------------------------------------------
-
-
-def _measures(recipe: CompareRecipe, systems: Sequence[System]) -> list[Measure]:
-    has_kl = any(system.values(KL) for system in systems)
-    rewards = [REWARD_MODEL] * (recipe.reward_model is not None) + list(recipe.reward_functions)
-    return measures_of(recipe.baseline, recipe.pairs != "none", has_kl, rewards)
 
 
 def _description(recipe: CompareRecipe) -> Description:

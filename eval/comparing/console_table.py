@@ -11,17 +11,17 @@ from eval.reporting.report_tables import estimate_text
 
 def comparison_table(comparison: Comparison) -> Table:
     """Make the table of systems x measures."""
-    shown = [
+    measures = [
         measure
         for measure in comparison.measures
         if any(system.values[measure.key] for system in comparison.systems)
     ]
     table = Table(title=escape(comparison.title))
     table.add_column("")
-    for measure in shown:
+    for measure in measures:
         table.add_column(escape(f"{measure.name} {measure.unit}".strip()), justify="right")
     for system in comparison.systems:
-        cells = [_cell(system.values[measure.key], measure) for measure in shown]
+        cells = [_cell(system.values[measure.key], measure) for measure in measures]
         runs = f" ({system.num_runs} seeds)" if system.num_runs > 1 else ""
         table.add_row(escape(system.name) + runs, *cells)
     return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,11 +10,6 @@ from eval.comparing.systems import KL, WIN_RATE, Run, System
 from eval.completions.rows import CompletionRow
 from eval.judging.verdict import Verdict
 from eval.reporting.comparison import Example, VerdictRow
-
-
-def rival_run(baseline: System, index: int) -> Run:
-    """Return the baseline's run with the same number as the system's run, modulo the number of baseline runs."""
-    return baseline.runs[index % len(baseline.runs)]
 
 
 def examples_of(systems: Sequence[System], baseline: System, num_prompts: int | None) -> tuple[Example, ...]:
@@ -30,12 +25,12 @@ def examples_of(systems: Sequence[System], baseline: System, num_prompts: int | 
         for system in systems
         if system.name != baseline.name
         for index in range(len(system.runs))
-        for example in _of_run(system, index, rival_run(baseline, index), baseline.name, chosen)
+        for example in _of_run(system, index, baseline, chosen)
     )
 
 
-def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[str]) -> list[Example]:
-    run = system.runs[index]
+def _of_run(system: System, index: int, baseline: System, chosen: set[str]) -> list[Example]:
+    run, rivals = system.runs[index], baseline.runs[index % len(baseline.runs)]
     by_prompt: dict[str, dict[int, CompletionRow]] = {}
     for row in rivals.rows:
         by_prompt.setdefault(row.prompt_id, {})[row.seed] = row
@@ -46,13 +41,13 @@ def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[
     numbers = _numbers_of_responses(run)
     examples = []
     for place, row in enumerate(run.rows):
-        theirs = by_prompt.get(row.prompt_id)
-        if row.prompt_id not in chosen or theirs is None:
+        answers = by_prompt.get(row.prompt_id)
+        if row.prompt_id not in chosen or answers is None:
             continue
         key = row.prompt_id, row.seed
-        rival = theirs.get(row.seed) or next(iter(theirs.values()))
+        rival = answers.get(row.seed) or next(iter(answers.values()))
         judgment = judgments.get(key)
-        own = verdicts.get(key, [])
+        on_row = verdicts.get(key, [])
         examples.append(
             Example(
                 id=f"{system.name}/{index}/{row.prompt_id}/{row.seed}",
@@ -60,7 +55,7 @@ def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[
                 prompt=row.prompt,
                 system=system.name,
                 run=index,
-                baseline=baseline,
+                baseline=baseline.name,
                 response_a=row.response,
                 response_b=rival.response,
                 ended_a=row.ended,
@@ -68,18 +63,16 @@ def _of_run(system: System, index: int, rivals: Run, baseline: str, chosen: set[
                 prefix_a=0,  # held-out prompts are continued from their end
                 score=None if judgment is None else judgment.score,
                 consistent=None if judgment is None else judgment.consistent,
-                verdicts=tuple(_verdict_row(verdict, run.answers) for verdict in own),
-                suspicions_a=tuple(sorted({each for verdict in own for each in verdict.suspicions_a})),
-                suspicions_b=tuple(sorted({each for verdict in own for each in verdict.suspicions_b})),
+                verdicts=tuple(
+                    VerdictRow(v.order, v.status, v.winner, run.answers.get((*key, v.order)), v.detail)
+                    for v in on_row
+                ),
+                suspicions_a=tuple(sorted({sign for verdict in on_row for sign in verdict.suspicions_a})),
+                suspicions_b=tuple(sorted({sign for verdict in on_row for sign in verdict.suspicions_b})),
                 values={name: column[place] for name, column in numbers.items()},
             )
         )
     return examples
-
-
-def _verdict_row(verdict: Verdict, answers: Mapping[tuple[str, int, str], str]) -> VerdictRow:
-    text = answers.get((verdict.prompt_id, verdict.seed, verdict.order))
-    return VerdictRow(verdict.order, verdict.status, verdict.winner, text, verdict.detail)
 
 
 def _numbers_of_responses(run: Run) -> dict[str, list[float | None]]:

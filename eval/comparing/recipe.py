@@ -11,7 +11,7 @@ from typing import Literal
 from drpo.config import Section, key, refuse, refuse_changed, setting
 from eval.comparing.systems import measures_of
 from eval.completions.recipe import CompleteRecipe
-from eval.completions.rows import NULL, REFERENCE
+from eval.completions.rows import REFERENCE, is_built_in
 from eval.judging.judge_systems import JudgeRecipe
 
 REWARD_MODEL = "reward_model"
@@ -110,10 +110,9 @@ class CompareRecipe(Section):
         """Raise ConfigError for names that are not distinct, in a table or as folders."""
         for index, name in enumerate(names):
             place = f"systems[{index}].name"
-            unfit = not name.strip() or name in (REFERENCE, NULL) or "attack/" in name
-            refuse(unfit, place, f"cannot be {name!r}; choose another")
-            unfit = not name.isprintable() or len(name.encode()) > MAX_NAME
-            refuse(unfit, place, f"must be at most {MAX_NAME} bytes, all visible, got {name[:40]!r}")
+            refuse(not name.strip() or is_built_in(name), place, f"cannot be {name!r}; choose another")
+            is_visible = name.isprintable() and len(name.encode()) <= MAX_NAME
+            refuse(not is_visible, place, f"must be at most {MAX_NAME} bytes, all visible, got {name[:40]!r}")
             refuse(name in names[:index], place, f"must differ from the other names, got {name!r} twice")
         # Some file systems ignore case.
         folders = {slug(name).casefold() for name in (*names, REFERENCE)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from itertools import combinations
+from operator import attrgetter
 
 from eval.comparing.examples import examples_of
 from eval.comparing.systems import KL, LC_WIN_RATE, WIN_RATE, Measure, System
@@ -28,7 +29,7 @@ from eval.reporting.comparison import (
     SystemRow,
 )
 from eval.statistics.across_runs import Measured, difference, measured, widened_by_runs
-from eval.statistics.bradley_terry import bradley_terry
+from eval.statistics.bradley_terry import bradley_terry, elo
 from eval.statistics.frontier import pareto_front
 from eval.statistics.intervals import Interval
 from eval.statistics.win_rate import holm
@@ -52,6 +53,9 @@ def compare_systems(
         more_judgments: Judgments between systems other than the baseline, which count in the ranking.
         num_examples: Number of prompts with examples, the same for all systems; None for all.
     """
+    by_name = {system.name: system for system in systems}
+    if baseline not in by_name:
+        raise ValueError(f"the baseline {baseline!r} is not among the systems: {', '.join(by_name)}")
     rows = tuple(_system_row(system, measures) for system in systems)
     runs = [(system, f"{system.name}/{i}", run) for system in systems for i, run in enumerate(system.runs)]
     return Findings(
@@ -65,20 +69,11 @@ def compare_systems(
         ranking=_ranking(systems, baseline, more_judgments),
         frontiers=_frontiers(rows, measures),
         curves=_curves(rows, measures, setting_name),
-        examples=examples_of(systems, _named(systems, baseline), num_examples),
+        examples=examples_of(systems, by_name[baseline], num_examples),
         rollouts=tuple(RolloutRow(system.name, **row) for system, _, run in runs for row in run.rollouts),
         configs={name: run.config for _, name, run in runs if run.config is not None},
         hashes={name: dict(run.hashes) for _, name, run in runs if run.hashes},
     )
-
-
-def _named(systems: Sequence[System], name: str) -> System:
-    found = next((system for system in systems if system.name == name), None)
-    if found is None:
-        raise ValueError(
-            f"the baseline {name!r} is not among the systems: {', '.join(s.name for s in systems)}"
-        )
-    return found
 
 
 # --- a row of the table ---------------------------------------------------------------------------------
@@ -124,34 +119,26 @@ def _length_controlled(system: System, statistics: JudgedStatistics, warnings: l
     if pooled is None:
         raise ValueError(statistics.length_controlled_missing)
     warnings += [f"LC win rate: {warning}" for warning in pooled.warnings]
-    runs = [pooled]
+    by_run = [statistics]
     if len(system.runs) > 1:
-        own = [judged_statistics(run.judgments) for run in system.runs]
-        for index, each in enumerate(own):
-            if each.length_controlled is None:
-                raise ValueError(f"run {index}: {each.length_controlled_missing}")
-        runs = [each.length_controlled for each in own]
+        by_run = [judged_statistics(run.judgments) for run in system.runs]
+    for index, single in enumerate(by_run):
+        if single.length_controlled is None:
+            raise ValueError(f"run {index}: {single.length_controlled_missing}")
     interval = Interval(pooled.rate, pooled.low, pooled.high, 0, pooled.method)
-    return widened_by_runs(interval, [run.rate for run in runs])
+    return widened_by_runs(interval, [single.length_controlled.rate for single in by_run])
 
 
 def _judged_row(statistics: JudgedStatistics) -> JudgedRow:
     rate, bias = statistics.win_rate, statistics.position_bias
-    same = None if bias is None else bias.consistency
-    return JudgedRow(
-        wins=0 if rate is None else rate.wins,
-        ties=0 if rate is None else rate.ties,
-        losses=0 if rate is None else rate.losses,
-        undecided=statistics.undecided,
-        worst_case=0.0 if rate is None else rate.worst_case,
-        best_case=1.0 if rate is None else rate.best_case,
-        consistent=None if same is None else same.agreement,
-        consistent_low=None if same is None else same.low,
-        consistent_high=None if same is None else same.high,
-        first_slot_wins=None if bias is None else bias.first_share,
-        first_slot_p=None if bias is None else bias.p_value,
-        statuses=dict(statistics.statuses),
-    )
+    counts, bounds, first_slot, consistency = (0, 0, 0), (0.0, 1.0), (None, None), (None, None, None)
+    if rate is not None:
+        counts, bounds = (rate.wins, rate.ties, rate.losses), (rate.worst_case, rate.best_case)
+    if bias is not None:
+        first_slot, same = (bias.first_share, bias.p_value), bias.consistency
+        consistency = consistency if same is None else (same.agreement, same.low, same.high)
+    undecided, statuses = statistics.undecided, dict(statistics.statuses)
+    return JudgedRow(*counts, undecided, *bounds, *consistency, *first_slot, statuses)
 
 
 # --- comparisons between systems ------------------------------------------------------------------------
@@ -159,18 +146,18 @@ def _judged_row(statistics: JudgedStatistics) -> JudgedRow:
 
 def _tests(systems: Sequence[System]) -> tuple[DifferenceRow, ...]:
     """Test all pairs of systems by their win rates against the baseline, with Holm-adjusted p-values."""
+    nothing = dict.fromkeys(("difference", "low", "high", "p_value", "over", "detectable")) | {
+        "num_prompts": 0
+    }
     tests = []
     for one, other in combinations(systems, 2):
-        nothing = dict.fromkeys(("difference", "low", "high", "p_value", "over", "detectable")) | {
-            "num_prompts": 0
-        }
         try:
             result, reason = asdict(difference(one.values(WIN_RATE), other.values(WIN_RATE))), None
         except ValueError as error:
             result, reason = nothing, str(error)
         tests.append(DifferenceRow(WIN_RATE, one.name, other.name, **result, p_holm=None, reason=reason))
-    done = [test.p_value for test in tests if test.p_value is not None]
-    adjusted = iter(holm(done) if done else ())
+    p_values = [test.p_value for test in tests if test.p_value is not None]
+    adjusted = iter(holm(p_values) if p_values else ())
     return tuple(t if t.p_value is None else replace(t, p_holm=float(next(adjusted))) for t in tests)
 
 
@@ -180,10 +167,10 @@ def _matches(judgments: Sequence[Judgment]) -> tuple[MatchRow, ...]:
     for judgment in judgments:
         pairs.setdefault((judgment.system_a, judgment.system_b), []).append(judgment)
     matches = []
-    for names, own in pairs.items():
-        rate = judged_statistics(own).win_rate
+    for names, group in pairs.items():
+        rate = judged_statistics(group).win_rate
         if rate is None:
-            matches.append(MatchRow(None, None, None, *names, 0, 0, 0, len(own), 0))
+            matches.append(MatchRow(None, None, None, *names, 0, 0, 0, len(group), 0))
         else:
             counts = (rate.wins, rate.ties, rate.losses, rate.undecided, rate.num_prompts)
             matches.append(MatchRow(rate.rate, rate.low, rate.high, *names, *counts))
@@ -191,8 +178,8 @@ def _matches(judgments: Sequence[Judgment]) -> tuple[MatchRow, ...]:
 
 
 def _ranking(systems: Sequence[System], baseline: str, more_judgments: Sequence[Judgment]) -> Ranking | None:
-    judgments = [j for system in systems for run in system.runs for j in run.judgments] + list(more_judgments)
-    decided = [judgment for judgment in judgments if judgment.score is not None]
+    judgments = [judgment for system in systems for run in system.runs for judgment in run.judgments]
+    decided = [judgment for judgment in (*judgments, *more_judgments) if judgment.score is not None]
     if len({judgment.system_a for judgment in decided}) < 2 or len({j.prompt_id for j in decided}) < 2:
         return None
     try:
@@ -205,7 +192,7 @@ def _ranking(systems: Sequence[System], baseline: str, more_judgments: Sequence[
         )
     except ValueError as error:  # such as two groups of systems that never met
         return Ranking((), baseline, len(decided), (f"no ranking: {error}",))
-    columns = (result.elo.tolist(), result.elo_low.tolist(), result.elo_high.tolist())
+    columns = (elo(strengths).tolist() for strengths in (result.strengths, result.low, result.high))
     ranked = tuple(map(RankedSystem, result.systems, *columns))
     return Ranking(ranked, baseline, result.num_comparisons, tuple(result.warnings))
 
@@ -214,18 +201,18 @@ def _frontiers(rows: Sequence[SystemRow], measures: Sequence[Measure]) -> tuple[
     """Collect, for each reward, the systems that have a KL, and mark those on the Pareto front."""
     frontiers = []
     for measure in measures:
-        placed = [row for row in rows if row.values.get(KL) and row.values[measure.key]]
-        if not measure.is_reward or not placed:
+        measured_rows = [row for row in rows if row.values.get(KL) and row.values[measure.key]]
+        if not measure.is_reward or not measured_rows:
             continue
-        kls, rewards = ([_limits(row.values[key]) for row in placed] for key in (KL, measure.key))
-        on_front = pareto_front([kl.value for kl in kls], [reward.value for reward in rewards]).tolist()
-        points = zip(placed, kls, rewards, on_front, strict=True)
-        frontiers.append(
-            Frontier(
-                measure.key,
-                tuple(FrontierRow(row.name, row.method, *where, best) for row, *where, best in points),
-            )
+        kls, rewards = (
+            [Estimate(*_limits(row.values[key])) for row in measured_rows] for key in (KL, measure.key)
         )
+        on_front = pareto_front([kl.value for kl in kls], [reward.value for reward in rewards]).tolist()
+        points = [
+            FrontierRow(row.name, row.method, kl, reward, best)
+            for row, kl, reward, best in zip(measured_rows, kls, rewards, on_front, strict=True)
+        ]
+        frontiers.append(Frontier(measure.key, tuple(points)))
     return tuple(frontiers)
 
 
@@ -235,21 +222,19 @@ def _curves(rows: Sequence[SystemRow], measures: Sequence[Measure], setting_name
     for measure in measures:
         if not (measure.is_reward or measure.key == KL):
             continue
-        placed = [row for row in rows if row.setting is not None and row.values[measure.key]]
+        measured_rows = [row for row in rows if row.setting is not None and row.values[measure.key]]
         points = []
-        for method in dict.fromkeys(row.method for row in placed):
-            own = sorted((row for row in placed if row.method == method), key=lambda row: row.setting)
-            if len(own) > 1:
-                points += [_curve_point(row, measure.key) for row in own]
+        for method in dict.fromkeys(row.method for row in measured_rows):
+            line = sorted((row for row in measured_rows if row.method == method), key=attrgetter("setting"))
+            if len(line) > 1:
+                points += [
+                    CurvePoint(*_limits(row.values[measure.key]), row.name, row.method, row.setting)
+                    for row in line
+                ]
         if points:
             curves.append(Curve(setting_name, measure.key, tuple(points)))
     return tuple(curves)
 
 
-def _curve_point(row: SystemRow, key: str) -> CurvePoint:
-    value = row.values[key]
-    return CurvePoint(value.value, value.low, value.high, row.name, row.method, row.setting)
-
-
-def _limits(value: RunsEstimate) -> Estimate:
-    return Estimate(value.value, value.low, value.high)
+def _limits(estimate: Estimate) -> tuple[float | None, float | None, float | None]:
+    return estimate.value, estimate.low, estimate.high

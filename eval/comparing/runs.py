@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from eval.completions.rows import (
     read_completions,
     read_meta,
 )
-from eval.completions.sample import open_file, vocabulary_with, with_num_tokens
+from eval.completions.sample import map_sharded, open_file, vocabulary_with, with_num_tokens
 from eval.judging.judge_systems import JudgeRecipe, judge
 from eval.judging.judgments import read_answers, read_verdicts
 from eval.judging.verdict import combine_all
@@ -128,7 +129,11 @@ def run_of_policy(
     sampled = recipe.sampling == SAMPLED
     values = measured_values(engine, rows, rewards)
     if kl_reference is not None:
-        samples = rows if sampled else read_completions(_sample(recipe, engine, say))
+        samples = rows
+        if not sampled:
+            folder = str(Path(recipe.run_dir) / "sampled")
+            at_one = replace(recipe, run_dir=folder, sampling=SAMPLED, num_responses=1)
+            samples = read_completions(complete_policy(at_one, engine, say))
         values[KL] = _kls(recipe, engine, samples, kl_reference, say)
     meta = read_meta(path)
     hashes = {name: value for name, value in meta.items() if name.endswith("_sha256") and value}
@@ -156,27 +161,26 @@ def run_of_file(
         prompts: Their `meta` by prompt id; rows of other prompts are dropped and counted. None keeps all rows.
         say: Receives that count.
     """
-    everything = _rows_of(path, name)
-    rows = everything
+    rows = _rows_of(path, name)
+    num_rows = len(rows)
     if prompts is not None:  # a model with a chat template must read the same turns as in the policies' rows
-        asked = [row for row in rows if row.prompt_id in prompts]
-        rows = [replace(row, meta={**row.meta, **prompts[row.prompt_id]}) for row in asked]
-    if engine.is_main and len(rows) < len(everything):
-        left_out = len(everything) - len(rows)
-        say(
-            f"{path}: {left_out} of {len(everything)} responses are to prompts that the policies are not asked"
-        )
-    digest = file_sha256(path)
-    keep_rows(engine, rows, folder, {"file_sha256": digest, "system": name})
-    values = measured_values(engine, rows, rewards)
-    return Run(path, rows, values, sampled=False, hashes={"file_sha256": digest})
+        rows = [
+            replace(row, meta={**row.meta, **prompts[row.prompt_id]})
+            for row in rows
+            if row.prompt_id in prompts
+        ]
+    if engine.is_main and (num_dropped := num_rows - len(rows)):
+        say(f"{path}: {num_dropped} of {num_rows} responses are to prompts that the policies are not asked")
+    hashes = {"file_sha256": file_sha256(path)}
+    keep_rows(engine, rows, folder, {**hashes, "system": name})
+    return Run(path, rows, measured_values(engine, rows, rewards), sampled=False, hashes=hashes)
 
 
 def _rows_of(path: str, name: str) -> list[CompletionRow]:
-    everything = load_completions([path])
-    rows = [row for row in everything if row.system == name]
+    all_rows = load_completions([path])
+    rows = [row for row in all_rows if row.system == name]
     if not rows:
-        known = ", ".join(sorted({row.system for row in everything}))
+        known = ", ".join(sorted({row.system for row in all_rows}))
         raise DataError(f"{path} has no responses of system {name!r}; there are: {known}")
     return rows
 
@@ -197,7 +201,7 @@ def run_of_references(
     if policy is not None:
         rows = with_num_tokens(rows, load_tokenizer(policy))
     keep_rows(engine, rows, folder, {"system": REFERENCE, "policy": policy, "num_prompts": len(rows)})
-    return Run("the dataset", rows, measured_values(engine, rows, rewards, is_reference=True), sampled=False)
+    return Run("the dataset", rows, measured_values(engine, rows, rewards), sampled=False)
 
 
 def keep_rows(engine: Engine, rows: Sequence[CompletionRow], folder: Path, meta: dict[str, Any]) -> None:
@@ -214,26 +218,20 @@ def keep_rows(engine: Engine, rows: Sequence[CompletionRow], folder: Path, meta:
 
 
 def measured_values(
-    engine: Engine, rows: Sequence[CompletionRow], rewards: dict[str, RewardFn], is_reference: bool = False
+    engine: Engine, rows: Sequence[CompletionRow], rewards: dict[str, RewardFn]
 ) -> dict[str, Values]:
     """Compute rewards and text metrics; the rewards' rows are sharded over the processes."""
     prompt_ids = tuple(row.prompt_id for row in rows)
-    values = text_values(rows, is_reference)
+    values = text_values(rows)
     for name, reward in rewards.items():
         try:
-            scores = _shared(engine, rows, lambda own, fn=reward: reward_scores(fn, own))
+            scores = np.array(map_sharded(engine, partial(reward_scores, reward), rows))
         except ConfigError:
             raise
         except ValueError as error:
             raise DataError(f"{name}: {error}") from error
         values[name] = Values(prompt_ids, scores)
     return values
-
-
-def _sample(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
-    """Sample responses at temperature 1, as the KL estimate requires."""
-    folder = str(Path(recipe.run_dir) / "sampled")
-    return complete_policy(replace(recipe, run_dir=folder, sampling=SAMPLED, num_responses=1), engine, say)
 
 
 def _kls(
@@ -244,24 +242,14 @@ def _kls(
         engine.place(load_to_read(recipe, path, tokenizer), as_trained=False)
         for path in (recipe.policy, kl_reference)
     )
-    never = vocabulary_with(recipe.bad_tokens, tokenizer, policy).suppressed_ids
+    suppressed_ids = vocabulary_with(recipe.bad_tokens, tokenizer, policy).suppressed_ids
+
+    def kls_of(share: list[CompletionRow]) -> NDArray[np.float64]:
+        return response_kls(policy, reference, tokenizer, share, recipe.batch_size, suppressed_ids, say)
+
     with engine.autocast():
-        kls = _shared(
-            engine,
-            rows,
-            lambda own: response_kls(policy, reference, tokenizer, own, recipe.batch_size, never, say),
-        )
+        kls = np.array(map_sharded(engine, kls_of, rows))
     return Values(tuple(row.prompt_id for row in rows), kls)
-
-
-def _shared(
-    engine: Engine, rows: Sequence[CompletionRow], measure: Callable[[list[CompletionRow]], NDArray]
-) -> NDArray[np.float64]:
-    """Compute one number for each row (n,), sharded over the processes and gathered on all."""
-    mine = range(engine.rank, len(rows), engine.world_size)
-    numbers = measure([rows[i] for i in mine]).tolist() if mine else []
-    gathered = sorted(engine.gather_objects(list(zip(mine, numbers, strict=True))))
-    return np.array([number for _, number in gathered], dtype=np.float64)
 
 
 def _training_run(policy: str) -> tuple[str | None, list[dict[str, Any]]]:
@@ -272,16 +260,15 @@ def _training_run(policy: str) -> tuple[str | None, list[dict[str, Any]]]:
     config, samples = folder / "config.yaml", folder / "samples.jsonl"
     rollouts = []
     if samples.is_file():
-        on_the_way = re.search(r"_step_(\d+)$", Path(policy).name)  # written by checkpoint.model_every
-        until = int(on_the_way[1]) if on_the_way else math.inf
+        step = re.search(r"_step_(\d+)$", Path(policy).name)  # written by checkpoint.model_every
+        max_step = int(step[1]) if step else math.inf
         rollouts = [
-            row for row in read_metrics(samples) if row.get("split") == "rollout" and row["step"] <= until
+            row for row in read_metrics(samples) if row.get("split") == "rollout" and row["step"] <= max_step
         ]
         last = max((row["step"] for row in rollouts), default=None)
+        rollouts = [row for row in rollouts if row["step"] == last][:NUM_ROLLOUTS]
         names = ("step", "prompt", "prefix", "continuation", "ended", "scores")
-        rollouts = [{name: row[name] for name in names} for row in rollouts if row["step"] == last][
-            :NUM_ROLLOUTS
-        ]
+        rollouts = [{name: row[name] for name in names} for row in rollouts]
     return (config.read_text(encoding="utf-8") if config.is_file() else None), rollouts
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from eval.completions.rows import CompletionRow
-from eval.completions.text_metrics import ROUGES, rouge_f1, words
+from eval.completions.text_metrics import ROUGES, rouge_of_rows
 from eval.judging.verdict import Judgment, Verdict
 from eval.reporting.comparison import MeasureRow
 from eval.statistics.across_runs import Values
@@ -33,47 +33,27 @@ def measures_of(baseline: str, judged: bool, has_kl: bool, rewards: Sequence[str
     """Return the columns in order. `rewards` are the keys of `Run.values` that contain a reward."""
     measures = []
     if judged:
-        measures += [
-            Measure(
-                WIN_RATE,
-                "win rate",
-                "%",
-                1,
-                "high",
-                f"Share of the prompts on which the judge prefers the response to that of {baseline}; a tie is "
-                "half a win. What the judge did not decide is left out, and bounded in the table of verdicts.",
-                (0.0, 1.0),
-                True,
-            ),
-            Measure(
-                LC_WIN_RATE,
-                "LC win rate",
-                "%",
-                1,
-                "high",
-                "Length-controlled: the win rate that a logistic regression expects at responses of equal length.",
-                (0.0, 1.0),
-            ),
-        ]
+        preferred = (
+            f"Share of the prompts on which the judge prefers the response to that of {baseline}; a tie is "
+            "half a win. What the judge did not decide is left out, and bounded in the table of verdicts."
+        )
+        controlled = (
+            "Length-controlled: the win rate that a logistic regression expects at responses of equal length."
+        )
+        measures.append(Measure(WIN_RATE, "win rate", "%", 1, "high", preferred, (0.0, 1.0), True))
+        measures.append(Measure(LC_WIN_RATE, "LC win rate", "%", 1, "high", controlled, (0.0, 1.0)))
     for key in rewards:
         name = "reward-model score" if key == "reward_model" else key.replace("_", " ")
         measures.append(Measure(key, name, "", 2, "high", f"Mean {name} of the responses.", None, True))
     if has_kl:
-        measures.append(
-            Measure(
-                KL,
-                "KL",
-                "nats",
-                2,
-                None,
-                "KL of the policy to its reference over whole responses: the mean of log pi(y|x) - log pi_ref(y|x) "
-                "over responses sampled at temperature 1.",
-                floor=0.0,
-            )
+        text = (
+            "KL of the policy to its reference over whole responses: the mean of log pi(y|x) - log pi_ref(y|x) "
+            "over responses sampled at temperature 1."
         )
-    for name, shown in zip(ROUGES, ("ROUGE-1", "ROUGE-2", "ROUGE-L"), strict=True):
-        text = f"F1 of {shown} against the dataset's own response, in percent."
-        measures.append(Measure(name, shown, "%", 1, "high", text, (0.0, 1.0)))
+        measures.append(Measure(KL, "KL", "nats", 2, None, text, floor=0.0))
+    for key, name in zip(ROUGES, ("ROUGE-1", "ROUGE-2", "ROUGE-L"), strict=True):
+        text = f"F1 of {name} against the dataset's own response, in percent."
+        measures.append(Measure(key, name, "%", 1, "high", text, (0.0, 1.0)))
     length = "Tokens of a response, the stop token included."
     ended = "Share of the responses that came to their end and were not cut at the length limit."
     measures.append(Measure("num_tokens", "length", "tokens", 1, None, length, floor=0.0))
@@ -115,32 +95,22 @@ class System:
 
     def values(self, key: str) -> tuple[Values, ...]:
         """Return the measure of every run; empty when one of them lacks it."""
-        found = tuple(run.values.get(key) for run in self.runs)
-        return () if None in found else found
+        values = tuple(run.values.get(key) for run in self.runs)
+        return () if None in values else values
 
 
-def text_values(rows: Sequence[CompletionRow], is_reference: bool) -> dict[str, Values]:
+def text_values(rows: Sequence[CompletionRow]) -> dict[str, Values]:
     """Compute the text metrics, without those that no row has; ROUGE not for the references themselves."""
     prompt_ids = tuple(row.prompt_id for row in rows)
     numbers = {
-        "num_tokens": [np.nan if row.num_tokens is None else float(row.num_tokens) for row in rows],
-        "ended": [float(row.ended) for row in rows],
+        "num_tokens": np.array([row.num_tokens for row in rows], dtype=np.float64),
+        "ended": np.array([row.ended for row in rows], dtype=np.float64),
+        **rouge_of_rows(rows),
     }
-    usable = [i for i, row in enumerate(rows) if row.reference is not None and words(row.reference)]
-    if usable and not is_reference:
-        scores = rouge_f1([rows[i].response for i in usable], [rows[i].reference for i in usable])
-        for name, scored in scores.items():
-            column = np.full(len(rows), np.nan)
-            column[usable] = scored
-            numbers[name] = column
-    return {
-        key: Values(prompt_ids, np.asarray(column, dtype=np.float64))
-        for key, column in numbers.items()
-        if not np.isnan(column).all()
-    }
+    return {key: Values(prompt_ids, column) for key, column in numbers.items() if not np.isnan(column).all()}
 
 
 def judged_values(judgments: Sequence[Judgment]) -> Values:
     """Return the score of each comparison; nan where it is undecided."""
-    scores = [np.nan if judgment.score is None else judgment.score for judgment in judgments]
-    return Values(tuple(judgment.prompt_id for judgment in judgments), np.array(scores, dtype=np.float64))
+    scores = np.array([judgment.score for judgment in judgments], dtype=np.float64)
+    return Values(tuple(judgment.prompt_id for judgment in judgments), scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +42,7 @@ from eval.completions.sample import (
     Policy,
     Request,
     make_requests,
+    map_sharded,
     open_file,
     requests_sha256,
     sample_responses,
@@ -75,10 +76,7 @@ def complete(recipe: CompleteRecipe, say: Say = print) -> Path:
     config = EngineConfig(mixed_precision=recipe.mixed_precision, trackers=[])
     engine = Engine(config, folder, recipe.seed, max_grad_norm=None)
     recipe = replace(recipe, mixed_precision=engine.precision)  # null resolved for this machine
-    if importing:
-        path = _import(recipe, engine, say)
-    else:
-        path = complete_policy(recipe, engine, say)
+    path = _import(recipe, engine, say) if importing else complete_policy(recipe, engine, say)
     rows = read_completions(path)
     nlls = _nlls(recipe, engine, rows, say)
     if engine.is_main:
@@ -102,11 +100,11 @@ def requests_of(recipe: CompleteRecipe, tokenizer: PreTrainedTokenizerBase) -> t
 def check_references(requests: Sequence[Request], setting: str) -> None:
     """Raise ConfigError if `setting` needs the dataset's responses and prompts lack one."""
     prompts = {request.prompt_id: best_response(request.example.record) for request in requests}
-    without = sum(response is None for response in prompts.values())
-    if without:
+    num_without = sum(response is None for response in prompts.values())
+    if num_without:
         raise ConfigError(
-            f"{setting} needs the dataset's own responses, and {without} of {len(prompts)} prompts have none: the data "
-            "needs a column completion, chosen, or responses with scores"
+            f"{setting} needs the dataset's own responses, and {num_without} of {len(prompts)} prompts have none: the "
+            "data needs a column completion, chosen, or responses with scores"
         )
 
 
@@ -118,18 +116,23 @@ def complete_policy(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
     if recipe.reference:
         check_references(requests, "reference=true")
     model = load_to_read(recipe, recipe.policy, tokenizer)
-    asked = [request.example for request in requests]
-    notes = check_sampling(model, asked, recipe.max_response_length, "policy", "max_response_length")
+    examples = [request.example for request in requests]
+    notes = check_sampling(model, examples, recipe.max_response_length, "policy", "max_response_length")
     writer, done = open_file(engine, path, _meta(recipe, engine, model, requests))
-    there = sum((recipe.system, request.prompt_id, request.seed) in done for request in requests)
-    policy = _policy(recipe, engine, model, tokenizer)
-    progress = Progress(len(requests), there, "responses", say)
+    missing = [request for request in requests if request.key(recipe.system) not in done]
+    num_done = len(requests) - len(missing)
+    vocabulary = vocabulary_with(recipe.bad_tokens, tokenizer, model)
+    model = engine.place(model, as_trained=False)
+    sampling, length = recipe.sampling, recipe.max_response_length
+    generator = Generator(model, tokenizer, vocabulary, sampling, length, recipe.batch_size)
+    policy = Policy(recipe.system, generator)
+    progress = Progress(len(requests), num_done, "responses", say)
     if engine.is_main:
         save_resolved(recipe, path.with_name("config.yaml"))
-        say("\n".join([*notes, report, f"{path}: {there} of {len(requests)} responses are there"]))
+        say("\n".join([*notes, report, f"{path}: {num_done} of {len(requests)} responses are there"]))
     try:
         with engine.autocast():
-            for rows in sample_responses(engine, policy, requests, done):
+            for rows in sample_responses(engine, policy, missing):
                 if writer is not None:
                     writer.write(rows)
                     progress.advance(len(rows))
@@ -151,40 +154,23 @@ def load_to_read(recipe: CompleteRecipe, path: str, tokenizer: PreTrainedTokeniz
         raise ConfigError(f"the policy {path!r} cannot be loaded: {error}") from error
 
 
-def _policy(
-    recipe: CompleteRecipe, engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Policy:
-    vocabulary = vocabulary_with(recipe.bad_tokens, tokenizer, model)
-    placed = engine.place(model, as_trained=False)
-    generator = Generator(
-        placed, tokenizer, vocabulary, recipe.sampling, recipe.max_response_length, recipe.batch_size
-    )
-    return Policy(recipe.system, generator)
-
-
 def _meta(
     recipe: CompleteRecipe, engine: Engine, model: PreTrainedModel, requests: Sequence[Request]
 ) -> dict[str, Any]:
     """Collect all settings that decide the texts; a file is resumed only if all of them are equal."""
-    settings = {
-        key: value
-        for key, value in flatten(recipe).items()
-        if not f"{key}.".startswith(tuple(f"{name}." for name in (*FREE_ON_RESUME, "imported")))
-    }
+    versions = {"python": sys.version.split()[0], **package_versions()}
+    versions |= {name: metadata.version(name) for name in ("drpo", "tokenizers", "numpy")}
+    unbound = (*FREE_ON_RESUME, "imported")
+    settings = {key: value for key, value in flatten(recipe).items() if key.partition(".")[0] not in unbound}
     return {
         "weights_sha256": weights_sha256(model) if engine.is_main else None,
         "data_sha256": requests_sha256(requests),
         "settings_sha256": sha256_of(settings),
         "precision": engine.precision,
         "device": engine.device.type,
-        **{f"version.{name}": version for name, version in _versions().items()},
+        **{f"version.{name}": version for name, version in versions.items()},
         **{f"settings.{key}": value for key, value in settings.items()},
     }
-
-
-def _versions() -> dict[str, str]:
-    more = {name: metadata.version(name) for name in ("drpo", "tokenizers", "numpy")}
-    return {"python": sys.version.split()[0], **package_versions(), **more}
 
 
 def _add_systems(
@@ -197,10 +183,10 @@ def _add_systems(
     if writer is None or not (recipe.reference or recipe.null_response):
         return
     rows = [row for row in read_completions(path) if row.system not in (REFERENCE, NULL)]
-    made = reference_rows(rows) if recipe.reference else []
-    made += constant_rows(rows, NULL, NULL_RESPONSE) if recipe.null_response else []
-    made = [row for row in made if row.key not in writer.done]
-    writer.write(made if tokenizer is None else with_num_tokens(made, tokenizer))
+    added = reference_rows(rows) if recipe.reference else []
+    added += constant_rows(rows, NULL, NULL_RESPONSE) if recipe.null_response else []
+    added = [row for row in added if row.key not in writer.done]
+    writer.write(added if tokenizer is None else with_num_tokens(added, tokenizer))
 
 
 def _import(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
@@ -229,25 +215,21 @@ def _nlls(
         return None
     tokenizer = with_stop_token(load_tokenizer(recipe.perplexity_policy), recipe.data)
     policy = engine.place(load_to_read(recipe, recipe.perplexity_policy, tokenizer), as_trained=False)
-    mine = range(engine.rank, len(rows), engine.world_size)
+    chat = template_of(recipe.data, tokenizer)
+
+    def nlls_and_counts(share: list[CompletionRow]) -> Iterable[tuple[float, int]]:
+        return zip(*response_nlls(policy, tokenizer, share, recipe.batch_size, chat, say), strict=True)
+
     with torch.no_grad(), engine.autocast():
-        nlls, counts = response_nlls(
-            policy,
-            tokenizer,
-            [rows[i] for i in mine],
-            recipe.batch_size,
-            template_of(recipe.data, tokenizer),
-            say,
-        )
-    measured = sorted(engine.gather_objects(list(zip(mine, nlls.tolist(), counts.tolist(), strict=True))))
-    return np.array([nll for _, nll, _ in measured]), np.array([count for _, _, count in measured])
+        nlls, counts = zip(*map_sharded(engine, nlls_and_counts, rows), strict=True)
+    return np.array(nlls), np.array(counts)
 
 
 def _metrics(rows: Sequence[CompletionRow], nlls: tuple[np.ndarray, np.ndarray] | None) -> list[TextMetrics]:
     """Compute the metrics of each system, in file order."""
     measured = []
     for system in dict.fromkeys(row.system for row in rows):
-        places = [i for i, row in enumerate(rows) if row.system == system]
-        own = None if nlls is None else (nlls[0][places], nlls[1][places])
-        measured.append(measure([rows[i] for i in places], own))
+        indices = [i for i, row in enumerate(rows) if row.system == system]
+        system_nlls = None if nlls is None else (nlls[0][indices], nlls[1][indices])
+        measured.append(measure([rows[i] for i in indices], system_nlls))
     return measured

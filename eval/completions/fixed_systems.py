@@ -8,8 +8,6 @@ from dataclasses import replace
 from drpo.data.records import BadRows, DataError
 from eval.completions.rows import REFERENCE, CompletionRow
 
-BY_NO_POLICY = {"ended": True, "num_tokens": None, "seed": 0}
-
 
 def reference_rows(rows: Sequence[CompletionRow]) -> list[CompletionRow]:
     """Return the dataset's own responses as the system "reference", one for each prompt.
@@ -28,17 +26,17 @@ def reference_rows(rows: Sequence[CompletionRow]) -> list[CompletionRow]:
         if row.reference is None:
             bad.add("no reference", row.prompt_id)
     if bad:
-        raise DataError(f"the dataset's responses cannot stand as a system:\n{bad.summary()}")
-    return [
-        replace(row, system=REFERENCE, response=row.reference, **BY_NO_POLICY, meta=row.prompt_meta)
-        for row in references.values()
-    ]
+        raise DataError(f"the dataset's responses cannot be a system:\n{bad.summary()}")
+    return [_answered(row, REFERENCE, row.reference) for row in references.values()]
 
 
 def constant_rows(rows: Sequence[CompletionRow], system: str, response: str) -> list[CompletionRow]:
     """Return rows of a system that gives the same response to every prompt of `rows`."""
     prompts = {row.prompt_id: row for row in reversed(rows)}
-    return [
-        replace(row, system=system, response=response, **BY_NO_POLICY, meta=row.prompt_meta)
-        for row in reversed(prompts.values())
-    ]
+    return [_answered(row, system, response) for row in reversed(prompts.values())]
+
+
+def _answered(row: CompletionRow, system: str, response: str) -> CompletionRow:
+    """Return a complete response to the row's prompt that no policy wrote."""
+    answer = {"response": response, "ended": True, "num_tokens": None, "seed": 0}
+    return replace(row, system=system, **answer, meta=row.prompt_meta)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from drpo.config import Section, key, refuse, refuse_changed
-from drpo.data.files import Row, read_table
+from drpo.data.files import Table, read_table
 from drpo.data.records import BadRows, DataError, RowError, require_text
 from drpo.jsonl import MAX_INT
-from eval.completions.rows import CompletionRow, import_alpaca_eval, prompt_id_of
+from eval.completions.rows import CompletionRow, import_alpaca_eval, parse_rows, prompt_id_of
 
 FIELDS = ("prompt", "response", "system", "reference", "ended", "seed", "num_tokens")
 
@@ -43,26 +43,21 @@ def import_rows(config: ImportConfig, system: str | None) -> list[CompletionRow]
     Only prompt and response are required. Defaults of the others: `ended` true, `seed` 0, `num_tokens` and
     `reference` None. Raises DataError for a missing file or column, and for bad rows, all counted.
     """
-    if not Path(config.path).expanduser().is_file():
+    path = Path(config.path).expanduser()
+    if not path.is_file():
         raise DataError(f"imported.path: no file {config.path}")
-    bad, rows = BadRows(), {}
     if config.format == "alpaca_eval":
-        found = [(row.prompt_id, row) for row in import_alpaca_eval(config.path)]
-        found = [(origin, replace(row, system=system) if system else row) for origin, row in found]
-    else:
-        found = _from_columns(config, system, bad)
-    for origin, row in found:
-        if row.key in rows:
-            detail = f"system {row.system}, prompt {row.prompt_id}, seed {row.seed}"
-            bad.add("repeated row", origin, detail)
-        rows[row.key] = row
-    if bad:
-        raise DataError(f"{config.path} cannot be used, {len(bad)} rows are bad:\n{bad.summary()}")
-    return list(rows.values())
-
-
-def _from_columns(config: ImportConfig, system: str | None, bad: BadRows) -> list[tuple[str, CompletionRow]]:
+        numbered = [(row.prompt_id, row) for row in import_alpaca_eval(path)]
+        return parse_rows(config.path, numbered, lambda row: replace(row, system=system or row.system))
+    bad = BadRows()
     table = read_table(config.path, "train", bad)
+    column = _columns_of(config, table, system)
+    numbered = [(row.origin, row.values) for row in table.rows]
+    return parse_rows(config.path, numbered, lambda values: _row(values, column, system), bad)
+
+
+def _columns_of(config: ImportConfig, table: Table, system: str | None) -> dict[str, str]:
+    """Return the table's column for each field. Raises DataError for a missing one."""
     column = {name: config.columns.get(name, name) for name in FIELDS}
     needed = ["prompt", "response", *config.columns, *([] if system else ["system"])]
     for name in needed:
@@ -72,30 +67,22 @@ def _from_columns(config: ImportConfig, system: str | None, bad: BadRows) -> lis
                 f"no column {column[name]!r} (imported.columns.{name}) in {table.name}; its columns are: "
                 f"{', '.join(table.columns)}{hint}"
             )
-    found = []
-    for row in table.rows:
-        try:
-            found.append((row.origin, _row(row, column, system)))
-        except RowError as error:
-            bad.add(error.kind, row.origin, error.detail)
-    return found
+    return column
 
 
-def _row(row: Row, column: Mapping[str, str], system: str | None) -> CompletionRow:
-    rest = dict(row.values)
-    given = {name: rest.pop(column[name], None) for name in FIELDS}
-    prompt = require_text(given["prompt"], column["prompt"])
-    named = require_text(given["system"], column["system"]) if system is None else system
-    num_tokens = given["num_tokens"]
+def _row(values: Mapping[str, Any], column: Mapping[str, str], system: str | None) -> CompletionRow:
+    rest = dict(values)
+    cells = {name: rest.pop(column[name], None) for name in FIELDS}
+    prompt = require_text(cells["prompt"], column["prompt"])
     return CompletionRow(
-        named,
+        require_text(cells["system"], column["system"]) if system is None else system,
         prompt_id_of(prompt),
         prompt,
-        _text(given["response"], column["response"]),
-        True if given["ended"] is None else _bool(given["ended"], column["ended"]),
-        None if num_tokens is None else _int(num_tokens, column["num_tokens"]),
-        0 if given["seed"] is None else _int(given["seed"], column["seed"]),
-        None if given["reference"] is None else require_text(given["reference"], column["reference"]),
+        _text(cells["response"], column["response"]),
+        True if cells["ended"] is None else _bool(cells["ended"], column["ended"]),
+        None if cells["num_tokens"] is None else _int(cells["num_tokens"], column["num_tokens"]),
+        0 if cells["seed"] is None else _int(cells["seed"], column["seed"]),
+        None if cells["reference"] is None else require_text(cells["reference"], column["reference"]),
         json.loads(json.dumps(rest, default=str)),
     )
 

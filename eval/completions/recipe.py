@@ -9,7 +9,7 @@ from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.data.load import DataConfig
 from drpo.rollout.sampler import SamplingConfig
 from eval.completions.imported import ImportConfig
-from eval.completions.rows import NULL, REFERENCE
+from eval.completions.rows import is_built_in
 
 FOR_AN_IMPORT = (
     *("run_dir", "system", "dtype", "attn_implementation", "mixed_precision", "batch_size"),
@@ -49,7 +49,7 @@ class CompleteRecipe(Section):
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
     """Temperature (0 is greedy), top_k, top_p."""
     bad_tokens: list[str] = field(default_factory=list)
-    """Tokens that are never sampled, besides padding and ids that the tokenizer does not have."""
+    """Tokens that are never sampled, in addition to padding and ids that the tokenizer does not have."""
     batch_size: int = setting(32, ge=1)
     """Responses sampled together on one device; the file is written after each batch."""
     reference: bool = False
@@ -65,13 +65,8 @@ class CompleteRecipe(Section):
         refuse(self.seed >= 2**63 - self.num_responses, "seed", rule)
         rule = f"must be 1 for {key('sampling.temperature')}=0, which gives the same response each time"
         refuse(self.num_responses > 1 and self.sampling.temperature == 0, "num_responses", rule)
-        if self.system is not None:
-            taken = self.system in (REFERENCE, NULL) or "attack/" in self.system
-            refuse(
-                taken,
-                "system",
-                f"must not be the name of a built-in system, got {self.system}; choose another",
-            )
+        rule = f"must not be the name of a built-in system, got {self.system}; choose another"
+        refuse(is_built_in(self.system or ""), "system", rule)
         if self.imported.path is not None:
             names = [field.name for field in fields(self) if field.name not in FOR_AN_IMPORT]
             refuse_changed(self, names, f"does not apply to {key('imported.path')}={self.imported.path}")

@@ -53,20 +53,17 @@ def response_nlls(
     rejects a prompt.
     """
     if chat is None:
-        queries, responses = (
-            encode_queries(tokenizer, [row.prompt for row in rows]),
-            _encoded(tokenizer, rows),
-        )
+        queries = encode_queries(tokenizer, [row.prompt for row in rows])
+        responses = _encoded(tokenizer, rows)
     else:
         texts = [(row.prompt, row.response, row.ended, row.messages) for row in rows]
         pairs = [encode_in_template(tokenizer, chat, *text) for text in texts]
         queries, responses = [query for query, _ in pairs], [response for _, response in pairs]
     nlls = np.zeros(len(rows))
-    for part, batch in _batches(
-        {"perplexity_policy": policy}, tokenizer, queries, responses, batch_size, say
-    ):
+    models = {"perplexity_policy": policy}
+    for indices, batch in _batches(models, tokenizer, queries, responses, batch_size, say):
         logprobs = response_logprobs(policy, batch).logprobs.double()
-        nlls[part] = -masked_sum(logprobs, batch.response_mask, dim=1).cpu().numpy()
+        nlls[indices] = -masked_sum(logprobs, batch.response_mask, dim=1).cpu().numpy()
     return nlls, np.array([len(ids) for ids in responses], dtype=np.int64)
 
 
@@ -97,20 +94,20 @@ def response_kls(
 
     Source: Schulman 2020; `drpo.kl.sequence_kl`.
     """
-    responses = [row.meta.get("response_ids") for row in rows]
-    encoded = _encoded(tokenizer, rows)
-    responses = [ids if kept is None else kept for kept, ids in zip(responses, encoded, strict=True)]
-    queries = [row.meta.get("query_ids") for row in rows]
-    from_text = encode_queries(tokenizer, [row.prompt for row in rows])
-    queries = [ids if kept is None else kept for kept, ids in zip(queries, from_text, strict=True)]
+    # The ids that were sampled, if the row has them: encoding the texts may give others.
+    responses = [
+        row.meta.get("response_ids", ids) for row, ids in zip(rows, _encoded(tokenizer, rows), strict=True)
+    ]
+    encoded = encode_queries(tokenizer, [row.prompt for row in rows])
+    queries = [row.meta.get("query_ids", ids) for row, ids in zip(rows, encoded, strict=True)]
     kls = np.zeros(len(rows))
     models = {"policy": policy, "kl_reference": reference}
-    for part, batch in _batches(models, tokenizer, queries, responses, batch_size, say):
-        own, other = (
+    for indices, batch in _batches(models, tokenizer, queries, responses, batch_size, say):
+        logprobs, ref_logprobs = (
             response_logprobs(model, batch, suppressed_ids=suppressed_ids).logprobs.double()
             for model in (policy, reference)
         )
-        kls[part] = sequence_kl(own, other, batch.response_mask).cpu().numpy()
+        kls[indices] = sequence_kl(logprobs, ref_logprobs, batch.response_mask).cpu().numpy()
     if not np.isfinite(kls).all():
         raise FloatingPointError(
             "the log-probs of a response are not finite; check the model and its precision"
@@ -141,12 +138,13 @@ def _batches(
         for note in check_lengths(model, lengths, key, "choose another model, or cut the prompts"):
             say(note)
     device = next(next(iter(models.values())).parameters()).device
-    filled = [place for place, ids in enumerate(responses) if ids]
-    order = sorted(filled, key=lambda place: lengths[place])
+    order = sorted((i for i, ids in enumerate(responses) if ids), key=lengths.__getitem__)
     for first in range(0, len(order), batch_size):
-        part = order[first : first + batch_size]
-        batch = pad_batch([queries[i] for i in part], [responses[i] for i in part], tokenizer.pad_token_id)
-        yield part, batch.to(device)
+        indices = order[first : first + batch_size]
+        batch = pad_batch(
+            [queries[i] for i in indices], [responses[i] for i in indices], tokenizer.pad_token_id
+        )
+        yield indices, batch.to(device)
 
 
 def reward_scores(reward_fn: RewardFn, rows: Sequence[CompletionRow]) -> NDArray[np.float64]:
@@ -171,8 +169,13 @@ def text_completion(
 ) -> Completion:
     """Make the completion that a reward function takes, from texts alone, without token ids.
 
-    `messages` are the chat turns that the policies were prompted with. A model with a chat template reads these,
-    since it was trained on prompts in this format; with None it reads the text of the prompt.
+    Args:
+        prompt: Text of the prompt.
+        response: Text of the response.
+        ended: Whether the response is complete.
+        reference: The dataset's own response, if any.
+        messages: Chat turns that the policies were prompted with. A model with a chat template reads these, since it
+            was trained on prompts in this format; with None it reads the text of the prompt.
     """
     chat = None if messages is None else Chat(tuple(messages), prompt)
     return Completion(prompt, response, ended, [], [], Record(prompt, completion=reference, chat=chat))

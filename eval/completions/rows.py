@@ -72,6 +72,11 @@ class CompletionRow:
         return {MESSAGES: self.meta[MESSAGES]} if MESSAGES in self.meta else {}
 
 
+def is_built_in(system: str) -> bool:
+    """Return whether a name is taken: by the references, the constant response, or an attack on the judge."""
+    return system in (REFERENCE, NULL) or "attack/" in system
+
+
 def messages_meta(record: Record) -> dict[str, Any]:
     """Return the part of a row's `meta` on the prompt's turns; empty where no chat template was used."""
     return {} if record.chat is None else {MESSAGES: [dict(turn) for turn in record.chat.messages]}
@@ -99,7 +104,7 @@ def read_completions(path: Path | str) -> list[CompletionRow]:
             f"{path} ends in an unfinished line: the run that wrote it was killed; run it again to complete the file"
         )
     numbered = ((f"{path.name}:{number}", line) for number, line in lines_of(content))
-    return _parse_all(path, numbered, _row_of_line)
+    return parse_rows(path, numbered, _row_of_line)
 
 
 def import_alpaca_eval(path: Path | str) -> list[CompletionRow]:
@@ -108,14 +113,9 @@ def import_alpaca_eval(path: Path | str) -> list[CompletionRow]:
     Other fields of an object are kept in `meta`. Raises DataError as `read_completions` does.
     """
     path = _existing(path)
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
-    if not isinstance(items, list):
-        raise DataError(f"{path} must hold a JSON list of objects with instruction, output, generator")
+    items = _json_of(path, list, "list of objects with instruction, output, generator")
     numbered = ((f"{path.name}[{number}]", item) for number, item in enumerate(items))
-    return _parse_all(path, numbered, _row_of_alpaca_eval)
+    return parse_rows(path, numbered, _row_of_alpaca_eval)
 
 
 def load_completions(paths: Sequence[Path | str]) -> list[CompletionRow]:
@@ -139,11 +139,29 @@ def _existing(path: Path | str) -> Path:
     return Path(path)
 
 
-def _parse_all(
-    path: Path, numbered: Iterable[tuple[str, Any]], parse: Callable[[Any], CompletionRow]
+def _json_of(path: Path, kind: type, content: str) -> Any:
+    """Parse a JSON file. Raises DataError unless it contains a `kind`, described as `content`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise DataError(f"{path} must hold a JSON {content}")
+    return value
+
+
+def parse_rows(
+    path: Path | str,
+    numbered: Iterable[tuple[str, Any]],
+    parse: Callable[[Any], CompletionRow],
+    bad: BadRows | None = None,
 ) -> list[CompletionRow]:
+    """Parse all rows of a file, each with its origin; `bad` contains those that could not be read at all.
+
+    Raises DataError for bad or repeated rows, all counted, and for no rows.
+    """
     rows: dict[tuple[str, str, int], CompletionRow] = {}
-    bad = BadRows()
+    bad = BadRows() if bad is None else bad
     for origin, item in numbered:
         try:
             row = parse(item)
@@ -224,10 +242,11 @@ class CompletionsWriter:
             raise DataError(f"{self.path} is being written by another run; wait for it or stop it") from None
         try:
             meta = json.loads(json.dumps(meta))
-            if _has_rows(self.path):
+            if content := self.path.read_bytes():
                 self._refuse_other(meta)
-                self._cut_unfinished_line()
-            self.done = {row.key for row in read_completions(self.path)} if _has_rows(self.path) else set()
+            num_whole = content.rfind(b"\n") + 1
+            self._file.truncate(num_whole)
+            self.done = {row.key for row in read_completions(self.path)} if num_whole else set()
             write_whole(meta_path(self.path), json.dumps(meta, indent=1) + "\n")
         except BaseException:
             self.close()
@@ -241,13 +260,11 @@ class CompletionsWriter:
             self.done.add(row.key)
         lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         # Lone surrogates, which meta may contain, are written as JSON escapes.
-        left, size = (
-            memoryview(lines.encode(errors="backslashreplace")),
-            os.fstat(self._file.fileno()).st_size,
-        )
+        unwritten = memoryview(lines.encode(errors="backslashreplace"))
+        size = os.fstat(self._file.fileno()).st_size
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
             os.fsync(self._file.fileno())
         except OSError:
             self._file.truncate(size)
@@ -255,21 +272,13 @@ class CompletionsWriter:
             raise
 
     def _refuse_other(self, meta: Mapping[str, Any]) -> None:
-        then = read_meta(self.path)
-        changed = [name for name in sorted(then.keys() | meta.keys()) if then.get(name) != meta.get(name)]
+        earlier = read_meta(self.path)
+        changed = [name for name in sorted({*earlier, *meta}) if earlier.get(name) != meta.get(name)]
         if changed:
-            shown = "; ".join(f"{name}: {then.get(name)!r} -> {meta.get(name)!r}" for name in changed)
+            listed = "; ".join(f"{name}: {earlier.get(name)!r} -> {meta.get(name)!r}" for name in changed)
             raise DataError(
-                f"{self.path} was made in another way ({shown}); choose another file or remove it"
+                f"{self.path} was made in another way ({listed}); choose another file or remove it"
             )
-
-    def _cut_unfinished_line(self) -> None:
-        whole, newline, _ = self.path.read_bytes().rpartition(b"\n")
-        self._file.truncate(len(whole) + len(newline))
-
-
-def _has_rows(path: Path) -> bool:
-    return path.stat().st_size > 0
 
 
 def meta_path(path: Path | str) -> Path:
@@ -282,10 +291,4 @@ def read_meta(path: Path | str) -> dict[str, Any]:
     path = meta_path(path)
     if not path.exists():
         return {}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
-    if not isinstance(meta, dict):
-        raise DataError(f"{path} must hold a JSON object")
-    return meta
+    return _json_of(path, dict, "object")

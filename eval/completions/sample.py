@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,8 +24,9 @@ from drpo.engine import Engine
 from drpo.models.policy_stops import stop_ids
 from drpo.rollout.generator import Generator, Vocabulary, vocabulary_of
 from drpo.run.same_view import require_shared_folder
-from eval.completions.rows import CompletionRow, CompletionsWriter, messages_meta, prompt_id_of
+from eval.completions.rows import CompletionRow, CompletionsWriter, messages_meta, meta_path, prompt_id_of
 
+Item, Result = TypeVar("Item"), TypeVar("Result")
 Key = tuple[str, str, int]
 "Unique key of a row: system, prompt_id, seed."
 
@@ -36,6 +38,10 @@ class Request:
     example: Example
     prompt_id: str
     seed: int
+
+    def key(self, system: str) -> Key:
+        """Return the key of the row that answers it as `system`."""
+        return system, self.prompt_id, self.seed
 
 
 def make_requests(
@@ -100,23 +106,27 @@ class Policy:
 
 
 def sample_responses(
-    engine: Engine, policy: Policy, requests: Sequence[Request], done: Collection[Key]
+    engine: Engine, policy: Policy, requests: Sequence[Request]
 ) -> Iterator[list[CompletionRow]]:
-    """Sample the requests that are not in `done`, in order, one batch per process at a time.
+    """Sample the requests in order, one batch per process at a time.
 
     All processes must iterate to the end, and all receive all rows.
     """
-    missing = [request for request in requests if _key(policy.system, request) not in done]
     size = policy.generator.batch_size * engine.world_size
-    for first in range(0, len(missing), size):
-        mine = list(enumerate(missing[first : first + size]))[engine.rank :: engine.world_size]
-        rows = policy.respond([request for _, request in mine]) if mine else []
-        placed = [(place, row) for (place, _), row in zip(mine, rows, strict=True)]
-        yield [row for _, row in sorted(engine.gather_objects(placed), key=lambda item: item[0])]
+    for first in range(0, len(requests), size):
+        yield map_sharded(engine, policy.respond, requests[first : first + size])
 
 
-def _key(system: str, request: Request) -> Key:
-    return system, request.prompt_id, request.seed
+def map_sharded(
+    engine: Engine, measure: Callable[[list[Item]], Iterable[Result]], items: Sequence[Item]
+) -> list[Result]:
+    """Apply `measure`, which returns one result for each item, to a share of the items on each process.
+
+    All processes receive all results, in the order of the items.
+    """
+    mine = range(engine.rank, len(items), engine.world_size)
+    results = zip(mine, measure([items[i] for i in mine]), strict=True) if mine else ()
+    return [result for _, result in sorted(engine.gather_objects(list(results)), key=itemgetter(0))]
 
 
 def with_num_tokens(rows: Sequence[CompletionRow], tokenizer) -> list[CompletionRow]:
@@ -137,26 +147,21 @@ def open_file(
     ConfigError when the processes do not share its folder.
     """
     require_shared_folder(engine, path.parent, "run_dir")
-    writer, outcome = None, []
+    writer, keys, fault = None, set(), None
     if engine.is_main:
         try:
-            writer = _open(path, meta)
-            outcome = [sorted(writer.done)]
+            if path.exists() and not meta_path(path).exists():
+                raise DataError(
+                    f"{path} is there without {meta_path(path).name}: a file from elsewhere; choose another run_dir"
+                )
+            writer = CompletionsWriter(path, meta)
+            keys = set(writer.done)
         except DataError as error:
-            outcome = [str(error)]
-    (shared,) = engine.gather_objects(outcome)
-    if isinstance(shared, str):
-        raise DataError(shared)
-    return writer, {tuple(key) for key in shared}
-
-
-def _open(path: Path, meta: Mapping[str, Any]) -> CompletionsWriter:
-    if path.exists() and not path.with_suffix(".meta.json").exists():
-        raise DataError(
-            f"{path} is there without {path.with_suffix('.meta.json').name}: a file from "
-            "elsewhere; choose another run_dir"
-        )
-    return CompletionsWriter(path, meta)
+            fault = str(error)
+    keys, fault = engine.from_main((keys, fault))
+    if fault is not None:
+        raise DataError(fault)
+    return writer, keys
 
 
 # --- what decides the texts -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from eval.statistics.intervals import (
     checked_confidence,
     mean_interval,
     prompt_codes,
+    prompt_means,
     rate_interval,
 )
 
@@ -60,42 +62,48 @@ def measure(rows: Sequence[CompletionRow], nlls: tuple[NDArray, NDArray] | None 
         raise DataError(f"text metrics are those of one system's responses, got {systems or 'no rows'}")
     prompt_ids = [row.prompt_id for row in rows]
     responses = [row.response for row in rows]
-    rouges: dict[str, Interval] = {}
-    if systems != [REFERENCE]:
-        rouges = _rouge_intervals(rows)
-    counted = [row for row in rows if row.num_tokens is not None]
+    ended = np.array([float(row.ended) for row in rows])
     return TextMetrics(
         system=systems[0],
         num_responses=len(rows),
         num_prompts=len(set(prompt_ids)),
-        **{name: rouges.get(name) for name in ROUGES},
-        num_tokens=_mean([row.num_tokens for row in counted], [row.prompt_id for row in counted]),
-        num_words=_mean([num_words(text) for text in responses], prompt_ids),
-        ended=rate_interval(
-            np.array([float(row.ended) for row in rows]), prompt_codes(prompt_ids, len(rows))
-        ),
+        **{name: _mean(scores, prompt_ids, (0.0, 1.0)) for name, scores in rouge_of_rows(rows).items()},
+        num_tokens=_mean([row.num_tokens for row in rows], prompt_ids),
+        num_words=_mean([len(text.split()) for text in responses], prompt_ids),
+        ended=rate_interval(ended, prompt_codes(prompt_ids, len(rows))),
         distinct1=distinct_n(responses, 1),
         distinct2=distinct_n(responses, 2),
         perplexity=None if nlls is None else perplexity_interval(*nlls, prompt_ids),
     )
 
 
-def _rouge_intervals(rows: Sequence[CompletionRow]) -> dict[str, Interval]:
-    rows = [row for row in rows if row.reference is not None and words(row.reference)]
-    if not rows:
-        return {}
-    prompt_ids = [row.prompt_id for row in rows]
-    scores = rouge_f1([row.response for row in rows], [row.reference for row in rows])
-    return {name: mean_interval(values, prompt_ids, bounds=(0.0, 1.0)) for name, values in scores.items()}
+def rouge_of_rows(rows: Sequence[CompletionRow]) -> dict[str, NDArray[np.float64]]:
+    """Compute `rouge_f1` (n,) against the rows' references.
+
+    It is nan for rows whose reference is missing or has no word, and for the references themselves.
+    """
+    columns = {name: np.full(len(rows), np.nan) for name in ROUGES}
+    usable = [
+        i for i, row in enumerate(rows) if row.system != REFERENCE and row.reference and words(row.reference)
+    ]
+    if usable:
+        scores = rouge_f1([rows[i].response for i in usable], [rows[i].reference for i in usable])
+        for name, column in columns.items():
+            column[usable] = scores[name]
+    return columns
 
 
-def _mean(values: Sequence[float], prompt_ids: Sequence[str]) -> Interval | None:
-    """Return the mean with its interval; None for no values, and no interval for one prompt."""
-    if not values:
+def _mean(
+    values: Sequence[float | None], prompt_ids: Sequence[str], bounds: tuple[float, float] | None = None
+) -> Interval | None:
+    """Return the mean of the known values with its interval; None without any, no limits for an unbounded prompt."""
+    numbers = np.asarray(values, dtype=np.float64)
+    means = prompt_means(numbers, prompt_codes(prompt_ids, len(numbers)))
+    if len(means) == 0:
         return None
-    if len(set(prompt_ids)) == 1:
-        return Interval(float(np.mean(values)), math.nan, math.nan, 1, "one prompt")
-    return mean_interval(values, prompt_ids)
+    if len(means) == 1 and bounds is None:
+        return Interval(float(means[0]), math.nan, math.nan, 1, "one prompt")
+    return mean_interval(means, bounds=bounds)
 
 
 def rouge_l(completions: Sequence[Completion]) -> list[float]:
@@ -119,11 +127,6 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def num_words(text: str) -> int:
-    """Count words separated by whitespace."""
-    return len(text.split())
-
-
 def rouge_f1(responses: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """Compute F1 (n,) of ROUGE-1, ROUGE-2 and ROUGE-L between each response and its reference, in [0, 1].
 
@@ -135,18 +138,12 @@ def rouge_f1(responses: Sequence[str], references: Sequence[str]) -> dict[str, N
     """
     from rouge_score.rouge_scorer import RougeScorer  # slow import
 
-    scorer = RougeScorer(ROUGES, tokenizer=_Words())
+    # Its own tokenizer drops all but ASCII words.
+    scorer = RougeScorer(ROUGES, tokenizer=SimpleNamespace(tokenize=words))
     scored = [
         scorer.score(reference, response) for response, reference in zip(responses, references, strict=True)
     ]
-    return {name: np.array([row[name].fmeasure for row in scored], dtype=np.float64) for name in ROUGES}
-
-
-class _Words:
-    """Adapter of `words` for rouge-score, whose own tokenizer drops all but ASCII words."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return words(text)
+    return {name: np.array([scores[name].fmeasure for scores in scored], dtype=np.float64) for name in ROUGES}
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float | None:

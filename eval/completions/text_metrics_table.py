@@ -43,7 +43,6 @@ def cell_text(value: Interval | float | int | None) -> str:
         return str(value)
     if isinstance(value, float):
         return f"{value:.3g}"
-    limits = (
-        "" if math.isnan(value.low) else f" \\[{value.low:.3g}, {value.high:.3g}]"
-    )  # \\[: escaped markup of rich
-    return f"{value.value:.3g}{limits}"
+    text = f"{value.value:.3g}"
+    # rich takes [ for markup unless it is escaped.
+    return text if math.isnan(value.low) else f"{text} \\[{value.low:.3g}, {value.high:.3g}]"

@@ -62,18 +62,18 @@ def with_controls(rows: Sequence[CompletionRow], *systems: str) -> list[Completi
 
     A system that has rows already is unchanged. Raises DataError for an unknown attack or missing references.
     """
-    made: list[CompletionRow] = []
-    there = {row.system for row in rows}
+    controls: list[CompletionRow] = []
+    existing_systems = {row.system for row in rows}
     for system in dict.fromkeys(systems):
-        if system in there:
+        if system in existing_systems:
             continue
         if system == REFERENCE:
-            made += reference_rows(rows)
+            controls += reference_rows(rows)
         elif system == NULL:
-            made += constant_rows(rows, NULL, NULL_RESPONSE)
+            controls += constant_rows(rows, NULL, NULL_RESPONSE)
         elif system.startswith(PREFIX):
             name = system.removeprefix(PREFIX)
             if name not in ATTACKS:
                 raise DataError(f"no attack {name!r}; there are: {', '.join(ATTACKS)}")
-            made += constant_rows(rows, system, ATTACKS[name])
-    return [*rows, *made]
+            controls += constant_rows(rows, system, ATTACKS[name])
+    return [*rows, *controls]

@@ -28,9 +28,9 @@ async def collect_verdicts(judge: Judge, questions: Sequence[Question], say: Say
     handlers = {number: signal.getsignal(number) for number in numbers}
 
     def stop(number: signal.Signals) -> None:
-        for each in handlers:
-            loop.remove_signal_handler(each)
-            signal.signal(each, signal.SIG_DFL)
+        for handled in handlers:
+            loop.remove_signal_handler(handled)
+            signal.signal(handled, signal.SIG_DFL)
         say(f"{number.name}: waiting for what is under way; once more ends at once")
         judge.stop(f"{number.name}: stopped; what was under way is kept")
 
@@ -51,9 +51,7 @@ async def collect_verdicts(judge: Judge, questions: Sequence[Question], say: Say
     return Outcome(verdicts)
 
 
-def asked_by(
-    make: Callable[[Any, Path], Judge],
-) -> Callable[[JudgeRecipe, Sequence[Question], Say], Outcome]:
+def asked_by(make: Callable[[Any, Path], Judge]) -> Callable[[JudgeRecipe, Sequence[Question], Say], Outcome]:
     """Return the `ask` of a kind whose judge is made by `make(settings, run_dir)` and needs nothing else."""
 
     def ask(recipe: JudgeRecipe, questions: Sequence[Question], say: Say) -> Outcome:

@@ -54,7 +54,7 @@ _PATTERNS = {
 def suspicions(response: str) -> tuple[str, ...]:
     """Describe the signs in a response; look-alike letters and invisible characters hide none."""
     plain = _HIDDEN.sub("", unicodedata.normalize("NFKC", response))
-    found = [sign for sign, pattern in _PATTERNS.items() if pattern.search(plain)]
+    signs = [sign for sign, pattern in _PATTERNS.items() if pattern.search(plain)]
     if _HIDDEN.search(response):
-        found.append("holds invisible characters")
-    return tuple(found)
+        signs.append("holds invisible characters")
+    return tuple(signs)

@@ -50,11 +50,9 @@ class Judge(Protocol):
 
     def verdicts(self, questions: Sequence[Question]) -> AsyncIterator[Verdict]:
         """Yield one verdict for each question. Raises JudgeStopped, after all verdicts that are still available."""
-        ...
 
     def stop(self, reason: str) -> None:
         """Send no more requests; `verdicts` waits for those in flight, keeps them, and raises JudgeStopped."""
-        ...
 
 
 # --- kinds ----------------------------------------------------------------------------------------------
@@ -68,10 +66,6 @@ class JudgeSettings(Section):
     """The kind of judge."""
 
 
-def no_rule(recipe: JudgeRecipe) -> None:
-    """Accept any recipe."""
-
-
 @dataclass(frozen=True)
 class JudgeKind:
     """A kind of judge: its settings and how it answers the questions of a recipe."""
@@ -83,5 +77,5 @@ class JudgeKind:
     "The setting that names the judge in results."
     recipe_keys: tuple[str, ...] = ()
     "Keys of the recipe, outside `judge`, that apply to this kind and not to every kind."
-    check_recipe: Callable[[JudgeRecipe], None] = no_rule
+    check_recipe: Callable[[JudgeRecipe], None] = lambda recipe: None
     "Raises ConfigError for a recipe that does not fit the kind."

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from drpo.config import ConfigError, Section, key, refuse_changed, save_resolved, setting
 from drpo.jsonl import write_whole
@@ -76,9 +76,9 @@ class JudgeRecipe(Section):
         orders = f"does not apply to {key('orders')}={self.orders}"
         refuse_changed(self, ["seed" if self.orders == "both" else "half_tie"], orders)
         kind = KINDS[self.judge.kind]
-        others = {name for other in KINDS.values() for name in other.recipe_keys} - set(kind.recipe_keys)
+        foreign_keys = {name for k in KINDS.values() for name in k.recipe_keys} - set(kind.recipe_keys)
         rule = f"does not apply to {key('judge.kind')}={self.judge.kind}"
-        refuse_changed(self, [field.name for field in fields(self) if field.name in others], rule)
+        refuse_changed(self, [field.name for field in fields(self) if field.name in foreign_keys], rule)
         kind.check_recipe(self)
 
     @property
@@ -101,9 +101,9 @@ def judge(recipe: JudgeRecipe, say: Say = print) -> Path:
     rows = with_controls(load_completions(recipe.completions), recipe.system, recipe.baseline)
     matchups = pair_up(rows, recipe.system, recipe.baseline)
     if recipe.num_prompts is not None:
-        there = len({matchup.prompt_id for matchup in matchups})
-        if there < recipe.num_prompts:
-            say(f"num_prompts={recipe.num_prompts}, but the files have {there} prompts: all are judged")
+        total = len({matchup.prompt_id for matchup in matchups})
+        if total < recipe.num_prompts:
+            say(f"num_prompts={recipe.num_prompts}, but the files have {total} prompts: all are judged")
         matchups = first_prompts(matchups, recipe.num_prompts)
     questions = questions_of(matchups, recipe.orders, recipe.seed)
     folder = Path(recipe.run_dir)
@@ -115,16 +115,11 @@ def judge(recipe: JudgeRecipe, say: Say = print) -> Path:
         return _write(recipe, questions, outcome, say)
 
 
-def _write(
-    recipe: JudgeRecipe,
-    questions: Sequence[Question],
-    outcome: Outcome,
-    say: Say,
-) -> Path:
+def _write(recipe: JudgeRecipe, questions: Sequence[Question], outcome: Outcome, say: Say) -> Path:
     """Write judgments.jsonl and summary.json, also of a stopped run. Raises RunStopped for an incomplete one."""
     folder = Path(recipe.run_dir)
-    place = {_place(question.matchup, question.order): i for i, question in enumerate(questions)}
-    verdicts = sorted(outcome.verdicts, key=lambda verdict: place[_place(verdict, verdict.order)])
+    place = {(q.matchup.prompt_id, q.matchup.seed, q.order): i for i, q in enumerate(questions)}
+    verdicts = sorted(outcome.verdicts, key=lambda v: place[v.prompt_id, v.seed, v.order])
     common = {
         "judge": recipe.judge.name,
         "prompt_name": recipe.prompt,
@@ -133,7 +128,7 @@ def _write(
     }
     write_judgments(folder / "judgments.jsonl", verdicts, outcome.calls, common)
     statistics = judged_statistics(combine_all(verdicts, recipe.half_tie, recipe.orders))
-    summary: dict[str, Any] = {
+    summary = {
         "system": recipe.system,
         "baseline": recipe.baseline,
         **common,
@@ -157,10 +152,6 @@ def _write(
         )
     _refuse_if_incomplete(recipe, statistics, len(questions))
     return folder / "judgments.jsonl"
-
-
-def _place(where: Any, order: str) -> tuple[str, int, str]:
-    return where.prompt_id, where.seed, order
 
 
 def _refuse_if_incomplete(recipe: JudgeRecipe, statistics: JudgedStatistics, num_questions: int) -> None:

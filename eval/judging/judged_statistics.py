@@ -113,14 +113,11 @@ def _without_nan(result: Result) -> Result:
 
 def _slots(judgments: Sequence[Judgment]) -> list[tuple[float | None, ...]]:
     """Return (n, 2), or (n, 1) where one order was asked; None where a run was stopped in between."""
-    both = any(_was_to_be_asked_twice(judgment) for judgment in judgments)
+    # Both orders were to be asked where there are two verdicts, or one that did not suffice for a score.
+    both = any(
+        len(j.first_slot_wins) == 2 or (j.score is None and None not in j.first_slot_wins) for j in judgments
+    )
     return [(*j.first_slot_wins, None)[:2] if both else j.first_slot_wins for j in judgments]
-
-
-def _was_to_be_asked_twice(judgment: Judgment) -> bool:
-    """Return whether both orders were to be asked: two verdicts, or one that did not suffice for a score."""
-    slots = judgment.first_slot_wins
-    return len(slots) == 2 or (judgment.score is None and None not in slots)
 
 
 def _suspected(scores: Sequence[float | None]) -> Suspected:
@@ -143,24 +140,20 @@ def statistics_text(statistics: JudgedStatistics, system: str, baseline: str) ->
     if rate is None:
         lines.append(f"no win rate: {statistics.win_rate_missing}")
     else:
-        lines.append(
-            f"win rate {_interval(rate.rate, rate.low, rate.high)} over {rate.num_prompts} prompts"
-            + (
-                f"; {rate.worst_case:.1%} if {system} lost all that is undecided, {rate.best_case:.1%} if it won it"
-                if statistics.undecided
-                else ""
-            )
-        )
+        line = f"win rate {_interval(rate.rate, rate.low, rate.high)} over {rate.num_prompts} prompts"
+        if statistics.undecided:
+            worst, best = f"{rate.worst_case:.1%}", f"{rate.best_case:.1%}"
+            line += f"; {worst} if {system} lost all that is undecided, {best} if it won it"
+        lines.append(line)
     if length is None and rate is not None:
         lines.append(f"no win rate at equal length: {statistics.length_controlled_missing}")
     if length is not None:
         lines.append(f"win rate at equal length {_interval(length.rate, length.low, length.high)}")
         lines += [f"  but: {warning}" for warning in length.warnings]
-    if statistics.mean_length_a is not None:
-        lines.append(
-            f"mean length in characters: {system} {statistics.mean_length_a:.0f}, "
-            f"{baseline} {statistics.mean_length_b:.0f}"
-        )
+    lines.append(
+        f"mean length in characters: {system} {statistics.mean_length_a:.0f}, "
+        f"{baseline} {statistics.mean_length_b:.0f}"
+    )
     if bias is not None:
         same = bias.consistency
         if same is not None:

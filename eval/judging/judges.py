@@ -28,9 +28,8 @@ class JudgeConfig(FunctionSettings, RewardModelSettings, OpenAISettings):
 
     def check(self) -> None:
         settings = KINDS[self.kind].settings
-        applies = {field.name for field in fields(settings)}
-        others = {field.name for field in fields(self)} - applies
-        refuse_changed(self, others, f"does not apply to {key('kind')}={self.kind}")
+        foreign_keys = {field.name for field in fields(self)} - {field.name for field in fields(settings)}
+        refuse_changed(self, foreign_keys, f"does not apply to {key('kind')}={self.kind}")
         settings.check(self)
 
     @property

@@ -22,22 +22,10 @@ Result = TypeVar("Result")
 
 NUM_REASONS = 5
 "Reasons for missing verdicts that are printed."
-_TUPLES = ("suspicions_a", "suspicions_b", "scores", "keys")
 _OF_CALL = (
-    *(
-        "key",
-        "sample",
-        "backend",
-        "text",
-        "refusal",
-        "finish_reason",
-        "model",
-        "model_returned",
-        "fingerprint",
-    ),
-    *("request_id", "prompt_tokens", "cached_tokens", "cache_write_tokens", "completion_tokens"),
-    *("reasoning_tokens", "cost", "num_attempts", "latency", "time"),
-)
+    "key sample backend text refusal finish_reason model model_returned fingerprint request_id prompt_tokens "
+    "cached_tokens cache_write_tokens completion_tokens reasoning_tokens cost num_attempts latency time"
+).split()
 
 
 def tool_versions() -> str:
@@ -101,7 +89,7 @@ def read_verdicts(path: Path | str) -> list[Verdict]:
 
 def _verdict(row: Mapping[str, Any]) -> Verdict:
     values = {field.name: row[field.name] for field in fields(Verdict) if field.name != "keys"}
-    for name in set(_TUPLES) & values.keys():
+    for name in ("suspicions_a", "suspicions_b", "scores"):
         values[name] = None if values[name] is None else tuple(values[name])
     return Verdict(**values, keys=(row["key"],) if "key" in row else ())
 
@@ -127,11 +115,12 @@ def reasons(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     return [{"status": s, "detail": detail, "count": count} for (s, detail), count in counts.most_common()]
 
 
-def reasons_text(found: Sequence[Mapping[str, Any]]) -> str:
+def reasons_text(counts: Sequence[Mapping[str, Any]]) -> str:
     """Format the most frequent of `reasons`, one line each."""
-    lines = [f"  {row['count']} {row['status']}: {row['detail']}" for row in found[:NUM_REASONS]]
-    left = sum(row["count"] for row in found[NUM_REASONS:])
-    return "\n".join([*lines, *([f"  {left} for other reasons; judgments.jsonl has them"] if left else [])])
+    lines = [f"  {row['count']} {row['status']}: {row['detail']}" for row in counts[:NUM_REASONS]]
+    if num_others := sum(row["count"] for row in counts[NUM_REASONS:]):
+        lines.append(f"  {num_others} for other reasons; judgments.jsonl has them")
+    return "\n".join(lines)
 
 
 # --- tokens and dollars ---------------------------------------------------------------------------------

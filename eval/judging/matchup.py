@@ -56,26 +56,40 @@ def pair_up(completions: Sequence[CompletionRow], system: str, baseline: str) ->
     """
     if system == baseline:
         raise DataError(f"system and baseline are both {system!r}; a comparison needs two")
-    known = sorted({row.system for row in completions})
+    systems = sorted({row.system for row in completions})
     for name in (system, baseline):
-        if name not in known:
-            raise DataError(f"no responses of system {name!r}; there are: {', '.join(known)}")
+        if name not in systems:
+            raise DataError(f"no responses of system {name!r}; there are: {', '.join(systems)}")
     of_baseline: dict[str, dict[int, CompletionRow]] = {}
     for row in completions:
         if row.system == baseline:
             of_baseline.setdefault(row.prompt_id, {})[row.seed] = row
 
     bad, matchups = BadRows("prompts"), []
-    own = [row for row in completions if row.system == system]
-    for row in own:
+    rows = [row for row in completions if row.system == system]
+    for row in rows:
         rivals = of_baseline.get(row.prompt_id, {})
         rival = next(iter(rivals.values())) if len(rivals) == 1 else rivals.get(row.seed)
         if rival is None:
             kind = f"no response of {baseline}" if not rivals else f"no response of {baseline} with this seed"
             bad.add(kind, f"prompt {row.prompt_id}, seed {row.seed}")
             continue
-        matchups.append(_compare(row, rival))
-    for prompt_id in sorted(of_baseline.keys() - {row.prompt_id for row in own}):
+        matchups.append(
+            Matchup(
+                row.prompt_id,
+                row.prompt,
+                system,
+                row.response,
+                baseline,
+                rival.response,
+                row.seed,
+                row.ended,
+                rival.ended,
+                reference=row.reference if row.reference is not None else rival.reference,
+                messages=row.messages if row.messages is not None else rival.messages,
+            )
+        )
+    for prompt_id in sorted(of_baseline.keys() - {row.prompt_id for row in rows}):
         bad.add(f"no response of {system}", f"prompt {prompt_id}")
     if bad:
         raise DataError(
@@ -85,29 +99,13 @@ def pair_up(completions: Sequence[CompletionRow], system: str, baseline: str) ->
     return matchups
 
 
-def _compare(a: CompletionRow, b: CompletionRow) -> Matchup:
-    return Matchup(
-        a.prompt_id,
-        a.prompt,
-        a.system,
-        a.response,
-        b.system,
-        b.response,
-        a.seed,
-        a.ended,
-        b.ended,
-        reference=a.reference if a.reference is not None else b.reference,
-        messages=a.messages if a.messages is not None else b.messages,
-    )
-
-
 def first_prompts(matchups: Sequence[Matchup], num_prompts: int) -> list[Matchup]:
     """Select the matchups of `num_prompts` prompts by the hashes of the prompts.
 
     The choice is independent of the order of the file, and a smaller one is a subset of a larger one.
     """
-    chosen = set(sorted({c.prompt_id for c in matchups})[:num_prompts])
-    return [c for c in matchups if c.prompt_id in chosen]
+    selected_ids = set(sorted({matchup.prompt_id for matchup in matchups})[:num_prompts])
+    return [matchup for matchup in matchups if matchup.prompt_id in selected_ids]
 
 
 def questions_of(matchups: Sequence[Matchup], orders: Literal["both", "one"], seed: int) -> list[Question]:
@@ -118,5 +116,5 @@ def questions_of(matchups: Sequence[Matchup], orders: Literal["both", "one"], se
 
 
 def _drawn_order(matchup: Matchup, seed: int) -> Order:
-    drawn = f"{seed}/{matchup.prompt_id}/{matchup.system_a}/{matchup.system_b}/{matchup.seed}"
-    return "ab" if hashlib.sha256(drawn.encode()).digest()[0] % 2 else "ba"
+    name = f"{seed}/{matchup.prompt_id}/{matchup.system_a}/{matchup.system_b}/{matchup.seed}"
+    return "ab" if hashlib.sha256(name.encode()).digest()[0] % 2 else "ba"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from drpo.config import ConfigError, key, refuse, setting
+from drpo.config import key, refuse, setting
 from drpo.engine import Engine, EngineConfig
 from drpo.reward_functions import import_functions
 from drpo.rewards import Completion, RewardFn
@@ -68,7 +68,7 @@ class ScoreJudge:
     def _verdict(self, question: Question, scores: dict[_Text, float]) -> Verdict:
         a, b = (scores[text] for text in _texts(question.matchup))
         if not (math.isfinite(a) and math.isfinite(b)):
-            return verdict_on(question, "failed", None, f"scores {a} and {b} are not both finite")
+            return verdict_on(question, "failed", None, detail=f"scores {a} and {b} are not both finite")
         winner: Winner = "tie" if abs(a - b) <= self._tie_margin else ("a" if a > b else "b")
         return verdict_on(question, "ok", winner, scores=(a, b))
 
@@ -113,8 +113,7 @@ class FunctionSettings(ScoreSettings):
 
 def reward_model_judge(settings: RewardModelSettings, run_dir: Path) -> ScoreJudge:
     """Load a reward model as a judge of texts: responses may come from anywhere, so there are no shared token ids."""
-    if settings.path is None:
-        raise ConfigError("judge.path must name a reward model")
+    refuse(settings.path is None, "judge.path", "must name a reward model")
     engine = Engine(EngineConfig(trackers=[]), run_dir, seed=0, max_grad_norm=None)
     scorer = RewardModelScorer.load(
         settings.path, engine, settings.batch_size, settings.dtype, None, "judge.path"
@@ -124,8 +123,7 @@ def reward_model_judge(settings: RewardModelSettings, run_dir: Path) -> ScoreJud
 
 def function_judge(settings: FunctionSettings, run_dir: Path) -> ScoreJudge:
     """Import a reward function as a judge."""
-    if settings.function is None:
-        raise ConfigError("judge.function must name a callable, as module:function")
+    refuse(settings.function is None, "judge.function", "must name a callable, as module:function")
     function = import_functions({"function": settings.function}, "judge")["function"]
     return ScoreJudge(function, settings.tie_margin)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from eval.judging.matchup import Order, Question
 
@@ -18,6 +18,8 @@ something else, every time. truncated: the answer was cut at its length limit. f
 Winner = Literal["a", "b", "tie"]
 Slot = Literal["first", "second", "tie"]
 
+_SHARE: dict[Winner | None, float] = {"a": 1.0, "tie": 0.5, "b": 0.0}
+"Share of the win that goes to system a."
 STATUSES: tuple[Status, ...] = ("ok", "refused", "malformed", "truncated", "failed")
 
 
@@ -52,12 +54,8 @@ class Verdict:
     @property
     def first_slot_won(self) -> float | None:
         """1 if the response shown first won, 0 if the other did, 0.5 for a tie, None without a verdict."""
-        match self.winner:
-            case None:
-                return None
-            case "tie":
-                return 0.5
-        return float((self.winner == "a") == (self.order == "ab"))
+        share = _SHARE.get(self.winner)
+        return share if share is None or self.order == "ab" else 1.0 - share
 
 
 def winner_of(slot: Slot, order: Order) -> Winner:
@@ -67,26 +65,8 @@ def winner_of(slot: Slot, order: Order) -> Winner:
     return "a" if (slot == "first") == (order == "ab") else "b"
 
 
-def verdict_on(
-    question: Question,
-    status: Status,
-    winner: Winner | None,
-    detail: str = "",
-    suspicions: tuple[Sequence[str], Sequence[str]] = ((), ()),
-    scores: tuple[float, float] | None = None,
-    keys: tuple[str, ...] = (),
-) -> Verdict:
-    """Make the verdict on a question, with the fields of its matchup.
-
-    Args:
-        question: The matchup and its order.
-        status: Outcome of the question.
-        winner: Winning system or tie; None unless the status is "ok".
-        detail: Reason for a missing winner.
-        suspicions: Signs of an attempt to sway the judge in response a and response b.
-        scores: Scores of response a and response b, from a judge that scores.
-        keys: Keys of the calls in the store, the deciding one last.
-    """
+def verdict_on(question: Question, status: Status, winner: Winner | None, **values: Any) -> Verdict:
+    """Make the verdict on a question from its matchup and order; `values` are further fields of the verdict."""
     matchup = question.matchup
     return Verdict(
         matchup.prompt_id,
@@ -98,11 +78,7 @@ def verdict_on(
         winner,
         len(matchup.response_a),
         len(matchup.response_b),
-        detail,
-        tuple(suspicions[0]),
-        tuple(suspicions[1]),
-        scores,
-        keys,
+        **values,
     )
 
 
@@ -131,31 +107,33 @@ class Judgment:
 
 
 HalfTie = Literal["half", "tie"]
-_SHARE = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
-def combine(
-    verdicts: Sequence[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
-) -> Judgment:
-    """Combine the verdicts on one matchup, each order once; `orders` are those that were asked for.
+def combine_all(
+    verdicts: Iterable[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
+) -> list[Judgment]:
+    """Combine the verdicts on each matchup, in the order of their first verdicts; `orders` were to be asked.
 
         both orders agree          1, 0.5 or 0           consistent
         one slot wins both times   0.5                   inconsistent: the slot decided, not the response
         a win and a tie            "half": 0.75 or 0.25, "tie": 0.5; inconsistent
         one of them has no winner, or was not asked yet: None, as it is never imputed from the other
 
-    Raises ValueError for verdicts on different matchups, twice on one order, or two where one was to be asked.
+    Raises ValueError for two verdicts on one order of a matchup, or two where one was to be asked.
     """
-    if not verdicts:
-        raise ValueError("no verdicts to combine")
-    if len({_matchup_key(v) for v in verdicts}) > 1:
-        raise ValueError("verdicts on different comparisons cannot be combined")
-    asked = [v.order for v in verdicts]
-    if len(set(asked)) < len(asked):
-        raise ValueError(f"prompt {verdicts[0].prompt_id} has two verdicts on one order: {asked}")
-    num_orders = 2 if orders == "both" else 1
-    if len(asked) > num_orders:
-        raise ValueError(f"prompt {verdicts[0].prompt_id} has verdicts on {asked} where one order was asked")
+    groups: dict[tuple, list[Verdict]] = {}
+    for verdict in verdicts:
+        groups.setdefault(_matchup_key(verdict), []).append(verdict)
+    return [_combine(group, half_tie, 2 if orders == "both" else 1) for group in groups.values()]
+
+
+def _combine(verdicts: Sequence[Verdict], half_tie: HalfTie, num_orders: int) -> Judgment:
+    """Combine the verdicts on one matchup."""
+    orders = [v.order for v in verdicts]
+    if len(set(orders)) < len(orders):
+        raise ValueError(f"prompt {verdicts[0].prompt_id} has two verdicts on one order: {orders}")
+    if len(orders) > num_orders:
+        raise ValueError(f"prompt {verdicts[0].prompt_id} has verdicts on {orders} where one order was asked")
     ordered = sorted(verdicts, key=lambda v: v.order)
     winners = {v.winner for v in ordered}
     score = consistent = None
@@ -166,10 +144,7 @@ def combine(
         consistent = len(winners) == 1 if num_orders == 2 else None
     first = ordered[0]
     return Judgment(
-        first.prompt_id,
-        first.system_a,
-        first.system_b,
-        first.seed,
+        *_matchup_key(first),
         score,
         consistent,
         tuple(v.first_slot_won for v in ordered),
@@ -179,16 +154,6 @@ def combine(
         bool(first.suspicions_a),
         bool(first.suspicions_b),
     )
-
-
-def combine_all(
-    verdicts: Iterable[Verdict], half_tie: HalfTie = "half", orders: Literal["both", "one"] = "both"
-) -> list[Judgment]:
-    """Make a judgment for each matchup, in the order of their first verdicts."""
-    groups: dict[tuple, list[Verdict]] = {}
-    for verdict in verdicts:
-        groups.setdefault(_matchup_key(verdict), []).append(verdict)
-    return [combine(group, half_tie, orders) for group in groups.values()]
 
 
 def _matchup_key(verdict: Verdict) -> tuple[str, str, str, int]:

@@ -97,11 +97,8 @@ def _settings() -> Iterator[None]:
 
 
 @_settings()
-def bar_chart(bars: Sequence[Mark], x_label: str, name: str, reference: float | None = None) -> Markup:
-    """Draw the marks' x as horizontal bars from 0, one row each, and a dashed line at `reference`.
-
-    `name` is the label for screen readers.
-    """
+def bar_chart(bars: Sequence[Mark], x_label: str, title: str, reference: float | None = None) -> Markup:
+    """Draw the marks' x as horizontal bars from 0, one row each, and a dashed line at `reference`."""
     labels = [shortened(bar.label) for bar in bars]
     left = 14 + max(26, 6.5 * max(map(len, labels)))
     axes = _axes(50 + 26 * len(bars), x_label, left, top=8, bottom=42)
@@ -114,7 +111,7 @@ def bar_chart(bars: Sequence[Mark], x_label: str, name: str, reference: float | 
     axes.grid(axis="x")
     if reference is not None:
         axes.axvline(reference, color=INK, linestyle="--", gid="reference:")
-    return _svg(axes.figure, name, [bar.text for bar in bars])
+    return _svg(axes.figure, title, [bar.text for bar in bars])
 
 
 @_settings()
@@ -122,14 +119,19 @@ def point_chart(
     points: Sequence[Mark],
     x_label: str,
     y_label: str,
-    name: str,
+    title: str,
     x_from_zero: bool = False,
     settings: bool = False,
 ) -> Markup:
     """Draw points with their intervals, and a legend of the methods' colours and shapes.
 
-    With `settings` the ticks of x are the points' own x; otherwise points are labelled where there is room. `name` is
-    the label for screen readers.
+    Args:
+        points: Marks with x and y.
+        x_label: Name of the x axis, with its unit.
+        y_label: Name of the y axis, with its unit.
+        title: Title for screen readers, followed by the marks' texts.
+        x_from_zero: Whether the x axis includes 0.
+        settings: Whether the ticks of x are the points' own x; otherwise points are labelled where there is room.
     """
     methods = {point.method: point.style for point in points}
     legend_height = 12 + 18 * math.ceil(len(methods) / LEGEND_COLUMNS)
@@ -137,9 +139,9 @@ def point_chart(
     axes.set_title(shortened(y_label, 60), loc="left", gid="axis:")
     axes.grid(axis="y")
     for method, style in methods.items():
-        own = [(point.x.value, point.y.value) for point in points if point.method == method and point.joined]
-        if len(own) > 1:
-            axes.plot(*zip(*own, strict=True), color=_mark_colour(style), alpha=0.7, gid="join:")
+        line = [(point.x.value, point.y.value) for point in points if point.method == method and point.joined]
+        if len(line) > 1:
+            axes.plot(*zip(*line, strict=True), color=_mark_colour(style), alpha=0.7, gid="join:")
     for i, point in enumerate(points):
         _interval(axes, point.x, point.y, gid=f"whisker:{i}", color=_mark_colour(point.style))
         _interval(axes, point.y, point.x, gid=f"whisker:{i}", color=_mark_colour(point.style), upright=True)
@@ -156,7 +158,7 @@ def point_chart(
         _settings_axis(axes, sorted({point.x.value for point in points}))
     else:
         _label(axes, points)
-    return _svg(axes.figure, name, [point.text for point in points])
+    return _svg(axes.figure, title, [point.text for point in points])
 
 
 # --- pieces -----------------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def _label(axes: Axes, points: Sequence[Mark]) -> None:
 # --- from matplotlib's SVG to the page's ------------------------------------------------------------------
 
 
-def _svg(figure: Figure, name: str, texts: Sequence[str]) -> Markup:
+def _svg(figure: Figure, title: str, texts: Sequence[str]) -> Markup:
     """Render the figure without styles and ids; an artist's gid kind:i becomes the class `kind` and the tooltip i."""
     file = io.StringIO()
     figure.savefig(file, format="svg")
@@ -241,9 +243,10 @@ def _svg(figure: Figure, name: str, texts: Sequence[str]) -> Markup:
             if is_ours:
                 attributes["class"] = kind
             if number:
-                title = ElementTree.Element("title")
-                title.text = texts[int(number)]
-                element.insert(0, title)
+                tooltip = ElementTree.Element("title")
+                tooltip.text = texts[int(number)]
+                element.insert(0, tooltip)
         element.attrib = attributes
-    root.attrib = {"class": "chart", "viewBox": root.get("viewBox"), "role": "img", "aria-label": name}
+    root.attrib = {"class": "chart", "viewBox": root.get("viewBox"), "role": "img"}
+    root.set("aria-label", f"{title}. {'; '.join(texts)}")
     return Markup(ElementTree.tostring(root, encoding="unicode"))

@@ -272,19 +272,19 @@ class Findings:
             raise _refused(fault)
 
     def _faults(self) -> Iterator[str]:
-        measures = [measure.key for measure in self.measures]
-        yield from _repeats(measures, "measures", "key")
-        yield from _repeats([system.name for system in self.systems], "systems", "name")
-        yield from _repeats([example.id for example in self.examples], "examples", "id")
+        keys = [measure.key for measure in self.measures]
+        yield from _repeats("measures", "key", keys)
+        yield from _repeats("systems", "name", [system.name for system in self.systems])
+        yield from _repeats("examples", "id", [example.id for example in self.examples])
         for i, system in enumerate(self.systems):
-            for key in measures:
+            for key in keys:
                 if key not in system.values:
                     yield f"systems[{i}].values.{key} is missing; null stands for a value that there is not"
-        named = [(f"tests[{i}].measure", test.measure) for i, test in enumerate(self.tests)]
-        named += [(f"curves[{i}].measure", curve.measure) for i, curve in enumerate(self.curves)]
-        named += [(f"frontiers[{i}].reward", front.reward) for i, front in enumerate(self.frontiers)]
-        for path, key in named:
-            if key not in measures:
+        named = {f"tests[{i}].measure": test.measure for i, test in enumerate(self.tests)}
+        named |= {f"curves[{i}].measure": curve.measure for i, curve in enumerate(self.curves)}
+        named |= {f"frontiers[{i}].reward": front.reward for i, front in enumerate(self.frontiers)}
+        for path, key in named.items():
+            if key not in keys:
                 yield f"{path} must be the key of a measure, got {key!r}"
         for i, example in enumerate(self.examples):
             length = len(example.response_a)
@@ -311,23 +311,18 @@ def comparison_from(content: Any) -> Comparison:
         fault = error.errors(include_url=False)[0]
     if fault["type"] == "value_error":
         raise fault["ctx"]["error"]
-    path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"]).removeprefix(
-        "."
-    )
+    path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
+    path = path.removeprefix(".") or "the whole"
     if fault["type"] == "missing":
         raise _refused(f"{path} is missing")
+    expected = "a mapping" if fault["type"] == "dataclass_type" else fault["msg"]
     expected = (
-        fault["msg"]
-        .removeprefix("Input should be ")
-        .replace("tuple", "list")
-        .replace("dictionary", "mapping")
+        expected.removeprefix("Input should be ").replace("tuple", "list").replace("dictionary", "mapping")
     )
-    if fault["type"] == "dataclass_type":
-        expected = "a mapping"
     got = repr(fault["input"])
     if len(got) > 60:
         got = f"{type(fault['input']).__name__} {got[:57]}..."
-    raise _refused(f"{path or 'the whole'} must be {expected}, got {got}")
+    raise _refused(f"{path} must be {expected}, got {got}")
 
 
 def read_comparison(path: Path | str) -> Comparison:
@@ -353,7 +348,7 @@ def _refused(fault: str) -> DataError:
     return DataError(f"the comparison cannot be shown: {fault}. launch/compare.py writes one that can")
 
 
-def _repeats(names: Sequence[str], section: str, field: str) -> Iterator[str]:
+def _repeats(section: str, field: str, names: Sequence[str]) -> Iterator[str]:
     seen: set[str] = set()
     for i, name in enumerate(names):
         if name in seen:

@@ -46,23 +46,20 @@ def report(path: Path) -> Path:
 
 def write_report(comparison: Comparison, folder: Path) -> Path:
     """Write report.html and report.md into `folder`, and return the path of report.html."""
-    made = {
+    facts, plots = headline(comparison), figures(comparison)
+    tables = {
         "results": results_table(comparison),
         "judge": judge_table(comparison),
         "tests": differences_table(comparison),
         "matches": matches_table(comparison),
         "ranking": ranking_table(comparison),
     }
-    tables = [table for table in made.values() if table is not None]
-    plots = figures(comparison)
-    facts = headline(comparison)
-    html = _page(comparison, facts, made, plots)
-    folder = Path(folder)
+    pages = {
+        "report.md": markdown_page(comparison, facts, list(filter(None, tables.values())), plots),
+        "report.html": _page(comparison, facts, tables, plots),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("report.md", markdown_page(comparison, facts, tables, plots)),
-        ("report.html", html),
-    ):
+    for name, text in pages.items():
         # Lone surrogates cannot be encoded: they become question marks.
         (folder / name).write_bytes(text.encode("utf-8", errors="replace"))
     return folder / "report.html"
@@ -70,21 +67,19 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
 
 def headline(comparison: Comparison) -> list[tuple[str, str]]:
     """Return name and text of the facts at the top: judge and its cost, baseline, prompts, date, commit."""
-    facts = [("task", comparison.task), ("baseline", comparison.baseline)]
     sizes = sorted({system.num_prompts for system in comparison.systems})
-    if sizes:
-        facts.append(
-            ("prompts", str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}, by system")
-        )
     judge = comparison.judge
-    facts.append(("judge", "none" if judge is None else judge_text(judge)))
-    if judge is not None and judge.spent:
-        facts.append(("spent on the judge", spent_text(judge.spent)))
-    facts.append(
-        ("written", re.sub(r"^(\S{10})T(\d\d:\d\d)\S*?(Z|\+00:00)$", r"\1 \2 UTC", comparison.created))
-    )
-    facts.append(("commit", re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", comparison.commit or "unknown")))
-    return facts
+    written = re.sub(r"^(\S{10})T(\d\d:\d\d)\S*?(Z|\+00:00)$", r"\1 \2 UTC", comparison.created)
+    facts = {
+        "task": comparison.task,
+        "baseline": comparison.baseline,
+        "prompts": f"{sizes[0]} to {sizes[-1]}, by system" if sizes[1:] else "".join(map(str, sizes)),
+        "judge": "none" if judge is None else judge_text(judge),
+        "spent on the judge": "" if judge is None else spent_text(judge.spent or {}),
+        "written": written,
+        "commit": re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", comparison.commit or "unknown"),
+    }
+    return [(name, text) for name, text in facts.items() if text]
 
 
 def judge_text(judge: JudgeRow) -> str:
@@ -125,7 +120,7 @@ def _page(
     plots: list[Figure],
 ) -> str:
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
-    shown = {
+    browser_data = {
         "measures": comparison.measures,
         "systems": [{"name": system.name, "method": system.method} for system in comparison.systems],
         "examples": comparison.examples,
@@ -146,7 +141,7 @@ def _page(
         style=Markup(style),
         script=Markup(script),
         policy=_security_policy(style, script),
-        data=Markup(script_json(shown)),
+        data=Markup(script_json(browser_data)),
     )
 
 

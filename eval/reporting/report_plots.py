@@ -9,11 +9,12 @@ from markupsafe import Markup
 
 from eval.reporting.chart import Mark, bar_chart, point_chart
 from eval.reporting.comparison import Comparison, Curve, Estimate, Frontier, MeasureRow
-from eval.reporting.report_tables import Column, Table, estimate_text, measure_title, row_of, setting_text
+from eval.reporting.report_tables import SYSTEM, Column, Table, estimate_text, measure_title, row_of
 
 WIN_RATES = ("win_rate", "lc_win_rate")
 EVEN = 50.0
 KL = MeasureRow("kl", "KL to the reference policy", "nats", 2, None, "")
+METHOD = Column("method", numeric=False)
 INTERVALS = "Lines are 95% intervals."
 
 
@@ -31,13 +32,13 @@ def figures(comparison: Comparison) -> list[Figure]:
     """Draw all plots for which there are numbers, in the order of the page."""
     measures = {measure.key: measure for measure in comparison.measures}
     styles = _styles(comparison)
-    found = [_win_rates(comparison, measures[key], styles) for key in WIN_RATES if key in measures]
-    found += [_frontier(frontier, measures, styles) for frontier in comparison.frontiers]
+    drawn = [_win_rates(comparison, measures[key], styles) for key in WIN_RATES if key in measures]
+    drawn += [_frontier(frontier, measures, styles) for frontier in comparison.frontiers]
     lengths = [measure for measure in comparison.measures if measure.unit == "tokens"]
     if "win_rate" in measures and lengths:
-        found.append(_against_length(comparison, measures["win_rate"], lengths[0], styles))
-    found += [_curve(curve, measures[curve.measure], styles) for curve in comparison.curves]
-    return [figure for figure in found if figure is not None]
+        drawn.append(_against_length(comparison, measures["win_rate"], lengths[0], styles))
+    drawn += [_curve(curve, measures[curve.measure], styles) for curve in comparison.curves]
+    return [figure for figure in drawn if figure is not None]
 
 
 def _styles(comparison: Comparison) -> dict[str, int]:
@@ -58,10 +59,6 @@ def _has_value(estimate: Estimate | None) -> bool:
     return estimate is not None and estimate.value is not None
 
 
-def _name(title: str, marks: list[Mark]) -> str:
-    return f"{title}. " + "; ".join(mark.text for mark in marks)
-
-
 def _capital(name: str) -> str:
     return name[:1].upper() + name[1:]
 
@@ -71,15 +68,15 @@ def _win_rates(comparison: Comparison, measure: MeasureRow, styles: Mapping[str,
     for system in comparison.systems:
         rate = system.values[measure.key]
         if _has_value(rate):
-            shown = estimate_text(rate, measure)
-            text = f"{system.name}: {shown}"
+            rate_text = estimate_text(rate, measure)
+            text = f"{system.name}: {rate_text}"
             bars.append(Mark(system.name, styles[system.method], text, _scaled(rate, measure)))
-            rows.append(row_of(system.name, shown))
+            rows.append(row_of(system.name, rate_text))
     if not bars:
         return None
     title, axis = f"{_capital(measure.name)} against {comparison.baseline}", measure_title(measure)
-    drawing = bar_chart(bars, axis, _name(title, bars), EVEN if measure.unit == "%" else None)
-    table = Table(title, (Column("system", numeric=False), Column(axis)), tuple(rows))
+    drawing = bar_chart(bars, axis, title, EVEN if measure.unit == "%" else None)
+    table = Table(title, (SYSTEM, Column(axis)), tuple(rows))
     return Figure(title, drawing, f"{INTERVALS} Dashed: as good as the baseline.", table)
 
 
@@ -93,21 +90,19 @@ def _frontier(
             continue
         reward_text, kl_text = estimate_text(point.reward, reward), estimate_text(point.kl, kl)
         text = f"{point.system}: {reward_text} at {kl_text} nats{' (on the front)' if point.on_front else ''}"
-        where = (_scaled(point.kl, kl), _scaled(point.reward, reward))
-        points.append(
-            Mark(point.system, styles[point.method], text, *where, point.method, True, point.on_front)
-        )
+        xy = (_scaled(point.kl, kl), _scaled(point.reward, reward))
+        points.append(Mark(point.system, styles[point.method], text, *xy, point.method, True, point.on_front))
         front = "yes" if point.on_front else "no"
         rows.append(row_of(point.system, point.method, kl_text, reward_text, front))
     if not points:
         return None
     title = f"{_capital(reward.name)} against KL"
-    names = (("system", False), ("method", False), (measure_title(kl), True), (measure_title(reward), True))
-    columns = [Column(name, numeric=numeric) for name, numeric in (*names, ("on the Pareto front", False))]
+    numbers = (Column(measure_title(kl)), Column(measure_title(reward)))
+    columns = (SYSTEM, METHOD, *numbers, Column("on the Pareto front", numeric=False))
     axes = ("KL to the reference policy (nats)", measure_title(reward))
-    drawing = point_chart(points, *axes, _name(title, points), x_from_zero=True)
+    drawing = point_chart(points, *axes, title, x_from_zero=True)
     caption = f"Ringed: the Pareto front, where no other system has more reward at less KL. {INTERVALS}"
-    return Figure(title, drawing, caption, Table(title, tuple(columns), tuple(rows)))
+    return Figure(title, drawing, caption, Table(title, columns, tuple(rows)))
 
 
 def _against_length(
@@ -120,15 +115,15 @@ def _against_length(
             continue
         rate_text, tokens_text = estimate_text(rate, measure), estimate_text(tokens, length)
         text = f"{system.name}: {rate_text} at {tokens_text} tokens"
-        where = (_scaled(tokens, length), _scaled(rate, measure))
-        points.append(Mark(system.name, styles[system.method], text, *where, system.method))
+        xy = (_scaled(tokens, length), _scaled(rate, measure))
+        points.append(Mark(system.name, styles[system.method], text, *xy, system.method))
         rows.append(row_of(system.name, tokens_text, rate_text))
     if not points:
         return None
     title = f"{_capital(measure.name)} against {length.name}"
     axes = (measure_title(length), measure_title(measure))
-    drawing = point_chart(points, *axes, _name(title, points))
-    columns = (Column("system", numeric=False), *(Column(name) for name in axes))
+    drawing = point_chart(points, *axes, title)
+    columns = (SYSTEM, *map(Column, axes))
     caption = "A win rate that rises with the length may be the judge's taste for long answers."
     return Figure(title, drawing, caption, Table(title, columns, tuple(rows)))
 
@@ -138,14 +133,14 @@ def _curve(curve: Curve, measure: MeasureRow, styles: Mapping[str, int]) -> Figu
     for point in curve.points:
         if not _has_value(point):
             continue
-        shown, setting = estimate_text(point, measure), setting_text(point.setting)
-        text = f"{curve.setting} {setting}: {shown}"
-        where = (Estimate(point.setting, None, None), _scaled(point, measure))
-        points.append(Mark(point.system, styles[point.method], text, *where, point.method, True))
-        rows.append(row_of(point.system, point.method, setting, shown))
+        value, setting = estimate_text(point, measure), f"{point.setting:g}"
+        text = f"{curve.setting} {setting}: {value}"
+        xy = (Estimate(point.setting, None, None), _scaled(point, measure))
+        points.append(Mark(point.system, styles[point.method], text, *xy, point.method, True))
+        rows.append(row_of(point.system, point.method, setting, value))
     if not points:
         return None
     title, axes = f"{_capital(measure.name)} over {curve.setting}", (curve.setting, measure_title(measure))
-    columns = [Column(name, numeric=False) for name in ("system", "method")] + [Column(name) for name in axes]
-    drawing = point_chart(points, *axes, _name(title, points), settings=True)
-    return Figure(title, drawing, INTERVALS, Table(title, tuple(columns), tuple(rows)))
+    columns = (SYSTEM, METHOD, *map(Column, axes))
+    drawing = point_chart(points, *axes, title, settings=True)
+    return Figure(title, drawing, INTERVALS, Table(title, columns, tuple(rows)))

@@ -31,6 +31,9 @@ class Column:
     numeric: bool = True
 
 
+SYSTEM = Column("system", numeric=False)
+
+
 @dataclass(frozen=True)
 class Table:
     """A table; the first cell of a row names it."""
@@ -57,21 +60,19 @@ def number_text(value: float | None, digits: int, unit: str = "") -> str:
     return text.removeprefix("-") if float(text) == 0 else text
 
 
-def interval_text(
-    value: float | None, low: float | None, high: float | None, digits: int, unit: str = ""
-) -> str:
+def interval_text(estimate: Estimate | None, digits: int, unit: str = "") -> str:
     """Format value [low, high], or the value alone where there is no interval."""
-    text = number_text(value, digits, unit)
-    if value is None or low is None or high is None:
-        return text
-    return f"{text} [{number_text(low, digits, unit)}, {number_text(high, digits, unit)}]"
+    if estimate is None:
+        return NOTHING
+    value, low, high = (
+        number_text(number, digits, unit) for number in (estimate.value, estimate.low, estimate.high)
+    )
+    return value if NOTHING in (value, low, high) else f"{value} [{low}, {high}]"
 
 
 def estimate_text(estimate: Estimate | None, measure: MeasureRow) -> str:
     """Format a value with its interval, in the digits and the unit of its measure."""
-    if estimate is None:
-        return NOTHING
-    return interval_text(estimate.value, estimate.low, estimate.high, measure.digits, measure.unit)
+    return interval_text(estimate, measure.digits, measure.unit)
 
 
 def p_text(p: float | None) -> str:
@@ -84,10 +85,6 @@ def p_text(p: float | None) -> str:
 def measure_title(measure: MeasureRow) -> str:
     """Return the name of the measure with its unit."""
     return f"{measure.name} ({measure.unit})" if measure.unit else measure.name
-
-
-def setting_text(setting: float) -> str:
-    return f"{setting:g}"
 
 
 # --- tests ------------------------------------------------------------------------------------------------
@@ -115,8 +112,8 @@ def reading(test: DifferenceRow, measure: MeasureRow) -> str:
     if test.low <= 0 <= test.high or (test.p_value or 0) >= SIGNIFICANT:
         if test.detectable is None:
             return "not resolved at this n"
-        scale = 100 if measure.unit == "%" else 1
-        return f"not resolved at this n, which can show {test.detectable * scale:.{measure.digits}f} or more"
+        detectable = number_text(test.detectable, measure.digits, measure.unit)
+        return f"not resolved at this n, which can show {detectable} or more"
     if not resolved(test):
         return "not resolved once every test is counted (Holm)"
     better = better_system(test, measure)
@@ -130,6 +127,7 @@ def differences_table(comparison: Comparison) -> Table | None:
     if not comparison.tests:
         return None
     measures = {measure.key: measure for measure in comparison.measures}
+    over = "What was drawn at random: a test over prompts is about these runs and no others."
     columns = (
         Column("systems", numeric=False),
         Column("measure", numeric=False),
@@ -137,11 +135,7 @@ def differences_table(comparison: Comparison) -> Table | None:
         Column("p", "How often chance alone would show such a difference, if there were none."),
         Column("p (Holm)", "The same, corrected for the number of tests."),
         Column("prompts"),
-        Column(
-            "over",
-            "What was drawn at random: a test over prompts is about these runs and no others.",
-            numeric=False,
-        ),
+        Column("over", over, numeric=False),
         Column("reading", numeric=False),
     )
     rows = []
@@ -174,8 +168,7 @@ def results_table(comparison: Comparison) -> Table | None:
     if not comparison.systems:
         return None
     measures = comparison.measures
-    columns = [Column("system", numeric=False)]
-    columns += [Column(measure_title(measure), measure.help) for measure in measures]
+    columns = (SYSTEM, *(Column(measure_title(measure), measure.help) for measure in measures))
     rows = []
     for system in comparison.systems:
         cells = [Cell(system.name, _system_notes(system), system.warnings)]
@@ -188,13 +181,13 @@ def results_table(comparison: Comparison) -> Table | None:
     notes = ["Brackets hold the 95% interval."]
     if any(cell.strong for row in rows for cell in row):
         notes.append("Better than: a paired test on the same prompts, p < 0.05 after Holm's correction.")
-    return Table("Results", tuple(columns), tuple(rows), tuple(notes))
+    return Table("Results", columns, tuple(rows), tuple(notes))
 
 
 def _system_notes(system: SystemRow) -> tuple[str, ...]:
     notes = [] if system.method == system.name else [system.method]
     if system.setting is not None:
-        notes.append(f"setting {setting_text(system.setting)}")
+        notes.append(f"setting {system.setting:g}")
     if system.num_runs > 1:
         notes.append(f"{system.num_runs} runs")
     return (", ".join(notes),) if notes else ()
@@ -220,7 +213,7 @@ def judge_table(comparison: Comparison) -> Table | None:
     if not judged:
         return None
     columns = (
-        Column("system", numeric=False),
+        SYSTEM,
         Column("wins"),
         Column("ties"),
         Column("losses"),
@@ -235,6 +228,7 @@ def judge_table(comparison: Comparison) -> Table | None:
     for system in judged:
         row = system.judged
         failures = [f"{row.statuses[name]} {name}" for name in STATUSES[1:] if row.statuses.get(name)]
+        consistent = Estimate(row.consistent, row.consistent_low, row.consistent_high)
         first_p = row.first_slot_p
         p_note = () if first_p is None else (f"p {'' if first_p < 0.001 else '= '}{p_text(first_p)}",)
         rows.append(
@@ -244,7 +238,7 @@ def judge_table(comparison: Comparison) -> Table | None:
                 ", ".join(failures) or "0",
                 number_text(row.worst_case, 1, "%"),
                 number_text(row.best_case, 1, "%"),
-                interval_text(row.consistent, row.consistent_low, row.consistent_high, 1, "%"),
+                interval_text(consistent, 1, "%"),
                 Cell(number_text(row.first_slot_wins, 1, "%"), p_note),
             )
         )
@@ -265,7 +259,7 @@ def matches_table(comparison: Comparison) -> Table | None:
     rows = [
         row_of(
             f"{match.system_1} against {match.system_2}",
-            interval_text(match.value, match.low, match.high, 1, "%"),
+            interval_text(match, 1, "%"),
             *(match.wins, match.ties, match.losses, match.undecided, match.num_prompts),
         )
         for match in comparison.matches
@@ -279,17 +273,14 @@ def ranking_table(comparison: Comparison) -> Table | None:
     if ranking is None or not (ranking.systems or ranking.warnings):
         return None
     columns = (
-        Column("system", numeric=False),
+        SYSTEM,
         Column("Elo", "400 points are odds of ten to one (Bradley-Terry, a tie is half a win)."),
     )
     rows = [
-        row_of(system.name, interval_text(system.elo, system.low, system.high, 0))
+        row_of(system.name, interval_text(Estimate(system.elo, system.low, system.high), 0))
         for system in ranking.systems
     ]
     zero = "the mean of all systems" if ranking.anchor is None else ranking.anchor
     source = "with the baseline and of systems with each other" if comparison.matches else "with the baseline"
-    notes = (
-        f"From {ranking.num_comparisons} comparisons {source}, relative to {zero}.",
-        *ranking.warnings,
-    )
-    return Table("Ranking", columns, tuple(rows), notes)
+    origin = f"From {ranking.num_comparisons} comparisons {source}, relative to {zero}."
+    return Table("Ranking", columns, tuple(rows), (origin, *ranking.warnings))

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats
 
-from eval.statistics.intervals import Interval, mean_interval, prompt_codes, prompt_means, rate_interval
+from eval.statistics.intervals import Interval, mean_interval, prompt_codes, rate_interval
 from eval.statistics.sample_size import detectable_difference
-from eval.statistics.seeds import seed_difference, seed_interval
+from eval.statistics.seeds import Difference, seed_difference, seed_interval
 from eval.statistics.win_rate import paired_test
 
 
@@ -52,15 +52,14 @@ class Values:
 def run_matrix(runs: Sequence[Values]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
     """Return the prompts sorted by id (P,), and each run's mean on each prompt (S, P); nan without a number."""
     prompt_ids = tuple(sorted({prompt_id for run in runs for prompt_id in run.prompt_ids}))
-    column = {prompt_id: place for place, prompt_id in enumerate(prompt_ids)}
+    column = {prompt_id: index for index, prompt_id in enumerate(prompt_ids)}
     matrix = np.full((len(runs), len(prompt_ids)), np.nan)
-    for row, run in enumerate(runs):
-        numbers = np.asarray(run.numbers, dtype=np.float64)
-        known = ~np.isnan(numbers)
+    for means, run in zip(matrix, runs, strict=True):
+        known = ~np.isnan(run.numbers)
         columns = np.array([column[prompt_id] for prompt_id in run.prompt_ids], dtype=np.intp)[known]
-        sums = np.bincount(columns, weights=numbers[known], minlength=len(prompt_ids))
+        sums = np.bincount(columns, weights=run.numbers[known], minlength=len(prompt_ids))
         counts = np.bincount(columns, minlength=len(prompt_ids))
-        matrix[row, counts > 0] = sums[counts > 0] / counts[counts > 0]
+        np.divide(sums, counts, out=means, where=counts > 0)
     return prompt_ids, matrix
 
 
@@ -73,24 +72,18 @@ def measured(
     `floor`, such as 0 for a KL, unless the value itself is. Raises ValueError when a run has no numbers.
     """
     _, matrix = run_matrix(runs)
-    empty = [row for row, numbers in enumerate(matrix) if np.isnan(numbers).all()]
+    empty = np.flatnonzero(np.isnan(matrix).all(axis=1)).tolist()
     if empty:
         raise ValueError(f"runs {empty} have no number at all")
-    means = tuple(float(np.nanmean(numbers)) for numbers in matrix)
+    means = tuple(np.nanmean(matrix, axis=1).tolist())
     if matrix.shape[1] == 1:
         return Measured(float(np.mean(means)), None, None, means, "one prompt")
     if len(runs) > 1:
-        result = seed_interval(matrix, bounds)
-        low = max(result.low, min(floor, result.value))
-        return Measured(result.value, low, result.high, means, "seeds")
-    numbers, codes = (
-        np.asarray(runs[0].numbers, dtype=np.float64),
-        prompt_codes(runs[0].prompt_ids, len(runs[0].numbers)),
-    )
-    if bounds == (0.0, 1.0):
-        interval = rate_interval(numbers, codes)
+        interval = seed_interval(matrix, bounds)
+    elif bounds == (0.0, 1.0):
+        interval = rate_interval(runs[0].numbers, prompt_codes(runs[0].prompt_ids, len(runs[0].numbers)))
     else:
-        interval = mean_interval(prompt_means(numbers, codes), bounds=bounds)
+        interval = mean_interval(matrix[0, ~np.isnan(matrix[0])], bounds=bounds)
     low = max(interval.low, min(floor, interval.value))
     return Measured(interval.value, low, interval.high, means, interval.method)
 
@@ -113,20 +106,6 @@ def widened_by_runs(
     return Measured(interval.value, low, high, tuple(runs), "widened by seeds")
 
 
-@dataclass(frozen=True)
-class Difference:
-    """System 1 minus system 2. `over` names what the interval is over: "prompts", or "seeds and prompts"."""
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    num_prompts: int
-    over: str
-    detectable: float | None
-    "Smallest true difference that this many prompts detect with power 0.8; None where seeds count, too."
-
-
 def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference:
     """Compute the difference of two systems' scores in [0, 1] on their shared prompts.
 
@@ -135,29 +114,21 @@ def difference(runs_1: Sequence[Values], runs_2: Sequence[Values]) -> Difference
     """
     prompts_1, matrix_1 = run_matrix(runs_1)
     prompts_2, matrix_2 = run_matrix(runs_2)
-    shared = sorted(set(prompts_1) & set(prompts_2))
-    if not shared:
+    shared, columns_1, columns_2 = np.intersect1d(prompts_1, prompts_2, return_indices=True)
+    if not len(shared):
         raise ValueError("the two systems share no prompts")
-    matrix_1 = matrix_1[:, np.isin(prompts_1, shared)]  # columns are sorted by id
-    matrix_2 = matrix_2[:, np.isin(prompts_2, shared)]
+    matrix_1, matrix_2 = matrix_1[:, columns_1], matrix_2[:, columns_2]
     if len(runs_1) > 1 and len(runs_2) > 1 and (_varies(matrix_1) or _varies(matrix_2)):
-        result = seed_difference(matrix_1, matrix_2)
-        over, detectable = "seeds and prompts", None
-    else:
-        scores_1, scores_2 = _over_runs(matrix_1), _over_runs(matrix_2)
-        result, over = paired_test(scores_1, scores_2), "prompts"
-        sd = float(np.nanstd(scores_1 - scores_2, ddof=1)) if result.num_prompts > 1 else 0.0
-        detectable = detectable_difference(result.num_prompts, sd) if sd > 0 else None
-    return Difference(
-        result.difference, result.low, result.high, result.p_value, result.num_prompts, over, detectable
-    )
+        return seed_difference(matrix_1, matrix_2)
+    # nan where a run has no number: the levels of runs differ
+    scores_1, scores_2 = matrix_1.mean(axis=0), matrix_2.mean(axis=0)
+    test = paired_test(scores_1, scores_2)
+    sd = float(np.nanstd(scores_1 - scores_2, ddof=1)) if test.num_prompts > 1 else 0.0
+    detectable = detectable_difference(test.num_prompts, sd) if sd > 0 else None
+    limits = test.low, test.high
+    return Difference(test.difference, *limits, test.p_value, test.num_prompts, "prompts", detectable)
 
 
 def _varies(matrix: NDArray[np.float64]) -> bool:
     decided = matrix[~np.isnan(matrix)]
     return len(decided) == 0 or float(np.ptp(decided)) > 1e-12
-
-
-def _over_runs(matrix: ArrayLike) -> NDArray[np.float64]:
-    """Average each prompt over runs; nan where a run has no number, because the levels of runs differ."""
-    return np.asarray(matrix).mean(axis=0)

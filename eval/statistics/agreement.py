@@ -59,7 +59,7 @@ def agreement(
     """
     confidence = checked_confidence(confidence)
     scores_1, scores_2 = checked_scores(scores_1, "scores_1"), checked_scores(scores_2, "scores_2")
-    same_rows("scores_1", len(scores_1), {"scores_2": len(scores_2)})
+    same_rows({"scores_1": len(scores_1), "scores_2": len(scores_2)})
     codes = prompt_codes(prompt_ids, len(scores_1))
     decided = ~(np.isnan(scores_1) | np.isnan(scores_2))
     if not decided.any():
@@ -68,9 +68,7 @@ def agreement(
         )
     verdicts_1, verdicts_2, codes = _one_hot(scores_1[decided]), _one_hot(scores_2[decided]), codes[decided]
     agree = (verdicts_1 * verdicts_2).sum(axis=1)
-    share = rate_interval(agree, codes, confidence)
-    means = [prompt_means(x, codes) for x in (agree, verdicts_1, verdicts_2)]
-    chance, kappa, low, high = _kappa_interval(*means, share, confidence)
+    share, chance, kappa, limits = _kappa(agree, verdicts_1, verdicts_2, codes, confidence)
     return Agreement(
         n=int(decided.sum()),
         num_prompts=share.num_prompts,
@@ -80,8 +78,8 @@ def agreement(
         high=share.high,
         chance=chance,
         kappa=kappa,
-        kappa_low=low,
-        kappa_high=high,
+        kappa_low=limits[0],
+        kappa_high=limits[1],
     )
 
 
@@ -91,30 +89,32 @@ def _one_hot(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(np.isnan(scores)[..., None], np.nan, hot)
 
 
-def _kappa_interval(
+def _kappa(
     agree: NDArray[np.float64],
     shares_1: NDArray[np.float64],
     shares_2: NDArray[np.float64],
-    share: Interval,
+    codes: NDArray[np.intp],
     confidence: float,
-) -> tuple[float, float, float, float]:
-    """Compute p_e, kappa and its limits, from each prompt's agreement (P,) and shares of the verdicts (P, 3).
+) -> tuple[Interval, float, float, tuple[float, float]]:
+    """Compute p_o, p_e, kappa and its limits, from each row's agreement (n,) and shares of the verdicts (n, 3).
 
     d kappa = (d p_o - (1 - kappa) d p_e) / (1 - p_e),    d p_e = sum_k (p_2k d p_1k + p_1k d p_2k)
     """
+    share = rate_interval(agree, codes, confidence)
+    agree, shares_1, shares_2 = (prompt_means(x, codes) for x in (agree, shares_1, shares_2))
     mean_1, mean_2 = shares_1.mean(axis=0), shares_2.mean(axis=0)
     chance = float(mean_1 @ mean_2)
     if 1 - chance < 1e-12:
-        return chance, np.nan, np.nan, np.nan
-    kappa = (float(agree.mean()) - chance) / (1 - chance)
+        return share, chance, np.nan, (np.nan, np.nan)
+    kappa = (share.value - chance) / (1 - chance)
     slopes = (agree - (1 - kappa) * (shares_1 @ mean_2 + shares_2 @ mean_1)) / (1 - chance)
     num_prompts = len(agree)
     error = slopes.std(ddof=1) / np.sqrt(num_prompts) if num_prompts > 1 else 0.0
     if error < 1e-12:
         low, high = ((limit - chance) / (1 - chance) for limit in (share.low, share.high))
-        return chance, kappa, min(kappa, low), max(kappa, high)
+        return share, chance, kappa, (min(kappa, low), max(kappa, high))
     half = stats.t.isf((1 - confidence) / 2, num_prompts - 1) * error
-    return chance, kappa, float(kappa - half), float(min(1.0, kappa + half))
+    return share, chance, kappa, (float(kappa - half), float(min(1.0, kappa + half)))
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,17 @@ def human_ceiling(
         pair i with m_i labels, m_ik of them verdict k, judge's verdict j:
         judge_i = m_ij / m_i,    humans_i = sum_k m_ik (m_ik - 1) / (m_i (m_i - 1))
 
-    `judge_scores` (n,), `human_scores` (n, annotators) in [0, 1], nan = no label; `prompt_ids` (n,), None when each
-    row is its own prompt. Each prompt counts once. The p_e of human kappa comes from the pooled labels; with equally
-    many labels per pair it is Fleiss' kappa. The difference has a BCa interval of `num_resamples` resamples.
+    Each prompt counts once. The p_e of human kappa comes from the pooled labels; with equally many labels per pair it
+    is Fleiss' kappa. The difference has a BCa interval.
+
+    Args:
+        judge_scores: Scores (n,) of the judge in [0, 1]; nan = no verdict.
+        human_scores: Scores (n, annotators) of the people in [0, 1]; nan = no label.
+        prompt_ids: Prompt (n,) of each row; None when each row is its own prompt.
+        confidence: Confidence level of all limits.
+        num_resamples: Number of resamples for the difference.
+        seed: Seed of the resamples.
+
     Raises ValueError on unequal lengths, or when no pair has two labels and a verdict.
     Sources: Cohen 1960; Fleiss 1971.
     """
@@ -160,7 +168,7 @@ def human_ceiling(
     labels = np.asarray(human_scores, dtype=np.float64)
     if labels.ndim != 2 or labels.shape[1] < 2:
         raise ValueError(f"human_scores must be (pairs, at least 2 annotators), got shape {labels.shape}")
-    same_rows("judge_scores", len(judge_scores), {"human_scores": len(labels)})
+    same_rows({"judge_scores": len(judge_scores), "human_scores": len(labels)})
     checked_scores(labels.ravel(), "human_scores")
     codes = prompt_codes(prompt_ids, len(labels))
     usable = ((~np.isnan(labels)).sum(axis=1) >= 2) & ~np.isnan(judge_scores)
@@ -175,10 +183,8 @@ def human_ceiling(
     shares = counts / num_labels[:, None]
     with_judge = (verdicts * shares).sum(axis=1)
     with_human = (counts * (counts - 1)).sum(axis=1) / (num_labels * (num_labels - 1))
-    judge, humans = (rate_interval(x, codes, confidence) for x in (with_judge, with_human))
-    j, h, v, s = (prompt_means(x, codes) for x in (with_judge, with_human, verdicts, shares))
-    _, judge_kappa, *judge_limits = _kappa_interval(j, v, s, judge, confidence)
-    _, human_kappa, *human_limits = _kappa_interval(h, s, s, humans, confidence)
+    judge, _, judge_kappa, judge_limits = _kappa(with_judge, verdicts, shares, codes, confidence)
+    humans, _, human_kappa, human_limits = _kappa(with_human, shares, shares, codes, confidence)
     return HumanCeiling(
         num_pairs=int(usable.sum()),
         left_out=int((~usable).sum()),
@@ -188,7 +194,7 @@ def human_ceiling(
             with_judge - with_human, codes, confidence, (-1.0, 1.0), num_resamples=num_resamples, seed=seed
         ),
         judge_kappa=judge_kappa,
-        judge_kappa_limits=tuple(judge_limits),
+        judge_kappa_limits=judge_limits,
         human_kappa=human_kappa,
-        human_kappa_limits=tuple(human_limits),
+        human_kappa_limits=human_limits,
     )

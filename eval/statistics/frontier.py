@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from eval.statistics.intervals import without_nan
+from eval.statistics.intervals import same_rows, without_nan
 
 
 def pareto_front(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.bool_]:
@@ -14,8 +14,7 @@ def pareto_front(kl: ArrayLike, reward: ArrayLike) -> NDArray[np.bool_]:
     Equal points are both on the front or both off it. Raises ValueError on unequal lengths or nan.
     """
     kl, reward = without_nan(kl, "kl"), without_nan(reward, "reward")
-    if len(kl) != len(reward):
-        raise ValueError(f"{len(kl)} KLs but {len(reward)} rewards; give one of each per point")
+    same_rows({"kl": len(kl), "reward": len(reward)})
     no_worse = (kl[:, None] <= kl) & (reward[:, None] >= reward)
     better = (kl[:, None] < kl) | (reward[:, None] > reward)
     return ~(no_worse & better).any(axis=0)

@@ -57,11 +57,11 @@ def checked_scores(scores: ArrayLike, name: str = "scores") -> NDArray[np.float6
 def without_nan(values: ArrayLike, name: str) -> NDArray[np.float64]:
     """Return `checked_values` of a quantity that is always defined. Raises ValueError naming the nan rows."""
     array = checked_values(values, name)
-    missing = np.flatnonzero(np.isnan(array))
-    if len(missing):
+    nan_rows = np.flatnonzero(np.isnan(array))
+    if len(nan_rows):
         raise ValueError(
-            f"{name} is nan in {len(missing)} of {len(array)} rows (first: {missing[:5].tolist()}); "
-            "find out why, or leave these rows out and say so"
+            f"{name} is nan in {len(nan_rows)} of {len(array)} rows (first: {nan_rows[:5].tolist()}); "
+            "find out why, or leave these rows out and report their number"
         )
     return array
 
@@ -73,10 +73,10 @@ def checked_confidence(confidence: float) -> float:
     return confidence
 
 
-def same_rows(name: str, num_rows: int, others: dict[str, int]) -> None:
-    """Raise ValueError, with the number of rows of each, unless all have `num_rows`."""
-    if any(length != num_rows for length in others.values()):
-        counts = ", ".join(f"{key} {length}" for key, length in {name: num_rows, **others}.items())
+def same_rows(num_rows: dict[str, int]) -> None:
+    """Raise ValueError, with the number of rows of each name, unless all are equal."""
+    if len(set(num_rows.values())) > 1:
+        counts = ", ".join(f"{name} {number}" for name, number in num_rows.items())
         raise ValueError(f"unequal numbers of rows: {counts}; give one of each per row, in one order")
 
 
@@ -90,7 +90,7 @@ def prompt_codes(prompt_ids: ArrayLike | None, num_rows: int) -> NDArray[np.intp
     ids = np.asarray(prompt_ids)
     if ids.ndim != 1:
         raise ValueError(f"prompt_ids must be one id per row, shape (n,), got shape {ids.shape}")
-    same_rows("prompt_ids", len(ids), {"the values": num_rows})
+    same_rows({"prompt_ids": len(ids), "the values": num_rows})
     return np.unique(ids, return_inverse=True)[1]
 
 
@@ -99,11 +99,11 @@ def prompt_means(values: NDArray[np.float64], codes: NDArray[np.intp]) -> NDArra
 
     `values` (n,) or (n, k), where a nan drops the whole row.
     """
-    rows = values.reshape(len(values), -1)
-    decided = ~np.isnan(rows).any(axis=1)
+    columns = values.reshape(len(values), -1)
+    decided = ~np.isnan(columns).any(axis=1)
     _, codes = np.unique(codes[decided], return_inverse=True)
     counts = np.bincount(codes)
-    sums = np.stack([np.bincount(codes, weights=column) for column in rows[decided].T], axis=1)
+    sums = np.stack([np.bincount(codes, weights=column) for column in columns[decided].T], axis=1)
     means = sums / counts[:, None]
     return means if values.ndim == 2 else means[:, 0]
 
@@ -163,10 +163,18 @@ def mean_interval(
 ) -> Interval:
     """Compute the BCa bootstrap interval, over prompts, for the mean of reward, KL, length or any other quantity.
 
-    `values` (n,) without nan; `prompt_ids` (n,), None when each row is its own prompt. Deterministic in its arguments.
-    If all prompts give one value, BCa does not exist: with `bounds`, the limits of the scale, see
-    `constant_interval`; else the limits are that value ("constant"; right for the KL of a policy to itself). Raises
-    ValueError on no rows, nan, values beyond bounds, or one prompt without bounds.
+    Deterministic in its arguments. If all prompts give one value, BCa does not exist: with `bounds` see
+    `constant_interval`; else the limits are that value ("constant"; right for the KL of a policy to itself).
+
+    Args:
+        values: The quantity (n,), without nan.
+        prompt_ids: Prompt (n,) of each row; None when each row is its own prompt.
+        confidence: Confidence level of the limits.
+        bounds: Limits of the scale, if it has them.
+        num_resamples: Number of resamples of the prompts.
+        seed: Seed of the resamples.
+
+    Raises ValueError on no rows, nan, values beyond bounds, or one prompt without bounds.
     Source: Efron 1987 (bias-corrected and accelerated), scipy.stats.bootstrap.
     """
     confidence = checked_confidence(confidence)

@@ -58,13 +58,20 @@ def length_controlled_win_rate(
 
     The interval is that of the fitted model at d = 0 with the HC1 covariance of (theta, phi), clustered by prompt when
     prompts repeat: it includes the error of the estimates, which the standard error of the mean of fitted
-    probabilities omits. `scores` (n,) in [0, 1] of system a, nan = undecided; `length_a`, `length_b` (n,) >= 0 in one
-    unit; `prompt_ids` (n,), None when each row is its own prompt.
+    probabilities omits.
     Warns of extrapolation when few comparisons are of about equal length or nearly all differ to one side. Warns
     when length separates wins from losses (or there are only wins, or only losses): then no maximum-likelihood
     estimate exists, and half a tie at each end of the length scale is added ("glm_ridge"), with the model's own
     covariance; likewise when all scores are the same share, as from a judge that always picks one slot, where a robust
     covariance would be zero.
+
+    Args:
+        scores: Scores (n,) of system a in [0, 1]; nan = undecided.
+        length_a: Length (n,) >= 0 of each response of system a.
+        length_b: The same of system b, in the same unit.
+        prompt_ids: Prompt (n,) of each row; None when each row is its own prompt.
+        confidence: Confidence level of the limits.
+
     Raises ValueError when 95% of the d are farther than 2 sd(d) from 0; on unequal rows, bad lengths,
     fewer than 10 decided prompts, or lengths that differ by the same amount everywhere.
     Sources: Dubois et al. 2024 (AlpacaEval 2), section 3, without the terms of its own prompts; MacKinnon and
@@ -115,7 +122,7 @@ def length_controlled_win_rate(
 def _length_difference(length_a: ArrayLike, length_b: ArrayLike, num_scores: int) -> NDArray[np.float64]:
     """Return length_a - length_b (n,). Raises ValueError for negative or missing lengths and unequal rows."""
     length_a, length_b = without_nan(length_a, "length_a"), without_nan(length_b, "length_b")
-    same_rows("scores", num_scores, {"length_a": len(length_a), "length_b": len(length_b)})
+    same_rows({"scores": num_scores, "length_a": len(length_a), "length_b": len(length_b)})
     if min(length_a.min(), length_b.min()) < 0:
         raise ValueError("length_a and length_b must be >= 0; give characters or tokens of each response")
     return length_a - length_b
@@ -144,15 +151,14 @@ def _require_overlap(longer: NDArray[np.float64], num_prompts: int, num_scores: 
 def _regression(wins: NDArray[np.float64], x: NDArray[np.float64], codes: NDArray, differ: bool):
     """Fit the scores (n,) on 1 and, if lengths `differ`, on x. Returns fit, method and a warning or ""."""
     design = np.stack([np.ones_like(x), x], axis=1) if differ else np.ones((len(x), 1))
-    uniform = np.ptp(wins) == 0 and 0 < wins[0] < 1
-    if uniform or _separated(wins, x):
+    if note := _obstacle(wins, x):
         ends = np.array([[1.0, 1.0], [1.0, -1.0]])[:, : design.shape[1]]
         fit = _fit(
             np.append(wins, [0.5, 0.5]),
             np.concatenate([design, ends]),
             freq_weights=np.append(1 / np.bincount(codes)[codes], [0.5, 0.5]),  # each prompt counts once
         )
-        return fit, "glm_ridge", _no_estimate(uniform, wins)
+        return fit, "glm_ridge", note
     if len(np.unique(codes)) == len(codes):
         # statsmodels treats "HC1" as HC0 for a GLM; the factor n / (n - k) corrects that.
         scaling = {"scaling_factor": len(wins) / (len(wins) - design.shape[1])}
@@ -160,28 +166,27 @@ def _regression(wins: NDArray[np.float64], x: NDArray[np.float64], codes: NDArra
     return _fit(wins, design, cov_type="cluster", cov_kwds={"groups": codes}), "glm_clustered", ""
 
 
-def _no_estimate(uniform: bool, wins: NDArray[np.float64]) -> str:
-    if uniform:
+def _obstacle(wins: NDArray[np.float64], x: NDArray[np.float64]) -> str:
+    """Return the reason why the estimate or its robust covariance does not exist; empty where both do.
+
+    The estimate does not exist where a threshold on x separates all wins from all losses; a shared score is both.
+    """
+    if np.ptp(wins) == 0 and 0 < wins[0] < 1:
         return (
             f"every decided comparison has the score {wins[0]:g}, so nothing shows how much scores vary; the interval "
             "is that of as many wins and losses"
         )
+    won, lost = x[wins > 0], x[wins < 1]
+    if len(won) and len(lost) and (np.ptp(x) == 0 or (won.max() > lost.min() and lost.max() > won.min())):
+        return ""
     return (
         "length or the system alone tells every win from every loss, so the likelihood has no maximum; the rate is "
         "held finite by one added tie, and its interval rests on that"
     )
 
 
-def _separated(wins: NDArray[np.float64], x: NDArray[np.float64]) -> bool:
-    """Return whether a threshold on x separates all wins from all losses; a shared score counts as both."""
-    won, lost = x[wins > 0], x[wins < 1]
-    if len(won) == 0 or len(lost) == 0:
-        return True
-    return bool(np.ptp(x) > 0 and (won.max() <= lost.min() or lost.max() <= won.min()))
-
-
 def _fit(wins: NDArray[np.float64], design: NDArray[np.float64], freq_weights=None, **covariance):
     with python_warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         python_warnings.simplefilter("ignore", DomainWarning)
-        python_warnings.simplefilter("ignore", PerfectSeparationWarning)  # `_separated` reports it
+        python_warnings.simplefilter("ignore", PerfectSeparationWarning)  # `_obstacle` reports it
         return GLM(wins, design, family=Binomial(), freq_weights=freq_weights).fit(**covariance)

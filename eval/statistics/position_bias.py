@@ -54,13 +54,13 @@ def position_bias(
     """
     confidence = checked_confidence(confidence)
     slots = np.asarray(first_slot_wins, dtype=np.float64)
-    if slots.ndim == 2 and slots.shape[1] == 1:
-        slots = slots[:, 0]
-    if slots.ndim not in (1, 2) or (slots.ndim == 2 and slots.shape[1] != 2):
+    if slots.ndim == 1:
+        slots = slots[:, None]
+    if slots.ndim != 2 or slots.shape[1] not in (1, 2):
         raise ValueError(f"first_slot_wins must be (n,) or (n, 2), got shape {slots.shape}")
     checked_scores(slots.ravel(), "first_slot_wins")
     codes = prompt_codes(prompt_ids, len(slots))
-    shares = slots if slots.ndim == 1 else slots.mean(axis=1)  # nan as soon as one order is missing
+    shares = slots.mean(axis=1)  # nan as soon as one order is missing
     decided = ~np.isnan(shares)
     if not decided.any():
         raise ValueError(
@@ -71,9 +71,9 @@ def position_bias(
     leaning = prompt_means(shares, codes) - 0.5
     num_first, num_second = int((leaning > 1e-12).sum()), int((leaning < -1e-12).sum())
     p_value = stats.binomtest(num_first, num_first + num_second).pvalue if num_first + num_second else 1.0
-    both = slots.ndim == 2
+    both = slots.shape[1] == 2
     return PositionBias(
-        num_calls=int(decided.sum()) * (2 if both else 1),
+        num_calls=int(decided.sum()) * slots.shape[1],
         undecided=int(np.isnan(slots).sum()),
         first_share=interval.value,
         low=interval.low,

@@ -17,51 +17,28 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.optimize import brentq
 
-from eval.statistics.intervals import checked_confidence, checked_values, constant_interval
+from eval.statistics.intervals import Interval, checked_confidence, checked_values, constant_interval
 
 
 @dataclass(frozen=True)
-class SeedInterval:
-    """Mean of a method over seeds and prompts; `seed_sd` is the standard deviation of run means (n - 1)."""
-
-    value: float
-    low: float
-    high: float
-    seed_means: tuple[float, ...]
-    seed_sd: float
-    num_prompts: int
-    undecided: int
-
-
-@dataclass(frozen=True)
-class SeedDifference:
-    """Mean of method 1 minus that of method 2, and the two-sided p-value of zero difference."""
+class Difference:
+    """System 1 minus system 2, and the two-sided p-value of zero difference."""
 
     difference: float
     low: float
     high: float
     p_value: float
     num_prompts: int
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """A method's run means (S,), each prompt's part of its mean (P,), and the error variance of the cells."""
-
-    seed_means: NDArray[np.float64]
-    prompt_parts: NDArray[np.float64]
-    cell_variance: float
-    cell_df: int
-
-    @property
-    def seed_variance(self) -> float:
-        return float(self.seed_means.var(ddof=1)) / len(self.seed_means)
+    over: str
+    "What the interval is over: `prompts`, or `seeds and prompts`."
+    detectable: float | None = None
+    "Smallest true difference that this many prompts detect with power 0.8; None where seeds count, too."
 
 
 def seed_interval(
     scores: ArrayLike, bounds: tuple[float, float] | None = (0.0, 1.0), confidence: float = 0.95
-) -> SeedInterval:
-    """Compute the mean over seeds with an interval for new seeds and new prompts.
+) -> Interval:
+    """Compute the mean over seeds with an interval ("seeds") for new seeds and new prompts.
 
         mean = mean_s mean_p y_sp,    limits = mean +- sqrt(t_{S-1}^2 V_seed + t_{P-1}^2 max(V_prompt - V_cell, 0))
         V_seed = sum_s (y_s - mean)^2 / (S (S-1)),    V_prompt = sum_p (y_p - mean)^2 / (P (P-1))
@@ -77,33 +54,21 @@ def seed_interval(
     Sources: Banerjee 1960 (a t for each source: coverage at least nominal); Brennan 2001 (two-way random effects).
     """
     confidence = checked_confidence(confidence)
-    scores = _checked_matrix(scores, "scores", bounds)
-    parts = _parts(scores, "scores")
+    parts = _Parts(_checked_matrix(scores, "scores", bounds), "scores")
     value = float(parts.seed_means.mean())
-    sources = _sources([parts], parts.prompt_parts)
+    sources = _Sources([parts], parts.prompt_parts)
     num_prompts = len(parts.prompt_parts)
+    low = high = value
     if sources.vary:
         half = sources.half_width(1 - confidence)
-        low, high = value - half, value + half
-        if bounds is not None:
-            low, high = max(low, bounds[0]), min(high, bounds[1])
+        low, high = np.clip([value - half, value + half], *(bounds or (-np.inf, np.inf))).tolist()
     elif bounds is not None:
         interval = constant_interval(value, num_prompts, bounds, confidence)
         low, high = interval.low, interval.high
-    else:
-        low = high = value
-    return SeedInterval(
-        value=value,
-        low=float(low),
-        high=float(high),
-        seed_means=tuple(parts.seed_means.tolist()),
-        seed_sd=float(parts.seed_means.std(ddof=1)),
-        num_prompts=num_prompts,
-        undecided=int(np.isnan(scores).sum()),
-    )
+    return Interval(value, low, high, num_prompts, "seeds")
 
 
-def seed_difference(scores_1: ArrayLike, scores_2: ArrayLike, confidence: float = 0.95) -> SeedDifference:
+def seed_difference(scores_1: ArrayLike, scores_2: ArrayLike, confidence: float = 0.95) -> Difference:
     """Compute the difference of two methods judged on the same prompts, each with its own seeds.
 
         half-width^2 = max(t_welch^2 (V_1 + V_2), t_{S1-1}^2 V_1, t_{S2-1}^2 V_2) + t_{P-1}^2 max(V_prompt - V_cell, 0)
@@ -125,19 +90,15 @@ def seed_difference(scores_1: ArrayLike, scores_2: ArrayLike, confidence: float 
             "judge both methods on the same prompts, columns in one order"
         )
     shared = ~(np.isnan(scores_1).all(axis=0) | np.isnan(scores_2).all(axis=0))
-    parts_1, parts_2 = _parts(scores_1[:, shared], "scores_1"), _parts(scores_2[:, shared], "scores_2")
+    parts_1, parts_2 = _Parts(scores_1[:, shared], "scores_1"), _Parts(scores_2[:, shared], "scores_2")
     difference = float(parts_1.seed_means.mean() - parts_2.seed_means.mean())
-    sources = _sources([parts_1, parts_2], parts_1.prompt_parts - parts_2.prompt_parts)
+    sources = _Sources([parts_1, parts_2], parts_1.prompt_parts - parts_2.prompt_parts)
     if not sources.vary:
         raise ValueError("no score varies over seeds or prompts, so the difference has no interval")
     half = sources.half_width(1 - confidence)
-    return SeedDifference(
-        difference=difference,
-        low=difference - half,
-        high=difference + half,
-        p_value=sources.level_at(abs(difference)),
-        num_prompts=int(shared.sum()),
-    )
+    p_value, num_prompts = sources.level_at(abs(difference)), int(shared.sum())
+    limits = difference - half, difference + half
+    return Difference(difference, *limits, p_value, num_prompts, "seeds and prompts")
 
 
 def _checked_matrix(
@@ -159,42 +120,44 @@ def _checked_matrix(
     return array
 
 
-def _parts(scores: NDArray[np.float64], name: str) -> _Parts:
-    decided = ~np.isnan(scores)
-    per_seed = decided.sum(axis=1)
-    if (per_seed == 0).any():
-        rows = np.flatnonzero(per_seed == 0).tolist()
-        raise ValueError(
-            f"seeds {rows} of {name} have no decided score; judge them, or leave them out and say so"
-        )
-    scores, decided = scores[:, decided.any(axis=0)], decided[:, decided.any(axis=0)]
-    num_seeds, num_prompts = scores.shape
-    if num_prompts == 1:
-        raise ValueError(f"{name} has one prompt, which says nothing of others; judge more prompts")
-    cell_df = int(decided.sum()) - num_seeds - num_prompts + 1
-    if cell_df < 1:
-        raise ValueError(f"the seeds of {name} share no prompts; judge every seed on the same prompts")
-    means = np.nanmean(scores, axis=1)
-    centred = np.where(decided, scores - means[:, None], 0.0)
-    rest = np.where(decided, centred - centred.sum(axis=0) / decided.sum(axis=0), 0.0)
-    return _Parts(
-        seed_means=means,
-        prompt_parts=(centred / per_seed[:, None]).sum(axis=0) / num_seeds,
-        cell_variance=float((rest**2).sum() / cell_df * (1 / per_seed).sum() / num_seeds**2),
-        cell_df=cell_df,
-    )
+class _Parts:
+    """A method's run means (S,), each prompt's part of its mean (P,), and the error variance of the cells.
+
+    Raises ValueError, naming the scores, where these are not defined.
+    """
+
+    def __init__(self, scores: NDArray[np.float64], name: str) -> None:
+        decided = ~np.isnan(scores)
+        per_seed = decided.sum(axis=1)
+        if (per_seed == 0).any():
+            seeds = np.flatnonzero(per_seed == 0).tolist()
+            raise ValueError(f"seeds {seeds} of {name} have no decided score; judge them, or leave them out")
+        scores, decided = scores[:, decided.any(axis=0)], decided[:, decided.any(axis=0)]
+        num_seeds, num_prompts = scores.shape
+        if num_prompts == 1:
+            raise ValueError(f"{name} has one prompt, which says nothing of others; judge more prompts")
+        self.cell_df = int(decided.sum()) - num_seeds - num_prompts + 1
+        if self.cell_df < 1:
+            raise ValueError(f"the seeds of {name} share no prompts; judge every seed on the same prompts")
+        self.seed_means = np.nanmean(scores, axis=1)
+        centred = np.where(decided, scores - self.seed_means[:, None], 0.0)
+        rest = np.where(decided, centred - centred.sum(axis=0) / decided.sum(axis=0), 0.0)
+        self.prompt_parts = (centred / per_seed[:, None]).sum(axis=0) / num_seeds
+        self.cell_variance = float((rest**2).sum() / self.cell_df * (1 / per_seed).sum() / num_seeds**2)
 
 
-@dataclass(frozen=True)
 class _Sources:
     """Variances of each method's seeds and of the prompts, with degrees of freedom; both include the cells' error."""
 
-    seed_variances: NDArray[np.float64]
-    seed_dfs: NDArray[np.float64]
-    prompt_variance: float
-    prompt_df: int
-    cell_variance: float
-    cell_df: int
+    def __init__(self, methods: list[_Parts], prompt_parts: NDArray[np.float64]) -> None:
+        num_prompts = len(prompt_parts)
+        self.seed_variances = np.array([m.seed_means.var(ddof=1) / len(m.seed_means) for m in methods])
+        self.seed_dfs = np.array([len(m.seed_means) - 1 for m in methods])
+        self.cell_variance = sum(m.cell_variance for m in methods)
+        self.cell_df = sum(m.cell_df for m in methods)
+        prompt_variance = float((prompt_parts**2).sum()) * num_prompts / (num_prompts - 1)
+        self.prompt_variance = max(prompt_variance - self.cell_variance, 0.0)
+        self.prompt_df = num_prompts - 1
 
     @property
     def vary(self) -> bool:
@@ -223,17 +186,3 @@ class _Sources:
         if excess(0.0) >= 0:
             return 1.0
         return float(np.exp(brentq(excess, -100.0, 0.0))) if excess(-100.0) > 0 else float(np.exp(-100.0))
-
-
-def _sources(methods: list[_Parts], prompt_parts: NDArray[np.float64]) -> _Sources:
-    num_prompts = len(prompt_parts)
-    prompt_variance = float((prompt_parts**2).sum()) * num_prompts / (num_prompts - 1)
-    cell_variance = sum(m.cell_variance for m in methods)
-    return _Sources(
-        seed_variances=np.array([m.seed_variance for m in methods]),
-        seed_dfs=np.array([len(m.seed_means) - 1 for m in methods]),
-        prompt_variance=max(prompt_variance - cell_variance, 0.0),
-        prompt_df=num_prompts - 1,
-        cell_variance=cell_variance,
-        cell_df=sum(m.cell_df for m in methods),
-    )

@@ -60,8 +60,8 @@ def win_rate(scores: ArrayLike, prompt_ids: ArrayLike | None = None, confidence:
     confidence = checked_confidence(confidence)
     scores = checked_scores(scores)
     codes = prompt_codes(prompt_ids, len(scores))
-    missing = np.isnan(scores)
-    if missing.all():
+    undecided = np.isnan(scores)
+    if undecided.all():
         raise ValueError(
             f"all {len(scores)} comparisons are undecided, so there is no win rate; "
             "see the statuses of the verdicts (refused, malformed, truncated, failed) and judge them again"
@@ -73,13 +73,13 @@ def win_rate(scores: ArrayLike, prompt_ids: ArrayLike | None = None, confidence:
         wins=int((scores > 0.5).sum()),
         ties=int((scores == 0.5).sum()),
         losses=int((scores < 0.5).sum()),
-        undecided=int(missing.sum()),
+        undecided=int(undecided.sum()),
         rate=interval.value,
         low=interval.low,
         high=interval.high,
         method=interval.method,
-        worst_case=float(prompt_means(np.where(missing, 0.0, scores), codes).mean()),
-        best_case=float(prompt_means(np.where(missing, 1.0, scores), codes).mean()),
+        worst_case=float(prompt_means(np.where(undecided, 0.0, scores), codes).mean()),
+        best_case=float(prompt_means(np.where(undecided, 1.0, scores), codes).mean()),
     )
 
 
@@ -115,26 +115,34 @@ def paired_test(
 
     The p-value (two-sided) is of the sign-flip test: if the systems are equally good, each d_p is as likely to
     be -d_p. It is exact while 2^(nonzero d) <= `num_resamples`, else sampled with `seed`; on scores of 0 and 1 it is
-    the exact McNemar test. The interval is BCa over prompts. `scores_1`, `scores_2` (n,) in [0, 1], paired by row,
-    nan = undecided; `prompt_ids` (n,), None when each row is its own prompt. Raises ValueError on unequal lengths, or
-    when no row has both scores.
+    the exact McNemar test. The interval is BCa over prompts.
+
+    Args:
+        scores_1: Scores (n,) of system 1 in [0, 1]; nan = undecided.
+        scores_2: Those of system 2 in the same rows.
+        prompt_ids: Prompt (n,) of each row; None when each row is its own prompt.
+        confidence: Confidence level of the limits.
+        num_resamples: Number of resamples of the interval, and the most flips of the test.
+        seed: Seed of both.
+
+    Raises ValueError on unequal lengths, or when no row has both scores.
     Source: Fisher 1935, section 21; scipy.stats.permutation_test.
     """
     confidence = checked_confidence(confidence)
     scores_1, scores_2 = checked_scores(scores_1, "scores_1"), checked_scores(scores_2, "scores_2")
-    same_rows("scores_1", len(scores_1), {"scores_2": len(scores_2)})
+    same_rows({"scores_1": len(scores_1), "scores_2": len(scores_2)})
     codes = prompt_codes(prompt_ids, len(scores_1))
-    rows = scores_1 - scores_2
-    decided = ~np.isnan(rows)
+    differences = scores_1 - scores_2
+    decided = ~np.isnan(differences)
     if not decided.any():
         raise ValueError(
-            f"none of {len(rows)} rows is decided for both systems; "
+            f"none of {len(differences)} rows is decided for both systems; "
             "compare systems that were judged on the same prompts"
         )
     interval = mean_interval(
-        rows[decided], codes[decided], confidence, (-1.0, 1.0), num_resamples=num_resamples, seed=seed
+        differences[decided], codes[decided], confidence, (-1.0, 1.0), num_resamples=num_resamples, seed=seed
     )
-    means = prompt_means(rows, codes)
+    means = prompt_means(differences, codes)
     signs = np.where(np.isclose(means, 0, atol=1e-12), 0, np.sign(means))
     return PairedTest(
         num_prompts=len(means),

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,21 +22,22 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 
 import numpy as np
 import torch
-import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from drpo.config import ConfigError, Section, refuse, setting
+from drpo.config import ConfigError, Section, package_versions, refuse, setting
 from drpo.data.order import item_at
 from drpo.optim import OptimConfig
 from drpo.precision import multiplies_bf16
-from drpo.run.metrics import read_metrics
 from launch.command_line import call, main
+from launch.experiments.measured_run import measure_run, write_rows
+from launch.experiments.results import markdown_table, median_and_range, write_results
 
 TRL = "1.16"
 Precision = Literal["no", "bf16"]
 LOSS_TOLERANCE = {"no": 1e-3, "bf16": 5e-2}  # nats, on losses around log 2
 BETA = 0.1
+LEARNING_RATE = 1e-4
 
 
 def _fast_bf16() -> bool:
@@ -80,8 +80,8 @@ class BenchmarkRecipe(Section):
     """Seed of weights and data."""
 
     def check(self) -> None:
-        wrong = len(self.prompt_lengths) != 2 or not 1 <= self.prompt_lengths[0] <= self.prompt_lengths[1]
-        refuse(wrong, "prompt_lengths", f"must be two rising numbers >= 1, got {self.prompt_lengths}")
+        is_wrong = len(self.prompt_lengths) != 2 or not 1 <= self.prompt_lengths[0] <= self.prompt_lengths[1]
+        refuse(is_wrong, "prompt_lengths", f"must be two rising numbers >= 1, got {self.prompt_lengths}")
         rule = f"({self.batch_size}) must be a multiple of microbatch_size ({self.microbatch_size})"
         refuse(self.batch_size % self.microbatch_size != 0, "batch_size", rule)
         rule = f"({self.warmup_steps}) must be below num_steps ({self.num_steps})"
@@ -105,16 +105,9 @@ def run(recipe: BenchmarkRecipe) -> Path:
     """Measure, compare, and write the table."""
     if "model_type" not in recipe.architecture:
         raise ConfigError("no model: give architecture.model_type, for example gpt_neox")
-    try:
-        version = metadata.version("trl")
-    except metadata.PackageNotFoundError:
-        raise ConfigError(
-            "this compares with TRL, which is not installed: pip install -e '.[bench]'"
-        ) from None
+    version = package_versions(["trl"])["trl"]
     if not version.startswith(f"{TRL}."):
-        raise ConfigError(
-            f"this compares with TRL {TRL}, and {version} is installed: pip install -e '.[bench]'"
-        )
+        raise ConfigError(f"expected TRL {TRL}, got: {version}; to fix: pip install -e '.[bench]'")
     root = Path(recipe.run_dir).resolve()
     num_parameters = make_inputs(recipe, root / "inputs")
     rows = []
@@ -122,20 +115,17 @@ def run(recipe: BenchmarkRecipe) -> Path:
         pairs: list[tuple[Measurement, Measurement]] = []
         for repeat in range(recipe.num_repeats):
             sides = [measure_ours, measure_trl]
-            found = {}
-            for side in sides if repeat % 2 == 0 else sides[::-1]:
-                found[side] = side(recipe, root, precision, repeat)
-            pairs.append((found[measure_ours], found[measure_trl]))
-            rates = [side.pairs_per_second(recipe) for side in pairs[-1]]
-            print(
-                f"{precision}, repeat {repeat}: ours {rates[0]:.2f}, TRL {rates[1]:.2f} pairs/s", flush=True
-            )
+            measured = {
+                side: side(recipe, root, precision, repeat)
+                for side in (sides if repeat % 2 == 0 else sides[::-1])
+            }
+            pairs.append((measured[measure_ours], measured[measure_trl]))
+            ours, trl = (side.pairs_per_second(recipe) for side in pairs[-1])
+            print(f"{precision}, repeat {repeat}: ours {ours:.2f}, TRL {trl:.2f} pairs/s", flush=True)
         rows.append(compare(recipe, precision, pairs))
+    print(f"TRL {version}, {num_parameters / 1e6:.1f}M parameters\n")
     result = {"trl": version, "torch": torch.__version__, "num_parameters": num_parameters, "rows": rows}
-    (root / "results.json").write_text(json.dumps(result, indent=1))
-    (root / "results.md").write_text(markdown(rows))
-    print(f"TRL {version}, {num_parameters / 1e6:.1f}M parameters\n\n{markdown(rows)}")
-    return root / "results.md"
+    return write_results(root, result, markdown(rows))
 
 
 def make_inputs(recipe: BenchmarkRecipe, folder: Path) -> int:
@@ -180,17 +170,10 @@ def make_inputs(recipe: BenchmarkRecipe, folder: Path) -> int:
     return sum(p.numel() for p in policy.parameters())
 
 
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def measure_ours(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: int) -> Measurement:
     """Measure one run of launch/dpo.py."""
     folder = root / f"ours_{precision}_{repeat}"
     settings = {
-        "run_dir": str(folder),
-        "resume": "restart",
         "seed": recipe.seed,
         "num_steps": recipe.num_steps,
         "data": {"task": "own", "path": str(root / "inputs" / "pairs"), "eval_split": "held_out"},
@@ -198,20 +181,13 @@ def measure_ours(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: in
         "loss": {"name": "dpo", "beta": BETA},
         "share_prompts": recipe.share_prompts,
         "batch": {"size": recipe.batch_size, "microbatch_size": recipe.microbatch_size},
-        "optim": {"learning_rate": 1e-4, "schedule": "constant"},
-        "eval": {"every": 0},
+        "optim": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
         "sample": {"num_prompts": 0},
-        "checkpoint": {"every": 0},
         "engine": {"mixed_precision": precision, "trackers": []},
     }
     if recipe.cached_reference:
         settings["reference"] = {"cache_dir": str(root / f"reference_{precision}")}
-    path = root / f"ours_{precision}_{repeat}.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    call(
-        recipe.num_threads, [str(HERE.parent / "dpo.py"), str(path)], root / f"ours_{precision}_{repeat}.log"
-    )
-    steps = read_metrics(folder / "metrics.jsonl")
+    steps = measure_run(HERE.parent / "dpo.py", settings, folder, recipe.num_threads)
     return Measurement(
         [step["time/step"] for step in steps],
         [step["train/loss"] for step in steps],
@@ -221,29 +197,30 @@ def measure_ours(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: in
 
 def measure_trl(recipe: BenchmarkRecipe, root: Path, precision: str, repeat: int) -> Measurement:
     """Measure one run of launch/experiments/dpo_speed_trl.py."""
-    name = f"trl_{precision}_{repeat}"
+    folder = root / f"trl_{precision}_{repeat}"
     optim = OptimConfig()
     job = {
         "policy": str(root / "inputs" / "policy"),
         "pairs": str(root / "inputs" / "pairs_in_order.jsonl"),
-        "folder": str(root / name),
-        "result": str(root / f"{name}_result.json"),
+        "result": f"{folder}_result.json",
         "attn_implementation": recipe.attn_implementation,
-        "precision": precision,
-        "cached": recipe.cached_reference,
-        "batch_size": recipe.batch_size,
-        "microbatch_size": recipe.microbatch_size,
-        "num_steps": recipe.num_steps,
-        "beta": BETA,
-        "learning_rate": 1e-4,
-        "betas": optim.betas,
-        "eps": optim.eps,
-        "max_grad_norm": optim.max_grad_norm,
+        "arguments": {
+            "output_dir": str(folder),
+            "beta": BETA,
+            "per_device_train_batch_size": recipe.microbatch_size,
+            "gradient_accumulation_steps": recipe.batch_size // recipe.microbatch_size,
+            "max_steps": recipe.num_steps,
+            "learning_rate": LEARNING_RATE,
+            "adam_beta2": optim.betas[1],
+            "adam_epsilon": optim.eps,
+            "max_grad_norm": optim.max_grad_norm,
+            "precompute_ref_log_probs": recipe.cached_reference,
+            "bf16": precision == "bf16",
+        },
     }
-    (root / f"{name}.json").write_text(json.dumps(job, indent=1))
-    call(
-        recipe.num_threads, [str(HERE / "dpo_speed_trl.py"), str(root / f"{name}.json")], root / f"{name}.log"
-    )
+    path = folder.with_suffix(".json")
+    path.write_text(json.dumps(job, indent=1))
+    call(recipe.num_threads, [str(HERE / "dpo_speed_trl.py"), str(path)], folder.with_suffix(".log"))
     return Measurement(**json.loads(Path(job["result"]).read_text()))
 
 
@@ -271,18 +248,19 @@ def compare(
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Format the table: medians over the repeats, and the range of the ratios."""
-    lines = [
-        "| precision | ours, pairs/s | TRL, pairs/s | ratio: median (range) | peak GiB ours / TRL | losses differ by |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        ratio = f"{np.median(row['ratio']):.2f} ({min(row['ratio']):.2f} to {max(row['ratio']):.2f})"
-        name = "float32" if row["precision"] == "no" else row["precision"]
-        lines.append(
-            f"| {name} | {np.median(row['ours']):.2f} | {np.median(row['trl']):.2f} | {ratio} "
-            f"| {row['ours_peak_gib']:.2f} / {row['trl_peak_gib']:.2f} | {row['loss_difference']:.1e} |"
-        )
-    return "\n".join(lines) + "\n"
+    return markdown_table(
+        [
+            {
+                "precision": "float32" if row["precision"] == "no" else row["precision"],
+                "ours, pairs/s": f"{np.median(row['ours']):.2f}",
+                "TRL, pairs/s": f"{np.median(row['trl']):.2f}",
+                "ratio: median (range)": median_and_range(row["ratio"]),
+                "peak GiB ours / TRL": f"{row['ours_peak_gib']:.2f} / {row['trl_peak_gib']:.2f}",
+                "losses differ by": f"{row['loss_difference']:.1e}",
+            }
+            for row in rows
+        ]
+    )
 
 
 if __name__ == "__main__":

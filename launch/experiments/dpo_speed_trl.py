@@ -9,7 +9,6 @@ logging, no saving. It gets the pairs in the order of the file. The result is wr
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,10 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from drpo.run.metrics import peak_memory_gib
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Clock(TrainerCallback):
@@ -34,18 +37,10 @@ class Clock(TrainerCallback):
         self.times.append(time.perf_counter())
 
     def on_step_end(self, *_, **__) -> None:
-        if torch.cuda.is_available():
+        if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
-        self.peak_memory_gib = peak_memory_gib()
-
-
-def peak_memory_gib() -> float:
-    """Return the device's peak memory on GPUs, resident memory of this process on CPU, as `Engine` does."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    status = Path(f"/proc/{os.getpid()}/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+        self.peak_memory_gib = max(self.peak_memory_gib, peak_memory_gib(DEVICE))
 
 
 def run(job: dict) -> dict[str, list[float] | float]:
@@ -66,37 +61,29 @@ def run(job: dict) -> dict[str, list[float] | float]:
         )
 
     clock = Clock()
-    num_accumulated = job["batch_size"] // job["microbatch_size"]
+    arguments = DPOConfig(
+        **job["arguments"],
+        lr_scheduler_type="constant",
+        gradient_checkpointing=False,
+        train_sampling_strategy="sequential",
+        use_cpu=DEVICE.type == "cpu",
+        report_to=[],
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     trainer = RecordingTrainer(
         model=load(),
-        ref_model=None if job["cached"] else load(),
-        args=DPOConfig(
-            output_dir=job["folder"],
-            beta=job["beta"],
-            per_device_train_batch_size=job["microbatch_size"],
-            gradient_accumulation_steps=num_accumulated,
-            max_steps=job["num_steps"],
-            learning_rate=job["learning_rate"],
-            lr_scheduler_type="constant",
-            adam_beta2=job["betas"][1],
-            adam_epsilon=job["eps"],
-            max_grad_norm=job["max_grad_norm"],
-            precompute_ref_log_probs=job["cached"],
-            bf16=job["precision"] == "bf16",
-            gradient_checkpointing=False,
-            train_sampling_strategy="sequential",
-            use_cpu=not torch.cuda.is_available(),
-            report_to=[],
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
+        ref_model=None if arguments.precompute_ref_log_probs else load(),
+        args=arguments,
+        train_dataset=load_dataset(
+            "json", data_files=job["pairs"], cache_dir=arguments.output_dir, split="train"
         ),
-        train_dataset=load_dataset("json", data_files=job["pairs"], cache_dir=job["folder"], split="train"),
         processing_class=AutoTokenizer.from_pretrained(job["policy"]),
         callbacks=[clock],
     )
     trainer.train()
-    steps = torch.stack(losses).view(-1, num_accumulated).mean(dim=1)
+    steps = torch.stack(losses).view(-1, arguments.gradient_accumulation_steps).mean(dim=1)
     return {
         "seconds": [end - start for start, end in zip(clock.times, clock.times[1:], strict=False)],
         "losses": steps.tolist(),

@@ -18,11 +18,12 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parents[1])
 
+from matplotlib.figure import Figure
 
 from drpo.config import Section, refuse, setting
-from drpo.run.metrics import read_metrics
 from launch.command_line import main
-from launch.experiments.seed_grid import RunGrid, interval, launch_once
+from launch.experiments.results import markdown_table, metric, write_results
+from launch.experiments.seed_grid import RunGrid, interval
 
 COLUMNS = {
     "true reward": "eval/true_reward",
@@ -106,34 +107,21 @@ def run(recipe: PreferenceExperimentRecipe) -> Path:
         for method in table.methods
     ]
     with RunGrid(recipe.num_jobs, len(policies) + len(runs)) as grid:
-
-        def make_policy(folder: Path) -> None:
-            table, seed = policies[folder]
-            launch_once("sft", table.sft_recipe, folder, _shared(table, seed), recipe.num_jobs)
-            grid.advance()
-
-        def train(cell: tuple[str, int, str, str]) -> None:
-            title, seed, setting_name, method = cell
+        for folder, (table, seed) in policies.items():
+            grid.launch("sft", table.sft_recipe, folder, _shared(table, seed))
+        grid.wait()
+        for title, seed, setting_name, method in runs:
             table = tables[title]
             policy = _sft_dir(root, table, seed) / "policy"
             overrides = [*_shared(table, seed), f"model.path={policy}", f"sample.kl_reference={policy}"]
             overrides += [*table.overrides, *table.named_settings[setting_name], *table.methods[method]]
-            launch_once("dpo", table.recipe, _run_dir(root, *cell), overrides, recipe.num_jobs)
-            grid.advance()
-
-        for folder in policies:
-            grid.submit(make_policy, folder)
-        grid.wait()
-        for cell in runs:
-            grid.submit(train, cell)
+            grid.launch("dpo", table.recipe, _run_dir(root, title, seed, setting_name, method), overrides)
     results = {title: _results(root, title, table) for title, table in tables.items()}
-    (root / "results.json").write_text(json.dumps(results, indent=1))
     text = "\n".join(markdown(title, tables[title], results[title]) for title in tables)
-    (root / "results.md").write_text(text)
-    print(text)
+    path = write_results(root, results, text)
     for title, rows in results.items():
         _plot(tables[title], rows, root / f"{_slug(title)}.png")
-    return root / "results.md"
+    return path
 
 
 def _shared(table: TableConfig, seed: int) -> list[str]:
@@ -156,77 +144,70 @@ def _slug(text: str) -> str:
 
 def _results(root: Path, title: str, table: TableConfig) -> list[dict]:
     """Return a row for the SFT policy on the runs' data, and one for each setting and method, by seed."""
-    rows = [{"setting": "", "method": "SFT"}]
-    for name, key in table.named_columns.items():
-        sft = [_last(_sft_dir(root, table, seed), key) for seed in table.seeds]
-        rows[0][name] = None if None in sft else sft
+    runs = [("", "SFT", [_sft_dir(root, table, seed) for seed in table.seeds])]
     for setting_name in table.named_settings:
         for method in table.methods:
-            row = {"setting": setting_name, "method": method}
-            for name, key in table.named_columns.items():
-                values = [
-                    _last(_run_dir(root, title, seed, setting_name, method), key) for seed in table.seeds
-                ]
-                row[name] = None if None in values else values
-            rows.append(row)
-    return rows
+            folders = [_run_dir(root, title, seed, setting_name, method) for seed in table.seeds]
+            runs.append((setting_name, method, folders))
+    return [
+        {"setting": setting_name, "method": method}
+        | {name: _at_end(folders, key) for name, key in table.named_columns.items()}
+        for setting_name, method, folders in runs
+    ]
 
 
-def _last(run_dir: Path, key: str) -> float | None:
-    """Return a metric at the end of a run, or None where the run does not measure it."""
-    values = [row[key] for row in read_metrics(run_dir / "metrics.jsonl") if key in row]
+def _at_end(folders: list[Path], key: str) -> list[float] | None:
+    """Return a metric at the end of each run, or None where a run does not measure it."""
+    runs = [metric(folder, key) for folder in folders]
+    if not all(runs):
+        return None
     if key.startswith("train/"):
-        values = [sum(values[-50:]) / len(values[-50:])] if values else []
-    return values[-1] if values else None
+        return [sum(values[-50:]) / len(values[-50:]) for values in runs]
+    return [values[-1] for values in runs]
 
 
 def markdown(title: str, table: TableConfig, rows: list[dict]) -> str:
     """Format a table: mean over seeds with the 95% t-interval, the gain in the first column paired by seed."""
-    first = ["setting"] if table.settings else []
+    labels = ["setting", "method"] if table.settings else ["method"]
     baseline = next(iter(table.methods))
-    main_column, *others = table.named_columns
-    header = [*first, "method", main_column, f"gain over {baseline}", *others]
-    lines = [f"### {title}", "", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    main_column, *other_columns = table.named_columns
+    lines = []
     for row in rows:
-        values = [row[main_column], _gain(row, rows, baseline, main_column), *(row[name] for name in others)]
-        cells = [row[name] for name in (*first, "method")]
-        cells += ["-" if v is None else "{:.3g} ± {:.2g}".format(*interval(v)) for v in values]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        gain = _gain(row, rows, baseline, main_column)
+        values = {main_column: row[main_column], f"gain over {baseline}": gain}
+        values |= {name: row[name] for name in other_columns}
+        cells = {
+            name: "-" if by_seed is None else "{:.3g} ± {:.2g}".format(*interval(by_seed))
+            for name, by_seed in values.items()
+        }
+        lines.append({label: row[label] for label in labels} | cells)
+    return f"### {title}\n\n{markdown_table(lines)}"
 
 
 def _gain(row: dict, rows: list[dict], baseline: str, column: str) -> list[float] | None:
     """Return differences by seed from the baseline in the same setting, None for the baseline and SFT."""
     if row["method"] in ("SFT", baseline):
         return None
-    other = next(r for r in rows if r["method"] == baseline and r["setting"] == row["setting"])
-    return [mine - theirs for mine, theirs in zip(row[column], other[column], strict=True)]
+    base_row = next(r for r in rows if r["method"] == baseline and r["setting"] == row["setting"])
+    return [value - base for value, base in zip(row[column], base_row[column], strict=True)]
 
 
 def _plot(table: TableConfig, rows: list[dict], path: Path) -> None:
     """Plot the table's first column: a panel for each setting, a mean with its interval for each method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     name = next(iter(table.named_columns))
-    height = 1.2 + 0.28 * (1 + len(table.methods))
-    size = (2.2 + 2.6 * len(table.named_settings), height)
-    figure, axes = pyplot.subplots(
-        1, len(table.named_settings), figsize=size, sharex=True, sharey=True, squeeze=False
-    )
-    for axis, setting_name in zip(axes[0], table.named_settings, strict=True):
+    num_panels = len(table.named_settings)
+    figure = Figure(figsize=(2.2 + 2.6 * num_panels, 1.2 + 0.28 * (1 + len(table.methods))))
+    axes = figure.subplots(1, num_panels, sharex=True, sharey=True, squeeze=False)[0]
+    for axis, setting_name in zip(axes, table.named_settings, strict=True):
         shown = [row for row in rows if row[name] is not None and row["setting"] in (setting_name, "")]
         means, halves = zip(*(interval(row[name]) for row in shown), strict=True)
         axis.errorbar(means, [row["method"] for row in shown], xerr=halves, fmt="o", capsize=3)
         axis.set_title(setting_name)
         axis.set_xlabel(f"{name} (95% interval)")
         axis.grid(axis="x", alpha=0.3)
-    axes[0][0].invert_yaxis()
+    axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ For every completion rate and seed: one SFT policy, then one online run with the
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +17,20 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parents[1])
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from drpo.config import Section, refuse, setting
-from drpo.run.metrics import read_metrics
 from launch.command_line import StageFailed, main
-from launch.experiments.seed_grid import RunGrid, interval, launch_once
+from launch.experiments.results import markdown_table, metric, write_results
+from launch.experiments.seed_grid import RunGrid, interval
 
+COLUMNS = {
+    "SFT true reward": "sft",
+    "final true reward": "reward",
+    "gain over PPO": "gain_over_ppo",
+    "KL to SFT": "kl",
+    "length": "length",
+}
 TRUE_REWARD = "drpo.data.tasks.demo:true_rewards"
 
 
@@ -54,16 +61,21 @@ def run(recipe: ExperimentRecipe) -> Path:
     """Run the grid and write the results."""
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
-    settings = [(rate, seed) for seed in recipe.seeds for rate in recipe.completion_rates]
+    settings = {
+        (rate, seed): [f"seed={seed}", f"data.demo.seed={seed}", f"data.demo.completion_rate={rate}"]
+        for seed in recipe.seeds
+        for rate in recipe.completion_rates
+    }
     with RunGrid(recipe.num_jobs, len(settings) * (1 + len(recipe.betas))) as grid:
-
-        def one_setting(rate: float, seed: int) -> None:
-            sft = root / f"sft_{rate:g}_{seed}"
-            _launch("sft", recipe, sft, rate, seed, [])
-            grid.advance()
+        policies = {
+            (rate, seed): grid.launch("sft", "demo/sft.yaml", _sft_dir(root, rate, seed), setting)
+            for (rate, seed), setting in settings.items()
+        }
+        for (rate, seed), policy in policies.items():
             for beta in recipe.betas:
                 overrides = [
-                    f"model.path={sft}/policy",
+                    *settings[rate, seed],
+                    f"model.path={_sft_dir(root, rate, seed)}/policy",
                     f"reset.proportion={beta}",
                     f"reward.function={TRUE_REWARD}",
                     "reward.path=null",
@@ -73,45 +85,36 @@ def run(recipe: ExperimentRecipe) -> Path:
                     "critic.path=null",
                     *recipe.online,
                 ]
-                _launch("drpo", recipe, _online_dir(root, rate, beta, seed), rate, seed, overrides)
-                grid.advance()
-
-        for rate, seed in settings:
-            grid.submit(one_setting, rate, seed)
+                run_dir = _online_dir(root, rate, beta, seed)
+                grid.launch("drpo", "demo/drpo.yaml", run_dir, overrides, needs=[policy])
     rows = [_summary(recipe, rate, beta) for rate in recipe.completion_rates for beta in recipe.betas]
-    (root / "results.json").write_text(json.dumps(rows, indent=1))
-    (root / "results.md").write_text(markdown(rows))
-    print(markdown(rows))
+    path = write_results(root, rows, markdown(rows))
     _plot(recipe, rows, root / "results.png")
-    return root / "results.md"
+    return path
+
+
+def _sft_dir(root: Path, rate: float, seed: int) -> Path:
+    return root / f"sft_{rate:g}_{seed}"
 
 
 def _online_dir(root: Path, rate: float, beta: float, seed: int) -> Path:
     return root / f"online_{rate:g}_beta{beta:g}_{seed}"
 
 
-def _launch(
-    stage: str, recipe: ExperimentRecipe, run_dir: Path, rate: float, seed: int, overrides: list[str]
-) -> None:
-    setting = [f"seed={seed}", f"data.demo.seed={seed}", f"data.demo.completion_rate={rate}"]
-    launch_once(stage, f"demo/{stage}.yaml", run_dir, [*setting, *overrides], recipe.num_jobs)
-
-
-def _final(root: Path, rate: float, beta: float, seed: int, key: str, index: int = -1) -> float:
-    rows = [r for r in read_metrics(_online_dir(root, rate, beta, seed) / "metrics.jsonl") if key in r]
-    if not rows:
-        raise StageFailed(
-            f"{_online_dir(root, rate, beta, seed)}/metrics.jsonl has no {key}; eval/kl is measured at the temperature "
-            "of training and with evaluations on (docs/experiments.md)"
-        )
-    return rows[index][key]
+def _measured(run_dir: Path, key: str) -> list[float]:
+    if values := metric(run_dir, key):
+        return values
+    raise StageFailed(
+        f"{run_dir}/metrics.jsonl has no {key}; eval/kl is measured at the temperature of training and with "
+        "evaluations on (docs/experiments.md)"
+    )
 
 
 def _summary(recipe: ExperimentRecipe, rate: float, beta: float) -> dict[str, float | list[float]]:
     root = Path(recipe.run_dir)
 
     def over_seeds(beta: float, key: str, index: int = -1) -> np.ndarray:
-        return np.array([_final(root, rate, beta, seed, key, index) for seed in recipe.seeds])
+        return np.array([_measured(_online_dir(root, rate, beta, s), key)[index] for s in recipe.seeds])
 
     reward = over_seeds(beta, "eval/true_reward")
     return {
@@ -127,39 +130,34 @@ def _summary(recipe: ExperimentRecipe, rate: float, beta: float) -> dict[str, fl
 
 def markdown(rows: list[dict]) -> str:
     """Format the table of results: mean over seeds with the 95% t-interval, the gain paired by seed."""
-    lines = [
-        "| completion rate | beta | SFT true reward | final true reward | gain over PPO | KL to SFT | length |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    table = []
     for row in rows:
-        cells = [f"{row['completion_rate']:g}", f"{row['beta']:g}" + (" (PPO)" if row["beta"] == 0 else "")]
-        for key in ("sft", "reward", "gain_over_ppo", "kl", "length"):
-            mean, half = interval(row[key])
-            is_ppo_itself = key == "gain_over_ppo" and row["beta"] == 0
-            cells.append("-" if is_ppo_itself else f"{mean:.2f} ± {half:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        is_ppo = row["beta"] == 0
+        cells = {
+            "completion rate": f"{row['completion_rate']:g}",
+            "beta": f"{row['beta']:g}" + " (PPO)" * is_ppo,
+        }
+        cells |= {name: "{:.2f} ± {:.2f}".format(*interval(row[key])) for name, key in COLUMNS.items()}
+        table.append(cells | {"gain over PPO": "-"} if is_ppo else cells)
+    return markdown_table(table)
 
 
 def _plot(recipe: ExperimentRecipe, rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4))
+    axis = figure.subplots()
     for beta in recipe.betas:
-        mine = [row for row in rows if row["beta"] == beta]
-        means, halves = zip(*(interval(row["reward"]) for row in mine), strict=True)
+        beta_rows = [row for row in rows if row["beta"] == beta]
+        means, halves = zip(*(interval(row["reward"]) for row in beta_rows), strict=True)
         label = "PPO" if beta == 0 else f"DR-PO, beta {beta:g}"
-        axis.errorbar([r["completion_rate"] for r in mine], means, halves, marker="o", capsize=3, label=label)
+        axis.errorbar(
+            [row["completion_rate"] for row in beta_rows], means, halves, marker="o", capsize=3, label=label
+        )
     axis.set_xscale("log")
     axis.set_xlabel("share of demonstrations that are complete")
     axis.set_ylabel("true reward after training (95% interval)")
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,8 @@ from rich.progress import Progress
 from scipy import stats
 
 from drpo.config import ConfigError
-from launch.command_line import call, find_recipe
+from launch.command_line import LAUNCH, call, find_recipe
 
-LAUNCH = Path(__file__).resolve().parents[1]
 MADE_FROM = "made_from.json"
 
 
@@ -39,14 +37,14 @@ def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str]
     command += ["engine.trackers=[]", "log.samples_every=0"]
     record, made_from = run_dir / MADE_FROM, _inputs(command, recipe)
     if record.exists():
-        then = json.loads(record.read_text())
-        done = then.pop("finished")
-        if changed := [name for name in sorted(then | made_from) if then.get(name) != made_from.get(name)]:
+        saved = json.loads(record.read_text())
+        has_finished = saved.pop("finished")
+        if changed := [name for name in sorted(saved | made_from) if saved.get(name) != made_from.get(name)]:
             raise ConfigError(
                 f"{run_dir} holds a run from other inputs ({', '.join(changed)} changed); move it away to make it "
                 "anew, or choose another run_dir"
             )
-        if done:
+        if has_finished:
             return
     run_dir.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({**made_from, "finished": False}))
@@ -56,17 +54,17 @@ def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str]
 
 def _inputs(command: Sequence[str], recipe: str) -> dict[str, str]:
     """Return the inputs of a run: its command, and hashes of the files and earlier runs that it names."""
-    found = {"command": " ".join(command), "recipe": _sha256(find_recipe(recipe))}
+    inputs = {"command": " ".join(command), "recipe": _sha256(find_recipe(recipe))}
     for argument in command:
         key, _, value = argument.partition("=")
         path = Path(value)
         if key == "run_dir" or not value or not path.exists():
             continue
         if path.is_file():
-            found[key] = _sha256(path)
+            inputs[key] = _sha256(path)
         elif (record := path.parent / MADE_FROM).exists():  # <run>/policy, <run>/reward_model
-            found[key] = _sha256(record)
-    return found
+            inputs[key] = _sha256(record)
+    return inputs
 
 
 def _sha256(path: Path) -> str:
@@ -76,15 +74,15 @@ def _sha256(path: Path) -> str:
 class RunGrid:
     """Parallel jobs with a progress bar; a failure or Ctrl-C cancels the jobs that have not started.
 
-        with RunGrid(num_jobs=2, num_runs=10) as grid:
-            policy = grid.submit(train_policy)
-            grid.submit(train_on_top, policy)     # may wait for the result of a job submitted before it
+        with RunGrid(num_jobs=2, num_runs=2) as grid:
+            policy = grid.launch("sft", recipe, root / "sft", [])
+            grid.launch("dpo", recipe, root / "dpo", [f"model.path={root}/sft/policy"], needs=[policy])
 
     The end of the block and `wait` wait for the jobs that have started, and raise the exception of the first failure.
     """
 
     def __init__(self, num_jobs: int, num_runs: int) -> None:
-        self._pool, self._progress = ThreadPoolExecutor(num_jobs), Progress()
+        self._num_jobs, self._pool, self._progress = num_jobs, ThreadPoolExecutor(num_jobs), Progress()
         self._task = self._progress.add_task("runs", total=num_runs)
         self._jobs: list[Future] = []
 
@@ -92,9 +90,7 @@ class RunGrid:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self.wait()
@@ -102,14 +98,31 @@ class RunGrid:
             self._pool.shutdown(cancel_futures=True)
             self._progress.stop()
 
+    def launch(
+        self, stage: str, recipe: str, run_dir: Path, overrides: Sequence[str], needs: Sequence[Future] = ()
+    ) -> Future:
+        """Queue `launch_once`.
+
+        Args:
+            stage: name of the launch script.
+            recipe: recipe of that script.
+            run_dir: folder of the run.
+            overrides: settings on top, key=value.
+            needs: jobs to wait for; a failure of one of them is this job's own.
+        """
+
+        def job() -> None:
+            for need in needs:
+                need.result()
+            launch_once(stage, recipe, run_dir, overrides, self._num_jobs)
+            self._progress.advance(self._task)
+
+        return self.submit(job)
+
     def submit(self, job: Callable[..., Any], *args: Any) -> Future:
         """Queue a job; jobs start in the order of submission."""
         self._jobs.append(self._pool.submit(job, *args))
         return self._jobs[-1]
-
-    def advance(self) -> None:
-        """Count one more finished run."""
-        self._progress.advance(self._task)
 
     def wait(self) -> None:
         """Wait until all jobs so far are done; raise the exception of one that failed."""

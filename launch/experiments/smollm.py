@@ -26,13 +26,13 @@ import yaml
 from drpo.config import ConfigError, Section, load_recipe, refuse, setting
 from drpo.data.load import read_records
 from drpo.data.records import Record
-from drpo.run.metrics import read_metrics
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.sft import SFTRecipe
 from eval.comparing.recipe import CompareRecipe, slug
 from launch.command_line import StageFailed, find_recipe, main
-from launch.experiments.seed_grid import RunGrid, launch_once
+from launch.experiments.results import metric
+from launch.experiments.seed_grid import RunGrid
 from reward_models.train import RewardModelRecipe
 
 STAGES = {
@@ -92,8 +92,13 @@ class SmolLMExperimentRecipe(Section):
     """Runs at a time, each on its share of the cores."""
 
     def check(self) -> None:
-        unfit = len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds)
-        refuse(unfit, "seeds", f"must be two or more different numbers, for intervals, got {self.seeds}")
+        is_wrong = len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds)
+        refuse(is_wrong, "seeds", f"must be two or more different numbers, for intervals, got {self.seeds}")
+        refuse(not self.methods, "methods", "is empty; give at least one")
+        folders = ["sft", "reward_model", "judge", "compare", *map(slug, self.methods)]
+        repeated = [folder for folder in folders if folders.count(folder) > 1]
+        rule = f"must not have two runs in one folder, {', '.join(repeated[:1])}; choose another name"
+        refuse(bool(repeated), "methods", rule)
 
 
 def run(recipe: SmolLMExperimentRecipe) -> Path:
@@ -102,43 +107,35 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
     first, second = recipe.seeds[:2]
+    scorer = root / "reward_model" / "reward_model"
     with RunGrid(recipe.num_jobs, len(recipe.seeds) * (1 + len(recipe.methods)) + 2) as grid:
 
-        def train(stage: StageConfig, folder: Path, needs: list[Future], settings: list[str]) -> None:
-            for need in needs:
-                need.result()
-            overrides = [*recipe.shared, *stage.overrides, *settings]
-            launch_once(stage.script, stage.recipe, folder, overrides, recipe.num_jobs)
-            grid.advance()
-
-        def submit(
-            stage: StageConfig, name: str, path: str, seed: int, needs: list[Future], *more: str
+        def train(
+            stage: StageConfig, folder: Path, path: str, seed: int, needs: list[Future], *settings: str
         ) -> Future:
-            settings = [f"data.path={path}", f"seed={seed}", *more]
-            return grid.submit(train, stage, root / name, needs, settings)
+            data = [f"data.path={path}", f"seed={seed}"]
+            overrides = [*recipe.shared, *stage.overrides, *data, *settings]
+            return grid.launch(stage.script, stage.recipe, folder, overrides, needs)
 
         def start(seed: int) -> str:
             return f"model.path={sft_dir(root, seed)}/policy"
 
         sft: dict[int, Future] = {}
-        scorers: list[Future] = []
         for seed in recipe.seeds:
-            sft[seed] = submit(recipe.sft, sft_dir(root, seed).name, recipe.data_path, seed, [])
+            sft[seed] = train(recipe.sft, sft_dir(root, seed), recipe.data_path, seed, [])
             if seed == second:  # here, so that methods need not wait for the SFT policies of all seeds
-                for name, path, of in (
-                    ("reward_model", recipe.data_path, first),
-                    ("judge", recipe.judge_data_path, second),
-                ):
-                    scorers.append(submit(recipe.reward_model, name, path, of, [sft[of]], start(of)))
-        scorer = root / "reward_model" / "reward_model"
+                stage, path = recipe.reward_model, recipe.data_path
+                reward_model = train(stage, scorer.parent, path, first, [sft[first]], start(first))
+                path = recipe.judge_data_path
+                train(stage, root / "judge", path, second, [sft[second]], start(second))
         for seed in recipe.seeds:
             for name, stage in recipe.methods.items():
                 needs, settings = [sft[seed]], [start(seed)]
                 if stage.script != "dpo":
-                    needs.append(scorers[0])
+                    needs.append(reward_model)
                     settings += [f"reward.path={scorer}", f"critic.path={scorer}"]
-                folder = method_dir(root, name, seed).name
-                submit(stage, folder, recipe.data_path, seed, needs, *settings)
+                folder = method_dir(root, name, seed)
+                train(stage, folder, recipe.data_path, seed, needs, *settings)
     return compare(recipe, root)
 
 
@@ -148,8 +145,6 @@ def check(recipe: SmolLMExperimentRecipe) -> None:
         raise ConfigError(
             "data_path and judge_data_path: give a file each, with different rows (docs/experiments.md)"
         )
-    if not recipe.methods:
-        raise ConfigError("methods: give at least one")
     prompts, judge_prompts = (
         {record.shared_prompt: record.origin for record in records_of(recipe, path)}
         for path in (recipe.data_path, recipe.judge_data_path)
@@ -164,21 +159,16 @@ def check(recipe: SmolLMExperimentRecipe) -> None:
     for name, stage in stages.items():
         if stage.script not in STAGES:
             raise ConfigError(f"{name}.script must be one of {', '.join(STAGES)}, got {stage.script!r}")
-        if split := [each for each in stage.overrides if each.startswith(SPLIT)]:
+        if split := [override for override in stage.overrides if override.startswith(SPLIT)]:
             raise ConfigError(
                 f"{name}.overrides: {split[0]} belongs in shared: all stages hold the same rows out"
             )
         _load(STAGES[stage.script], name, stage, [*recipe.shared, *stage.overrides])
-    if (
-        _load(CompareRecipe, "compare", recipe.compare, compare_overrides(recipe)).judging.judge.kind
-        != "reward_model"
-    ):
+    comparison = _load(CompareRecipe, "compare", recipe.compare, compare_overrides(recipe))
+    if comparison.judging.judge.kind != "reward_model":
         raise ConfigError(
             "compare: its judge is the second reward model, so judging.judge.kind must be reward_model"
         )
-    folders = ["sft", "reward_model", "judge", "compare", *map(slug, recipe.methods)]
-    if twice := [folder for folder in folders if folders.count(folder) > 1]:
-        raise ConfigError(f"methods: two runs would be in one folder, {twice[0]}; choose another name")
 
 
 def records_of(recipe: SmolLMExperimentRecipe, path: str) -> list[Record]:
@@ -196,7 +186,7 @@ def _load(recipe_class: type, name: str, stage: StageConfig, overrides: list[str
 
 def compare_overrides(recipe: SmolLMExperimentRecipe) -> list[str]:
     """Return the comparison's overrides: it evaluates on the prompts that the stages hold out."""
-    data = [f"complete.{each}" for each in recipe.shared if each.startswith("data.")]
+    data = [f"complete.{override}" for override in recipe.shared if override.startswith("data.")]
     return [*data, *recipe.compare.overrides]
 
 
@@ -212,12 +202,8 @@ def method_dir(root: Path, name: str, seed: int) -> Path:
 
 def training_curves(folders: Sequence[Path]) -> dict[str, list[list[float]]]:
     """Read some metrics of each run, step by step."""
-    runs = [read_metrics(folder / "metrics.jsonl") for folder in folders]
-    return {
-        key: [[row[key] for row in rows if key in row] for rows in runs]
-        for key in CURVES
-        if any(key in row for rows in runs for row in rows)
-    }
+    curves = {key: [metric(folder, key) for folder in folders] for key in CURVES}
+    return {key: runs for key, runs in curves.items() if any(runs)}
 
 
 def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
@@ -237,16 +223,12 @@ def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
     settings["complete"]["data"]["path"] = recipe.data_path
     path = root / "compare.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    command = [
-        sys.executable,
-        str(HERE.parent / f"{recipe.compare.script}.py"),
-        str(path),
-        *compare_overrides(recipe),
-    ]
-    if (code := subprocess.run(command).returncode) != 0:
+    script = HERE.parent / f"{recipe.compare.script}.py"
+    command = [sys.executable, str(script), str(path), *compare_overrides(recipe)]
+    if code := subprocess.run(command).returncode:
         raise StageFailed(f"{' '.join(command)} failed with code {code}, for the reason above")
-    found = json.loads((root / "compare" / "comparison.json").read_text())
-    numbers = {key: found[key] for key in ("measures", "systems", "tests", "frontiers")}
+    comparison = json.loads((root / "compare" / "comparison.json").read_text())
+    numbers = {key: comparison[key] for key in ("measures", "systems", "tests", "frontiers")}
     numbers["training"] = {name: training_curves(folders) for name, folders in systems.items()}
     (root / "results.json").write_text(json.dumps(numbers, indent=1))
     return root / "compare" / "report.html"

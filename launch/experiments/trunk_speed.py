@@ -10,7 +10,6 @@ included), and the peak memory of the process.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,13 +20,12 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
     sys.path[0] = str(HERE.parents[1])
 
 import numpy as np
-import yaml
 
 from drpo.config import ConfigError, Section, refuse, setting
 from drpo.models.tokenizer import load_tokenizer
-from drpo.run.metrics import read_metrics
-from launch.command_line import call, main
-from launch.experiments.dpo_speed import write_rows
+from launch.command_line import main
+from launch.experiments.measured_run import measure_run, write_rows
+from launch.experiments.results import markdown_table, median_and_range, write_results
 
 COUNTED = ("time/trunk", "time/score", "time/update")
 REWARD = "def score(completions):\n    return [float(len(c.response_ids)) for c in completions]\n"
@@ -77,16 +75,13 @@ def run(recipe: TrunkSpeedRecipe) -> Path:
         recipe = replace(recipe, model=str(Path(recipe.model).resolve()))
     make_inputs(recipe, root)
     settings: list[int | None] = [None, *recipe.trainable_layers]
-    found: dict[int | None, list[dict[str, float]]] = {layers: [] for layers in settings}
+    measured: dict[int | None, list[dict[str, float]]] = {layers: [] for layers in settings}
     for repeat in range(recipe.num_repeats):
         for layers in settings if repeat % 2 == 0 else settings[::-1]:
-            found[layers].append(measure(recipe, root, layers, repeat))
-            print(f"{name_of(layers)}, repeat {repeat}: {found[layers][-1]}", flush=True)
-    rows = [compare(layers, found[layers], found[None]) for layers in settings]
-    (root / "results.json").write_text(json.dumps({"model": recipe.model, "rows": rows}, indent=1))
-    (root / "results.md").write_text(markdown(rows))
-    print(markdown(rows))
-    return root / "results.md"
+            measured[layers].append(measure(recipe, root, layers, repeat))
+            print(f"{name_of(layers)}, repeat {repeat}: {measured[layers][-1]}", flush=True)
+    rows = [compare(layers, measured[layers], measured[None]) for layers in settings]
+    return write_results(root, {"model": recipe.model, "rows": rows}, markdown(rows))
 
 
 def make_inputs(recipe: TrunkSpeedRecipe, root: Path) -> None:
@@ -110,9 +105,7 @@ def measure(recipe: TrunkSpeedRecipe, root: Path, layers: int | None, repeat: in
         scripts = Path(recipe.baseline).resolve() / "launch"
         if not (scripts / "drpo.py").is_file():
             raise ConfigError(f"baseline: {recipe.baseline!r} is no checkout, it has no launch/drpo.py")
-    job = {
-        "run_dir": str(root / name),
-        "resume": "restart",
+    settings = {
         "seed": recipe.seed,
         "num_steps": recipe.num_steps,
         "data": {
@@ -127,19 +120,12 @@ def measure(recipe: TrunkSpeedRecipe, root: Path, layers: int | None, repeat: in
         "reset": {"proportion": 0},
         "rollout": {"batch_size": recipe.batch_size, "max_response_length": recipe.response_length},
         "ppo": {"num_epochs": recipe.num_epochs, "microbatch_size": recipe.microbatch_size},
-        "optim": {
-            "learning_rate": 1e-9,
-            "schedule": "constant",
-        },  # the same rollouts in every step and setting
-        "eval": {"every": 0},
+        # A rate this small leaves the rollouts the same in every step and setting.
+        "optim": {"learning_rate": 1e-9, "schedule": "constant"},
         "log": {"samples_every": 0},
-        "checkpoint": {"every": 0},
         "engine": {"mixed_precision": "no", "trackers": []},
     }
-    path = root / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(job))
-    call(recipe.num_threads, [str(scripts / "drpo.py"), str(path)], root / f"{name}.log", root)
-    steps = read_metrics(root / name / "metrics.jsonl")
+    steps = measure_run(scripts / "drpo.py", settings, root / name, recipe.num_threads)
     timed = steps[1:]
     return {
         "seconds": sum(step.get(key, 0.0) for step in timed for key in COUNTED) / len(timed),
@@ -154,38 +140,37 @@ def name_of(layers: int | None) -> str:
 
 
 def compare(
-    layers: int | None, found: list[dict[str, float]], whole: list[dict[str, float]]
+    layers: int | None, rounds: list[dict[str, float]], baseline: list[dict[str, float]]
 ) -> dict[str, Any]:
     """Return the row of a setting: medians and ratios by round; raise ConfigError if the work differed."""
-    tokens = {round(side["tokens"]) for side in (*found, *whole)}
+    tokens = {round(side["tokens"]) for side in (*rounds, *baseline)}
     if len(tokens) > 1:
         raise ConfigError(
             f"{name_of(layers)}: the rollouts have {sorted(tokens)} tokens, so the work was not the same"
         )
     return {
         "trained": name_of(layers),
-        "seconds": float(np.median([side["seconds"] for side in found])),
-        "faster": [base["seconds"] / side["seconds"] for base, side in zip(whole, found, strict=True)],
-        "peak_gib": float(np.median([side["peak_gib"] for side in found])),
-        "memory": [side["peak_gib"] / base["peak_gib"] for base, side in zip(whole, found, strict=True)],
+        "seconds": float(np.median([side["seconds"] for side in rounds])),
+        "faster": [base["seconds"] / side["seconds"] for base, side in zip(baseline, rounds, strict=True)],
+        "peak_gib": float(np.median([side["peak_gib"] for side in rounds])),
+        "memory": [side["peak_gib"] / base["peak_gib"] for base, side in zip(baseline, rounds, strict=True)],
     }
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Format the table: medians over the rounds, and the ranges of the ratios."""
-    lines = [
-        "| trained | score + update, s | times faster | peak GiB | share of the memory |",
-        "| --- " * 5 + "|",
-    ]
-    for row in rows:
-        faster, memory = (
-            f"{np.median(row[key]):.2f} ({min(row[key]):.2f} to {max(row[key]):.2f})"
-            for key in ("faster", "memory")
-        )
-        lines.append(
-            f"| {row['trained']} | {row['seconds']:.1f} | {faster} | {row['peak_gib']:.2f} | {memory} |"
-        )
-    return "\n".join(lines) + "\n"
+    return markdown_table(
+        [
+            {
+                "trained": row["trained"],
+                "score + update, s": f"{row['seconds']:.1f}",
+                "times faster": median_and_range(row["faster"]),
+                "peak GiB": f"{row['peak_gib']:.2f}",
+                "share of the memory": median_and_range(row["memory"]),
+            }
+            for row in rows
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from tiny_tokenizers import CHATML, byte_level
 from drpo.config import load_recipe
 from drpo.run.folder import RunStopped
 from eval.completions.rows import CompletionRow, CompletionsWriter
+from eval.judging.judge_systems import JudgeRecipe
+from eval.judging.judge_systems import judge as run
 from eval.judging.judgments import read_verdicts
-from launch.judge import JudgeRecipe, run
 
 for needed in ("fastapi", "uvicorn", "requests"):
     pytest.importorskip(needed, reason="transformers serve needs it")

@@ -13,6 +13,8 @@ from label_runs import BETTER, WORSE, matchups
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
 from drpo.data.tasks.demo import true_reward
+from eval.judging.judge_systems import JudgeRecipe
+from eval.judging.judge_systems import judge as run_judge
 from eval.judging.judgments import write_judgments
 from eval.judging.openai.pairwise import PROMPTS
 from eval.judging.verdict import Verdict
@@ -24,8 +26,7 @@ from eval.labelling.label_queue import LabelQueue
 from eval.labelling.labels import LabelsWriter, label_of
 from eval.labelling.ratings import side_by_side
 from launch.command_line import find_recipe
-from launch.judge import JudgeRecipe
-from launch.judge import run as run_judge
+from launch.demo_inputs import make_demo_inputs
 
 COMPARED = matchups(10)
 NAMES = {"a": "a", "b": "b", "t": "tie", "s": None}
@@ -247,6 +248,7 @@ def test_the_demo_from_judge_and_labels_to_the_table(folder, capsys):
     """An annotator who knows the true reward, against the judge that does."""
     judge = load_recipe(JudgeRecipe, find_recipe("demo/judge.yaml"), [])
     label = load_recipe(LabelRecipe, find_recipe("demo/label.yaml"), [])
+    make_demo_inputs(*judge.completions)
     run_judge(judge)
     compared = matchups_to_label(label)
     path = Path(label.run_dir) / "labels.jsonl"

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
 from drpo.run.folder import RunStopped
+from eval.comparing.compare import compare
+from eval.comparing.recipe import CompareRecipe
 from eval.completions.rows import CompletionRow, CompletionsWriter, prompt_id_of, read_completions
-from launch.compare import CompareRecipe
-from launch.compare import run as compare
 
 SCORES = {"true_reward": "drpo.data.tasks.demo:true_rewards"}
 NUM = DEMO["num_eval"]

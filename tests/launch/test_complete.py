@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
 from drpo.data.tasks.demo import DemoConfig, make_demo
+from eval.completions.complete import complete as run
+from eval.completions.recipe import CompleteRecipe
 from eval.completions.rows import NULL_RESPONSE, read_completions, read_meta
-from launch.complete import CompleteRecipe, run
 
 RECIPE = {
     "system": "sft",

@@ -12,8 +12,8 @@ from online_runs import forget_precision
 from tiny_runs import PREFERENCE, finished, metrics_of, plain, run, write_recipe
 from transformers import AutoModelForCausalLM
 
+from drpo.api import train_preference
 from drpo.trainers.preference.recipe import PreferenceRecipe
-from launch import dpo
 from launch.command_line import main
 
 
@@ -60,7 +60,7 @@ def fails(folder, monkeypatch) -> Iterator[Callable[..., str]]:
     def start(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["dpo.py", *arguments])
         with pytest.raises(SystemExit) as left:
-            main(PreferenceRecipe, "demo/dpo.yaml", dpo.run)
+            main(PreferenceRecipe, "demo/dpo.yaml", train_preference)
         assert isinstance(left.value.code, str) and left.value.code.startswith("dpo.py: ")
         assert not (folder / "run").exists()
         return left.value.code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
 import signal
 import sqlite3
 import sys
@@ -31,10 +32,12 @@ from stub_judge_server import (
 from drpo.config import ConfigError, load_recipe
 from drpo.run.folder import RunStopped
 from eval.completions.rows import prompt_id_of
+from eval.judging.judge_systems import JudgeRecipe
+from eval.judging.judge_systems import judge as run
 from eval.judging.judgments import read_verdicts
 from eval.judging.openai.store import Store
 from launch.command_line import find_recipe
-from launch.judge import JudgeRecipe, run
+from launch.demo_inputs import LAUNCH
 
 __all__ = ["folder"]  # the fixture
 
@@ -85,10 +88,12 @@ def test_a_function_that_does_not_score_is_told_in_one_line(folder, monkeypatch,
         run(load_recipe(JudgeRecipe, folder / "judge.yaml", []))
 
 
-def test_the_demo_recipe_runs_offline(tmp_path, monkeypatch):
+def test_the_demo_recipe_runs_offline(tmp_path, monkeypatch, capsys):
     """Its annotator's labels against the true reward; 256 posts."""
     monkeypatch.chdir(tmp_path)
-    path = run(load_recipe(JudgeRecipe, find_recipe("demo/judge.yaml"), []))
+    monkeypatch.setattr("sys.argv", ["judge.py"])
+    runpy.run_path(str(LAUNCH / "judge.py"), run_name="__main__")  # which makes the completions
+    path = Path(capsys.readouterr().out.splitlines()[-1])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 512 and all(row["final"] and "key" not in row for row in rows)
     for row in rows:
@@ -201,12 +206,6 @@ def test_a_comparison_that_was_half_asked_when_the_run_stopped_has_no_score(fold
     rate = summary["win_rate"]
     assert (rate["rate"], rate["worst_case"], rate["best_case"]) == (0.5, 0.25, 0.75)
     assert summary["position_bias"]["num_calls"] == 2, "the third call has no other order"
-
-
-def test_several_processes_are_refused(folder, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with StubServer() as server, pytest.raises(ConfigError, match="runs in one process"):
-        run(recipe(server, folder))
 
 
 def test_failures_and_undecided_comparisons_beyond_what_is_allowed_fail_the_run(folder):

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,10 @@ from tiny_runs import CLEAN, plain
 
 from drpo.config import load_recipe
 from drpo.run.folder import RunStopped
+from eval.judging.judge_systems import JudgeRecipe
+from eval.judging.judge_systems import judge as run
 from eval.judging.judgments import read_verdicts
 from eval.judging.openai.store import Store
-from launch.judge import JudgeRecipe, run
 
 __all__ = ["folder"]  # the fixture
 
@@ -160,7 +162,7 @@ def test_a_full_disk_is_told_and_what_was_kept_is_not_asked_again(folder):
         assert done.returncode == 1, done.stderr
         assert "the run cannot write its files (" in done.stderr and "Traceback" not in done.stderr
         num_sent = len(server.chats)
-        with Store(folder / "run" / "verdicts.sqlite") as store:
+        with closing(Store(folder / "run" / "verdicts.sqlite")) as store:
             num_kept = len(store.calls())
         assert num_sent - 1 == num_kept > 2, "the answer that the disk did not take, and no other"
         run(load_recipe(JudgeRecipe, folder / "judge.yaml", []))

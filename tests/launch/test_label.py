@@ -16,11 +16,11 @@ from tiny_runs import CLEAN, finished, plain
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
 from eval.completions.rows import CompletionRow, CompletionsWriter
-from eval.labelling.label import matchups_to_label
+from eval.labelling.label import LabelRecipe, matchups_to_label
+from eval.labelling.label import label as run
 from eval.labelling.labels import read_labels
 from launch.command_line import find_recipe
-from launch.demo_inputs import make_demo_completions
-from launch.label import LabelRecipe, run
+from launch.demo_inputs import make_demo_inputs
 
 # --- the process ------------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ def test_num_prompts_and_systems_without_rows_are_those_of_the_judge(folder):
 def test_the_demo_recipe_has_pairs_offline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo = load_recipe(LabelRecipe, find_recipe("demo/label.yaml"), [])
-    make_demo_completions(*demo.completions)
+    make_demo_inputs(*demo.completions)
     compared = matchups_to_label(demo)
     assert 30 < len(compared) <= 40 and {(c.system_a, c.system_b) for c in compared} == {
         ("chosen", "rejected")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,10 +31,10 @@ from tiny_runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from drpo.api import train_online, train_sft
 from drpo.config import load_recipe
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.sft import SFTRecipe
-from launch import online, sft
 from launch.command_line import main
 from launch.demo_inputs import single_process_environment
 from reward_models.model import RewardModel
@@ -304,13 +305,22 @@ def test_a_disk_that_refuses_and_ctrl_c_are_one_message(monkeypatch, capsys, tmp
     assert capsys.readouterr().err == "script.py: stopped; what is on disk is kept\n"
 
 
+@pytest.mark.parametrize("script", ["judge", "label", "neuron_shift"])
+def test_scripts_of_one_process_refuse_several(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    with pytest.raises(SystemExit, match=f"{script}.py: this runs in one process: start it with python"):
+        runpy.run_path(str(ROOT / "launch" / f"{script}.py"), run_name="__main__")
+
+
 @pytest.fixture
 def fails(folder, monkeypatch) -> Callable[..., str]:
     """`fails("recipe.yaml", "key=value", ...)` is the one message with which the script leaves."""
     monkeypatch.chdir(folder)
     forget_precision()
 
-    def start(*arguments: str, recipe_class: type = OnlineRecipe, run=online.run) -> str:
+    def start(*arguments: str, recipe_class: type = OnlineRecipe, run=train_online) -> str:
         monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
         with pytest.raises(SystemExit) as left:
             main(recipe_class, "demo/drpo.yaml", run)
@@ -340,7 +350,7 @@ def fails(folder, monkeypatch) -> Callable[..., str]:
         (["--learning-rate"], ["unknown flag --learning-rate", "section.key=value"]),
         (["drpo.yaml", "--seed=3"], ["--seed"]),
         (["drpo.yaml", "reward.function=null"], ["give reward.path", "or reward.function"]),
-        (["drpo.yaml", "reward.path=rm"], ["reward.path cannot be given beside reward.function"]),
+        (["drpo.yaml", "reward.path=rm"], ["reward.path cannot be given together with reward.function"]),
         (
             ["drpo.yaml", "reward.function=no_module:score"],
             ["reward.function", "no_module", "looked on sys.path"],
@@ -391,7 +401,7 @@ def test_mistakes_in_a_recipe_are_named(fails, arguments, named):
 )
 def test_mistakes_in_an_sft_recipe_are_named(fails, tmp_path, changes, named):
     recipe = write_recipe(tmp_path / "sft.yaml", replaced({**SFT, "run_dir": str(tmp_path / "run")}, changes))
-    assert named in fails(str(recipe), recipe_class=SFTRecipe, run=sft.run)
+    assert named in fails(str(recipe), recipe_class=SFTRecipe, run=train_sft)
 
 
 def replaced(recipe: dict, changes: dict) -> dict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -112,10 +111,9 @@ def judge(
                 judge_setup(config, prompt, ties, price),
                 open_store,
                 Budget(open_store, budget or BudgetConfig()),
-                RateLimiter(limits),
+                RateLimiter(limits.requests_per_minute),
                 retry,
                 limits.concurrency,
-                random.Random(0),
             )
             verdicts: list[Verdict] = []
             try:

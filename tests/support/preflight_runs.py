@@ -17,7 +17,7 @@ from eval.judging.judges import JudgeConfig
 from eval.judging.openai.budget import Budget, BudgetConfig
 from eval.judging.openai.openai_judge import OpenAIJudge
 from eval.judging.openai.preflight import check_model, probe_form
-from eval.judging.openai.rate_limit import LimitsConfig, RateLimiter
+from eval.judging.openai.rate_limit import RateLimiter
 from eval.judging.openai.retry import RetryConfig
 from eval.judging.openai.store import Store
 
@@ -31,7 +31,7 @@ def check(server: StubServer, key: str = KEY, config: JudgeConfig | None = None)
 
     async def run():
         async with AsyncOpenAI(api_key=key, base_url=server.url, max_retries=0, timeout=20) as client:
-            await check_model(client, judge_setup(config), said.append, TODAY)
+            await check_model(client, config, said.append, TODAY)
 
     asyncio.run(run())
     return said
@@ -43,7 +43,7 @@ def probe(server: StubServer, store_path, config: JudgeConfig, retry: RetryConfi
 
     async def run(store):
         async with AsyncOpenAI(api_key=KEY, base_url=config.url, max_retries=0, timeout=20) as client:
-            budget, limiter = Budget(store, BudgetConfig()), RateLimiter(LimitsConfig())
+            budget, limiter = Budget(store, BudgetConfig()), RateLimiter(None)
 
             def make(asked):
                 return OpenAIJudge(client, asked, store, budget, limiter, retry, 1)

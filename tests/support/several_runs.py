@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from online_runs import forget_precision
 
+from drpo.api import train_preference as run
 from drpo.config import load_recipe
 from drpo.trainers.preference.recipe import PreferenceRecipe
-from launch.dpo import run
 
 
 def main(prefix: str, *arguments: str) -> None:

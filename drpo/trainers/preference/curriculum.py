@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -46,26 +45,23 @@ def build_stages(
     The record of a pair has the scores (chosen_score, rejected_score), its `gap` and its `stage` (from 0) in
     `extra`. A tie for the best or the worst response goes to the first in the data.
 
-    `reference_logprobs[i][j]` is log pi_ref(response j | prompt i), summed over tokens, for order
-    reference_gap, the only order that takes it. Raises ValueError when it does not fit the examples,
-    DataError when there are fewer pairs than stages.
+    `reference_logprobs[i][j]` is log pi_ref(response j | prompt i), summed over tokens, for order reference_gap.
+    Raises DataError when there are fewer pairs than stages.
     """
-    _check_logprobs(examples, config, reference_logprobs)
     left_out: Counter[str] = Counter()
     graded: list[tuple[float, Example]] = []
     num_prompts = 0
     for i, example in enumerate(examples):
-        row_logprobs = None if reference_logprobs is None else reference_logprobs[i]
-        before = len(graded)
-        for chosen, rejected in _candidates(example.record.scores, config.pairs):
+        scores, num_before = example.record.scores, len(graded)
+        logprobs = None if reference_logprobs is None else reference_logprobs[i]
+        for chosen, rejected in _candidates(scores, config.pairs):
             try:
                 pair = _pair(example, chosen, rejected)
-                graded.append(
-                    (_gap(example.record.scores, chosen, rejected, config.order, row_logprobs), pair)
-                )
             except RowError as error:
                 left_out[error.kind] += 1
-        num_prompts += len(graded) > before
+            else:
+                graded.append((_gap(scores, chosen, rejected, config.order, logprobs), pair))
+        num_prompts += len(graded) > num_before
     notes = [f"curriculum: {len(graded)} pairs of {num_prompts} prompts"]
     if num_prompts < len(examples):
         notes.append(f"{len(examples) - num_prompts} prompts make no pair")
@@ -85,23 +81,6 @@ def build_stages(
             f"stage {stage}: {len(part)} pairs, {config.order} {part[0][0]:.4g} to {part[-1][0]:.4g}"
         )
     return stages, notes
-
-
-def _check_logprobs(
-    examples: Sequence[Example],
-    config: CurriculumConfig,
-    reference_logprobs: Sequence[Sequence[float]] | None,
-) -> None:
-    if (reference_logprobs is not None) != (config.order == "reference_gap"):
-        raise ValueError(
-            "curriculum.order=reference_gap needs reference_logprobs, and no other order takes them"
-        )
-    if reference_logprobs is None:
-        return
-    if [len(row) for row in reference_logprobs] != [len(example.ranked_ids) for example in examples]:
-        raise ValueError("reference_logprobs must have one number for each ranked response of each example")
-    if not all(math.isfinite(number) for row in reference_logprobs for number in row):
-        raise ValueError("reference_logprobs holds a number that is not finite")
 
 
 def _candidates(scores: Sequence[float], pairs: str) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from drpo.data.records import DataError
 from drpo.models.scoring import response_logprobs
 from drpo.preference_losses import kto_loss
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
-from drpo.trainers.offline import RowMetrics
+from drpo.trainers.offline import Objective, RowMetrics
 from drpo.trainers.preference.recipe import LossConfig
 from drpo.trainers.reference import Reference, policy_and_reference
 
@@ -29,9 +29,9 @@ class LabelledResponse:
 
 @dataclass(frozen=True, eq=False)
 class LabelledBatch:
-    """B responses; `mismatched` holds the same queries with responses to other prompts."""
+    """B responses, `padded`; `mismatched` contains the same queries with responses to other prompts."""
 
-    rows: PaddedBatch
+    padded: PaddedBatch
     mismatched: PaddedBatch
     desirable_mask: Tensor
 
@@ -62,7 +62,7 @@ def make_labelled(examples: Sequence[Example]) -> list[LabelledResponse]:
     return items[::-1][: len(examples)]
 
 
-class UnpairedObjective(nn.Module):
+class UnpairedObjective(Objective):
     """KTO around the policy, with step statistics: z0, the reference point of all losses, is a step mean."""
 
     needs_step_statistics = True
@@ -70,27 +70,22 @@ class UnpairedObjective(nn.Module):
     def __init__(
         self, model: nn.Module, loss: LossConfig, *, reference: Reference, pad_id: int, device: torch.device
     ) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model, pad_id, device)
         self._loss, self._reference = loss, reference
-        self._pad_id, self._device = pad_id, device
 
     def collate(self, items: Sequence[LabelledResponse]) -> LabelledBatch:
         queries = [item.example.query_ids for item in items]
+        responses = [item.example.completion_ids for item in items]
+        other_responses = [item.other_ids for item in items]
         return LabelledBatch(
-            pad_batch(queries, [item.example.completion_ids for item in items], self._pad_id).to(
-                self._device
-            ),
-            pad_batch(queries, [item.other_ids for item in items], self._pad_id).to(self._device),
+            pad_batch(queries, responses, self._pad_id).to(self._device),
+            pad_batch(queries, other_responses, self._pad_id).to(self._device),
             torch.tensor([item.desirable for item in items], device=self._device),
         )
 
-    def num_targets(self, batch: LabelledBatch) -> int:
-        return len(batch)
-
-    def step_statistics(self, losses: Tensor, rows: RowMetrics) -> Tensor:
+    def step_statistics(self, losses: Tensor, row_metrics: RowMetrics) -> Tensor:
         """Compute z0 = max(0, mean of log pi/pi_ref over responses to other prompts), an estimate of KL(pi, pi_ref)."""
-        return rows["mismatched_logratio"].mean().clamp(min=0).float().to(self._device)
+        return row_metrics["mismatched_logratio"].mean().clamp(min=0).float().to(self._device)
 
     def forward(
         self, batch: LabelledBatch, step_statistics: Tensor | None = None
@@ -99,7 +94,7 @@ class UnpairedObjective(nn.Module):
             mismatched = self._logratios(batch.mismatched)
             return torch.zeros_like(mismatched), {"mismatched_logratio": mismatched}
         config = self._loss
-        logratios = self._logratios(batch.rows)
+        logratios = self._logratios(batch.padded)
         losses = kto_loss(
             logratios,
             batch.desirable_mask,
@@ -115,20 +110,16 @@ class UnpairedObjective(nn.Module):
             "accuracy": (logratios > step_statistics) == batch.desirable_mask,
         }
 
-    def _logratios(self, rows: PaddedBatch) -> Tensor:
+    def _logratios(self, batch: PaddedBatch) -> Tensor:
         """Compute log pi/pi_ref of each response (b,)."""
-        logprobs, reference = policy_and_reference(self.model, self._reference, _score, rows)
-        return masked_sum(logprobs - reference, rows.response_mask, dim=1)
+        policy, reference = policy_and_reference(self.model, self._reference, response_logprobs, batch)
+        return masked_sum(policy.logprobs - reference.logprobs, batch.response_mask, dim=1)
 
-    def summarise(self, losses: Tensor, rows: RowMetrics) -> dict[str, float]:
+    def summarise(self, losses: Tensor, row_metrics: RowMetrics) -> dict[str, float]:
         """Return means of the numbers, and the mean reward of desirable and of undesirable responses."""
-        metrics = {name: float(values.mean()) for name, values in rows.items()}
-        desirable = rows["desirable"].bool()
+        metrics = super().summarise(losses, row_metrics)
+        desirable = row_metrics["desirable"].bool()
         for name, mask in (("desirable", desirable), ("undesirable", desirable.logical_not())):
             if mask.any():
-                metrics[f"reward_{name}"] = float(rows["reward"][mask].mean())
+                metrics[f"reward_{name}"] = float(row_metrics["reward"][mask].mean())
         return metrics
-
-
-def _score(model: nn.Module, rows: PaddedBatch) -> Tensor:
-    return response_logprobs(model, rows).logprobs

@@ -35,13 +35,16 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
-    """B pairs: `rows` holds the chosen responses on top of the rejected ones (2B rows), as do the (2B, R) tensors."""
+    """B pairs; in all (2B, ...) tensors the chosen responses are on top of the rejected ones."""
 
-    rows: PaddedBatch
+    padded: PaddedBatch
+    "The 2B responses, each with its query."
     offsets: Tensor
     "(B,)"
     token_weights: Tensor | None
+    "(2B, R)"
     reference_logprobs: Tensor | None
+    "(2B, R)"
     flipped: Tensor | None
     "(B,) bool: whether noise swapped the pair; None without noise."
 
@@ -53,24 +56,25 @@ def collate_pairs(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> P
     """Pad the pairs into one batch on `device`."""
     queries = [pair.example.query_ids for pair in pairs]
     responses = [pair.response_ids[side] for side in (0, 1) for pair in pairs]
-    rows = pad_batch(queries + queries, responses, pad_id)
+    batch = pad_batch(queries + queries, responses, pad_id)
 
-    def padded(values: list) -> Tensor:
-        """Pad per-token numbers to (2B, R) with 0."""
-        table = torch.zeros(rows.responses.shape)
-        for row, numbers in enumerate(values):
-            table[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.float32)
+    def padded(name: str) -> Tensor | None:
+        """Pad the per-token numbers of a field to (2B, R) with 0; None where the pairs have none."""
+        if getattr(pairs[0], name) is None:
+            return None
+        table = torch.zeros(batch.responses.shape)
+        rows = [getattr(pair, name)[side] for side in (0, 1) for pair in pairs]
+        for row, numbers in zip(table, rows, strict=True):
+            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.float32)
         return table.to(device)
 
-    weights = reference_logprobs = flipped = None
-    if pairs[0].token_weights is not None:
-        weights = padded([pair.token_weights[side] for side in (0, 1) for pair in pairs])
-    if pairs[0].reference_logprobs is not None:
-        reference_logprobs = padded([pair.reference_logprobs[side] for side in (0, 1) for pair in pairs])
+    flipped = None
     if "flipped" in pairs[0].example.record.extra:
         flipped = torch.tensor([pair.example.record.extra["flipped"] for pair in pairs], device=device)
     offsets = torch.tensor([pair.offset for pair in pairs], device=device)
-    return PairBatch(rows.to(device), offsets, weights, reference_logprobs, flipped)
+    return PairBatch(
+        batch.to(device), offsets, padded("token_weights"), padded("reference_logprobs"), flipped
+    )
 
 
 def make_pairs(
@@ -128,15 +132,11 @@ def _offset(example: Example, config: OffsetConfig) -> tuple[float, bool]:
 
 
 def _weights(example: Example, config: TokenWeightsConfig, tokenizer) -> tuple[list[float], list[float]]:
-    record = example.record
-    sides = []
-    for side, text, ids in (
-        ("chosen", record.chosen, example.chosen_ids),
-        ("rejected", record.rejected, example.rejected_ids),
-    ):
+    record, weights = example.record, []
+    for side, ids in (("chosen", example.chosen_ids), ("rejected", example.rejected_ids)):
         key = f"{side}_relevance"
         if key not in record.extra:
             raise RowError("missing field", f"loss.token_weights needs {key}")
-        relevant = token_relevance(tokenizer, text, ids, record.extra[key], config.labels)
-        sides.append([1.0 if counts else config.gamma for counts in relevant])
-    return sides[0], sides[1]
+        relevance = token_relevance(tokenizer, getattr(record, side), ids, record.extra[key], config.labels)
+        weights.append([1.0 if is_relevant else config.gamma for is_relevant in relevance])
+    return tuple(weights)

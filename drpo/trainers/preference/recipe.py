@@ -17,6 +17,20 @@ LossName = Literal[
 OF_THE_MARGIN = ("dpo", "cdpo", "robust", "hinge")  # functions of h: offsets and divergences change h
 LENGTH_AVERAGED = ("ipo_avg", "simpo", "orpo")
 REFERENCE_FREE = ("simpo", "orpo")
+OF_PAIRS = tuple(name for name in get_args(LossName) if name != "kto")
+LOSSES_OF = {
+    "label_smoothing": ("cdpo", "robust"),
+    "target_margin": ("simpo",),
+    "odds_coef": ("orpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "offset": OF_THE_MARGIN,
+    "divergence": OF_THE_MARGIN,
+    "token_weights": tuple(name for name in OF_PAIRS if name not in LENGTH_AVERAGED),
+    "dr_dpo": OF_PAIRS,
+}
+"Settings of `loss` that some losses alone have, and those losses."
+REQUIRED = ("label_smoothing", "target_margin", "odds_coef")
 PAIRS_ONLY = "is about pairs of responses, and loss.name=kto takes single ones; drop it"
 METRICS = frozenset(
     "accuracy reward_margin chosen_reward rejected_reward chosen_logprobs rejected_logprobs implicit_kl weight "
@@ -57,7 +71,7 @@ class TokenWeightsConfig(Section):
     gamma: float = setting(0.0, ge=0, le=1)
     """Weight of irrelevant tokens; 1 is the loss without weights, 0 leaves them out."""
     labels: Literal["line", "token"] = "line"
-    """What a label in chosen_relevance and rejected_relevance stands for."""
+    """Unit of a label in chosen_relevance and rejected_relevance."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ class LossConfig(Section):
     target_margin: float | None = setting(None, ge=0)
     """simpo: gamma, the margin that the scaled log-probabilities must reach."""
     odds_coef: float | None = setting(None, gt=0)
-    """orpo: lambda, the weight of the odds ratio beside the likelihood."""
+    """orpo: lambda, the weight of the odds ratio, added to the likelihood."""
     desirable_weight: float | None = setting(None, gt=0)
     """kto: weight of good responses; null: 1."""
     undesirable_weight: float | None = setting(None, gt=0)
@@ -94,16 +108,12 @@ class LossConfig(Section):
         if self.name == "orpo":
             rule = f"is not for {key('name')}=orpo, whose weight is {key('odds_coef')}; drop it"
             refuse_changed(self, ["beta"], rule)
-        self._only_for("label_smoothing", ("cdpo", "robust"), needed=True)
-        self._only_for("target_margin", ("simpo",), needed=True)
-        self._only_for("odds_coef", ("orpo",), needed=True)
-        self._only_for("desirable_weight", ("kto",))
-        self._only_for("undesirable_weight", ("kto",))
-        self._only_for("offset", OF_THE_MARGIN)
-        self._only_for("divergence", OF_THE_MARGIN)
-        names = get_args(LossName)
-        self._only_for("token_weights", tuple(n for n in names if n not in (*LENGTH_AVERAGED, "kto")))
-        self._only_for("dr_dpo", tuple(n for n in names if n != "kto"))
+        for name, losses in LOSSES_OF.items():
+            if self.name not in losses:
+                refuse_changed(self, [name], f"is for {key('name')}={'|'.join(losses)}, not for {self.name}")
+            elif name in REQUIRED:
+                rule = f"must be given for {key('name')}={self.name}"
+                refuse(getattr(self, name) is None, name, rule)
         if self.divergence != "reverse_kl":
             rule = (
                 f"does not go with {key('divergence')}={self.divergence}, which takes the probability ratio of whole "
@@ -112,13 +122,6 @@ class LossConfig(Section):
             refuse(self.token_weights is not None, "token_weights", rule)
         rule = f"and {key('divergence')}=alpha go together; give both or neither"
         refuse((self.divergence == "alpha") != (self.divergence_alpha is not None), "divergence_alpha", rule)
-
-    def _only_for(self, name: str, losses: tuple[str, ...], needed: bool = False) -> None:
-        """Raise ConfigError when a setting is given for another loss, or `needed` and missing for one of `losses`."""
-        rule = f"is for {key('name')}={'|'.join(losses)}, not for {self.name}"
-        refuse(name in self.changed() and self.name not in losses, name, rule)
-        missing = needed and self.name in losses and getattr(self, name) is None
-        refuse(missing, name, f"must be given for {key('name')}={self.name}")
 
     @property
     def needs_reference(self) -> bool:
@@ -173,9 +176,8 @@ class PreferenceRecipe(OfflineRecipe):
             rule = f"must not be reference_gap for {loss}, which has no reference policy"
             refuse(self.orders_by_reference, "curriculum.order", rule)
         if self.loss.name == "kto":
-            refuse(self.reference.cache_dir is not None, "reference.cache_dir", PAIRS_ONLY)
-            refuse(not self.share_prompts, "share_prompts", PAIRS_ONLY)
-            refuse(self.curriculum is not None, "curriculum", PAIRS_ONLY)
+            refuse_changed(self.reference, ["cache_dir"], PAIRS_ONLY, "reference.")
+            refuse_changed(self, ["share_prompts", "curriculum"], PAIRS_ONLY)
         if self.reference_moves_per_stage:
             rule = "keeps the log-probs of a reference that does not move; drop it, or set curriculum.reference=initial"
             refuse(self.reference.cache_dir is not None, "reference.cache_dir", rule)

@@ -41,8 +41,8 @@ def starting_reference(
     copy = engine.place(copy, as_trained=not takes_small_steps)
     dtypes = {module.get_input_embeddings().weight.dtype for module in (copy, policy)}
     # ZeRO-3: each process has only a part of the policy's weights, which a head tied to the shared embedding needs.
-    whole = not (engine.partitions_weights and head_is_tied(policy))
-    shares_trunk = has_trunk(policy) and path is None and len(dtypes) == 1 and whole
+    has_head = not (engine.partitions_weights and head_is_tied(policy))
+    shares_trunk = has_trunk(policy) and path is None and len(dtypes) == 1 and has_head
     if shares_trunk:
         share_trunk(copy, policy.to(engine.device))  # it may score before training changes the policy
     return FrozenCopy(copy, shares_trunk)

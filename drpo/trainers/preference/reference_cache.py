@@ -7,7 +7,6 @@ atomically, by a rename; of several runs that write it at once the first one win
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -25,8 +24,7 @@ from drpo.models.gguf import gguf_file
 from drpo.models.model_folder import is_local, read_config
 from drpo.run.folder import RunFolder
 from drpo.run.same_view import require_same, require_shared_folder
-from drpo.trainers.preference.dataset_logprobs import all_logprobs
-from drpo.trainers.preference.pair_objective import block_logprobs
+from drpo.trainers.preference.dataset_logprobs import reference_logprobs
 from drpo.trainers.preference.pairs import Pair
 from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.preference.stages import PairStages
@@ -47,18 +45,14 @@ def is_cached(recipe: PreferenceRecipe, engine: Engine) -> bool:
 
 
 def with_cached_reference(
-    recipe: PreferenceRecipe,
-    engine: Engine,
-    run: RunFolder,
-    data: PairStages,
-    tokenizer,
-    reference: Reference | None,
+    run: RunFolder, data: PairStages, tokenizer, reference: Reference | None
 ) -> PairStages:
     """Return the pairs with reference log-probs, read from `reference.cache_dir`, or computed and saved there first.
 
     `reference` may be None on a cache hit. Raises ConfigError, naming the differences, when the cache was made with
     another reference, data or precision.
     """
+    recipe, engine = run.recipe, run.engine
     folder = Path(recipe.reference.cache_dir)
     pairs = [pair for part in (*data.stages, data.held_out) for pair in part]
     key = _key(recipe, engine.precision, pairs)
@@ -68,36 +62,28 @@ def with_cached_reference(
     elif engine.from_main(folder.exists() and any(folder.iterdir())):
         raise ConfigError(f"reference.cache_dir: {folder} holds something else than reference log-probs")
     else:
-        score = functools.partial(block_logprobs, share_prompts=recipe.share_prompts)
-        computed = all_logprobs(
-            [(pair.example.query_ids, pair.response_ids) for pair in pairs],
-            engine,
-            run,
-            functools.partial(reference.apply, score),
-            recipe.batch.microbatch_size,
-            tokenizer.pad_token_id,
-        )
+        prompts = [(pair.example.query_ids, pair.response_ids) for pair in pairs]
+        computed = reference_logprobs(run, prompts, tokenizer, reference)
         if engine.is_main:
-            _write(folder, key, np.concatenate([row for rows in computed for row in rows]))
+            _write(folder, key, np.concatenate([logprobs for pair in computed for logprobs in pair]))
         engine.barrier()
-    rows = iter(_read(folder, key, [len(ids) for pair in pairs for ids in pair.response_ids]))
-    stages = [
-        [replace(pair, reference_logprobs=(next(rows), next(rows))) for pair in part]
+    logprobs = iter(_read(folder, key, [len(ids) for pair in pairs for ids in pair.response_ids]))
+    *stages, held_out = (
+        [replace(pair, reference_logprobs=(next(logprobs), next(logprobs))) for pair in part]
         for part in (*data.stages, data.held_out)
-    ]
-    return PairStages(stages[:-1], stages[-1], data.report)
+    )
+    return PairStages(stages, held_out, data.report)
 
 
 def _key(recipe: PreferenceRecipe, precision: str, pairs: Sequence[Pair]) -> dict[str, Any]:
     """Return the key of the cache: the reference's weights, its precision, and the token ids."""
     model, path = recipe.model, recipe.reference.path or recipe.model.path
+    weights = _weights_digest(path) if path else f"seed {recipe.seed}, {json.dumps(model.architecture)}"
     tokens = hashlib.sha256()
     for pair in pairs:
         tokens.update(json.dumps([pair.example.query_ids, *pair.response_ids]).encode())
     return {
-        "reference": _weights_digest(path)
-        if path
-        else f"seed {recipe.seed}, {json.dumps(model.architecture)}",
+        "reference": weights,
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
         "mixed_precision": precision,
@@ -131,11 +117,13 @@ def _read(folder: Path, key: dict[str, Any], lengths: Sequence[int]) -> list[np.
     """
     damaged = f"reference.cache_dir: {folder} is damaged, delete it to compute the log-probs anew"
     try:
-        then = dict(json.loads((folder / "key.json").read_text()))
+        saved_key = dict(json.loads((folder / "key.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{damaged} (key.json: {error})") from None
     changed = [
-        f"{name}: {then.get(name)} -> {value}" for name, value in key.items() if then.get(name) != value
+        f"{name}: {saved_key.get(name)} -> {value}"
+        for name, value in key.items()
+        if saved_key.get(name) != value
     ]
     if changed:
         raise ConfigError(
@@ -146,7 +134,7 @@ def _read(folder: Path, key: dict[str, Any], lengths: Sequence[int]) -> list[np.
         flat = np.load(folder / "logprobs.npy", mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{damaged} (logprobs.npy: {error})") from None
-    if then.get("sha256") != _digest(flat):
+    if saved_key.get("sha256") != _digest(flat):
         raise ConfigError(f"{damaged} (logprobs.npy is not what was written)")
     return np.split(flat, np.cumsum(lengths)[:-1])
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os.path
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from drpo.data.encode import decode_response
 from drpo.data.records import RowError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def token_relevance(
@@ -23,12 +22,16 @@ def token_relevance(
 ) -> list[bool]:
     """Return whether each of `response_ids` is relevant; the last one, the stop token, always is.
 
-    `labels` holds 1 (relevant) or 0 for each line of the text, as `splitlines` cuts it, or for each token
-    without the stop token (Banerjee et al. 2024, sec. 3: a label for each line). A line has its line break; a
-    token that spans two lines belongs to the line in which it starts, also if it starts inside a character.
+    A line has its line break; a token that spans two lines belongs to the line in which it starts, also if it starts
+    inside a character. Raises RowError for labels of another kind or number, and when the ids cannot be aligned with
+    the text (a tokenizer that changes texts). Source: Banerjee et al. 2024, sec. 3 (a label for each line).
 
-    Raises RowError for labels of another kind or number, and when the ids cannot be aligned with the text (a tokenizer
-    that changes texts).
+    Args:
+        tokenizer: made the ids.
+        response_text: the response.
+        response_ids: its tokens, the stop token last.
+        labels: 1 (relevant) or 0 for each line, as `splitlines` cuts the text, or for each token but the stop token.
+        unit: what a label is for.
     """
     labels = _checked(labels)
     *text_ids, _ = response_ids
@@ -44,8 +47,8 @@ def token_relevance(
 
     def start(place: int) -> int:
         """Return the character in which a token starts: the length of the text of the tokens before it."""
-        before = decode_response(tokenizer, text_ids[:place])
-        return len(os.path.commonprefix([before, response_text]))
+        text_before = decode_response(tokenizer, text_ids[:place])
+        return len(os.path.commonprefix([text_before, response_text]))
 
     relevance: list[bool] = []
     end = 0

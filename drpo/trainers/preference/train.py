@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -47,14 +47,12 @@ def train(
     if recipe.loss.name != "orpo":  # which is SFT too
         check_stop_token(policy, tokenizer)
     examples = [*splits.train, *splits.eval]
-    for note in check_examples(policy, examples):
-        run.say(note)
+    run.say(*check_examples(policy, examples))
     reference = None
     # Metrics must not depend on which run wrote the cache, so a reference that needs no memory is always loaded.
-    at_hand = recipe.reference_is_adapter_off
-    if recipe.loss.needs_reference and (
-        at_hand or recipe.orders_by_reference or not is_cached(recipe, engine)
-    ):
+    is_free = recipe.reference_is_adapter_off
+    is_used = is_free or recipe.orders_by_reference or not is_cached(recipe, engine)
+    if recipe.loss.needs_reference and is_used:
         reference = starting_reference(recipe, engine, tokenizer, policy)
         if isinstance(reference, FrozenCopy) and recipe.reference.path is not None:
             check_examples(reference.module, examples, "reference.path")
@@ -64,24 +62,23 @@ def train(
         data = PairStages([make_labelled(splits.train)], make_labelled(splits.eval), splits.report)
         objective = UnpairedObjective(policy, recipe.loss, reference=reference, **options)
     else:
-        data = pair_stages(recipe, engine, run, splits, tokenizer, reference)
+        data = pair_stages(run, splits, tokenizer, reference)
         if recipe.reference.cache_dir is not None:
-            data = with_cached_reference(recipe, engine, run, data, tokenizer, reference)
-            reference = reference if at_hand else None  # a copy is no longer needed
+            data = with_cached_reference(run, data, tokenizer, reference)
+            reference = reference if is_free else None  # a copy is no longer needed
         objective = PairObjective(
             policy, recipe.loss, reference=reference, share_prompts=recipe.share_prompts, **options
         )
     run.say_data(data.report)
     if recipe.reference_moves:
         engine.keep_in_state(reference.module)
+
+    def reference_logprobs(batch: PaddedBatch) -> Tensor:
+        return reference.apply(response_logprobs, batch).logprobs
+
+    is_fixed = reference is not None and not recipe.reference_moves
     sample = held_out_sampler(
-        recipe,
-        engine,
-        policy=policy,
-        tokenizer=tokenizer,
-        examples=splits.eval,
-        rewards=rewards,
-        reference_logprobs=None if recipe.reference_moves else _sample_scorer(reference),
+        run, policy, tokenizer, splits.eval, rewards, reference_logprobs if is_fixed else None
     )
     result = Result(run, objective, policy, tokenizer, data.report, "policy")
     fit(
@@ -92,14 +89,13 @@ def train(
         name=recipe.loss.name.upper(),
         result=result,
         sample=sample,
-        after_step=functools.partial(_after_step, recipe, engine, objective, policy, reference),
+        after_step=functools.partial(_after_step, run, objective, policy, reference),
     )
     return result.finish()
 
 
 def _after_step(
-    recipe: PreferenceRecipe,
-    engine: Engine,
+    run: RunFolder,
     objective: nn.Module,
     policy: nn.Module,
     reference: Reference | None,
@@ -107,6 +103,7 @@ def _after_step(
     stage_ended: bool,
 ) -> None:
     """Update the reference for TR-DPO or Curry-DPO, and reset the optimizer between stages."""
+    recipe, engine = run.recipe, run.engine
     sync, curriculum = recipe.reference, recipe.curriculum
     mix = 0.0
     if sync.sync_every and step % sync.sync_every == 0:
@@ -119,9 +116,3 @@ def _after_step(
     if mix:
         with engine.whole_weights(objective):
             reference.move_towards(policy, mix)
-
-
-def _sample_scorer(reference: Reference | None) -> Callable[[PaddedBatch], Tensor] | None:
-    if reference is None:
-        return None
-    return functools.partial(reference.apply, lambda model, batch: response_logprobs(model, batch).logprobs)

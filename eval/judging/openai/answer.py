@@ -40,6 +40,7 @@ class Answer:
     refusal: str | None = None
     "The API's own field for a refusal."
     finish_reason: str | None = "stop"
+    "None if the completion has no choices."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +57,12 @@ class JudgePrompt(Protocol):
 
     def messages(self, question: Question, form: Form, ties: bool, sample: int) -> list[dict[str, str]]:
         """Return the messages of one call. `sample` > 0 asks again after an unreadable answer."""
-        ...
 
     def response_format(self, ties: bool) -> dict[str, Any]:
         """Return the JSON schema of an answer in the form json, as the API takes it."""
-        ...
 
     def parse(self, answer: Answer, form: Form, ties: bool) -> ParsedAnswer:
         """Read an answer that was asked for in this form."""
-        ...
 
 
 class Unreadable(ValueError):
@@ -85,11 +83,15 @@ def parse_answer(answer: Answer, form: Form, read_slot: Callable[[str], Slot]) -
     if reason in _CUT:
         return ParsedAnswer("truncated", detail="the answer reached its length limit")
     whole = (answer.text or "").strip()
-    text = whole if form == "json" and _is_json(whole) else after_thoughts(whole)
+    # Markers inside a JSON object are quotes, not a chain of thought.
+    is_object = form == "json" and isinstance(json_or_none(without_fence(whole)), dict)
+    text = whole if is_object else after_thoughts(whole)
     if text is None:  # a verdict in thoughts is a draft
         return ParsedAnswer("malformed", detail="thoughts without an end")
     if not text:
-        return ParsedAnswer("malformed", detail=_nothing_said(whole, reason))
+        is_tool_call = reason in ("tool_calls", "function_call")
+        absence = "a call of a tool in place of an answer" if is_tool_call else "empty answer"
+        return ParsedAnswer("malformed", detail="thoughts and no answer" if whole else absence)
     try:
         return ParsedAnswer("ok", read_slot(text))
     except Unreadable as error:
@@ -98,28 +100,18 @@ def parse_answer(answer: Answer, form: Form, read_slot: Callable[[str], Slot]) -
         return ParsedAnswer("malformed", detail=str(error))
 
 
-def _nothing_said(whole: str, reason: str) -> str:
-    if whole:
-        return "thoughts and no answer"
-    return (
-        "a call of a tool in place of an answer"
-        if reason in ("tool_calls", "function_call")
-        else "empty answer"
-    )
-
-
 def without_fence(text: str) -> str:
     """Return the content of a Markdown code fence, or the text itself where it is not one."""
     fenced = _FENCE.match(text)
     return fenced.group(1) if fenced else text
 
 
-def _is_json(text: str) -> bool:
-    """Return whether the text is one JSON object. Markers inside it are then quotes, not a chain of thought."""
+def json_or_none(text: str | bytes) -> Any:
+    """Parse JSON, or return None for text that is not JSON."""
     try:
-        return isinstance(json.loads(without_fence(text)), dict)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return False
+        return None
 
 
 def shorten(text: str, length: int = 120) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +22,7 @@ from openai.types import Batch, FileObject
 from drpo.config import Section, setting
 from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Question
-from eval.judging.openai.answer_body import decoded
+from eval.judging.openai.answer_body import decoded, text_or_none
 from eval.judging.openai.batch_replies import batch_called, reasons_of, rows_in, status_of, with_id
 from eval.judging.openai.budget import Budget, BudgetReached
 from eval.judging.openai.request import JudgeSetup, Request
@@ -30,10 +32,12 @@ from eval.judging.openai.retry import (
     RetryConfig,
     classify,
     classify_status,
+    delay_before_retry,
     unclear_text,
 )
-from eval.judging.openai.store import Call, Store
+from eval.judging.openai.store import Call, Reservation, Store
 from eval.judging.verdict import Verdict
+from eval.progress import Say
 
 MAX_BYTES = 190_000_000
 "A little less than the API's limit of 200 MB for a file."
@@ -54,23 +58,23 @@ class BatchAPIConfig(Section):
     """How often a request that came back without an answer is submitted, all in all."""
 
 
+@dataclass(eq=False)
 class BatchJudge:
     """A judge that asks a model through the Batch API."""
 
-    def __init__(
-        self,
-        client: AsyncOpenAI,
-        setup: JudgeSetup,
-        store: Store,
-        budget: Budget,
-        config: BatchAPIConfig,
-        retry: RetryConfig,
-        say: Callable[[str], None],
-    ) -> None:
-        self._client, self._setup, self._store, self._budget = client, setup, store, budget
-        self._config, self._retry, self._say = config, retry, say
-        self._failures: dict[str, list[Call]] = {}
-        self._hopeless: set[str] = set()
+    client: AsyncOpenAI
+    setup: JudgeSetup
+    store: Store
+    "Answers, which are reused, and open batches."
+    budget: Budget
+    config: BatchAPIConfig
+    retry: RetryConfig
+    say: Say
+
+    def __post_init__(self) -> None:
+        self._failures: dict[str, list[Call]] = defaultdict(list)
+        self._unanswerable: set[str] = set()
+        self._rng = random.Random()
         self._stopping = asyncio.Event()
         self._reason = ""
 
@@ -82,90 +86,82 @@ class BatchJudge:
         stopped = None
         try:
             await self._merge_open()
-            while missing := self._missing(questions):
-                for chunk in _chunks(missing, self._config.max_requests):
+            while requests := self._next_requests(questions):
+                for chunk in _chunks(requests, self.config.max_requests):
                     await self._submit(chunk)
                 await self._merge_open()
         except JudgeStopped as error:
             stopped = error
         for question in questions:
-            request, calls = self._setup.unanswered(question, self._store)
-            failed = [] if request is None else self._failures.get(request.key, [])[-1:]
-            if request is None or failed:
-                yield self._setup.verdict(question, [*calls, *failed])
+            request, calls = self.setup.unanswered(question, self.store)
+            failures = [] if request is None else self._failures[request.key][-1:]
+            if request is None or failures:
+                yield self.setup.verdict(question, [*calls, *failures])
         if stopped is not None:
             raise stopped
 
-    def _missing(self, questions: Sequence[Question]) -> list[Request]:
+    def _next_requests(self, questions: Sequence[Question]) -> list[Request]:
         """Return the requests to submit now, each once."""
-        requests = (self._setup.unanswered(question, self._store)[0] for question in questions)
+        requests = (self.setup.unanswered(question, self.store)[0] for question in questions)
         unique = {request.key: request for request in requests if request is not None}
-        return [r for r in unique.values() if not self._given_up(r.key)]
-
-    def _given_up(self, key: str) -> bool:
-        return key in self._hopeless or len(self._failures.get(key, [])) >= self._config.max_submissions
+        max_failures = self.config.max_submissions
+        given_up = self._unanswerable | {key for key in unique if len(self._failures[key]) >= max_failures}
+        return [request for key, request in unique.items() if key not in given_up]
 
     # --- submitting -------------------------------------------------------------------------------------
 
     async def _submit(self, requests: Sequence[Request]) -> None:
         name = uuid.uuid4().hex
         try:
-            keys = [request.key for request in requests]
-            self._budget.reserve_all(keys, [self._setup.most(r) for r in requests], name)
+            self.budget.reserve_batch([(r.key, self.setup.max_usd(r)) for r in requests], name)
         except BudgetReached as error:
             raise JudgeStopped(str(error)) from None
-        self._store.put_batch(name, None, "open", [(r.key, r.sample, r.body) for r in requests])
-        content = b"".join(map(_line, requests))
-
-        async def upload() -> FileObject:
-            file = await self._client.files.create(file=(f"{name}.jsonl", content), purpose="batch")
-            return with_id(file, FileObject)
-
-        batch_id = await self._create(name, (await self._ask(upload)).id)
-        self._store.update_batch(name, batch_id, "open")
-        self._say(f"submitted batch {batch_id} of {len(requests)} requests")
+        self.store.add_batch(name, [(r.key, r.sample, r.body) for r in requests])
+        content = (f"{name}.jsonl", b"".join(map(_line, requests)))
+        file = await self._ask(lambda: self.client.files.create(file=content, purpose="batch"), FileObject)
+        batch_id = await self._create(name, file.id)
+        self.store.update_batch(name, batch_id, "open")
+        self.say(f"submitted batch {batch_id} of {len(requests)} requests")
 
     async def _create(self, name: str, file_id: str) -> str:
         """Submit a batch; after an unclear failure, first check that it does not exist, since each one is paid for."""
-        tried = False
+        submitted = False
 
-        async def create() -> Batch:
-            nonlocal tried
-            if tried and (found := await self._listed(name)) is not None:
-                return found
-            tried = True
-            batch = await self._client.batches.create(
+        async def create() -> Any:
+            nonlocal submitted
+            if submitted and (listed := await self._listed(name)) is not None:
+                return listed
+            submitted = True
+            return await self.client.batches.create(
                 input_file_id=file_id,
                 endpoint=ENDPOINT,
                 completion_window="24h",
                 metadata={METADATA_KEY: name},
             )
-            return with_id(batch, Batch)
 
-        return (await self._ask(create)).id
+        return (await self._ask(create, Batch)).id
 
     async def _listed(self, name: str) -> Batch | None:
         """Return the batch with this name in its metadata, None if there is none."""
-        raw = await self._client.batches.with_raw_response.list(
-            limit=100
-        )  # the client cannot page through HTML
+        # Raw: the client cannot page through HTML.
+        raw = await self.client.batches.with_raw_response.list(limit=100)
         return batch_called(name, METADATA_KEY, decoded(raw.http_response.text))
 
     async def _rows(self, file_id: str, num_expected: int) -> list[dict[str, Any]]:
         """Download the rows of a file. Raises NotAnAnswer as `rows_in` does."""
-        return rows_in((await self._client.files.content(file_id)).content, file_id, num_expected)
+        return rows_in((await self.client.files.content(file_id)).content, file_id, num_expected)
 
-    async def _ask(self, request: Callable[[], Any]) -> Any:
-        """Send a request about batches, retried while that may help. Raises JudgeStopped when it does not."""
-        for attempt in range(1, self._retry.max_attempts + 1):
+    async def _ask(self, request: Callable[[], Any], kind: type[FileObject | Batch] | None = None) -> Any:
+        """Send a request, retried while that may help, for a reply of a `kind`; raise JudgeStopped without one."""
+        for attempt in range(1, self.retry.max_attempts + 1):
             try:
-                return await request()
+                reply = await request()
+                return reply if kind is None else with_id(reply, kind)
             except Exception as error:
                 failure = classify(error)
-                if failure.action != "retry" or attempt == self._retry.max_attempts:
+                if failure.action != "retry" or attempt == self.retry.max_attempts:
                     raise JudgeStopped(f"the Batch API: {failure.detail}") from None
-                delay = failure.retry_after
-                await self._sleep(self._retry.base_delay * 2**attempt if delay is None else delay)
+                await self._sleep(delay_before_retry(self.retry, attempt, failure.retry_after, self._rng))
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep. Raises JudgeStopped when the run is asked to stop; submitted batches continue at the API."""
@@ -179,38 +175,35 @@ class BatchJudge:
 
     async def _merge_open(self) -> None:
         """Wait for every submitted batch, of this run or an earlier one, and store its answers."""
-        for name, batch_id, rows in self._store.open_batches():
+        for name, batch_id, rows in self.store.open_batches():
             if batch_id is None:
-                found = await self._ask(lambda name=name: self._listed(name))
-                batch_id = None if found is None else found.id
+                listed = await self._ask(lambda name=name: self._listed(name))
+                batch_id = None if listed is None else listed.id
             if batch_id is None:  # killed before it was submitted, so it costs nothing
-                for number, reserved in self._store.open_requests_of(name).values():
-                    self._budget.settle_one(number, reserved, 0.0, "never submitted", None)
-                self._store.update_batch(name, None, "never submitted")
+                for reservation in self.store.open_requests_of(name).values():
+                    await self.budget.settle(reservation, 0.0, "never submitted")
+                self.store.update_batch(name, None, "never submitted")
                 continue
-            self._store.update_batch(name, batch_id, "open")
+            self.store.update_batch(name, batch_id, "open")
             batch = await self._wait_for(batch_id)
-            requests = {key: self._setup.restored(key, sample, body) for key, sample, body in rows}
+            requests = {key: Request(key, sample, body) for key, sample, body in rows}
             try:
                 await self._merge(name, batch, requests)
             finally:
-                merged = not self._store.open_requests_of(name)
-                self._store.update_batch(name, batch_id, batch.status if merged else "open")
+                merged = not self.store.open_requests_of(name)
+                self.store.update_batch(name, batch_id, batch.status if merged else "open")
             if batch.status == "failed":  # not accepted: its file, the account's queue or quota
                 raise JudgeStopped(f"batch {batch.id} was not accepted: {reasons_of(batch)}")
 
     async def _wait_for(self, batch_id: str) -> Batch:
-        async def look() -> Batch:
-            return with_id(await self._client.batches.retrieve(batch_id), Batch)
-
         while True:
-            batch = await self._ask(look)
+            batch = await self._ask(lambda: self.client.batches.retrieve(batch_id), Batch)
             if batch.status in ENDED:
                 return batch
-            await self._sleep(self._config.poll_seconds)
+            await self._sleep(self.config.poll_seconds)
 
     async def _merge(self, name: str, batch: Batch, requests: dict[str, Request]) -> None:
-        open_requests = self._store.open_requests_of(name)
+        open_requests = self.store.open_requests_of(name)
         stop: Failure | None = None
         completed = getattr(batch.request_counts, "completed", None)
         for file_id, num_expected in ((batch.output_file_id, completed), (batch.error_file_id, 0)):
@@ -219,49 +212,49 @@ class BatchJudge:
             rows = await self._ask(lambda of=file_id, expected=num_expected: self._rows(of, expected))
             for row in rows:
                 if (key := row["custom_id"]) in open_requests:
-                    number, reserved = open_requests.pop(key)
-                    failure = self._settle(requests[key], row, number, reserved)
+                    failure = await self._settle(requests[key], row, open_requests.pop(key))
                     if failure is not None and failure.action == "stop":
                         stop = failure
-        for key, (number, reserved) in open_requests.items():  # expired or cancelled before their turn
+        for key, reservation in open_requests.items():  # expired or cancelled before their turn
             detail = f"no answer in a batch that ended as {batch.status}"
-            self._budget.settle_one(number, reserved, 0.0, detail, None)
+            await self.budget.settle(reservation, 0.0, detail)
             self._note_failure(requests[key], detail)
         if stop is not None:
             raise JudgeStopped(stop.detail, stop.param)
 
-    def _settle(self, request: Request, row: dict[str, Any], number: int, reserved: float) -> Failure | None:
+    async def _settle(
+        self, request: Request, row: dict[str, Any], reservation: Reservation
+    ) -> Failure | None:
         """Book one row of a batch, and return its failure, if any."""
         response = row["response"] if isinstance(row.get("response"), dict) else {}
         body, status = response.get("body"), status_of(row, response)
         if 200 <= status < 300:
             try:
-                call = self._setup.answered(request, body, "batch", 1, None, response.get("request_id"))
+                request_id = text_or_none(response.get("request_id"))
+                call = self.setup.answered(request, body, "batch", request_id=request_id)
             except NotAnAnswer as error:
                 failure = classify(error)
             else:
-                paid = reserved if call.cost is None else call.cost
-                self._budget.settle_one(number, reserved, paid, "answered", call)
+                await self.budget.settle(reservation, call.cost, "answered", call)
                 return None
         else:
             failure = classify_status(status, row.get("error") or body, {})
-        if failure.unclear and not self._store.answered_by(request.body["model"]):
+        if failure.unclear and not self.store.answered_by(request.body["model"]):
             failure = replace(failure, action="stop", detail=unclear_text(failure))
         call = None
         if failure.action == "refused":
-            call = self._setup.unanswerable(request, "batch", "refused", failure.detail, 1)
-        paid = reserved if failure.may_be_paid else 0.0
-        self._budget.settle_one(number, reserved, paid, failure.detail, call)
+            call = self.setup.record(request, "batch", "refused", detail=failure.detail)
+        await self.budget.settle(reservation, None if failure.may_be_paid else 0.0, failure.detail, call)
         if failure.action in ("retry", "give_up"):
             self._note_failure(request, failure.detail)
         if failure.action == "give_up":
-            self._hopeless.add(request.key)
+            self._unanswerable.add(request.key)
         return failure
 
     def _note_failure(self, request: Request, detail: str) -> None:
-        call = self._setup.unanswerable(request, "batch", "failed", detail, 1)
-        self._store.record_failure(call)
-        self._failures.setdefault(request.key, []).append(call)
+        call = self.setup.record(request, "batch", "failed", detail=detail)
+        self.store.add_call(call)
+        self._failures[request.key].append(call)
 
 
 def _line(request: Request) -> bytes:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from openai.types import Batch, FileObject
 
 from drpo.jsonl import lines_of
+from eval.judging.openai.answer import json_or_none
+from eval.judging.openai.answer_body import objects_in
 from eval.judging.openai.retry import NotAnAnswer
 
 Named = TypeVar("Named", FileObject, Batch)
@@ -23,10 +24,7 @@ def with_id(reply: Any, kind: type[Named]) -> Named:
 
 def batch_called(name: str, key: str, listed: Any) -> Batch | None:
     """Return the listed batch whose metadata has `name` under `key`. Raises NotAnAnswer for anything but a list."""
-    batches = listed.get("data") if isinstance(listed, Mapping) else None
-    if not isinstance(batches, list) or not all(isinstance(batch, Mapping) for batch in batches):
-        raise NotAnAnswer(json.dumps(listed)[:80])
-    for batch in batches:
+    for batch in objects_in(listed):
         metadata = batch.get("metadata")
         if isinstance(metadata, Mapping) and metadata.get(key) == name:
             return with_id(Batch.construct(**batch), Batch)
@@ -41,13 +39,10 @@ def rows_in(content: bytes, file_id: str, num_expected: int | None) -> list[dict
     """
     rows = []
     for number, line in lines_of(content):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+        row = json_or_none(line)
         if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str):
-            shown = line[:80].decode(errors="replace")
-            raise NotAnAnswer(f"line {number} of {file_id} is not a row of a batch: {shown}")
+            text = line[:80].decode(errors="replace")
+            raise NotAnAnswer(f"line {number} of {file_id} is not a row of a batch: {text}")
         rows.append(row)
     if not rows and num_expected:
         raise NotAnAnswer(f"{file_id} is empty; expected {num_expected} answers")
@@ -67,6 +62,6 @@ def reasons_of(batch: Batch) -> str:
     """Format the reasons why a batch was not accepted, at most three."""
     errors = getattr(batch.errors, "data", batch.errors)
     if isinstance(errors, list):
-        shown = (f"{getattr(e, 'code', None)}: {getattr(e, 'message', None) or e}" for e in errors[:3])
-        return "; ".join(shown) or "no reason given"
+        reasons = (f"{getattr(e, 'code', None)}: {getattr(e, 'message', None) or e}" for e in errors[:3])
+        return "; ".join(reasons) or "no reason given"
     return str(errors or "no reason given")[:200]

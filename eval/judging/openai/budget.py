@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from drpo.config import Section, setting
 from eval.judging.openai.prices import PRICES
-from eval.judging.openai.store import Call, Store
+from eval.judging.openai.store import Call, Reservation, Store
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,6 @@ class BudgetConfig(Section):
 
 class BudgetReached(Exception):
     """The next request could pass a cap, so it was not sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """One request that may be sent."""
-
-    number: int
-    usd: float
 
 
 class Budget:
@@ -71,44 +63,43 @@ class Budget:
                 if not self._reserved or self._calls_used_up(1):
                     raise BudgetReached(refusal)
                 await self._settled.wait()
-            (number,) = self._store.open_requests([key], [usd])
-            self._reserved[number] = usd
-            self.num_requests += 1
-        return Reservation(number, usd)
+            return self._enter([(key, usd)])[0]
+
+    def reserve_batch(self, max_usd: list[tuple[str, float]], batch: str) -> None:
+        """Reserve a whole batch, as key and maximum cost, or raise BudgetReached and reserve nothing."""
+        refusal = self._refusal(sum(usd for _, usd in max_usd), len(max_usd))
+        if refusal is not None:
+            raise BudgetReached(refusal)
+        self._enter(max_usd, batch)
+
+    def _enter(self, max_usd: list[tuple[str, float]], batch: str | None = None) -> list[Reservation]:
+        reservations = self._store.open_requests(max_usd, batch)
+        self._reserved |= {reservation.number: reservation.usd for reservation in reservations}
+        self.num_requests += len(reservations)
+        return reservations
 
     async def settle(
-        self, reservation: Reservation, usd: float, outcome: str, call: Call | None = None
+        self, reservation: Reservation, usd: float | None, outcome: str, call: Call | None = None
     ) -> None:
-        """Replace a reservation by the cost of its request, and keep the answer."""
-        self._store.settle(reservation.number, usd, outcome, call)
-        self.spent += usd
-        del self._reserved[reservation.number]
+        """Replace a reservation, of this run or an earlier one, by the cost of its request, and keep the answer.
+
+        An unknown cost, None, counts as the maximum cost.
+        """
+        paid = reservation.usd if usd is None else usd
+        self._store.settle(reservation, paid, outcome, call)
+        if self._reserved.pop(reservation.number, None) is None:  # an earlier run's, which `spent` contains
+            self.spent -= reservation.usd
+        self.spent += paid
         async with self._settled:
             self._settled.notify_all()
 
     async def withdraw(self, reservation: Reservation) -> None:
         """Cancel a reservation whose request was never sent."""
-        self._store.forget_request(reservation.number)
+        self._store.forget_request(reservation)
         del self._reserved[reservation.number]
         self.num_requests -= 1
         async with self._settled:
             self._settled.notify_all()
-
-    def reserve_all(self, keys: list[str], usd: list[float], batch: str) -> None:
-        """Reserve a whole batch, or raise BudgetReached and reserve nothing."""
-        refusal = self._refusal(sum(usd), len(keys))
-        if refusal is not None:
-            raise BudgetReached(refusal)
-        numbers = self._store.open_requests(keys, usd, batch)
-        self._reserved |= dict(zip(numbers, usd, strict=True))
-        self.num_requests += len(keys)
-
-    def settle_one(self, number: int, reserved: float, usd: float, outcome: str, call: Call | None) -> None:
-        """Settle a request of a batch that this run or an earlier one submitted."""
-        self._store.settle(number, usd, outcome, call)
-        if self._reserved.pop(number, None) is None:  # an earlier run reserved it, so `spent` holds its bound
-            self.spent -= reserved
-        self.spent += usd
 
     def _calls_used_up(self, count: int) -> bool:
         cap = self._config.max_calls
@@ -116,16 +107,16 @@ class Budget:
 
     def _refusal(self, usd: float, count: int) -> str | None:
         """Return why `count` more requests of at most `usd` dollars may not be sent, None if they may."""
-        what = "the next request" if count == 1 else f"the next {count} requests"
+        subject = "the next request" if count == 1 else f"the next {count} requests"
         if self._calls_used_up(count):
             return (
-                f"{what} would pass budget.max_calls={self._config.max_calls}: {self.num_requests} were sent; raise it "
-                "to go on"
+                f"{subject} would pass budget.max_calls={self._config.max_calls}: {self.num_requests} were sent; "
+                "raise it to go on"
             )
         cap = self._config.max_usd
         if cap is not None and self.spent + self.reserved + usd > cap:
             return (
-                f"{what} could cost ${usd:.4f}, which would pass budget.max_usd={cap:g}: ${self.spent:.4f} are spent"
+                f"{subject} could cost ${usd:.4f}, which would pass budget.max_usd={cap:g}: ${self.spent:.4f} are spent"
                 + (f" and ${self.reserved:.4f} reserved" if self._reserved else "")
                 + "; raise it to go on"
             )

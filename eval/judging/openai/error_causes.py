@@ -8,11 +8,12 @@ at the statuses listed with them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from eval.judging.openai.answer import json_or_none
 
 Cause = Literal["money", "day", "text", "size", "place", "key"]
 """money: credit, plan or spending limit exhausted. day: daily quota exhausted. text: content filter rejected this
@@ -114,10 +115,8 @@ _OF_A_DAY = re.compile(r"(per|by)[ _-]?day|\bdaily\b|\b[rt]pd\b|limit: 0\b", re.
 def cause_of(status: int | None, error: ApiError) -> Cause | None:
     """Return the cause of an error, None if only its status is known. `status` is None for an error inside a 200."""
     message = error.message[:_READ]
-    if "resource_exhausted" in error.codes and status in (
-        429,
-        None,
-    ):  # Gemini's message is the same for all limits
+    # Gemini's message is the same for all limits.
+    if "resource_exhausted" in error.codes and status in (429, None):
         if _OF_A_DAY.search(" ".join([message, *error.codes])):
             return "day"
         return "money" if _SIGNS[0].words.search(re.sub("exceeded your current quota", "", message)) else None
@@ -143,54 +142,43 @@ def cause_of(status: int | None, error: ApiError) -> Cause | None:
 # --- bodies ---------------------------------------------------------------------------------------------
 
 
+_MESSAGE_FIELDS = ("message", "detail", "error", "status_msg", "msg")
+_CODE_FIELDS = ("code", "type", "status", "error_type", "error_code", "reason", "limit_source", "quotaId")
+_NESTED_FIELDS = "error errors detail innererror metadata raw details violations base_resp".split()
+
+
 def read_error(body: Any) -> ApiError:
     """Read the fields of an error body: parsed JSON, JSON as text, or plain text. Never raises."""
-    messages: list[str] = []
-    codes: list[str] = []
-    named: list[str] = []
-    params: list[str] = []
+    messages: list[Any] = []
+    codes: list[tuple[str, str]] = []
+    params: list[Any] = []
     flagged: list[str] = []
     for part in _parts(body, 10):
         if isinstance(part, str):
             messages.append(part)
             continue
-        for name in ("message", "detail", "error", "status_msg", "msg"):
-            if isinstance(part.get(name), str):
-                messages.append(part[name])
-        for name in (
-            "code",
-            "type",
-            "status",
-            "error_type",
-            "error_code",
-            "reason",
-            "limit_source",
-            "quotaId",
-        ):
-            value = part.get(name)
-            if isinstance(value, str | int) and not isinstance(value, bool):
-                codes.append(str(value).lower())
-                if name == "code":
-                    named.append(str(value))
-        if isinstance(part.get("param"), str):
-            params.append(part["param"])
-        if isinstance(part.get("reasons"), list) or "flagged_input" in part:
-            flagged.append(", ".join(map(str, part.get("reasons") or [])) or "flagged")
-        found = part.get("content_filter_result")
-        if isinstance(found, Mapping):
-            hits = [
-                k
-                for k, v in found.items()
-                if isinstance(v, Mapping) and (v.get("filtered") or v.get("detected"))
-            ]
-            flagged.append(", ".join(hits) or "flagged")
+        messages += [part.get(name) for name in _MESSAGE_FIELDS]
+        values = [(name, part.get(name)) for name in _CODE_FIELDS]
+        codes += [(k, str(v)) for k, v in values if isinstance(v, str | int) and not isinstance(v, bool)]
+        params.append(part.get("param"))
+        flagged += _flagged(part)
     return ApiError(
-        ". ".join(dict.fromkeys(messages)),
-        next(iter(named), ""),
-        tuple(codes),
-        next(iter(params), None),
+        ". ".join(dict.fromkeys(text for text in messages if isinstance(text, str))),
+        next((code for name, code in codes if name == "code"), ""),
+        tuple(code.lower() for _, code in codes),
+        next((param for param in params if isinstance(param, str)), None),
         "; ".join(flagged),
     )
+
+
+def _flagged(part: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the categories that the content filter of OpenRouter, or that of Azure, reports in an object."""
+    reasons, results = part.get("reasons"), part.get("content_filter_result")
+    if isinstance(reasons, list) or "flagged_input" in part:
+        yield ", ".join(map(str, reasons if isinstance(reasons, list) else [])) or "flagged"
+    if isinstance(results, Mapping):
+        objects = [(name, result) for name, result in results.items() if isinstance(result, Mapping)]
+        yield ", ".join(k for k, v in objects if v.get("filtered") or v.get("detected")) or "flagged"
 
 
 def _parts(body: Any, depth: int) -> Iterator[Mapping[str, Any] | str]:
@@ -201,30 +189,14 @@ def _parts(body: Any, depth: int) -> Iterator[Mapping[str, Any] | str]:
     if depth == 0:
         return
     if isinstance(body, str):
-        try:
-            inner = json.loads(body) if body.lstrip().startswith(("{", "[")) else None
-        except (ValueError, RecursionError):
-            inner = None
-        if inner is None:
-            yield body
-        else:
-            yield from _parts(inner, depth - 1)
+        inner = json_or_none(body) if body.lstrip().startswith(("{", "[")) else None
+        yield from [body] if inner is None else _parts(inner, depth - 1)
     elif isinstance(body, list):
         for item in body[:5]:
             yield from _parts(item, depth - 1)
     elif isinstance(body, Mapping):
         yield body
-        for name in (
-            "error",
-            "errors",
-            "detail",
-            "innererror",
-            "metadata",
-            "raw",
-            "details",
-            "violations",
-            "base_resp",
-        ):
+        for name in _NESTED_FIELDS:
             value = body.get(name)
             if isinstance(value, Mapping | list) or (name == "raw" and isinstance(value, str)):
                 yield from _parts(value, depth - 1)

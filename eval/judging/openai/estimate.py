@@ -8,6 +8,7 @@ from statistics import fmean
 
 from drpo.run.folder import RunStopped
 from eval.judging.matchup import Question
+from eval.judging.openai.prices import prompt_tokens_about
 from eval.judging.openai.request import JudgeSetup
 from eval.judging.openai.store import Store
 
@@ -67,11 +68,11 @@ def total_text(estimates: Sequence[Estimate]) -> str:
 
 def estimate(setup: JudgeSetup, questions: Sequence[Question], store: Store) -> Estimate:
     """Estimate the cost of these questions; those that the store answers cost nothing."""
-    unanswered = [setup.unanswered(question, store)[0] for question in questions]
-    unanswered = [request for request in unanswered if request is not None]
-    requests = list({request.key: request for request in unanswered}.values())
+    next_requests = [setup.unanswered(question, store)[0] for question in questions]
+    unanswered = [request for request in next_requests if request is not None]
+    requests = {request.key: request for request in unanswered}.values()
     num_open = len(requests)
-    prompt_tokens = sum(request.prompt_tokens_about for request in requests)
+    prompt_tokens = sum(prompt_tokens_about(request.texts) for request in requests)
     answers = [
         call.completion_tokens
         for call in store.calls()
@@ -89,7 +90,7 @@ def estimate(setup: JudgeSetup, questions: Sequence[Question], store: Store) -> 
         prompt_tokens,
         answer_tokens,
         about,
-        None if price is None else sum(setup.most(request) for request in requests),
+        None if price is None else sum(setup.max_usd(request) for request in requests),
         None if price is None else price.as_of,
     )
 

@@ -11,7 +11,9 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeVar
 
 from openai import AsyncOpenAI
@@ -20,12 +22,12 @@ from drpo.config import ConfigError
 from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Question
 from eval.judging.openai.answer_body import decoded
-from eval.judging.openai.budget import Budget, BudgetReached, Reservation
-from eval.judging.openai.rate_limit import Admission, RateLimiter
+from eval.judging.openai.budget import Budget, BudgetReached
+from eval.judging.openai.rate_limit import RateLimiter
 from eval.judging.openai.request import JudgeSetup, Request, stored_verdicts
-from eval.judging.openai.retry import Failure, RetryConfig, classify, delay_before_retry, unclear_text
+from eval.judging.openai.retry import RetryConfig, classify, delay_before_retry, unclear_text
 from eval.judging.openai.settings import OpenAISettings
-from eval.judging.openai.store import Call, Store
+from eval.judging.openai.store import Call, Reservation, Store
 from eval.judging.verdict import Verdict
 
 Result = TypeVar("Result")
@@ -47,74 +49,73 @@ def make_client(config: OpenAISettings, retry: RetryConfig) -> AsyncOpenAI:
     return AsyncOpenAI(api_key=key, base_url=config.url, max_retries=0, timeout=retry.timeout)
 
 
+@dataclass(eq=False)
 class OpenAIJudge:
     """A judge that asks a model, one request per call."""
 
-    def __init__(
-        self,
-        client: AsyncOpenAI,
-        setup: JudgeSetup,
-        store: Store,
-        budget: Budget,
-        limiter: RateLimiter,
-        retry: RetryConfig,
-        concurrency: int,
-        rng: random.Random | None = None,
-    ) -> None:
-        self._client, self._setup, self._store, self._budget = client, setup, store, budget
-        self._limiter, self._retry, self._concurrency = limiter, retry, concurrency
-        self._rng = rng or random.Random()
-        self._under_way: dict[str, asyncio.Task[Call]] = {}
+    client: AsyncOpenAI
+    setup: JudgeSetup
+    store: Store
+    "Answers, which are reused."
+    budget: Budget
+    limiter: RateLimiter
+    retry: RetryConfig
+    concurrency: int
+    "Questions asked at once."
+
+    def __post_init__(self) -> None:
+        self._rng = random.Random()
+        self._tasks: dict[str, asyncio.Task[Call]] = {}
         self._failures_in_a_row = 0
         self._stopped: JudgeStopped | None = None
         self._stop_event = asyncio.Event()
 
     def stop(self, reason: str) -> None:
-        self._halt(JudgeStopped(reason))
+        self._halt(reason)
 
-    def _halt(self, error: JudgeStopped) -> JudgeStopped:
+    def _halt(self, reason: str, param: str | None = None) -> JudgeStopped:
         if self._stopped is None:
-            self._stopped = error
+            self._stopped = JudgeStopped(reason, param)
             self._stop_event.set()
         return self._stopped
 
     async def verdicts(self, questions: Sequence[Question]) -> AsyncIterator[Verdict]:
-        pending = iter(questions)
-        yielded: set[Question] = set()
-        done: asyncio.Queue[tuple[Question, Verdict] | None] = asyncio.Queue()
+        queue = iter(questions)
+        answered_questions: set[Question] = set()
+        results: asyncio.Queue[tuple[Question, Verdict] | None] = asyncio.Queue()
 
         async def work() -> None:
             try:
-                for question in pending:
-                    done.put_nowait((question, await self._ask(question)))
+                for question in queue:
+                    results.put_nowait((question, await self._ask(question)))
                     if self._stopped is not None:
                         return
             except BaseException as error:
-                self._halt(JudgeStopped(f"a worker ended with {error!r}"))
+                self._halt(f"a worker ended with {error!r}")
                 raise
             finally:
-                done.put_nowait(None)
+                results.put_nowait(None)
 
-        workers = [asyncio.create_task(work()) for _ in range(self._concurrency)]
+        workers = [asyncio.create_task(work()) for _ in range(self.concurrency)]
         try:
-            running = len(workers)
-            while running:
-                answered = await done.get()
-                if answered is None:
-                    running -= 1
+            num_running = len(workers)
+            while num_running:
+                result = await results.get()
+                if result is None:
+                    num_running -= 1
                 else:
-                    yielded.add(answered[0])
-                    yield answered[1]
-            for result in await asyncio.gather(*workers, return_exceptions=True):
-                if isinstance(result, BaseException) and not isinstance(result, JudgeStopped):
-                    raise result
+                    answered_questions.add(result[0])
+                    yield result[1]
+            for error in await asyncio.gather(*workers, return_exceptions=True):
+                if error is not None and not isinstance(error, JudgeStopped):
+                    raise error
             if self._stopped is not None:
-                left = [question for question in questions if question not in yielded]
-                for verdict in stored_verdicts(self._setup, left, self._store):  # needs no request
+                unanswered = [question for question in questions if question not in answered_questions]
+                for verdict in stored_verdicts(self.setup, unanswered, self.store):  # needs no request
                     yield verdict
                 raise self._stopped
         finally:
-            tasks = [*workers, *self._under_way.values()]
+            tasks = [*workers, *self._tasks.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -122,97 +123,87 @@ class OpenAIJudge:
     async def _ask(self, question: Question) -> Verdict:
         """Ask until an answer can be read, or the number of retries is used up."""
         while True:
-            request, calls = self._setup.unanswered(question, self._store)
+            request, calls = self.setup.unanswered(question, self.store)
             if request is None:
-                return self._setup.verdict(question, calls)
+                return self.setup.verdict(question, calls)
             call = await self.call(request)
             if call.status == "failed":
-                return self._setup.verdict(question, [*calls, call])
+                return self.setup.verdict(question, [*calls, call])
 
     async def call(self, request: Request) -> Call:
         """Return the stored answer to a request, the one awaited by another worker, or a new one."""
-        stored = self._store.answer(request.key)
+        stored = self.store.answer(request.key)
         if stored is not None:
             return stored
-        task = self._under_way.get(request.key)
+        task = self._tasks.get(request.key)
         if task is None:
             task = asyncio.create_task(self._send_until_answered(request))
-            self._under_way[request.key] = task
-            task.add_done_callback(lambda _: self._under_way.pop(request.key, None))
+            self._tasks[request.key] = task
+            task.add_done_callback(lambda _: self._tasks.pop(request.key, None))
         return await task
 
     async def _send_until_answered(self, request: Request) -> Call:
         """Send a request until it has an answer or has failed. Raises JudgeStopped when the run has to stop."""
         first_sent = None
-        for attempt in range(1, self._retry.max_attempts + 1):
-            reservation, admission = await self._leave_to_send(request)
+        for attempt in count(1):
+            reservation = await self._reserve(request)
             sent = time.monotonic()
             first_sent = first_sent or sent
             try:
-                payload, headers = await self._send(request.body)
-                call = self._setup.answered(
-                    request, payload, "live", attempt, time.monotonic() - sent, headers.get("x-request-id")
+                raw = await asyncio.wait_for(
+                    self.client.chat.completions.with_raw_response.create(**request.body),
+                    self.retry.timeout,
                 )
+                values = {"latency": time.monotonic() - sent, "request_id": raw.headers.get("x-request-id")}
+                call = self.setup.answered(request, decoded(raw.text), "live", num_attempts=attempt, **values)
             except Exception as error:  # after a cancellation the reservation stays open: it may be paid
                 failure = classify(error)
-                paid = reservation.usd if failure.may_be_paid else 0.0
-                if failure.action == "refused":
-                    call = self._setup.unanswerable(request, "live", "refused", failure.detail, attempt)
-                    await self._budget.settle(reservation, paid, failure.detail, call)
+                is_refusal = failure.action == "refused"
+                values = {"detail": failure.detail, "num_attempts": attempt}
+                call = self.setup.record(request, "live", "refused" if is_refusal else "failed", **values)
+                paid = None if failure.may_be_paid else 0.0
+                await self.budget.settle(reservation, paid, failure.detail, call if is_refusal else None)
+                if is_refusal:
                     return call
-                await self._budget.settle(reservation, paid, failure.detail)
                 if failure.action == "stop":
-                    raise self._halt(JudgeStopped(failure.detail, failure.param)) from None
-                if failure.unclear and not self._store.answered_by(request.body["model"]):
-                    raise self._halt(JudgeStopped(unclear_text(failure))) from None
-                if failure.action == "give_up" or attempt == self._retry.max_attempts:
-                    return self._failed(request, failure, attempt)
-                delay = delay_before_retry(self._retry, attempt, failure.retry_after, self._rng)
-                if time.monotonic() - first_sent + delay > self._retry.max_elapsed:
+                    raise self._halt(failure.detail, failure.param) from None
+                if failure.unclear and not self.store.answered_by(request.body["model"]):
+                    raise self._halt(unclear_text(failure)) from None
+                if failure.action == "give_up" or attempt == self.retry.max_attempts:
+                    return self._fail(call)
+                delay = delay_before_retry(self.retry, attempt, failure.retry_after, self._rng)
+                if time.monotonic() - first_sent + delay > self.retry.max_elapsed:
                     if failure.cause == "day":  # the same for all questions
-                        raise self._halt(JudgeStopped(failure.detail)) from None
-                    return self._failed(request, failure, attempt)
+                        raise self._halt(failure.detail) from None
+                    return self._fail(call)
                 if failure.retry_after is not None:
-                    self._limiter.pause(failure.retry_after)
+                    self.limiter.pause(failure.retry_after)
                 await self._unless_stopped(asyncio.sleep(delay))
             else:
-                if call.prompt_tokens is not None and call.completion_tokens is not None:
-                    self._limiter.correct(admission, call.prompt_tokens + call.completion_tokens)
-                await self._budget.settle(reservation, self._setup.paid(request, call), "answered", call)
+                await self.budget.settle(reservation, call.cost, "answered", call)
                 self._failures_in_a_row = 0
                 return call
-        raise AssertionError("the loop returns in its last round")
 
-    async def _leave_to_send(self, request: Request) -> tuple[Reservation, Admission]:
+    async def _reserve(self, request: Request) -> Reservation:
         """Wait for room in the budget, then for the pace."""
-        reserving = self._budget.reserve(request.key, self._setup.most(request))
+        reserving = self.budget.reserve(request.key, self.setup.max_usd(request))
         try:
             reservation = await self._unless_stopped(reserving)
         except BudgetReached as error:
-            raise self._halt(JudgeStopped(str(error))) from None
+            raise self._halt(str(error)) from None
         try:
-            tokens = request.prompt_tokens_about + self._setup.config.max_output_tokens
-            admission = await self._unless_stopped(self._limiter.wait(tokens))
+            await self._unless_stopped(self.limiter.wait())
         except BaseException:
-            await self._budget.withdraw(reservation)
+            await self.budget.withdraw(reservation)
             raise
-        return reservation, admission
+        return reservation
 
-    async def _send(self, body: Mapping[str, Any]) -> tuple[Any, Mapping[str, str]]:
-        """Return the JSON of an answer and its headers. Raises what the client raises, or NotAnAnswer."""
-        raw = await asyncio.wait_for(
-            self._client.chat.completions.with_raw_response.create(**body), self._retry.timeout
-        )
-        return decoded(raw.text), raw.headers
-
-    def _failed(self, request: Request, failure: Failure, num_attempts: int) -> Call:
-        call = self._setup.unanswerable(request, "live", "failed", failure.detail, num_attempts)
-        self._store.record_failure(call)
+    def _fail(self, call: Call) -> Call:
+        """Store a failed call; stop the run after too many of them in a row."""
+        self.store.add_call(call)
         self._failures_in_a_row += 1
-        if self._failures_in_a_row >= self._retry.max_failures_in_a_row:
-            self._halt(
-                JudgeStopped(f"{self._failures_in_a_row} questions in a row got no answer: {failure.detail}")
-            )
+        if self._failures_in_a_row >= self.retry.max_failures_in_a_row:
+            self._halt(f"{self._failures_in_a_row} questions in a row got no answer: {call.detail}")
         return call
 
     async def _unless_stopped(self, waiting: Coroutine[Any, Any, Result]) -> Result:

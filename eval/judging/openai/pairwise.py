@@ -18,6 +18,8 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,6 @@ from eval.judging.openai.answer import (
     without_fence,
 )
 from eval.judging.verdict import Slot
-
-PARSER_VERSION = 2
-"""Goes up when an answer may be read in another way than before. Answers are stored as they came, so stored ones are
-then read anew, and nothing is asked again."""
 
 JSON_VERDICT = "preferred"
 "The key of the verdict in a JSON answer."
@@ -63,24 +61,20 @@ class PairwisePrompt:
     "Label of the verdict: Preferred, More helpful."
 
     def messages(self, question: Question, form: Form, ties: bool, sample: int) -> list[dict[str, str]]:
-        """Return the messages of one call. `sample` > 0 asks again after an unreadable answer."""
         matchup = question.matchup
         first, second = matchup.shown(question.order)
         code = marker_code(self.name, (matchup.prompt, first, second), sample)
         sections = [
-            _section(title, text, code)
-            for title, text in (
-                (self.material, matchup.prompt),
-                (f"{self.noun} A", first),
-                (f"{self.noun} B", second),
-            )
+            self.question,
+            _section(self.material, matchup.prompt, code),
+            _section(f"{self.noun} A", first, code),
+            _section(f"{self.noun} B", second, code),
+            f"### Instructions:\n{_instructions(self, form, ties, sample)}",
         ]
-        instructions = f"### Instructions:\n{_instructions(self, form, ties, sample)}"
-        user = "\n\n".join([self.question, *sections, instructions])
+        user = "\n\n".join(sections)
         return [{"role": "system", "content": _system(self, code)}, {"role": "user", "content": user}]
 
     def response_format(self, ties: bool) -> dict[str, Any]:
-        """Return the JSON schema of an answer, as the API takes it."""
         verdicts = ["A", "B", "tie"] if ties else ["A", "B"]
         schema = {
             "type": "object",
@@ -94,12 +88,8 @@ class PairwisePrompt:
         return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
     def parse(self, answer: Answer, form: Form, ties: bool) -> ParsedAnswer:
-        """Read status and slot of an answer that was asked for in this form."""
-
-        def read_slot(text: str) -> Slot:
-            return _read_json(text, self.noun) if form == "json" else _read_text(text, self.label, self.noun)
-
-        parsed = parse_answer(answer, form, read_slot)
+        read_slot = _read_json if form == "json" else _read_text
+        parsed = parse_answer(answer, form, partial(read_slot, self))
         if parsed.slot == "tie" and not ties:
             return ParsedAnswer("malformed", detail="a tie, which was not among the choices")
         return parsed
@@ -163,12 +153,11 @@ def load_prompt(name: str) -> PairwisePrompt:
 
 def marker_code(prompt_name: str, texts: tuple[str, ...], sample: int) -> str:
     """Return 16 hex digits derived from the texts that they mark and contained in none of them."""
-    for attempt in range(100):
+    for attempt in count():
         hashed = hashlib.sha256(json.dumps([prompt_name, texts, sample, attempt]).encode())
         code = hashed.hexdigest()[:16]
         if not any(code in text.lower() for text in texts):
             return code
-    raise AssertionError("a text contains a hundred hashes of itself")
 
 
 # --- the question ---------------------------------------------------------------------------------------
@@ -217,17 +206,14 @@ def _plural(noun: str) -> str:
 # --- the answer -----------------------------------------------------------------------------------------
 
 
-def _read_json(text: str, noun: str) -> Slot:
+def _read_json(prompt: PairwisePrompt, text: str) -> Slot:
     try:
         answer = json.loads(without_fence(text), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"not JSON: {error}") from None
     if not isinstance(answer, dict) or not isinstance(answer.get(JSON_VERDICT), str):
         raise Unreadable(f"JSON without a {JSON_VERDICT!r} of type text")
-    slot = _slot(answer[JSON_VERDICT], noun)
-    if slot is None:
-        raise Unreadable(f"{JSON_VERDICT} is {shorten(answer[JSON_VERDICT])!r}")
-    return slot
+    return _common_slot([answer[JSON_VERDICT]], prompt.noun, JSON_VERDICT)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -237,32 +223,33 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_text(text: str, label: str, noun: str) -> Slot:
+def _read_text(prompt: PairwisePrompt, text: str) -> Slot:
     """Return the verdict of the labelled line, or of the line below a bare label.
 
-    Without a labelled line it is that of a last line that contains a verdict and nothing else.
-
-    Several labelled lines must agree: a judge may quote one from the texts it compares.
+    Without a labelled line it is that of a last line that contains a verdict and nothing else. Several labelled lines
+    must agree: a judge may quote one from the texts it compares.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     labelled = re.compile(
-        rf"[\W_]*{re.escape(label)}[{re.escape(_DECORATION)}]*:(?P<verdict>.*)", re.IGNORECASE
+        rf"[\W_]*{re.escape(prompt.label)}[{re.escape(_DECORATION)}]*:(?P<verdict>.*)", re.IGNORECASE
     )
     verdicts = []
     for line, below in zip(lines, [*lines[1:], ""], strict=True):
         if match := labelled.fullmatch(line):
             verdicts.append(match.group("verdict").strip(_DECORATION) or below)
     if not verdicts:
-        slot = _slot(lines[-1], noun)
-        if slot is None:
-            raise Unreadable(f"no line {label!r}, and the last line is {shorten(lines[-1])!r}")
-        return slot
+        return _common_slot([lines[-1]], prompt.noun, f"no line {prompt.label!r}, and the last line")
+    return _common_slot(verdicts, prompt.noun, prompt.label)
+
+
+def _common_slot(verdicts: list[str], noun: str, place: str) -> Slot:
+    """Return the slot that all verdicts name. Raises Unreadable, naming their place, where there is none."""
     slots = {_slot(verdict, noun) for verdict in verdicts}
     if len(slots) > 1:
         raise Unreadable(f"several different verdicts: {[shorten(v) for v in verdicts]}")
     slot = slots.pop()
     if slot is None:
-        raise Unreadable(f"{label} is {shorten(verdicts[0])!r}")
+        raise Unreadable(f"{place} is {shorten(verdicts[0])!r}")
     return slot
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date, datetime, timezone
-from typing import Any
 
 import openai
 from openai import AsyncOpenAI
@@ -14,12 +12,14 @@ from openai import AsyncOpenAI
 from eval.completions.rows import prompt_id_of
 from eval.judging.judge import JudgeStopped
 from eval.judging.matchup import Matchup, Question
-from eval.judging.openai.answer import Form, ParsedAnswer
-from eval.judging.openai.answer_body import decoded
+from eval.judging.openai.answer import Form, shorten
+from eval.judging.openai.answer_body import decoded, objects_in
 from eval.judging.openai.openai_judge import OpenAIJudge
 from eval.judging.openai.request import JudgeSetup
-from eval.judging.openai.retry import NotAnAnswer, classify
-from eval.judging.openai.store import Call, Store, call_key
+from eval.judging.openai.retry import classify
+from eval.judging.openai.settings import OpenAISettings
+from eval.judging.openai.store import Store, call_key
+from eval.progress import Say
 
 WARN_DAYS = 60
 "Warn of a shutdown within this many days."
@@ -44,7 +44,7 @@ PROBE = Question(
 
 
 async def check_model(
-    client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[str], None], today: date | None = None
+    client: AsyncOpenAI, config: OpenAISettings, say: Say, today: date | None = None
 ) -> None:
     """Check that the model exists and is not shut down, and warn of an upcoming shutdown.
 
@@ -52,11 +52,10 @@ async def check_model(
     exhausted or the server is unreachable. Transient errors, other servers without this information and keys without
     permission to look up models are only reported.
     """
-    config = setup.config
     try:
         model = await client.models.retrieve(config.model)
     except openai.NotFoundError:
-        await _check_listed(client, setup, say)
+        await _check_listed(client, config, say)
         return
     except Exception as error:
         failure = classify(error)
@@ -77,17 +76,15 @@ async def check_model(
         )
 
 
-async def _check_listed(client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[str], None]) -> None:
+async def _check_listed(client: AsyncOpenAI, config: OpenAISettings, say: Say) -> None:
     """Check that the list of models contains the model, after a look-up by name found none.
 
     Servers other than OpenAI's may load unlisted models, so there the first call decides.
     """
-    config = setup.config
     try:
-        raw = (
-            await client.models.with_raw_response.list()
-        )  # the parsed call raises AttributeError on an HTML page
-        names = _names(decoded(raw.text))
+        # Raw: the parsed call raises AttributeError on an HTML page.
+        raw = await client.models.with_raw_response.list()
+        names = [str(model.get("id")) for model in objects_in(decoded(raw.text))]
     except Exception as error:
         failure = classify(error)
         if failure.action == "stop" and failure.cause in ("money", "day", "place"):
@@ -97,19 +94,11 @@ async def _check_listed(client: AsyncOpenAI, setup: JudgeSetup, say: Callable[[s
         say(f"{config.base_url} does not tell which models it has: {failure.detail}")
         return
     if config.model not in names:
-        shown = ", ".join(sorted(names)[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")
-        message = f"{config.url} does not list the model {config.model}; it has: {shown or 'none'}"
+        listed = ", ".join(sorted(names)[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")
+        message = f"{config.url} does not list the model {config.model}; it has: {listed or 'none'}"
         if config.base_url is None:
             raise JudgeStopped(message)
         say(message)
-
-
-def _names(listed: Any) -> list[str]:
-    """Return the ids in a list of models. Raises NotAnAnswer for other JSON."""
-    models = listed.get("data") if isinstance(listed, Mapping) else None
-    if not isinstance(models, list):
-        raise NotAnAnswer(json.dumps(listed)[:80])
-    return [str(model.get("id")) for model in models if isinstance(model, Mapping)]
 
 
 def _date(text: object) -> date | None:
@@ -130,49 +119,42 @@ def _fact_name(setup: JudgeSetup) -> str:
 
 
 async def probe_form(
-    make_judge: Callable[[JudgeSetup], OpenAIJudge],
-    setup: JudgeSetup,
-    store: Store,
-    say: Callable[[str], None],
+    make_judge: Callable[[JudgeSetup], OpenAIJudge], setup: JudgeSetup, store: Store, say: Say
 ) -> Form:
     """Ask one easy question and return the form of the model's answer: a schema if it keeps to one, else text.
 
     The result is stored, so a rerun uses the same form and pays for no second probe.
     Raises JudgeStopped when the model refuses a setting, gives no answer, or needs more tokens than allowed.
     """
-    known = known_form(setup, store)
-    if known is not None:
-        return known
-    wanted = setup.config.form
-    forms: tuple[Form, ...] = ("json", "text") if wanted == "auto" else (wanted,)
+    stored_form = known_form(setup, store)
+    if stored_form is not None:
+        return stored_form
+    forms: tuple[Form, ...] = ("json", "text") if setup.config.form == "auto" else (setup.config.form,)
     for form in forms:
-        last = form == forms[-1]
-        asked = replace(setup, form=form)
+        is_last = form == forms[-1]
+        setup = replace(setup, form=form)
         try:
-            call = await make_judge(asked).call(asked.request(PROBE, 0))
+            call = await make_judge(setup).call(setup.request(PROBE, 0))
         except JudgeStopped as error:
-            if error.param == "response_format" and not last:
+            if error.param == "response_format" and not is_last:
                 continue
             if error.param == "temperature":
                 raise JudgeStopped(f"{error}; give judge.temperature=null") from None
             raise
-        parsed = asked.read(call)
+        parsed = setup.read(call)
         match parsed.status:
             case "ok":
                 break
             case "truncated":
                 raise JudgeStopped(
-                    f"the answer to a probe was cut at judge.max_output_tokens={asked.config.max_output_tokens}; "
+                    f"the answer to a probe was cut at judge.max_output_tokens={setup.config.max_output_tokens}; "
                     "reasoning models need more, for their thoughts count"
                 )
-            case "failed" if last:
+            case "failed" if is_last:
                 raise JudgeStopped(f"the probe got no answer: {parsed.detail}")
-        if last:
-            say(f"the answer to a probe cannot be read ({parsed.status}: {_shown(parsed, call)})")
+        if is_last:
+            text = shorten(call.text or "", 100)
+            detail = f"{parsed.detail}; it says {text!r}" if text else parsed.detail
+            say(f"the answer to a probe cannot be read ({parsed.status}: {detail})")
     store.put_fact(_fact_name(setup), form)
     return form
-
-
-def _shown(parsed: ParsedAnswer, call: Call) -> str:
-    text = " ".join((call.text or "").split())
-    return f"{parsed.detail}; it says {text[:100]!r}" if text else parsed.detail

@@ -21,22 +21,6 @@ BYTES_PER_TOKEN = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """Tokens of an answer by kind."""
-
-    prompt: int
-    "All tokens of the prompt."
-    cached: int
-    "Of these, read from the API's cache."
-    cache_write: int
-    "Of these, written to it."
-    completion: int
-    "All tokens of the answer."
-    reasoning: int
-    "Of these, hidden thoughts."
-
-
-@dataclass(frozen=True, slots=True)
 class Price:
     """Dollars per million tokens of each kind."""
 
@@ -46,17 +30,11 @@ class Price:
     output: float
     as_of: str
 
-    def cost(self, tokens: Tokens) -> float:
-        """Return dollars: cached and cache-written prompt tokens at their own prices, completion tokens at one."""
-        plain = max(
-            0, tokens.prompt - tokens.cached - tokens.cache_write
-        )  # some do not count those in prompt
-        return (
-            plain * self.input
-            + tokens.cached * self.cached
-            + tokens.cache_write * self.cache_write
-            + tokens.completion * self.output
-        ) / MILLION
+    def cost(self, prompt: int, cached: int, cache_write: int, completion: int) -> float:
+        """Return the dollars of a call from its tokens: `cached` and `cache_write` are parts of `prompt`."""
+        plain = max(0, prompt - cached - cache_write)  # some servers do not count those in prompt
+        prompt_cost = plain * self.input + cached * self.cached + cache_write * self.cache_write
+        return (prompt_cost + completion * self.output) / MILLION
 
     def at_most(self, prompt_tokens: int, completion_tokens: int) -> float:
         """Return an upper bound in dollars for a call with this many tokens, cached or not."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from eval.judging.injection import suspicions
 from eval.judging.matchup import Question
 from eval.judging.openai.answer import Answer, Form, JudgePrompt, ParsedAnswer
-from eval.judging.openai.answer_body import said_in, text_or_none
-from eval.judging.openai.prices import Price, Tokens, prompt_tokens_about, prompt_tokens_at_most
+from eval.judging.openai.answer_body import answer_in, text_or_none
+from eval.judging.openai.prices import Price, prompt_tokens_at_most
 from eval.judging.openai.settings import OpenAISettings
 from eval.judging.openai.store import Call, Store, call_key, now
-from eval.judging.verdict import Verdict, verdict_on, winner_of
+from eval.judging.verdict import Status, Verdict, verdict_on, winner_of
 
 MAX_TOKENS = 10**9
 "A server that reports more tokens for one call has miscounted."
@@ -22,13 +22,17 @@ MAX_TOKENS = 10**9
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The body of the request for a question, its key in the store, and bounds on its tokens."""
+    """The body of the request for a question, and its key in the store."""
 
     key: str
     sample: int
     body: dict[str, Any]
-    prompt_tokens_at_most: int
-    prompt_tokens_about: float
+
+    @property
+    def texts(self) -> list[str]:
+        """Texts that count as prompt tokens: the messages and the schema."""
+        schema = [json.dumps(self.body["response_format"])] if "response_format" in self.body else []
+        return [message["content"] for message in self.body["messages"]] + schema
 
 
 @dataclass(frozen=True)
@@ -56,27 +60,20 @@ class JudgeSetup:
         if self.form == "json":
             body["response_format"] = self.prompt.response_format(self.ties)
         key = call_key({"url": config.url.rstrip("/"), "body": body, "sample": sample})
-        return self.restored(key, sample, body)
+        return Request(key, sample, body)
 
-    def restored(self, key: str, sample: int, body: dict[str, Any]) -> Request:
-        """Make a request from its stored parts."""
-        texts = [message["content"] for message in body["messages"]]
-        if "response_format" in body:
-            texts.append(json.dumps(body["response_format"]))
-        return Request(key, sample, body, prompt_tokens_at_most(texts), prompt_tokens_about(texts))
-
-    def most(self, request: Request) -> float:
+    def max_usd(self, request: Request) -> float:
         """Return the maximum cost in dollars of sending a request once; 0 without a price."""
         if self.price is None:
             return 0.0
-        return self.price.at_most(request.prompt_tokens_at_most, self.config.max_output_tokens)
+        return self.price.at_most(prompt_tokens_at_most(request.texts), self.config.max_output_tokens)
 
     def read(self, call: Call) -> ParsedAnswer:
         """Parse the answer of a call with the current parser."""
         if call.status == "failed" or (call.text is None and call.status == "refused"):
             return ParsedAnswer(call.status, None, call.detail)
-        if call.text is None and call.finish_reason is None:  # no choices
-            return ParsedAnswer("malformed", None, call.detail)
+        if call.text is None and call.finish_reason is None:
+            return ParsedAnswer("malformed", None, "an answer without choices")
         answer = Answer(call.text, call.refusal, call.finish_reason)
         return self.prompt.parse(answer, self.form, self.ties)
 
@@ -101,73 +98,46 @@ class JudgeSetup:
             question,
             parsed.status,
             None if parsed.slot is None else winner_of(parsed.slot, question.order),
-            parsed.detail,
-            (suspicions(matchup.response_a), suspicions(matchup.response_b)),
+            detail=parsed.detail,
+            suspicions_a=suspicions(matchup.response_a),
+            suspicions_b=suspicions(matchup.response_b),
             keys=tuple(call.key for call in calls),
         )
 
     # --- records ----------------------------------------------------------------------------------------
 
-    def answered(
-        self,
-        request: Request,
-        payload: Any,
-        backend: str,
-        num_attempts: int,
-        latency: float | None,
-        request_id: Any,
-    ) -> Call:
-        """Record an answer, given as the JSON of a chat completion. Raises the errors of `said_in`.
+    def answered(self, request: Request, payload: Any, backend: str, **values: Any) -> Call:
+        """Record an answer, given as the JSON of a chat completion; `values` are further fields of the call.
 
-        Args:
-            request: The request that was answered.
-            payload: Parsed JSON of the answer.
-            backend: live or batch.
-            num_attempts: Number of times the request was sent.
-            latency: Seconds of the last attempt; None if unknown.
-            request_id: The API's id of the request, for support.
+        Raises the errors of `answer_in`.
         """
-        said = said_in(payload, "" if self.form == "json" else "\n")
-        there = said.finish_reason is not None
-        call = self._record(
+        answer = answer_in(payload, "" if self.form == "json" else "\n")
+        call = self.record(
             request,
             backend,
-            text=said.text,
-            refusal=said.refusal,
-            finish_reason=said.finish_reason,
+            "ok",  # until it is read
             model_returned=text_or_none(payload.get("model")),
             fingerprint=text_or_none(payload.get("system_fingerprint")),
-            request_id=text_or_none(request_id),
-            num_attempts=num_attempts,
-            latency=latency,
-            detail="" if there else "an answer without choices",
-            status="ok" if there else "malformed",
+            **asdict(answer),
             **self._usage(payload.get("usage"), request.body["model"]),
+            **values,
         )
         parsed = self.read(call)
         return replace(call, status=parsed.status, slot=parsed.slot, detail=parsed.detail)
 
-    def paid(self, request: Request, call: Call) -> float:
-        """Return the dollars to book for an answer: its cost, or the bound if the server reported no usage."""
-        return self.most(request) if call.cost is None else call.cost
-
-    def unanswerable(
-        self, request: Request, backend: str, status: str, detail: str, num_attempts: int
-    ) -> Call:
-        """Record a call without an answer: failed, or refused before it reached a model."""
-        return self._record(request, backend, status=status, detail=detail, num_attempts=num_attempts)
-
-    def _record(self, request: Request, backend: str, **values: Any) -> Call:
-        empty = dict.fromkeys(Call.__dataclass_fields__)
-        known = {
+    def record(self, request: Request, backend: str, status: Status, **values: Any) -> Call:
+        """Record a call, sent once, with `values` for further fields; those without a value are None."""
+        values_of_request = {
             "key": request.key,
             "model": request.body["model"],
             "sample": request.sample,
             "backend": backend,
+            "status": status,
+            "num_attempts": 1,
             "time": now(),
             "request": json.dumps(request.body, ensure_ascii=False),
         }
-        return Call(**{**empty, **known, **values})
+        return Call(**dict.fromkeys(Call.__dataclass_fields__) | values_of_request | values)
 
     def _usage(self, usage: Any, model: str) -> dict[str, Any]:
         """Return tokens and cost; empty if the server does not count both sides: the upper bound is charged."""
@@ -175,29 +145,24 @@ class JudgeSetup:
         if prompt is None or completion is None:
             return {}
         prompt_details = usage.get("prompt_tokens_details")
-        tokens = Tokens(
-            prompt,
-            _count(prompt_details, "cached_tokens") or 0,
-            _count(prompt_details, "cache_write_tokens") or 0,
-            completion,
-            _count(usage.get("completion_tokens_details"), "reasoning_tokens") or 0,
-        )
+        cached = _count(prompt_details, "cached_tokens") or 0
+        cache_write = _count(prompt_details, "cache_write_tokens") or 0
+        reasoning = _count(usage.get("completion_tokens_details"), "reasoning_tokens") or 0
+        priced = self.price is not None and model == self.config.model
         return {
-            "prompt_tokens": tokens.prompt,
-            "cached_tokens": tokens.cached,
-            "cache_write_tokens": tokens.cache_write,
-            "completion_tokens": tokens.completion,
-            "reasoning_tokens": tokens.reasoning,
-            "cost": self.price.cost(tokens)
-            if self.price is not None and model == self.config.model
-            else None,
+            "prompt_tokens": prompt,
+            "cached_tokens": cached,
+            "cache_write_tokens": cache_write,
+            "completion_tokens": completion,
+            "reasoning_tokens": reasoning,
+            "cost": self.price.cost(prompt, cached, cache_write, completion) if priced else None,
         }
 
 
 def stored_verdicts(setup: JudgeSetup, questions: Iterable[Question], store: Store) -> list[Verdict]:
     """Return the verdicts of the questions that the store answers."""
-    found = ((question, *setup.unanswered(question, store)) for question in questions)
-    return [setup.verdict(question, calls) for question, request, calls in found if request is None]
+    stored = ((question, *setup.unanswered(question, store)) for question in questions)
+    return [setup.verdict(question, calls) for question, request, calls in stored if request is None]
 
 
 def _count(usage: Any, name: str) -> int | None:

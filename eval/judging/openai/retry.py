@@ -16,24 +16,29 @@ import openai
 
 from drpo.config import Section, setting
 from drpo.jsonl import encodable
+from eval.judging.openai.answer import shorten
 from eval.judging.openai.error_causes import Cause, cause_of, read_error
 
 Action = Literal["retry", "refused", "give_up", "stop"]
 """retry: it may pass. refused: the API would not have this text judged. give_up: this request cannot work, others may.
 stop: no request can work without user action."""
 
-SETTING_CODES = frozenset(
-    {"unsupported_parameter", "unsupported_value", "unknown_parameter", "model_not_found"}
-)
+SETTING_CODES = frozenset("unsupported_parameter unsupported_value unknown_parameter model_not_found".split())
 SETTINGS = frozenset(
     {"temperature", "response_format", "reasoning_effort", "max_tokens", "max_completion_tokens", "model"}
 )
-_HINT = re.compile(
-    r"(?:try again|retry) (?:in|after) ([\d.hms]*\d(?:ms|[hms])?)( seconds?| secs?)?", re.IGNORECASE
-)
-_DURATION = re.compile(
-    r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?"
-)
+_UNITS = {"ms": 0.001, "h": 3600.0, "m": 60.0, "s": 1.0, " sec": 1.0}
+_PART = rf"(\d+(?:\.\d+)?)({'|'.join(_UNITS)})"
+_HINT = re.compile(rf"(?:try again|retry) (?:in|after) ((?:{_PART})+)")
+_STOPPING_CAUSES: dict[Cause | None, str] = {
+    "money": "the account's money or quota is used up",
+    "place": "the API key may not do this with this account or from this location",
+    "key": "the API key may not do this",
+}
+_STOPPING_STATUSES: dict[int | None, str] = {
+    401: "the API key is not accepted",
+    404: "there is no such model or address",
+}
 
 
 @dataclass(frozen=True)
@@ -91,15 +96,15 @@ def classify(error: Exception) -> Failure:
             return classify_status(error.status_code, error.response.text, error.response.headers)
         case openai.APITimeoutError() | openai.APIConnectionError():
             sent = type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout")
-            what = "no answer in time" if isinstance(error, openai.APITimeoutError) else "connection failed"
-            return Failure("retry", f"{what}: {error.__cause__ or error}", may_be_paid=sent)
+            timed_out = isinstance(error, openai.APITimeoutError)
+            problem = "no answer in time" if timed_out else "connection failed"
+            return Failure("retry", f"{problem}: {error.__cause__ or error}", may_be_paid=sent)
         case asyncio.TimeoutError():
             return Failure("retry", "no answer in time", may_be_paid=True)
         case ErrorInAnswer():
             return _classify_inside(error.payload)
-        case (
-            NotAnAnswer() | json.JSONDecodeError() | UnicodeDecodeError() | RecursionError()
-        ):  # of the client's parser
+        # The last three are of the client's parser.
+        case NotAnAnswer() | json.JSONDecodeError() | UnicodeDecodeError() | RecursionError():
             return Failure("retry", f"the answer is not that of the API: {error}", may_be_paid=True)
     raise error
 
@@ -112,41 +117,25 @@ def classify_status(status: int | None, body: Any, headers: Mapping[str, str]) -
     error = read_error(body)
     cause = cause_of(status, error)
     code = "" if error.code == str(status) else error.code
-    said = _shorten(error.message) + (f" ({error.flagged})" if error.flagged else "")
+    message = shorten(error.message, 300) + (f" ({error.flagged})" if error.flagged else "")
     where = f"HTTP {status}" if status else "an error inside an answer"
-    detail = encodable(f"{where}{f' {code}' if code else ''}: {said}")
-    match cause:
-        case "money":
-            return Failure("stop", f"the account's money or quota is used up ({detail})", cause=cause)
-        case "text":
-            return Failure("refused", detail, cause=cause)
-        case "place":
-            return Failure(
-                "stop",
-                f"the API key may not do this with this account or from this location ({detail})",
-                cause=cause,
-            )
-        case "key":
-            return Failure("stop", f"the API key may not do this ({detail})", cause=cause)
-    if status == 401:
-        return Failure("stop", f"the API key is not accepted ({detail})")
-    if status == 404:
-        return Failure("stop", f"there is no such model or address ({detail})")
+    detail = encodable(f"{where}{f' {code}' if code else ''}: {message}")
+    if cause == "text":
+        return Failure("refused", detail, cause=cause)
+    if reason := _STOPPING_CAUSES.get(cause) or _STOPPING_STATUSES.get(status):
+        return Failure("stop", f"{reason} ({detail})", cause=cause)
     if SETTING_CODES.intersection(error.codes) or error.param in SETTINGS:
-        return Failure(
-            "stop", f"the model does not take a setting of the recipe ({detail})", param=error.param
-        )
+        reason = f"the model does not take a setting of the recipe ({detail})"
+        return Failure("stop", reason, param=error.param)
     wait = parse_retry_after(headers)
     if wait is None:
         wait = retry_hint(error.message)
-    known = (
-        wait is not None and "resource_exhausted" not in error.codes
-    )  # Gemini's delay ignores the daily quota
-    if cause == "day" and not known:
+    # Gemini's delay ignores the daily quota.
+    if cause == "day" and (wait is None or "resource_exhausted" in error.codes):
         return Failure("stop", f"the quota of the day is used up ({detail})", cause=cause)
-    asked = headers.get("x-should-retry")
+    should_retry = headers.get("x-should-retry")
     passes = status is None or status in (402, 408, 409, 429, 498) or status >= 500
-    if asked == "true" or (passes and asked != "false"):
+    if should_retry == "true" or (passes and should_retry != "false"):
         # sent by a proxy, or after generation has started
         unknown = status is None or status in (408, 502, 504) or status >= 520
         return Failure("retry", detail, wait, may_be_paid=unknown, cause=cause)
@@ -188,17 +177,8 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
 
 def retry_hint(message: str) -> float | None:
     """Return the seconds that an error message asks to wait ("try again in 7m12s"), None if it names none."""
-    found = _HINT.search(message)
-    return None if found is None else parse_duration(found.group(1) + ("s" if found.group(2) else ""))
-
-
-def parse_duration(text: str) -> float | None:
-    """Return the seconds of a duration as APIs write it ("1m30s", "120ms", "2s"); None for other text."""
-    match = _DURATION.fullmatch(text.strip())
-    if not match or not any(match.groups()):
-        return None
-    hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
+    hint = _HINT.search(message.lower())
+    return None if hint is None else sum(float(n) * _UNITS[unit] for n, unit in re.findall(_PART, hint[1]))
 
 
 def delay_before_retry(
@@ -214,8 +194,3 @@ def delay_before_retry(
     if retry_after is not None:
         return retry_after + rng.uniform(0, config.base_delay)
     return rng.uniform(0, min(config.max_delay, config.base_delay * 2.0 ** min(attempt - 1, 60)))
-
-
-def _shorten(text: str, length: int = 300) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openai import AsyncOpenAI
-
-from drpo.config import ConfigError, refuse
+from drpo.config import key, refuse
 from eval.judging.collect import collect_verdicts
 from eval.judging.judge import JudgeKind, JudgeStopped, Outcome
 from eval.judging.judgments import disk_trouble_explained
@@ -40,18 +38,15 @@ def ask_openai(recipe: JudgeRecipe, questions: Sequence[Question], say: Say) -> 
     estimate, for budget.dry_run.
     """
     config = recipe.judge
-    if config.model is None:
-        raise ConfigError(
-            "judge.model must name the model that judges; there is no default, models are retired"
-        )
-    if recipe.prompt is None:
-        raise ConfigError("prompt must say what the judge is asked, such as prompt=tldr-1")
+    rule = "must name the model that judges; there is no default, models are retired"
+    refuse(config.model is None, "judge.model", rule)
+    refuse(recipe.prompt is None, "prompt", "must say what the judge is asked, such as prompt=tldr-1")
     price = load_price(recipe.budget.prices_path, config.model, config.backend == "batch")
-    if price is None and recipe.budget.max_usd is not None:
-        raise ConfigError(
-            f"budget.max_usd needs a price of {config.model}, which {recipe.budget.prices_path} does not have; "
-            "give a table with budget.prices, or cap budget.max_calls"
-        )
+    rule = (
+        f"needs a price of {config.model}, which {recipe.budget.prices_path} does not have; give a table with "
+        "budget.prices, or cap budget.max_calls"
+    )
+    refuse(price is None and recipe.budget.max_usd is not None, "budget.max_usd", rule)
     form = "json" if config.form == "auto" else config.form
     setup = JudgeSetup(config, load_prompt(recipe.prompt), recipe.ties, form, price)
     with disk_trouble_explained(Path(recipe.run_dir)), closing(Store(recipe.store_path)) as store:
@@ -68,31 +63,25 @@ def ask_openai(recipe: JudgeRecipe, questions: Sequence[Question], say: Say) -> 
             raise DryRun(estimated)
         outcome = Outcome(stored_verdicts(setup, questions, store))
         if len(outcome.verdicts) < len(questions) or store.open_batches():
-            client = make_client(config, recipe.retry)
-            outcome = asyncio.run(_ask(recipe, client, setup, store, questions, say))
+            outcome = asyncio.run(_ask(recipe, setup, store, questions, say))
         else:  # neither a key nor a network is needed, nor that the model is still there
             say(estimate(setup, questions, store).text())
         return replace(outcome, calls=store.calls(), ledger=store.ledger())
 
 
 async def _ask(
-    recipe: JudgeRecipe,
-    client: AsyncOpenAI,
-    setup: JudgeSetup,
-    store: Store,
-    questions: Sequence[Question],
-    say: Say,
+    recipe: JudgeRecipe, setup: JudgeSetup, store: Store, questions: Sequence[Question], say: Say
 ) -> Outcome:
-    async with client:
+    async with make_client(recipe.judge, recipe.retry) as client:
         budget = Budget(store, recipe.budget)
-        limiter = RateLimiter(recipe.limits)
+        limiter = RateLimiter(recipe.limits.requests_per_minute)
 
         def live(setup: JudgeSetup) -> OpenAIJudge:
             concurrency = recipe.limits.concurrency
             return OpenAIJudge(client, setup, store, budget, limiter, recipe.retry, concurrency)
 
         try:
-            await check_model(client, setup, say)
+            await check_model(client, recipe.judge, say)
             if recipe.judge.probe:
                 setup = replace(setup, form=await probe_form(live, setup, store, say))
         except JudgeStopped as stopped:
@@ -105,8 +94,8 @@ async def _ask(
 
 
 def _check_recipe(recipe: JudgeRecipe) -> None:
-    given = recipe.judge.backend != "batch" and recipe.batch != BatchAPIConfig()
-    refuse(given, "batch", "does not apply to this judge; it is for judge.backend=batch")
+    is_unused = recipe.judge.backend != "batch" and recipe.batch != BatchAPIConfig()
+    refuse(is_unused, "batch", f"does not apply to this judge; it is for {key('judge.backend')}=batch")
 
 
 OPENAI = JudgeKind(

@@ -13,6 +13,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import astuple, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -80,8 +81,7 @@ CREATE TABLE batches (
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
-
-
+_SELECT_CALLS = f"SELECT {', '.join(_COLUMNS)} FROM calls"
 _TABLES = {"calls", "requests", "batches", "facts"}
 
 
@@ -94,6 +94,14 @@ def call_key(parts: Mapping[str, Any]) -> str:
 def now() -> str:
     """Return the time in UTC, to the millisecond."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A request in the ledger that is not settled, with its maximum cost."""
+
+    number: int
+    usd: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,32 +125,21 @@ class Store:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self.path.with_name(self.path.name + ".lock").open("w")
-        except OSError as error:
-            raise DataError(f"no store of verdicts can be kept at {self.path}: {error}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise DataError(f"{self.path} is in use by another run; wait for it or stop it") from None
-        try:
-            self._db = sqlite3.connect(self.path, isolation_level=None)
-        except sqlite3.Error as error:
-            self._lock.close()
-            raise DataError(f"no store of verdicts can be kept at {self.path}: {error}") from None
-        try:
-            self._open()
-        except DataError:
-            self.close()
-            raise
-        except sqlite3.OperationalError as error:  # a full disk, a file that may not be written
-            self.close()
-            raise DataError(f"no store of verdicts can be kept at {self.path}: {error}") from None
-        except sqlite3.DatabaseError as error:
-            self.close()
-            raise DataError(f"{self.path} is not a store of verdicts: {error}") from None
+        with ExitStack() as resources:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                lock = resources.enter_context(self.path.with_name(self.path.name + ".lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._db = resources.enter_context(closing(sqlite3.connect(self.path, isolation_level=None)))
+                self._open()
+            except BlockingIOError:
+                raise DataError(f"{self.path} is in use by another run; wait for it or stop it") from None
+            # A full disk, or a file that may not be written.
+            except (OSError, sqlite3.OperationalError) as error:
+                raise DataError(f"no store of verdicts can be kept at {self.path}: {error}") from None
+            except sqlite3.DatabaseError as error:
+                raise DataError(f"{self.path} is not a store of verdicts: {error}") from None
+            self._resources = resources.pop_all()
 
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
@@ -160,30 +157,21 @@ class Store:
                 f"{self.path} has layout {version}, this version reads and writes {SCHEMA_VERSION}; keep it for the "
                 "version that made it, and name another file with store="
             )
-        (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
+        (damage,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if damage != "ok":
             raise DataError(
-                f"{self.path} is damaged ({found}); put a copy of it in its place, or save what is left by "
+                f"{self.path} is damaged ({damage}); put a copy of it in its place, or save what is left by "
                 f"`sqlite3 {self.path} .recover`"
             )
 
     def close(self) -> None:
-        self._db.close()
-        self._lock.close()
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._resources.close()
 
     # --- answers ----------------------------------------------------------------------------------------
 
     def answer(self, key: str) -> Call | None:
         """Return the stored answer to a call; failures do not count."""
-        row = self._db.execute(
-            f"SELECT {', '.join(_COLUMNS)} FROM calls WHERE key = ? AND status != 'failed'", (key,)
-        ).fetchone()
+        row = self._db.execute(f"{_SELECT_CALLS} WHERE key = ? AND status != 'failed'", (key,)).fetchone()
         return None if row is None else Call(*row)
 
     def answered_by(self, model: str) -> bool:
@@ -193,48 +181,45 @@ class Store:
 
     def calls(self) -> list[Call]:
         """Return every call, failures included, in the order in which they ended."""
-        rows = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM calls ORDER BY id")
-        return [Call(*row) for row in rows]
+        return [Call(*row) for row in self._db.execute(f"{_SELECT_CALLS} ORDER BY id")]
 
-    def record_failure(self, call: Call) -> None:
-        """Store the record of a call without an answer; it will be asked again."""
-        self._insert(call)
-
-    def _insert(self, call: Call) -> None:
+    def add_call(self, call: Call) -> None:
+        """Store the record of a call; one without an answer will be asked again."""
         marks = ", ".join("?" * len(_COLUMNS))
         self._db.execute(f"INSERT INTO calls ({', '.join(_COLUMNS)}) VALUES ({marks})", astuple(call))
 
     # --- ledger -----------------------------------------------------------------------------------------
 
-    def open_requests(self, keys: Sequence[str], usd: Sequence[float], batch: str | None = None) -> list[int]:
-        """Enter requests before they are sent, each with its maximum cost; return their numbers."""
+    def open_requests(
+        self, max_usd: Sequence[tuple[str, float]], batch: str | None = None
+    ) -> list[Reservation]:
+        """Enter requests, as key and maximum cost, before they are sent."""
         started = now()
-        with self._transaction():
+        insert = "INSERT INTO requests (key, batch, reserved, started) VALUES (?, ?, ?, ?)"
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
             return [
-                self._db.execute(
-                    "INSERT INTO requests (key, batch, reserved, started) VALUES (?, ?, ?, ?)",
-                    (key, batch, most, started),
-                ).lastrowid
-                for key, most in zip(keys, usd, strict=True)
+                Reservation(self._db.execute(insert, (key, batch, usd, started)).lastrowid, usd)
+                for key, usd in max_usd
             ]
 
-    def settle(self, request: int, usd: float, outcome: str, call: Call | None = None) -> None:
+    def settle(self, request: Reservation, usd: float, outcome: str, call: Call | None = None) -> None:
         """Enter the actual cost of a request and, in the same commit, its answer."""
-        with self._transaction():
-            self._db.execute("UPDATE requests SET usd = ?, outcome = ? WHERE id = ?", (usd, outcome, request))
+        update = "UPDATE requests SET usd = ?, outcome = ? WHERE id = ?"
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute(update, (usd, outcome, request.number))
             if call is not None:
-                self._insert(call)
+                self.add_call(call)
 
-    def forget_request(self, request: int) -> None:
+    def forget_request(self, request: Reservation) -> None:
         """Delete a request that was never sent."""
-        self._db.execute("DELETE FROM requests WHERE id = ? AND usd IS NULL", (request,))
+        self._db.execute("DELETE FROM requests WHERE id = ? AND usd IS NULL", (request.number,))
 
-    def open_requests_of(self, batch: str) -> dict[str, tuple[int, float]]:
-        """Return key -> number and reserved dollars of the requests of a batch that are not settled."""
-        rows = self._db.execute(
-            "SELECT key, id, reserved FROM requests WHERE batch = ? AND usd IS NULL", (batch,)
-        )
-        return {key: (number, reserved) for key, number, reserved in rows}
+    def open_requests_of(self, batch: str) -> dict[str, Reservation]:
+        """Return the requests of a batch that are not settled, by key."""
+        select = "SELECT key, id, reserved FROM requests WHERE batch = ? AND usd IS NULL"
+        return {key: Reservation(number, usd) for key, number, usd in self._db.execute(select, (batch,))}
 
     def ledger(self) -> Ledger:
         """Sum all requests, those of earlier runs included."""
@@ -246,15 +231,13 @@ class Store:
 
     # --- batches and facts ------------------------------------------------------------------------------
 
-    def put_batch(
-        self, name: str, batch_id: str | None, state: str, requests: Sequence[tuple[str, int, dict[str, Any]]]
-    ) -> None:
-        """Enter a batch: our name, the API's id once known, and its requests as key, sample and body."""
-        row = (name, batch_id, state, json.dumps(list(requests)), now())
-        self._db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
+    def add_batch(self, name: str, requests: Sequence[tuple[str, int, dict[str, Any]]]) -> None:
+        """Enter a batch before it is submitted: our name, and its requests as key, sample and body."""
+        row = (name, json.dumps(list(requests)), now())
+        self._db.execute("INSERT INTO batches VALUES (?, NULL, 'open', ?, ?)", row)
 
     def update_batch(self, name: str, batch_id: str | None, state: str) -> None:
-        """Update a batch; "open" is one whose answers are pending."""
+        """Update a batch: the API's id, and its state, which is "open" while answers are pending."""
         self._db.execute("UPDATE batches SET id = ?, state = ? WHERE name = ?", (batch_id, state, name))
 
     def open_batches(self) -> list[tuple[str, str | None, list[tuple[str, int, dict[str, Any]]]]]:
@@ -266,33 +249,9 @@ class Store:
 
     def put_fact(self, name: str, value: Any) -> None:
         """Store a JSON value under a name."""
-        self._db.execute(
-            "INSERT INTO facts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-            (name, json.dumps(value)),
-        )
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
     def fact(self, name: str) -> Any:
         """Return the value under a name, None if there is none."""
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else json.loads(row[0])
-
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
-
-
-class _Transaction:
-    """BEGIN ... COMMIT, or ROLLBACK when an exception leaves the block."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._db.execute("COMMIT")
-        finally:
-            if self._db.in_transaction:  # SQLite itself rolls back on a full disk
-                self._db.execute("ROLLBACK")

@@ -111,7 +111,7 @@ def test_recurrent_states_follow_their_rows_when_others_end(model_type):
         while len(new) < 8 and not set(new) & set(stops):
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([context + new]), use_cache=False).logits[:, -1]
-            new.append(sample_tokens(logits, numbers[None, len(new)], SamplingConfig()).item())
+            new.append(sample_tokens(logits, numbers[None, len(new)], SamplingConfig())[0].item())
         expected.append(new)
     assert len({len(new) for new in expected}) > 2, "rows end at different steps"
     got = generate(

@@ -98,7 +98,10 @@ def test_shared_prompts_score_and_learn_as_separate_rows(
 def test_temperature_suppressed_ids_and_entropy_apply_as_to_separate_rows(model_type):
     model, batch = tiny_model(model_type, **WIDE.get(model_type, {})).double(), shared_batch(3)
     options = {"temperature": 0.6, "suppressed_ids": (1, 5, 7), "entropy": True}
-    expected, shared = response_logprobs(model, batch, **options), continuation_logprobs(model, batch, 3, **options)
+    expected, shared = (
+        response_logprobs(model, batch, **options),
+        continuation_logprobs(model, batch, 3, **options),
+    )
     plain = response_logprobs(model, batch).logprobs
     real = batch.response_mask
     assert (expected.logprobs - plain)[real].abs().max() > 0.1, "else the options do nothing"

@@ -101,7 +101,7 @@ def test_tokens_equal_the_naive_filters(vocab_size, settings):
     generator = torch.Generator().manual_seed(vocab_size)
     logits = torch.randn(200, vocab_size, generator=generator) * 2
     uniforms = torch.rand(200, generator=generator, dtype=torch.float64)
-    got = sample_tokens(logits, uniforms, SamplingConfig(**settings), suppressed_ids=[1])
+    got = sample_tokens(logits, uniforms, SamplingConfig(**settings), suppressed_ids=[1])[0]
     expected = [
         naive_token(row, u, **settings, suppressed=[1])
         for row, u in zip(logits.double().tolist(), uniforms.tolist(), strict=True)
@@ -112,10 +112,10 @@ def test_tokens_equal_the_naive_filters(vocab_size, settings):
 def test_hand_computed_inverse_cdf():
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().repeat(6, 1)
     uniforms = torch.tensor([0.0, 0.0999, 0.1001, 0.2999, 0.3001, 0.9999], dtype=torch.float64)
-    assert sample_tokens(logits, uniforms, SamplingConfig()).tolist() == [0, 0, 1, 1, 2, 3]
+    assert sample_tokens(logits, uniforms, SamplingConfig())[0].tolist() == [0, 0, 1, 1, 2, 3]
     # top_p 0.7 keeps 0.4 and 0.3, which become 4/7 (token 3) and 3/7 (token 2).
     uniforms = torch.tensor([0.0, 0.428, 0.429, 0.9999, 0.2, 0.6], dtype=torch.float64)
-    assert sample_tokens(logits, uniforms, SamplingConfig(top_p=0.69)).tolist() == [2, 2, 3, 3, 2, 3]
+    assert sample_tokens(logits, uniforms, SamplingConfig(top_p=0.69))[0].tolist() == [2, 2, 3, 3, 2, 3]
 
 
 @pytest.mark.parametrize("u", [0.0, 0.5, float(np.nextafter(1, 0))])
@@ -123,16 +123,16 @@ def test_tokens_without_mass_are_never_chosen(u):
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, [300, 301, 640]] = torch.tensor([0.0, -1.0, -60.0])
     uniforms = torch.tensor([u], dtype=torch.float64)
-    assert sample_tokens(logits, uniforms, SamplingConfig()).item() in (300, 301, 640)
-    assert sample_tokens(logits, uniforms, SamplingConfig(), [640, 300]).item() == 301
+    assert sample_tokens(logits, uniforms, SamplingConfig())[0].item() in (300, 301, 640)
+    assert sample_tokens(logits, uniforms, SamplingConfig(), [640, 300])[0].item() == 301
 
 
 def test_bf16_logits_are_sampled_in_full_precision():
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     uniforms = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        low = sample_tokens(logits, uniforms, SamplingConfig(temperature=0.7, top_p=0.9))
-    assert torch.equal(low, sample_tokens(logits.float(), uniforms, SamplingConfig(0.7, top_p=0.9)))
+        low = sample_tokens(logits, uniforms, SamplingConfig(temperature=0.7, top_p=0.9))[0]
+    assert torch.equal(low, sample_tokens(logits.float(), uniforms, SamplingConfig(0.7, top_p=0.9))[0])
 
 
 # --- whole rows -----------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from drpo.run.folder import CheckpointConfig, RunFolder
 from drpo.run.metrics import read_metrics
 from drpo.trainers.offline import (
     BatchConfig,
+    Objective,
     OfflineEvalConfig,
     OfflineRecipe,
-    RowObjective,
     fit,
     held_out_metrics,
 )
@@ -31,12 +31,11 @@ TRAIN = [[1.0], [2.0, 3.0, 4.0], [5.0, 6.0], [7.0], [8.0, 9.0, 10.0, 11.0], [12.
 HELD_OUT = [[1.0, 2.0, 3.0], [10.0], [20.0, 30.0], [4.0], [5.0, 6.0]]
 
 
-class Weight(RowObjective):
+class Weight(Objective):
     """loss of a target x = w x, so the gradient of the mean loss is the mean of x."""
 
     def __init__(self, weight: float = 2.0) -> None:
-        super().__init__()
-        self.model = nn.Linear(1, 1, bias=False)
+        super().__init__(nn.Linear(1, 1, bias=False), pad_id=0, device=torch.device("cpu"))
         with torch.no_grad():
             self.model.weight.fill_(weight)
 

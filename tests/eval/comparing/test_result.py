@@ -72,7 +72,7 @@ def judged(system, winners, source="policy", **values):
     return Run(
         source,
         rows,
-        {**text_values(rows, False), **known, "win_rate": judged_values(judgments)},
+        {**text_values(rows), **known, "win_rate": judged_values(judgments)},
         verdicts,
         judgments,
         answers,
@@ -81,9 +81,7 @@ def judged(system, winners, source="policy", **values):
     )
 
 
-BASELINE = System(
-    "base", "base", None, (Run("file", rows_of("base", 5), text_values(rows_of("base", 5), False)),)
-)
+BASELINE = System("base", "base", None, (Run("file", rows_of("base", 5), text_values(rows_of("base", 5))),))
 GOOD = System("good", "m", 1.0, (judged("good", "aaaaaaaaaab-", kl=[2.0] * 12, reward=[3.0] * 11 + [4.0]),))
 POOR = System("poor", "m", 0.5, (judged("poor", "bbbbbbbbbbax", kl=[1.0, 3.0] * 6, reward=range(12)),))
 FREE = System("free", "free", None, (judged("free", "bbbbbbbbbbbb", kl=[0.0] * 12, reward=[-1.0] * 12),))
@@ -313,8 +311,8 @@ def test_nothing_judged_leaves_the_measures_that_need_no_judge():
 
 def test_text_values_leave_out_what_nobody_knows():
     rows = [replace(each, num_tokens=None, reference=None) for each in rows_of("s")]
-    assert set(text_values(rows, False)) == {"ended"}
-    assert "rouge1" not in text_values(rows_of("s"), True)
+    assert set(text_values(rows)) == {"ended"}
+    assert "rouge1" not in text_values(rows_of("reference"))
     mixed = [*rows[:1], *rows_of("s")[1:]]
-    values = text_values(mixed, False)
+    values = text_values(mixed)
     assert np.isnan(values["num_tokens"].numbers[0]) and values["num_tokens"].numbers[1] == 4

@@ -13,7 +13,6 @@ from eval.completions.rows import REFERENCE, CompletionRow, prompt_id_of
 from eval.completions.text_metrics import (
     distinct_n,
     measure,
-    num_words,
     perplexity_interval,
     rouge_f1,
     rouge_l,
@@ -73,7 +72,8 @@ def test_distinct_n_by_hand():
 
 
 def test_words_are_counted_between_whitespace():
-    assert [num_words(text) for text in (" it's  a\ntest-case ", "", " ")] == [3, 0, 0]
+    texts = (" it's  a\ntest-case ", "", " ")
+    assert [measure([row(text)]).num_words.value for text in texts] == [3, 0, 0]
 
 
 # --- one system -----------------------------------------------------------------------------------------

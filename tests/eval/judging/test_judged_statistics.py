@@ -27,7 +27,8 @@ def both(name: str, ab, ba, suspicions=((), ()), lengths=(2, 1)) -> list:
         ok = outcome in ("a", "b", "tie")
         question = Question(Matchup(name, "post", "x", "a" * lengths[0], "y", "b" * lengths[1]), order)
         status, winner = ("ok", outcome) if ok else (outcome, None)
-        made.append(verdict_on(question, status, winner, "", suspicions))
+        signs = dict(zip(("suspicions_a", "suspicions_b"), suspicions, strict=True))
+        made.append(verdict_on(question, status, winner, **signs))
     return made
 
 

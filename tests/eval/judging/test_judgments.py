@@ -39,7 +39,7 @@ def call(key: str, **changes) -> Call:
 
 def test_verdicts_come_back_and_earlier_calls_are_lines_of_their_own(tmp_path):
     question = Question(Matchup("p", "post", "x", "aé", "y", "b\u2028"), "ab")
-    asked = verdict_on(question, "ok", "b", suspicions=(("shouts",), ()), keys=("k0", "k1"))
+    asked = verdict_on(question, "ok", "b", suspicions_a=("shouts",), keys=("k0", "k1"))
     scored = verdict_on(Question(question.matchup, "ba"), "ok", "tie", scores=(1.5, 1.5))
     calls = [
         call("k0", status="malformed", text="\u2028Hm"),

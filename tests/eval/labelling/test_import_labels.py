@@ -12,11 +12,11 @@ from drpo.data.load import DataConfig
 from drpo.data.records import BadRows, DataError, Record
 from eval.completions.rows import read_completions
 from eval.judging.matchup import pair_up
-from eval.labelling.import_labels import SYSTEMS, labels_from_pairs
+from eval.labelling.import_labels import SYSTEMS, ImportLabelsRecipe, labels_from_pairs
+from eval.labelling.import_labels import import_labels as run
 from eval.labelling.labels import current_labels, read_labels
 from eval.labelling.ratings import side_by_side
 from launch.command_line import find_recipe
-from launch.import_labels import ImportLabelsRecipe, run
 
 
 def pair(prompt, chosen, rejected, origin="t:1", **extra) -> Record:

@@ -11,6 +11,7 @@ from report_comparisons import comparison, empty_comparison, estimate, paired_te
 from drpo.data.records import DataError
 from eval.reporting.comparison import (
     DifferenceRow,
+    Estimate,
     MeasureRow,
     comparison_from,
     read_comparison,
@@ -65,9 +66,9 @@ def test_a_number_in_its_unit(value, digits, unit, text):
 
 
 def test_an_interval_stands_in_brackets_and_only_where_there_is_one():
-    assert interval_text(0.702, 0.661, 0.74, 1, "%") == "70.2 [66.1, 74.0]"
-    assert interval_text(0.702, None, None, 1, "%") == "70.2"
-    assert interval_text(None, None, None, 1, "%") == "–"
+    assert interval_text(Estimate(0.702, 0.661, 0.74), 1, "%") == "70.2 [66.1, 74.0]"
+    assert interval_text(Estimate(0.702, None, None), 1, "%") == "70.2"
+    assert interval_text(Estimate(None, None, None), 1, "%") == interval_text(None, 1, "%") == "–"
 
 
 def test_a_p_value_is_never_zero():

@@ -11,7 +11,7 @@ from scipy.special import expit, logit
 from statsmodels.genmod.families import Binomial
 from statsmodels.genmod.generalized_linear_model import GLM
 
-from eval.statistics.bradley_terry import bradley_terry
+from eval.statistics.bradley_terry import bradley_terry, elo
 
 nan = float("nan")
 NAMES = np.array(["a", "b", "c", "d", "e"])
@@ -40,8 +40,8 @@ def test_two_systems_by_hand():
     ranking = bradley_terry(["x"] * 40, ["y"] * 40, [1] * 30 + [0] * 10, anchor="y")
     assert ranking.systems == ("x", "y")
     assert ranking.strengths == pytest.approx([math.log(3), 0])
-    assert ranking.elo == pytest.approx([1190.85, 1000], abs=0.01)
-    assert ranking.elo_low[1] == ranking.elo_high[1] == 1000
+    assert elo(ranking.strengths) == pytest.approx([1190.85, 1000], abs=0.01)
+    assert elo(ranking.low)[1] == elo(ranking.high)[1] == 1000
     assert ranking.warnings == ()
     centred = bradley_terry(["x"] * 40, ["y"] * 40, [1] * 30 + [0] * 10)
     assert centred.strengths == pytest.approx([math.log(3) / 2, -math.log(3) / 2])

@@ -10,6 +10,7 @@ import pytest
 
 from drpo.config import ConfigError, load_recipe
 from launch.command_line import StageFailed, find_recipe
+from launch.experiments import seed_grid
 from launch.experiments import smollm as smollm_experiment
 from launch.experiments.smollm import SmolLMExperimentRecipe, StageConfig, run
 
@@ -40,7 +41,7 @@ def launched(monkeypatch) -> list[tuple[str, str, list[str]]]:
     def launch_once(script, recipe, folder, overrides, num_jobs):
         runs.append((script, folder.name, overrides))
 
-    monkeypatch.setattr(smollm_experiment, "launch_once", launch_once)
+    monkeypatch.setattr(seed_grid, "launch_once", launch_once)
     monkeypatch.setattr(smollm_experiment, "compare", lambda recipe, root: root / "report.html")
     return runs
 
@@ -74,7 +75,7 @@ def test_a_failed_stage_ends_it_and_runs_nothing_that_needs_it(recipe, monkeypat
         if folder.name == "sft_0":
             raise StageFailed("sft_0 failed; see its log")
 
-    monkeypatch.setattr(smollm_experiment, "launch_once", launch_once)
+    monkeypatch.setattr(seed_grid, "launch_once", launch_once)
     with pytest.raises(StageFailed, match="sft_0 failed"):
         run(replace(recipe, num_jobs=1))
     assert "reward_model" not in runs and not any(name.endswith("PO_0") for name in runs)
@@ -93,10 +94,13 @@ def stage(**changes) -> StageConfig:
         ({"methods": {"DPO": stage(script="dppo")}}, "methods.DPO.script must be one of .*dpo.*got 'dppo'"),
         ({"methods": {"DPO": stage(overrides=["nokey"])}}, "methods.DPO: 'nokey' is not an override"),
         ({"methods": {"DPO": stage(overrides=["no.key=1"])}}, "methods.DPO: no"),
-        ({"methods": {}}, "methods: give at least one"),
+        ({"methods": {}}, "methods is empty; give at least one"),
         ({"reward_model": StageConfig()}, "reward_model.script must be one of"),
-        ({"methods": {"sft": stage()}}, "two runs would be in one folder, sft"),
-        ({"methods": {"D PO": stage(), "D-PO": stage()}}, "two runs would be in one folder, D_PO"),
+        ({"methods": {"sft": stage()}}, "methods must not have two runs in one folder, sft"),
+        (
+            {"methods": {"D PO": stage(), "D-PO": stage()}},
+            "methods must not have two runs in one folder, D_PO",
+        ),
         (
             {"methods": {"DPO": stage(overrides=["data.eval_fraction=0.2"])}},
             "methods.DPO.overrides: data.eval_fraction=0.2 belongs in shared",

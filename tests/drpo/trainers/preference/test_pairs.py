@@ -168,7 +168,7 @@ def test_a_batch_holds_the_chosen_responses_on_top_of_the_rejected_ones():
     ]
     batch = collate_pairs(pairs, PAD, CPU)
     assert len(batch) == 2
-    rows = batch.rows
+    rows = batch.padded
     queries = [[PAD] * 5 + [9, 8, PAD, 6], [7] * 9]
     assert rows.queries.tolist() == queries + queries
     assert rows.query_mask.sum(dim=1).tolist() == [4, 9, 4, 9]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from drpo.data.tasks.demo import DemoConfig
 from drpo.engine import Engine, EngineConfig
 from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch
+from drpo.trainers.offline import BatchConfig
 from drpo.trainers.preference import reference_cache
 from drpo.trainers.preference.dataset_logprobs import all_logprobs
 from drpo.trainers.preference.pair_objective import block_logprobs
@@ -286,7 +288,9 @@ def test_an_empty_folder_is_filled_and_one_that_another_run_filled_meanwhile_is_
 def test_log_probs_of_prompts_with_any_number_of_responses_come_in_their_order(tmp_path):
     engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path, 0, None)
     recipe = PreferenceRecipe(run_dir=str(tmp_path / "run"))
-    run = RunFolder(recipe, engine)
+    one_by_one, by_two = (
+        RunFolder(replace(recipe, batch=BatchConfig(microbatch_size=size)), engine) for size in (1, 2)
+    )
     model = tiny_model("gpt_neox")
     responses = [ids for pair in PAIRS for ids in pair.response_ids]
     prompts = [
@@ -299,7 +303,7 @@ def test_log_probs_of_prompts_with_any_number_of_responses_come_in_their_order(t
         shapes.append((len(rows.responses) // num_responses, num_responses))
         return block_logprobs(model, rows, num_responses, share_prompts=True)
 
-    found = all_logprobs(prompts, engine, run, score, 2, 2)
+    found = all_logprobs(by_two, prompts, 2, score)
     with torch.no_grad():
         for (query, answers), rows in zip(prompts, found, strict=True):
             expected = [naive_logprobs(model, query, answer) for answer in answers]
@@ -307,7 +311,7 @@ def test_log_probs_of_prompts_with_any_number_of_responses_come_in_their_order(t
     assert max(size for size, _ in shapes) == 2  # prompts at a time
     assert Counter(count for size, count in shapes for _ in range(size)) == {1: 2, 2: 3, 3: 1, 4: 2}
     with pytest.raises(FloatingPointError, match="log-probs of prompt 3 are not finite"):
-        all_logprobs(prompts, engine, run, poisoned(score, prompts[3][0]), 1, 2)
+        all_logprobs(one_by_one, prompts, 2, poisoned(score, prompts[3][0]))
     forget_precision()
 
 

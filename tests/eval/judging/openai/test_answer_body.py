@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from eval.judging.openai.answer_body import Said, decoded, said_in
+from eval.judging.openai.answer import Answer
+from eval.judging.openai.answer_body import answer_in, decoded
 from eval.judging.openai.retry import ErrorInAnswer, NotAnAnswer
 
 
@@ -48,22 +49,22 @@ TEXT = {"type": "text", "text": "B"}
     ],
 )
 def test_content_parts_give_text_and_refusal(content, text, refusal):
-    assert said_in(completion(content), "|") == Said(text, refusal, "stop")
+    assert answer_in(completion(content), "|") == Answer(text, refusal, "stop")
 
 
 def test_reasoning_fields_are_not_read():
     for field in ("reasoning", "reasoning_content"):
-        assert said_in(completion(None, "length", **{field: "Preferred: A"}), "") == Said(
+        assert answer_in(completion(None, "length", **{field: "Preferred: A"}), "") == Answer(
             None, None, "length"
         )
 
 
 def test_message_fields():
-    assert said_in(completion(None, refusal="no"), "") == Said(None, "no", "stop")
-    assert said_in(completion("B", None), "") == Said("B", None, "stop")
-    assert said_in(completion(None, "tool_calls", tool_calls=[{}]), "") == Said(None, None, "tool_calls")
-    assert said_in({"choices": [], "error": None}, "") == Said(None, None, None)
-    assert said_in({"choices": [{"message": None}]}, "") == Said(None, None, "stop")
+    assert answer_in(completion(None, refusal="no"), "") == Answer(None, "no", "stop")
+    assert answer_in(completion("B", None), "") == Answer("B", None, "stop")
+    assert answer_in(completion(None, "tool_calls", tool_calls=[{}]), "") == Answer(None, None, "tool_calls")
+    assert answer_in({"choices": [], "error": None}, "") == Answer(None, None, None)
+    assert answer_in({"choices": [{"message": None}]}, "") == Answer(None, None, "stop")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_message_fields():
 )
 def test_malformed_completion_raises(payload):
     with pytest.raises(NotAnAnswer) as raised:
-        said_in(payload, "")
+        answer_in(payload, "")
     assert not isinstance(raised.value, ErrorInAnswer)
 
 
@@ -103,11 +104,11 @@ def test_malformed_completion_raises(payload):
 )
 def test_error_with_status_200_raises(payload):
     with pytest.raises(ErrorInAnswer):
-        said_in(payload, "")
+        answer_in(payload, "")
 
 
 def test_success_status_of_minimax_is_accepted():
-    assert said_in({**completion("B"), "base_resp": {"status_code": 0}, "error": None}, "").text == "B"
+    assert answer_in({**completion("B"), "base_resp": {"status_code": 0}, "error": None}, "").text == "B"
 
 
 # --- text -------------------------------------------------------------------------------------------------
@@ -128,19 +129,19 @@ def test_event_stream_is_assembled():
     parts = [delta(role="assistant"), delta(reasoning="A?"), delta(content='{"a'), delta(content='": 1}')]
     text = events(*parts, delta("stop"), {"choices": [], "usage": usage})
     payload = decoded(text)
-    assert said_in(payload, "") == Said('{"a": 1}', None, "stop")
+    assert answer_in(payload, "") == Answer('{"a": 1}', None, "stop")
     assert payload["usage"] == usage and payload["model"] == "m"
 
 
 def test_error_in_an_event_stream_raises():
     with pytest.raises(ErrorInAnswer):
-        said_in(decoded(events(delta(content="Half"), {"error": {"code": 502, "message": "down"}})), "")
+        answer_in(decoded(events(delta(content="Half"), {"error": {"code": 502, "message": "down"}})), "")
 
 
 def test_error_of_a_choice_in_an_event_stream_raises():
     failed = {"choices": [{"delta": {}, "error": {"code": 502}, "finish_reason": None}]}
     with pytest.raises(ErrorInAnswer):
-        said_in(decoded(events(delta(content="Half"), failed)), "")
+        answer_in(decoded(events(delta(content="Half"), failed)), "")
 
 
 def test_error_beside_malformed_choices_raises():
@@ -151,7 +152,7 @@ def test_error_beside_malformed_choices_raises():
     ):
         for text in (json.dumps(payload), events(payload)):
             with pytest.raises(ErrorInAnswer):
-                said_in(decoded(text), "")
+                answer_in(decoded(text), "")
 
 
 def test_event_stream_with_content_in_parts_is_assembled():
@@ -159,9 +160,9 @@ def test_event_stream_with_content_in_parts_is_assembled():
     thought = delta(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "B?"}]}])
     parts = [delta(content=[{"type": "text", "text": text}]) for text in ("Prefer", "red: ")]
     last = delta("stop", content=[{"type": "output_text", "text": "A"}, {"type": "text", "text": "!"}])
-    assert said_in(decoded(events(thought, *parts, last)), "\n") == Said("Preferred: A!", None, "stop")
+    assert answer_in(decoded(events(thought, *parts, last)), "\n") == Answer("Preferred: A!", None, "stop")
     refused = [delta(content=[{"type": "refusal", "refusal": "I will "}]), delta("stop", refusal="not.")]
-    assert said_in(decoded(events(*refused)), "\n") == Said(None, "I will not.", "stop")
+    assert answer_in(decoded(events(*refused)), "\n") == Answer(None, "I will not.", "stop")
 
 
 @pytest.mark.parametrize("cut", ["\u2028", "\u2029", "\x85", "\u2028data: 3\u2028"], ids=ascii)
@@ -170,7 +171,7 @@ def test_unicode_line_ends_do_not_cut_an_event(cut, end):
     chunks = [delta(content=f"One{cut}"), delta("stop", content="B")]
     lines = [f"data: {json.dumps(chunk, ensure_ascii=False)}" for chunk in chunks]
     text = "\ufeff" + (2 * end).join([": keep-alive", *lines, "data: [DONE]"]) + end
-    assert said_in(decoded(text), "") == Said(f"One{cut}B", None, "stop")
+    assert answer_in(decoded(text), "") == Answer(f"One{cut}B", None, "stop")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_malformed_event_raises(chunk):
     """Alone, and between events of a good answer."""
     for chunks in ([chunk], [delta(content="B"), chunk, delta("stop")]):
         with pytest.raises(NotAnAnswer) as raised:
-            said_in(decoded(events(*chunks)), "")
+            answer_in(decoded(events(*chunks)), "")
         assert not isinstance(raised.value, ErrorInAnswer)
 
 

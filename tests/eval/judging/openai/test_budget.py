@@ -14,7 +14,6 @@ from eval.judging.openai.budget import Budget, BudgetConfig, BudgetReached
 from eval.judging.openai.prices import (
     PRICES,
     Price,
-    Tokens,
     load_price,
     prompt_tokens_about,
     prompt_tokens_at_most,
@@ -47,10 +46,10 @@ def store(tmp_path):
 def test_each_kind_of_token_has_its_price(table):
     price = load_price(table, "m", batch=False)
     # 1000 prompt tokens: 700 plain, 300 cached; thoughts are part of the 50 answer tokens
-    assert price.cost(Tokens(1000, 300, 0, 50, 40)) == pytest.approx((700 * 2 + 300 * 0.5 + 50 * 8) / 1e6)
-    assert load_price(table, "m-mini", batch=False).cost(Tokens(10, 10, 0, 0, 0)) == pytest.approx(10e-6)
+    assert price.cost(1000, 300, 0, 50) == pytest.approx((700 * 2 + 300 * 0.5 + 50 * 8) / 1e6)
+    assert load_price(table, "m-mini", batch=False).cost(10, 10, 0, 0) == pytest.approx(10e-6)
     half = load_price(table, "m", batch=True)
-    assert half.cost(Tokens(1000, 300, 0, 50, 0)) == pytest.approx((700 + 75 + 200) / 1e6)
+    assert half.cost(1000, 300, 0, 50) == pytest.approx((700 + 75 + 200) / 1e6)
 
 
 def test_a_name_covers_its_snapshots_and_nothing_else(table):
@@ -148,7 +147,7 @@ def test_calls_are_capped_exactly(store):
 
 def test_earlier_runs_count_and_so_does_what_they_left_open(store):
     spend(store, BudgetConfig(), [(1.0, 0.25)] * 4, 2, 0)
-    store.open_requests(["killed"], [2.0])
+    store.open_requests([("killed", 2.0)])
     budget = Budget(store, BudgetConfig(max_usd=4.0))
     assert (budget.spent, budget.num_requests) == (3.0, 5)
     _, _, refused = spend(store, BudgetConfig(max_usd=4.0), [(1.0, 1.0), (0.5, 0.5)], 1, 0)
@@ -168,17 +167,17 @@ def test_what_was_not_sent_is_given_back(store):
 
 def test_a_batch_is_reserved_whole_or_not_at_all(store):
     budget = Budget(store, BudgetConfig(max_usd=5.0))
-    budget.reserve_all(["a", "b"], [1.0, 2.0], "batch")
+    budget.reserve_batch([("a", 1.0), ("b", 2.0)], "batch")
     with pytest.raises(BudgetReached, match="the next 2 requests could cost"):
-        budget.reserve_all(["c", "d"], [1.0, 1.5], "batch 2")
+        budget.reserve_batch([("c", 1.0), ("d", 1.5)], "batch 2")
     assert store.ledger().num_requests == 2
-    for number, reserved in store.open_requests_of("batch").values():
-        budget.settle_one(number, reserved, 0.5, "answered", None)
+    for reservation in store.open_requests_of("batch").values():
+        asyncio.run(budget.settle(reservation, 0.5, "answered"))
     assert budget.spent == 1.0 == store.ledger().usd
-    budget.reserve_all(["c", "d"], [1.0, 1.5], "batch 2")
+    budget.reserve_batch([("c", 1.0), ("d", 1.5)], "batch 2")
     later = Budget(store, BudgetConfig())
-    for number, reserved in store.open_requests_of("batch 2").values():
-        later.settle_one(number, reserved, 0.0, "expired", None)
+    for reservation in store.open_requests_of("batch 2").values():
+        asyncio.run(later.settle(reservation, 0.0, "expired"))
     assert later.spent == pytest.approx(1.0)
 
 

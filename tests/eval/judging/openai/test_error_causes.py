@@ -358,5 +358,6 @@ def test_fields_are_found_in_nested_bodies():
     error = read_error(nested)
     assert (error.message, error.code, error.param) == ("m. inner", "400", "p")
     assert read_error("no JSON {").message == "no JSON {"
+    assert read_error({"flagged_input": "x", "reasons": 5}).flagged == "flagged"
     assert read_error({"error": "text", "code": "Some_Code"}).codes == ("some_code",)
     assert cause_of(500, read_error({})) is None

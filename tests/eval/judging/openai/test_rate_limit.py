@@ -1,9 +1,8 @@
-"""The pace, on a clock of our own: no window of a minute ever holds more than the limits."""
+"""The pace, on a clock of our own: no window of a minute ever holds more than the limit."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 
 import pytest
 
@@ -24,102 +23,55 @@ class Clock:
         self.now += seconds
 
 
-def starts_of(tokens: list[float], **limits) -> list[tuple[float, float]]:
-    """(start, tokens) of requests that are all there at once."""
+def starts_of(num_requests: int, requests_per_minute: int | None, gaps: float = 0.0) -> list[float]:
+    """Seconds at which requests start that arrive together, or `gaps` after the start of the one before."""
     clock = Clock()
-    limiter = RateLimiter(LimitsConfig(**limits), clock=clock, sleep=clock.sleep)
-
-    async def all_of_them():
-        return [(await limiter.wait(size)).time for size in tokens]
-
-    return list(zip(asyncio.run(all_of_them()), tokens, strict=True))
-
-
-def windows(starts: list[tuple[float, float]]) -> list[list[float]]:
-    """Tokens of the requests in each minute that begins with one."""
-    return [[size for time, size in starts if begin <= time < begin + 59.999] for begin, _ in starts]
-
-
-def test_requests_per_minute():
-    starts = starts_of([1.0] * 50, requests_per_minute=7)
-    assert max(map(len, windows(starts))) == 7
-    assert [time - 1000 for time, _ in starts] == pytest.approx([60.0 * (i // 7) for i in range(50)])
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_tokens_per_minute(seed):
-    rng = random.Random(seed)
-    starts = starts_of([rng.uniform(1, 400) for _ in range(200)], tokens_per_minute=1000)
-    assert max(map(sum, windows(starts))) <= 1000
-    total, minutes = sum(size for _, size in starts), (starts[-1][0] - 1000) / 60
-    assert total / minutes > 500, "it is not much slower than it must be"
-
-
-def test_both_limits_hold_together():
-    rng = random.Random(0)
-    starts = starts_of(
-        [rng.uniform(1, 400) for _ in range(200)], requests_per_minute=6, tokens_per_minute=1000
-    )
-    held = windows(starts)
-    assert max(map(len, held)) <= 6 and max(map(sum, held)) <= 1000
-
-
-def test_a_request_larger_than_the_limit_goes_alone():
-    starts = starts_of([10.0, 5000.0, 10.0], tokens_per_minute=1000)
-    assert [time - 1000 for time, _ in starts] == pytest.approx([0, 60, 120])
-
-
-def test_a_request_waits_for_the_oldest_ones_only():
-    clock = Clock()
-    limiter = RateLimiter(LimitsConfig(tokens_per_minute=1000), clock=clock, sleep=clock.sleep)
+    limiter = RateLimiter(requests_per_minute, clock=clock, sleep=clock.sleep)
 
     async def in_turn():
         starts = []
-        for size, pause in ((600, 30), (300, 10), (200, 0), (500, 0)):
-            starts.append((await limiter.wait(size)).time - 1000)
-            clock.now += pause
+        for _ in range(num_requests):
+            await limiter.wait()
+            starts.append(clock.now - 1000)
+            clock.now += gaps
         return starts
 
-    # the third needs the first to leave, at 60; the fourth fits beside the second and third
-    assert asyncio.run(in_turn()) == pytest.approx([0.0, 30.0, 60.0, 60.0])
+    return asyncio.run(in_turn())
 
 
-def test_an_answer_shorter_than_feared_makes_room():
-    clock = Clock()
-    limiter = RateLimiter(LimitsConfig(tokens_per_minute=1000), clock=clock, sleep=clock.sleep)
+def test_requests_per_minute():
+    assert starts_of(50, 7) == pytest.approx([60.0 * (i // 7) for i in range(50)])
 
-    async def two():
-        first = await limiter.wait(900)
-        limiter.correct(first, 100)
-        return (await limiter.wait(900)).time
 
-    assert asyncio.run(two()) == 1000.0
+def test_a_request_waits_for_the_oldest_one_only():
+    # two a minute, 25 seconds apart: the third waits for the first to leave, at 60, the fourth for the second, at 85
+    assert starts_of(5, 2, gaps=25.0) == pytest.approx([0.0, 25.0, 60.0, 85.0, 120.0])
+
+
+def test_no_window_of_a_minute_exceeds_the_limit():
+    starts = starts_of(60, 6, gaps=3.7)
+    assert max(sum(begin <= time < begin + 59.999 for time in starts) for begin in starts) == 6
 
 
 def test_without_limits_nothing_waits():
-    assert {time for time, _ in starts_of([1e9] * 20)} == {1000.0}
-
-
-def after(limiter_does) -> float:
-    """Seconds that the next request waits after something happened to the limiter."""
-    clock = Clock()
-    limiter = RateLimiter(LimitsConfig(), clock=clock, sleep=clock.sleep)
-    limiter_does(limiter)
-    return asyncio.run(limiter.wait(1.0)).time - 1000
+    assert set(starts_of(20, None)) == {0.0}
 
 
 def test_a_pause_holds_everybody_and_a_shorter_one_does_not_end_it():
-    assert after(lambda limiter: (limiter.pause(5.0), limiter.pause(2.0))) == pytest.approx(5.0)
+    clock = Clock()
+    limiter = RateLimiter(None, clock=clock, sleep=clock.sleep)
+    limiter.pause(5.0)
+    limiter.pause(2.0)
+    asyncio.run(limiter.wait())
+    assert clock.now - 1000 == pytest.approx(5.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "rule"),
-    [
-        ("concurrency", ">= 1"),
-        ("requests_per_minute", ">= 1 or null"),
-        ("tokens_per_minute", ">= 1 or null"),
-    ],
-)
+@pytest.mark.parametrize(("name", "rule"), [("concurrency", ">= 1"), ("requests_per_minute", ">= 1 or null")])
 def test_limits_must_be_positive(name, rule):
     with pytest.raises(ConfigError, match=f"^limits.{name} must be {rule}, got 0$"):
         make_section(LimitsConfig, {name: 0}, "limits.")
+
+
+def test_the_retired_limit_on_tokens_names_what_replaces_it():
+    with pytest.raises(ConfigError, match=r"^limits.tokens_per_minute is the API's .* requests_per_minute$"):
+        make_section(LimitsConfig, {"tokens_per_minute": 1000}, "limits.")

@@ -7,7 +7,7 @@ import pytest
 from eval.judging.judges import JudgeConfig
 from eval.judging.matchup import Matchup, Question
 from eval.judging.openai.answer import Unreadable, parse_answer
-from eval.judging.openai.pairwise import PARSER_VERSION, PROMPTS
+from eval.judging.openai.pairwise import PROMPTS
 from eval.judging.openai.request import JudgeSetup
 
 MATCHUP = Matchup("id", "POST: my hat\nTL;DR:", "x", " lost hat\n", "y", "  found hat")
@@ -49,10 +49,6 @@ def test_keys_of_other_settings_are_those_of_stored_answers(form, key):
     assert setup.request(Question(MATCHUP, "ba"), 1).key == key
 
 
-def test_parser_version_is_that_of_stored_answers():
-    assert PARSER_VERSION == 2
-
-
 class YesOrNo:
     """Another way of asking: whether the first response is better than the second."""
 
@@ -91,5 +87,5 @@ def test_another_way_of_asking_is_sent_and_read(text, status, winner):
         {"role": "user", "content": "Is 'found hat' better than 'lost hat'? (0)"}
     ]
     payload = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
-    verdict = setup.verdict(question, [setup.answered(request, payload, "live", 1, None, None)])
+    verdict = setup.verdict(question, [setup.answered(request, payload, "live")])
     assert (verdict.status, verdict.winner) == (status, winner)

@@ -31,7 +31,7 @@ def test_an_answer_comes_back_as_it_was(path):
     kept = call(text="Preferred: A\n\x00é😀", cost=0.25, prompt_tokens=3, slot="first", latency=0.5)
     with closing(Store(path)) as store:
         assert store.answer("k") is None
-        (number,) = store.open_requests(["k"], [1.0])
+        (number,) = store.open_requests([("k", 1.0)])
         store.settle(number, 0.25, "answered", kept)
     with closing(Store(path)) as store:
         assert store.answer("k") == kept and store.answer("l") is None
@@ -40,10 +40,10 @@ def test_an_answer_comes_back_as_it_was(path):
 
 def test_a_failure_is_kept_but_is_no_answer(path):
     with closing(Store(path)) as store:
-        store.record_failure(call(status="failed"))
-        store.record_failure(call(status="failed"))
+        store.add_call(call(status="failed"))
+        store.add_call(call(status="failed"))
         assert store.answer("k") is None and len(store.calls()) == 2
-        (number,) = store.open_requests(["k"], [1.0])
+        (number,) = store.open_requests([("k", 1.0)])
         store.settle(number, 0.5, "answered", call())
         assert store.answer("k") == call()
 
@@ -51,7 +51,7 @@ def test_a_failure_is_kept_but_is_no_answer(path):
 def test_a_second_answer_to_one_call_is_refused_and_books_nothing(path):
     """It would have been paid twice; the ledger and the answers change together or not at all."""
     with closing(Store(path)) as store:
-        first, second = store.open_requests(["k", "k"], [1.0, 1.0])
+        first, second = store.open_requests([("k", 1.0), ("k", 1.0)])
         store.settle(first, 0.5, "answered", call())
         with pytest.raises(Exception, match="UNIQUE"):
             store.settle(second, 0.5, "answered", call(text="other"))
@@ -61,7 +61,7 @@ def test_a_second_answer_to_one_call_is_refused_and_books_nothing(path):
 def test_the_ledger_counts_what_is_open_with_its_bound(path):
     with closing(Store(path)) as store:
         assert store.ledger() == Ledger(0, 0.0, 0, 0.0)
-        one, two, three = store.open_requests(["a", "b", "c"], [1.0, 2.0, 4.0])
+        one, two, three = store.open_requests([("a", 1.0), ("b", 2.0), ("c", 4.0)])
         assert store.ledger() == Ledger(3, 7.0, 3, 7.0)
         store.settle(two, 0.5, "answered")
         store.forget_request(three)
@@ -85,8 +85,8 @@ def test_facts_and_batches(path):
     with closing(Store(path)) as store:
         store.put_fact("form", "json")
         store.put_fact("form", {"a": [1]})
-        store.put_batch("mine", None, "open", [("k", 0, {"model": "m"})])
-        store.put_batch("other", "batch_0", "open", [])
+        store.add_batch("mine", [("k", 0, {"model": "m"})])
+        store.add_batch("other", [])
         store.update_batch("other", "batch_0", "completed")
     with closing(Store(path)) as store:
         assert store.fact("form") == {"a": [1]} and store.fact("else") is None
@@ -137,7 +137,7 @@ store = Store(sys.argv[1])
 values = dict.fromkeys(Call.__dataclass_fields__)
 for i in range(100):
     known = {"key": str(i), "status": "ok", "text": "x" * 5000, "num_attempts": 1}
-    (number,) = store.open_requests([str(i)], [1.0])
+    (number,) = store.open_requests([(str(i), 1.0)])
     if i == 37:
         os.kill(os.getpid(), signal.SIGKILL)
     store.settle(number, 0.5, "answered", Call(**{**values, **known}))

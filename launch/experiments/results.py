@@ -1,0 +1,36 @@
+"""Results of an experiment: metrics of its runs, a Markdown table, and the numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drpo.run.metrics import read_metrics
+
+
+def metric(run_dir: Path, key: str) -> list[float]:
+    """Read the values of a metric of a run, step by step; empty where it is not measured."""
+    return [row[key] for row in read_metrics(run_dir / "metrics.jsonl") if key in row]
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Format a Markdown table of rows from column to cell; the columns are those of the first row."""
+    lines = (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def median_and_range(values: Sequence[float]) -> str:
+    """Format ratios as `median (smallest to largest)`."""
+    return f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def write_results(root: Path, results: Any, text: str) -> Path:
+    """Write results.json and results.md, print the text, and return the path of results.md."""
+    (root / "results.json").write_text(json.dumps(results, indent=1))
+    (root / "results.md").write_text(text)
+    print(text)
+    return root / "results.md"
