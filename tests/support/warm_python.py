@@ -50,7 +50,9 @@ def completed(
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            print(out.read_text(errors="replace"), err.read_text(errors="replace"), sep="\n")  # pytest shows it
+            print(
+                out.read_text(errors="replace"), err.read_text(errors="replace"), sep="\n"
+            )  # pytest shows it
             raise
         finally:
             process.leave()
