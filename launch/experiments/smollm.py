@@ -94,7 +94,6 @@ class SmolLMExperimentRecipe(Section):
     def check(self) -> None:
         is_wrong = len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds)
         refuse(is_wrong, "seeds", f"must be two or more different numbers, for intervals, got {self.seeds}")
-        refuse(not self.methods, "methods", "is empty; give at least one")
         folders = ["sft", "reward_model", "judge", "compare", *map(slug, self.methods)]
         repeated = [folder for folder in folders if folders.count(folder) > 1]
         rule = f"must not have two runs in one folder, {', '.join(repeated[:1])}; choose another name"
@@ -145,6 +144,8 @@ def check(recipe: SmolLMExperimentRecipe) -> None:
         raise ConfigError(
             "data_path and judge_data_path: give a file each, with different rows (docs/experiments.md)"
         )
+    if not recipe.methods:
+        raise ConfigError("methods is empty; give at least one")
     prompts, judge_prompts = (
         {record.shared_prompt: record.origin for record in records_of(recipe, path)}
         for path in (recipe.data_path, recipe.judge_data_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import functools
 import importlib
 import json
@@ -32,6 +33,8 @@ IMPORTS = (
     "reward_models.api",
     "torch.distributed.run",
 )
+STACKS_AFTER = 120
+"Seconds after which a run that still goes on writes where it is to its standard error, once."
 ADDRESS = "WARM_PYTHON"
 "Environment variable with the address of the parent."
 
@@ -47,7 +50,10 @@ def completed(
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise subprocess.TimeoutExpired(command, timeout, out.read_bytes(), err.read_bytes()) from None
+            print(
+                out.read_text(errors="replace"), err.read_text(errors="replace"), sep="\n"
+            )  # pytest shows it
+            raise
         finally:
             process.leave()
         texts = (path.read_text(encoding="utf-8", errors="replace") for path in (out, err))
@@ -161,6 +167,7 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], files: list[int]) ->
             os.dup2(file, number)
             os.close(file)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        faulthandler.dump_traceback_later(STACKS_AFTER)
         _launch_warm(address)
         if argv[0] == "-m":
             sys.argv, sys.path[0] = argv[1:], cwd
