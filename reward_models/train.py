@@ -15,6 +15,7 @@ from drpo.data.load import DataConfig, load_examples
 from drpo.data.noise import NoiseConfig
 from drpo.data.records import DataError
 from drpo.engine import Engine
+from drpo.microbatches import Lengths
 from drpo.models.loading import load_policy
 from drpo.models.positions import check_examples
 from drpo.models.probes import can_probe_now, check_scalar_model
@@ -23,7 +24,7 @@ from drpo.preference_losses import bradley_terry_loss
 from drpo.run.folder import Callback, RunFolder
 from drpo.run.result import Result
 from drpo.tensors import PaddedBatch, pad_batch
-from drpo.trainers.offline import Objective, OfflineRecipe, RowMetrics, fit
+from drpo.trainers.offline import Objective, OfflineRecipe, RowMetrics, chunks, fit
 from drpo.trainers.sft import tokenizer_for
 from reward_models.model import Aggregation, RewardModel
 
@@ -67,6 +68,9 @@ class RewardObjective(Objective):
         queries = [example.query_ids for example in examples]
         responses = [e.chosen_ids for e in examples] + [e.rejected_ids for e in examples]
         return pad_batch(queries + queries, responses, self._pad_id).to(self._device)
+
+    def lengths(self, example: Example) -> Lengths:
+        return 2 * len(example.query_ids), 2 * max(len(example.chosen_ids), len(example.rejected_ids))
 
     def num_targets(self, batch: PaddedBatch) -> int:
         return len(batch.responses) // 2
@@ -135,8 +139,7 @@ def reference_mean(run: RunFolder, model: RewardModel, references: Sequence[Exam
     engine, size = run.engine, run.recipe.batch.microbatch_size
     local = references[engine.rank :: engine.world_size]
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for first in range(0, len(local), size):
-        part = local[first : first + size]
+    for part in chunks(local, size):
         batch = pad_batch([e.query_ids for e in part], [e.completion_ids for e in part], pad_id)
         with engine.autocast():
             total += model.score(batch.to(engine.device)).double().sum()

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from drpo.models.scalar_head import token_values
-from drpo.models.scoring import response_logprobs
+from drpo.models.shared_prompt import continuation_logprobs, continuation_values
 from drpo.models.trunk import resumed_from
 from drpo.tensors import PaddedBatch
 
@@ -54,6 +53,7 @@ class ActorCritic(nn.Module):
         responses: Tensor,
         response_mask: Tensor,
         trunk: Tensor | None = None,
+        num_continuations: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Compute (logprobs, entropy, values), each (B, R) float32.
 
@@ -65,10 +65,13 @@ class ActorCritic(nn.Module):
             responses, response_mask: (B, R) int64 and bool.
             trunk: output (B, Q+R, H) of the frozen layers that policy and critic share (drpo.models.trunk); with it
                 only the layers above run.
+            num_continuations: K, where the rows are K blocks with the same queries, which are computed once.
         """
         batch = PaddedBatch(queries, query_mask, responses, response_mask)
         models = (self.policy,) if self.critic is None else (self.policy, self.critic)
         with resumed_from(trunk, *models):
-            scores = response_logprobs(self.policy, batch, **self._scoring)
-            values = None if self.critic is None else token_values(self.critic, batch)
+            scores = continuation_logprobs(self.policy, batch, num_continuations, **self._scoring)
+            values = None
+            if self.critic is not None:
+                values = continuation_values(self.critic, batch, num_continuations)
             return scores.logprobs, scores.entropy, values

@@ -107,6 +107,8 @@ def continuation_values(model: nn.Module, batch: PaddedBatch, num_continuations:
 
 
 def _check_blocks(batch: PaddedBatch, num_continuations: int) -> None:
+    if num_continuations == 1:
+        return
     if num_continuations < 1 or len(batch.responses) % num_continuations:
         raise ValueError(f"{len(batch.responses)} rows are not {num_continuations} blocks of one length")
     num_queries = len(batch.responses) // num_continuations
@@ -123,7 +125,7 @@ def _packs(model: nn.Module, batch: PaddedBatch, num_continuations: int) -> bool
     return (
         num_continuations > 1
         and can_share_prompt(model)
-        and length > 0
+        and length > 1
         and row_length <= narrowest_window(_backbone(unwrap_peft(model)).config)
     )
 

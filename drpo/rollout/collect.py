@@ -25,6 +25,7 @@ def collect(
     generator: Generator,
     engine: Engine,
     reward_fn: RewardFn,
+    rollouts_per_prompt: int,
     phases: Phases,
 ) -> tuple[Rollouts, list[Completion]]:
     """Roll out from the given starts, this process's share of a batch, and measure the result.
@@ -37,6 +38,7 @@ def collect(
         generator: samples the responses.
         engine: gathers lengths over the processes.
         reward_fn: scores the completions.
+        rollouts_per_prompt: consecutive rollouts of the whole batch that share their prompt.
         phases: collects the seconds of each phase.
     """
     policy = generator.policy
@@ -67,6 +69,7 @@ def collect(
         source_lengths=torch.tensor([start.source_length for start in starts], device=engine.device),
         ended=torch.tensor([c.ended for c in completions], device=engine.device),
         scores=scores.to(engine.device),
+        rollouts_per_prompt=rollouts_per_prompt,
         trunk=torch.cat(trunks) if has_trunk(policy) else None,
     )
     return rollouts, completions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class Microbatch(NamedTuple):
     """(b,) int64."""
     query_length: int
     response_length: int
+    num_continuations: int = 1
+    """K: the rows are K blocks with the same queries (drpo.models.shared_prompt)."""
 
     def responses(self, values: Tensor) -> Tensor:
         """Select values (B, R, ...) of the response tokens, (b, response_length, ...)."""
@@ -52,6 +54,8 @@ class Rollouts:
     """(B,) bool, a stop token was sampled."""
     scores: Tensor
     """(B,) float32, raw reward."""
+    rollouts_per_prompt: int = 1
+    """Consecutive rows that share their query."""
     trunk: Tensor | None = None
     """(B, Q+R, H), output of the frozen layers that all models share (drpo.models.trunk); None where there are none."""
 
@@ -87,12 +91,13 @@ class Rollouts:
         return torch.stack([self.query_mask.sum(dim=1), self.lengths], dim=1).tolist()
 
     def map(self: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
-        """Apply a function to every field that is not None."""
+        """Apply a function to every tensor."""
+        fields = self.columns().items()
         return type(self)(
-            **{n: value if value is None else function(value) for n, value in self.columns().items()}
+            **{n: function(value) if isinstance(value, Tensor) else value for n, value in fields}
         )
 
-    def columns(self) -> dict[str, Tensor | None]:
+    def columns(self) -> dict[str, Any]:
         """Return the fields by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 

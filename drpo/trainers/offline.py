@@ -15,6 +15,7 @@ from drpo.config import ConfigError, Section, refuse, refuse_changed, setting
 from drpo.data.load import DataConfig
 from drpo.data.order import item_at
 from drpo.engine import Engine, EngineConfig
+from drpo.microbatches import Lengths, microbatches
 from drpo.models.loading import ModelConfig
 from drpo.optim import OptimConfig, build_optimizer, scheduled_rate, set_learning_rates
 from drpo.run.folder import CheckpointConfig, LogConfig, Resume, RunFolder
@@ -28,8 +29,8 @@ RowMetrics = dict[str, Tensor]
 class Objective(nn.Module):
     """A loss as a module around the model it trains, so that one forward is one call of the engine's module.
 
-    Subclasses define `collate`, which makes a batch of items, and `forward`, which takes a batch and returns the
-    losses, one number per row (b,) summed over the row's targets, and further named numbers of the rows, each (b,).
+    Subclasses define `collate`, which makes a batch of items, `lengths`, and `forward`, which takes a batch and returns
+    the losses, one number per row (b,) summed over the row's targets, and further named numbers of the rows, each (b,).
 
     A loss that depends on all rows of the step sets `needs_step_statistics`: the rows are then computed twice, first
     without gradients and statistics; `step_statistics` of these losses and numbers is an input of the second forward.
@@ -40,6 +41,10 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module, pad_id: int, device: torch.device) -> None:
         super().__init__()
         self.model, self._pad_id, self._device = model, pad_id, device
+
+    def lengths(self, item: Any) -> Lengths:
+        """Return the tokens of an item's query and of its response, counted for every row that it takes."""
+        raise NotImplementedError
 
     def num_targets(self, batch: Any) -> int:
         """Return the divisor of the losses' sum: the number of tokens, pairs, ..."""
@@ -58,6 +63,9 @@ class BatchConfig(Section):
     """Examples per optimizer step over all processes."""
     microbatch_size: int = setting(8, ge=1)
     """Examples per forward on one device; changes memory and speed, not the result."""
+    microbatch_tokens: int | None = setting(None, ge=1)
+    """Tokens per forward on one device, padding included, in place of microbatch_size examples. Examples of like length
+    then go together, and a longer one alone."""
     num_epochs: float = setting(1.0, gt=0)
     """Passes over the data when num_steps is null."""
 
@@ -150,11 +158,11 @@ def fit(
         phases = Phases()
         examples, stage_step, num_stage_steps, rate = schedule[step - 1]
         indices = range(stage_step * batch.size, (stage_step + 1) * batch.size)
-        local = [item_at(examples, index, recipe.seed) for index in indices[engine.shard(batch.size)]]
+        items = [item_at(examples, index, recipe.seed) for index in indices]
         set_learning_rates(engine.optimizer, [rate])
         with phases("update"):
             check_finite = functools.partial(finite_or_stop, engine, run.path, step)
-            metrics = _take_step(engine, module, objective, local, batch.microbatch_size, check_finite)
+            metrics = _take_step(engine, module, objective, items, batch, check_finite)
         metrics["optim/learning_rate"] = rate
         samples: list[dict[str, Any]] = []
         stage_ended = stage_step + 1 == num_stage_steps
@@ -196,21 +204,26 @@ def _take_step(
     module: nn.Module,
     objective: Objective,
     items: Sequence[Any],
-    microbatch_size: int,
+    config: BatchConfig,
     check_finite: Callable[[Tensor, str], None],
 ) -> dict[str, float]:
-    """Take one optimizer step on this process's `items`; return metrics over the items of all processes."""
-    microbatches, num_targets = _microbatches(engine, objective, items, microbatch_size)
+    """Take one optimizer step on `items`, of which each process takes its share; return metrics over all of them."""
+    if config.microbatch_tokens is None:
+        parts = chunks(items[engine.shard(len(items))], config.microbatch_size)
+    else:
+        parts = _of_like_length(objective, items, config.microbatch_tokens, engine.world_size)
+        parts = parts[engine.rank :: engine.world_size]
+    batches, num_targets = _collated(engine, objective, parts)
     statistics: tuple[Tensor, ...] = ()
     if objective.needs_step_statistics:
         with torch.no_grad():
-            results = _gather(engine, [module(microbatch) for microbatch in microbatches])
+            results = _gather(engine, [module(batch) for batch in batches])
         statistics = (objective.step_statistics(*results),)
     results = []
-    for index, microbatch in enumerate(microbatches):
-        last = index == len(microbatches) - 1
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
         with engine.accumulating(last):
-            losses, row_metrics = module(microbatch, *statistics)
+            losses, row_metrics = module(batch, *statistics)
             engine.backward(losses.sum() / num_targets * engine.loss_scale(), last)
         results.append((losses.detach(), row_metrics))
     check_finite(torch.cat([losses for losses, _ in results]), "the loss")
@@ -222,15 +235,19 @@ def _take_step(
 
 @torch.no_grad()
 def held_out_metrics(
-    engine: Engine, objective: Objective, items: Sequence[Any], batch: BatchConfig
+    engine: Engine, objective: Objective, items: Sequence[Any], config: BatchConfig
 ) -> dict[str, float]:
     """Compute `eval/<name>` of the objective over all `items`, divided among the processes."""
     local = items[engine.rank :: engine.world_size]
-    microbatches, num_targets = _microbatches(engine, objective, local, batch.microbatch_size)
+    if config.microbatch_tokens is None:
+        parts = chunks(local, config.microbatch_size)
+    else:
+        parts = _of_like_length(objective, local, config.microbatch_tokens)
+    batches, num_targets = _collated(engine, objective, parts)
 
     def forward(*statistics: Tensor) -> tuple[Tensor, RowMetrics]:
         with engine.autocast():
-            return _gather(engine, [objective(microbatch, *statistics) for microbatch in microbatches])
+            return _gather(engine, [objective(batch, *statistics) for batch in batches])
 
     results = forward()
     if objective.needs_step_statistics:
@@ -238,13 +255,25 @@ def held_out_metrics(
     return _metrics("eval", objective, *results, num_targets)
 
 
-def _microbatches(
-    engine: Engine, objective: Objective, items: Sequence[Any], size: int
+def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Cut items into consecutive parts of `size`, the last one shorter."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def _of_like_length(
+    objective: Objective, items: Sequence[Any], max_tokens: int, world_size: int = 1
+) -> list[list[Any]]:
+    groups = microbatches([objective.lengths(item) for item in items], None, max_tokens, world_size)
+    return [[items[index] for index in group] for group in groups]
+
+
+def _collated(
+    engine: Engine, objective: Objective, parts: Sequence[Sequence[Any]]
 ) -> tuple[list[Any], float]:
-    """Collate this process's items, and count the targets of all processes."""
-    microbatches = [objective.collate(items[first : first + size]) for first in range(0, len(items), size)]
-    num_local = sum(objective.num_targets(microbatch) for microbatch in microbatches)
-    return microbatches, float(engine.sum(torch.tensor(float(num_local), device=engine.device)))
+    """Collate this process's parts, and count the targets of all processes."""
+    batches = [objective.collate(part) for part in parts]
+    num_local = sum(objective.num_targets(batch) for batch in batches)
+    return batches, float(engine.sum(torch.tensor(float(num_local), device=engine.device)))
 
 
 def _gather(engine: Engine, results: Sequence[tuple[Tensor, RowMetrics]]) -> tuple[Tensor, RowMetrics]:

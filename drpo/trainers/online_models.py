@@ -18,7 +18,7 @@ from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
-from drpo.models.scoring import response_logprobs
+from drpo.models.shared_prompt import continuation_logprobs
 from drpo.models.trunk import has_trunk, share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
@@ -28,7 +28,7 @@ from drpo.rollout.trajectory import Rollouts, Trajectory
 from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch
 from drpo.trainers.online_recipe import OnlineRecipe
-from drpo.trainers.ppo_update import PPOConfig
+from drpo.trainers.ppo_update import PPOConfig, minibatches
 from drpo.trainers.reference import AdapterOff, FrozenCopy
 
 
@@ -42,7 +42,7 @@ class OnlineModels:
     "The actor-critic wrapped by the engine, for forwards with gradients."
     generator: Generator
     reference_logprobs: Callable[..., Tensor]
-    "Takes a batch and, if there is one, the output of the frozen trunk."
+    "Takes a batch, the output of the frozen trunk, if there is one, and the number of blocks with the same queries."
     notes: list[str]
     "Warnings for the user."
 
@@ -54,15 +54,15 @@ class OnlineModels:
         module. The first probability ratio of the update is then exactly 1.
         """
         engine, columns = self.engine, {}
-        minibatches = itertools.islice(
-            config.minibatches(rollouts, engine.world_size, draw), config.num_minibatches
+        first_epoch = itertools.islice(
+            minibatches(rollouts, config, engine.world_size, draw), config.num_minibatches
         )
-        for part in (part for parts in minibatches for part in parts[engine.rank :: engine.world_size]):
+        for part in (part for parts in first_epoch for part in parts[engine.rank :: engine.world_size]):
             batch, trunk = rollouts.select(part)
+            tokens = (batch.queries, batch.query_mask, batch.responses, batch.response_mask)
             with engine.autocast():
-                tokens = (batch.queries, batch.query_mask, batch.responses, batch.response_mask)
-                logprobs, entropy, values = self.actor_critic(*tokens, trunk)
-                ref_logprobs = self.reference_logprobs(batch, trunk)
+                logprobs, entropy, values = self.actor_critic(*tokens, trunk, part.num_continuations)
+                ref_logprobs = self.reference_logprobs(batch, trunk, part.num_continuations)
             measured = {
                 "logprobs": logprobs,
                 "entropy": entropy,
@@ -71,13 +71,10 @@ class OnlineModels:
             }
             for name, numbers in measured.items():
                 if numbers is not None:
-                    column = columns.setdefault(
-                        name, torch.zeros(rollouts.responses.shape, device=engine.device)
-                    )
-                    column[part.rows, : part.response_length] = numbers.float()
-        return Trajectory(
-            **rollouts.columns(), **{name: engine.sum(column) for name, column in columns.items()}
-        )
+                    zeros = torch.zeros(rollouts.responses.shape, device=engine.device)
+                    columns.setdefault(name, zeros)[part.rows, : part.response_length] = numbers.float()
+        measurements = {name: engine.sum(column) for name, column in columns.items()}
+        return Trajectory(**rollouts.columns(), **measurements)
 
 
 def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) -> OnlineModels:
@@ -155,9 +152,9 @@ def _reference(run: RunFolder, tokenizer, policy, suppressed_ids: tuple[int, ...
         if has_trunk(policy):
             share_trunk(copy, policy)
         reference = FrozenCopy(copy, has_trunk(policy))
-    score = functools.partial(response_logprobs, temperature=temperature, suppressed_ids=suppressed_ids)
+    score = functools.partial(continuation_logprobs, temperature=temperature, suppressed_ids=suppressed_ids)
 
-    def logprobs(batch: PaddedBatch, trunk: Tensor | None = None) -> Tensor:
-        return reference.apply(score, batch, trunk=trunk).logprobs
+    def logprobs(batch: PaddedBatch, trunk: Tensor | None = None, num_continuations: int = 1) -> Tensor:
+        return reference.apply(score, batch, num_continuations, trunk=trunk).logprobs
 
     return logprobs

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from drpo.config import Section, key, refuse, setting
+from drpo.config import Section, setting
 from drpo.engine import Engine
 from drpo.losses import ppo_policy_loss, ppo_value_loss
+from drpo.microbatches import microbatches
 from drpo.rollout.trajectory import Microbatch, Rollouts, Trajectory
 from drpo.tensors import masked_sum
 from drpo.trainers.credit import Credit
-from drpo.trainers.minibatches import minibatches
+
+MINIBATCH_STREAM = 3  # separates the order of minibatches from other random numbers
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class PPOConfig(Section):
     """Passes over each batch of rollouts."""
     num_minibatches: int = setting(1, ge=1)
     """Optimizer steps per pass: the batch is cut into this many minibatches."""
-    microbatch_size: int | None = setting(4, ge=1)
-    """Rows per forward on one device, at most; changes memory and speed, not the result."""
+    microbatch_size: int = setting(4, ge=1)
+    """Rows per forward on one device; changes memory and speed, not the result. Rows of like length go together."""
     microbatch_tokens: int | None = setting(None, ge=1)
-    """Tokens per forward on one device, padding included, at most (a longer row goes alone); with microbatch_size=null
-    they alone count. Rows of like length go together in any case."""
+    """Tokens per forward on one device, padding included, in place of microbatch_size rows; a longer row goes alone."""
+    share_prompts: bool = True
+    """Keep the rollouts of a prompt (rollout.rollouts_per_prompt) in one minibatch, and compute its tokens once for all
+    of them. Over a frozen trunk (model.trainable_layers), and for models that cannot, rows are separate."""
     clip_range: float = setting(0.2, gt=0)
     """Clipping of the probability ratio."""
     value_clip_range: float = setting(0.2, gt=0)
@@ -43,23 +47,34 @@ class PPOConfig(Section):
     target_kl: float | None = setting(None, gt=0)
     """Leave the update early when a minibatch's KL between old and new policy (k3, nats per token) is above this."""
 
-    def check(self) -> None:
-        neither = self.microbatch_size is None and self.microbatch_tokens is None
-        refuse(neither, "microbatch_size", f"and {key('microbatch_tokens')} are both null; give one")
 
-    def minibatches(
-        self, rollouts: Rollouts, world_size: int, draw: tuple[int, int]
-    ) -> Iterator[list[Microbatch]]:
-        """Yield the micro-batches of each minibatch, epoch after epoch; number i is for process i % world_size.
+def minibatches(
+    rollouts: Rollouts, config: PPOConfig, world_size: int, draw: tuple[int, int]
+) -> Iterator[list[Microbatch]]:
+    """Yield the micro-batches of each minibatch, epoch after epoch; number i is for process i % world_size.
 
-        Their order depends on `draw`, the seed and the step, and on the lengths of the rows.
-        """
-        lengths, bounds = rollouts.row_lengths(), (self.microbatch_size, self.microbatch_tokens)
-        for epoch in range(self.num_epochs):
-            place = (*draw, epoch)
-            yield from minibatches(
-                lengths, self.num_minibatches, *bounds, world_size, place, rollouts.scores.device
-            )
+    The minibatches depend on `draw`, the seed and the step, alone. Rollouts of a prompt stay together if they share it.
+    """
+    lengths, num_continuations = rollouts.row_lengths(), 1
+    if config.share_prompts and rollouts.trunk is None:
+        num_continuations = rollouts.rollouts_per_prompt
+    groups = np.arange(len(lengths)).reshape(-1, num_continuations)
+    group_lengths = [(lengths[group[0]][0], sum(lengths[row][1] for row in group)) for group in groups]
+    max_groups = (
+        max(1, config.microbatch_size // num_continuations) if config.microbatch_tokens is None else None
+    )
+
+    def microbatch(rows: np.ndarray) -> Microbatch:
+        query_length, response_length = np.max([lengths[row] for row in rows], axis=0).tolist()
+        indices = torch.from_numpy(rows).to(rollouts.scores.device)
+        return Microbatch(indices, query_length, response_length, num_continuations)
+
+    for epoch in range(config.num_epochs):
+        order = np.random.default_rng([draw[0], MINIBATCH_STREAM, draw[1], epoch]).permutation(len(groups))
+        for indices in np.array_split(order, config.num_minibatches):
+            minibatch_lengths = [group_lengths[group] for group in indices]
+            parts = microbatches(minibatch_lengths, max_groups, config.microbatch_tokens, world_size)
+            yield [microbatch(groups[indices[part]].T.ravel()) for part in parts]
 
 
 def ppo_update(
@@ -94,7 +109,7 @@ def ppo_update(
     """
     totals: Counter[str] = Counter()
     grad_norms: list[float] = []
-    for parts in config.minibatches(trajectory, engine.world_size, draw):
+    for parts in minibatches(trajectory, config, engine.world_size, draw):
         rows = torch.cat([part.rows for part in parts])
         counts = (credit.policy_mask[rows].sum(), credit.value_mask[rows].sum())
         local = parts[engine.rank :: engine.world_size]
@@ -142,7 +157,9 @@ def _losses(
     batch, trunk = trajectory.select(part)
     policy_mask, value_mask = part.responses(credit.policy_mask), part.responses(credit.value_mask)
     logprobs, entropy, values = model(
-        batch.queries, batch.query_mask, batch.responses, batch.response_mask, trunk
+        *(batch.queries, batch.query_mask, batch.responses, batch.response_mask),
+        trunk,
+        part.num_continuations,
     )
     old_logprobs = part.responses(trajectory.logprobs)
     policy = ppo_policy_loss(logprobs, old_logprobs, part.responses(credit.advantages), config.clip_range)

@@ -15,6 +15,7 @@ from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples, load_texts
 from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
+from drpo.microbatches import Lengths
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.positions import check_examples
 from drpo.models.scoring import response_logprobs
@@ -52,6 +53,9 @@ class SFTObjective(Objective):
             responses = [query[1:] + response for query, response in zip(queries, responses, strict=True)]
             queries = [query[:1] for query in queries]
         return pad_batch(queries, responses, self._pad_id).to(self._device)
+
+    def lengths(self, example: Example) -> Lengths:
+        return len(example.query_ids), len(example.completion_ids)
 
     def num_targets(self, batch: PaddedBatch) -> int:
         return int(batch.response_mask.sum())

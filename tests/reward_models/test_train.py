@@ -167,11 +167,13 @@ def test_references_without_responses_are_refused_before_training(tmp_path):
 
 def test_micro_batches_do_not_change_the_result(tmp_path):
     weights = []
-    for size in (1, 8):
-        run_reward_model(tmp_path / str(size), batch={"microbatch_size": size})
-        weights.append(load_file(tmp_path / str(size) / "reward_model" / "model.safetensors"))
-    for name, weight in weights[0].items():
-        torch.testing.assert_close(weight, weights[1][name], atol=1e-4, rtol=0, msg=name)
+    for cut in ({"microbatch_size": 8}, {"microbatch_size": 1}, {"microbatch_tokens": 100}):
+        folder = tmp_path / str(len(weights))
+        run_reward_model(folder, batch=cut)
+        weights.append(load_file(folder / "reward_model" / "model.safetensors"))
+    for others in weights[1:]:
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(others[name], weight, atol=1e-4, rtol=0, msg=name)
 
 
 def test_it_learns_its_pairs(tmp_path):

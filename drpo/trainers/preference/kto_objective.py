@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from drpo.data.encode import Example
 from drpo.data.records import DataError
+from drpo.microbatches import Lengths
 from drpo.models.scoring import response_logprobs
 from drpo.preference_losses import kto_loss
 from drpo.tensors import PaddedBatch, masked_sum, pad_batch
@@ -82,6 +83,9 @@ class UnpairedObjective(Objective):
             pad_batch(queries, other_responses, self._pad_id).to(self._device),
             torch.tensor([item.desirable for item in items], device=self._device),
         )
+
+    def lengths(self, item: LabelledResponse) -> Lengths:
+        return len(item.example.query_ids), max(len(item.example.completion_ids), len(item.other_ids))
 
     def step_statistics(self, losses: Tensor, row_metrics: RowMetrics) -> Tensor:
         """Compute z0 = max(0, mean of log pi/pi_ref over responses to other prompts), an estimate of KL(pi, pi_ref)."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from drpo import preference_losses as losses
+from drpo.microbatches import Lengths
 from drpo.models.scoring import response_logprobs
 from drpo.models.shared_prompt import continuation_logprobs
 from drpo.tensors import PaddedBatch, masked_sum
@@ -54,6 +55,9 @@ class PairObjective(Objective):
 
     def collate(self, pairs: Sequence[Pair]) -> PairBatch:
         return collate_pairs(pairs, self._pad_id, self._device)
+
+    def lengths(self, pair: Pair) -> Lengths:
+        return 2 * len(pair.example.query_ids), 2 * max(map(len, pair.response_ids))
 
     def step_statistics(self, weighted: Tensor, row_metrics: RowMetrics) -> Tensor:
         """Compute log mean exp(-loss / beta') over all pairs of the step, the normaliser of Dr. DPO's weights."""

@@ -178,6 +178,9 @@ class PreferenceRecipe(OfflineRecipe):
         if self.loss.name == "kto":
             refuse_changed(self.reference, ["cache_dir"], PAIRS_ONLY, "reference.")
             refuse_changed(self, ["share_prompts", "curriculum"], PAIRS_ONLY)
+        if self.loss.dr_dpo is not None and self.loss.dr_dpo.over == "microbatch":
+            rule = "does not go with loss.dr_dpo.over=microbatch, whose weights are of microbatch_size pairs; drop it"
+            refuse_changed(self.batch, ["microbatch_tokens"], rule, "batch.")
         if self.reference_moves_per_stage:
             rule = "keeps the log-probs of a reference that does not move; drop it, or set curriculum.reference=initial"
             refuse(self.reference.cache_dir is not None, "reference.cache_dir", rule)

@@ -98,8 +98,8 @@ def rollouts(models, generator, engine, examples) -> Callable[..., tuple[list, T
 
     def roll_out(episodes: range, **reset) -> tuple[list, Trajectory, list[Completion]]:
         starts = draw_starts(examples, episodes, ResetConfig(**reset), ROLLOUT, generator, 0.0, 3)
-        rollouts, completions = collect(starts, generator, engine, by_length, Phases())
-        config = PPOConfig(microbatch_size=None, microbatch_tokens=40)
+        rollouts, completions = collect(starts, generator, engine, by_length, 1, Phases())
+        config = PPOConfig(microbatch_tokens=40)
         return starts, online.measure(rollouts, config, (3, 1)), completions
 
     return roll_out

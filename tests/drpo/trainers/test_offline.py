@@ -42,6 +42,9 @@ class Weight(Objective):
     def collate(self, items: list[list[float]]) -> list[list[float]]:
         return items
 
+    def lengths(self, item: list[float]) -> tuple[int, int]:
+        return 1, len(item)
+
     def num_targets(self, batch: list[list[float]]) -> int:
         return sum(map(len, batch))
 
@@ -79,9 +82,13 @@ def fitted_in_stages(recipe: OfflineRecipe, objective: Weight, stages: list, hel
     return objective.model.weight.item(), read_metrics(run.metrics.path)
 
 
-@pytest.mark.parametrize("microbatch_size", [1, 3, 8, 100])
-def test_loss_and_gradient_are_means_over_the_targets_of_the_whole_step(tmp_path, microbatch_size):
-    recipe = recipe_for(tmp_path / "run", batch=BatchConfig(size=8, microbatch_size=microbatch_size))
+@pytest.mark.parametrize(
+    "cut",
+    [*({"microbatch_size": n} for n in (1, 3, 8, 100)), *({"microbatch_tokens": n} for n in (1, 8, 99))],
+    ids=str,
+)
+def test_loss_and_gradient_are_means_over_the_targets_of_the_whole_step(tmp_path, cut):
+    recipe = recipe_for(tmp_path / "run", batch=BatchConfig(size=8, **cut))
     weight, (row,) = fitted(recipe)
     mean = 120 / 15  # 1 + 2 + ... + 15 over 15 targets; the mean of the means of the items is another
     assert row["train/num_targets"] == 15
@@ -111,11 +118,21 @@ def test_number_of_steps(tmp_path, num_steps, num_epochs, expected):
     assert [row["step"] for row in rows] == list(range(1, expected + 1))
 
 
-@pytest.mark.parametrize("microbatch_size", [1, 2, 3, 100])
-def test_evaluation_is_the_mean_over_all_targets_of_ragged_batches(tmp_path, microbatch_size):
+def test_microbatches_of_tokens_hold_items_of_like_length(tmp_path):
+    objective, seen = Weight(), []
+    collate = objective.collate
+    objective.collate = lambda items: (seen.append([1 + len(item) for item in items]), collate(items))[1]
+    recipe = recipe_for(tmp_path / "run", batch=BatchConfig(size=8, microbatch_tokens=8))
+    fitted_in_stages(recipe, objective, [TRAIN])
+    # 1 + len of the items: 5, 4, 3, 3, 2, 2, 2, 2; a part is its longest item times its items
+    assert seen == [[5], [4, 3], [3, 2], [2, 2, 2]]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_evaluation_is_the_mean_over_all_targets_of_ragged_batches(tmp_path, cut):
     forget_precision()
     engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path, 0, None)
-    means = held_out_metrics(engine, Weight(0.5), HELD_OUT, BatchConfig(microbatch_size=microbatch_size))
+    means = held_out_metrics(engine, Weight(0.5), HELD_OUT, BatchConfig(**cut))
     forget_precision()
     assert means == {"eval/loss": pytest.approx(0.5 * 81 / 9), "eval/x": pytest.approx(81 / 5)}
 

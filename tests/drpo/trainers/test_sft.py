@@ -91,20 +91,25 @@ def test_a_run_reports_losses_over_tokens_before_and_after(tmp_path, loss_on):
 
 
 def test_micro_batches_do_not_change_the_result(tmp_path):
-    runs = {}
-    for size in (1, 3, 8):
-        _, rows = run_sft(tmp_path / str(size), batch={"microbatch_size": size}, eval={"every": 1})
-        weights = load_file(tmp_path / str(size) / "policy" / "model.safetensors")
+    whole, *others = (
+        {"microbatch_size": 8},
+        {"microbatch_size": 1},
+        {"microbatch_size": 3},
+        {"microbatch_tokens": 60},
+    )
+    runs = []
+    for cut in (whole, *others):
+        folder = tmp_path / str(len(runs))
+        _, rows = run_sft(folder, batch=cut, eval={"every": 1})
         drop = ("time/", "perf/")
-        runs[size] = (
-            [{k: v for k, v in row.items() if not k.startswith(drop)} for row in rows],
-            weights,
-        )
-    for size in (1, 3):
-        for row, whole in zip(runs[size][0], runs[8][0], strict=True):
-            assert row == pytest.approx(whole, rel=1e-4)
-        for name, weight in runs[8][1].items():
-            torch.testing.assert_close(runs[size][1][name], weight, atol=1e-5, rtol=0, msg=name)
+        metrics = [{k: v for k, v in row.items() if not k.startswith(drop)} for row in rows]
+        runs.append((metrics, load_file(folder / "policy" / "model.safetensors")))
+    (whole_rows, whole_weights), *others = runs
+    for rows, weights in others:
+        for row, whole_row in zip(rows, whole_rows, strict=True):
+            assert row == pytest.approx(whole_row, rel=1e-4)
+        for name, weight in whole_weights.items():
+            torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=0, msg=name)
 
 
 def test_it_learns(tmp_path):

@@ -1,0 +1,92 @@
+"""Whole online runs whose micro-batches are cut in different ways: by rows, by tokens, with shared prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from drpo.config import ConfigError
+from drpo.models.actor_critic import ActorCritic
+from drpo.trainers.online_recipe import OnlineRecipe
+
+ONE = {"num_epochs": 2, "num_minibatches": 1}
+GROUPS = {"rollout": {"rollouts_per_prompt": 4}}
+
+
+@pytest.fixture
+def forward_shapes(monkeypatch) -> list[tuple[int, int, int]]:
+    """Rows, tokens of padding included, and rows to a prompt of every forward of the actor-critic."""
+    shapes = []
+    forward = ActorCritic.forward
+
+    def watched(self, queries, query_mask, responses, response_mask, trunk=None, num_continuations=1):
+        shapes.append((len(queries), queries.shape[1] + responses.shape[1], num_continuations))
+        return forward(self, queries, query_mask, responses, response_mask, trunk, num_continuations)
+
+    monkeypatch.setattr(ActorCritic, "forward", watched)
+    return shapes
+
+
+def assert_same_runs(left, right) -> None:
+    (rows, folder), (other_rows, other_folder) = left, right
+    for row, other in zip(rows, other_rows, strict=True):
+        for name in row.keys() & other.keys():
+            if not name.startswith(("time/", "perf/")):
+                assert row[name] == pytest.approx(other[name], rel=2e-4, abs=2e-4), name
+    weights, others = (load_file(run / "policy" / "model.safetensors") for run in (folder, other_folder))
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], atol=2e-4, rtol=0, msg=name)
+
+
+def test_microbatches_of_tokens_give_the_run_of_rows(online_run, forward_shapes):
+    by_rows = online_run(ppo=ONE)
+    row_shapes = forward_shapes.copy()
+    forward_shapes.clear()
+    by_tokens = online_run(ppo={**ONE, "microbatch_tokens": 100})
+    assert_same_runs(by_rows, by_tokens)
+    assert all(rows <= 4 for rows, _, _ in row_shapes) and any(rows > 4 for rows, _, _ in forward_shapes)
+    assert all(rows * width <= 100 for rows, width, _ in forward_shapes)
+
+
+def test_a_forward_is_as_wide_as_its_own_longest_row(online_run, forward_shapes):
+    rows, _ = online_run(ppo={**ONE, "microbatch_size": 1})
+    assert len({width for _, width, _ in forward_shapes}) > 3, "else the lengths do not differ"
+
+
+@pytest.mark.parametrize("changes", [{}, {"model": {"lora": {"r": 2}}}], ids=["all weights", "lora"])
+def test_shared_prompts_give_the_run_of_separate_rows(changes, online_run, forward_shapes):
+    shared = online_run(ppo={**ONE, "microbatch_size": 8}, **GROUPS, **changes)
+    assert {num for _, _, num in forward_shapes} == {4}
+    forward_shapes.clear()
+    separate = online_run(ppo={**ONE, "microbatch_size": 8, "share_prompts": False}, **GROUPS, **changes)
+    assert {num for _, _, num in forward_shapes} == {1}
+    assert_same_runs(shared, separate)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"ppo": {"microbatch_tokens": 90}}, {**GROUPS, "ppo": {"microbatch_size": 8}}],
+    ids=["tokens", "shared"],
+)
+def test_the_first_ratio_is_exactly_one(online_run, precision, changes):
+    changes = {**changes, "ppo": {**changes["ppo"], "num_epochs": 1, "num_minibatches": 1}}
+    rows, _ = online_run(engine={"mixed_precision": precision}, **changes)
+    for row in rows:
+        assert row["ppo/ratio"] == pytest.approx(1.0, abs=1e-6) and row["ppo/clip_fraction"] == 0.0
+        assert row["ppo/approx_kl"] < 1e-10
+    assert rows[-1]["objective/kl_k3"] > 1e-4  # and the policy did move
+
+
+def test_rollouts_of_a_prompt_stay_in_one_minibatch(online_run, forward_shapes):
+    online_run(ppo={"num_minibatches": 2, "microbatch_size": 4}, **GROUPS)
+    assert {(rows, num) for rows, _, num in forward_shapes} == {(4, 4)}
+
+
+def test_impossible_cuts_are_refused():
+    rollout = {"batch_size": 12, "rollouts_per_prompt": 3}
+    with pytest.raises(ConfigError, match=r"^ppo.num_minibatches \(6\) leaves minibatches of 2 rollouts"):
+        OnlineRecipe(rollout=rollout, ppo={"num_minibatches": 6})
+    OnlineRecipe(rollout=rollout, ppo={"num_minibatches": 6, "share_prompts": False})
+    OnlineRecipe(rollout=rollout, ppo={"num_minibatches": 6}, model={"trainable_layers": 1})
