@@ -153,8 +153,8 @@ class ChatTemplate:
     def _end_of_turn(self, question: Message, stop_token: str | None) -> tuple[str | None, str]:
         """Return the token that ends the assistant's turn, and the text between reply and token.
 
-        It is the first special token after a reply: at the end of a conversation or, where a turn ends without one,
-        before the next user's. None without one; `stop_token`, if given, takes precedence.
+        It is `stop_token` if given; else the first special token after a final reply; else the one before the next user
+        turn; else None.
         """
         place, token = find_special(self._closing, self._special)
         if token is not None and stop_token in (None, token):

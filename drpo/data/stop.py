@@ -27,7 +27,7 @@ def template_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChatT
 
 
 def with_stop_token(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> PreTrainedTokenizerBase:
-    """Return the tokenizer with the stop token of responses as its eos token: a copy, if it was another.
+    """Return the tokenizer with the stop token of responses as its eos token: a copy if its eos token has to change.
 
     It is `data.stop_token`; without one the end of turn of the chat template, or the tokenizer's own. Encoding,
     sampling, scoring and saving with this tokenizer then agree. Raises DataError for a token that the tokenizer

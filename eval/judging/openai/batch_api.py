@@ -2,7 +2,7 @@
 
 A request's custom_id is its key in the store. A batch is entered in the store before it is submitted, and its metadata
 contains our name for it, so a killed run finds its batches again. Finished rows are merged even if others failed;
-missing and unreadable ones are submitted once more.
+missing and unreadable ones are submitted again, up to batch.max_submissions times.
 """
 
 from __future__ import annotations
