@@ -204,11 +204,15 @@ class Store:
             ]
 
     def settle(self, request: Reservation, usd: float, outcome: str, call: Call | None = None) -> None:
-        """Enter the actual cost of a request and, in the same commit, its answer."""
-        update = "UPDATE requests SET usd = ?, outcome = ? WHERE id = ?"
+        """Enter the actual cost of a request and, in the same commit, its answer.
+
+        Raises RuntimeError for a request that is settled already, whose cost would be booked twice.
+        """
+        update = "UPDATE requests SET usd = ?, outcome = ? WHERE id = ? AND usd IS NULL"
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(update, (usd, outcome, request.number))
+            if self._db.execute(update, (usd, outcome, request.number)).rowcount != 1:
+                raise RuntimeError(f"request {request.number} of {self.path} is settled already")
             if call is not None:
                 self.add_call(call)
 
