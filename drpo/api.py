@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from drpo.config import ConfigError
 from drpo.engine import Engine, engine_of
 from drpo.object_inputs import with_inputs
 from drpo.reward_functions import import_functions
@@ -40,7 +41,7 @@ def train_online(
     """Train a policy by DR-PO or PPO, and return the folder of the result.
 
     Args:
-        recipe: every setting; those named below override its `model.path`, `data` and `reward`.
+        recipe: every setting; the inputs below are refused where it names them too.
         model: a causal language model, or its folder or hub id. An object is not changed.
         tokenizer: the tokenizer of `model`; needed where that is an object.
         records: rows in TRL's conventions (prompt, completion, chosen, rejected, messages), or the path of a file.
@@ -53,6 +54,10 @@ def train_online(
         recipe = with_inputs(recipe, engine, model, tokenizer, records)
         if reward is None:
             reward = _reward_of(recipe, engine)
+        elif recipe.reward.path is not None or recipe.reward.function is not None:
+            raise ConfigError(
+                "reward is given, and the recipe's reward.path or reward.function too: leave one out"
+            )
         eval_rewards = import_functions(recipe.eval.reward_functions, "eval.reward_functions")
         return online.train(recipe, engine, reward, eval_rewards, callbacks)
 

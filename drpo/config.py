@@ -8,12 +8,13 @@ defaults and bounds, and errors name the full key: a section does not know its p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 import operator
 import platform
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,7 @@ from drpo.config_help import bounds_text, default_of, options
 from drpo.yaml_words import kind_at, quote_words
 
 Recipe = TypeVar("Recipe")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -43,7 +45,7 @@ class ConfigError(ValueError):
 
 
 def key(name: str) -> str:
-    """Return the full key of a setting, or of a sibling, while its section is made: `horizon` -> `kl.horizon`."""
+    """Return the full key of a setting: `horizon` -> `kl.horizon`, while its section is made and in `names_keys`."""
     return _PREFIX.get() + name
 
 
@@ -81,6 +83,7 @@ class Section:
             if not all(COMPARISONS[sign](value, limit) for sign, limit in bounds.items()):
                 or_null = " or null" if type(None) in get_args(hint) else ""
                 raise ConfigError(f"{place} must be {bounds_text(field)}{or_null}, got {value}")
+        _place(self, _PREFIX.get())
         self.check()
 
     def check(self) -> None:
@@ -90,6 +93,42 @@ class Section:
         """Return the names of the settings that differ from their defaults, in the order of the source."""
         fields = dataclasses.fields(self)
         return [field.name for field in fields if getattr(self, field.name) != default_of(field)]
+
+
+def _place(value: Any, prefix: str) -> None:
+    """Note its place in every section of a value; that of the outermost section is noted last, and stays."""
+    if isinstance(value, Section):
+        object.__setattr__(value, "_prefix", prefix)
+        for field in dataclasses.fields(value):
+            _place(getattr(value, field.name), f"{prefix}{field.name}.")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _place(item, f"{prefix.removesuffix('.')}[{index}].")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _place(item, f"{prefix}{name}.")
+
+
+def replaced(section: Recipe, **changes: Any) -> Recipe:
+    """Return a copy with other values, at the same place in the recipe."""
+    copy = dataclasses.replace(section, **changes)
+    _place(copy, section._prefix)
+    return copy
+
+
+def names_keys(function: Function) -> Function:
+    """Let `key`, while the function runs, return the full keys of settings of the section among its arguments."""
+
+    @functools.wraps(function)
+    def with_keys(*args: Any, **kwargs: Any) -> Any:
+        section = next(value for value in (*args, *kwargs.values()) if isinstance(value, Section))
+        before = _PREFIX.set(section._prefix)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _PREFIX.reset(before)
+
+    return with_keys
 
 
 def refuse(condition: bool, name: str, rule: str) -> None:
@@ -154,14 +193,17 @@ def _no_section(section: type, value: Any, place: str) -> str:
 def _made(value: Any, prefix: str) -> Any:
     """Make the dataclasses of a merged node, inner sections first, each under its full prefix, dot included."""
     if OmegaConf.is_list(value):
-        return [_made(item, f"{prefix.removesuffix('.')}[{i}].") for i, item in enumerate(value)]
+        return [_made(value[i], f"{prefix.removesuffix('.')}[{i}].") for i in range(len(value))]
     if not OmegaConf.is_dict(value):
         return value
+    is_section = dataclasses.is_dataclass(section := OmegaConf.get_type(value))
     values = {
-        name: None if OmegaConf.is_missing(value, name) else _made(value[name], f"{prefix}{name}.")
+        name: None
+        if is_section and OmegaConf.is_missing(value, name)
+        else _made(value[name], f"{prefix}{name}.")
         for name in value
     }
-    if not dataclasses.is_dataclass(section := OmegaConf.get_type(value)):
+    if not is_section:
         return values
     before = _PREFIX.set(prefix)
     try:
@@ -200,9 +242,12 @@ def load_recipe(recipe_class: type[Recipe], path: Path | None, overrides: Sequen
 
 def _check_kinds(layer: DictConfig, defaults: DictConfig, prefix: str = "") -> None:
     """Raise ConfigError for a section without keys or a list that is none; merging would not name the key."""
-    for name in layer:
+    for name in list(layer):
         if name not in defaults:
-            if name in (retired := getattr(OmegaConf.get_type(defaults), "RETIRED", {})):
+            retired = getattr(OmegaConf.get_type(defaults), "RETIRED", {})
+            if name in retired and layer._get_node(name)._is_none():
+                del layer[name]  # a recipe that was saved with it unset
+            elif name in retired:
                 raise ConfigError(f"{prefix}{name} {retired[name]}")
             continue  # the merge names unknown keys
         place, value, default = f"{prefix}{name}", layer._get_node(name), defaults._get_node(name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from drpo.config import Section, refuse, setting
+from drpo.config import Section, refuse, replaced, setting
 from drpo.data.encode import Example
 from drpo.data.load import DataConfig, load_examples
 from drpo.data.noise import NoiseConfig
@@ -122,7 +122,7 @@ def load_references(recipe: RewardModelRecipe, tokenizer) -> list[Example]:
     """
     if recipe.score.num_centring == 0:
         return []
-    data = recipe.references or replace(recipe.data, noise=NoiseConfig())  # noise is for pairs
+    data = recipe.references or replaced(recipe.data, noise=NoiseConfig())  # noise is for pairs
     references = load_examples(data, tokenizer, "prompts").train[: recipe.score.num_centring]
     for reference in references:
         if reference.completion_ids is None:

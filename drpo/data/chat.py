@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from drpo.config import key
 from drpo.data.dialogue import dialogue
 from drpo.data.markup import Span, find_special, special_tokens
 from drpo.data.records import Chat, DataError, Message, RowError, require_encodable, require_text
@@ -80,7 +81,7 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer, self._arguments, self._header = tokenizer, dict(arguments or {}), ""
         if not tokenizer.chat_template:
-            raise DataError("chat_template=true, but the tokenizer has no chat template")
+            raise DataError(f"{key('chat_template')}=true, but the tokenizer has no chat template")
         self._special = special_tokens(tokenizer)
         question = {"role": "user", "content": QUESTION}
         try:
@@ -153,8 +154,8 @@ class ChatTemplate:
     def _end_of_turn(self, question: Message, stop_token: str | None) -> tuple[str | None, str]:
         """Return the token that ends the assistant's turn, and the text between reply and token.
 
-        It is the first special token after a reply: at the end of a conversation or, where a turn ends without one,
-        before the next user's. None without one; `stop_token`, if given, takes precedence.
+        It is `stop_token` if given; else the first special token after a final reply; else the one before the next user
+        turn; else None.
         """
         place, token = find_special(self._closing, self._special)
         if token is not None and stop_token in (None, token):
@@ -163,7 +164,7 @@ class ChatTemplate:
             raise DataError(
                 f"the tokenizer's chat template ends a reply with {self._closing!r}, which holds no special token of "
                 "this tokenizer, so nothing tells the model to stop: take the tokenizer that the template is made "
-                "for, or name the token that is to end a response as stop_token"
+                f"for, or name the token that is to end a response as {key('stop_token')}"
             )
         return self._next_turn(question) if stop_token is None else stop_token, ""
 
@@ -221,7 +222,7 @@ class ChatTemplate:
                     ChatTemplate(self._tokenizer, {**self._arguments, name: False})
                 except DataError:
                     continue
-                return f"chat_template_kwargs={{{name}: false}} makes it usable"
+                return f"{key('chat_template_kwargs')}={{{name}: false}} makes it usable"
         return "Give the tokenizer another template"
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from drpo.config import key
 from drpo.data.markup import MarkedPrompt, Span, find_special, special_tokens
 from drpo.data.records import BadRows, DataError, Record, RowError
 from drpo.data.views import View
@@ -165,7 +166,7 @@ def encode_records(
                 raise RowError("stop token inside", f"{tokenizer.eos_token!r} in {min(inside)[:60]!r}")
             longest = max((len(ids_by_text[text]) for text in responses), default=0)
             if max_response_length is not None and longest > max_response_length:
-                detail = f"{longest} tokens, max_response_length={max_response_length}"
+                detail = f"{longest} tokens, {key('max_response_length')}={max_response_length}"
                 raise RowError("response too long", detail)
             single_ids = {
                 f"{name}_ids": ids_by_text.get(getattr(record, name)) for name in SINGLE_RESPONSES[view]
@@ -198,7 +199,7 @@ def truncate_left(prompt: str, num_tokens: Callable[[str], int], max_length: int
         return prompt
     length = longest_fit(lambda n: num_tokens(prompt[len(prompt) - n :]) <= max_length, len(prompt))
     if length == 0:
-        raise RowError("prompt too long", f"nothing of it fits into max_prompt_length={max_length}")
+        raise RowError("prompt too long", f"nothing of it fits into {key('max_prompt_length')}={max_length}")
     return prompt[len(prompt) - length :]
 
 

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from drpo.config import key
 from drpo.data.records import BadRows, DataError, RowError
 
 Item = TypeVar("Item")
@@ -125,7 +126,7 @@ def _local(path: Path, split: str, subset: str | None, keep: Callable[[str], boo
     if subset is not None:
         folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         if subset not in folders:
-            raise DataError(f"no subset {subset!r} in {path}; its folders are: {_listing(folders)}")
+            raise DataError(f"no {key('subset')} {subset!r} in {path}; its folders are: {_listing(folders)}")
         path = path / subset
     if (path / "dataset_dict.json").is_file():
         return _from_dataset(f"{path.name}/{split}", _saved(path, split), keep)
@@ -146,11 +147,11 @@ def _local(path: Path, split: str, subset: str | None, keep: Callable[[str], boo
 
 def _only_train(path: Path, split: str, subset: str | None) -> None:
     if subset is not None:
-        raise DataError(f"subset={subset} does not apply: {path} is a single file")
+        raise DataError(f"{key('subset')}={subset} does not apply: {path} is a single file")
     if split != "train":
         raise DataError(
             f"no split {split!r}: {path} is a single split, 'train'. Give a folder of files named after "
-            "their splits, or hold out a part with eval_fraction"
+            f"their splits, or hold out a part with {key('eval_fraction')}"
         )
 
 
@@ -279,7 +280,7 @@ def _load_hub(path: str, split: str, subset: str | None, subset_is_folder: bool)
                 raise
             return load_dataset(path, data_dir=subset, split=split, revision=PARQUET_BRANCH)
     except Exception as error:
-        source = f"{path} (subset={subset or 'null'}, split {split})"
+        source = f"{path} ({key('subset')}={subset or 'null'}, split {split})"
         raise DataError(f"cannot load {source} from the hub: {error}\n{_nothing_at(Path(path))}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from drpo.config import key
 from drpo.data.records import DataError, Record
 
 
@@ -24,7 +25,7 @@ def hold_out(records: Sequence[Record], fraction: float, seed: int) -> tuple[lis
     if fraction > 0 and not held_out:
         num_prompts = len({record.shared_prompt for record in records})
         raise DataError(
-            f"eval_fraction={fraction:g} of {num_prompts} distinct prompts held out none: "
+            f"{key('eval_fraction')}={fraction:g} of {num_prompts} distinct prompts held out none: "
             "raise it, or set it to 0 to hold out nothing"
         )
     return train, held_out

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from drpo.config import Section, key, refuse, refuse_changed, setting
+from drpo.config import Section, key, names_keys, refuse, refuse_changed, setting
 from drpo.data.chat import ChatTemplate
 from drpo.data.encode import Example, encode_prompts, encode_records
 from drpo.data.files import read_table
@@ -130,6 +130,7 @@ class Splits:
     report: str
 
 
+@names_keys
 def load_examples(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, view: View, held_out_only: bool = False
 ) -> Splits:
@@ -144,8 +145,8 @@ def load_examples(
     """
     if config.noise.on and view != "pairs":
         raise DataError(
-            f"noise applies to preference pairs, and this stage takes {view_name(view)}: "
-            "set noise.flip_rate and noise.off_topic_rate to 0"
+            f"{key('noise')} applies to preference pairs, and this stage takes {view_name(view)}: "
+            f"set {key('noise.flip_rate')} and {key('noise.off_topic_rate')} to 0"
         )
     tokenizer = with_stop_token(tokenizer, config)
     chat = template_of(config, tokenizer)
@@ -187,13 +188,16 @@ def load_examples(
     return Splits(train_examples, eval_examples, "\n".join(report))
 
 
+@names_keys
 def load_texts(config: DataConfig) -> list[str]:
     """Return the distinct prompt and response texts of the train split, to train a tokenizer on.
 
     Held-out prompts are left out.
     """
     if config.chat_template:
-        raise DataError("chat_template=true needs a tokenizer that has one: none can be trained on the data")
+        raise DataError(
+            f"{key('chat_template')}=true needs a tokenizer that has one: none can be trained on the data"
+        )
     records = read_records(config, config.train_split, "prompts", None, [])
     if config.held_out_split is None:
         records, _ = hold_out(records, config.held_out_fraction, config.split_seed)
@@ -204,6 +208,7 @@ def load_texts(config: DataConfig) -> list[str]:
     return [text for text in texts if text is not None]
 
 
+@names_keys
 def read_records(
     config: DataConfig, split: str, view: View, chat: ChatTemplate | None, report: list[str]
 ) -> list[Record]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from drpo.config import Section, setting
+from drpo.config import Section, key, setting
 from drpo.data.encode import Example
 from drpo.data.records import DataError
 
@@ -43,11 +43,11 @@ def add_noise(pairs: Sequence[Example], config: NoiseConfig) -> tuple[list[Examp
     """
     for pair in pairs:
         if pair.chosen_ids is None or pair.rejected_ids is None:
-            raise DataError(f"noise applies to pairs; {pair.record.origin} is none")
+            raise DataError(f"{key('noise')} applies to pairs; {pair.record.origin} is none")
     if not config.on:
         return list(pairs), []
     if config.off_topic_rate > 0 and len({pair.record.prompt for pair in pairs}) < 2:
-        raise DataError("noise.off_topic_rate needs pairs on at least 2 distinct prompts")
+        raise DataError(f"{key('noise.off_topic_rate')} needs pairs on at least 2 distinct prompts")
     places: Counter[str] = Counter()
     noisy = []
     for pair in pairs:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from drpo.config import key
 from drpo.data.markup import MarkedPrompt, Span
 
 Message = Mapping[str, Any]
@@ -136,15 +137,16 @@ class BadRows:
                 lines.append(f"    ... and {count - len(self._shown[kind])} more")
         return "\n".join(lines)
 
-    def check(self, num_rows: int, max_bad_fraction: float) -> None:
-        """Raise DataError when more than `max_bad_fraction` of `num_rows` rows are bad."""
+    def check(self, num_rows: int, max_bad_fraction: float, name: str | None = None) -> None:
+        """Raise DataError when more than this fraction of `num_rows` rows are bad; `name` is the key of the setting."""
         if len(self) <= max_bad_fraction * num_rows:
             return
+        name = name or key("max_bad_fraction")
         raise DataError(
             f"{len(self)} of {num_rows} {self.unit} are bad, "
-            f"more than max_bad_fraction={max_bad_fraction:g} allows:\n"
+            f"more than {name}={max_bad_fraction:g} allows:\n"
             f"{self.summary()}\n"
-            "Correct them, or raise max_bad_fraction to leave them out."
+            f"Correct them, or raise {name} to leave them out."
         )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
+from drpo.config import key
 from drpo.data.records import DataError
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def check_arguments(tokenizer: PreTrainedTokenizerBase, names: Collection[str]) 
         return
     if unread := sorted(set(names) - read):
         raise DataError(
-            f"chat_template_kwargs.{unread[0]}: the tokenizer's chat template does not read it, so it would do "
-            f"nothing; the template reads {', '.join(sorted(read)) or 'no arguments'}"
+            f"{key('chat_template_kwargs')}.{unread[0]}: the tokenizer's chat template does not read it, so it would "
+            f"do nothing; the template reads {', '.join(sorted(read)) or 'no arguments'}"
         )
 
 

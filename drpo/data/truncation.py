@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from drpo.config import key
 from drpo.data.encode import query_counter
 from drpo.data.markup import MarkedPrompt, Span
 from drpo.data.records import RowError
@@ -36,7 +37,9 @@ def shorten_prompts(
             continue
         try:
             if cut is None:
-                raise RowError("prompt too long", f"{len(ids)} tokens, max_prompt_length={max_length}")
+                raise RowError(
+                    "prompt too long", f"{len(ids)} tokens, {key('max_prompt_length')}={max_length}"
+                )
             shortened[prompt] = _shorten(prompt, max_length, cut, num_tokens)
         except RowError as error:
             shortened[prompt] = error

@@ -47,7 +47,8 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def _in_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:

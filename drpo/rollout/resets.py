@@ -44,8 +44,8 @@ class ResetConfig(Section):
     boundary: Literal["token", "sentence", "turn"] = "token"
     """Where a prefix may end: after any token, a sentence (. ! ? or newline) or a turn (blank line)."""
     masking: Literal["paper", "release"] = "paper"
-    """paper: forced tokens carry no loss, KL, whitening or statistics. release: as in the released code only the
-    policy loss leaves them out."""
+    """paper: forced tokens are excluded from losses, KL, whitening and statistics. release: from the policy loss only,
+    as in the released code."""
 
     def check(self) -> None:
         rule = f"({self.min_fraction}) must be <= {key('max_fraction')} ({self.max_fraction})"

@@ -186,7 +186,7 @@ class RunFolder:
     def _refuse_other_settings(self, saved: dict[str, Any]) -> None:
         current = flatten(self.recipe)
         defaults = {option.key: _as_json(option.default) for option in options(type(self.recipe))}
-        saved = defaults | saved  # a key of a later version had its default
+        saved = defaults | saved  # keys that the saved run did not have yet take their defaults
         free = tuple(f"{key}." for key in FREE_ON_RESUME)
         changed = [
             f"{key}: {saved.get(key)!r} -> {current.get(key)!r}"

@@ -46,8 +46,8 @@ class KLConfig(Section):
     estimator: Estimator = "k1"
     """Estimator that enters the reward (Schulman 2020)."""
     target_per_token: float | None = setting(None, gt=0)
-    """KL per sampled token, in nats, that an adaptive coefficient steers to, the same notion for PPO and DR-PO; null
-    keeps `coef` fixed. From a target per episode: divide by the sampled tokens of an episode (6 nats, 128 tokens:
+    """KL per sampled token, in nats, that an adaptive coefficient steers to, defined identically for PPO and DR-PO;
+    null keeps `coef` fixed. From a target per episode: divide by the sampled tokens of an episode (6 nats, 128 tokens:
     0.047)."""
     horizon: float = setting(10_000, gt=0)
     """Episodes over which the adaptive coefficient reacts; used with `target_per_token`."""

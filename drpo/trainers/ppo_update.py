@@ -45,7 +45,7 @@ class PPOConfig(Section):
     entropy_coef: float = setting(0.0, ge=0)
     """Weight of the entropy bonus."""
     target_kl: float | None = setting(None, gt=0)
-    """Leave the update early when a minibatch's KL between old and new policy (k3, nats per token) is above this."""
+    """Stop the update early when a minibatch's KL between old and new policy (k3, nats per token) is above this."""
 
 
 def minibatches(

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from drpo.config import ConfigError, git_commit, package_versions, save_resolved
+from drpo.config import ConfigError, git_commit, package_versions, replaced, save_resolved
 from drpo.engine import Engine, EngineConfig
 from drpo.reward_functions import import_functions
 from drpo.rewards import RewardFn
@@ -108,7 +108,7 @@ def _measured_systems(
             runs.append(run_of_file(path, config.name, folder, engine, rewards, prompts, say))
         for index, policy in enumerate(config.policies):
             folder = str(recipe.folder_of(config.name, index))
-            complete = replace(recipe.complete, policy=policy, system=config.name, run_dir=folder)
+            complete = replaced(recipe.complete, policy=policy, system=config.name, run_dir=folder)
             kl_reference = config.kl_references[index] if config.kl_references else recipe.kl_reference
             runs.append(run_of_policy(complete, engine, kl_reference, rewards, say))
         check_runs_differ(config.name, runs)

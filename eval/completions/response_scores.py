@@ -96,10 +96,10 @@ def response_kls(
     """
     # The ids that were sampled, if the row has them: encoding the texts may give others.
     responses = [
-        row.meta.get("response_ids", ids) for row, ids in zip(rows, _encoded(tokenizer, rows), strict=True)
+        row.meta.get("response_ids") or ids for row, ids in zip(rows, _encoded(tokenizer, rows), strict=True)
     ]
     encoded = encode_queries(tokenizer, [row.prompt for row in rows])
-    queries = [row.meta.get("query_ids", ids) for row, ids in zip(rows, encoded, strict=True)]
+    queries = [row.meta.get("query_ids") or ids for row, ids in zip(rows, encoded, strict=True)]
     kls = np.zeros(len(rows))
     models = {"policy": policy, "kl_reference": reference}
     for indices, batch in _batches(models, tokenizer, queries, responses, batch_size, say):

@@ -96,7 +96,7 @@ def rouge_of_rows(rows: Sequence[CompletionRow]) -> dict[str, NDArray[np.float64
 def _mean(
     values: Sequence[float | None], prompt_ids: Sequence[str], bounds: tuple[float, float] | None = None
 ) -> Interval | None:
-    """Return the mean of the known values with its interval; None without any, no limits for an unbounded prompt."""
+    """Return the mean of the known values with its interval; no limits for one prompt without `bounds`."""
     numbers = np.asarray(values, dtype=np.float64)
     means = prompt_means(numbers, prompt_codes(prompt_ids, len(numbers)))
     if len(means) == 0:

@@ -33,7 +33,7 @@ class AgreementRecipe(Section):
     labels: list[str] = field(default_factory=list)
     """Files labels.jsonl, each with any number of annotators."""
     half_tie: Literal["half", "tie"] = "half"
-    """What a judge's win in one order and tie in the other count: 0.75, a win here, or 0.5 (tie), a tie."""
+    """Score of a judge's win in one order and tie in the other: half is 0.75, which agrees with a win, tie is 0.5."""
 
     def check(self) -> None:
         for path in self.judgments:

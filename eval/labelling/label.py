@@ -37,9 +37,9 @@ class LabelRecipe(Section):
     baseline: str = "reference"
     """The system that it is compared with."""
     num_prompts: int | None = setting(None, ge=1)
-    """So many of the prompts, chosen by their hashes as launch/judge.py chooses them; null for all."""
+    """Number of prompts, selected by hash as in launch/judge.py; null for all."""
     prompt: str | None = None
-    """What is asked: tldr-1, hh_helpful-1, hh_harmless-1, or a .yaml file with one's own prompt."""
+    """The question: tldr-1, hh_helpful-1, hh_harmless-1, or a .yaml file with one's own prompt."""
     ties: bool = True
     """Whether a tie may be called."""
     annotators: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""People's verdicts on matchups, on disk: an append-only file with one JSON line per keystroke.
+"""People's verdicts on matchups, on disk: an append-only file with one JSON line per decision.
 
     {"prompt_id": "9c1185a5c5e9fc54", "system_a": "drpo", "system_b": "ppo", "seed": 0, "annotator": "anna",
      "order": "ba", "status": "labelled", "winner": "a", "hash_a": "...", "hash_b": "...", "length_a": 88,

@@ -105,7 +105,7 @@ def length_batches(
 ) -> Iterator[list[int]]:
     """Yield the numbers of the rows in batches, longest rows first. Raises ValueError on unequal numbers of rows."""
     if len(context_ids) != len(text_ids):
-        raise ValueError(f"{len(context_ids)} contexts but {len(text_ids)} texts; give one of each per row")
+        raise ValueError(f"{len(context_ids)} and {len(text_ids)} rows of ids; give one of each per row")
     lengths = [len(context) + len(text) for context, text in zip(context_ids, text_ids, strict=True)]
     rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     for start in range(0, len(rows), batch_size):

@@ -96,19 +96,21 @@ def load_probe_texts(
         for option in ("text_column", "label_column"):
             column = getattr(config, option)
             if column not in table.columns:
-                raise DataError(f"no column {column!r} ({option}) in {table.name}; its columns are: {known}")
+                raise DataError(
+                    f"no column {column!r} (probe.{option}) in {table.name}; its columns are: {known}"
+                )
         texts = convert_rows(table, bad, lambda row: _text_of(row, config))
         num_rows, name = table.num_rows, table.name
     usable = []
     for text, context_ids, text_ids in zip(texts, *_encode(tokenizer, texts), strict=True):
         length = len(context_ids) + len(text_ids)
         if config.max_length is not None and length > config.max_length:
-            bad.add("text too long", text.origin, f"{length} tokens, max_length={config.max_length}")
+            bad.add("text too long", text.origin, f"{length} tokens, probe.max_length={config.max_length}")
         elif not text_ids:
             bad.add("empty text", text.origin, "no token")
         else:
             usable.append((text, context_ids, text_ids))
-    bad.check(num_rows, max_bad_fraction)
+    bad.check(num_rows, max_bad_fraction, "data.max_bad_fraction")
     held_out = [is_held_out(text.prompt or text.text, config.holdout, 0) for text, _, _ in usable]
     labels = [text.label for text, _, _ in usable]
     report = [f"probe texts of {name}: {num_rows} rows read, {len(bad)} bad"]

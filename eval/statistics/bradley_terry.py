@@ -17,7 +17,13 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 
-from eval.statistics.intervals import checked_confidence, checked_scores, prompt_codes, same_rows
+from eval.statistics.intervals import (
+    BATCH_ELEMENTS,
+    checked_confidence,
+    checked_scores,
+    prompt_codes,
+    same_rows,
+)
 
 ELO_PER_LOGIT = 400 / math.log(10)
 ELO_CENTRE = 1000.0
@@ -106,8 +112,11 @@ def bradley_terry(
 
     strengths, covariance = _fit(table, pairs, len(systems))
     shares = np.full(num_prompts, 1 / num_prompts)
-    counts = np.random.default_rng(seed).multinomial(num_prompts, shares, size=num_resamples)
-    draws, _ = _fit(np.tensordot(counts.astype(np.float64), per_prompt, axes=1), pairs, len(systems))
+    rng, num_at_once = np.random.default_rng(seed), max(1, BATCH_ELEMENTS // num_prompts)
+    sizes = [min(num_at_once, num_resamples - first) for first in range(0, num_resamples, num_at_once)]
+    counts = (rng.multinomial(num_prompts, shares, size=size).astype(np.float64) for size in sizes)
+    tables = np.concatenate([np.tensordot(count, per_prompt, axes=1) for count in counts])
+    draws, _ = _fit(tables, pairs, len(systems))
     zero = 1 / len(systems) if anchor is None else systems == anchor
     centre = np.eye(len(systems)) - zero
     strengths, draws = strengths @ centre.T, draws @ centre.T

@@ -131,7 +131,9 @@ class _Parts:
         per_seed = decided.sum(axis=1)
         if (per_seed == 0).any():
             seeds = np.flatnonzero(per_seed == 0).tolist()
-            raise ValueError(f"seeds {seeds} of {name} have no decided score; judge them, or leave them out")
+            raise ValueError(
+                f"seeds {seeds} of {name} have no decided score; judge them, or leave them out and report it"
+            )
         scores, decided = scores[:, decided.any(axis=0)], decided[:, decided.any(axis=0)]
         num_seeds, num_prompts = scores.shape
         if num_prompts == 1:

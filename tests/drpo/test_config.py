@@ -6,12 +6,22 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
 
-from drpo.config import ConfigError, Section, key, load_recipe, package_versions, refuse, save_resolved
+from drpo.config import (
+    ConfigError,
+    Section,
+    key,
+    load_recipe,
+    names_keys,
+    package_versions,
+    refuse,
+    replaced,
+    save_resolved,
+)
 from drpo.config_help import help_text, options
 
 
@@ -348,3 +358,50 @@ def test_a_number_that_is_none_is_refused_wherever_it_stands(place, word, tmp_pa
     if name == "inner":
         with pytest.raises(ConfigError, match="inner.rate is -?(nan|inf)"):
             load_recipe(Numbers, None, [f"inner.rate={word}"])
+
+
+# --- keys at run time -----------------------------------------------------------------------------------
+
+
+@names_keys
+def key_of_rate(inner: Inner) -> str:
+    return key("rate")
+
+
+def test_a_section_knows_its_full_keys_after_it_was_made():
+    @dataclass(frozen=True)
+    class Deep(Section):
+        inner: Inner = field(default_factory=Inner)
+        items: list[Inner] = field(default_factory=list)
+        by_name: dict[str, Inner] = field(default_factory=dict)
+
+    @dataclass(frozen=True)
+    class Outer(Section):
+        deep: Deep = field(default_factory=Deep)
+
+    recipe = Outer(deep=Deep(items=[Inner(), Inner()], by_name={"a": Inner()}))  # made from the inside out
+    assert key_of_rate(recipe.deep.inner) == "deep.inner.rate"
+    assert key_of_rate(recipe.deep.items[1]) == "deep.items[1].rate"
+    assert key_of_rate(recipe.deep.by_name["a"]) == "deep.by_name.a.rate"
+    assert key_of_rate(replaced(recipe.deep.inner, rate=3.0)) == "deep.inner.rate"
+    assert key_of_rate(Inner()) == key("rate") == "rate"
+    assert recipe == Outer(deep=Deep(items=[Inner(), Inner()], by_name={"a": Inner()}))
+
+
+@pytest.mark.parametrize("override", ["section.extra.a=???", "section.extra.a.b=???"])
+def test_a_missing_value_in_a_mapping_is_refused_with_its_key(override):
+    with pytest.raises(
+        ConfigError, match=re.escape(override.partition("=")[0]) + ": Missing mandatory value"
+    ):
+        load_recipe(Recipe, None, [override])
+
+
+def test_a_retired_key_may_be_null_as_older_recipes_saved_it():
+    @dataclass(frozen=True)
+    class Newer(Section):
+        RETIRED: ClassVar[dict[str, str]] = {"old": "is gone; drop it"}
+        rate: float = 1.0
+
+    assert load_recipe(Newer, None, ["old=null"]) == Newer()
+    with pytest.raises(ConfigError, match="^old is gone; drop it$"):
+        load_recipe(Newer, None, ["old=3"])

@@ -116,7 +116,7 @@ def test_an_end_of_turn_that_pads_is_refused_with_what_to_do(rows):
 
 def test_an_end_of_turn_that_is_no_token_is_refused_by_the_key_that_helps(rows):
     spelled = CHATML.replace("<|im_end|>", "<|end_of_turn|>")
-    with pytest.raises(DataError, match="'<|end_of_turn|>.*stop_token"):
+    with pytest.raises(DataError, match=r"'<\|end_of_turn\|>.*stop_token"):
         load_examples(config(rows, chat_template=True), byte_level(chat_template=spelled), "pairs")
     named = config(rows, chat_template=True, stop_token="<|im_end|>")
     assert load_examples(named, byte_level(chat_template=spelled), "pairs").train

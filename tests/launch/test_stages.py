@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -35,7 +36,7 @@ from drpo.api import train_online, train_sft
 from drpo.config import load_recipe
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.sft import SFTRecipe
-from launch.command_line import main
+from launch.command_line import find_recipe, main
 from launch.demo_inputs import single_process_environment
 from reward_models.model import RewardModel
 
@@ -147,6 +148,20 @@ def test_the_configs_of_several_processes_start_several_that_know_each_other(lau
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 [0, 1] no") == 2
+
+
+@pytest.mark.parametrize(
+    "command, models",
+    [
+        ("neuron_shift", ["sft_often/policy", "dpo/policy"]),
+        ("compare", ["sft/policy", "ppo/policy", "drpo/policy", "sft/policy", "reward_model/reward_model"]),
+    ],
+)
+def test_an_evaluation_of_the_demo_names_the_models_that_must_be_made(command, models):
+    script = importlib.import_module(f"launch.{command}")
+    (recipe_class,) = (value for name, value in vars(script).items() if name.endswith("Recipe"))
+    recipe = load_recipe(recipe_class, find_recipe(f"demo/{command}.yaml"), [])
+    assert script.inputs(recipe) == [f"runs/demo/{model}" for model in models]
 
 
 def test_a_script_that_is_started_in_its_own_folder_imports_the_package():

@@ -146,6 +146,14 @@ def test_other_references_fix_the_zero(tmp_path):
     assert sum(scores) / 9 == pytest.approx(0, abs=1e-4)
 
 
+def test_bad_references_are_reported_with_the_key_of_their_section(tmp_path):
+    data = tmp_path / "references.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"post {i}", "completion": i}) for i in range(9)))
+    references = {"task": "own", "path": str(data), "eval_fraction": 0.0}
+    with pytest.raises(DataError, match="more than references.max_bad_fraction=0"):
+        run_reward_model(tmp_path / "run", references=references, num_steps=1)
+
+
 def test_noise_is_put_on_the_pairs_and_not_on_the_references(tmp_path, capsys):
     """The references are prompts with responses, to which the noise of pairs does not apply."""
     centres = []

@@ -1,8 +1,9 @@
 """Run scripts as fresh processes that need not import torch: forked from one process that has imported it.
 
-Everything else is as in a process of its own: arguments, environment, folder, output, exit code. The parent has
-computed nothing, so it has no threads, and a child starts as clean as the parent is. `accelerate launch` runs so too,
-and the processes that it starts: they are forked from the same parent, with the environment that it gives them.
+Everything else is as in a process of its own: arguments, environment, folder, output, exit code; variables that a
+library reads when it is imported excepted. The parent has computed nothing, and a child starts as clean as it is.
+`accelerate launch` runs so too, and the processes that it starts: they are forked from the same parent, with the
+environment that it gives them.
 """
 
 from __future__ import annotations
@@ -34,9 +35,7 @@ IMPORTS = (
     "torch.distributed.run",
 )
 STACKS_AFTER = 120
-"Seconds after which a run that still goes on writes where it is to its standard error, once."
-ADDRESS = "WARM_PYTHON"
-"Environment variable with the address of the parent."
+"Seconds after which a process that still runs writes where it is to a file."
 
 
 def completed(
@@ -46,13 +45,13 @@ def completed(
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         with out.open("wb") as out_file, err.open("wb") as err_file:
-            process = WarmProcess(command, str(cwd), env, out_file.fileno(), err_file.fileno(), _address())
+            place = {"address": _address(), "stacks": folder}
+            process = WarmProcess(command, str(cwd), env, out_file.fileno(), err_file.fileno(), place)
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            print(
-                out.read_text(errors="replace"), err.read_text(errors="replace"), sep="\n"
-            )  # pytest shows it
+            for file in sorted(Path(folder).iterdir()):  # pytest shows them
+                print(f"--- {file.name}", file.read_text(errors="replace"), sep="\n")
             raise
         finally:
             process.leave()
@@ -61,14 +60,17 @@ def completed(
 
 
 class WarmProcess:
-    """A process forked from the parent at `address`, with what is used of `subprocess.Popen`; it ends with its user."""
+    """A process forked from the parent, with what is used of `subprocess.Popen`; it ends with its user.
+
+    `place` holds the `address` of the parent and the folder of the `stacks` of processes that hang.
+    """
 
     def __init__(
-        self, command: list[str], cwd: str, env: dict[str, str], out: int, err: int, address: str
+        self, command: list[str], cwd: str, env: dict[str, str], out: int, err: int, place: dict[str, str]
     ) -> None:
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(address)
-        request = {"argv": command[1:], "cwd": cwd, "env": {**env, ADDRESS: address}}
+        self._connection.connect(place["address"])
+        request = {"argv": command[1:], "cwd": cwd, "env": env, "place": place}
         socket.send_fds(self._connection, [json.dumps(request).encode() + b"\n"], [out, err])
         self._answers = b""
         self.args, self.returncode = command, None
@@ -138,10 +140,15 @@ def _answer(connection: socket.socket) -> None:
     request, files, _, _ = socket.recv_fds(connection, 1 << 20, 2)
     while not request.endswith(b"\n"):
         request += connection.recv(1 << 20)
+    ready, started = os.pipe()
     child = os.fork()
     if child == 0:
         connection.close()
+        os.setsid()
+        os.close(started)
         _become(**json.loads(request), files=files)
+    os.close(started)
+    os.read(ready, 1)  # ends when the child leads a process group, which a kill is sent to
     pidfd = os.pidfd_open(child)
     connection.sendall(f"{child}\n".encode())
     readable, _, _ = select.select([pidfd, connection], [], [])
@@ -154,21 +161,20 @@ def _answer(connection: socket.socket) -> None:
     os._exit(0)
 
 
-def _become(argv: list[str], cwd: str, env: dict[str, str], files: list[int]) -> None:
+def _become(argv: list[str], cwd: str, env: dict[str, str], place: dict[str, str], files: list[int]) -> None:
     """Turn this forked process into a run of the script or module, and leave."""
     code = 1
     try:
-        os.setsid()
         os.chdir(cwd)
-        address = env.pop(ADDRESS)
         os.environ.clear()
         os.environ.update(env)
         for file, number in zip(files, (1, 2), strict=True):
             os.dup2(file, number)
             os.close(file)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        faulthandler.dump_traceback_later(STACKS_AFTER)
-        _launch_warm(address)
+        stacks = Path(place["stacks"], f"stacks of {os.getpid()}").open("w")
+        faulthandler.dump_traceback_later(STACKS_AFTER, file=stacks)
+        _launch_warm(place)
         if argv[0] == "-m":
             sys.argv, sys.path[0] = argv[1:], cwd
             sys.modules.pop(argv[1], None)  # runpy warns of a module that is there already
@@ -191,8 +197,8 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], files: list[int]) ->
             os._exit(code)
 
 
-def _launch_warm(address: str) -> None:
-    """Let the launcher of this process start its workers from the parent at `address`, too."""
+def _launch_warm(place: dict[str, str]) -> None:
+    """Let the launcher of this process start its workers from the same parent, too."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
     def start(handler: SubprocessHandler, args: tuple, env: dict[str, str]) -> WarmProcess:
@@ -200,7 +206,7 @@ def _launch_warm(address: str) -> None:
             file.fileno() if file else number for file, number in ((handler._stdout, 1), (handler._stderr, 2))
         )
         python = [word for word in args if word != "-u"]
-        return WarmProcess(python, os.getcwd(), env, out, err, address)
+        return WarmProcess(python, os.getcwd(), env, out, err, place)
 
     SubprocessHandler._popen = start
 

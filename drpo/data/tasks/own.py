@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from drpo.config import key
 from drpo.data.chat import ChatTemplate, is_conversation, require_messages, split_conversation
 from drpo.data.dialogue import ASSISTANT, HUMAN, parse_turns, split_dialogue
 from drpo.data.files import Row, Table, convert_rows
@@ -43,13 +44,13 @@ def own_records(
     for field, column in columns.items():
         if column not in table.columns:
             raise DataError(
-                f"no column {column!r} (columns.{field}) in {table.name}; "
+                f"no column {column!r} ({key('columns')}.{field}) in {table.name}; "
                 f"its columns are: {', '.join(table.columns)}"
             )
     if not any(columns.get(field, field) in table.columns for field in PROMPT_SOURCES):
         raise DataError(
             f"no column {', '.join(PROMPT_SOURCES[:-1])} or {PROMPT_SOURCES[-1]} in {table.name}; "
-            f"its columns are: {', '.join(table.columns)}. Name yours with columns.prompt=..."
+            f"its columns are: {', '.join(table.columns)}. Name yours with {key('columns.prompt')}=..."
         )
     return convert_rows(table, bad, lambda row: own_record(row, columns, chat))
 
@@ -91,7 +92,7 @@ def own_record(row: Row, columns: Mapping[str, str], chat: ChatTemplate | None) 
             source = prompt
         prompt, texts, rendered = chat.convert(turns, texts, source)
     elif not isinstance(prompt, str):
-        raise DataError(f"{row.origin} holds a conversation: set chat_template=true to render it")
+        raise DataError(f"{row.origin} holds a conversation: set {key('chat_template')}=true to render it")
 
     by_name = dict(zip(names, texts, strict=False))
     require_different(by_name.get("chosen"), by_name.get("rejected"))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from drpo.config import key
 from drpo.data.chat import ChatTemplate
 from drpo.data.encode import longest_fit
 from drpo.data.files import Row, Table, convert_rows
@@ -72,7 +73,7 @@ def truncate_query(query: str, num_tokens: Callable[[str], int], max_length: int
             return shortened(len(post))
     length = longest_fit(lambda n: num_tokens(shortened(n)) <= max_length, len(post))
     if not post[:length].strip():
-        raise RowError("prompt too long", f"no room for the post in max_prompt_length={max_length}")
+        raise RowError("prompt too long", f"no room for the post in {key('max_prompt_length')}={max_length}")
     return shortened(length)
 
 

@@ -2,7 +2,7 @@
 
 A request's custom_id is its key in the store. A batch is entered in the store before it is submitted, and its metadata
 contains our name for it, so a killed run finds its batches again. Finished rows are merged even if others failed;
-missing and unreadable ones are submitted once more.
+missing and unreadable ones are submitted again, up to batch.max_submissions times.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from eval.judging.openai.retry import (
     RetryConfig,
     classify,
     classify_status,
-    delay_before_retry,
     unclear_text,
 )
 from eval.judging.openai.store import Call, Reservation, Store
@@ -161,7 +160,12 @@ class BatchJudge:
                 failure = classify(error)
                 if failure.action != "retry" or attempt == self.retry.max_attempts:
                     raise JudgeStopped(f"the Batch API: {failure.detail}") from None
-                await self._sleep(delay_before_retry(self.retry, attempt, failure.retry_after, self._rng))
+                delay = failure.retry_after
+                if (
+                    delay is None
+                ):  # never near 0: a batch that was made after all must be listed when `_create` looks
+                    delay = min(self.retry.max_delay, self.retry.base_delay * 2**attempt)
+                await self._sleep(delay + self._rng.uniform(0, self.retry.base_delay))
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep. Raises JudgeStopped when the run is asked to stop; submitted batches continue at the API."""

@@ -56,7 +56,7 @@ class Budget:
         """Wait until one request that costs at most `usd` may be sent, and reserve its cost.
 
         Waits while requests in flight hold the required amount, as they may cost less than they reserved.
-        Raises BudgetReached when nothing is in flight and the request still exceeds a cap.
+        Raises BudgetReached at once when max_calls is used up, and when max_usd is exceeded with none in flight.
         """
         async with self._settled:
             while (refusal := self._refusal(usd, 1)) is not None:

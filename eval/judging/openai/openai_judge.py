@@ -1,8 +1,8 @@
 """A judge behind an OpenAI-compatible API, with one request per call and many concurrent calls.
 
 The client's own retries are off: it retries an exhausted quota, ignores long Retry-After headers and does not
-coordinate workers. Retries follow `retry`, the pace `rate_limit`, the caps `budget`, and every answer is in the store
-before the next question is taken.
+coordinate workers. Retries are those of `retry`, the pace of `rate_limit`, the caps of `budget`, and every answer is
+in the store before the next question is taken.
 """
 
 from __future__ import annotations

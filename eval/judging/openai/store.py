@@ -143,7 +143,7 @@ class Store:
 
     def _open(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")  # a commit is on disk, not only with the system
+        self._db.execute("PRAGMA synchronous = FULL")  # a commit survives a power loss
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables:
@@ -204,11 +204,15 @@ class Store:
             ]
 
     def settle(self, request: Reservation, usd: float, outcome: str, call: Call | None = None) -> None:
-        """Enter the actual cost of a request and, in the same commit, its answer."""
-        update = "UPDATE requests SET usd = ?, outcome = ? WHERE id = ?"
+        """Enter the actual cost of a request and, in the same commit, its answer.
+
+        Raises RuntimeError for a request that is settled already, whose cost would be booked twice.
+        """
+        update = "UPDATE requests SET usd = ?, outcome = ? WHERE id = ? AND usd IS NULL"
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(update, (usd, outcome, request.number))
+            if self._db.execute(update, (usd, outcome, request.number)).rowcount != 1:
+                raise RuntimeError(f"request {request.number} of {self.path} is settled already")
             if call is not None:
                 self.add_call(call)
 

@@ -174,7 +174,7 @@ def test_bad_lines_are_counted_with_their_place_and_the_others_are_kept(tmp_path
 @pytest.mark.parametrize(
     ("name", "text"), [("rows.json", '[{"a": "b"},\n{"a": "é"}]'), ("rows.csv", "a\né\n")]
 )
-def test_a_json_array_or_csv_file_that_is_not_utf8_is_refused_by_line(tmp_path, name, text):
+def test_an_array_or_csv_that_is_not_utf8_is_refused_by_line(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=f"{name}:2 is not UTF-8"):
         read_table(str(tmp_path / name), "train", BadRows())

@@ -198,7 +198,7 @@ def test_rows_without_an_answer_do_not_count_and_nothing_at_all_is_refused():
     )
     with pytest.raises(ValueError, match="no token in any of the 2 responses"):
         mean_activations(model, [[5], [6]], [[], []], 4)
-    with pytest.raises(ValueError, match="1 contexts but 2 texts"):
+    with pytest.raises(ValueError, match="1 and 2 rows of ids"):
         mean_activations(model, [[5]], [[6], [7]], 4)
 
 
