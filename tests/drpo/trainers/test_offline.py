@@ -82,11 +82,10 @@ def fitted_in_stages(recipe: OfflineRecipe, objective: Weight, stages: list, hel
     return objective.model.weight.item(), read_metrics(run.metrics.path)
 
 
-@pytest.mark.parametrize(
-    "cut",
-    [*({"microbatch_size": n} for n in (1, 3, 8, 100)), *({"microbatch_tokens": n} for n in (1, 8, 99))],
-    ids=str,
-)
+CUTS = [*({"microbatch_size": n} for n in (1, 3, 8, 100)), *({"microbatch_tokens": n} for n in (1, 8, 99))]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_loss_and_gradient_are_means_over_the_targets_of_the_whole_step(tmp_path, cut):
     recipe = recipe_for(tmp_path / "run", batch=BatchConfig(size=8, **cut))
     weight, (row,) = fitted(recipe)
