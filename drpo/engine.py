@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from drpo.config import ConfigError, Section, setting
 from drpo.precision import PRECISIONS, choose_precision, settled_why, slow_bf16_warning
 
+SETTLE_SECONDS = 0.1
+"Time for gloo to drop what the last collective held."
 FLAGS = tuple(f"ACCELERATE_{name}" for name in ("USE_CPU", "USE_FSDP", "DEBUG_MODE", "CPU_AFFINITY"))
 "Environment variables that accelerate reads as true or false."
 
@@ -293,6 +296,9 @@ class Engine:
             tracker.finish()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
+            # gloo: its thread may need the GIL to release the tensors of the last collective, and the group's
+            # destructor holds the GIL while it waits for that thread.
+            time.sleep(SETTLE_SECONDS)
             torch.distributed.destroy_process_group()
 
 

@@ -363,22 +363,24 @@ def test_a_number_that_is_none_is_refused_wherever_it_stands(place, word, tmp_pa
 # --- keys at run time -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Deep(Section):
+    inner: Inner = field(default_factory=Inner)
+    items: list[Inner] = field(default_factory=list)
+    by_name: dict[str, Inner] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outer(Section):
+    deep: Deep = field(default_factory=Deep)
+
+
 @names_keys
 def key_of_rate(inner: Inner) -> str:
     return key("rate")
 
 
 def test_a_section_knows_its_full_keys_after_it_was_made():
-    @dataclass(frozen=True)
-    class Deep(Section):
-        inner: Inner = field(default_factory=Inner)
-        items: list[Inner] = field(default_factory=list)
-        by_name: dict[str, Inner] = field(default_factory=dict)
-
-    @dataclass(frozen=True)
-    class Outer(Section):
-        deep: Deep = field(default_factory=Deep)
-
     recipe = Outer(deep=Deep(items=[Inner(), Inner()], by_name={"a": Inner()}))  # made from the inside out
     assert key_of_rate(recipe.deep.inner) == "deep.inner.rate"
     assert key_of_rate(recipe.deep.items[1]) == "deep.items[1].rate"

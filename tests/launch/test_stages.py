@@ -383,7 +383,7 @@ def fails(folder, monkeypatch) -> Callable[..., str]:
         (["own.yaml"], ["no column prompt", "question, good, bad", "columns.prompt"]),
         (
             ["own.yaml", "data.columns={prompt: question, chosen: good, rejected: worse}"],
-            ["no column 'worse' (columns.rejected)", "question, good, bad"],
+            ["no column 'worse' (data.columns.rejected)", "question, good, bad"],
         ),
         (
             ["own.yaml", "data.columns.prompt=question", "data.eval_split=test"],

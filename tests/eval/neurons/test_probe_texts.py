@@ -96,7 +96,7 @@ def test_texts_of_one_label_and_missing_columns_are_refused(tmp_path):
             ProbeConfig("texts", path=write_rows(tmp_path / "one.jsonl", one)), DEMO, byte_level(), 0.0
         )
     config = ProbeConfig("texts", path=write_rows(tmp_path / "t.jsonl", rows_of(30)), label_column="toxic")
-    with pytest.raises(DataError, match=r"no column 'toxic' \(label_column\).*text, label"):
+    with pytest.raises(DataError, match=r"no column 'toxic' \(probe.label_column\).*text, label"):
         load_probe_texts(config, DEMO, byte_level(), 0.0)
 
 
