@@ -127,7 +127,15 @@ def make_inputs(recipe: UpdateSpeedRecipe, root: Path) -> None:
 
 
 def measure(recipe: UpdateSpeedRecipe, root: Path, case: str, side: str, repeat: int) -> dict[str, float]:
-    """Run launch/drpo.py once; return seconds of scoring and update per step, peak memory and the value loss."""
+    """Run launch/drpo.py once; return seconds of scoring and update per step, peak memory and the value loss.
+
+    Args:
+        recipe: sizes of the step.
+        root: folder of the inputs.
+        case: one of CASES.
+        side: before or now.
+        repeat: number of the round.
+    """
     scripts = HERE.parent
     ppo: dict[str, Any] = {"num_epochs": recipe.num_epochs, "microbatch_size": recipe.microbatch_size}
     if side == "before" and recipe.baseline is not None:
