@@ -21,6 +21,7 @@ from launch.experiments.preference import PreferenceExperimentRecipe
 from launch.experiments.resets import ExperimentRecipe
 from launch.experiments.smollm import SmolLMExperimentRecipe
 from launch.experiments.trunk_speed import TrunkSpeedRecipe
+from launch.experiments.update_speed import UpdateSpeedRecipe
 from launch.import_labels import ImportLabelsRecipe
 from launch.judge import JudgeRecipe
 from launch.label import LabelRecipe
@@ -44,6 +45,7 @@ STAGES: dict[str, type] = {
     "agreement": AgreementRecipe,
     "benchmark": BenchmarkRecipe,
     "trunk_speed": TrunkSpeedRecipe,
+    "update_speed": UpdateSpeedRecipe,
     "seeds": SmolLMExperimentRecipe,
 }
 
