@@ -125,9 +125,14 @@ def _packs(model: nn.Module, batch: PaddedBatch, num_continuations: int) -> bool
     return (
         num_continuations > 1
         and can_share_prompt(model)
-        and length > 1
-        and row_length <= narrowest_window(_backbone(unwrap_peft(model)).config)
+        and length > 0
+        and row_length <= shared_row_limit(model)
     )
+
+
+def shared_row_limit(model: nn.Module) -> float:
+    """Return the longest shared row of a model; inf without windowed attention."""
+    return narrowest_window(_backbone(unwrap_peft(model)).config)
 
 
 def _in_rows(values: Tensor, batch: PaddedBatch) -> Tensor:
@@ -172,7 +177,7 @@ def pack_rows(batch: PaddedBatch, num_continuations: int) -> PackedRows:
 
     place = mask.cumsum(dim=1) - 1  # new place of a real column
     of_query = place[:, None, query_length - 1 : query_length].expand(-1, num_continuations, -1)
-    of_responses = place[:, query_length:].unflatten(1, (num_continuations, -1))
+    of_responses = place[:, query_length:].unflatten(1, (num_continuations, fed.shape[1] - query_length))
     column = torch.cat([of_query, of_responses], dim=2).transpose(0, 1).flatten(0, 1)
     row = torch.arange(num_queries, device=order.device).repeat(num_continuations)[:, None].expand_as(column)
     return PackedRows(

@@ -25,10 +25,10 @@ def collect(
     generator: Generator,
     engine: Engine,
     reward_fn: RewardFn,
-    rollouts_per_prompt: int,
+    rollouts_together: int,
     phases: Phases,
 ) -> tuple[Rollouts, list[Completion]]:
-    """Roll out from the given starts, this process's share of a batch, and measure the result.
+    """Roll out from the given starts, this process's share of a batch, and score the result.
 
     Prompts and responses are padded to the longest of all processes. A frozen trunk is computed once for all models
     that share it, a TrunkRewardFn included.
@@ -38,7 +38,7 @@ def collect(
         generator: samples the responses.
         engine: gathers lengths over the processes.
         reward_fn: scores the completions.
-        rollouts_per_prompt: consecutive rollouts of the whole batch that share their prompt.
+        rollouts_together: consecutive rollouts of the whole batch whose prompt may be computed once.
         phases: collects the seconds of each phase.
     """
     policy = generator.policy
@@ -69,7 +69,7 @@ def collect(
         source_lengths=torch.tensor([start.source_length for start in starts], device=engine.device),
         ended=torch.tensor([c.ended for c in completions], device=engine.device),
         scores=scores.to(engine.device),
-        rollouts_per_prompt=rollouts_per_prompt,
+        rollouts_per_prompt=rollouts_together,
         trunk=torch.cat(trunks) if has_trunk(policy) else None,
     )
     return rollouts, completions

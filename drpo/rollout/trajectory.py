@@ -55,7 +55,7 @@ class Rollouts:
     scores: Tensor
     """(B,) float32, raw reward."""
     rollouts_per_prompt: int = 1
-    """Consecutive rows that share their query."""
+    """Consecutive rows that share their query, if it may be computed once for all of them; else 1."""
     trunk: Tensor | None = None
     """(B, Q+R, H), output of the frozen layers that all models share (drpo.models.trunk); None where there are none."""
 

@@ -64,8 +64,8 @@ class BatchConfig(Section):
     microbatch_size: int = setting(8, ge=1)
     """Examples per forward on one device; changes memory and speed, not the result."""
     microbatch_tokens: int | None = setting(None, ge=1)
-    """Tokens per forward on one device, padding included, in place of microbatch_size examples. Examples of like length
-    then go together, and a longer one alone."""
+    """Tokens per forward of training and evaluation on one device, padding included, in place of microbatch_size
+    examples. Examples of like length then go together, and a longer one alone."""
     num_epochs: float = setting(1.0, gt=0)
     """Passes over the data when num_steps is null."""
 
@@ -209,11 +209,11 @@ def _take_step(
 ) -> dict[str, float]:
     """Take one optimizer step on `items`, of which each process takes its share; return metrics over all of them."""
     if config.microbatch_tokens is None:
-        parts = chunks(items[engine.shard(len(items))], config.microbatch_size)
+        parts = chunks(range(len(items))[engine.shard(len(items))], config.microbatch_size)
     else:
         parts = _of_like_length(objective, items, config.microbatch_tokens, engine.world_size)
         parts = parts[engine.rank :: engine.world_size]
-    batches, num_targets = _collated(engine, objective, parts)
+    batches, num_targets = _collated(engine, objective, items, parts)
     statistics: tuple[Tensor, ...] = ()
     if objective.needs_step_statistics:
         with torch.no_grad():
@@ -226,7 +226,11 @@ def _take_step(
             losses, row_metrics = module(batch, *statistics)
             engine.backward(losses.sum() / num_targets * engine.loss_scale(), last)
         results.append((losses.detach(), row_metrics))
-    check_finite(torch.cat([losses for losses, _ in results]), "the loss")
+    indices = torch.tensor([index for part in parts for index in part], device=engine.device)
+    item_losses = torch.cat(
+        [losses for losses, _ in results]
+    )  # at their items, so that an error names the right one
+    check_finite(item_losses.new_zeros(len(items)).index_copy(0, indices, item_losses), "the loss")
     grad_norm = engine.optimizer_step()
     check_finite(torch.tensor([grad_norm], device=engine.device), "the gradient norm")
     metrics = _metrics("train", objective, *_gather(engine, results), num_targets)
@@ -240,10 +244,10 @@ def held_out_metrics(
     """Compute `eval/<name>` of the objective over all `items`, divided among the processes."""
     local = items[engine.rank :: engine.world_size]
     if config.microbatch_tokens is None:
-        parts = chunks(local, config.microbatch_size)
+        parts = chunks(range(len(local)), config.microbatch_size)
     else:
         parts = _of_like_length(objective, local, config.microbatch_tokens)
-    batches, num_targets = _collated(engine, objective, parts)
+    batches, num_targets = _collated(engine, objective, local, parts)
 
     def forward(*statistics: Tensor) -> tuple[Tensor, RowMetrics]:
         with engine.autocast():
@@ -262,16 +266,16 @@ def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 def _of_like_length(
     objective: Objective, items: Sequence[Any], max_tokens: int, world_size: int = 1
-) -> list[list[Any]]:
-    groups = microbatches([objective.lengths(item) for item in items], None, max_tokens, world_size)
-    return [[items[index] for index in group] for group in groups]
+) -> list[list[int]]:
+    """Group the indices of items by length."""
+    return microbatches([objective.lengths(item) for item in items], None, max_tokens, world_size)
 
 
 def _collated(
-    engine: Engine, objective: Objective, parts: Sequence[Sequence[Any]]
+    engine: Engine, objective: Objective, items: Sequence[Any], parts: Sequence[Sequence[int]]
 ) -> tuple[list[Any], float]:
-    """Collate this process's parts, and count the targets of all processes."""
-    batches = [objective.collate(part) for part in parts]
+    """Collate the items of this process's parts, and count the targets of all processes."""
+    batches = [objective.collate([items[index] for index in part]) for part in parts]
     num_local = sum(objective.num_targets(batch) for batch in batches)
     return batches, float(engine.sum(torch.tensor(float(num_local), device=engine.device)))
 

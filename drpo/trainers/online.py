@@ -113,8 +113,7 @@ class _Loop:
 
         with engine.whole_weights(models.actor_critic):
             local, completions = collect(starts[engine.shard(batch_size)], models.generator, engine,
-                                         self.rewards["score"], recipe.rollout.rollouts_per_prompt,
-                                         phases)  # fmt: skip
+                                         self.rewards["score"], models.rollouts_together, phases)  # fmt: skip
             check_finite(local.scores, "the reward", [c.record.origin for c in completions])
             with phases("score"):
                 trajectory = models.measure(local.map(engine.gather_rows), recipe.ppo, (recipe.seed, step))
@@ -182,13 +181,10 @@ class _Loop:
 def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> None:
     """Raise early if rows do not divide over the processes, or the data lacks the reset source."""
     minibatch = recipe.rollout.batch_size // recipe.ppo.num_minibatches
-    if minibatch % (engine.world_size * recipe.rollouts_together):
-        together = f" in groups of {recipe.rollouts_together} (ppo.share_prompts)" * (
-            recipe.rollouts_together > 1
-        )
+    if minibatch % engine.world_size:
         raise ConfigError(
             f"a minibatch has {minibatch} rows (rollout.batch_size / ppo.num_minibatches), which do not divide "
-            f"over {engine.world_size} processes{together}"
+            f"over {engine.world_size} processes"
         )
     if recipe.reset.proportion > 0:
         check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
-from drpo.models.shared_prompt import continuation_logprobs
+from drpo.models.shared_prompt import can_share_prompt, continuation_logprobs, shared_row_limit
 from drpo.models.trunk import has_trunk, share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
@@ -45,6 +45,8 @@ class OnlineModels:
     "Takes a batch, the output of the frozen trunk, if there is one, and the number of blocks with the same queries."
     notes: list[str]
     "Warnings for the user."
+    rollouts_together: int = 1
+    "Rollouts of a prompt that policy, critic and reference can score with one forward over it."
 
     @torch.no_grad()
     def measure(self, rollouts: Rollouts, config: PPOConfig, draw: tuple[int, int]) -> Trajectory:
@@ -71,8 +73,9 @@ class OnlineModels:
             }
             for name, numbers in measured.items():
                 if numbers is not None:
-                    zeros = torch.zeros(rollouts.responses.shape, device=engine.device)
-                    columns.setdefault(name, zeros)[part.rows, : part.response_length] = numbers.float()
+                    if name not in columns:
+                        columns[name] = torch.zeros(rollouts.responses.shape, device=engine.device)
+                    columns[name][part.rows, : part.response_length] = numbers.float()
         measurements = {name: engine.sum(column) for name, column in columns.items()}
         return Trajectory(**rollouts.columns(), **measurements)
 
@@ -110,7 +113,26 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
         rollout.generation_batch_size,
         recipe.seed,
     )
-    return OnlineModels(engine, actor_critic, prepared, generator, reference_logprobs, notes)
+    together = _rollouts_together(
+        recipe, splits, [module for module in (policy, critic) if module is not None]
+    )
+    return OnlineModels(
+        engine, actor_critic, prepared, generator, reference_logprobs, notes, rollouts_together=together
+    )
+
+
+def _rollouts_together(recipe: OnlineRecipe, splits: Splits, models: Sequence[nn.Module]) -> int:
+    """Return the rollouts of a prompt, or 1 where a model must score them as separate rows.
+
+    ZeRO-3: all processes must call the same modules, so the choice is made once, for the longest row that can come.
+    """
+    num_rollouts = recipe.rollout.rollouts_per_prompt
+    if num_rollouts == 1 or not recipe.ppo.share_prompts or recipe.model.trainable_layers is not None:
+        return 1
+    longest = max(len(example.query_ids) for example in splits.train)
+    longest += num_rollouts * recipe.rollout.max_response_length
+    shares = all(can_share_prompt(model) and longest <= shared_row_limit(model) for model in models)
+    return num_rollouts if shares else 1
 
 
 def _load_critic(recipe: OnlineRecipe, policy, tokenizer) -> ScalarModel:

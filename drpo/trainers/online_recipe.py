@@ -117,18 +117,6 @@ class OnlineRecipe(Section):
         refuse(lacks_group, "rollout.rollouts_per_prompt", rule)
         rule = f"({self.ppo.num_minibatches}) must divide rollout.batch_size ({self.rollout.batch_size})"
         refuse(self.rollout.batch_size % self.ppo.num_minibatches != 0, "ppo.num_minibatches", rule)
-        minibatch, together = self.rollout.batch_size // self.ppo.num_minibatches, self.rollouts_together
-        rule = (
-            f"({self.ppo.num_minibatches}) leaves minibatches of {minibatch} rollouts, which must be a multiple of "
-            f"rollout.rollouts_per_prompt ({together}) for ppo.share_prompts"
-        )
-        refuse(minibatch % together != 0, "ppo.num_minibatches", rule)
-
-    @property
-    def rollouts_together(self) -> int:
-        """Number of consecutive rollouts that stay in one minibatch, since they share the forward over their prompt."""
-        shares = self.ppo.share_prompts and self.model.trainable_layers is None
-        return self.rollout.rollouts_per_prompt if shares else 1
 
     @property
     def tokenizer_path(self) -> str:

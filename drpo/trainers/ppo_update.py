@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from drpo.config import Section, setting
 from drpo.engine import Engine
 from drpo.losses import ppo_policy_loss, ppo_value_loss
-from drpo.microbatches import microbatches
+from drpo.microbatches import Lengths, microbatches
 from drpo.rollout.trajectory import Microbatch, Rollouts, Trajectory
 from drpo.tensors import masked_sum
 from drpo.trainers.credit import Credit
@@ -35,7 +35,7 @@ class PPOConfig(Section):
     """Tokens per forward on one device, padding included, in place of microbatch_size rows; a longer row goes alone."""
     share_prompts: bool = True
     """Keep the rollouts of a prompt (rollout.rollouts_per_prompt) in one minibatch, and compute its tokens once for all
-    of them. Over a frozen trunk (model.trainable_layers), and for models that cannot, rows are separate."""
+    of them, where the models can, they fit into a micro-batch and it saves work; not over a frozen trunk."""
     clip_range: float = setting(0.2, gt=0)
     """Clipping of the probability ratio."""
     value_clip_range: float = setting(0.2, gt=0)
@@ -53,16 +53,17 @@ def minibatches(
 ) -> Iterator[list[Microbatch]]:
     """Yield the micro-batches of each minibatch, epoch after epoch; number i is for process i % world_size.
 
-    The minibatches depend on `draw`, the seed and the step, alone. Rollouts of a prompt stay together if they share it.
+    The minibatches depend on `draw`, the seed and the step, alone; how they are cut, on the lengths of all rows too.
     """
-    lengths, num_continuations = rollouts.row_lengths(), 1
-    if config.share_prompts and rollouts.trunk is None:
-        num_continuations = rollouts.rollouts_per_prompt
-    groups = np.arange(len(lengths)).reshape(-1, num_continuations)
-    group_lengths = [(lengths[group[0]][0], sum(lengths[row][1] for row in group)) for group in groups]
-    max_groups = (
-        max(1, config.microbatch_size // num_continuations) if config.microbatch_tokens is None else None
-    )
+    lengths = rollouts.row_lengths()
+    together = rollouts.rollouts_per_prompt if config.share_prompts else 1
+    minibatch_size = len(lengths) // config.num_minibatches
+    if minibatch_size % together:
+        together = 1
+    fits = config.microbatch_tokens is not None or together <= config.microbatch_size
+    divides = minibatch_size % (together * world_size) == 0
+    num_continuations = together if fits and divides and _sharing_saves(lengths, together) else 1
+    max_groups = None if config.microbatch_tokens else config.microbatch_size // num_continuations
 
     def microbatch(rows: np.ndarray) -> Microbatch:
         query_length, response_length = np.max([lengths[row] for row in rows], axis=0).tolist()
@@ -70,11 +71,27 @@ def minibatches(
         return Microbatch(indices, query_length, response_length, num_continuations)
 
     for epoch in range(config.num_epochs):
-        order = np.random.default_rng([draw[0], MINIBATCH_STREAM, draw[1], epoch]).permutation(len(groups))
+        prompts = np.arange(len(lengths)).reshape(-1, together)
+        order = np.random.default_rng([draw[0], MINIBATCH_STREAM, draw[1], epoch]).permutation(len(prompts))
         for indices in np.array_split(order, config.num_minibatches):
-            minibatch_lengths = [group_lengths[group] for group in indices]
-            parts = microbatches(minibatch_lengths, max_groups, config.microbatch_tokens, world_size)
-            yield [microbatch(groups[indices[part]].T.ravel()) for part in parts]
+            groups = prompts[indices].reshape(-1, num_continuations)
+            group_lengths = [
+                (lengths[group[0]][0], sum(lengths[row][1] for row in group)) for group in groups
+            ]
+            parts = microbatches(group_lengths, max_groups, config.microbatch_tokens, world_size)
+            yield [microbatch(groups[part].T.ravel()) for part in parts]
+
+
+def _sharing_saves(lengths: Sequence[Lengths], num_continuations: int) -> bool:
+    """Return whether attention over [query | K responses] costs at most that of K separate rows, at mean lengths.
+
+        (Q + K R)^2 <= K (Q + R)^2
+
+    Short prompts with long responses cost more together, since attention is computed under the mask too.
+    """
+    query_length, response_length = np.mean(lengths, axis=0)
+    shared = (query_length + num_continuations * response_length) ** 2
+    return bool(shared <= num_continuations * (query_length + response_length) ** 2)
 
 
 def ppo_update(

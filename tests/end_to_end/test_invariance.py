@@ -97,6 +97,34 @@ def test_two_deepspeed_processes_leave_critic_pretraining_as_one_does(folder, st
     assert_same_policy(folder / f"alone{stage}", folder / name, 2e-4)
 
 
+SHARED = ["rollout.rollouts_per_prompt=4", "rollout.max_response_length=6", "ppo.microbatch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def separate_rows(folder) -> Path:
+    """A run with four rollouts to a prompt, each a row of its own, in minibatches that hold whole prompts."""
+    run(plain("drpo"), "drpo.yaml", "run_dir=separate", "ppo.num_minibatches=1", *SHARED, "ppo.share_prompts=false",
+        cwd=folder)  # fmt: skip
+    return folder / "separate"
+
+
+@pytest.mark.parametrize("launcher", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_two_processes_with_shared_prompts_equal_one(folder, separate_rows, launcher):
+    command = ddp("drpo") if launcher == "ddp" else partitioned("drpo", folder)
+    run_dir = f"run_dir=shared_{launcher}"
+    run(command, "drpo.yaml", run_dir, "ppo.num_minibatches=1", *SHARED, cwd=folder)
+    assert_close(metrics_of(separate_rows), metrics_of(folder / f"shared_{launcher}"), 2e-4)
+    assert_same_policy(separate_rows, folder / f"shared_{launcher}", 2e-4)
+
+
+@pytest.mark.parametrize("launcher", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_two_processes_with_microbatches_of_tokens_equal_one(folder, launcher):
+    command = ddp("drpo") if launcher == "ddp" else deepspeed("drpo", 2)
+    run(command, "drpo.yaml", f"run_dir=tokens_{launcher}", "ppo.microbatch_tokens=120", cwd=folder)
+    assert_close(metrics_of(folder / "whole"), metrics_of(folder / f"tokens_{launcher}"), 2e-4)
+    assert_same_policy(folder / "whole", folder / f"tokens_{launcher}", 2e-4)
+
+
 def test_ppo_is_drpo_without_resets_bit_for_bit(folder):
     run(plain("drpo"), "drpo.yaml", "run_dir=beta0", "reset.proportion=0", cwd=folder)
     run(plain("ppo"), "drpo.yaml", "run_dir=ppo", cwd=folder)

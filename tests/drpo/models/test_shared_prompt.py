@@ -134,6 +134,13 @@ def test_values_and_their_gradients_are_those_of_separate_rows(implementation, d
         torch.testing.assert_close(shared[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
 
 
+def test_responses_of_one_token_are_packed_too():
+    model = tiny_model("gpt_neox")
+    batch = pad_batch([[3, 4], [5, 6, 7]] * 3, [[8], [9], [10], [11], [12], [13]], PAD)
+    expected = response_logprobs(model, batch).logprobs
+    torch.testing.assert_close(continuation_logprobs(model, batch, 3).logprobs, expected, atol=2e-5, rtol=0)
+
+
 def test_one_response_is_an_ordinary_row(rows_fed):
     model, batch = tiny_model("llama"), shared_batch(1)
     head_is_plain(model)

@@ -58,7 +58,9 @@ def test_batch_is_the_same_tensors(trajectory):
 
 def test_map_reaches_every_field_and_changes_nothing_in_place(trajectory):
     trajectory = dataclasses.replace(trajectory, trunk=torch.randn(len(trajectory.scores), 5, 3))
-    before = {f.name: getattr(trajectory, f.name).clone() for f in dataclasses.fields(trajectory)}
+    columns = {name: value for name, value in trajectory.columns().items() if isinstance(value, torch.Tensor)}
+    assert len(columns) == 13  # every field but the number of rollouts to a prompt
+    before = {name: value.clone() for name, value in columns.items()}
     twice = trajectory.map(lambda rows: torch.cat([rows, rows]))
     for name, rows in before.items():
         assert torch.equal(getattr(trajectory, name), rows)

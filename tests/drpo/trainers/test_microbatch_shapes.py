@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 
-from drpo.config import ConfigError
+from drpo.data.encode import Example
+from drpo.data.records import Record
 from drpo.models.actor_critic import ActorCritic
+from drpo.trainers.online_models import _rollouts_together
 from drpo.trainers.online_recipe import OnlineRecipe
+from drpo.trainers.ppo_update import _sharing_saves
 
 ONE = {"num_epochs": 2, "num_minibatches": 1}
 GROUPS = {"rollout": {"rollouts_per_prompt": 4}}
@@ -84,9 +90,36 @@ def test_rollouts_of_a_prompt_stay_in_one_minibatch(online_run, forward_shapes):
     assert {(rows, num) for rows, _, num in forward_shapes} == {(4, 4)}
 
 
-def test_impossible_cuts_are_refused():
-    rollout = {"batch_size": 12, "rollouts_per_prompt": 3}
-    with pytest.raises(ConfigError, match=r"^ppo.num_minibatches \(6\) leaves minibatches of 2 rollouts"):
-        OnlineRecipe(rollout=rollout, ppo={"num_minibatches": 6})
-    OnlineRecipe(rollout=rollout, ppo={"num_minibatches": 6, "share_prompts": False})
-    OnlineRecipe(rollout=rollout, ppo={"num_minibatches": 6}, model={"trainable_layers": 1})
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ppo": {"num_minibatches": 8, "microbatch_size": 8}},  # minibatches of 2
+        {"ppo": {"microbatch_size": 2}},
+        {"rollout": {"max_response_length": 40}},
+        {"model": {"trainable_layers": 1}},
+    ],
+    ids=["minibatches", "forwards", "long responses", "frozen trunk"],
+)
+def test_rollouts_are_separate_rows_where_sharing_cannot_be_or_costs_more(
+    online_run, forward_shapes, changes
+):
+    reward = [1.0] * 16
+    both = {name: {**changes.get(name, {}), **GROUPS.get(name, {})} for name in {*changes, *GROUPS}}
+    online_run(lambda completions: reward[: len(completions)], num_steps=1, **both)
+    assert {num for _, _, num in forward_shapes} == {1}
+
+
+def test_sharing_saves_while_responses_are_short_beside_the_prompt():
+    """(Q + K R)^2 <= K (Q + R)^2: 468^2 = 219,024 <= 4 * 309^2 = 381,924; 2080^2 > 8 * 288^2."""
+    assert _sharing_saves([(256, 53)] * 4, 4)
+    assert not _sharing_saves([(32, 256)] * 8, 8)
+
+
+def test_a_window_that_shared_rows_may_pass_is_known_before_the_first():
+    """So that all processes take one way, whatever rows they have."""
+    recipe = OnlineRecipe(rollout={"batch_size": 8, "rollouts_per_prompt": 4, "max_response_length": 10})
+    example = Example(Record("p"), query_ids=[1] * 20, completion_ids=None)
+    splits = SimpleNamespace(train=[example])
+    narrow, wide = (tiny_model("mistral", sliding_window=window) for window in (59, 60))
+    assert _rollouts_together(recipe, splits, [wide]) == 4  # 20 + 4 * 10
+    assert _rollouts_together(recipe, splits, [wide, narrow]) == 1
