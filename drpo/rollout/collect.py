@@ -69,7 +69,7 @@ def collect(
         source_lengths=torch.tensor([start.source_length for start in starts], device=engine.device),
         ended=torch.tensor([c.ended for c in completions], device=engine.device),
         scores=scores.to(engine.device),
-        rollouts_per_prompt=rollouts_together,
+        rollouts_together=rollouts_together,
         trunk=torch.cat(trunks) if has_trunk(policy) else None,
     )
     return rollouts, completions

@@ -54,7 +54,7 @@ class Rollouts:
     """(B,) bool, a stop token was sampled."""
     scores: Tensor
     """(B,) float32, raw reward."""
-    rollouts_per_prompt: int = 1
+    rollouts_together: int = 1
     """Consecutive rows that share their query, if it may be computed once for all of them; else 1."""
     trunk: Tensor | None = None
     """(B, Q+R, H), output of the frozen layers that all models share (drpo.models.trunk); None where there are none."""

@@ -227,9 +227,8 @@ def _take_step(
             engine.backward(losses.sum() / num_targets * engine.loss_scale(), last)
         results.append((losses.detach(), row_metrics))
     indices = torch.tensor([index for part in parts for index in part], device=engine.device)
-    item_losses = torch.cat(
-        [losses for losses, _ in results]
-    )  # at their items, so that an error names the right one
+    item_losses = torch.cat([losses for losses, _ in results])
+    # At their items of the whole step, 0 elsewhere, so that an error names the right one.
     check_finite(item_losses.new_zeros(len(items)).index_copy(0, indices, item_losses), "the loss")
     grad_norm = engine.optimizer_step()
     check_finite(torch.tensor([grad_norm], device=engine.device), "the gradient norm")

@@ -56,14 +56,13 @@ def minibatches(
     The minibatches depend on `draw`, the seed and the step, alone; how they are cut, on the lengths of all rows too.
     """
     lengths = rollouts.row_lengths()
-    together = rollouts.rollouts_per_prompt if config.share_prompts else 1
     minibatch_size = len(lengths) // config.num_minibatches
-    if minibatch_size % together:
-        together = 1
+    together = 1 if minibatch_size % rollouts.rollouts_together else rollouts.rollouts_together
     fits = config.microbatch_tokens is not None or together <= config.microbatch_size
     divides = minibatch_size % (together * world_size) == 0
     num_continuations = together if fits and divides and _sharing_saves(lengths, together) else 1
     max_groups = None if config.microbatch_tokens else config.microbatch_size // num_continuations
+    prompts = np.arange(len(lengths)).reshape(-1, together)
 
     def microbatch(rows: np.ndarray) -> Microbatch:
         query_length, response_length = np.max([lengths[row] for row in rows], axis=0).tolist()
@@ -71,7 +70,6 @@ def minibatches(
         return Microbatch(indices, query_length, response_length, num_continuations)
 
     for epoch in range(config.num_epochs):
-        prompts = np.arange(len(lengths)).reshape(-1, together)
         order = np.random.default_rng([draw[0], MINIBATCH_STREAM, draw[1], epoch]).permutation(len(prompts))
         for indices in np.array_split(order, config.num_minibatches):
             groups = prompts[indices].reshape(-1, num_continuations)
