@@ -16,12 +16,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    gather_object,
+    parse_flag_from_env,
+)
 from rich.console import Console
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from drpo.config import ConfigError, Section, setting
+from drpo.models.frozen_weights import round_frozen
 from drpo.precision import PRECISIONS, choose_precision, settled_why, slow_bf16_warning
 
 SETTLE_SECONDS = 0.1
@@ -35,7 +41,7 @@ class EngineConfig(Section):
     """Precision and trackers; `accelerate launch` sets the processes and devices."""
 
     mixed_precision: Literal["no", "bf16"] | None = None
-    """Autocast precision; no is float32. null takes what `accelerate launch --mixed_precision` or its config file says;
+    """Autocast precision; no is float32, also on GPUs with TF32, which bf16 runs use for what stays in float32. null takes what `accelerate launch --mixed_precision` or its config file says;
     without them bf16 on a GPU or CPU that has instructions for it, else float32."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """accelerate trackers by name (tensorboard, wandb, comet_ml, mlflow, ...); [] for none."""
@@ -43,6 +49,10 @@ class EngineConfig(Section):
     """Project name given to the trackers."""
     timeout_minutes: float = setting(60.0, gt=0)
     """How long a process waits for the others (a checkpoint being written, a slow reward) before the run fails."""
+
+
+_DDP = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+"No second copy of the gradients; no module here has buffers that training changes."
 
 
 def _check_flags() -> None:
@@ -91,7 +101,7 @@ class Engine:
             mixed_precision=precision,
             log_with=config.trackers or None,
             project_dir=str(run_dir),
-            kwargs_handlers=[InitProcessGroupKwargs(**group)],
+            kwargs_handlers=[InitProcessGroupKwargs(**group), _DDP],
             step_scheduler_with_optimizer=False,
         )
         # Otherwise backward would divide the loss by the accumulation steps of the environment or accelerate config.
@@ -113,6 +123,8 @@ class Engine:
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
             plugin.deepspeed_config["gradient_accumulation_steps"] = 1
             plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
+            # In bf16, DeepSpeed's own choice, each of 32 micro-batches adds a rounding of the gradient's sum.
+            plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
             # Models load whole on every process; `prepare` partitions the trained one, frozen ones stay whole.
             unset_hf_deepspeed_config()
         reason = settled_why(config.mixed_precision, precision, self.precision, reason)
@@ -120,6 +132,7 @@ class Engine:
             _say(f"precision: {PRECISIONS[self.precision]}, {reason}")
         if self.precision == "bf16":
             self._warn_if_bf16_is_slow()
+        torch.backends.cuda.matmul.allow_tf32 = self.precision == "bf16"
         self.seed(seed)
 
     # --- processes --------------------------------------------------------------------------------------
@@ -154,21 +167,37 @@ class Engine:
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Wrap for DDP, DeepSpeed or one process. Call the returned module where gradients are wanted."""
         self._note_weights(module)
+        self.hold_frozen(module)
         self._module, self.optimizer = self._accelerator.prepare(module, optimizer)
         return self._module
 
     @property
     def casts_weights(self) -> bool:
-        """Whether `prepare` turns the trained weights to bf16, as DeepSpeed does."""
+        """Whether `prepare` turns the trained module's weights to bf16, as DeepSpeed does."""
         return self._deepspeed and self.precision == "bf16"
 
-    def place(self, module: nn.Module, as_trained: bool) -> nn.Module:
-        """Move a frozen model to the device; `as_trained` gives it the precision that training gives its weights."""
-        self._note_weights(module)
-        if as_trained and self.casts_weights:
+    def hold_frozen(self, module: nn.Module) -> None:
+        """Give the frozen weights of a module in training the precision that they have there, as `prepare` does."""
+        if self.casts_weights:
             for parameter in module.parameters():  # not buffers: DeepSpeed leaves rotary frequencies float32
-                parameter.data = parameter.data.to(torch.bfloat16)
-        return module.to(self.device).eval().requires_grad_(False)
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        elif self.precision == "bf16":
+            round_frozen(module)
+
+    def place(self, module: nn.Module, as_trained: bool) -> nn.Module:
+        """Move a frozen model to the device, its matrices in the run's precision.
+
+        `as_trained` gives it the precision of the trained module, for forwards under `autocast`; without it forwards
+        run under `frozen_autocast`, with the same numbers under every launcher.
+        """
+        self._note_weights(module)
+        module.requires_grad_(False)
+        if as_trained:
+            self.hold_frozen(module)
+        elif self.precision == "bf16":
+            round_frozen(module)
+        return module.to(self.device).eval()
 
     def _note_weights(self, module: nn.Module) -> None:
         """Warn of slow bf16 if weights are bf16, which are multiplied in bf16 regardless of autocast."""
@@ -176,8 +205,12 @@ class Engine:
             self._warn_if_bf16_is_slow()
 
     def autocast(self):
-        """Return a context with the precision of training forwards, for forwards outside the prepared module."""
+        """Return a context with the precision of training forwards, for those of its parts outside the prepared module."""
         return self._accelerator.autocast()
+
+    def frozen_autocast(self):
+        """Return a context for forwards of frozen models: bf16 products in a bf16 run, under DeepSpeed too."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate gradients; `last` marks the last micro-batch of the optimizer step."""

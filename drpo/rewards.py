@@ -50,14 +50,14 @@ class BoundedRewardFn(RewardFn, Protocol):
 
 
 @runtime_checkable
-class TrunkRewardFn(RewardFn, Protocol):
-    """A RewardFn that may share the policy's frozen trunk (drpo.models.trunk), and then gets its output."""
+class SharingRewardFn(RewardFn, Protocol):
+    """A RewardFn that may share frozen weights with policy and critic, and the work of the policy's frozen trunk."""
 
     shares_trunk: bool
-    """Whether it shares the policy's trunk."""
+    """Whether it shares the policy's trunk (drpo.models.trunk), and so may be given its output."""
 
-    def share_trunk(self, policy: Any) -> None:
-        """Use the policy's trunk in place of its own, where they are equal."""
+    def share_weights(self, policy: Any, critic: Any | None) -> None:
+        """Use the frozen weights of policy and critic in place of its own, where they are equal."""
         ...
 
     def score_from_trunk(

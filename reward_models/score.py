@@ -17,6 +17,7 @@ from drpo.data.in_template import encode_in_template
 from drpo.data.records import Chat
 from drpo.data.stop import ending_with
 from drpo.engine import Engine
+from drpo.models.frozen_weights import share_frozen
 from drpo.models.loading import ModelConfig, load_scalar_model
 from drpo.models.positions import position_limit
 from drpo.models.probes import check_scalar_model
@@ -74,7 +75,8 @@ class RewardModelScorer:
             shared = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
             same_template = tokenizer.chat_template == policy_tokenizer.chat_template
         placed = engine.place(model, as_trained=False)
-        check_scalar_model(placed, key)  # known since loading, but for half precision
+        with engine.frozen_autocast():
+            check_scalar_model(placed, key)  # known since loading, but for half precision
         return cls(placed, tokenizer, engine, batch_size, shared, same_template, key)
 
     @property
@@ -82,19 +84,22 @@ class RewardModelScorer:
         """Number of positions of a model that reads the policy's tokens; None without a limit, or for texts."""
         return position_limit(self.model) if self.shares_tokenizer else None
 
-    def share_trunk(self, policy: nn.Module) -> None:
-        """Use the policy's frozen trunk in place of an equal one of its own.
+    def share_weights(self, policy: nn.Module, critic: nn.Module | None) -> None:
+        """Use the frozen weights of policy and critic, and the policy's frozen trunk, in place of equal ones.
 
-        Does nothing where training casts the policy's weights to bf16, which would change the scores.
+        Where training casts the policy's weights to bf16 the trunk stays, as it would change the scores; where it cuts
+        them (ZeRO-3) all weights do.
         """
-        self.shares_trunk = (
-            has_trunk(policy)
-            and self.shares_tokenizer
-            and not self.engine.casts_weights
-            and same_trunk(self.model, policy)
-        )
-        if self.shares_trunk:
-            share_trunk(self.model, policy)
+        if self.engine.partitions_weights:
+            return
+        shares_tokens = self.shares_tokenizer and not self.engine.casts_weights
+        with self.engine.frozen_autocast():
+            self.shares_trunk = has_trunk(policy) and shares_tokens and same_trunk(self.model, policy)
+            if self.shares_trunk:
+                share_trunk(self.model, policy)
+        for owner in (policy, critic):
+            if owner is not None:
+                share_frozen(self.model, owner)
 
     @torch.no_grad()
     def score_from_trunk(
@@ -108,7 +113,7 @@ class RewardModelScorer:
             return self(completions)
         scores = []
         for part, trunk in zip(parts, trunks, strict=True):
-            with self.engine.autocast(), resumed_from(trunk, self.model):
+            with self.engine.frozen_autocast(), resumed_from(trunk, self.model):
                 scores.append(self.model.score(part).float().cpu())
         return torch.cat(scores)
 
@@ -122,7 +127,7 @@ class RewardModelScorer:
             indices = order[first : first + self.batch_size]
             queries, responses = zip(*(ids[i] for i in indices), strict=True)
             batch = pad_batch(queries, responses, self.tokenizer.pad_token_id).to(self.engine.device)
-            with self.engine.autocast():
+            with self.engine.frozen_autocast():
                 scores[indices] = self.model.score(batch).float().cpu()
         return scores
 

@@ -19,7 +19,8 @@ from drpo.models.policy_stops import write_stop_token
 def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, card: str) -> None:
     """Write weights (LoRA folded in), config, tokenizer and `card` as README.md; an older folder is replaced.
 
-    A LoRA model on a bfloat16 base is written in float32: the base's weights exactly, the sum unrounded.
+    A LoRA model on a bfloat16 base is written in float32: the base's weights exactly, the sum unrounded. So are frozen
+    matrices that were rounded for a bf16 run, beside float32 ones.
     The tokenizer pads as plain transformers needs it (`plain_tokenizer`).
 
     The write is atomic: everything goes to a temporary folder next to `path`, which is then renamed.
@@ -33,8 +34,9 @@ def save_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
     write_stop_token(plain, tokenizer)
     mend_generation_config(plain)
     weights = merged_state_dict(model, device="cpu")
-    if plain is not model and plain.dtype != torch.float32:
-        weights = _in_float32(weights)  # in the base's precision the sum would be rounded
+    is_bf16 = any(weight.dtype == torch.bfloat16 for weight in weights.values())
+    if is_bf16 and (plain is not model or plain.dtype == torch.float32):
+        weights = _in_float32(weights)
     plain.save_pretrained(partial, state_dict=weights)
     plain_tokens = plain_tokenizer(tokenizer, plain)
     plain_tokens.save_pretrained(partial)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from drpo.config import ConfigError
+from drpo.models.frozen_weights import is_half, own_precision
 from drpo.models.inputs import model_inputs, unwrap_peft
 from drpo.tensors import position_ids
 
@@ -65,18 +66,17 @@ def can_probe_now(model: nn.Module) -> bool:
     Half precision may take minutes on a CPU, and kernels that need a GPU do not run there.
     """
     weight = model.get_input_embeddings().weight
-    plain = weight.dtype == torch.float32 and model.config._attn_implementation in ATTENTION_ON_CPU
+    plain = not is_half(model) and model.config._attn_implementation in ATTENTION_ON_CPU
     return plain or weight.device.type != "cpu"
 
 
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
-    """Run the model in evaluation mode, without gradients and autocast, within this context."""
+    """Run the model in evaluation mode and its own precision, without gradients, within this context."""
     training_modules = [module for module in model.modules() if module.training]
-    device = model.get_input_embeddings().weight.device.type
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), own_precision(model):
             yield
     finally:
         for module in training_modules:
@@ -128,7 +128,7 @@ def _padding_fault(
     padded = outputs(ids, mask).float()
     if not alone.isfinite().all():  # diverged weights, which sampling and training report
         return None, torch.cat([padded[:1], alone]), float("inf")
-    share, rounding = (0.01, 1e-5) if weight.dtype == torch.float32 else (0.5, 0.02)
+    share, rounding = (0.5, 0.02) if is_half(model) else (0.01, 1e-5)
     allowed = float(share * (other - alone).norm() + rounding * alone.norm())
     fault = None
     if not (padded[1:] - alone).norm() <= allowed:

@@ -158,10 +158,16 @@ def _score(
 
 def suppress(logits: Tensor, ids: Sequence[int]) -> Tensor:
     """Set the logits (..., V) of `ids` to the smallest finite number in a copy; ids >= V have no logit."""
-    existing = [token for token in ids if token < logits.shape[-1]]
-    if not existing:
+    existing = _on_device(tuple(ids), logits.shape[-1], logits.device)
+    if not len(existing):
         return logits
-    return logits.index_fill(-1, torch.tensor(existing, device=logits.device), torch.finfo(logits.dtype).min)
+    return logits.index_fill(-1, existing, torch.finfo(logits.dtype).min)
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(ids: tuple[int, ...], num_logits: int, device: torch.device) -> Tensor:
+    """Return the ids below `num_logits`; cached, since a copy to a GPU would block at every token."""
+    return torch.tensor([token for token in ids if token < num_logits], dtype=torch.long, device=device)
 
 
 @contextmanager

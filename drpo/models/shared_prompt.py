@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from drpo.models.frozen_weights import is_half, own_precision
 from drpo.models.inputs import model_inputs, takes_position_ids, unwrap_peft
 from drpo.models.scalar_head import ScalarModel, token_values
 from drpo.models.scoring import (
@@ -261,22 +262,22 @@ def _probe(backbone: nn.Module) -> bool:
 
     The tolerance for rounding is 1% of the latter in float32, 10% in half precision.
     """
-    weight = backbone.get_input_embeddings().weight
-    batch, other = (_probe_batch(first).to(weight.device) for first in (0, 1))
+    device = backbone.get_input_embeddings().weight.device
+    batch, other = (_probe_batch(first).to(device) for first in (0, 1))
 
     def separate(batch: PaddedBatch) -> Tensor:
         inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
         return hidden[:, batch.queries.shape[1] - 1 : -1][batch.response_mask].float()
 
-    with torch.autocast(weight.device.type, enabled=False):
+    with own_precision(backbone):
         packed = pack_rows(batch, 2)
         try:
             shared = _hidden(backbone, packed)[packed.predicting].float()
         except Exception:  # models without such inputs may raise any; real faults show in separate rows
             return False
         expected, elsewhere = separate(batch), separate(other)
-    allowed = 0.01 if weight.dtype == torch.float32 else 0.1
+    allowed = 0.1 if is_half(backbone) else 0.01
     return bool((shared - expected).norm() <= allowed * (elsewhere - expected).norm())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from drpo.engine import Engine
 from drpo.models.trunk import has_trunk, trunk_output
 from drpo.reward_functions import call_reward_fn
-from drpo.rewards import Completion, RewardFn, TrunkRewardFn
+from drpo.rewards import Completion, RewardFn, SharingRewardFn
 from drpo.rollout.generator import Generator
 from drpo.rollout.starts import Start
 from drpo.rollout.trajectory import Rollouts
@@ -31,7 +31,7 @@ def collect(
     """Roll out from the given starts, this process's share of a batch, and score the result.
 
     Prompts and responses are padded to the longest of all processes. A frozen trunk is computed once for all models
-    that share it, a TrunkRewardFn included.
+    that share it, a SharingRewardFn included.
 
     Args:
         starts: one per rollout.
@@ -60,7 +60,7 @@ def collect(
         with phases("trunk"), engine.autocast():
             trunks = [trunk_output(policy, part) for part in parts]
     with phases("reward"):
-        if isinstance(reward_fn, TrunkRewardFn) and reward_fn.shares_trunk:
+        if isinstance(reward_fn, SharingRewardFn) and reward_fn.shares_trunk:
             reward_fn = functools.partial(reward_fn.score_from_trunk, parts=parts, trunks=trunks)
         scores = call_reward_fn(reward_fn, completions)
     rollouts = Rollouts(

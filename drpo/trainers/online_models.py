@@ -14,6 +14,7 @@ from drpo.config import ConfigError
 from drpo.data.load import Splits
 from drpo.engine import Engine
 from drpo.models.actor_critic import ActorCritic
+from drpo.models.frozen_weights import share_frozen
 from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
@@ -22,7 +23,7 @@ from drpo.models.shared_prompt import can_share_prompt, continuation_logprobs, s
 from drpo.models.trunk import has_trunk, share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
-from drpo.rewards import BoundedRewardFn, RewardFn, TrunkRewardFn
+from drpo.rewards import BoundedRewardFn, RewardFn, SharingRewardFn
 from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.rollout.trajectory import Rollouts, Trajectory
 from drpo.run.folder import RunFolder
@@ -97,8 +98,13 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
         suppressed_ids=vocabulary.suppressed_ids,
         entropy_gradient=recipe.ppo.entropy_coef > 0,
     )
-    if isinstance(reward_fn, TrunkRewardFn):
-        reward_fn.share_trunk(policy)
+    engine.hold_frozen(actor_critic)
+    if critic is not None:
+        share_frozen(critic, policy)
+    if not engine.partitions_weights:
+        actor_critic.to(engine.device)
+    if isinstance(reward_fn, SharingRewardFn):
+        reward_fn.share_weights(policy, critic)
     notes = _check_positions(recipe, splits, policy, critic, reward_fn)
     groups = [module.parameters() for module in (policy, critic) if module is not None]
     optimizer = build_optimizer(groups, recipe.optim, engine.casts_weights)

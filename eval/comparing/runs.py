@@ -247,7 +247,7 @@ def _kls(
     def kls_of(share: list[CompletionRow]) -> NDArray[np.float64]:
         return response_kls(policy, reference, tokenizer, share, recipe.batch_size, suppressed_ids, say)
 
-    with engine.autocast():
+    with engine.frozen_autocast():
         kls = np.array(map_sharded(engine, kls_of, rows))
     return Values(tuple(row.prompt_id for row in rows), kls)
 

@@ -131,7 +131,7 @@ def complete_policy(recipe: CompleteRecipe, engine: Engine, say: Say) -> Path:
         save_resolved(recipe, path.with_name("config.yaml"))
         say("\n".join([*notes, report, f"{path}: {num_done} of {len(requests)} responses are there"]))
     try:
-        with engine.autocast():
+        with engine.frozen_autocast():
             for rows in sample_responses(engine, policy, missing):
                 if writer is not None:
                     writer.write(rows)
@@ -220,7 +220,7 @@ def _nlls(
     def nlls_and_counts(share: list[CompletionRow]) -> Iterable[tuple[float, int]]:
         return zip(*response_nlls(policy, tokenizer, share, recipe.batch_size, chat, say), strict=True)
 
-    with torch.no_grad(), engine.autocast():
+    with torch.no_grad(), engine.frozen_autocast():
         nlls, counts = zip(*map_sharded(engine, nlls_and_counts, rows), strict=True)
     return np.array(nlls), np.array(counts)
 

@@ -79,14 +79,14 @@ def test_the_first_ratio_is_one(chain, tmp_path):
 def test_a_reward_model_and_a_critic_share_the_trunk_they_were_trained_on(chain, tmp_path, monkeypatch):
     """The same scores and the same run as with a reward model that computes everything itself."""
     shared: list[bool] = []
-    share = RewardModelScorer.share_trunk
+    share = RewardModelScorer.share_weights
     model = {"path": str(chain / "sft" / "policy"), "trainable_layers": 1}
     recipe = merged(
         RECIPE, {"num_steps": 2, "model": model, "critic": {"path": str(chain / "rm" / "reward_model")}}
     )
     runs = []
-    for name, wrapped in {"shared": share, "apart": lambda scorer, policy: None}.items():
-        monkeypatch.setattr(RewardModelScorer, "share_trunk", wrapped)
+    for name, wrapped in {"shared": share, "apart": lambda scorer, policy, critic: None}.items():
+        monkeypatch.setattr(RewardModelScorer, "share_weights", wrapped)
         engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path / name, 0, 1.0)
         path = str(chain / "rm" / "reward_model")
         reward = RewardModelScorer.load(path, engine, 8, "float32", str(chain / "sft" / "policy"))
@@ -104,7 +104,7 @@ def test_a_reward_model_with_another_stop_token_reads_its_own_tokens(chain, tmp_
     tokenizer = load_tokenizer(policy_path)
     scorer = RewardModelScorer.load(path, engine, 8, "float32", policy_path)
     policy = load_policy(config, tokenizer)
-    scorer.share_trunk(policy)
+    scorer.share_weights(policy, None)
     assert scorer.shares_trunk
     record = Record("a b", completion=" c")
     ids = [*encode_response(tokenizer, " c")[:-1], 7]  # the policy stops with token 7

@@ -24,6 +24,7 @@ def starting_reference(
     model, path = recipe.model, recipe.reference.path
     if recipe.reference_is_adapter_off:
         if recipe.reference.cache_dir is not None or recipe.orders_by_reference:
+            engine.hold_frozen(policy)
             policy.to(engine.device)  # it scores before training changes it
         return AdapterOff(policy)
     source = replace(model, lora=LoraConfig(), gradient_checkpointing=False)
@@ -38,7 +39,10 @@ def starting_reference(
         source = replace(source, dtype="float32")
     key = "model.path" if path is None else "reference.path"
     copy = load_policy(source, tokenizer, recipe.seed, key)
-    copy = engine.place(copy, as_trained=not takes_small_steps)
+    if takes_small_steps:
+        copy = copy.to(engine.device).eval().requires_grad_(False)
+    else:
+        copy = engine.place(copy, as_trained=True)
     dtypes = {module.get_input_embeddings().weight.dtype for module in (copy, policy)}
     # ZeRO-3: each process has only a part of the policy's weights, which a head tied to the shared embedding needs.
     has_head = not (engine.partitions_weights and head_is_tied(policy))

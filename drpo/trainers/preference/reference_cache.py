@@ -55,7 +55,7 @@ def with_cached_reference(
     recipe, engine = run.recipe, run.engine
     folder = Path(recipe.reference.cache_dir)
     pairs = [pair for part in (*data.stages, data.held_out) for pair in part]
-    key = _key(recipe, engine.precision, pairs)
+    key = _key(recipe, "bf16, weights too" if engine.casts_weights else engine.precision, pairs)
     require_same(engine, key, "reference or pairs")
     if is_cached(recipe, engine):
         run.say(f"reference log-probs: read from {folder}")
