@@ -41,8 +41,8 @@ class EngineConfig(Section):
     """Precision and trackers; `accelerate launch` sets the processes and devices."""
 
     mixed_precision: Literal["no", "bf16"] | None = None
-    """Autocast precision; no is float32, also on GPUs with TF32, which bf16 runs use for what stays in float32. null takes what `accelerate launch --mixed_precision` or its config file says;
-    without them bf16 on a GPU or CPU that has instructions for it, else float32."""
+    """Autocast precision; no is float32, without TF32. null takes what `accelerate launch --mixed_precision` or its
+    config file says; without them bf16 on a GPU or CPU that has instructions for it, else float32."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """accelerate trackers by name (tensorboard, wandb, comet_ml, mlflow, ...); [] for none."""
     project: str = "drpo"
@@ -132,7 +132,7 @@ class Engine:
             _say(f"precision: {PRECISIONS[self.precision]}, {reason}")
         if self.precision == "bf16":
             self._warn_if_bf16_is_slow()
-        torch.backends.cuda.matmul.allow_tf32 = self.precision == "bf16"
+        torch.backends.cuda.matmul.allow_tf32 = self.precision == "bf16"  # for what autocast leaves in float32
         self.seed(seed)
 
     # --- processes --------------------------------------------------------------------------------------
@@ -199,13 +199,29 @@ class Engine:
             round_frozen(module)
         return module.to(self.device).eval()
 
+    def partition(self, module: nn.Module) -> None:
+        """Cut a frozen model's weights over the processes under ZeRO stage 3, layer by layer gathered in a forward.
+
+        All processes must then call `module` itself equally often; without ZeRO-3 nothing changes.
+        """
+        if not self.partitions_weights:
+            return
+        import deepspeed
+
+        plugin = self._accelerator.state.deepspeed_plugin
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": dict(plugin.deepspeed_config["zero_optimization"]),
+        }
+        deepspeed.initialize(model=module, config=settings)
+
     def _note_weights(self, module: nn.Module) -> None:
         """Warn of slow bf16 if weights are bf16, which are multiplied in bf16 regardless of autocast."""
         if any(weight.dtype == torch.bfloat16 for weight in module.parameters()):
             self._warn_if_bf16_is_slow()
 
     def autocast(self):
-        """Return a context with the precision of training forwards, for those of its parts outside the prepared module."""
+        """Return a context with the precision of training forwards, for parts of the prepared module on their own."""
         return self._accelerator.autocast()
 
     def frozen_autocast(self):

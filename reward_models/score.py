@@ -87,10 +87,11 @@ class RewardModelScorer:
     def share_weights(self, policy: nn.Module, critic: nn.Module | None) -> None:
         """Use the frozen weights of policy and critic, and the policy's frozen trunk, in place of equal ones.
 
-        Where training casts the policy's weights to bf16 the trunk stays, as it would change the scores; where it cuts
-        them (ZeRO-3) all weights do.
+        Where training casts the policy's weights to bf16 the trunk stays, as it would change the scores. Under ZeRO-3
+        nothing is shared, and the model is cut over the processes too, which then must score equally often.
         """
         if self.engine.partitions_weights:
+            self.engine.partition(self.model)
             return
         shares_tokens = self.shares_tokenizer and not self.engine.casts_weights
         with self.engine.frozen_autocast():

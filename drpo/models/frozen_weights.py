@@ -1,4 +1,4 @@
-"""Frozen weights that cost little: matrices in bf16 where autocast would round them anyway, equal ones in memory once."""
+"""Frozen weights that cost little: matrices in bf16 where autocast would round them, equal weights in memory once."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def collect(
         phases: collects the seconds of each phase.
     """
     policy = generator.policy
-    with phases("generate"), engine.autocast():
+    with phases("generate"), engine.whole_weights(policy), engine.autocast():
         completions = generator.respond(starts)
     lengths = torch.tensor([[len(c.query_ids), len(c.response_ids)] for c in completions])
     query_length, response_length = (int(engine.max(int(longest))) for longest in lengths.amax(dim=0))
@@ -57,7 +57,7 @@ def collect(
     parts = [batch.select(part) for part in indices.split(generator.batch_size)]
     trunks: list[Tensor | None] = [None] * len(parts)
     if has_trunk(policy):
-        with phases("trunk"), engine.autocast():
+        with phases("trunk"), engine.whole_weights(policy), engine.autocast():
             trunks = [trunk_output(policy, part) for part in parts]
     with phases("reward"):
         if isinstance(reward_fn, SharingRewardFn) and reward_fn.shares_trunk:

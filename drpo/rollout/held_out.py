@@ -104,7 +104,10 @@ def evaluate(
             "evaluation off with eval.every=0"
         )
     starts = [Start(episode, example) for episode, example in enumerate(examples[: config.num_prompts])]
-    starts = starts[engine.rank :: engine.world_size]
+    own = starts[engine.rank :: engine.world_size]
+    # Forwards of weights that are cut over the processes need all of them: the last prompt fills up.
+    num_rows = -(-len(starts) // engine.world_size) if engine.partitions_weights else len(own)
+    starts = own + starts[-1:] * (num_rows - len(own))
     results: list[tuple[int, dict[str, float], dict[str, Any]]] = []
     if starts:
         sampling = SamplingConfig(temperature=config.temperature)
@@ -114,7 +117,7 @@ def evaluate(
         if reference_logprobs is not None:
             name = "kl" if config.temperature == generator.sampling.temperature else "log_ratio"
             scores[name] = _log_ratios(generator, completions, reference_logprobs, engine.device)
-        for row, (start, completion) in enumerate(zip(starts, completions, strict=True)):
+        for row, (start, completion) in enumerate(zip(own, completions, strict=False)):
             numbers = {name: values[row] for name, values in scores.items()}
             length, ended = float(len(completion.response_ids)), float(completion.ended)
             measured = {**numbers, "length": length, "ended": ended}

@@ -111,12 +111,11 @@ class _Loop:
         starts = draw_starts(self.splits.train, episodes, recipe.reset, recipe.rollout, models.generator,
                              (step - 1) / recipe.num_steps, recipe.seed)  # fmt: skip
 
-        with engine.whole_weights(models.actor_critic):
-            local, completions = collect(starts[engine.shard(batch_size)], models.generator, engine,
-                                         self.rewards["score"], models.rollouts_together, phases)  # fmt: skip
-            check_finite(local.scores, "the reward", [c.record.origin for c in completions])
-            with phases("score"):
-                trajectory = models.measure(local.map(engine.gather_rows), recipe.ppo, (recipe.seed, step))
+        local, completions = collect(starts[engine.shard(batch_size)], models.generator, engine,
+                                     self.rewards["score"], models.rollouts_together, phases)  # fmt: skip
+        check_finite(local.scores, "the reward", [c.record.origin for c in completions])
+        with phases("score"):
+            trajectory = models.measure(local.map(engine.gather_rows), recipe.ppo, (recipe.seed, step))
 
         kl_coef = self.controller.coef
         credit = assign_credit(trajectory, recipe.reward.shaping, recipe.kl, kl_coef, recipe.advantage,
@@ -163,7 +162,8 @@ class _Loop:
     def evaluate(self) -> Held:
         """Complete and score the held-out prompts."""
         models = self.models
-        with self.engine.whole_weights(models.actor_critic), self.engine.autocast():
+        policy = models.generator.policy
+        with self.engine.whole_weights(policy), self.engine.autocast():
             return evaluate(self.recipe.eval, self.engine, models.generator, self.splits.eval, self.rewards,
                             models.reference_logprobs)  # fmt: skip
 

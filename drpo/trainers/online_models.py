@@ -64,7 +64,7 @@ class OnlineModels:
             batch, trunk = rollouts.select(part)
             tokens = (batch.queries, batch.query_mask, batch.responses, batch.response_mask)
             with engine.autocast():
-                logprobs, entropy, values = self.actor_critic(*tokens, trunk, part.num_continuations)
+                logprobs, entropy, values = self.prepared(*tokens, trunk, part.num_continuations)
                 ref_logprobs = self.reference_logprobs(batch, trunk, part.num_continuations)
             measured = {
                 "logprobs": logprobs,
@@ -177,9 +177,11 @@ def _reference(run: RunFolder, tokenizer, policy, suppressed_ids: tuple[int, ...
     reference = AdapterOff(policy)
     if not model.lora.r:
         copy = run.engine.place(load_policy(model, tokenizer, run.recipe.seed), as_trained=True)
+        reference = FrozenCopy(copy, has_trunk(policy))
         if has_trunk(policy):
             share_trunk(copy, policy)
-        reference = FrozenCopy(copy, has_trunk(policy))
+        else:
+            run.engine.partition(reference.scored)
     score = functools.partial(continuation_logprobs, temperature=temperature, suppressed_ids=suppressed_ids)
 
     def logprobs(batch: PaddedBatch, trunk: Tensor | None = None, num_continuations: int = 1) -> Tensor:

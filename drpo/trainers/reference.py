@@ -46,15 +46,27 @@ class AdapterOff:
             return score(self._policy, *arguments)
 
 
+class _Scored(nn.Module):
+    """A model that is always called as a whole, which Engine.partition needs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, score: Score, *arguments: Any) -> Any:
+        return score(self.model, *arguments)
+
+
 class FrozenCopy:
     """A second model without gradients; with `shares_trunk` it uses the policy's frozen trunk."""
 
     def __init__(self, module: nn.Module, shares_trunk: bool = False) -> None:
         self.module, self._shares_trunk = module, shares_trunk
+        self.scored = _Scored(module)
 
     def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Any:
         with resumed_from(trunk if self._shares_trunk else None, self.module):
-            return score(self.module, *arguments)
+            return self.scored(score, *arguments)
 
     @torch.no_grad()
     def move_towards(self, policy: nn.Module, mix: float) -> None:
