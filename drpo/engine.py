@@ -74,6 +74,10 @@ def _device_type(cpu: bool) -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
 def _say(message: str) -> None:
     Console().print(message, highlight=False, soft_wrap=True, markup=False)
 
@@ -132,7 +136,9 @@ class Engine:
             _say(f"precision: {PRECISIONS[self.precision]}, {reason}")
         if self.precision == "bf16":
             self._warn_if_bf16_is_slow()
-        torch.backends.cuda.matmul.allow_tf32 = self.precision == "bf16"  # for what autocast leaves in float32
+        torch.backends.cuda.matmul.allow_tf32 = (
+            self.precision == "bf16"
+        )  # for what autocast leaves in float32
         self.seed(seed)
 
     # --- processes --------------------------------------------------------------------------------------
@@ -185,11 +191,12 @@ class Engine:
         elif self.precision == "bf16":
             round_frozen(module)
 
-    def place(self, module: nn.Module, as_trained: bool) -> nn.Module:
+    def place(self, module: nn.Module, as_trained: bool, on_host: bool = False) -> nn.Module:
         """Move a frozen model to the device, its matrices in the run's precision.
 
         `as_trained` gives it the precision of the trained module, for forwards under `autocast`; without it forwards
-        run under `frozen_autocast`, with the same numbers under every launcher.
+        run under `frozen_autocast`, with the same numbers under every launcher. With `on_host` it stays in the host's
+        memory, and forwards run within `on_device`.
         """
         self._note_weights(module)
         module.requires_grad_(False)
@@ -197,12 +204,31 @@ class Engine:
             self.hold_frozen(module)
         elif self.precision == "bf16":
             round_frozen(module)
-        return module.to(self.device).eval()
+        if not on_host:
+            module.to(self.device)
+        elif self.device.type == "cuda":
+            for tensor in _tensors(module):
+                tensor.data = tensor.data.pin_memory()
+        return module.eval()
 
-    def partition(self, module: nn.Module) -> None:
+    @contextmanager
+    def on_device(self, module: nn.Module) -> Iterator[None]:
+        """Bring a frozen model that was left on the host to the device within this context."""
+        tensors = [tensor for tensor in _tensors(module) if tensor.device.type != self.device.type]
+        on_host = [tensor.data for tensor in tensors]
+        for tensor in tensors:
+            tensor.data = tensor.data.to(self.device, non_blocking=True)
+        try:
+            yield
+        finally:
+            for tensor, data in zip(tensors, on_host, strict=True):
+                tensor.data = data
+
+    def partition(self, module: nn.Module, on_host: bool = False) -> None:
         """Cut a frozen model's weights over the processes under ZeRO stage 3, layer by layer gathered in a forward.
 
-        All processes must then call `module` itself equally often; without ZeRO-3 nothing changes.
+        All processes must then call `module` itself equally often; without ZeRO-3 nothing changes. With `on_host` the
+        parts stay in the host's memory.
         """
         if not self.partitions_weights:
             return
@@ -213,6 +239,8 @@ class Engine:
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": dict(plugin.deepspeed_config["zero_optimization"]),
         }
+        if on_host:
+            settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
         deepspeed.initialize(model=module, config=settings)
 
     def _note_weights(self, module: nn.Module) -> None:

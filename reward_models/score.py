@@ -45,6 +45,7 @@ class RewardModelScorer:
     shares_tokenizer: bool
     shares_template: bool
     key: str
+    offloaded: bool = False
     shares_trunk: bool = False
 
     @classmethod
@@ -56,6 +57,7 @@ class RewardModelScorer:
         dtype: str,
         policy_tokenizer_path: str | None,
         key: str = "reward.path",
+        offload: bool = False,
     ) -> RewardModelScorer:
         """Load from a folder that reward_models.train wrote, or any *ForSequenceClassification with one label.
 
@@ -66,6 +68,7 @@ class RewardModelScorer:
             dtype: precision of the weights.
             policy_tokenizer_path: tokenizer of the policy; None scores texts from any source.
             key: recipe key of `path`, for errors.
+            offload: keep the model in the host's memory while it does not score.
         """
         model = load_scalar_model(path, ModelConfig(dtype=dtype), RewardModel, key=key)
         tokenizer = load_tokenizer(path, key)
@@ -74,10 +77,10 @@ class RewardModelScorer:
             policy_tokenizer = load_tokenizer(policy_tokenizer_path)
             shared = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
             same_template = tokenizer.chat_template == policy_tokenizer.chat_template
-        placed = engine.place(model, as_trained=False)
-        with engine.frozen_autocast():
+        placed = engine.place(model, as_trained=False, on_host=offload)
+        with engine.on_device(placed), engine.frozen_autocast():
             check_scalar_model(placed, key)  # known since loading, but for half precision
-        return cls(placed, tokenizer, engine, batch_size, shared, same_template, key)
+        return cls(placed, tokenizer, engine, batch_size, shared, same_template, key, offload)
 
     @property
     def max_tokens(self) -> int | None:
@@ -88,10 +91,11 @@ class RewardModelScorer:
         """Use the frozen weights of policy and critic, and the policy's frozen trunk, in place of equal ones.
 
         Where training casts the policy's weights to bf16 the trunk stays, as it would change the scores. Under ZeRO-3
-        nothing is shared, and the model is cut over the processes too, which then must score equally often.
+        nothing is shared, and the model is cut over the processes too, which then must score equally often. A model
+        that is kept on the host shares nothing either.
         """
-        if self.engine.partitions_weights:
-            self.engine.partition(self.model)
+        self.engine.partition(self.model, self.offloaded)
+        if self.engine.partitions_weights or self.offloaded:
             return
         shares_tokens = self.shares_tokenizer and not self.engine.casts_weights
         with self.engine.frozen_autocast():
@@ -124,11 +128,11 @@ class RewardModelScorer:
         ids = [self._ids(completion) for completion in completions]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i][0]) + len(ids[i][1]))
         scores = torch.empty(len(ids))
-        for first in range(0, len(order), self.batch_size):
-            indices = order[first : first + self.batch_size]
-            queries, responses = zip(*(ids[i] for i in indices), strict=True)
-            batch = pad_batch(queries, responses, self.tokenizer.pad_token_id).to(self.engine.device)
-            with self.engine.frozen_autocast():
+        with self.engine.on_device(self.model), self.engine.frozen_autocast():
+            for first in range(0, len(order), self.batch_size):
+                indices = order[first : first + self.batch_size]
+                queries, responses = zip(*(ids[i] for i in indices), strict=True)
+                batch = pad_batch(queries, responses, self.tokenizer.pad_token_id).to(self.engine.device)
                 scores[indices] = self.model.score(batch).float().cpu()
         return scores
 
@@ -211,6 +215,8 @@ def reward_from(
         return import_function(config.function, "reward.function")
     if config.path is None:
         raise ConfigError("nothing scores the rollouts: give reward.path (a reward model) or reward.function")
-    scorer = RewardModelScorer.load(config.path, engine, config.batch_size, config.dtype, tokenizer_path)
+    scorer = RewardModelScorer.load(
+        config.path, engine, config.batch_size, config.dtype, tokenizer_path, offload=config.offload
+    )
     scorer.check_reads(chat_template)
     return scorer

@@ -56,6 +56,8 @@ class KLConfig(Section):
     on_max: Literal["stop", "rollback"] = "stop"
     """stop: end the run with an error that names the last checkpoint. rollback: go back to the weights of the
     last checkpoint and on with new prompts."""
+    offload_reference: bool = False
+    """Keep the reference policy in the host's memory between its phases."""
 
     RETIRED: ClassVar[dict[str, str]] = {
         "target": "was a KL per episode, which is fewer sampled tokens under resets than without; write "

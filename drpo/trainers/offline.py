@@ -247,10 +247,14 @@ def held_out_metrics(
     else:
         parts = _of_like_length(objective, local, config.microbatch_tokens)
     batches, num_targets = _collated(engine, objective, local, parts)
+    # Forwards of a reference that is cut over the processes need all of them: others' batches fill up, uncounted.
+    num_forwards = int(engine.max(len(parts))) if engine.partitions_weights else len(parts)
+    filling = [objective.collate(items[:1])] * (num_forwards - len(parts))
 
     def forward(*statistics: Tensor) -> tuple[Tensor, RowMetrics]:
         with engine.autocast():
-            return _gather(engine, [objective(batch, *statistics) for batch in batches])
+            results = [objective(batch, *statistics) for batch in (*batches, *filling)]
+        return _gather(engine, results[: len(parts)])
 
     results = forward()
     if objective.needs_step_statistics:

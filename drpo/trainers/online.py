@@ -163,7 +163,7 @@ class _Loop:
         """Complete and score the held-out prompts."""
         models = self.models
         policy = models.generator.policy
-        with self.engine.whole_weights(policy), self.engine.autocast():
+        with self.engine.whole_weights(policy), models.reference_present(), self.engine.autocast():
             return evaluate(self.recipe.eval, self.engine, models.generator, self.splits.eval, self.rewards,
                             models.reference_logprobs)  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,8 @@ class OnlineModels:
     generator: Generator
     reference_logprobs: Callable[..., Tensor]
     "Takes a batch, the output of the frozen trunk, if there is one, and the number of blocks with the same queries."
+    reference_copy: nn.Module | None
+    "The reference's own weights, which forwards need on the device; None under LoRA."
     notes: list[str]
     "Warnings for the user."
     rollouts_together: int = 1
@@ -60,25 +63,27 @@ class OnlineModels:
         first_epoch = itertools.islice(
             minibatches(rollouts, config, engine.world_size, draw), config.num_minibatches
         )
-        for part in (part for parts in first_epoch for part in parts[engine.rank :: engine.world_size]):
-            batch, trunk = rollouts.select(part)
-            tokens = (batch.queries, batch.query_mask, batch.responses, batch.response_mask)
-            with engine.autocast():
-                logprobs, entropy, values = self.prepared(*tokens, trunk, part.num_continuations)
-                ref_logprobs = self.reference_logprobs(batch, trunk, part.num_continuations)
-            measured = {
-                "logprobs": logprobs,
-                "entropy": entropy,
-                "values": values,
-                "ref_logprobs": ref_logprobs,
-            }
-            for name, numbers in measured.items():
-                if numbers is not None:
+        own_parts = [part for parts in first_epoch for part in parts[engine.rank :: engine.world_size]]
+        with self.reference_present():
+            for part in own_parts:
+                for name, numbers in self._measure(*rollouts.select(part), part.num_continuations).items():
                     if name not in columns:
                         columns[name] = torch.zeros(rollouts.responses.shape, device=engine.device)
                     columns[name][part.rows, : part.response_length] = numbers.float()
         measurements = {name: engine.sum(column) for name, column in columns.items()}
         return Trajectory(**rollouts.columns(), **measurements)
+
+    def _measure(self, batch: PaddedBatch, trunk: Tensor | None, num_continuations: int) -> dict[str, Tensor]:
+        tokens = (batch.queries, batch.query_mask, batch.responses, batch.response_mask)
+        with self.engine.autocast():
+            logprobs, entropy, values = self.prepared(*tokens, trunk, num_continuations)
+            ref_logprobs = self.reference_logprobs(batch, trunk, num_continuations)
+        measured = {"logprobs": logprobs, "entropy": entropy, "ref_logprobs": ref_logprobs}
+        return measured if values is None else measured | {"values": values}
+
+    def reference_present(self) -> AbstractContextManager:
+        """Return a context with the reference's weights on the device."""
+        return nullcontext() if self.reference_copy is None else self.engine.on_device(self.reference_copy)
 
 
 def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) -> OnlineModels:
@@ -109,7 +114,18 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
     groups = [module.parameters() for module in (policy, critic) if module is not None]
     optimizer = build_optimizer(groups, recipe.optim, engine.casts_weights)
     prepared = engine.prepare(actor_critic, optimizer)
-    reference_logprobs = _reference(run, tokenizer, policy, vocabulary.suppressed_ids)
+    reference = _reference(run, tokenizer, policy)
+    score = functools.partial(
+        continuation_logprobs,
+        temperature=rollout.sampling.temperature,
+        suppressed_ids=vocabulary.suppressed_ids,
+    )
+
+    def reference_logprobs(
+        batch: PaddedBatch, trunk: Tensor | None = None, num_continuations: int = 1
+    ) -> Tensor:
+        return reference.apply(score, batch, num_continuations, trunk=trunk).logprobs
+
     generator = Generator(
         policy,
         tokenizer,
@@ -122,8 +138,9 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
     together = _rollouts_together(
         recipe, splits, [module for module in (policy, critic) if module is not None]
     )
+    copy = reference.module if isinstance(reference, FrozenCopy) else None
     return OnlineModels(
-        engine, actor_critic, prepared, generator, reference_logprobs, notes, rollouts_together=together
+        engine, actor_critic, prepared, generator, reference_logprobs, copy, notes, rollouts_together=together
     )
 
 
@@ -168,23 +185,15 @@ def _check_positions(
     return check_sampling(policy, examples, length, "model.path", key)
 
 
-def _reference(run: RunFolder, tokenizer, policy, suppressed_ids: tuple[int, ...]) -> Callable[..., Tensor]:
-    """Return a function for log-probs under the initial policy, of a batch and the frozen trunk's output.
-
-    The initial policy is the base weights under LoRA, else a copy, which shares a frozen trunk.
-    """
-    model, temperature = run.recipe.model, run.recipe.rollout.sampling.temperature
-    reference = AdapterOff(policy)
-    if not model.lora.r:
-        copy = run.engine.place(load_policy(model, tokenizer, run.recipe.seed), as_trained=True)
-        reference = FrozenCopy(copy, has_trunk(policy))
-        if has_trunk(policy):
-            share_trunk(copy, policy)
-        else:
-            run.engine.partition(reference.scored)
-    score = functools.partial(continuation_logprobs, temperature=temperature, suppressed_ids=suppressed_ids)
-
-    def logprobs(batch: PaddedBatch, trunk: Tensor | None = None, num_continuations: int = 1) -> Tensor:
-        return reference.apply(score, batch, num_continuations, trunk=trunk).logprobs
-
-    return logprobs
+def _reference(run: RunFolder, tokenizer, policy: nn.Module) -> AdapterOff | FrozenCopy:
+    """Return the initial policy: the base weights under LoRA, else a copy, which shares a frozen trunk."""
+    model, offload = run.recipe.model, run.recipe.kl.offload_reference
+    if model.lora.r:
+        return AdapterOff(policy)
+    copy = run.engine.place(load_policy(model, tokenizer, run.recipe.seed), as_trained=True, on_host=offload)
+    reference = FrozenCopy(copy, has_trunk(policy))
+    if has_trunk(policy):
+        share_trunk(copy, policy)
+    else:
+        run.engine.partition(reference.scored, offload)
+    return reference

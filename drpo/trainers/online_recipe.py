@@ -43,7 +43,9 @@ class RewardConfig(Section):
     batch_size: int = setting(32, ge=1)
     """Rows per forward of the reward model on one device."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the reward model's weights."""
+    """Precision of the reward model's weights. In a bf16 run its matrices are bfloat16 either way: the same numbers."""
+    offload: bool = False
+    """Keep the reward model in the host's memory between its phases: it then shares no weights with other models."""
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
     """What happens to the score before training."""
 
@@ -52,7 +54,7 @@ class RewardConfig(Section):
         refuse(None not in (self.path, self.function), "path", rule)
         if self.function is not None:
             rule = f"is for a reward model ({key('path')}), and {key('function')} has none; drop it"
-            refuse_changed(self, ("batch_size", "dtype"), rule)
+            refuse_changed(self, ("batch_size", "dtype", "offload"), rule)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,16 @@ class OnlineRecipe(Section):
         lacks_group = self.advantage.estimator == "rloo" and self.rollout.rollouts_per_prompt < 2
         rule = f"must be >= 2 for {estimator}, which compares the rollouts of a prompt"
         refuse(lacks_group, "rollout.rollouts_per_prompt", rule)
+        rule = (
+            "is for a copy of the policy; under LoRA the reference is the policy without its adapter: drop it"
+        )
+        refuse(self.kl.offload_reference and self.model.lora.r > 0, "kl.offload_reference", rule)
+        rule = "is for a whole copy of the policy; with model.trainable_layers it shares the policy's layers: drop it"
+        refuse(
+            self.kl.offload_reference and self.model.trainable_layers is not None,
+            "kl.offload_reference",
+            rule,
+        )
         rule = f"({self.ppo.num_minibatches}) must divide rollout.batch_size ({self.rollout.batch_size})"
         refuse(self.rollout.batch_size % self.ppo.num_minibatches != 0, "ppo.num_minibatches", rule)
 

@@ -61,11 +61,11 @@ class FrozenCopy:
     """A second model without gradients; with `shares_trunk` it uses the policy's frozen trunk."""
 
     def __init__(self, module: nn.Module, shares_trunk: bool = False) -> None:
-        self.module, self._shares_trunk = module, shares_trunk
+        self.module, self.shares_trunk = module, shares_trunk
         self.scored = _Scored(module)
 
     def apply(self, score: Score, *arguments: Any, trunk: Tensor | None = None) -> Any:
-        with resumed_from(trunk if self._shares_trunk else None, self.module):
+        with resumed_from(trunk if self.shares_trunk else None, self.module):
             return self.scored(score, *arguments)
 
     @torch.no_grad()

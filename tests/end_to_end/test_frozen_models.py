@@ -106,13 +106,21 @@ def folder(chain) -> Path:
     )
     write_recipe(chain / "full.yaml", recipe)
     write_recipe(chain / "lora.yaml", merged(recipe, {"model": LORA, "critic": {"path": "rm/reward_model"}}))
-    for name in ("full", "lora"):
+    write_recipe(
+        chain / "offloaded.yaml",
+        merged(recipe, {"kl": {"offload_reference": True}, "reward": {"offload": True}}),
+    )
+    for name in ("full", "lora", "offloaded"):
         run(plain("drpo"), f"{name}.yaml", f"run_dir={name}", cwd=chain)
     return chain
 
 
+def test_models_that_wait_on_the_host_change_no_number(folder):
+    assert metrics_of(folder / "offloaded") == metrics_of(folder / "full")
+
+
 @pytest.mark.parametrize("launcher", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "offloaded"])
 def test_processes_with_a_reward_model_and_a_reference_equal_one(folder, kind, launcher):
     """Under ZeRO-3 both are cut in pieces, and an odd prompt leaves one process with less to evaluate."""
     command = partitioned("drpo", folder) if launcher == "zero3" else deepspeed("drpo", 2)

@@ -72,6 +72,8 @@ def train(
     run.say_data(data.report)
     if recipe.reference_moves:
         engine.keep_in_state(reference.module)
+    elif isinstance(reference, FrozenCopy) and not reference.shares_trunk:
+        engine.partition(reference.scored)
 
     def reference_logprobs(batch: PaddedBatch) -> Tensor:
         return reference.apply(response_logprobs, batch).logprobs
