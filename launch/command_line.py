@@ -80,11 +80,25 @@ def main(
         print(result.resolve())
 
 
-def call(num_threads: int, command: list[str], log: Path, folder: Path | None = None) -> None:
-    """Run a script in a fresh process, in `folder`; raise StageFailed, naming the log, when it fails."""
+def call(
+    num_threads: int,
+    command: list[str],
+    log: Path,
+    folder: Path | None = None,
+    python: str | Path = sys.executable,
+) -> None:
+    """Run a script in a fresh process; raise StageFailed, naming the log, when it fails.
+
+    Args:
+        num_threads: OMP_NUM_THREADS of the process.
+        command: the script and its arguments.
+        log: what it prints.
+        folder: where it runs; None: here.
+        python: the interpreter.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
     with log.open("w") as file:
-        process = [sys.executable, *command]
+        process = [str(python), *command]
         code = subprocess.run(process, stdout=file, stderr=file, env=environment, cwd=folder).returncode
     if code:
         raise StageFailed(f"{' '.join(command)} failed with code {code}; see {log}")

@@ -16,12 +16,11 @@ from launch.agreement import AgreementRecipe
 from launch.command_line import find_recipe
 from launch.compare import CompareRecipe
 from launch.complete import CompleteRecipe
-from launch.experiments.dpo_speed import BenchmarkRecipe
 from launch.experiments.preference import PreferenceExperimentRecipe
 from launch.experiments.resets import ExperimentRecipe
 from launch.experiments.smollm import SmolLMExperimentRecipe
+from launch.experiments.speed import SpeedRecipe
 from launch.experiments.trunk_speed import TrunkSpeedRecipe
-from launch.experiments.update_speed import UpdateSpeedRecipe
 from launch.import_labels import ImportLabelsRecipe
 from launch.judge import JudgeRecipe
 from launch.label import LabelRecipe
@@ -43,9 +42,8 @@ STAGES: dict[str, type] = {
     "label": LabelRecipe,
     "import_labels": ImportLabelsRecipe,
     "agreement": AgreementRecipe,
-    "benchmark": BenchmarkRecipe,
+    "benchmark": SpeedRecipe,
     "trunk_speed": TrunkSpeedRecipe,
-    "update_speed": UpdateSpeedRecipe,
     "seeds": SmolLMExperimentRecipe,
 }
 
