@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState, is_initialized
+from accelerate.state import AcceleratorState, PartialState, is_initialized
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    convert_outputs_to_fp32,
     gather_object,
     parse_flag_from_env,
 )
@@ -26,6 +27,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from drpo import fully_sharded
 from drpo.config import ConfigError, Section, setting
 from drpo.models.frozen_weights import round_frozen
 from drpo.precision import PRECISIONS, choose_precision, settled_why, slow_bf16_warning
@@ -96,6 +98,13 @@ class Engine:
         with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         # Without it accelerate treats several CPU processes as one; with it it ignores DeepSpeed.
         cpu = several_on_cpu and not with_deepspeed
+        with_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+        if with_fsdp:
+            fully_sharded.check_version()
+        if with_fsdp and several_on_cpu:
+            # accelerate reads the settings of FSDP on GPUs only: processes on CPU would silently train without it.
+            PartialState(cpu=True, **group)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         precision, reason = config.mixed_precision, ""
         if not is_initialized():  # accelerate keeps one precision per process
             launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if with_deepspeed else None)
@@ -117,6 +126,12 @@ class Engine:
         self.precision: str = self._accelerator.mixed_precision
         self.optimizer: torch.optim.Optimizer | None = None
         self._deepspeed = self._accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.fully_sharded = self._accelerator.distributed_type == DistributedType.FSDP
+        if self.fully_sharded:
+            fsdp = self._accelerator.state.fsdp_plugin
+            fully_sharded.check_plugin(fsdp)
+            # Its policy would round all weights and the outputs to bf16; `prepare` uses autocast instead.
+            fsdp.mixed_precision_policy = None
         self._max_grad_norm = max_grad_norm
         self._module: nn.Module | None = None
         self._config = config
@@ -145,8 +160,9 @@ class Engine:
 
     @property
     def partitions_weights(self) -> bool:
-        """Whether each process holds only a part of the trained weights, as under ZeRO stage 3."""
-        return self._deepspeed and self._accelerator.state.deepspeed_plugin.zero_stage == 3
+        """Whether each process holds only a part of the trained weights, as under ZeRO stage 3 and FSDP."""
+        with_stage_3 = self._deepspeed and self._accelerator.state.deepspeed_plugin.zero_stage == 3
+        return with_stage_3 or self.fully_sharded
 
     def _warn_if_bf16_is_slow(self) -> None:
         if self.is_main and not self._warned_of_bf16:
@@ -174,6 +190,10 @@ class Engine:
         """Wrap for DDP, DeepSpeed or one process. Call the returned module where gradients are wanted."""
         self._note_weights(module)
         self.hold_frozen(module)
+        if self.fully_sharded:
+            fsdp = self._accelerator.state.fsdp_plugin
+            fsdp.transformer_cls_names_to_wrap = fully_sharded.layer_classes(module)
+            module.forward = convert_outputs_to_fp32(self.autocast()(module.forward))
         self._module, self.optimizer = self._accelerator.prepare(module, optimizer)
         return self._module
 
@@ -225,11 +245,14 @@ class Engine:
                 tensor.data = data
 
     def partition(self, module: nn.Module, on_host: bool = False) -> None:
-        """Cut a frozen model's weights over the processes under ZeRO stage 3, layer by layer gathered in a forward.
+        """Cut a frozen model's weights over the processes under ZeRO stage 3 or FSDP, gathered by layer in a forward.
 
-        All processes must then call `module` itself equally often; without ZeRO-3 nothing changes. With `on_host` the
-        parts stay in the host's memory.
+        All processes must then call `module` itself equally often; under other launchers nothing changes. Under
+        ZeRO-3 with `on_host` the parts stay in the host's memory.
         """
+        if self.fully_sharded:
+            fully_sharded.shard_frozen(module)
+            return
         if not self.partitions_weights:
             return
         import deepspeed
@@ -263,7 +286,9 @@ class Engine:
 
     def accumulating(self, last: bool):
         """Return a context for forward and backward of a micro-batch; gradients are synchronised at the last only."""
-        return nullcontext() if last else self._accelerator.no_sync(self._module)
+        # FSDP: gradients kept until the last micro-batch would be whole on every process.
+        synchronised = last or self.fully_sharded
+        return nullcontext() if synchronised else self._accelerator.no_sync(self._module)
 
     def optimizer_step(self) -> float:
         """Clip, step, clear gradients. Returns the global gradient norm before clipping."""
@@ -299,7 +324,11 @@ class Engine:
 
     @contextmanager
     def whole_weights(self, module: nn.Module) -> Iterator[None]:
-        """Gather all weights of `module` on every rank within this context (a no-op except under ZeRO stage 3)."""
+        """Gather all weights of `module` on every rank within this context, if they are partitioned."""
+        if self.fully_sharded:
+            with fully_sharded.gathered(module):
+                yield
+            return
         if not self.partitions_weights:
             yield
             return
@@ -384,6 +413,9 @@ def engine_of(recipe: Any) -> Iterator[Engine]:
     """Open the engine of a training recipe; the next one of this process may have another precision."""
     run_dir, max_grad_norm = Path(recipe.run_dir), recipe.optim.max_grad_norm
     try:
-        yield Engine(recipe.engine, run_dir, recipe.seed, max_grad_norm)
+        engine = Engine(recipe.engine, run_dir, recipe.seed, max_grad_norm)
+        if engine.fully_sharded:
+            fully_sharded.check_recipe(recipe)
+        yield engine
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

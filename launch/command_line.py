@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -113,8 +114,10 @@ def run_stage(stage: str, *arguments: str) -> None:
 
 
 def quieten_libraries() -> None:
-    """Silence the progress bars of transformers, and two warnings of DeepSpeed and accelerate."""
+    """Silence the progress bars of transformers, and warnings of DeepSpeed, accelerate and FSDP."""
     transformers_logging.disable_progress_bar()
+    # It warns of writing into outputs, which nothing here does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     noise = {
         "DeepSpeed": "Setting accelerator to CPU",
         "accelerate.utils.other": "Removed shared tensor",  # tied weights, and the shared trunk

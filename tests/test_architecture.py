@@ -41,7 +41,7 @@ LAYERS = (
         "rollout.resets",
         "reward_functions",
     ),
-    ("models", "engine", "run.metrics", "optim"),
+    ("models", "engine", "fully_sharded", "run.metrics", "optim"),
     ("run",),
     ("rollout",),
     ("trainers", "object_inputs"),

@@ -100,6 +100,13 @@ def deepspeed(script: str, stage: int) -> list[str]:
     return [*accelerate(), "--config_file", config, *options, str(ROOT / "launch" / f"{script}.py")]
 
 
+def fsdp2(script: str, *options: str) -> list[str]:
+    """Two FSDP2 processes on CPU through `accelerate launch`, in float32 unless the recipe says otherwise."""
+    config = str(ROOT / "launch" / "accelerate" / "fsdp2.yaml")
+    options = ("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", *options)
+    return [*accelerate(), "--config_file", config, *options, str(ROOT / "launch" / f"{script}.py")]
+
+
 def partitioned(script: str, folder: Path) -> list[str]:
     """Two processes of DeepSpeed's stage 3 that cut every weight in two; by default it leaves small ones whole."""
     settings = {
