@@ -69,7 +69,7 @@ def sbatch(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
 
 
 @pytest.mark.parametrize(
-    "config", ["cpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
+    "config", ["cpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2"))]
 )
 def test_two_nodes_equal_one_process(folder, config):
     done = sbatch(folder, config, "drpo", "drpo.yaml", f"run_dir={config}")
