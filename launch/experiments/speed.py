@@ -234,7 +234,6 @@ def measure_trl(recipe: SpeedRecipe, tools: Tools, case: Case, folder: Path) -> 
         arguments |= {
             "total_episodes": recipe.num_steps * batch_size,
             "num_ppo_epochs": case.num_epochs or recipe.num_epochs,
-            "local_rollout_forward_batch_size": recipe.microbatch_size,
             "response_length": recipe.response_length,
             "temperature": 1.0,
         }

@@ -68,6 +68,9 @@ def sharded(folder) -> Path:
 
 def test_two_sharded_processes_equal_one(folder, sharded):
     assert_same_run(folder / "alone", sharded)
+    parts = (sharded / "checkpoints" / "step_4" / "pytorch_model_fsdp_0").glob("*.distcp")
+    sizes = [part.stat().st_size for part in parts]
+    assert len(sizes) == 2 and max(sizes) < 1.2 * min(sizes), "each process holds half of the weights"
 
 
 @pytest.mark.slow
@@ -124,10 +127,14 @@ def test_two_sharded_processes_train_the_same_preferences(folder):
 
 
 @pytest.mark.slow
-def test_first_ratio_is_one_in_bf16(folder):
-    settings = ["run_dir=bf16", "num_steps=1", "engine.mixed_precision=bf16", "ppo.num_epochs=1"]
-    run(fsdp2("drpo"), "drpo.yaml", *settings, "ppo.num_minibatches=1", "kl.horizon=100", cwd=folder)
-    row = metrics_of(folder / "bf16")[1]
+def test_bf16_is_that_of_one_process_and_the_first_ratio_is_one(folder):
+    settings = ["num_steps=1", "engine.mixed_precision=bf16", "ppo.num_epochs=1", "ppo.num_minibatches=1"]
+    run(plain("drpo"), "drpo.yaml", "run_dir=bf16_alone", *settings, cwd=folder)
+    run(fsdp2("drpo"), "drpo.yaml", "run_dir=bf16", *settings, cwd=folder)
+    alone, row = (metrics_of(folder / name)[1] for name in ("bf16_alone", "bf16"))
+    # If all weights and outputs were rounded, the policy would differ from its own reference.
+    assert row["objective/kl_k1"] == row["objective/kl_k3"] == 0
+    assert row["ppo/entropy"] == pytest.approx(alone["ppo/entropy"], abs=1e-4)
     assert row["ppo/ratio"] == pytest.approx(1.0, abs=1e-6) and row["ppo/approx_kl"] < 1e-10
     weights = load_file(folder / "bf16" / "policy" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
