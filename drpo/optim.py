@@ -61,6 +61,7 @@ def build_optimizer(
         betas=tuple(config.betas),
         eps=config.eps,
         weight_decay=config.weight_decay,
+        fused=torch.cuda.is_available() or None,  # without the temporary copy of all weights
     )
 
 

@@ -12,7 +12,8 @@ class PreallocatedLayer(DynamicLayer):
     """Keys and values (B, heads, T, width) as views of buffers for `capacity` positions.
 
     transformers' own layer copies the whole cache at every step to append one column. Sliding-window layers
-    may use this one too: the attention mask cuts the window.
+    may use this one too: the attention mask cuts the window. Under autocast the buffers have its precision: rotary
+    positions leave keys in float32, and attention would round all of them anew at every step.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -49,8 +50,9 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
     def _room_like(self, states: Tensor) -> Tensor:
-        shape = (*states.shape[:2], self.capacity, states.shape[-1])
-        return torch.empty(shape, dtype=states.dtype, device=states.device)
+        shape, kind = (*states.shape[:2], self.capacity, states.shape[-1]), states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+        return torch.empty(shape, dtype=dtype, device=states.device)
 
 
 def decode_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:

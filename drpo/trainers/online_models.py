@@ -45,10 +45,10 @@ class OnlineModels:
     generator: Generator
     reference_logprobs: Callable[..., Tensor]
     "Takes a batch, the output of the frozen trunk, if there is one, and the number of blocks with the same queries."
-    reference_copy: nn.Module | None
-    "The reference's own weights, which forwards need on the device; None under LoRA."
     notes: list[str]
     "Warnings for the user."
+    reference_copy: nn.Module | None = None
+    "The reference's own weights, which forwards need on the device; None under LoRA."
     rollouts_together: int = 1
     "Rollouts of a prompt that policy, critic and reference can score with one forward over it."
 
@@ -140,7 +140,7 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
     )
     copy = reference.module if isinstance(reference, FrozenCopy) else None
     return OnlineModels(
-        engine, actor_critic, prepared, generator, reference_logprobs, copy, notes, rollouts_together=together
+        engine, actor_critic, prepared, generator, reference_logprobs, notes, copy, rollouts_together=together
     )
 
 

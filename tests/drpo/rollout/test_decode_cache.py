@@ -46,3 +46,20 @@ def test_attention_layers_of_every_kind_are_preallocated(model_type):
     cache = decode_cache(tiny_model(model_type).config, capacity=8)
     assert isinstance(cache, DynamicCache)
     assert [type(layer) for layer in cache.layers] == [PreallocatedLayer] * 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ["gpt_neox", "llama", "gemma2", "qwen3", "gpt2"])
+def test_buffers_in_the_precision_of_autocast_change_no_logit(model_type, attention):
+    model = tiny_model(model_type).eval()
+    model.set_attn_implementation(attention)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    logits = {}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for name, cache in {"own": decode_cache(model.config, 6), "theirs": DynamicCache()}.items():
+            first = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:]
+            second = model(first.argmax(-1), past_key_values=cache, use_cache=True).logits
+            logits[name] = torch.cat([first, second])
+            if name == "own":
+                assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16}
+    assert torch.equal(logits["own"], logits["theirs"])
