@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 Lengths = tuple[int, int]
@@ -46,3 +47,47 @@ def microbatches(
         half = (len(groups[largest]) + 1) // 2
         groups[largest : largest + 1] = [groups[largest][:half], groups[largest][half:]]
     return groups
+
+
+def sharing_saves(lengths: Sequence[Lengths], num_continuations: int) -> bool:
+    """Return whether attention over [query | K responses] costs at most that of K separate rows, at mean lengths.
+
+        (Q + K R)^2 <= K (Q + R)^2
+
+    Short prompts with long responses cost more together, since attention is computed under the mask too.
+    """
+    query_length, response_length = (sum(column) / len(lengths) for column in zip(*lengths, strict=True))
+    shared = (query_length + num_continuations * response_length) ** 2
+    return bool(shared <= num_continuations * (query_length + response_length) ** 2)
+
+
+def same_query_batches(
+    queries: Sequence[Sequence[int]], lengths: Sequence[Lengths], max_rows: int
+) -> list[tuple[list[int], int]]:
+    """Group rows into batches of K blocks with the same queries; return the rows of each batch, and its K.
+
+    Row k*B + b of a batch is the k-th with its b-th query, as `continuation_logprobs` takes them. Rows whose query no
+    other has, or that cost less apart, come with K = 1. Rows of like length are together.
+
+    Args:
+        queries: token ids of every row's query.
+        lengths: of every row, in tokens.
+        max_rows: rows of a batch.
+    """
+    by_query: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for row, query in enumerate(queries):
+        by_query[tuple(query)].append(row)
+    by_size: dict[int, list[list[int]]] = defaultdict(list)
+    for rows in by_query.values():
+        if 1 < len(rows) <= max_rows and sharing_saves([lengths[row] for row in rows], len(rows)):
+            by_size[len(rows)].append(rows)
+        else:
+            by_size[1] += [[row] for row in rows]
+    batches = []
+    for size, groups in sorted(by_size.items()):
+        groups.sort(key=lambda rows: (sum(sum(lengths[row]) for row in rows), rows))
+        num_groups = max_rows // size
+        for first in range(0, len(groups), num_groups):
+            part = groups[first : first + num_groups]
+            batches.append(([group[k] for k in range(size) for group in part], size))
+    return batches

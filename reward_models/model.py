@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from drpo.models.scalar_head import ScalarModel, ScalarModelConfig, token_scores
+from drpo.models.scalar_head import ScalarModel, ScalarModelConfig
+from drpo.models.shared_prompt import continuation_scores
 from drpo.tensors import PaddedBatch, masked_sum
 
 Aggregation = Literal["last", "sum"]
@@ -45,9 +46,9 @@ class RewardModel(ScalarModel):
 
     config_class = RewardModelConfig
 
-    def score(self, batch: PaddedBatch) -> Tensor:
-        """Return the scores (B,), float32, of the responses, stop token included."""
-        outputs = token_scores(self, batch)
+    def score(self, batch: PaddedBatch, num_continuations: int = 1) -> Tensor:
+        """Return the scores (K*B,), float32, of K blocks of responses to B queries, stop token included."""
+        outputs = continuation_scores(self, batch, num_continuations)
         return aggregate(outputs, batch.response_mask, self.config.aggregation) - self.config.centre
 
 

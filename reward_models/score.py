@@ -17,6 +17,7 @@ from drpo.data.in_template import encode_in_template
 from drpo.data.records import Chat
 from drpo.data.stop import ending_with
 from drpo.engine import Engine
+from drpo.microbatches import same_query_batches
 from drpo.models.frozen_weights import share_frozen
 from drpo.models.loading import ModelConfig, load_scalar_model
 from drpo.models.positions import position_limit
@@ -124,16 +125,21 @@ class RewardModelScorer:
 
     @torch.no_grad()
     def __call__(self, completions: Sequence[Completion]) -> Tensor:
-        """Return the scores (B,), float32; rows are batched by length, so a batch has little padding."""
+        """Return the scores (B,), float32; a prompt that several rows share is computed once.
+
+        Rows are batched by length, so that a batch has little padding. ZeRO-3: all processes must take equally many
+        batches, so every row has its prompt there.
+        """
         ids = [self._ids(completion) for completion in completions]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i][0]) + len(ids[i][1]))
+        lengths = [(len(query), len(response)) for query, response in ids]
+        apart = self.engine.partitions_weights
+        queries = [(row,) if apart else query for row, (query, _) in enumerate(ids)]
         scores = torch.empty(len(ids))
         with self.engine.on_device(self.model), self.engine.frozen_autocast():
-            for first in range(0, len(order), self.batch_size):
-                indices = order[first : first + self.batch_size]
-                queries, responses = zip(*(ids[i] for i in indices), strict=True)
-                batch = pad_batch(queries, responses, self.tokenizer.pad_token_id).to(self.engine.device)
-                scores[indices] = self.model.score(batch).float().cpu()
+            for rows, num_continuations in same_query_batches(queries, lengths, self.batch_size):
+                batch = pad_batch(*zip(*(ids[row] for row in rows), strict=True), self.tokenizer.pad_token_id)
+                batch = batch.to(self.engine.device)
+                scores[rows] = self.model.score(batch, num_continuations).float().cpu()
         return scores
 
     def _ids(self, completion: Completion) -> tuple[list[int], list[int]]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from drpo.models.frozen_weights import is_half, own_precision
 from drpo.models.inputs import model_inputs, takes_position_ids, unwrap_peft
-from drpo.models.scalar_head import ScalarModel, token_values
+from drpo.models.scalar_head import ScalarModel, token_scores, token_values
 from drpo.models.scoring import (
     Entropy,
     ResponseScores,
@@ -105,6 +105,24 @@ def continuation_values(model: nn.Module, batch: PaddedBatch, num_continuations:
         return token_values(model, batch)
     scalar_model, packed = unwrap_peft(model), pack_rows(batch, num_continuations)
     return _in_rows(scalar_model.head(_hidden(scalar_model.backbone, packed)[packed.predicting]), batch)
+
+
+def continuation_scores(model: nn.Module, batch: PaddedBatch, num_continuations: int) -> Tensor:
+    """Compute `token_scores` (K*B, R) of a scalar model for K responses to each of B queries.
+
+    Rows, costs and errors are those of `continuation_logprobs`; 0 on padding where prompts are shared.
+    """
+    _check_blocks(batch, num_continuations)
+    longer = _with_one_more_token(batch)  # the output before it is the one at the last token
+    if not _packs(model, longer, num_continuations):
+        return token_scores(model, batch)
+    return continuation_values(model, longer, num_continuations)[:, 1:]
+
+
+def _with_one_more_token(batch: PaddedBatch) -> PaddedBatch:
+    responses = torch.cat([batch.responses, torch.zeros_like(batch.responses[:, :1])], dim=1)
+    mask = torch.cat([batch.response_mask[:, :1], batch.response_mask], dim=1)
+    return PaddedBatch(batch.queries, batch.query_mask, responses, mask)
 
 
 def _check_blocks(batch: PaddedBatch, num_continuations: int) -> None:

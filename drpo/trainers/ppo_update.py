@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from drpo.config import Section, setting
 from drpo.engine import Engine
 from drpo.losses import ppo_policy_loss, ppo_value_loss
-from drpo.microbatches import Lengths, microbatches
+from drpo.microbatches import microbatches, sharing_saves
 from drpo.rollout.trajectory import Microbatch, Rollouts, Trajectory
 from drpo.tensors import masked_sum
 from drpo.trainers.credit import Credit
@@ -60,7 +60,7 @@ def minibatches(
     together = 1 if minibatch_size % rollouts.rollouts_together else rollouts.rollouts_together
     fits = config.microbatch_tokens is not None or together <= config.microbatch_size
     divides = minibatch_size % (together * world_size) == 0
-    num_continuations = together if fits and divides and _sharing_saves(lengths, together) else 1
+    num_continuations = together if fits and divides and sharing_saves(lengths, together) else 1
     max_groups = None if config.microbatch_tokens else config.microbatch_size // num_continuations
     prompts = np.arange(len(lengths)).reshape(-1, together)
 
@@ -78,18 +78,6 @@ def minibatches(
             ]
             parts = microbatches(group_lengths, max_groups, config.microbatch_tokens, world_size)
             yield [microbatch(groups[part].T.ravel()) for part in parts]
-
-
-def _sharing_saves(lengths: Sequence[Lengths], num_continuations: int) -> bool:
-    """Return whether attention over [query | K responses] costs at most that of K separate rows, at mean lengths.
-
-        (Q + K R)^2 <= K (Q + R)^2
-
-    Short prompts with long responses cost more together, since attention is computed under the mask too.
-    """
-    query_length, response_length = np.mean(lengths, axis=0)
-    shared = (query_length + num_continuations * response_length) ** 2
-    return bool(shared <= num_continuations * (query_length + response_length) ** 2)
 
 
 def ppo_update(

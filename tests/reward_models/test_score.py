@@ -67,6 +67,27 @@ def test_with_a_shared_tokenizer_the_ids_are_scored_in_their_order(
     assert scorer(completions()[::-1]).tolist() == pytest.approx(expected[::-1], abs=2e-5)
 
 
+@pytest.mark.parametrize("aggregation", ["last", "sum"])
+def test_responses_to_one_prompt_have_the_scores_that_they_have_alone(
+    tmp_path, engine, policy_tokenizer, aggregation, monkeypatch
+):
+    model = save_reward_model(tmp_path / "rm", single_bytes(), aggregation)
+    scorer = RewardModelScorer.load(str(tmp_path / "rm"), engine, 4, "float32", str(policy_tokenizer))
+    query = [*range(65, 85)]
+    pairs = [(query, [70, 71, 0]), (QUERIES[0], [72, 0]), (query, [73, 74]), (query, [0])]
+    batches = []
+    score = RewardModel.score
+
+    def noted(model, batch, num_continuations):
+        batches.append((len(batch.responses), num_continuations))
+        return score(model, batch, num_continuations)
+
+    monkeypatch.setattr(RewardModel, "score", noted)
+    found = scorer([completion(query, response, ended=response[-1] == 0) for query, response in pairs])
+    assert batches == [(1, 1), (3, 3)]
+    assert found.tolist() == pytest.approx([score_alone(model, *pair) for pair in pairs], abs=2e-5)
+
+
 def test_with_another_tokenizer_the_text_is_scored(tmp_path, engine, policy_tokenizer):
     """The ids of a policy mean other tokens to this reward model, so they must not be read."""
     tokenizer = byte_level(vocab_size=300, bos=True)
