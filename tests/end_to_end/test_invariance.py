@@ -72,7 +72,7 @@ def test_two_processes_equal_one(folder):
     assert_same_policy(folder / "whole", folder / "two", 2e-4)
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(s, marks=pytest.mark.slow) for s in (3, "3_offload"))])
 def test_two_deepspeed_processes_equal_one(folder, stage):
     run(deepspeed("drpo", stage), "drpo.yaml", f"run_dir=zero{stage}", "ppo.microbatch_size=2", cwd=folder)
     assert_close(metrics_of(folder / "whole"), metrics_of(folder / f"zero{stage}"), 2e-4)

@@ -93,8 +93,8 @@ def ddp(script: str) -> list[str]:
     return [*accelerate(), "--config_file", config, *port, str(ROOT / "launch" / f"{script}.py")]
 
 
-def deepspeed(script: str, stage: int) -> list[str]:
-    """Two DeepSpeed processes on CPU through `accelerate launch`, in float32."""
+def deepspeed(script: str, stage: int | str) -> list[str]:
+    """Two DeepSpeed processes on CPU through `accelerate launch`, in float32; `stage` as in the name of the config."""
     config = str(ROOT / "launch" / "accelerate" / f"zero{stage}.yaml")
     options = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     return [*accelerate(), "--config_file", config, *options, str(ROOT / "launch" / f"{script}.py")]
