@@ -66,8 +66,8 @@ def check_agreement(difference: float) -> None:
     if not difference <= MAX_DIFFERENCE:
         raise ConfigError(
             f"rollout.engine=vllm: log-probabilities of vLLM and of the trainer differ by {difference:.3g} nats on "
-            f"average (rounding explains less than {MAX_DIFFERENCE}), so vLLM does not compute the model that is trained; use "
-            "rollout.engine=native"
+            f"average, and rounding explains less than {MAX_DIFFERENCE}: vLLM does not compute the model that is "
+            "trained; use rollout.engine=native"
         )
 
 
