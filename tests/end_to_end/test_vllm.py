@@ -70,6 +70,12 @@ def test_draws_decide_a_row_and_the_process_is_left_as_it_was(case):
     assert "context 0 has 160 tokens and may get 24 new ones" in found["too_long"]
 
 
+@each
+def test_prompts_that_do_not_fit_into_one_forward_wait(case):
+    lengths = checks(*case)["lengths_of_many"]
+    assert len(lengths) == 40 and set(lengths) <= {1, 2} and 2 in lengths
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """`runs(launcher arguments, name, **changes)`: the metrics of a whole run, without wall-clock keys."""

@@ -57,6 +57,7 @@ KEYS = {
     "benchmark": ("share_prompts", "num_repeats"),
     "trunk_speed": ("baseline", "trainable_layers"),
     "update_speed": ("baseline", "cases"),
+    "rollout_speed": ("num_batches", "only"),
     "smollm_experiment": ("judge_data_path", "num_jobs"),
     "complete": ("policy", "imported.columns"),
     "judge": ("half_tie", "max_undecided"),

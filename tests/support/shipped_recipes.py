@@ -19,6 +19,7 @@ from launch.complete import CompleteRecipe
 from launch.experiments.dpo_speed import BenchmarkRecipe
 from launch.experiments.preference import PreferenceExperimentRecipe
 from launch.experiments.resets import ExperimentRecipe
+from launch.experiments.rollout_speed import RolloutSpeedRecipe
 from launch.experiments.smollm import SmolLMExperimentRecipe
 from launch.experiments.trunk_speed import TrunkSpeedRecipe
 from launch.experiments.update_speed import UpdateSpeedRecipe
@@ -46,6 +47,7 @@ STAGES: dict[str, type] = {
     "benchmark": BenchmarkRecipe,
     "trunk_speed": TrunkSpeedRecipe,
     "update_speed": UpdateSpeedRecipe,
+    "rollout_speed": RolloutSpeedRecipe,
     "seeds": SmolLMExperimentRecipe,
 }
 

@@ -43,7 +43,7 @@ def main(model_type: str, trained: str, precision: str) -> None:
         engine = Engine(EngineConfig(mixed_precision=precision, trackers=[]), Path(run_dir), 0, None)
         state = torch.random.get_rng_state()
         vocabulary = Vocabulary(PAD, (STOP, OTHER_STOP), SUPPRESSED)
-        vllm = VLLMEngine(VLLMConfig(enforce_eager=True), engine, policy, vocabulary, 8, MAX_TOKENS)
+        vllm = VLLMEngine(VLLMConfig(enforce_eager=True), engine, policy, vocabulary, 64, MAX_TOKENS)
         result = {"random_state_kept": torch.equal(state, torch.random.get_rng_state())}
         sampling = SamplingConfig(temperature=TEMPERATURE)
         generator = Generator(policy, None, vocabulary, sampling, LIMIT, 8, vllm=vllm)
@@ -66,6 +66,10 @@ def measure(generator: Generator, engine: Engine) -> dict:
     with generator.synced():
         first, again = (sample(generator, 5) for _ in range(2))
         alone = generator.generate(CONTEXTS[1:2], BUDGETS[1:2], [(5, 1)]).tokens[0]
+        # 5,920 tokens: more than vLLM computes at once.
+        long_rows = [[first, *range(4, 40)] * 4 for first in range(40, 80)]
+        long_rows = [[token % 60 for token in row] for row in long_rows]
+        many = generator.generate(long_rows, [2] * 40, [(6, row) for row in range(40)]).tokens
         too_long = error_of(lambda: generator.generate([[3] * 160], [LIMIT], [(0, 0)]))
     return {
         "mean_differences": [mean for mean, _ in differences],
@@ -75,6 +79,7 @@ def measure(generator: Generator, engine: Engine) -> dict:
         "repeated": first == again,
         "alone_equal": alone == first[1],
         "too_long": too_long,
+        "lengths_of_many": [len(row) for row in many],
     }
 
 
