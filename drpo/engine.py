@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -136,6 +136,7 @@ class Engine:
         self._module: nn.Module | None = None
         self._config = config
         self._warned_of_bf16 = False
+        self._at_close: list[Callable[[], None]] = []
         plugin = self._accelerator.state.deepspeed_plugin
         if plugin is not None:
             # We accumulate ourselves (the last micro-batch of a step is marked), so DeepSpeed sees one per step.
@@ -345,6 +346,17 @@ class Engine:
             finally:
                 offload.setup_zero_stage3_hooks()
 
+    def whole_parameters(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Return a context in which these parameters have all their values on every rank, to be read.
+
+        All ranks must ask for the same ones, outside `whole_weights`. A no-op except under ZeRO stage 3.
+        """
+        if not self.partitions_weights:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")])
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the full weights of the prepared module on the main process; other ranks may get an empty dict."""
         return self._accelerator.get_state_dict(self._module)
@@ -396,6 +408,10 @@ class Engine:
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._accelerator.log(metrics, step=step)
 
+    def at_close(self, function: Callable[[], None]) -> None:
+        """Call `function` in `close`, before the process group is left; it may leave the group itself."""
+        self._at_close.append(function)
+
     def close(self) -> None:
         """Flush the trackers and leave the process group."""
         for tracker in self._accelerator.trackers:
@@ -405,7 +421,10 @@ class Engine:
             # gloo: its thread may need the GIL to release the tensors of the last collective, and the group's
             # destructor holds the GIL while it waits for that thread.
             time.sleep(SETTLE_SECONDS)
-            torch.distributed.destroy_process_group()
+            for function in self._at_close:
+                function()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The two losses of PPO, per token and unreduced.
+"""The two losses of PPO, per token and unreduced, and the weights of tokens that another engine sampled.
 
 The trainer sums them where the mask is True (`masked_sum`) and divides by the token count of the whole
 optimizer step, so a token weighs the same however the batch is cut into micro-batches. Both work element by
@@ -7,7 +7,7 @@ element on any shape, so also on the counted tokens alone, `x[mask]`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,33 @@ def ppo_policy_loss(
     clipped_loss = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = torch.maximum(unclipped_loss, clipped_loss)
     return PolicyTerms(loss, ratio.detach(), clipped_loss.detach() > unclipped_loss.detach())
+
+
+def importance_weights(
+    logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, level: Literal["token", "sequence"], cap: float
+) -> Tensor:
+    """Compute truncated importance weights (B, R) of tokens that a rollout engine sampled.
+
+        token:     w_t = min(pi(a_t | s_t) / mu(a_t | s_t), cap)
+        sequence:  w_t = min(prod_u pi(a_u | s_u) / mu(a_u | s_u), cap), the same for all tokens of a row
+
+    pi is the trainer's policy at sampling time, mu what the engine computed for the same weights. Their expectation
+    under mu turns into one under pi, up to the truncation. Tokens outside `mask` have weight 1 and no influence.
+    Source: Ionides 2008, Truncated importance sampling; for rollout engines Yao et al. 2025, Your efficient RL
+    framework secretly brings you off-policy RL training.
+
+    Args:
+        logprobs: (B, R), under pi.
+        engine_logprobs: (B, R), under mu.
+        mask: (B, R) bool, the sampled tokens.
+        level: whether the ratio is that of a token or of all tokens of the row.
+        cap: largest weight.
+    """
+    log_ratio = torch.where(mask, logprobs - engine_logprobs, 0.0).detach()
+    if level == "sequence":
+        log_ratio = log_ratio.sum(dim=1, keepdim=True)
+    weights = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
+    return torch.where(mask, weights, 1.0)
 
 
 class ValueTerms(NamedTuple):

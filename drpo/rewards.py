@@ -31,6 +31,8 @@ class Completion:
     "Tokens of the whole response, stop token included when sampled."
     record: Record
     "The row of data that the prompt came from."
+    engine_logprobs: list[float] | None = None
+    "Log-probabilities of the sampled tokens under a rollout engine that has a copy of the policy; None without one."
 
 
 class RewardFn(Protocol):

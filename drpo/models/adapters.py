@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -125,24 +125,50 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def merged_state_dict(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
     """Return the weights of the plain transformers model, with LoRA folded in if it has an adapter.
 
-    W + (alpha / r) B A is float32 for every base: in bfloat16 the sum would lose most of a small update. Folded weights
-    go to `device`, by default the one they were on. Nothing is changed in place, so training can continue exactly.
+    Folded weights are those of `merged_weights`; they go to `device`, by default the one they were on.
     """
     if not hasattr(model, "get_base_model"):
         return model.state_dict()
-    weights = {}
-    for name, tensor in model.get_base_model().state_dict().items():
+    adapted = {f"{name}.weight" for name, _ in _lora_layers(model)}
+    weights = merged_weights(model)
+    return {
+        name: weight.to(device or weight.device) if name in adapted else weight for name, weight in weights
+    }
+
+
+def merged_weights(
+    model: nn.Module, whole: Callable[[Sequence[Tensor]], AbstractContextManager] = nullcontext
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the plain transformers model by name, one at a time, with LoRA folded in.
+
+    W + (alpha / r) B A is float32 for every base: in bfloat16 the sum would lose most of a small update. Nothing is
+    changed in place, so training can continue exactly. `whole` returns a context in which the parameters that it gets
+    have all their values; it is entered for one weight and its adapter at a time.
+    """
+    has_adapter = hasattr(model, "get_base_model")
+    base = model.get_base_model() if has_adapter else model
+    layers = (
+        {f"{name}.base_layer.weight": layer for name, layer in _lora_layers(model)} if has_adapter else {}
+    )
+    adapters = model.active_adapters if has_adapter else []
+    for name, weight in base.state_dict(keep_vars=True).items():
         if ".lora_" in name or ".original_module." in name:
             continue
-        plain_name = name.replace(".base_layer.", ".")
-        for adapter in model.active_adapters:
+        plain_name = name.replace(".base_layer.", ".") if has_adapter else name
+        for adapter in adapters:
             plain_name = plain_name.replace(f".modules_to_save.{adapter}.", ".")
-        weights[plain_name] = tensor
-    for name, layer in _lora_layers(model):
-        weight = weights[f"{name}.weight"]
-        delta = sum(_delta(layer, adapter) for adapter in model.active_adapters)
-        weights[f"{name}.weight"] = (weight.float() + delta.to(weight.device)).to(device or weight.device)
-    return weights
+        layer = layers.get(name)
+        parts = (
+            []
+            if layer is None
+            else [part[a].weight for a in adapters for part in (layer.lora_A, layer.lora_B)]
+        )
+        with whole([weight, *parts]), torch.no_grad():
+            merged = weight.detach()
+            if layer is not None:
+                delta = sum(_delta(layer, adapter) for adapter in adapters)
+                merged = merged.float() + delta.to(merged.device)
+            yield plain_name, merged
 
 
 def _delta(layer: nn.Module, adapter: str) -> Tensor:

@@ -42,7 +42,7 @@ def collect(
         phases: collects the seconds of each phase.
     """
     policy = generator.policy
-    with phases("generate"), engine.whole_weights(policy), engine.autocast():
+    with phases("generate"), generator.ready(engine), engine.autocast():
         completions = generator.respond(starts)
     lengths = torch.tensor([[len(c.query_ids), len(c.response_ids)] for c in completions])
     query_length, response_length = (int(engine.max(int(longest))) for longest in lengths.amax(dim=0))
@@ -70,6 +70,21 @@ def collect(
         ended=torch.tensor([c.ended for c in completions], device=engine.device),
         scores=scores.to(engine.device),
         rollouts_together=rollouts_together,
+        engine_logprobs=_engine_logprobs(starts, completions, response_length, engine.device),
         trunk=torch.cat(trunks) if has_trunk(policy) else None,
     )
     return rollouts, completions
+
+
+def _engine_logprobs(
+    starts: Sequence[Start], completions: Sequence[Completion], length: int, device: torch.device
+) -> Tensor | None:
+    """Return the rollout engine's log-probs (B, length) at the sampled tokens, 0 elsewhere, if there is an engine."""
+    if completions[0].engine_logprobs is None:
+        return None
+    logprobs = torch.zeros(len(completions), length)
+    for row, (start, completion) in enumerate(zip(starts, completions, strict=True)):
+        logprobs[row, len(start.prefix) : len(completion.response_ids)] = torch.tensor(
+            completion.engine_logprobs
+        )
+    return logprobs.to(device)

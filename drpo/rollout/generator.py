@@ -3,23 +3,27 @@
     generator.generate(contexts, max_new_tokens, draws)   token ids after any contexts
     generator.respond(starts)                             finished responses to prompts, as reward functions see them
 
-`generate` calls the sampling engine, drpo.rollout.sampler. Another engine would be a function of the same arguments
-in a file of its own, and a `match` here.
+`generate` calls the sampling engine: drpo.rollout.sampler, on the policy itself, or drpo.rollout.vllm_engine, on a copy
+of its weights. Another engine would be a file of its own, and a case here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import nn
 
-from drpo.config import ConfigError, Section, key, refuse, setting
+from drpo.config import ConfigError, Section, key, refuse, refuse_changed, setting
 from drpo.data.encode import readable_texts
+from drpo.engine import Engine
 from drpo.rewards import Completion
 from drpo.rollout.sampler import Generated, SamplingConfig, Vocabulary, draw_uniforms, sample
 from drpo.rollout.starts import Start
+from drpo.rollout.vllm_engine import VLLMConfig, VLLMEngine, request_seed
 
 Draw = tuple[int, int]
 "Seed and number of a response: all that its random numbers depend on."
@@ -41,8 +45,15 @@ class RolloutConfig(Section):
     """Tokens that are never sampled, in addition to padding and ids that the tokenizer does not have."""
     generation_batch_size: int = setting(64, ge=1)
     """Rows decoded together on one device."""
+    engine: Literal["native", "vllm"] = "native"
+    """native: the policy itself, a row's text independent of the other rows. vllm: vLLM in every process, with a copy
+    of the policy's weights, faster but equal to the policy only up to rounding (docs/rollout_engines.md)."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """Memory and speed of engine=vllm."""
 
     def check(self) -> None:
+        if self.engine == "native":
+            refuse_changed(self, ("vllm",), f"does not apply to {key('engine')}=native")
         rule = f"must be a multiple of {key('rollouts_per_prompt')} ({self.rollouts_per_prompt})"
         refuse(self.batch_size % self.rollouts_per_prompt != 0, "batch_size", f"({self.batch_size}) {rule}")
         rule = "must be > 0: greedy rollouts explore nothing"
@@ -102,6 +113,19 @@ class Generator:
     "Rows decoded together."
     seed: int = 0
     "Seed of the responses of `respond`."
+    vllm: VLLMEngine | None = None
+    "Samples in place of the policy, with its weights within `synced`."
+
+    def synced(self) -> AbstractContextManager[None]:
+        """Return a context in which a rollout engine has the policy's weights; nothing is done without one.
+
+        ZeRO-3: all processes must enter it, outside `Engine.whole_weights`.
+        """
+        return nullcontext() if self.vllm is None else self.vllm.weights_of(self.policy)
+
+    def ready(self, engine: Engine) -> AbstractContextManager[None]:
+        """Return a context for `generate`: the policy's weights are whole, or a rollout engine has them."""
+        return engine.whole_weights(self.policy) if self.vllm is None else self.synced()
 
     def generate(
         self,
@@ -113,14 +137,20 @@ class Generator:
         """Sample new tokens after each context, in the order of `contexts`, a sampled stop token included.
 
         Row i ends at a stop id or after `max_new_tokens[i]` tokens; its text depends on its context and on `draws[i]`
-        alone. With `logprobs` the result includes log-probabilities of the new tokens, under the distribution that they
-        were sampled from. Raises the errors of `drpo.rollout.sampler.sample`.
+        alone, with vLLM up to rounding, which may depend on the other rows. With `logprobs` the result includes
+        log-probabilities of the new tokens, under the distribution that they were sampled from. Raises the errors of
+        `drpo.rollout.sampler.sample` or `VLLMEngine.sample`.
         """
-        length = max(max_new_tokens, default=0)
-        rows = [draw_uniforms(seed, [number], length) for seed, number in draws]
-        uniforms = torch.cat([draw_uniforms(0, [], length), *rows])
-        settings = (self.sampling, self.vocabulary, self.batch_size, logprobs)
-        return sample(self.policy, contexts, max_new_tokens, uniforms, *settings)
+        match self.vllm:
+            case None:
+                length = max(max_new_tokens, default=0)
+                rows = [draw_uniforms(seed, [number], length) for seed, number in draws]
+                uniforms = torch.cat([draw_uniforms(0, [], length), *rows])
+                settings = (self.sampling, self.vocabulary, self.batch_size, logprobs)
+                return sample(self.policy, contexts, max_new_tokens, uniforms, *settings)
+            case vllm:
+                seeds = [request_seed(seed, number) for seed, number in draws]
+                return vllm.sample(contexts, max_new_tokens, seeds, self.sampling)
 
     def respond(self, starts: Sequence[Start]) -> list[Completion]:
         """Complete the responses that begin at `starts`; each depends on (seed, episode) alone."""
@@ -128,9 +158,14 @@ class Generator:
             [[*start.example.query_ids, *start.prefix] for start in starts],
             [self.max_response_length - len(start.prefix) for start in starts],
             [(self.seed, start.episode) for start in starts],
-        ).tokens
-        responses = [[*start.prefix, *ids] for start, ids in zip(starts, new, strict=True)]
-        return self.completions(starts, responses)
+        )
+        responses = [[*start.prefix, *ids] for start, ids in zip(starts, new.tokens, strict=True)]
+        completions = self.completions(starts, responses)
+        if self.vllm is None:
+            return completions
+        return [
+            replace(c, engine_logprobs=values) for c, values in zip(completions, new.logprobs, strict=True)
+        ]
 
     def completions(self, starts: Sequence[Start], responses: Sequence[Sequence[int]]) -> list[Completion]:
         """Make Completions of responses for reward functions, `ended` when the last token is a stop token."""

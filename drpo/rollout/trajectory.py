@@ -56,6 +56,8 @@ class Rollouts:
     """(B,) float32, raw reward."""
     rollouts_together: int = 1
     """Consecutive rows that share their query, if it may be computed once for all of them; else 1."""
+    engine_logprobs: Tensor | None = None
+    """(B, R) float32, of the sampled tokens under the rollout engine that sampled, 0 elsewhere; None without one."""
     trunk: Tensor | None = None
     """(B, Q+R, H), output of the frozen layers that all models share (drpo.models.trunk); None where there are none."""
 

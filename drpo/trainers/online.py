@@ -24,6 +24,7 @@ from drpo.rollout.held_out import Held, evaluate
 from drpo.rollout.resets import check_resets
 from drpo.rollout.samples import rollout_samples
 from drpo.rollout.starts import draw_starts
+from drpo.rollout.vllm_engine import check_agreement, check_installed
 from drpo.run.folder import Callback, RunFolder, RunStopped
 from drpo.run.metrics import Phases, peak_memory_gib
 from drpo.run.result import Result
@@ -121,6 +122,8 @@ class _Loop:
         credit = assign_credit(trajectory, recipe.reward.shaping, recipe.kl, kl_coef, recipe.advantage,
                                recipe.reset.masking, self.running, recipe.rollout.rollouts_per_prompt)  # fmt: skip
         metrics = online_metrics(trajectory, credit, kl_coef)
+        if trajectory.engine_logprobs is not None:
+            check_agreement(metrics["rollout/logprob_difference"])
 
         if self.guard.passes(metrics):
             rates = learning_rates(recipe, step)
@@ -162,9 +165,15 @@ class _Loop:
     def evaluate(self) -> Held:
         """Complete and score the held-out prompts."""
         models = self.models
-        policy = models.generator.policy
-        with self.engine.whole_weights(policy), models.reference_present(), self.engine.autocast():
-            return evaluate(self.recipe.eval, self.engine, models.generator, self.splits.eval, self.rewards,
+        generator = models.generator
+        # Weights go to a rollout engine before they are gathered: ZeRO-3 cannot gather them twice.
+        with (
+            generator.synced(),
+            self.engine.whole_weights(generator.policy),
+            models.reference_present(),
+            self.engine.autocast(),
+        ):
+            return evaluate(self.recipe.eval, self.engine, generator, self.splits.eval, self.rewards,
                             models.reference_logprobs)  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,6 +195,8 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
             f"a minibatch has {minibatch} rows (rollout.batch_size / ppo.num_minibatches), which do not divide "
             f"over {engine.world_size} processes"
         )
+    if recipe.rollout.engine == "vllm":
+        check_installed()
     if recipe.reset.proportion > 0:
         check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)
 

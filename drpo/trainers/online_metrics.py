@@ -55,7 +55,23 @@ def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> di
     metrics |= _by_start(trajectory, row_metrics)
     if trajectory.values is not None:
         metrics |= _of_the_critic(trajectory, credit)
+    if trajectory.engine_logprobs is not None:
+        metrics |= _of_the_rollout_engine(trajectory)
     return metrics
+
+
+def _of_the_rollout_engine(trajectory: Trajectory) -> dict[str, float]:
+    """Compare the log-probs of the engine that sampled with the trainer's, over the sampled tokens."""
+    mask = trajectory.action_mask
+    differences = (trajectory.logprobs - trajectory.engine_logprobs)[mask]
+    ratios, distances = differences.exp(), differences.abs()
+    return {
+        "rollout/logprob_difference": float(distances.mean()),
+        "rollout/logprob_difference_max": float(distances.max()),
+        "rollout/importance_ratio": float(ratios.mean()),
+        "rollout/importance_ratio_min": float(ratios.min()),
+        "rollout/importance_ratio_max": float(ratios.max()),
+    }
 
 
 def _of_the_critic(trajectory: Trajectory, credit: Credit) -> dict[str, float]:

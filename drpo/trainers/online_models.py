@@ -27,6 +27,7 @@ from drpo.optim import build_optimizer
 from drpo.rewards import BoundedRewardFn, RewardFn, SharingRewardFn
 from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.rollout.trajectory import Rollouts, Trajectory
+from drpo.rollout.vllm_engine import VLLMEngine
 from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch
 from drpo.trainers.online_recipe import OnlineRecipe
@@ -126,6 +127,11 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
     ) -> Tensor:
         return reference.apply(score, batch, num_continuations, trunk=trunk).logprobs
 
+    vllm = None
+    if rollout.engine == "vllm":
+        longest = max(len(example.query_ids) for example in [*splits.train, *splits.eval])
+        max_tokens = longest + rollout.max_response_length
+        vllm = VLLMEngine(rollout.vllm, engine, policy, vocabulary, rollout.generation_batch_size, max_tokens)
     generator = Generator(
         policy,
         tokenizer,
@@ -134,6 +140,7 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
         rollout.max_response_length,
         rollout.generation_batch_size,
         recipe.seed,
+        vllm,
     )
     together = _rollouts_together(
         recipe, splits, [module for module in (policy, critic) if module is not None]

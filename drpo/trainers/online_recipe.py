@@ -13,6 +13,7 @@ from drpo.optim import OptimConfig
 from drpo.rollout.generator import RolloutConfig
 from drpo.rollout.held_out import EvalConfig
 from drpo.rollout.resets import ResetConfig
+from drpo.rollout.vllm_engine import MIN_TEMPERATURE
 from drpo.run.folder import CheckpointConfig, LogConfig, Resume
 from drpo.trainers.credit import AdvantageConfig, KLConfig, ShapingConfig
 from drpo.trainers.ppo_update import PPOConfig
@@ -127,8 +128,23 @@ class OnlineRecipe(Section):
             "kl.offload_reference",
             rule,
         )
+        self._check_rollout_engine()
         rule = f"({self.ppo.num_minibatches}) must divide rollout.batch_size ({self.rollout.batch_size})"
         refuse(self.rollout.batch_size % self.ppo.num_minibatches != 0, "ppo.num_minibatches", rule)
+
+    def _check_rollout_engine(self) -> None:
+        if self.rollout.engine == "native":
+            rule = (
+                "is for rollout.engine=vllm: the native engine samples from the very policy that is trained"
+            )
+            refuse_changed(self.ppo, ("importance_sampling",), rule, "ppo.")
+            return
+        for name, value in (
+            ("rollout.sampling.temperature", self.rollout.sampling.temperature),
+            ("eval.temperature", self.eval.temperature),
+        ):
+            rule = f"({value:g}) must be 0 or >= {MIN_TEMPERATURE} for rollout.engine=vllm, which would sample at that"
+            refuse(0 < value < MIN_TEMPERATURE, name, rule)
 
     @property
     def tokenizer_path(self) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from drpo.config import Section, setting
+from drpo.config import Section, key, refuse_changed, setting
 from drpo.engine import Engine
-from drpo.losses import ppo_policy_loss, ppo_value_loss
+from drpo.losses import importance_weights, ppo_policy_loss, ppo_value_loss
 from drpo.microbatches import microbatches, sharing_saves
 from drpo.rollout.trajectory import Microbatch, Rollouts, Trajectory
 from drpo.tensors import masked_sum
@@ -46,6 +47,15 @@ class PPOConfig(Section):
     """Weight of the entropy bonus."""
     target_kl: float | None = setting(None, gt=0)
     """Stop the update early when a minibatch's KL between old and new policy (k3, nats per token) is above this."""
+    importance_sampling: Literal["none", "token", "sequence"] = "none"
+    """Weigh the policy loss of each token by the policy's probability over the rollout engine's, of the token or of the
+    whole response, at most importance_cap; for rollout.engine=vllm."""
+    importance_cap: float = setting(2.0, ge=1)
+    """Largest weight of importance_sampling."""
+
+    def check(self) -> None:
+        if self.importance_sampling == "none":
+            refuse_changed(self, ("importance_cap",), f"does not apply to {key('importance_sampling')}=none")
 
 
 def minibatches(
@@ -96,7 +106,8 @@ def ppo_update(
                + value_coef * sum_value_tokens(clipped value loss) / N_value
 
     N counts the tokens of the whole minibatch over all micro-batches and processes, so the result does not depend on
-    how the minibatch is cut. Without a critic the second term is missing. Takes num_epochs * num_minibatches optimizer
+    how the minibatch is cut. Without a critic the second term is missing; with `importance_sampling` the clipped policy
+    loss of a token is multiplied by its weight (`importance_weights`). Takes num_epochs * num_minibatches optimizer
     steps, fewer when `target_kl` ends it. Returns the statistics of `_losses`, token means averaged over the
     minibatches, and `grad_norm` (mean, before clipping) and `num_optimizer_steps`.
 
@@ -166,7 +177,17 @@ def _losses(
     )
     old_logprobs = part.responses(trajectory.logprobs)
     policy = ppo_policy_loss(logprobs, old_logprobs, part.responses(credit.advantages), config.clip_range)
-    policy_loss = masked_sum(policy.loss, policy_mask, dim=1) / num_policy
+    token_losses, weights = policy.loss, None
+    if config.importance_sampling != "none":
+        weights = importance_weights(
+            old_logprobs,
+            part.responses(trajectory.engine_logprobs),
+            policy_mask,
+            config.importance_sampling,
+            config.importance_cap,
+        )
+        token_losses = weights * token_losses
+    policy_loss = masked_sum(token_losses, policy_mask, dim=1) / num_policy
     bonus = masked_sum(entropy, policy_mask, dim=1) / num_policy
     statistics = {"policy_loss": policy_loss.sum(), "entropy": bonus.sum()}
     terms = []
@@ -187,4 +208,8 @@ def _losses(
         statistics["approx_kl"] = masked_sum(kl, policy_mask) / num_policy
         statistics["clip_fraction"] = masked_sum(policy.clipped.float(), policy_mask) / num_policy
         statistics["ratio"] = masked_sum(policy.ratio, policy_mask) / num_policy
+        if weights is not None:
+            truncated = (weights >= config.importance_cap).float()
+            statistics["importance_weight"] = masked_sum(weights, policy_mask) / num_policy
+            statistics["importance_truncated"] = masked_sum(truncated, policy_mask) / num_policy
     return sum(terms[1:], terms[0]), {name: value.detach() for name, value in statistics.items()}

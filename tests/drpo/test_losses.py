@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from drpo.losses import MAX_LOG_RATIO, ppo_policy_loss, ppo_value_loss
+from drpo.losses import MAX_LOG_RATIO, importance_weights, ppo_policy_loss, ppo_value_loss
 from drpo.tensors import masked_sum
 
 
@@ -151,3 +151,45 @@ def test_micro_batches_add_up_to_the_whole_batch():
         for i in torch.arange(8).split([1, 4, 3])
     ]
     torch.testing.assert_close(sum(parts), whole)
+
+
+# --- tokens of another engine -----------------------------------------------------------------------------
+
+
+def test_importance_weights_by_hand():
+    # Ratios pi / mu of the sampled tokens; the third row has one forced token, the fourth two tokens of padding.
+    #   token:    min(ratio, 2)
+    #   sequence: min(product of the row, 2): 2 x 0.5 x 1 = 1;  3 x 1.5 x 0.2 = 0.9;  4 x 2 = 8 -> 2;  0.25
+    ratios = torch.tensor([[2.0, 0.5, 1.0], [3.0, 1.5, 0.2], [7.0, 4.0, 2.0], [0.25, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 1, 1], [1, 0, 0]]).bool()
+    logprobs = torch.full((4, 3), -1.5)
+    inputs = (logprobs, logprobs - ratios.log(), mask)
+    by_token = torch.tensor([[2.0, 0.5, 1.0], [2.0, 1.5, 0.2], [1.0, 2.0, 2.0], [0.25, 1.0, 1.0]])
+    torch.testing.assert_close(importance_weights(*inputs, "token", 2.0), by_token)
+    by_row = torch.tensor([[1.0, 1.0, 1.0], [0.9, 0.9, 0.9], [1.0, 2.0, 2.0], [0.25, 1.0, 1.0]])
+    torch.testing.assert_close(importance_weights(*inputs, "sequence", 2.0), by_row)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_make_a_mean_under_mu_one_under_pi(level):
+    """All 9 pairs of tokens, each with its probability under mu; no weight is cut."""
+    pi, mu = (randn(seed, 3).softmax(0) for seed in (0, 1))
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    values = randn(2, 9)
+    mask = torch.ones(9, 2, dtype=torch.bool)
+    weights = importance_weights(pi.log()[pairs], mu.log()[pairs], mask, level, 1e6)
+    weight = weights.prod(dim=1) if level == "token" else weights[:, 0]
+    mean_under_mu = (mu[pairs].prod(dim=1) * weight * values).sum()
+    torch.testing.assert_close(mean_under_mu, (pi[pairs].prod(dim=1) * values).sum())
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_look_at_sampled_tokens_alone(level, bad):
+    logprobs, engine_logprobs = randn(3, 4, 5), randn(4, 4, 5)
+    mask = randn(5, 4, 5) > 0
+    expected = importance_weights(logprobs, engine_logprobs, mask, level, 2.0)
+    outside = mask.logical_not()
+    spoilt = (tensor.masked_fill(outside, bad) for tensor in (logprobs, engine_logprobs))
+    assert torch.equal(importance_weights(*spoilt, mask, level, 2.0), expected)
+    assert not importance_weights(logprobs.requires_grad_(), engine_logprobs, mask, level, 2.0).requires_grad

@@ -56,6 +56,7 @@ KEYS = {
     "neuron_shift": ("before", "probe.source"),
     "benchmark": ("baseline", "num_repeats"),
     "trunk_speed": ("baseline", "trainable_layers"),
+    "rollout_speed": ("num_batches", "only"),
     "smollm_experiment": ("judge_data_path", "num_jobs"),
     "complete": ("policy", "imported.columns"),
     "judge": ("half_tie", "max_undecided"),

@@ -34,12 +34,12 @@ RECIPE = {
 }
 
 
-def save_tiny_policy(folder: Path) -> None:
+def save_tiny_policy(folder: Path, hidden_size: int = 32) -> None:
     """A random GPT-NeoX with its tokenizer."""
     tokenizer = train_tokenizer(load_texts(DataConfig(demo=DemoConfig(**DEMO))), vocab_size=300)
     architecture = {
         "model_type": "gpt_neox",
-        "hidden_size": 32,
+        "hidden_size": hidden_size,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 64,

@@ -18,6 +18,7 @@ from launch.compare import CompareRecipe
 from launch.complete import CompleteRecipe
 from launch.experiments.preference import PreferenceExperimentRecipe
 from launch.experiments.resets import ExperimentRecipe
+from launch.experiments.rollout_speed import RolloutSpeedRecipe
 from launch.experiments.smollm import SmolLMExperimentRecipe
 from launch.experiments.speed import SpeedRecipe
 from launch.experiments.trunk_speed import TrunkSpeedRecipe
@@ -44,6 +45,7 @@ STAGES: dict[str, type] = {
     "agreement": AgreementRecipe,
     "benchmark": SpeedRecipe,
     "trunk_speed": TrunkSpeedRecipe,
+    "rollout_speed": RolloutSpeedRecipe,
     "seeds": SmolLMExperimentRecipe,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_models import MORE, tiny_model
@@ -9,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from drpo.config import ConfigError
-from drpo.models.adapters import add_lora, merged_state_dict
+from drpo.models.adapters import add_lora, merged_state_dict, merged_weights
 from drpo.models.export import save_policy
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import train_tokenizer
@@ -141,3 +143,44 @@ def test_folding_goes_where_it_is_asked_to():
     here, there = merged_state_dict(policy), merged_state_dict(policy, device="meta")
     assert here.keys() == there.keys() and there["model.layers.0.mlp.up_proj.weight"].device.type == "meta"
     assert MORE.keys() >= set(EXPERTS)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox"])
+def test_merged_weights_are_those_of_a_plain_model(model_type):
+    plain = tiny_model(model_type)
+    policy = adapted(tiny_model(model_type))
+    perturb(policy)
+    assert dict(merged_weights(plain)).keys() == plain.state_dict().keys()
+    plain.load_state_dict(dict(merged_weights(policy)))
+    ids = torch.arange(3, 15).unsqueeze(0)
+    with torch.no_grad(), policy.disable_adapter():
+        base = policy(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, policy(ids).logits, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(plain(ids).logits, base, atol=1e-2)
+
+
+def test_merged_weights_need_one_weight_and_its_adapter_at_a_time():
+    """As under ZeRO-3, where values exist within the context alone."""
+    policy = adapted(tiny_model("llama"))
+    perturb(policy)
+    names = {id(parameter): name for name, parameter in policy.get_base_model().named_parameters()}
+    asked, inside = [], [0]
+
+    @contextmanager
+    def whole(parameters):
+        asked.append([names[id(parameter)] for parameter in parameters])
+        inside[0] += 1
+        assert inside[0] == 1
+        yield
+        inside[0] -= 1
+
+    for name, _ in merged_weights(policy, whole):
+        assert inside[0] == 1
+        layer = name.removesuffix(".weight")
+        if layer in layers_of(policy):
+            adapter = [f"{layer}.lora_{part}.default.weight" for part in "AB"]
+            assert asked[-1] == [f"{layer}.base_layer.weight", *adapter]
+        else:
+            assert asked[-1] == [name]
+    assert inside[0] == 0

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 import torch
-from hand_rollouts import JUNK, hand_trajectory
+from hand_rollouts import JUNK, hand_trajectory, rows
 
 from drpo.rewards import RunningMoments
 from drpo.rollout.trajectory import Trajectory
@@ -224,6 +224,24 @@ def test_every_reset_is_in_exactly_one_bin():
         sampled = statistics.mean(41 - h for h in inside)
         assert metrics[f"prefix_{low:g}_{high:g}/sampled_length"] == pytest.approx(sampled, rel=1e-5)
     assert sum(len([1 for h, n in cases if low * n < h <= high * n]) for low, high in PREFIX_BINS) == number
+
+
+def test_the_rollout_engine_is_compared_over_sampled_tokens(trajectory):
+    assert not [key for key in metrics_of(trajectory) if key.startswith("rollout/")]
+    differences = token_values(3, -0.5, 0.8)  # log pi - log mu
+    engine_logprobs = trajectory.logprobs - rows(differences, WIDTH)
+    metrics = metrics_of(dataclasses.replace(trajectory, engine_logprobs=engine_logprobs))
+    sampled = [differences[row][t] for row in range(6) for t in tokens(row)]
+    ratios = [math.exp(d) for d in sampled]
+    expected = {
+        "logprob_difference": statistics.mean(map(abs, sampled)),
+        "logprob_difference_max": max(map(abs, sampled)),
+        "importance_ratio": statistics.mean(ratios),
+        "importance_ratio_min": min(ratios),
+        "importance_ratio_max": max(ratios),
+    }
+    found = {key.removeprefix("rollout/"): v for key, v in metrics.items() if key.startswith("rollout/")}
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 # --- nothing from outside ---------------------------------------------------------------------------------

@@ -447,6 +447,51 @@ def test_a_reward_that_is_not_finite_names_step_row_and_origin(tmp_path):
     finite_or_stop(update.engine, tmp_path, 9, torch.zeros(3), "the reward")
 
 
+# --- rollouts of another engine ---------------------------------------------------------------------------
+
+
+def with_engine_logprobs(update: Update) -> list[list[float]]:
+    """Give the rollouts log-probs of an engine that are off by up to 1 nat; return pi / mu of each token."""
+    generator = torch.Generator().manual_seed(7)
+    difference = 2 * torch.rand(update.trajectory.logprobs.shape, generator=generator) - 1
+    engine_logprobs = update.trajectory.logprobs - difference
+    update.trajectory = dataclasses.replace(update.trajectory, engine_logprobs=engine_logprobs)
+    return [[math.exp(d) for d in row] for row in difference.tolist()]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_scale_the_advantages_of_the_policy_alone(tmp_path, level):
+    """w max(-A r, -A clip(r)) is the loss of the advantage w A; values know no weight."""
+    cap = 1.5
+    weighted, plain = tiny_update(tmp_path), tiny_update(tmp_path)
+    ratios = with_engine_logprobs(weighted)
+    mask = weighted.credit.policy_mask
+    advantages, weights = plain.credit.advantages.clone(), []
+    for row, sampled in enumerate(mask.tolist()):
+        product = math.prod(ratio for ratio, counts in zip(ratios[row], sampled, strict=True) if counts)
+        for t, counts in enumerate(sampled):
+            if counts:
+                weights.append(min(ratios[row][t] if level == "token" else product, cap))
+                advantages[row, t] *= weights[-1]
+    plain.credit = plain.credit._replace(advantages=advantages)
+    settings = {"num_epochs": 2, "num_minibatches": 1, "microbatch_size": 3}
+    found = weighted.run(importance_sampling=level, importance_cap=cap, **settings)
+    expected = plain.run(**settings)
+    torch.testing.assert_close(weighted.weights(), plain.weights(), atol=1e-6, rtol=0)
+    assert found["importance_weight"] == pytest.approx(np.mean(weights), rel=1e-5)
+    assert found["importance_truncated"] == pytest.approx(np.mean([w == cap for w in weights]), rel=1e-5)
+    assert 0 < found["importance_truncated"] < 1
+    assert found["policy_loss"] == pytest.approx(expected["policy_loss"], abs=1e-5)
+    assert found.keys() - expected.keys() == {"importance_weight", "importance_truncated"}
+
+
+def test_engine_logprobs_change_nothing_without_importance_sampling(tmp_path):
+    given, plain = tiny_update(tmp_path), tiny_update(tmp_path)
+    with_engine_logprobs(given)
+    assert given.run(num_epochs=2) == plain.run(num_epochs=2)
+    assert torch.equal(given.weights(), plain.weights())
+
+
 # --- nothing is changed in place, and settings ------------------------------------------------------------
 
 
