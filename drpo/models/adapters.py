@@ -171,6 +171,27 @@ def merged_weights(
             yield plain_name, merged
 
 
+@contextmanager
+def folded(model: nn.Module) -> Iterator[None]:
+    """Make a LoRA model one plain model within this context, W + (alpha / r) B A in the precision of W.
+
+    Each forward then computes one product a layer in place of three. The memory of the adapted layers is needed
+    twice, and W comes back bit for bit.
+    """
+    layers = [layer for _, layer in _lora_layers(model)]
+    kept = [layer.get_base_layer().weight.data for layer in layers]
+    try:
+        for layer, weight in zip(layers, kept, strict=True):
+            with torch.no_grad():
+                delta = sum(_delta(layer, adapter) for adapter in model.active_adapters)
+                layer.get_base_layer().weight.data = (weight.float() + delta).to(weight.dtype)
+        with model.disable_adapter():
+            yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.get_base_layer().weight.data = weight
+
+
 def _delta(layer: nn.Module, adapter: str) -> Tensor:
     """Return (alpha / r) B A in float32; PEFT's own product is in the adapter's precision."""
     product = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()

@@ -9,8 +9,8 @@ of its weights. Another engine would be a file of its own, and a case here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -20,6 +20,7 @@ from torch import nn
 from drpo.config import ConfigError, Section, key, refuse, refuse_changed, setting
 from drpo.data.encode import readable_texts
 from drpo.engine import Engine
+from drpo.models.adapters import folded
 from drpo.rewards import Completion
 from drpo.rollout.sampler import Generated, SamplingConfig, Vocabulary, draw_uniforms, sample
 from drpo.rollout.starts import Start
@@ -48,12 +49,18 @@ class RolloutConfig(Section):
     engine: Literal["native", "vllm"] = "native"
     """native: the policy itself, a row's text independent of the other rows. vllm: vLLM in every process, with a copy
     of the policy's weights, faster but equal to the policy only up to rounding (docs/rollout_engines.md)."""
+    fold_lora: bool = False
+    """Fold the adapter into the base while rollouts are sampled: faster, for a second copy of the adapted layers. In
+    bf16 the sum is rounded, so rollouts come from a policy that differs from the trained one by that."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     """Memory and speed of engine=vllm."""
 
     def check(self) -> None:
         if self.engine == "native":
             refuse_changed(self, ("vllm",), f"does not apply to {key('engine')}=native")
+        else:
+            rule = f"is for {key('engine')}=native; {key('engine')}=vllm has the adapter folded in always: drop it"
+            refuse(self.fold_lora, "fold_lora", rule)
         rule = f"must be a multiple of {key('rollouts_per_prompt')} ({self.rollouts_per_prompt})"
         refuse(self.batch_size % self.rollouts_per_prompt != 0, "batch_size", f"({self.batch_size}) {rule}")
         rule = "must be > 0: greedy rollouts explore nothing"
@@ -113,6 +120,8 @@ class Generator:
     "Rows decoded together."
     seed: int = 0
     "Seed of the responses of `respond`."
+    fold_lora: bool = False
+    "Whether the policy's adapter is folded in within `ready`."
     vllm: VLLMEngine | None = None
     "Samples in place of the policy, with its weights within `synced`."
 
@@ -123,9 +132,15 @@ class Generator:
         """
         return nullcontext() if self.vllm is None else self.vllm.weights_of(self.policy)
 
-    def ready(self, engine: Engine) -> AbstractContextManager[None]:
-        """Return a context for `generate`: the policy's weights are whole, or a rollout engine has them."""
-        return engine.whole_weights(self.policy) if self.vllm is None else self.synced()
+    @contextmanager
+    def ready(self, engine: Engine) -> Iterator[None]:
+        """Return a context for `generate` alone: the policy's weights are whole, or a rollout engine has them."""
+        if self.vllm is not None:
+            with self.synced():
+                yield
+            return
+        with engine.whole_weights(self.policy), folded(self.policy) if self.fold_lora else nullcontext():
+            yield
 
     def generate(
         self,

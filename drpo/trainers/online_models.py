@@ -140,6 +140,7 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
         rollout.max_response_length,
         rollout.generation_batch_size,
         recipe.seed,
+        rollout.fold_lora,
         vllm,
     )
     together = _rollouts_together(

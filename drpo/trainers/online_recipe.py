@@ -129,6 +129,8 @@ class OnlineRecipe(Section):
             rule,
         )
         self._check_rollout_engine()
+        rule = "folds an adapter in, and model.lora.r is 0: drop it"
+        refuse(self.rollout.fold_lora and not self.model.lora.r, "rollout.fold_lora", rule)
         rule = f"({self.ppo.num_minibatches}) must divide rollout.batch_size ({self.rollout.batch_size})"
         refuse(self.rollout.batch_size % self.ppo.num_minibatches != 0, "ppo.num_minibatches", rule)
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from drpo.config import ConfigError
-from drpo.models.adapters import add_lora, merged_state_dict, merged_weights
+from drpo.models.adapters import add_lora, folded, merged_state_dict, merged_weights
 from drpo.models.export import save_policy
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.tokenizer import train_tokenizer
@@ -97,6 +97,28 @@ def test_what_is_trained_is_float32_over_a_bfloat16_base():
         if ".original_module." not in name:
             by_training[parameter.requires_grad].add(parameter.dtype)
     assert by_training == {True: {torch.float32}, False: {torch.bfloat16}}
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2", "qwen3_moe"])
+def test_a_folded_model_gives_the_same_logits_and_comes_back(model_type):
+    policy = adapted(tiny_model(model_type)).eval()
+    perturb(policy)
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        expected = policy(ids).logits
+        with folded(policy):
+            torch.testing.assert_close(policy(ids).logits, expected, rtol=0, atol=1e-5)
+            for _, layer in policy.named_modules():
+                if hasattr(layer, "lora_A") and "default" in layer.lora_A:
+                    layer.lora_A["default"].weight.mul_(2)  # the adapter itself is not used
+            torch.testing.assert_close(policy(ids).logits, expected, rtol=0, atol=1e-5)
+        policy.load_state_dict(before)
+        assert torch.equal(policy(ids).logits, expected)
+    with pytest.raises(KeyError), folded(policy):
+        raise KeyError
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(weight, before[name])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3_moe"])
