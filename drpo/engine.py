@@ -349,9 +349,10 @@ class Engine:
     def whole_parameters(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Return a context in which these parameters have all their values on every rank, to be read.
 
-        All ranks must ask for the same ones, outside `whole_weights`. A no-op except under ZeRO stage 3.
+        All ranks must ask for the same ones, outside `whole_weights`. A no-op except under ZeRO stage 3; under FSDP
+        `whole_tensor` reads them.
         """
-        if not self.partitions_weights:
+        if self.fully_sharded or not self.partitions_weights:
             return nullcontext()
         import deepspeed
 

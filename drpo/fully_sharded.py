@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from drpo.config import ConfigError
 
@@ -75,6 +75,13 @@ def shard_frozen(module: nn.Module) -> None:
             fully_shard(part, reshard_after_forward=True)
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return all values of a tensor that may be cut over the processes, which must then call this together."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """Give `module` plain whole weights within this context, without FSDP's hooks: a model as before `fully_shard`.
@@ -92,7 +99,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     whole = {}
     for _, _, weight in cut:
         if id(weight) not in whole:  # a tied weight stays one
-            whole[id(weight)] = nn.Parameter(weight.detach().full_tensor(), weight.requires_grad)
+            whole[id(weight)] = nn.Parameter(whole_tensor(weight.detach()), weight.requires_grad)
     hooks = [(registered, _taken(registered)) for part in module.modules() for registered in _hooks_of(part)]
     try:
         for parameters, name, weight in cut:

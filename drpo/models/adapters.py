@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from drpo.config import ConfigError
+from drpo.fully_sharded import whole_tensor
 
 ROUTERS = {"router", "gate"}
 "What transformers calls the layers that choose experts. Their choice has no gradient."
@@ -164,7 +165,7 @@ def merged_weights(
             else [part[a].weight for a in adapters for part in (layer.lora_A, layer.lora_B)]
         )
         with whole([weight, *parts]), torch.no_grad():
-            merged = weight.detach()
+            merged = whole_tensor(weight.detach())
             if layer is not None:
                 delta = sum(_delta(layer, adapter) for adapter in adapters)
                 merged = merged.float() + delta.to(merged.device)

@@ -84,6 +84,7 @@ from torch.distributed.tensor import DTensor
 from test_fully_sharded import TINY
 from transformers import AutoModelForCausalLM
 from drpo.fully_sharded import gathered, shard_frozen
+from drpo.models.adapters import merged_weights
 
 torch.distributed.init_process_group("gloo")
 torch.manual_seed(0)
@@ -101,6 +102,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(type(x) is type(b[name]) and torch.equal(x, b[name]) for name, x in a.items())
 
 print("cut", all_cut())
+print("synced", same(dict(merged_weights(model)), plain.state_dict()))
 with gathered(model):
     print("plain", not any(isinstance(weight, DTensor) for weight in model.parameters()))
     print("tied", model.lm_head.weight is model.model.embed_tokens.weight)
@@ -143,6 +145,19 @@ def test_gathered_model_is_the_one_before_it_was_cut(tmp_path):
     assert done.returncode == 0, done.stderr
     named = [line.split(" ", 1) for line in done.stdout.splitlines()]
     assert [name for name, _ in named] == [
-        *("cut", "plain", "tied", "state", "parts", "cut", "cut", "gradients", "layers", "frozen", "again")
+        *(
+            "cut",
+            "synced",
+            "plain",
+            "tied",
+            "state",
+            "parts",
+            "cut",
+            "cut",
+            "gradients",
+            "layers",
+            "frozen",
+            "again",
+        )
     ]
     assert {value for _, value in named} == {"True"}, done.stdout
