@@ -1,6 +1,7 @@
 """Size a training run before it: memory by part and phase, and the accelerate configs that it fits.
 
 python launch/plan.py [COMMAND] RECIPE [key=value ...] --gpus 8xH100 [--accelerate NAME] [--json]
+python launch/plan.py COMMAND 'PATTERN' --gpus 8xH100 --table     a Markdown row for each shipped recipe
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from rich.table import Table
 
 from drpo.config import ConfigError, load_recipe
 from launch.cli import accelerate_config
-from launch.command_line import USER_ERRORS, find_recipe, quieten_libraries, split_arguments
-from launch.planning.gpus import CAPACITY, GIB, parse_gpus
+from launch.command_line import RECIPES, USER_ERRORS, find_recipe, quieten_libraries, split_arguments
+from launch.planning.gpus import CAPACITY, GIB, Gpus, parse_gpus
 from launch.planning.launchers import read_launcher
 from launch.planning.plan import Plan, Planner, advice
 from launch.planning.stages import STAGES
@@ -58,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--accelerate", help="config by name or path; without it the shipped ones are compared"
     )
+    parser.add_argument(
+        "--table", action="store_true", help="print a Markdown row for each recipe that matches RECIPE"
+    )
     parser.add_argument("--json", action="store_true", help="print the plans as JSON")
     return parser
 
@@ -67,9 +72,12 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
     path, overrides = split_arguments(rest)
     if path is None:
         raise ConfigError("a plan needs a recipe: drpo plan drpo tldr/drpo_2.8b.yaml --gpus 8xH100")
-    command, recipe = _loaded(command, find_recipe(path), overrides)
     gpus = parse_gpus(options.gpus)
-    names = list(COMPARED) if gpus.count > 1 else ["single_gpu"]
+    if options.table:
+        _print_rows(command, path, overrides, gpus)
+        return
+    command, recipe = _loaded(command, find_recipe(path), overrides)
+    names = _compared(gpus)
     if options.accelerate is not None:
         names = [options.accelerate, *(name for name in names if name != options.accelerate)]
     launchers = [read_launcher(accelerate_config(name), gpus.count) for name in names]
@@ -88,6 +96,28 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     _show(console, f"drpo {command} {path}", shown, plans, suggestions)
+
+
+def _print_rows(command: str | None, pattern: str, overrides: Sequence[str], gpus: Gpus) -> None:
+    """Print a row of peaks by config for each shipped recipe that matches the pattern; bold where it fits."""
+    names = sorted(str(each.relative_to(RECIPES)) for each in RECIPES.rglob("*.yaml"))
+    names = [name for name in names if fnmatch(name, pattern)]
+    if not names:
+        raise ConfigError(f"no recipe under launch/recipes matches {pattern!r}")
+    launchers = [read_launcher(accelerate_config(name), gpus.count) for name in _compared(gpus)]
+    print(
+        f"| recipe | {' | '.join(launcher.name for launcher in launchers)} |\n| --- |{' --- |' * len(launchers)}"
+    )
+    for name in names:
+        _, recipe = _loaded(command, RECIPES / name, overrides)
+        planner = Planner(recipe, gpus)
+        plans = [planner.plan(launcher) for launcher in launchers]
+        cells = [f"**{_gib(plan.peak)}**" if plan.fits else _gib(plan.peak) for plan in plans]
+        print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
+
+
+def _compared(gpus: Gpus) -> list[str]:
+    return list(COMPARED) if gpus.count > 1 else ["single_gpu"]
 
 
 def _loaded(command: str | None, path: Path, overrides: Sequence[str]) -> tuple[str, Any]:

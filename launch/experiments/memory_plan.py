@@ -26,24 +26,27 @@ import yaml
 from drpo.config import Section, load_recipe, refuse, setting
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.tokenizer import train_tokenizer
+from launch.cli import accelerate_config
 from launch.command_line import main
 from launch.experiments.measured_run import measure_run, write_rows
 from launch.experiments.results import markdown_table, write_results
 from launch.planning.gpus import GIB
 from launch.planning.models import Precision
 from launch.planning.phases import dry_step
-from launch.planning.sharding import Sharding, device_memory
+from launch.planning.sharding import BUCKET, Sharding, device_memory
 from launch.planning.stages import STAGES
 
-LORA = {"r": 16, "alpha": 32}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "": {},
+WORDS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
-    "lora": {"lora": LORA},
-    "lora checkpointing": {"lora": LORA, "gradient_checkpointing": True},
+    "lora": {"lora": {"r": 16, "alpha": 32}},
 }
-CASES = ("sft", "sft checkpointing", "sft lora", "reward_model", "dpo", "dpo checkpointing", "dpo lora", "ppo",
-         "ppo checkpointing", "ppo lora")  # fmt: skip
+LAUNCHERS = {"cpu": Sharding(2), "zero2": Sharding(2, 2), "zero3": Sharding(2, 3)}
+"Accelerate configs of two processes."
+COMMANDS = ("sft", "reward_model", "dpo", "ppo")
+CASES = (
+    *("sft", "sft checkpointing", "sft lora", "reward_model", "dpo", "dpo checkpointing", "dpo lora", "ppo"),
+    *("ppo checkpointing", "ppo lora", "sft cpu", "sft zero2", "sft zero3"),
+)
 TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
 VOCABULARY = 2048
 # Freed memory goes back to the system at once, so that resident memory is memory in use.
@@ -57,7 +60,8 @@ class MemoryPlanRecipe(Section):
     run_dir: str = "runs/memory_plan"
     """Folder of the inputs, of every run, and of results.json and results.md."""
     cases: list[str] = field(default_factory=lambda: list(CASES))
-    """A command (sft, reward_model, dpo, ppo), and checkpointing, lora or both."""
+    """A command (sft, reward_model, dpo, ppo), and any of checkpointing, lora and an accelerate config for two
+    processes (cpu, zero2, zero3)."""
     hidden_size: int = setting(768, ge=32)
     """Width of the random llama."""
     num_layers: int = setting(10, ge=1)
@@ -76,8 +80,12 @@ class MemoryPlanRecipe(Section):
     """Seed of rows and weights."""
 
     def check(self) -> None:
-        unknown = [case for case in self.cases if case not in CASES]
-        refuse(bool(unknown), "cases", f"must be some of {', '.join(CASES)}, got {unknown}")
+        known = {*WORDS, *LAUNCHERS}
+        wrong = [
+            case for case in self.cases if case.split()[0] not in COMMANDS or not {*case.split()[1:]} <= known
+        ]
+        rule = f"begin with one of {', '.join(COMMANDS)}, then some of {', '.join(known)}; got {wrong}"
+        refuse(bool(wrong), "cases", rule)
 
 
 def run(recipe: MemoryPlanRecipe) -> Path:
@@ -137,8 +145,11 @@ def make_inputs(recipe: MemoryPlanRecipe, root: Path) -> None:
 
 def settings_of(recipe: MemoryPlanRecipe, root: Path, case: str, size: str) -> dict[str, Any]:
     """Return the settings of a case's run on one of the models."""
-    command, _, variant = case.partition(" ")
-    batch_size = 2 * recipe.microbatch_size
+    command, *words = case.split()
+    batch_size = 2 * recipe.microbatch_size * _sharding(case).num_processes
+    model = {"path": str(root / size)}
+    for word in words:
+        model |= WORDS.get(word, {})
     settings: dict[str, Any] = {
         "num_steps": 3,
         "data": {
@@ -148,7 +159,7 @@ def settings_of(recipe: MemoryPlanRecipe, root: Path, case: str, size: str) -> d
             "max_prompt_length": recipe.prompt_length,
             "max_response_length": recipe.response_length,
         },
-        "model": {"path": str(root / size), **VARIANTS[variant]},
+        "model": model,
         "log": {"samples_every": 0},
         "engine": {"mixed_precision": "no", "trackers": []},
     }
@@ -174,8 +185,20 @@ def settings_of(recipe: MemoryPlanRecipe, root: Path, case: str, size: str) -> d
 
 def measure(recipe: MemoryPlanRecipe, root: Path, case: str, size: str) -> float:
     """Run the case; return the peak resident memory of its second and third step, GiB."""
-    settings, script = settings_of(recipe, root, case, size), HERE.parent / f"{case.partition(' ')[0]}.py"
-    steps = measure_run(script, settings, root / f"{case} {size}".replace(" ", "_"), recipe.num_threads)
+    settings, script = settings_of(recipe, root, case, size), HERE.parent / f"{case.split()[0]}.py"
+    launcher: list[str] = []
+    for name in LAUNCHERS.keys() & set(case.split()):
+        options = [
+            "--config_file",
+            str(accelerate_config(name)),
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+        ]
+        launcher = ["-m", "accelerate.commands.launch", *options, "--mixed_precision", "no"]
+    folder = root / f"{case} {size}".replace(" ", "_")
+    steps = measure_run(script, settings, folder, recipe.num_threads, launcher)
     return max(step["perf/peak_memory_gib"] for step in steps[1:])
 
 
@@ -187,10 +210,19 @@ def plan(recipe: MemoryPlanRecipe, root: Path, case: str, size: str) -> float:
     }
     path = root / "planned.yaml"
     path.write_text(yaml.safe_dump(settings))
-    planned = load_recipe(STAGES[case.partition(" ")[0].replace("_", "-")].recipe, path, [])
-    step = dry_step(planned, Precision(bf16=False, casts_weights=False), world_size=1)
-    phases = device_memory(step.weights, step.phases, Sharding())
+    planned, sharding = (
+        load_recipe(STAGES[case.split()[0].replace("_", "-")].recipe, path, []),
+        _sharding(case),
+    )
+    step = dry_step(planned, Precision(bf16=False, casts_weights=False), sharding.num_processes)
+    num_trained = sum(weights.trained for weights in step.weights.values())
+    # Of buffers that DeepSpeed allocates but does not fill nothing is resident.
+    phases = device_memory(step.weights, step.phases, sharding, min(BUCKET, num_trained))
     return max(sum(parts.values()) for parts in phases.values()) / GIB
+
+
+def _sharding(case: str) -> Sharding:
+    return next((sharding for name, sharding in LAUNCHERS.items() if name in case.split()), Sharding())
 
 
 def markdown(rows: list[Mapping[str, Any]]) -> str:
