@@ -216,8 +216,9 @@ def plan(recipe: MemoryPlanRecipe, root: Path, case: str, size: str) -> float:
     )
     step = dry_step(planned, Precision(bf16=False, casts_weights=False), sharding.num_processes)
     num_trained = sum(weights.trained for weights in step.weights.values())
-    # Of buffers that DeepSpeed allocates but does not fill nothing is resident.
-    phases = device_memory(step.weights, step.phases, sharding, min(BUCKET, num_trained))
+    # A buffer that is allocated but not filled is not resident: ZeRO-2's fills while activations go, and is given back.
+    bucket = min(BUCKET, num_trained) if sharding.zero_stage == 3 else 0
+    phases = device_memory(step.weights, step.phases, sharding, bucket)
     return max(sum(parts.values()) for parts in phases.values()) / GIB
 
 

@@ -12,6 +12,7 @@ is asked for, it is 0. Ids, masks and positions are real, so that code which loo
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -62,6 +63,10 @@ class DryRun(TorchDispatchMode):
         self._bytes = self._peak = 0
 
     def __enter__(self) -> Self:
+        self._stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings(
+            "ignore", message="Accessing the data pointer of FakeTensor"
+        )  # torch's own deepcopy
         self._stack.enter_context(patch.object(nn.Module, "_apply", _apply))
         self._stack.enter_context(self._fakes)
         return super().__enter__()

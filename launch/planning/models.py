@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +29,9 @@ from launch.planning.architectures import architecture_of, fresh_architecture
 from launch.planning.sizes import Weights
 from reward_models.model import RewardModel
 from reward_models.train import RewardModelRecipe
+
+PROBED_LAYERS = 4
+"Enough for one of each kind where windowed and full attention alternate."
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,30 @@ def _policy(config: ModelConfig, key: str) -> PreTrainedModel:
     )
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **options)
-    check_policy(model, key)  # as loading does: while its weights are of one precision
-    head_is_plain(model)
-    can_share_prompt(model)
+    with _first_layers(model):  # as loading does: while its weights are of one precision
+        check_policy(model, key)
+        head_is_plain(model)
+        can_share_prompt(model)
     return prepare_to_train(model, config, seed=0)
+
+
+@contextmanager
+def _first_layers(model: nn.Module) -> Iterator[None]:
+    """Leave the model its first layers within this context, for probes, whose answers all layers of a kind share."""
+    num_layers = getattr(model, "backbone", model).config.get_text_config().num_hidden_layers
+    lists = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers
+    ]
+    for parent, name, child in lists:
+        setattr(parent, name, child[:PROBED_LAYERS])
+    try:
+        yield
+    finally:
+        for parent, name, child in lists:
+            setattr(parent, name, child)
 
 
 def _scalar_model(path: str, key: str, policy: nn.Module, dtype: str, kind: type[ScalarModel]) -> ScalarModel:
@@ -117,8 +141,9 @@ def _scalar_model(path: str, key: str, policy: nn.Module, dtype: str, kind: type
     with no_init_weights():
         model = kind(kind.config_class(backbone=architecture.to_dict()))
     model.backbone.to(getattr(torch, dtype))
-    check_scalar_model(model, key)
-    can_share_prompt(model)
+    with _first_layers(model):
+        check_scalar_model(model, key)
+        can_share_prompt(model)
     return model
 
 

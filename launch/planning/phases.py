@@ -190,9 +190,10 @@ class _Phases:
     def _update(
         self, loss: Callable[[], Tensor], num_positions: int, has_head: bool, stored: int = 0
     ) -> Phase:
-        """Measure the second micro-batch of a step: the gradients of the first are there."""
+        """Measure a micro-batch after the first of a step: there are gradients already."""
         trained = [weight for model in self.models.trained.values() for weight in model.parameters()]
-        loss().backward()
+        for weight in trained:
+            weight.grad = torch.empty_like(weight) if weight.requires_grad else None
         with self.dry.measured() as used:
             loss().backward()
         for weight in trained:

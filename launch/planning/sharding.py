@@ -1,16 +1,19 @@
 """Bytes per GPU and per machine, from what a dry run of one process measures and how the launcher divides it.
 
-    N processes, T trained elements, b bytes each (4, or 2 where DeepSpeed casts to bf16)
+    N processes, T trained elements, b bytes each (4, or 2 where DeepSpeed casts to bf16), B = 5e8
 
-                      one process, DDP    ZeRO-2                     ZeRO-3
-    weights           b T                 b T                        b T / N, and b min(T, 10^9) gathered
-    gradients         b T                 4 T / N, a bucket of b     4 T / N, a bucket of b
-    optimizer         8 T                 12 T / N                   12 T / N (8 T / N without a cast)
-    frozen models     all                 all                        1 / N
+                      one process    DDP        ZeRO-2          ZeRO-3
+    weights           b T            b T        b T             b T / N, and b min(T, 10^9) gathered
+    gradients         b T            b T        4 T / N         4 T / N
+    their transport   0              b T        b B             b B, twice in the update
+    optimizer         8 T            8 T        12 T / N        12 T / N
+    frozen models     all            all        all             1 / N
 
-The optimizer is AdamW: two moments, and under ZeRO the float32 weights that it steps. The bucket has 5e8 elements, the
-default `reduce_bucket_size` of DeepSpeed 0.19, `stage3_max_live_parameters` is 10^9, and the gradient of a step is
-copied once under ZeRO-3. Source of the division: Rajbhandari et al. 2020 (ZeRO), section 5, with float32 gradients.
+The optimizer is AdamW: two moments, and under ZeRO the float32 weights that it steps. DDP's buckets stay for the whole
+run; gradients of several micro-batches are summed outside them. B is DeepSpeed's default `reduce_bucket_size`, 10^9 its
+`stage3_max_live_parameters`; ZeRO-3 keeps its bucket and gradients, copies the bucket to reduce it, and the gradients
+for the optimizer (DeepSpeed 0.19). Source of the division: Rajbhandari et al. 2020 (ZeRO), section 5, with float32
+gradients.
 """
 
 from __future__ import annotations
@@ -79,7 +82,9 @@ def _always(weights: Mapping[str, Weights], sharding: Sharding, bucket: int) -> 
         parts["communication"] = bucket * element
         if not sharding.offload_optimizer:
             parts["gradients"] = FLOAT * share
-    masters = FLOAT * share if sharding.zero_stage and (sharding.zero_stage < 3 or element < FLOAT) else 0
+    elif sharding.zero_stage == 0 and sharding.num_processes > 1:
+        parts["communication"] = element * num_trained
+    masters = FLOAT * share if sharding.zero_stage else 0
     moments = 2 * FLOAT * (share if sharding.zero_stage else num_trained)
     parts["optimizer"] = 0 if sharding.offload_optimizer else masters + moments
     return parts
@@ -93,13 +98,16 @@ def _of_phase(weights: Mapping[str, Weights], phase: Phase, sharding: Sharding, 
     if is_step and sharding.offload_optimizer:
         parts["activations"] = 0
     if phase.with_gradients or is_step:
-        if sharding.zero_stage == 0:
+        is_ddp = sharding.zero_stage == 0 and sharding.num_processes > 1
+        if is_ddp and is_step:
+            parts["gradients"] = 0  # they are in the buckets
+        elif sharding.zero_stage == 0:
             parts["gradients"] = element * _trained(weights)
         elif not sharding.offload_optimizer:
             copies = 2 if is_step and sharding.zero_stage == 3 else 1
             parts["gradients"] = copies * FLOAT * share
-        if sharding.zero_stage in (1, 2) and phase.with_gradients:
-            parts["communication"] = bucket * element
+        if sharding.zero_stage and phase.with_gradients:
+            parts["communication"] = bucket * element * (2 if sharding.zero_stage == 3 else 1)
     if sharding.zero_stage == 3:
         parts["gathered weights"] = 0 if is_step else _gathered(weights, phase)
     return parts

@@ -88,7 +88,7 @@ def test_parts_of_an_online_run_are_those_of_its_models(folder):
     assert update["gradients"] * 2**30 == 4 * (policy + critic)
     assert update["optimizer"] * 2**30 == 8 * (policy + critic)
     cache = single["phases_gib"]["rollout"]["key-value cache"] * 2**30
-    # Keys and values of 2 heads of 8, 2 layers, 8 rows; a row may begin with 9 tokens of a response, another has 10 to go.
+    # Keys and values of 2 heads of 8, 2 layers, 8 rows; one may begin with 9 tokens of a response, another lack 10.
     assert cache == 4 * 2 * 2 * 8 * layers * 8 * (20 + 10 + 9)
 
 
@@ -107,7 +107,7 @@ def test_table_names_parts_verdict_and_configs(folder):
 
 
 def test_run_that_fits_nowhere_gets_advice(folder):
-    result = plans(folder, "drpo", "drpo.yaml", "--gpus", "0.81")
+    result = plans(folder, "drpo", "drpo.yaml", "--gpus", "0.806")
     assert not any(each["fits"] for each in result["plans"])
     assert "model.gradient_checkpointing=true: recomputes activations" in result["advice"]
 
