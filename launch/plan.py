@@ -30,7 +30,7 @@ from launch.planning.plan import Plan, Planner, advice
 from launch.planning.stages import STAGES
 
 ORDER = ("gradients", "optimizer", "gathered weights", "communication", "key-value cache", "activations")
-COMPARED = ("single_gpu", "multi_gpu", "zero2", "zero3")
+COMPARED = ("single_gpu", "multi_gpu", "zero2", "zero3", "zero3_offload")
 TABLE_WIDTH = 110
 TABLE_WIDTH = 120
 
@@ -82,7 +82,7 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
         names = [options.accelerate, *(name for name in names if name != options.accelerate)]
     launchers = [read_launcher(accelerate_config(name), gpus.count) for name in names]
     planner = Planner(recipe, gpus)
-    plans = planner.compare(launchers)
+    plans = [planner.plan(launcher) for launcher in launchers]
     shown = (
         plans[0]
         if options.accelerate

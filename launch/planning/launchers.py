@@ -11,8 +11,6 @@ import yaml
 from drpo.config import ConfigError
 from launch.planning.sharding import Sharding
 
-OFFLOAD = " + offload_optimizer_device: cpu"
-
 
 class Launcher(NamedTuple):
     """An accelerate config on given GPUs."""
@@ -45,13 +43,6 @@ def read_launcher(path: Path, gpus_per_machine: int) -> Launcher:
             return Launcher(path.stem, sharding, True, settings.get("precision", precision))
     raise ConfigError(
         f"--accelerate: {path} has distributed_type {kind}; a plan knows NO, MULTI_GPU and DEEPSPEED"
-    )
-
-
-def offloaded(launcher: Launcher) -> Launcher:
-    """Return the DeepSpeed launcher with its optimizer on the host."""
-    return launcher._replace(
-        name=launcher.name + OFFLOAD, sharding=launcher.sharding._replace(offload_optimizer=True)
     )
 
 

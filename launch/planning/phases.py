@@ -215,12 +215,19 @@ class _Phases:
         if resets:
             contexts[0], budgets[0] = [1] * (capacity - 1), 1
             capacity += response_length - 1
+        cache = self._cache_bytes(num_rows, capacity)
+        rollout = getattr(self.recipe, "rollout", None)
+        if rollout is not None and rollout.engine == "vllm":
+            given = rollout.vllm.kv_cache_gib
+            copy = sum(weight.numel() for weight in unwrap_peft(policy).parameters()) * (
+                2 if self.precision.bf16 else 4
+            )
+            return Phase(name, copy, cache=cache if given is None else int(given * 2**30))
         vocabulary = Vocabulary(PAD, range(10**9), SUPPRESSED)  # any token ends a row
         uniforms = torch.zeros(num_rows, response_length, dtype=torch.float64)
         sampling = SamplingConfig(temperature=1.0)
         with self.dry.measured() as used, self.precision.autocast():
             sample(policy, contexts, budgets, uniforms, sampling, vocabulary, num_rows)
-        cache = self._cache_bytes(num_rows, capacity)
         return Phase(name, max(0, used.peak - cache), cache=cache, gathers_policy=True)
 
     def _cache_bytes(self, num_rows: int, capacity: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from drpo.config import ConfigError
 from drpo.trainers.offline import OfflineRecipe
 from drpo.trainers.online_recipe import OnlineRecipe
 from launch.planning.gpus import GIB, Gpus
-from launch.planning.launchers import Launcher, offloaded
+from launch.planning.launchers import Launcher
 from launch.planning.models import Precision
 from launch.planning.phases import Step, dry_optimizer_step, dry_step, rows_key
 from launch.planning.sharding import Parts, device_memory, host_memory
@@ -93,16 +93,18 @@ class Planner:
         share = -(-num_trained // num_processes) if sharding.zero_stage else num_trained
         last = dry_optimizer_step(self.recipe, share, on_gpu=True)
         here = min(num_processes, self.gpus.count)
-        phases = device_memory(step.weights, [*step.phases, last], sharding)
-        return Plan(launcher, self.gpus, step, phases, host_memory(step.weights, sharding, here))
+        waiting = _waiting(self.recipe)
+        phases = device_memory(step.weights, [*step.phases, last], sharding, waiting=waiting)
+        host = host_memory(step.weights, sharding, here, waiting)
+        return Plan(launcher, self.gpus, step, phases, host)
 
-    def compare(self, launchers: Sequence[Launcher]) -> list[Plan]:
-        """Size the run under each launcher, and under DeepSpeed's with the optimizer on the host if none fits."""
-        plans = [self.plan(launcher) for launcher in launchers]
-        if any(plan.fits for plan in plans):
-            return plans
-        on_gpu = [each for each in launchers if each.deepspeed and not each.sharding.offload_optimizer]
-        return plans + [self.plan(offloaded(launcher)) for launcher in on_gpu]
+
+def _waiting(recipe: OfflineRecipe | OnlineRecipe) -> dict[str, str]:
+    """Return the models that wait on the host, and the phase that needs them."""
+    if not isinstance(recipe, OnlineRecipe):
+        return {}
+    reward = {"reward model": "reward"} if recipe.reward.offload and recipe.reward.path is not None else {}
+    return reward | ({"reference": "scoring"} if recipe.kl.offload_reference else {})
 
 
 def _check_divides(recipe: OfflineRecipe | OnlineRecipe, num_processes: int) -> None:
@@ -148,4 +150,17 @@ def advice(plan: Plan, recipe: OfflineRecipe | OnlineRecipe) -> list[str]:
         suggestions.append((frozen // 4, "model.dtype=bfloat16: the frozen base, embeddings too"))
     if online and recipe.reward.path is not None and recipe.reward.dtype == "float32":
         suggestions.append((parts.get("reward model", 0) // 2, "reward.dtype=bfloat16"))
+    if (
+        online
+        and recipe.reward.path is not None
+        and not recipe.reward.offload
+        and plan.peak_phase != "reward"
+    ):
+        suggestions.append(
+            (parts.get("reward model", 0), "reward.offload=true: the reward model waits on the host")
+        )
+    if online and not recipe.kl.offload_reference and plan.peak_phase != "scoring":
+        suggestions.append(
+            (parts.get("reference", 0), "kl.offload_reference=true: the reference waits on the host")
+        )
     return [text for saved, text in sorted(suggestions, key=lambda each: -each[0]) if saved > 0]

@@ -18,7 +18,7 @@ gradients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from launch.planning.sizes import Phase, Weights
@@ -43,20 +43,36 @@ class Sharding(NamedTuple):
 
 
 def device_memory(
-    weights: Mapping[str, Weights], phases: Sequence[Phase], sharding: Sharding, bucket: int = BUCKET
+    weights: Mapping[str, Weights],
+    phases: Sequence[Phase],
+    sharding: Sharding,
+    bucket: int = BUCKET,
+    waiting: Mapping[str, str] | None = None,
 ) -> dict[str, Parts]:
     """Return the parts of each phase on one device, in bytes; a part of no bytes is left out.
 
-    `bucket` is the number of elements of DeepSpeed's reduction bucket.
+    Args:
+        weights: by model.
+        phases: of a step.
+        sharding: how the launcher divides the run.
+        bucket: elements of DeepSpeed's reduction bucket.
+        waiting: models that wait on the host, and the phase that needs them.
     """
-    always = _always(weights, sharding, bucket)
-    return {phase.name: _nonzero(always | _of_phase(weights, phase, sharding, bucket)) for phase in phases}
+    always, memory = _always(weights, sharding, bucket), {}
+    for phase in phases:
+        absent = {name for name, needed in (waiting or {}).items() if needed != phase.name}
+        parts = always | _of_phase(weights, phase, sharding, bucket)
+        memory[phase.name] = {name: size for name, size in parts.items() if size and name not in absent}
+    return memory
 
 
-def host_memory(weights: Mapping[str, Weights], sharding: Sharding, processes_here: int) -> Parts:
+def host_memory(
+    weights: Mapping[str, Weights], sharding: Sharding, processes_here: int, waiting: Collection[str] = ()
+) -> Parts:
     """Return the parts of one machine's memory that holds `processes_here` processes, in bytes.
 
-    Every process loads whole models in float32 before they go to its device, the trained ones together.
+    Models `waiting` are there outside their phase. Every process loads whole models in float32 before they go to its
+    device, the trained ones together.
     """
     num_trained = _trained(weights)
     loaded = FLOAT * sum(model.trained + model.frozen for model in weights.values() if model.trained)
@@ -66,7 +82,10 @@ def host_memory(weights: Mapping[str, Weights], sharding: Sharding, processes_he
         parts |= {"optimizer": 3 * FLOAT * share, "gradients": FLOAT * share}
     if sharding.offload_weights:
         parts["weights"] = sum(_divided(model, sharding) for model in weights.values())
-    return _nonzero({name: processes_here * size for name, size in parts.items()})
+    for name in waiting:
+        held = weights[name].trained_bytes + weights[name].frozen_bytes
+        parts[name] = _divided(weights[name], sharding) if sharding.zero_stage == 3 else held
+    return {name: processes_here * size for name, size in parts.items() if size}
 
 
 def _always(weights: Mapping[str, Weights], sharding: Sharding, bucket: int) -> Parts:
@@ -138,7 +157,3 @@ def _share(weights: Mapping[str, Weights], sharding: Sharding) -> int:
 
 def _element_bytes(weights: Mapping[str, Weights]) -> int:
     return sum(model.trained_bytes for model in weights.values()) // max(_trained(weights), 1)
-
-
-def _nonzero(parts: Parts) -> Parts:
-    return {name: size for name, size in parts.items() if size}

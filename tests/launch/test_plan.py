@@ -64,8 +64,14 @@ PHASES = {
 def test_stage_is_known_by_its_recipe_and_has_its_phases(folder, name):
     result = plans(folder, f"{name}.yaml", *GPUS)
     assert result["command"] == {"reward_model": "reward-model", "kto": "dpo"}.get(name, name)
-    assert [each["accelerate"] for each in result["plans"]] == ["single_gpu", "multi_gpu", "zero2", "zero3"]
-    assert [each["processes"] for each in result["plans"]] == [1, 2, 2, 2]
+    assert [each["accelerate"] for each in result["plans"]] == [
+        "single_gpu",
+        "multi_gpu",
+        "zero2",
+        "zero3",
+        "zero3_offload",
+    ]
+    assert [each["processes"] for each in result["plans"]] == [1, 2, 2, 2, 2]
     for each in result["plans"]:
         assert list(each["phases_gib"]) == PHASES[name]
         totals = {phase: sum(parts.values()) for phase, parts in each["phases_gib"].items()}
@@ -104,6 +110,23 @@ def test_table_names_parts_verdict_and_configs(folder):
         assert text in shown
     assert "does NOT fit" in shown  # DeepSpeed's bucket alone has 10^9 bytes
     assert shown.index("single_gpu") > shown.index("accelerate configs")
+
+
+def test_vllm_holds_a_copy_of_the_policy_and_the_cache_that_it_is_given(folder):
+    settings = ["rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.5", "engine.mixed_precision=no"]
+    (single,) = plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"]
+    rollout = single["phases_gib"]["rollout"]
+    assert rollout["key-value cache"] == 0.5
+    assert rollout["activations"] == pytest.approx(rollout["policy"], abs=256 / 2**30)
+
+
+def test_offloaded_models_are_on_the_device_in_their_phase_alone(folder):
+    settings = ["reward.offload=true", "kl.offload_reference=true"]
+    (single,) = plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"]
+    phases = single["phases_gib"]
+    assert [name for name, parts in phases.items() if "reward model" in parts] == ["reward"]
+    assert [name for name, parts in phases.items() if "reference" in parts] == ["scoring"]
+    assert {"reward model", "reference"} <= single["host_gib"].keys()
 
 
 def test_run_that_fits_nowhere_gets_advice(folder):

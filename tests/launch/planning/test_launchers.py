@@ -9,7 +9,7 @@ import yaml
 
 from drpo.config import ConfigError
 from launch.cli import accelerate_config
-from launch.planning.launchers import offloaded, read_launcher
+from launch.planning.launchers import read_launcher
 from launch.planning.sharding import Sharding
 
 
@@ -21,6 +21,7 @@ from launch.planning.sharding import Sharding
         ("multi_node", Sharding(16), False),
         ("zero2", Sharding(8, 2), True),
         ("zero3", Sharding(8, 3), True),
+        ("zero3_offload", Sharding(8, 3, offload_optimizer=True), True),
     ],
 )
 def test_shipped_configs_are_read_for_eight_gpus(name, sharding, deepspeed):
@@ -51,12 +52,6 @@ def test_deepspeed_config_file_is_read(tmp_path):
     path = write(tmp_path / "mine.yaml", distributed_type="DEEPSPEED", deepspeed_config=settings)
     launcher = read_launcher(path, 2)
     assert (launcher.sharding, launcher.precision) == (Sharding(2, 2, offload_optimizer=True), "bf16")
-
-
-def test_offloaded_launcher_says_which_key_makes_it():
-    launcher = offloaded(read_launcher(accelerate_config("zero2"), 8))
-    assert launcher.sharding == Sharding(8, 2, offload_optimizer=True)
-    assert launcher.name == "zero2 + offload_optimizer_device: cpu"
 
 
 @pytest.mark.parametrize(

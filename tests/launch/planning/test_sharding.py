@@ -93,3 +93,10 @@ def test_weights_on_the_host_leave_the_device():
 def test_share_of_a_process_is_rounded_up():
     weights = {"policy": Weights(101, 202)}
     assert device_memory(weights, PHASES, Sharding(4, 2), bucket=1)["step"]["optimizer"] == 12 * 26
+
+
+def test_waiting_models_are_on_the_host_outside_their_phase():
+    phases = device_memory(ALL_FLOAT, PHASES, Sharding(), waiting={"reference": "update"})
+    assert ["reference" in parts for parts in phases.values()] == [False, True, False]
+    assert host_memory(ALL_FLOAT, Sharding(2), 2, {"reference"})["reference"] == 2 * 400
+    assert host_memory(ALL_FLOAT, Sharding(2, 3), 2, {"reference"})["reference"] == 2 * 200
