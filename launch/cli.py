@@ -1,6 +1,7 @@
 """The installed command: `drpo <command> [recipe.yaml] [section.key=value ...]`.
 
 drpo sft | reward-model | drpo | ppo | dpo            train
+drpo plan RECIPE --gpus 8xH100                        size a training run before it
 drpo complete | judge | compare | report              evaluate
 drpo label | import-labels | agreement                ask people
 drpo neuron-shift                                     look inside
@@ -18,7 +19,7 @@ from drpo.config import ConfigError
 
 LAUNCH = Path(__file__).resolve().parent
 COMMANDS = (
-    *("sft", "reward-model", "drpo", "ppo", "dpo"),
+    *("sft", "reward-model", "drpo", "ppo", "dpo", "plan"),
     *("complete", "judge", "compare", "report"),
     *("label", "import-labels", "agreement", "neuron-shift"),
 )

@@ -97,6 +97,7 @@ def train(recipe: RewardModelRecipe, engine: Engine, callbacks: Sequence[Callbac
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     run.say(*check_examples(policy, [*splits.train, *splits.eval, *references]))
     model = RewardModel.from_causal_lm(policy, recipe.seed)
+    del policy  # its weights were copied
     if can_probe_now(model.backbone):
         check_scalar_model(model, "model.path")
     if recipe.model.trainable_layers is not None:

@@ -68,6 +68,8 @@ PURE = (
     "eval.statistics.across_runs",
     "eval.statistics.frontier",
     "eval.statistics.sample_size",
+    "launch.planning.sharding",
+    "launch.planning.sizes",
 )
 INFRASTRUCTURE = ("transformers", "accelerate", "deepspeed", "peft", "datasets", "omegaconf", "drpo.config")
 

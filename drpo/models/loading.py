@@ -127,7 +127,7 @@ def load_policy(
     check_embedded(model, tokenizer)
     if can_probe_now(model):
         check_policy(model, key if config.path else "model.architecture.model_type")
-    return _prepare(model, config, seed)
+    return prepare_to_train(model, config, seed)
 
 
 def load_scalar_model(
@@ -138,7 +138,7 @@ def load_scalar_model(
     Of `config`, dtype, attn_implementation, gradient_checkpointing and lora apply; with LoRA the head is
     trained whole. Raises ConfigError, naming the `key` of the recipe, when `path` holds neither.
     """
-    return _prepare(_read_scalar(str(path), config, model_class, key), config, seed=0)
+    return prepare_to_train(_read_scalar(str(path), config, model_class, key), config, seed=0)
 
 
 def load_critic(
@@ -165,7 +165,7 @@ def load_critic(
                 "same weights, or null for a critic that starts from the policy"
             )
         share_trunk(critic, policy)
-    return _prepare(critic, config, seed)
+    return prepare_to_train(critic, config, seed)
 
 
 def _read_scalar(path: str, config: ModelConfig, model_class: type[Scalar], key: str) -> Scalar:
@@ -205,7 +205,7 @@ def fresh_critic(policy: nn.Module, config: ModelConfig, seed: int = 0) -> Scala
     if has_trunk(policy):
         share_trunk(critic, policy)
     nn.init.zeros_(critic.head.weight)
-    return _prepare(critic, config, seed)
+    return prepare_to_train(critic, config, seed)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -219,7 +219,8 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(holder, name, 0.0)
 
 
-def _prepare(model: PreTrainedModel, config: ModelConfig, seed: int) -> PreTrainedModel:
+def prepare_to_train(model: PreTrainedModel, config: ModelConfig, seed: int) -> PreTrainedModel:
+    """Turn dropout off, freeze the trunk, add the adapter and set checkpointing, as the config says."""
     disable_dropout(model)
     if config.trainable_layers is not None:
         freeze_trunk(model, config.trainable_layers)

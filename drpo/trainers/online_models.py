@@ -143,8 +143,9 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
         rollout.fold_lora,
         vllm,
     )
-    together = _rollouts_together(
-        recipe, splits, [module for module in (policy, critic) if module is not None]
+    longest = max(len(example.query_ids) for example in splits.train)
+    together = rollouts_together(
+        recipe, longest, [module for module in (policy, critic) if module is not None]
     )
     copy = reference.module if isinstance(reference, FrozenCopy) else None
     return OnlineModels(
@@ -152,7 +153,7 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
     )
 
 
-def _rollouts_together(recipe: OnlineRecipe, splits: Splits, models: Sequence[nn.Module]) -> int:
+def rollouts_together(recipe: OnlineRecipe, longest_query: int, models: Sequence[nn.Module]) -> int:
     """Return the rollouts of a prompt, or 1 where a model must score them as separate rows.
 
     ZeRO-3: all processes must call the same modules, so the choice is made once, for the longest row that can come.
@@ -160,8 +161,7 @@ def _rollouts_together(recipe: OnlineRecipe, splits: Splits, models: Sequence[nn
     num_rollouts = recipe.rollout.rollouts_per_prompt
     if num_rollouts == 1 or not recipe.ppo.share_prompts or recipe.model.trainable_layers is not None:
         return 1
-    longest = max(len(example.query_ids) for example in splits.train)
-    longest += num_rollouts * recipe.rollout.max_response_length
+    longest = longest_query + num_rollouts * recipe.rollout.max_response_length
     shares = all(can_share_prompt(model) and longest <= shared_row_limit(model) for model in models)
     return num_rollouts if shares else 1
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
-from drpo.data.encode import Example
-from drpo.data.records import Record
 from drpo.models.actor_critic import ActorCritic
-from drpo.trainers.online_models import _rollouts_together
+from drpo.trainers.online_models import rollouts_together
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.ppo_update import _sharing_saves
 
@@ -118,8 +114,6 @@ def test_sharing_saves_while_responses_are_short_beside_the_prompt():
 def test_a_window_that_shared_rows_may_pass_is_known_before_the_first():
     """So that all processes take one way, whatever rows they have."""
     recipe = OnlineRecipe(rollout={"batch_size": 8, "rollouts_per_prompt": 4, "max_response_length": 10})
-    example = Example(Record("p"), query_ids=[1] * 20, completion_ids=None)
-    splits = SimpleNamespace(train=[example])
     narrow, wide = (tiny_model("mistral", sliding_window=window) for window in (59, 60))
-    assert _rollouts_together(recipe, splits, [wide]) == 4  # 20 + 4 * 10
-    assert _rollouts_together(recipe, splits, [wide, narrow]) == 1
+    assert rollouts_together(recipe, 20, [wide]) == 4  # 20 + 4 * 10
+    assert rollouts_together(recipe, 20, [wide, narrow]) == 1

@@ -1,0 +1,184 @@
+"""Size a training run before it: memory by part and phase, and the accelerate configs that it fits.
+
+python launch/plan.py [COMMAND] RECIPE [key=value ...] --gpus 8xH100 [--accelerate NAME] [--json]
+python launch/plan.py COMMAND 'PATTERN' --gpus 8xH100 --table     a Markdown row for each shipped recipe
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parent)
+
+from rich.console import Console
+from rich.table import Table
+
+from drpo.config import ConfigError, load_recipe
+from launch.cli import accelerate_config
+from launch.command_line import RECIPES, USER_ERRORS, find_recipe, quieten_libraries, split_arguments
+from launch.planning.gpus import CAPACITY, GIB, Gpus, parse_gpus
+from launch.planning.launchers import read_launcher
+from launch.planning.plan import Plan, Planner, advice
+from launch.planning.stages import STAGES
+
+ORDER = ("gradients", "optimizer", "gathered weights", "communication", "key-value cache", "activations")
+COMPARED = ("single_gpu", "multi_gpu", "zero2", "zero3", "zero3_offload")
+TABLE_WIDTH = 110
+TABLE_WIDTH = 120
+
+
+def main() -> None:
+    """Read the command line, plan, print."""
+    options, rest = _parser().parse_known_args()
+    quieten_libraries()
+    warnings.filterwarnings("ignore")  # torch's of tensors without numbers
+    try:
+        _plan(options, rest)
+    except USER_ERRORS as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="drpo plan",
+        usage="drpo plan [COMMAND] RECIPE [key=value ...] --gpus 8xH100 [--accelerate NAME] [--json]",
+        description="Size a training run: what weights, gradients, optimizer, frozen models, cache and activations "
+        "take on each GPU and on the host, whether that fits, and under which accelerate config.",
+        epilog=f"COMMAND is one of {', '.join(STAGES)}; it may be left out where the recipe's keys tell it.",
+    )
+    parser.add_argument(
+        "--gpus", required=True, help=f"GPUs of one machine: 8xH100, or 8x80 (GB); {', '.join(CAPACITY)}"
+    )
+    parser.add_argument(
+        "--accelerate", help="config by name or path; without it the shipped ones are compared"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="print a Markdown row for each recipe that matches RECIPE"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plans as JSON")
+    return parser
+
+
+def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    command, rest = (rest[0], rest[1:]) if rest and rest[0] in STAGES else (None, rest)
+    path, overrides = split_arguments(rest)
+    if path is None:
+        raise ConfigError("a plan needs a recipe: drpo plan drpo tldr/drpo_2.8b.yaml --gpus 8xH100")
+    gpus = parse_gpus(options.gpus)
+    if options.table:
+        _print_rows(command, path, overrides, gpus)
+        return
+    command, recipe = _loaded(command, find_recipe(path), overrides)
+    names = _compared(gpus)
+    if options.accelerate is not None:
+        names = [options.accelerate, *(name for name in names if name != options.accelerate)]
+    launchers = [read_launcher(accelerate_config(name), gpus.count) for name in names]
+    planner = Planner(recipe, gpus)
+    plans = [planner.plan(launcher) for launcher in launchers]
+    shown = (
+        plans[0]
+        if options.accelerate
+        else next((plan for plan in plans if plan.fits), min(plans, key=lambda p: p.peak))
+    )
+    suggestions = [] if shown.fits else advice(shown, recipe)
+    if options.json:
+        result = {"command": command, "recipe": path, "gpus": options.gpus, "advice": suggestions}
+        print(json.dumps(result | {"plans": [plan.as_json() for plan in plans]}, indent=1))
+        return
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    _show(console, f"drpo {command} {path}", shown, plans, suggestions)
+
+
+def _print_rows(command: str | None, pattern: str, overrides: Sequence[str], gpus: Gpus) -> None:
+    """Print a row of peaks by config for each shipped recipe that matches the pattern; bold where it fits."""
+    names = sorted(str(each.relative_to(RECIPES)) for each in RECIPES.rglob("*.yaml"))
+    names = [name for name in names if fnmatch(name, pattern)]
+    if not names:
+        raise ConfigError(f"no recipe under launch/recipes matches {pattern!r}")
+    launchers = [read_launcher(accelerate_config(name), gpus.count) for name in _compared(gpus)]
+    print(
+        f"| recipe | {' | '.join(launcher.name for launcher in launchers)} |\n| --- |{' --- |' * len(launchers)}"
+    )
+    for name in names:
+        _, recipe = _loaded(command, RECIPES / name, overrides)
+        planner = Planner(recipe, gpus)
+        plans = [planner.plan(launcher) for launcher in launchers]
+        cells = [f"**{_gib(plan.peak)}**" if plan.fits else _gib(plan.peak) for plan in plans]
+        print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
+
+
+def _compared(gpus: Gpus) -> list[str]:
+    return list(COMPARED) if gpus.count > 1 else ["single_gpu"]
+
+
+def _loaded(command: str | None, path: Path, overrides: Sequence[str]) -> tuple[str, Any]:
+    """Load the recipe of the command; without one, of the only command that can read it."""
+    if command is not None:
+        stage = STAGES[command]
+        return command, load_recipe(stage.recipe, path, [*overrides, *stage.forced])
+    readers: dict[type, tuple[str, Any]] = {}
+    for name, stage in STAGES.items():
+        with contextlib.suppress(ConfigError):
+            readers.setdefault(stage.recipe, (name, load_recipe(stage.recipe, path, overrides)))
+    if len(readers) != 1:
+        state = (
+            f"{' and '.join(name for name, _ in readers.values())} could read"
+            if readers
+            else "no command can read"
+        )
+        raise ConfigError(f"{state} {path}: name the command first, one of {', '.join(STAGES)}")
+    return next(iter(readers.values()))
+
+
+def _show(
+    console: Console, title: str, shown: Plan, plans: Sequence[Plan], suggestions: Sequence[str]
+) -> None:
+    launcher, gpus = shown.launcher, shown.gpus
+    phases = list(shown.phases)
+    table = Table(
+        title=f"{title}: GiB on one of {gpus.count} {gpus.name}, {launcher.name}", title_justify="left"
+    )
+    table.add_column("")
+    for phase in phases:
+        table.add_column(phase, justify="right")
+    found = {part for phase in phases for part in shown.phases[phase]}
+    parts = [*shown.step.weights, *(part for part in ORDER if part in found)]
+    for part in parts:
+        table.add_row(part, *(_gib(shown.phases[phase].get(part)) for phase in phases))
+    logits = {phase.name: phase.logits for phase in shown.step.phases if phase.logits}
+    if logits:
+        table.add_row("  a chunk of logits in them", *(_gib(logits.get(phase)) for phase in phases))
+    table.add_section()
+    table.add_row("all", *(_gib(shown.total(phase)) for phase in phases))
+    console.print(table)
+    verdict = "fits" if shown.fits else "does NOT fit"
+    console.print(
+        f"{verdict}: {_gib(shown.peak)} GiB ({shown.peak_phase}) of {_gib(gpus.usable)} usable; host: "
+        + ", ".join(f"{part} {_gib(size)}" for part, size in shown.host.items()),
+        highlight=False,
+    )
+    comparison = Table(title="accelerate configs", title_justify="left")
+    for column in ("config", "GiB on one GPU", "phase", "fits"):
+        comparison.add_column(column)
+    for plan in plans:
+        comparison.add_row(plan.launcher.name, _gib(plan.peak), plan.peak_phase, "yes" if plan.fits else "no")
+    console.print(comparison)
+    for line in (*shown.step.notes, *(f"to change: {suggestion}" for suggestion in suggestions)):
+        console.print(line, highlight=False)
+
+
+def _gib(size: float | None) -> str:
+    return "" if size is None else f"{size / GIB:.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""drpo plan: which recipe it reads, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_models import tiny_model
+from tiny_runs import CLEAN, ROOT, finished
+
+GPUS = ["--gpus", "2x8"]
+DATA = {"task": "own", "path": "rows.jsonl", "max_prompt_length": 20, "max_response_length": 10}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model's config without weights, and one recipe a stage."""
+    root = tmp_path_factory.mktemp("plan")
+    tiny_model("llama").config.save_pretrained(root / "policy")
+    base = {"data": DATA, "model": {"path": "policy"}}
+    batch = {"size": 8, "microbatch_size": 2}
+    recipes = {
+        "sft": base | {"batch": batch, "sample": {"num_prompts": 4}, "loss_on": "all"},
+        "reward_model": base | {"batch": batch, "score": {"num_centring": 0}},
+        "dpo": base | {"batch": batch, "loss": {"name": "dpo"}},
+        "kto": base | {"batch": batch, "loss": {"name": "kto"}},
+        "drpo": base
+        | {
+            "reward": {"path": "policy"},
+            "rollout": {"batch_size": 8, "rollouts_per_prompt": 2, "max_response_length": 10},
+            "ppo": {"microbatch_tokens": 100},
+        },
+        "either": base | {"batch": batch},
+    }
+    for name, recipe in recipes.items():
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def plan(folder: Path, *arguments: str):
+    command = [sys.executable, "-m", "launch.cli", "plan", *arguments]
+    return finished(command, cwd=folder, env={**CLEAN, "PYTHONPATH": str(ROOT)})
+
+
+def plans(folder: Path, *arguments: str) -> dict:
+    done = plan(folder, *arguments, "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+PHASES = {
+    "sft": ["sampling", "update", "step"],
+    "reward_model": ["update", "step"],
+    "dpo": ["sampling", "update", "step"],
+    "kto": ["sampling", "update", "step"],
+    "drpo": ["rollout", "reward", "scoring", "update", "step"],
+}
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_stage_is_known_by_its_recipe_and_has_its_phases(folder, name):
+    result = plans(folder, f"{name}.yaml", *GPUS)
+    assert result["command"] == {"reward_model": "reward-model", "kto": "dpo"}.get(name, name)
+    assert [each["accelerate"] for each in result["plans"]] == [
+        "single_gpu",
+        "multi_gpu",
+        "zero2",
+        "zero3",
+        "zero3_offload",
+    ]
+    assert [each["processes"] for each in result["plans"]] == [1, 2, 2, 2, 2]
+    for each in result["plans"]:
+        assert list(each["phases_gib"]) == PHASES[name]
+        totals = {phase: sum(parts.values()) for phase, parts in each["phases_gib"].items()}
+        assert each["peak_gib"] == pytest.approx(max(totals.values())) == totals[each["peak_phase"]]
+
+
+def test_parts_of_an_online_run_are_those_of_its_models(folder):
+    """llama of width 32: policy, critic, reference and reward model in float32 with engine.mixed_precision=no."""
+    (single, *_) = plans(folder, "drpo", "drpo.yaml", "engine.mixed_precision=no", *GPUS)["plans"]
+    config = json.loads((folder / "policy" / "config.json").read_text())
+    width, hidden, vocab, layers = 32, 64, config["vocab_size"], 2
+    attention = 2 * width * width + 2 * width * (width // 2)  # 4 heads, 2 of keys and values
+    backbone = vocab * width + layers * (attention + 3 * width * hidden + 2 * width) + width
+    policy, critic = backbone + vocab * width, backbone + width + 1
+    assert single["parameters"]["critic"] == pytest.approx(critic, abs=64)  # and rotary frequencies
+    update = single["phases_gib"]["update"]
+    assert update["policy"] * 2**30 == pytest.approx(4 * policy, abs=256)
+    assert update["reference"] == pytest.approx(update["policy"], abs=256 / 2**30)
+    assert update["reward model"] * 2**30 == pytest.approx(4 * critic, abs=256)
+    assert update["gradients"] * 2**30 == 4 * (policy + critic)
+    assert update["optimizer"] * 2**30 == 8 * (policy + critic)
+    cache = single["phases_gib"]["rollout"]["key-value cache"] * 2**30
+    # Keys and values of 2 heads of 8, 2 layers, 8 rows; one may begin with 9 tokens of a response, another lack 10.
+    assert cache == 4 * 2 * 2 * 8 * layers * 8 * (20 + 10 + 9)
+
+
+def test_table_names_parts_verdict_and_configs(folder):
+    shown = plan(folder, "drpo", "drpo.yaml", "--gpus", "2x1", "--accelerate", "zero2").stdout
+    for text in (
+        "GiB on one of 2 1 GB, zero2",
+        "reward model",
+        "key-value cache",
+        "optimizer",
+        "communication",
+    ):
+        assert text in shown
+    assert "does NOT fit" in shown  # DeepSpeed's bucket alone has 10^9 bytes
+    assert shown.index("single_gpu") > shown.index("accelerate configs")
+
+
+def test_vllm_holds_a_copy_of_the_policy_and_the_cache_that_it_is_given(folder):
+    settings = ["rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.5", "engine.mixed_precision=no"]
+    (single,) = plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"]
+    rollout = single["phases_gib"]["rollout"]
+    assert rollout["key-value cache"] == 0.5
+    assert rollout["activations"] == pytest.approx(rollout["policy"], abs=256 / 2**30)
+
+
+def test_offloaded_models_are_on_the_device_in_their_phase_alone(folder):
+    settings = ["reward.offload=true", "kl.offload_reference=true"]
+    (single,) = plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"]
+    phases = single["phases_gib"]
+    assert [name for name, parts in phases.items() if "reward model" in parts] == ["reward"]
+    assert [name for name, parts in phases.items() if "reference" in parts] == ["scoring"]
+    assert {"reward model", "reference"} <= single["host_gib"].keys()
+
+
+def test_run_that_fits_nowhere_gets_advice(folder):
+    result = plans(folder, "drpo", "drpo.yaml", "--gpus", "0.806")
+    assert not any(each["fits"] for each in result["plans"])
+    assert "model.gradient_checkpointing=true: recomputes activations" in result["advice"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["either.yaml", *GPUS],
+            "sft and reward-model and dpo could read either.yaml: name the command first",
+        ),
+        (["drpo", "drpo.yaml", "--gpus", "8xZ9"], "--gpus: '8xZ9' is unknown"),
+        (["drpo", "drpo.yaml", *GPUS, "--accelerate", "zero9"], "no accelerate config zero9"),
+        (["drpo", "drpo.yaml", *GPUS, "data.max_prompt_length=null"], "data.max_prompt_length is null"),
+        (["sft", "drpo.yaml", *GPUS], "ppo: Key 'ppo' not in 'SFTRecipe'"),
+        (["sft", "sft.yaml", "--gpus", "3xH100"], "batch.size is 8, which does not divide over 3 processes"),
+        (GPUS, "a plan needs a recipe"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(folder, arguments, message):
+    done = plan(folder, *arguments)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
