@@ -132,12 +132,16 @@ def _first_layers(model: nn.Module) -> Iterator[None]:
             setattr(parent, name, child)
 
 
-def _scalar_model(path: str, key: str, policy: nn.Module, dtype: str, kind: type[ScalarModel]) -> ScalarModel:
-    """Make the scalar model at `path`; one that is not there yet has the policy's architecture."""
+def _scalar_model(
+    place: tuple[str, str], policy: nn.Module, dtype: str, kind: type[ScalarModel], notes: list[str]
+) -> ScalarModel:
+    """Make the scalar model at `place`, path and key; one that is not there yet has the policy's architecture."""
+    path, key = place
     try:
         architecture = architecture_of(path, key)
     except ConfigError:
         architecture = unwrap_peft(policy).config
+        notes.append(f"{key}: {path!r} is not there yet; sized as the policy")
     with no_init_weights():
         model = kind(kind.config_class(backbone=architecture.to_dict()))
     model.backbone.to(getattr(torch, dtype))
@@ -169,12 +173,13 @@ def _with_copy(trained: dict[str, nn.Module], source: ModelConfig, policy: nn.Mo
 
 
 def _online(recipe: OnlineRecipe, policy: nn.Module) -> StageModels:
-    trained = {"policy": policy}
+    trained, notes = {"policy": policy}, []
     if recipe.advantage.needs_critic and recipe.critic.path is None:
         trained["critic"] = fresh_critic(policy, recipe.model, recipe.seed)
         can_share_prompt(trained["critic"])
     elif recipe.advantage.needs_critic:
-        critic = _scalar_model(recipe.critic.path, "critic.path", policy, recipe.model.dtype, ScalarModel)
+        place = (recipe.critic.path, "critic.path")
+        critic = _scalar_model(place, policy, recipe.model.dtype, ScalarModel, notes)
         if has_trunk(policy):
             share_trunk(critic, policy)
         trained["critic"] = prepare_to_train(critic, recipe.model, recipe.seed)
@@ -183,11 +188,12 @@ def _online(recipe: OnlineRecipe, policy: nn.Module) -> StageModels:
         models = _with_copy(trained, replace(recipe.model, gradient_checkpointing=False), policy)
     if recipe.reward.path is None:
         note = f"reward.function={recipe.reward.function}: what it keeps in memory is not counted"
-        return replace(models, notes=(note,))
-    reward = _scalar_model(recipe.reward.path, "reward.path", policy, recipe.reward.dtype, RewardModel)
+        return replace(models, notes=(*notes, note))
+    place = (recipe.reward.path, "reward.path")
+    reward = _scalar_model(place, policy, recipe.reward.dtype, RewardModel, notes)
     if has_trunk(policy):
         share_trunk(reward, policy)
-    return replace(models, frozen={**models.frozen, "reward model": reward})
+    return replace(models, frozen={**models.frozen, "reward model": reward}, notes=tuple(notes))
 
 
 def _hold(model: nn.Module, bf16: bool, whole: bool) -> None:

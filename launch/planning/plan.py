@@ -56,6 +56,7 @@ class Plan:
             "peak_phase": self.peak_phase,
             "usable_gib": self.gpus.usable / GIB,
             "fits": self.fits,
+            "notes": list(self.step.notes),
             "phases_gib": {
                 name: {part: size / GIB for part, size in parts.items()}
                 for name, parts in self.phases.items()

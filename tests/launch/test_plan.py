@@ -129,6 +129,14 @@ def test_offloaded_models_are_on_the_device_in_their_phase_alone(folder):
     assert {"reward model", "reference"} <= single["host_gib"].keys()
 
 
+def test_reward_model_that_is_not_there_is_sized_as_the_policy_and_said_so(folder):
+    (single,) = plans(folder, "drpo", "drpo.yaml", "reward.path=runs/none/reward_model", "--gpus", "24")[
+        "plans"
+    ]
+    assert single["notes"] == ["reward.path: 'runs/none/reward_model' is not there yet; sized as the policy"]
+    assert single["parameters"]["reward model"] == single["parameters"]["critic"]
+
+
 def test_run_that_fits_nowhere_gets_advice(folder):
     result = plans(folder, "drpo", "drpo.yaml", "--gpus", "0.806")
     assert not any(each["fits"] for each in result["plans"])
