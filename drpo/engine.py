@@ -54,7 +54,7 @@ class EngineConfig(Section):
 
 
 _DDP = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-"No second copy of the gradients; no module here has buffers that training changes."
+"No module here has buffers that training changes; in a step of one micro-batch gradients are not kept twice."
 
 
 def _check_flags() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from drpo.data.encode import Example
 from drpo.data.records import Record
 from drpo.microbatches import microbatches
 from drpo.models.actor_critic import ActorCritic
+from drpo.models.adapters import folded
 from drpo.models.inputs import unwrap_peft
 from drpo.models.scoring import chunked_scores
 from drpo.models.shared_prompt import continuation_logprobs
@@ -226,7 +228,12 @@ class _Phases:
         vocabulary = Vocabulary(PAD, range(10**9), SUPPRESSED)  # any token ends a row
         uniforms = torch.zeros(num_rows, response_length, dtype=torch.float64)
         sampling = SamplingConfig(temperature=1.0)
-        with self.dry.measured() as used, self.precision.autocast():
+        fold = rollout is not None and rollout.fold_lora
+        with (
+            self.dry.measured() as used,
+            self.precision.autocast(),
+            folded(policy) if fold else nullcontext(),
+        ):
             sample(policy, contexts, budgets, uniforms, sampling, vocabulary, num_rows)
         return Phase(name, max(0, used.peak - cache), cache=cache, gathers_policy=True)
 

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from drpo.api import train_online, train_preference, train_sft
 from drpo.config import load_recipe
-from launch.experiments.memory_plan import CASES, MemoryPlanRecipe, make_inputs, plan, settings_of
+from launch.experiments.memory_plan import CASES, LAUNCHERS, MemoryPlanRecipe, make_inputs, plan, settings_of
 from launch.planning.stages import STAGES
 from reward_models.api import train_reward_model
 
@@ -46,10 +46,11 @@ def inputs(tmp_path_factory) -> Path:
 
 
 FAST = ("sft lora", "reward_model", "dpo", "ppo checkpointing")
+IN_ONE_PROCESS = [case for case in CASES if not set(LAUNCHERS) & set(case.split())]
 
 
 @pytest.mark.parametrize(
-    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in IN_ONE_PROCESS]
 )
 def test_plan_is_what_a_run_allocates(case, inputs, tmp_path, monkeypatch):
     """Within the 15% that a plan promises; allocations are the same in every run, so this cannot flicker."""
