@@ -36,7 +36,7 @@ from drpo.tensors import pad_batch
 from launch.command_line import call, main
 from launch.experiments.flops import Shape
 from launch.experiments.results import markdown_table, median_and_range, write_results
-from launch.experiments.speed_inputs import make_models, make_texts
+from launch.experiments.speed_inputs import longest, make_models, make_texts
 
 ENGINES = ("native", "vllm")
 
@@ -54,9 +54,11 @@ class RolloutSpeedRecipe(Section):
     vocab_size: int = setting(8192, ge=300)
     """Its ids."""
     prompt_length: int = setting(256, ge=2)
-    """Tokens of a prompt."""
+    """Tokens of an even prompt; the median of uneven ones."""
     response_length: int = setting(53, ge=2)
-    """Most tokens of a response."""
+    """Most tokens of a response, whatever the lengths of prompts."""
+    lengths: Literal["even", "tldr", "chat"] = "even"
+    """Lengths of prompts: one, or log-normal ones, the longest 2 (tldr) or 8 (chat) times the median."""
     batch_size: int = setting(64, ge=1)
     """Rollouts of a batch, all decoded together."""
     num_batches: int = setting(4, ge=2)
@@ -72,6 +74,12 @@ class RolloutSpeedRecipe(Section):
     seed: int = setting(0, ge=0)
     """Seed of prompts, weights and rollouts."""
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest row."""
+        longest_prompt, _ = longest(self.lengths, self.prompt_length, self.response_length)
+        return longest_prompt + self.response_length
+
 
 def run(recipe: RolloutSpeedRecipe) -> Path:
     """Measure, compare, and write the table; or measure one engine in this process."""
@@ -81,7 +89,7 @@ def run(recipe: RolloutSpeedRecipe) -> Path:
         return measure(recipe, root, recipe.only)
     shape = Shape(recipe.hidden_size, recipe.num_layers, 4 * recipe.hidden_size, recipe.vocab_size)
     lengths = (recipe.prompt_length, recipe.response_length)
-    make_models(root, shape, max(1, recipe.hidden_size // 32), sum(lengths) + 1, recipe.seed)
+    make_models(root, shape, max(1, recipe.hidden_size // 32), recipe.max_tokens, recipe.seed)
     make_texts(root, recipe.vocab_size, *lengths, recipe.batch_size, recipe.seed)
     rounds: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
     for repeat in range(recipe.num_repeats):
@@ -105,14 +113,13 @@ def measure(recipe: RolloutSpeedRecipe, root: Path, name: str) -> Path:
     vllm = None
     if name == "vllm":
         config = VLLMConfig(enforce_eager=recipe.enforce_eager)
-        max_tokens = recipe.prompt_length + recipe.response_length
-        vllm = VLLMEngine(config, engine, policy, vocabulary, recipe.batch_size, max_tokens)
+        vllm = VLLMEngine(config, engine, policy, vocabulary, recipe.batch_size, recipe.max_tokens)
     sampling = SamplingConfig(temperature=0.7)
     generator = Generator(
         *(policy, tokenizer, vocabulary, sampling, recipe.response_length, recipe.batch_size), vllm=vllm
     )
-    lines = (root / "even_pairs.jsonl").read_text().splitlines()
-    contexts = [tokenizer(json.loads(line)["prompt"]).input_ids[: recipe.prompt_length] for line in lines]
+    lines = (root / f"{recipe.lengths}_pairs.jsonl").read_text().splitlines()
+    contexts = [tokenizer(json.loads(line)["prompt"]).input_ids for line in lines]
     rates = []
     for batch in range(recipe.num_batches):
         draws = [(batch, row) for row in range(len(contexts))]
