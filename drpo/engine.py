@@ -43,8 +43,9 @@ class EngineConfig(Section):
     """Precision and trackers; `accelerate launch` sets the processes and devices."""
 
     mixed_precision: Literal["no", "bf16"] | None = None
-    """Autocast precision; no is float32, without TF32. null takes what `accelerate launch --mixed_precision` or its
-    config file says; without them bf16 on a GPU or CPU that has instructions for it, else float32."""
+    """Autocast precision; no is float32, without TF32. In bf16 frozen matrices are rounded to it, in the saved policy
+    too. null takes what `accelerate launch --mixed_precision` or its config file says; without them bf16 on a GPU or
+    CPU that has instructions for it, else float32."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """accelerate trackers by name (tensorboard, wandb, comet_ml, mlflow, ...); [] for none."""
     project: str = "drpo"
@@ -145,7 +146,7 @@ class Engine:
             plugin.deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
             # In bf16, DeepSpeed's own choice, each of 32 micro-batches adds a rounding of the gradient's sum.
             plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-            # Models load whole on every process; `prepare` partitions the trained one, frozen ones stay whole.
+            # Models load whole on every process; `prepare` and `partition` cut them.
             unset_hf_deepspeed_config()
         reason = settled_why(config.mixed_precision, precision, self.precision, reason)
         if self.is_main and reason:

@@ -71,7 +71,16 @@ def load_checkpoint(engine: Engine, folder: Path) -> dict[str, Any]:
             f"{folder} was written by {saved_world_size} processes and this run has {engine.world_size}; "
             f"exact resume needs the same number: launch with --num_processes {saved_world_size}"
         )
-    engine.load_state(folder)
+    try:
+        engine.load_state(folder)
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{folder} holds other weights than the models of this run, as checkpoints of LoRA runs from before policy "
+            "and critic shared their base do: finish the run with the version that began it, or begin anew with "
+            f"resume=restart ({str(error)[:300]})"
+        ) from error
     return state
 
 

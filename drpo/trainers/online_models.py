@@ -21,7 +21,7 @@ from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.shared_prompt import can_share_prompt, continuation_logprobs, shared_row_limit
-from drpo.models.trunk import has_trunk, share_trunk
+from drpo.models.trunk import has_trunk, head_is_tied, share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
 from drpo.rewards import BoundedRewardFn, RewardFn, SharingRewardFn
@@ -194,13 +194,17 @@ def _check_positions(
 
 
 def _reference(run: RunFolder, tokenizer, policy: nn.Module) -> AdapterOff | FrozenCopy:
-    """Return the initial policy: the base weights under LoRA, else a copy, which shares a frozen trunk."""
+    """Return the initial policy: the base weights under LoRA, else a copy, which shares a frozen trunk.
+
+    Under ZeRO-3 a head tied to the trunk's embedding would have only a part of its weight, so nothing is shared.
+    """
     model, offload = run.recipe.model, run.recipe.kl.offload_reference
     if model.lora.r:
         return AdapterOff(policy)
     copy = run.engine.place(load_policy(model, tokenizer, run.recipe.seed), as_trained=True, on_host=offload)
-    reference = FrozenCopy(copy, has_trunk(policy))
-    if has_trunk(policy):
+    shares_trunk = has_trunk(policy) and not (run.engine.partitions_weights and head_is_tied(policy))
+    reference = FrozenCopy(copy, shares_trunk)
+    if shares_trunk:
         share_trunk(copy, policy)
     else:
         run.engine.partition(reference.scored, offload)

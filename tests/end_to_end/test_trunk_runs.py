@@ -188,7 +188,9 @@ def test_two_deepspeed_processes_equal_one(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, policy", [("drpo", "sft"), ("dpo", "sft"), ("dpo", "tied")])
+@pytest.mark.parametrize(
+    "stage, policy", [("drpo", "sft"), ("drpo", "tied"), ("dpo", "sft"), ("dpo", "tied")]
+)
 def test_partitioned_weights_equal_whole_ones(folder, stage, policy):
     if policy == "tied":
         tied = merged(SFT, {"run_dir": "tied", "model": {"architecture": {"tie_word_embeddings": True}}})
@@ -200,8 +202,11 @@ def test_partitioned_weights_equal_whole_ones(folder, stage, policy):
         kept = {k: SFT[k] for k in ("data", "batch", "optim", "sample", "log", "engine")}
         write_recipe(folder / "dpo.yaml", {**kept, "eval": {"every": 0}, **changes})
         run(plain("dpo"), "dpo.yaml", f"run_dir=dpo_{policy}", cwd=folder)
-    run(partitioned(stage, folder), f"{stage}.yaml", f"run_dir=zero3_{stage}_{policy}", cwd=folder)
-    expected = folder / ("whole" if stage == "drpo" else f"dpo_{policy}")
+    path = f"model.path={policy}/policy"
+    if (stage, policy) == ("drpo", "tied"):
+        run(plain("drpo"), "drpo.yaml", "run_dir=drpo_tied", path, cwd=folder)
+    run(partitioned(stage, folder), f"{stage}.yaml", f"run_dir=zero3_{stage}_{policy}", path, cwd=folder)
+    expected = folder / ("whole" if (stage, policy) == ("drpo", "sft") else f"{stage}_{policy}")
     assert_close(metrics_of(expected), metrics_of(folder / f"zero3_{stage}_{policy}"), 2e-4)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from drpo.engine import Engine, EngineConfig
@@ -155,6 +156,16 @@ def test_another_number_of_processes_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(CheckpointError, match="written by 2 processes and this run has 1.*--num_processes 2"):
         load_checkpoint(run.engine, folder)
     assert torch.equal(run.weights(), after) and not torch.equal(before, after)
+
+
+def test_weights_of_another_model_are_refused_with_the_way_out(tmp_path):
+    run = Run(tmp_path)
+    path = run.save(3) / "model.safetensors"
+    save_file(load_file(path) | {"critic.embedding.weight": torch.zeros(2)}, path, {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match="(?s)step_3 holds other weights.*resume=restart.*critic.embedding"
+    ):
+        load_checkpoint(run.engine, path.parent)
 
 
 # --- kills ----------------------------------------------------------------------------------------------
