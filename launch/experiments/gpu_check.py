@@ -9,6 +9,7 @@ every part. It needs no network; vLLM and TRL are included where they are instal
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -103,6 +104,7 @@ class GpuCheckRecipe(Section):
         refuse(self.only not in (None, *PARTS), "only", f"must be null or one of {', '.join(PARTS)}")
         sizes = self.generation_batch_sizes
         refuse(not sizes or min(sizes) < 1, "generation_batch_sizes", f"must be numbers >= 1, got {sizes}")
+        self.setup.large.check()  # batch_size against microbatch_size
 
     @property
     def setup(self) -> Setup:
@@ -205,7 +207,8 @@ def end_tree(process: subprocess.Popen) -> None:
     if process.poll() is None:
         parent = psutil.Process(process.pid)
         for one in [*parent.children(recursive=True), parent]:
-            one.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         process.wait()
 
 

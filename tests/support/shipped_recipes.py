@@ -16,6 +16,7 @@ from launch.agreement import AgreementRecipe
 from launch.command_line import find_recipe
 from launch.compare import CompareRecipe
 from launch.complete import CompleteRecipe
+from launch.experiments.gpu_check import GpuCheckRecipe
 from launch.experiments.preference import PreferenceExperimentRecipe
 from launch.experiments.resets import ExperimentRecipe
 from launch.experiments.rollout_speed import RolloutSpeedRecipe
@@ -46,6 +47,7 @@ STAGES: dict[str, type] = {
     "benchmark": SpeedRecipe,
     "trunk_speed": TrunkSpeedRecipe,
     "rollout_speed": RolloutSpeedRecipe,
+    "gpu_check": GpuCheckRecipe,
     "seeds": SmolLMExperimentRecipe,
 }
 
