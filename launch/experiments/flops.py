@@ -11,6 +11,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parents[1])
+
 import torch
 
 SIZES = {"cpu": 2048, "cuda": 8192}
