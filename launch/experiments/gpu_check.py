@@ -67,7 +67,7 @@ class GpuCheckRecipe(Section):
     """Do this part alone, in this process, with what is in run_dir; null: all, each in its own."""
     allow_cpu: bool = False
     """Without a GPU: run the same parts on the CPU, in float32 and with tiny sizes in place of those below."""
-    part_seconds: float = setting(150, gt=0)
+    part_seconds: float = setting(200, gt=0)
     """Time limit of a part."""
     total_seconds: float = setting(480, gt=0)
     """Time limit of all parts together."""
@@ -230,7 +230,7 @@ def row_text(part: dict[str, Any]) -> str:
 def numbers(findings: Sequence[Finding]) -> str:
     """Format findings: numbers, and the limits of those that have one."""
     return "; ".join(
-        f"{finding.name} {finding.value:.3g}"
+        f"{finding.name} {finding.value:{',.0f' if finding.value >= 1000 else '.3g'}}"
         + ("" if finding.limit is None else f" (at most {finding.limit:g})")
         for finding in findings
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -254,6 +255,7 @@ def ppo(setup: Setup) -> Iterator[Finding]:
     (setup.root / "ppo").mkdir(exist_ok=True)
     folder = setup.root / "ppo" / "run"
     steps = measure_run(LAUNCH / "drpo.py", merged(settings, changes), folder, setup.num_threads)
+    shutil.rmtree(folder)  # gigabytes of weights and optimizer state
     counted = steps[large.warmup_steps :]
     seconds = {
         name: sum(step[f"time/{name}"] for step in counted) / len(counted)
@@ -275,6 +277,7 @@ def dpo(setup: Setup) -> Iterator[Finding]:
     tools.root.mkdir(exist_ok=True)
     (tools.root / "inputs").symlink_to(setup.root / "large")
     ours = measure(large, tools, "dpo", "ours", 0)
+    shutil.rmtree(tools.root / "dpo_ours_0")
     seconds = ours.mean_seconds("step", large.warmup_steps)
     yield Finding("step, s", seconds)
     tokens = 2 * large.batch_size * (large.prompt_length + large.response_length)

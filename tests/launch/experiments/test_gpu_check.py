@@ -59,7 +59,8 @@ def test_ratio_must_be_1_in_every_step(ratio, right):
 
 
 def test_numbers_name_their_limits():
-    assert numbers([Finding("a", 0.25), Finding("b", 1e-7, 1e-6)]) == "a 0.25; b 1e-07 (at most 1e-06)"
+    findings = [Finding("a", 12345.6), Finding("b", 1e-7, 1e-6)]
+    assert numbers(findings) == "a 12,346; b 1e-07 (at most 1e-06)"
 
 
 def test_later_settings_win_within_sections():
@@ -164,6 +165,7 @@ def test_rollouts_are_measured_for_each_number_of_rows(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_all_parts_pass_on_a_cpu(tmp_path):
     root = tmp_path / "run"
     gpu_check.run(tiny(root, part_seconds=600, total_seconds=3000))
