@@ -11,9 +11,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
+    sys.path[0] = str(HERE.parents[1])
+
 import torch
 
-SIZE = 2048
+SIZES = {"cpu": 2048, "cuda": 8192}
 "Rows and columns of the matrices; smaller ones are multiplied more slowly."
 NUM_PRODUCTS = 12
 
@@ -46,7 +50,8 @@ def forward_flops(shape: Shape, prompt: int, response: int, outputs: int) -> flo
 def matmul_rate(dtype: torch.dtype) -> float:
     """Return the highest rate, in FLOP/s, of several products of large matrices on this device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    left, right = (torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(2))
+    size = SIZES[device.type]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(NUM_PRODUCTS):
         start = time.perf_counter()
@@ -54,7 +59,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-    return 2 * SIZE**3 / best
+    return 2 * size**3 / best
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ def median_and_range(values: Sequence[float]) -> str:
     return f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def write_results(root: Path, results: Any, text: str) -> Path:
-    """Write results.json and results.md, print the text, and return the path of results.md."""
+def write_results(root: Path, results: Any, text: str, show: bool = True) -> Path:
+    """Write results.json and results.md, print the text if `show`, and return the path of results.md."""
     (root / "results.json").write_text(json.dumps(results, indent=1))
     (root / "results.md").write_text(text)
-    print(text)
+    if show:
+        print(text)
     return root / "results.md"

@@ -57,6 +57,7 @@ KEYS = {
     "benchmark": ("baseline", "num_repeats"),
     "trunk_speed": ("baseline", "trainable_layers"),
     "rollout_speed": ("num_batches", "only"),
+    "gpu_check": ("allow_cpu", "part_seconds"),
     "smollm_experiment": ("judge_data_path", "num_jobs"),
     "complete": ("policy", "imported.columns"),
     "judge": ("half_tie", "max_undecided"),

@@ -16,6 +16,7 @@ from launch.agreement import AgreementRecipe
 from launch.command_line import find_recipe
 from launch.compare import CompareRecipe
 from launch.complete import CompleteRecipe
+from launch.experiments.gpu_check import GpuCheckRecipe
 from launch.experiments.memory_plan import MemoryPlanRecipe
 from launch.experiments.preference import PreferenceExperimentRecipe
 from launch.experiments.resets import ExperimentRecipe
@@ -48,6 +49,7 @@ STAGES: dict[str, type] = {
     "trunk_speed": TrunkSpeedRecipe,
     "rollout_speed": RolloutSpeedRecipe,
     "memory_plan": MemoryPlanRecipe,
+    "gpu_check": GpuCheckRecipe,
     "seeds": SmolLMExperimentRecipe,
 }
 
