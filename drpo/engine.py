@@ -54,8 +54,8 @@ class EngineConfig(Section):
     """How long a process waits for the others (a checkpoint being written, a slow reward) before the run fails."""
 
 
-_DDP = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-"No module here has buffers that training changes; in a step of one micro-batch gradients are not kept twice."
+_DDP = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+"In a step of one micro-batch gradients are not kept twice."
 
 
 def _check_flags() -> None:

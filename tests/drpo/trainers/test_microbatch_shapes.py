@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
+from drpo.microbatches import sharing_saves
 from drpo.models.actor_critic import ActorCritic
 from drpo.trainers.online_models import rollouts_together
 from drpo.trainers.online_recipe import OnlineRecipe
-from drpo.trainers.ppo_update import _sharing_saves
 
 ONE = {"num_epochs": 2, "num_minibatches": 1}
 GROUPS = {"rollout": {"rollouts_per_prompt": 4}}
@@ -105,10 +105,10 @@ def test_rollouts_are_separate_rows_where_sharing_cannot_be_or_costs_more(
     assert {num for _, _, num in forward_shapes} == {1}
 
 
-def test_sharing_saves_while_responses_are_short_beside_the_prompt():
+def testsharing_saves_while_responses_are_short_beside_the_prompt():
     """(Q + K R)^2 <= K (Q + R)^2: 468^2 = 219,024 <= 4 * 309^2 = 381,924; 2080^2 > 8 * 288^2."""
-    assert _sharing_saves([(256, 53)] * 4, 4)
-    assert not _sharing_saves([(32, 256)] * 8, 8)
+    assert sharing_saves([(256, 53)] * 4, 4)
+    assert not sharing_saves([(32, 256)] * 8, 8)
 
 
 def test_a_window_that_shared_rows_may_pass_is_known_before_the_first():
