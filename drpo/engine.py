@@ -153,9 +153,8 @@ class Engine:
             _say(f"precision: {PRECISIONS[self.precision]}, {reason}")
         if self.precision == "bf16":
             self._warn_if_bf16_is_slow()
-        torch.backends.cuda.matmul.allow_tf32 = (
-            self.precision == "bf16"
-        )  # for what autocast leaves in float32
+        # For what autocast leaves in float32.
+        torch.backends.cuda.matmul.allow_tf32 = self.precision == "bf16"
         self.seed(seed)
 
     # --- processes --------------------------------------------------------------------------------------

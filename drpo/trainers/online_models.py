@@ -21,7 +21,7 @@ from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.shared_prompt import can_share_prompt, continuation_logprobs, shared_row_limit
-from drpo.models.trunk import has_trunk, head_is_tied, share_trunk
+from drpo.models.trunk import share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
 from drpo.rewards import BoundedRewardFn, RewardFn, SharingRewardFn
@@ -32,7 +32,7 @@ from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.ppo_update import PPOConfig, minibatches
-from drpo.trainers.reference import AdapterOff, FrozenCopy
+from drpo.trainers.reference import AdapterOff, FrozenCopy, can_share_trunk
 
 
 @dataclass(frozen=True)
@@ -194,15 +194,12 @@ def _check_positions(
 
 
 def _reference(run: RunFolder, tokenizer, policy: nn.Module) -> AdapterOff | FrozenCopy:
-    """Return the initial policy: the base weights under LoRA, else a copy, which shares a frozen trunk.
-
-    Under ZeRO-3 a head tied to the trunk's embedding would have only a part of its weight, so nothing is shared.
-    """
+    """Return the initial policy: the base weights under LoRA, else a copy, which shares a frozen trunk if it can."""
     model, offload = run.recipe.model, run.recipe.kl.offload_reference
     if model.lora.r:
         return AdapterOff(policy)
     copy = run.engine.place(load_policy(model, tokenizer, run.recipe.seed), as_trained=True, on_host=offload)
-    shares_trunk = has_trunk(policy) and not (run.engine.partitions_weights and head_is_tied(policy))
+    shares_trunk = can_share_trunk(policy, run.engine.partitions_weights)
     reference = FrozenCopy(copy, shares_trunk)
     if shares_trunk:
         share_trunk(copy, policy)

@@ -10,10 +10,18 @@ from torch import Tensor, nn
 
 from drpo.models.adapters import merged_state_dict
 from drpo.models.scoring import adapter_disabled
-from drpo.models.trunk import recorded_trunk, resumed_from
+from drpo.models.trunk import has_trunk, head_is_tied, recorded_trunk, resumed_from
 
 Score = Callable[..., Any]
 "A function of a model and further arguments that returns log-probs, or contains them in its result."
+
+
+def can_share_trunk(policy: nn.Module, partitioned: bool) -> bool:
+    """Return whether a copy of the policy can use its frozen trunk.
+
+    Where the policy's weights are `partitioned` (ZeRO-3), a head tied to the trunk's embedding would have only a part.
+    """
+    return has_trunk(policy) and not (partitioned and head_is_tied(policy))
 
 
 class Reference(Protocol):

@@ -8,10 +8,10 @@ from torch import nn
 
 from drpo.engine import Engine
 from drpo.models.loading import LoraConfig, load_policy
-from drpo.models.trunk import has_trunk, head_is_tied, share_trunk
+from drpo.models.trunk import share_trunk
 from drpo.models.vocabulary import check_same_vocabulary
 from drpo.trainers.preference.recipe import PreferenceRecipe
-from drpo.trainers.reference import AdapterOff, FrozenCopy
+from drpo.trainers.reference import AdapterOff, FrozenCopy, can_share_trunk
 
 
 def starting_reference(
@@ -44,9 +44,7 @@ def starting_reference(
     else:
         copy = engine.place(copy, as_trained=True)
     dtypes = {module.get_input_embeddings().weight.dtype for module in (copy, policy)}
-    # ZeRO-3: each process has only a part of the policy's weights, which a head tied to the shared embedding needs.
-    has_head = not (engine.partitions_weights and head_is_tied(policy))
-    shares_trunk = has_trunk(policy) and path is None and len(dtypes) == 1 and has_head
+    shares_trunk = can_share_trunk(policy, engine.partitions_weights) and path is None and len(dtypes) == 1
     if shares_trunk:
         share_trunk(copy, policy.to(engine.device))  # it may score before training changes the policy
     return FrozenCopy(copy, shares_trunk)
