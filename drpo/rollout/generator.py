@@ -3,8 +3,9 @@
     generator.generate(contexts, max_new_tokens, draws)   token ids after any contexts
     generator.respond(starts)                             finished responses to prompts, as reward functions see them
 
-`generate` calls the sampling engine: drpo.rollout.sampler, on the policy itself, or drpo.rollout.vllm_engine, on a copy
-of its weights. Another engine would be a file of its own, and a case here.
+`generate` calls the sampling engine: drpo.rollout.sampler, on the policy itself, or, on copies of its weights,
+drpo.rollout.vllm_engine in this process or drpo.rollout.vllm_servers elsewhere. Another engine would be a file of its
+own, and a case here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from drpo.models.adapters import folded
 from drpo.rewards import Completion
 from drpo.rollout.sampler import Generated, SamplingConfig, Vocabulary, draw_uniforms, sample
 from drpo.rollout.starts import Start
-from drpo.rollout.vllm_engine import VLLMConfig, VLLMEngine, request_seed
+from drpo.rollout.vllm_engine import VLLMEngine
+from drpo.rollout.vllm_requests import VLLMConfig, request_seed
+from drpo.rollout.vllm_servers import VLLMServers
 
 Draw = tuple[int, int]
 "Seed and number of a response: all that its random numbers depend on."
@@ -45,15 +48,16 @@ class RolloutConfig(Section):
     bad_tokens: list[str] = field(default_factory=list)
     """Tokens that are never sampled, in addition to padding and ids that the tokenizer does not have."""
     generation_batch_size: int = setting(64, ge=1)
-    """Rows decoded together on one device."""
+    """Rows decoded together on one device; with rollout.vllm.urls, rows that each process asks for at a time."""
     engine: Literal["native", "vllm"] = "native"
-    """native: the policy itself, a row's text independent of the other rows. vllm: vLLM in every process, with a copy
-    of the policy's weights, faster but equal to the policy only up to rounding (docs/rollout_engines.md)."""
+    """native: the policy itself, a row's text independent of the other rows. vllm: vLLM with a copy of the policy's
+    weights, in every process or on servers (vllm.urls), faster but equal to the policy only up to rounding
+    (docs/rollout_engines.md)."""
     fold_lora: bool = False
     """Fold the adapter into the base while rollouts are sampled: faster, for a second copy of the adapted layers. In
     bf16 the sum is rounded, so rollouts come from a policy that differs from the trained one by that."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
-    """Memory and speed of engine=vllm."""
+    """Memory and speed of engine=vllm, or its servers."""
 
     def check(self) -> None:
         if self.engine == "native":
@@ -122,7 +126,7 @@ class Generator:
     "Seed of the responses of `respond`."
     fold_lora: bool = False
     "Whether the policy's adapter is folded in within `ready`."
-    vllm: VLLMEngine | None = None
+    vllm: VLLMEngine | VLLMServers | None = None
     "Samples in place of the policy, with its weights within `synced`."
 
     def synced(self) -> AbstractContextManager[None]:

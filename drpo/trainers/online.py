@@ -24,7 +24,7 @@ from drpo.rollout.held_out import Held, evaluate
 from drpo.rollout.resets import check_resets
 from drpo.rollout.samples import rollout_samples
 from drpo.rollout.starts import draw_starts
-from drpo.rollout.vllm_engine import check_agreement, check_installed
+from drpo.rollout.vllm_requests import check_agreement, check_installed
 from drpo.run.folder import Callback, RunFolder, RunStopped
 from drpo.run.metrics import Phases, peak_memory_gib
 from drpo.run.result import Result
@@ -195,7 +195,7 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
             f"a minibatch has {minibatch} rows (rollout.batch_size / ppo.num_minibatches), which do not divide "
             f"over {engine.world_size} processes"
         )
-    if recipe.rollout.engine == "vllm":
+    if recipe.rollout.engine == "vllm" and not recipe.rollout.vllm.urls:
         check_installed()
     if recipe.reset.proportion > 0:
         check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)

@@ -28,6 +28,7 @@ from drpo.rewards import BoundedRewardFn, RewardFn, SharingRewardFn
 from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.rollout.trajectory import Rollouts, Trajectory
 from drpo.rollout.vllm_engine import VLLMEngine
+from drpo.rollout.vllm_servers import VLLMServers
 from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch
 from drpo.trainers.online_recipe import OnlineRecipe
@@ -131,7 +132,11 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
     if rollout.engine == "vllm":
         longest = max(len(example.query_ids) for example in [*splits.train, *splits.eval])
         max_tokens = longest + rollout.max_response_length
-        vllm = VLLMEngine(rollout.vllm, engine, policy, vocabulary, rollout.generation_batch_size, max_tokens)
+        sizes = (vocabulary, rollout.generation_batch_size, max_tokens)
+        if rollout.vllm.urls:
+            vllm = VLLMServers(rollout.vllm, engine, *sizes)
+        else:
+            vllm = VLLMEngine(rollout.vllm, engine, policy, *sizes)
     generator = Generator(
         policy,
         tokenizer,

@@ -13,7 +13,7 @@ from drpo.optim import OptimConfig
 from drpo.rollout.generator import RolloutConfig
 from drpo.rollout.held_out import EvalConfig
 from drpo.rollout.resets import ResetConfig
-from drpo.rollout.vllm_engine import MIN_TEMPERATURE
+from drpo.rollout.vllm_requests import MIN_TEMPERATURE
 from drpo.run.folder import CheckpointConfig, LogConfig, Resume
 from drpo.trainers.credit import AdvantageConfig, KLConfig, ShapingConfig
 from drpo.trainers.ppo_update import PPOConfig

@@ -31,7 +31,8 @@ from drpo.models.scoring import response_logprobs
 from drpo.models.tokenizer import load_tokenizer
 from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig
-from drpo.rollout.vllm_engine import VLLMConfig, VLLMEngine, check_installed
+from drpo.rollout.vllm_engine import VLLMEngine
+from drpo.rollout.vllm_requests import VLLMConfig, check_installed
 from drpo.tensors import pad_batch
 from launch.command_line import call, main
 from launch.experiments.flops import Shape

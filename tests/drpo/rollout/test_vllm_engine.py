@@ -10,7 +10,8 @@ from online_runs import RECIPE, merged
 from transformers import GPTNeoXConfig, LlamaConfig
 
 from drpo.config import ConfigError, load_recipe
-from drpo.rollout.vllm_engine import check_agreement, check_installed, kv_cache_bytes, request_seed
+from drpo.rollout.vllm_engine import kv_cache_bytes
+from drpo.rollout.vllm_requests import check_agreement, check_installed, request_seed
 from drpo.trainers.online_recipe import OnlineRecipe
 
 VLLM = {"rollout": {"engine": "vllm"}}

@@ -1,0 +1,239 @@
+"""The rollout engine vLLM on servers: other GPUs or machines sample, with the weights of the policy in training.
+
+    with servers.weights_of(policy):       every server has fetched the policy's weights
+        servers.sample(contexts, ...)
+
+Each answer names the version of the weights that it was sampled with. One of another version, from a server that was
+restarted or that another run uses too, stops the run.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+import torch
+from requests.adapters import HTTPAdapter
+from torch import nn
+
+from drpo.config import ConfigError
+from drpo.engine import Engine
+from drpo.models.adapters import merged_weights
+from drpo.rollout.sampler import Generated, SamplingConfig, Vocabulary
+from drpo.rollout.vllm_requests import Request, VLLMConfig, check_suppressed, generated, requests_of
+from drpo.rollout.vllm_worker import WorkerExtension
+from drpo.rollout.weight_stream import WeightListener, send_weights
+
+PAUSE = 1.0
+"Seconds between two tries to reach a server."
+EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
+DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
+
+
+class VLLMServers:
+    """Servers that sample from a copy of the policy's weights; every training process asks all of them."""
+
+    def __init__(
+        self, config: VLLMConfig, engine: Engine, vocabulary: Vocabulary, num_rows: int, max_tokens: int
+    ) -> None:
+        """Wait until all servers are up, and check how they were started.
+
+        Raises ConfigError for one that is not up in time, or that cannot serve this run.
+
+        Args:
+            config: urls and timeout.
+            engine: its processes, precision, and parameters that are cut over processes.
+            vocabulary: stop ids, and ids that are never sampled.
+            num_rows: rows that each training process asks for at a time.
+            max_tokens: most tokens of a row, prompt and response.
+        """
+        check_suppressed(vocabulary)
+        self._config, self._engine, self._vocabulary, self._max_tokens = (
+            config,
+            engine,
+            vocabulary,
+            max_tokens,
+        )
+        self._timeout = 60 * config.timeout_minutes
+        self._run, self._num_updates = engine.from_main(secrets.token_hex(8)), 0
+        self._session = requests.Session()
+        self._session.trust_env = False  # servers are near: no proxy
+        if key := os.environ.get("VLLM_API_KEY"):
+            self._session.headers["Authorization"] = f"Bearer {key}"
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=num_rows))
+        self._rows = ThreadPoolExecutor(num_rows)
+        engine.at_close(self._close)
+        self._on_main(self._check_servers)
+
+    def _close(self) -> None:
+        self._rows.shutdown(wait=False, cancel_futures=True)
+        self._session.close()
+
+    @property
+    def _version(self) -> str:
+        return f"{self._run}-{self._num_updates}"
+
+    @contextmanager
+    def weights_of(self, policy: nn.Module) -> Iterator[None]:
+        """Let every server fetch the policy's weights, LoRA folded in, and forget keys and values of earlier ones.
+
+        Weights are sent by the first process, one at a time. ZeRO-3: all processes must enter this context, outside
+        `Engine.whole_weights`. Raises ConfigError on all processes when a server does not take them.
+        """
+        self._num_updates += 1
+        weights = merged_weights(policy, self._engine.whole_parameters)
+        self._on_main(lambda: self._send(weights), lambda: [None for _ in weights])
+        yield
+
+    def sample(
+        self,
+        contexts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+    ) -> Generated:
+        """Sample new tokens after each context, in the order of `contexts`, a sampled stop token included.
+
+        Log-probabilities are those of the distribution that was sampled from. Raises ValueError for a row that may
+        become longer than the servers were checked for, FloatingPointError for log-probabilities that are not finite,
+        ConfigError for a server that fails or has other weights.
+        """
+        settings = (sampling, self._vocabulary, self._max_tokens)
+        asked = requests_of(contexts, max_new_tokens, seeds, *settings)
+        urls = (
+            self._config.urls
+        )  # rows in sequence, which share prompts, go to one server and its prefix cache
+        places = [urls[index * len(urls) // len(asked)] for index in range(len(asked))]
+        return generated(len(contexts), asked, list(self._rows.map(self._ask, places, asked)))
+
+    def _ask(self, url: str, request: Request) -> tuple[list[int], list[float]]:
+        body = {"token_ids": request.context, "sampling_params": request.params}
+        answer = self._call("POST", url, "/inference/v1/generate", body, patient=True)
+        [choice] = answer["choices"]
+        versions = {span["version"] for span in choice["weight_versions"] or ()}
+        if versions != {self._version}:
+            raise ConfigError(
+                f"rollout.vllm.urls: {url} sampled with other weights than this run has sent "
+                f"({', '.join(sorted(versions)) or 'of no version'}, not {self._version}): it was restarted, or "
+                "another run uses it too; start the run again to go on from its last checkpoint"
+            )
+        return choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]]
+
+    def _on_main(self, action: Callable[[], None], afterwards: Callable[[], Any] = lambda: None) -> None:
+        """Act on the first process, raise its failure on all; all then act `afterwards`."""
+        failure = ""
+        if self._engine.is_main:
+            try:
+                action()
+            except (ConfigError, OSError) as error:
+                failure = str(error)
+        afterwards()
+        if failure := self._engine.from_main(failure):
+            raise ConfigError(failure)
+
+    # --- on the first process ---
+
+    def _check_servers(self) -> None:
+        for url in self._config.urls:
+            self._call("GET", url, "/health", patient=True)
+            config = self._call("GET", url, "/server_info?config_format=json", patient=True)["vllm_config"]
+            model = config["model_config"]
+            dtype = str(DTYPES.get(self._engine.precision, torch.float32))
+            for found, expected, what in (
+                (config["parallel_config"]["worker_extension_cls"], EXTENSION, "the worker extension"),
+                (model["dtype"], dtype, f"for engine.mixed_precision={self._engine.precision} the dtype"),
+                (model["logprobs_mode"], "processed_logprobs", "logprobs_mode"),
+            ):
+                if found != expected:
+                    raise ConfigError(
+                        f"rollout.vllm.urls: {url} runs with {found or 'none'}, and {what} must be {expected}: "
+                        "start it by launch/serve_rollouts.py (docs/rollout_engines.md)"
+                    )
+            if model["max_model_len"] < self._max_tokens:
+                raise ConfigError(
+                    f"rollout.vllm.urls: {url} takes {model['max_model_len']} tokens, and the longest prompt with "
+                    f"rollout.max_response_length has {self._max_tokens}: start it with --max-tokens {self._max_tokens}"
+                )
+
+    def _send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Let the workers of every server fetch the weights; then name their version, and empty the prefix caches."""
+        urls = self._config.urls
+        num_workers = sum(self._call("GET", url, "/get_world_size")["world_size"] for url in urls)
+        address = self._config.address or _own_address(urls[0])
+        dtype = DTYPES.get(self._engine.precision, torch.float32)
+        with ThreadPoolExecutor(len(urls)) as pool, WeightListener(address) as listener:
+            place = {
+                "address": address,
+                "port": listener.port,
+                "token": listener.token,
+                "timeout": self._timeout,
+            }
+            body = {"method": "fetch_weights", "kwargs": place}
+            fetching = [pool.submit(self._call, "POST", url, "/collective_rpc", body) for url in urls]
+            connections = listener.accept(num_workers, self._timeout, lambda: _raise_failure(fetching))
+            try:
+                send_weights(connections, weights, dtype)
+            except OSError:  # a worker that fails closes its connection; its server says why
+                for connection in connections:
+                    connection.close()
+                for done in fetching:
+                    done.result()
+                raise
+            for done in fetching:
+                done.result()
+        for url in urls:
+            self._call("POST", url, "/update_weight_version", {"new_version": self._version})
+            if not self._call("POST", url, "/reset_prefix_cache")["success"]:
+                raise ConfigError(
+                    f"rollout.vllm.urls: {url} cannot empty its prefix cache while others use it"
+                )
+
+    def _call(self, method: str, url: str, path: str, body: Any = None, patient: bool = False) -> Any:
+        """Return the JSON of an answer; raise ConfigError for an error or none.
+
+        A patient call is made again while the server cannot be reached, until the timeout.
+        """
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                answer = self._session.request(
+                    method, url.rstrip("/") + path, json=body, timeout=self._timeout
+                )
+                break
+            except requests.RequestException as error:
+                if not patient or time.monotonic() + PAUSE > deadline:
+                    raise ConfigError(
+                        f"rollout.vllm.urls: {url} does not answer {path.partition('?')[0]} "
+                        f"(waited rollout.vllm.timeout_minutes={self._config.timeout_minutes:g}): {error}"
+                    ) from None
+                time.sleep(PAUSE)
+        if answer.status_code != requests.codes.ok:
+            raise ConfigError(
+                f"rollout.vllm.urls: {url}{path.partition('?')[0]} answers {answer.status_code}: "
+                f"{answer.text[:500]} (its log says more)"
+            )
+        return answer.json() if answer.content else None
+
+
+def _own_address(url: str) -> str:
+    """Return the address of this machine from which it reaches a server."""
+    parts = urlsplit(url)
+    with socket.create_connection(
+        (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+    ) as own:
+        return own.getsockname()[0]
+
+
+def _raise_failure(calls: Sequence[Future]) -> None:
+    for call in calls:
+        if call.done():
+            call.result()
