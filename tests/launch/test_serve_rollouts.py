@@ -1,0 +1,33 @@
+"""launch/serve_rollouts.py as far as it goes without vLLM: tests/end_to_end/test_vllm_server.py starts the real one."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+from tiny_runs import CLEAN, ROOT
+
+SCRIPT = str(ROOT / "launch/serve_rollouts.py")
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], env=CLEAN, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_without_vllm_it_says_how_to_install_it():
+    done = serve("some/model", "--max-tokens", "64")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "serve_rollouts.py: rollout.engine=vllm needs the package vllm: pip install" in done.stderr
+
+
+def test_the_length_is_asked_for():
+    done = serve("some/model")
+    assert done.returncode == 2 and "--max-tokens" in done.stderr
+
+
+def test_help_says_what_a_reachable_port_means():
+    done = serve("--help")
+    assert done.returncode == 0 and "can change the weights" in " ".join(done.stdout.split())
