@@ -13,10 +13,8 @@ import io
 import math
 import operator
 import platform
-import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -25,12 +23,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from drpo.config_help import bounds_text, default_of, options
+from drpo.versions import git_commit, package_versions
 from drpo.yaml_words import kind_at, quote_words
 
 Recipe = TypeVar("Recipe")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 _PREFIX: ContextVar[str] = ContextVar("prefix", default="")
@@ -339,28 +337,3 @@ def save_resolved(recipe: object, path: Path) -> None:
     header = {"git_commit": git_commit(), "python": platform.python_version()} | package_versions()
     lines = [f"# {name}: {value}" for name, value in header.items()]
     Path(path).write_text("\n".join(lines) + "\n" + OmegaConf.to_yaml(OmegaConf.structured(recipe)))
-
-
-def package_versions(packages: Sequence[str] = VERSIONED_PACKAGES) -> dict[str, str]:
-    """Return the installed versions of packages, by default of those that determine a run's numbers."""
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
-def git_commit() -> str:
-    """Return the commit of this source tree, with `+changes` if it is dirty; `unknown` outside git."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -417,15 +417,16 @@ class Engine:
         """Flush the trackers and leave the process group."""
         for tracker in self._accelerator.trackers:
             tracker.finish()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        distributed = torch.distributed.is_available()
+        if distributed and torch.distributed.is_initialized():
             torch.distributed.barrier()
             # gloo: its thread may need the GIL to release the tensors of the last collective, and the group's
             # destructor holds the GIL while it waits for that thread.
             time.sleep(SETTLE_SECONDS)
-            for function in self._at_close:
-                function()
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+        for function in self._at_close:
+            function()
+        if distributed and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from importlib import metadata
 
 import torch
 
-from drpo.config import VERSIONED_PACKAGES, git_commit, package_versions
 from drpo.precision import PRECISIONS, choose_precision
+from drpo.versions import VERSIONED_PACKAGES, git_commit, package_versions
 
 OTHER_PACKAGES = ("tokenizers", "numpy", "openai", "vllm", "trl")
 

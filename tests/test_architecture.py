@@ -24,6 +24,7 @@ LAYERS = (
         "config",
         "config_help",
         "yaml_words",
+        "versions",
         "precision",
         "schedules",
         "microbatches",

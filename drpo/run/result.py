@@ -9,10 +9,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import nn
 
-from drpo.config import git_commit, package_versions
 from drpo.models.export import save_policy
 from drpo.run.folder import RunFolder
 from drpo.run.metrics import read_metrics, reproducible
+from drpo.versions import git_commit, package_versions
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from drpo.config import ConfigError, git_commit, package_versions, replaced, save_resolved
+from drpo.config import ConfigError, replaced, save_resolved
 from drpo.engine import Engine, EngineConfig
 from drpo.reward_functions import import_functions
 from drpo.rewards import RewardFn
 from drpo.run.folder import RunStopped
+from drpo.versions import git_commit, package_versions
 from eval.comparing.console_table import comparison_table
 from eval.comparing.recipe import REWARD_MODEL, CompareRecipe, slug
 from eval.comparing.result import compare_systems

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from drpo.config import ConfigError, package_versions, save_resolved
+from drpo.config import ConfigError, save_resolved
 from drpo.data.load import load_examples
 from drpo.data.stop import template_of, with_stop_token
 from drpo.data.views import best_response
@@ -26,6 +26,7 @@ from drpo.models.positions import check_sampling
 from drpo.models.tokenizer import load_tokenizer
 from drpo.rollout.generator import Generator
 from drpo.run.folder import RunStopped, flatten
+from drpo.versions import package_versions
 from eval.completions.fixed_systems import constant_rows, reference_rows
 from eval.completions.imported import file_sha256, import_rows
 from eval.completions.recipe import CompleteRecipe

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from drpo.config import package_versions
 from drpo.engine import Engine, EngineConfig
 from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.tokenizer import load_tokenizer
 from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig
 from drpo.run.metrics import read_metrics, reproducible
+from drpo.versions import package_versions
 from launch.command_line import StageFailed
 from launch.demo_inputs import LAUNCH
 from launch.experiments.flops import matmul_rate

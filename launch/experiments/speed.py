@@ -21,9 +21,10 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parents[1])
 
-from drpo.config import ConfigError, Section, package_versions, refuse, setting
+from drpo.config import ConfigError, Section, refuse, setting
 from drpo.jsonl import read_objects
 from drpo.optim import OptimConfig
+from drpo.versions import package_versions
 from launch.command_line import call, main
 from launch.environment import environment_text
 from launch.experiments.flops import Shape

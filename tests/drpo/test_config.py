@@ -17,12 +17,12 @@ from drpo.config import (
     key,
     load_recipe,
     names_keys,
-    package_versions,
     refuse,
     replaced,
     save_resolved,
 )
 from drpo.config_help import help_text, options
+from drpo.versions import package_versions
 
 
 @dataclass(frozen=True)

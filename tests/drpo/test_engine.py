@@ -60,3 +60,12 @@ def test_a_partitioned_frozen_model_gathers_a_layer_at_a_time(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == ["True", "[0, 0, 0, 0] [(0, 6)]"]
+
+
+def test_what_was_left_for_the_end_is_done_by_one_process_too(tmp_path):
+    engine = Engine(EngineConfig(trackers=[], mixed_precision="no"), tmp_path, 0, None)
+    done = []
+    engine.at_close(lambda: done.append(1))
+    assert not done
+    engine.close()
+    assert done == [1]

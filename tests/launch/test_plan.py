@@ -120,6 +120,13 @@ def test_vllm_holds_a_copy_of_the_policy_and_the_cache_that_it_is_given(folder):
     assert rollout["activations"] == pytest.approx(rollout["policy"], abs=256 / 2**30)
 
 
+def test_vllm_on_servers_takes_nothing_of_the_trainers_gpus(folder):
+    settings = ["rollout.engine=vllm", "rollout.vllm.urls=[http://gpu1:8000]"]
+    (single,) = plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"]
+    rollout = single["phases_gib"]["rollout"]
+    assert not rollout.get("activations") and not rollout.get("key-value cache")
+
+
 def test_offloaded_models_are_on_the_device_in_their_phase_alone(folder):
     settings = ["reward.offload=true", "kl.offload_reference=true"]
     (single,) = plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"]
