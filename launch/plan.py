@@ -18,21 +18,16 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parent)
 
-from rich.console import Console
-from rich.table import Table
-
 from drpo.config import ConfigError, load_recipe
 from launch.cli import accelerate_config
 from launch.command_line import RECIPES, USER_ERRORS, find_recipe, quieten_libraries, split_arguments
-from launch.planning.gpus import CAPACITY, GIB, Gpus, parse_gpus
+from launch.planning.gpus import CAPACITY, Gpus, parse_gpus
 from launch.planning.launchers import read_launcher
-from launch.planning.plan import Plan, Planner, advice
+from launch.planning.plan import Planner, advice
 from launch.planning.stages import STAGES
+from launch.planning.tables import markdown_head, markdown_row, print_plans
 
-ORDER = ("gradients", "optimizer", "gathered weights", "communication", "key-value cache", "activations")
 COMPARED = ("single_gpu", "multi_gpu", "zero2", "zero3", "zero3_offload")
-TABLE_WIDTH = 110
-TABLE_WIDTH = 120
 
 
 def main() -> None:
@@ -93,9 +88,7 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
         result = {"command": command, "recipe": path, "gpus": options.gpus, "advice": suggestions}
         print(json.dumps(result | {"plans": [plan.as_json() for plan in plans]}, indent=1))
         return
-    console = Console()
-    console.width = max(console.width, TABLE_WIDTH)
-    _show(console, f"drpo {command} {path}", shown, plans, suggestions)
+    print_plans(f"drpo {command} {path}", shown, plans, suggestions)
 
 
 def _print_rows(command: str | None, pattern: str, overrides: Sequence[str], gpus: Gpus) -> None:
@@ -105,15 +98,11 @@ def _print_rows(command: str | None, pattern: str, overrides: Sequence[str], gpu
     if not names:
         raise ConfigError(f"no recipe under launch/recipes matches {pattern!r}")
     launchers = [read_launcher(accelerate_config(name), gpus.count) for name in _compared(gpus)]
-    print(
-        f"| recipe | {' | '.join(launcher.name for launcher in launchers)} |\n| --- |{' --- |' * len(launchers)}"
-    )
+    print(markdown_head(launchers))
     for name in names:
         _, recipe = _loaded(command, RECIPES / name, overrides)
         planner = Planner(recipe, gpus)
-        plans = [planner.plan(launcher) for launcher in launchers]
-        cells = [f"**{_gib(plan.peak)}**" if plan.fits else _gib(plan.peak) for plan in plans]
-        print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
+        print(markdown_row(name, [planner.plan(launcher) for launcher in launchers]), flush=True)
 
 
 def _compared(gpus: Gpus) -> list[str]:
@@ -137,47 +126,6 @@ def _loaded(command: str | None, path: Path, overrides: Sequence[str]) -> tuple[
         )
         raise ConfigError(f"{state} {path}: name the command first, one of {', '.join(STAGES)}")
     return next(iter(readers.values()))
-
-
-def _show(
-    console: Console, title: str, shown: Plan, plans: Sequence[Plan], suggestions: Sequence[str]
-) -> None:
-    launcher, gpus = shown.launcher, shown.gpus
-    phases = list(shown.phases)
-    table = Table(
-        title=f"{title}: GiB on one of {gpus.count} {gpus.name}, {launcher.name}", title_justify="left"
-    )
-    table.add_column("")
-    for phase in phases:
-        table.add_column(phase, justify="right")
-    found = {part for phase in phases for part in shown.phases[phase]}
-    parts = [*shown.step.weights, *(part for part in ORDER if part in found)]
-    for part in parts:
-        table.add_row(part, *(_gib(shown.phases[phase].get(part)) for phase in phases))
-    logits = {phase.name: phase.logits for phase in shown.step.phases if phase.logits}
-    if logits:
-        table.add_row("  a chunk of logits in them", *(_gib(logits.get(phase)) for phase in phases))
-    table.add_section()
-    table.add_row("all", *(_gib(shown.total(phase)) for phase in phases))
-    console.print(table)
-    verdict = "fits" if shown.fits else "does NOT fit"
-    console.print(
-        f"{verdict}: {_gib(shown.peak)} GiB ({shown.peak_phase}) of {_gib(gpus.usable)} usable; host: "
-        + ", ".join(f"{part} {_gib(size)}" for part, size in shown.host.items()),
-        highlight=False,
-    )
-    comparison = Table(title="accelerate configs", title_justify="left")
-    for column in ("config", "GiB on one GPU", "phase", "fits"):
-        comparison.add_column(column)
-    for plan in plans:
-        comparison.add_row(plan.launcher.name, _gib(plan.peak), plan.peak_phase, "yes" if plan.fits else "no")
-    console.print(comparison)
-    for line in (*shown.step.notes, *(f"to change: {suggestion}" for suggestion in suggestions)):
-        console.print(line, highlight=False)
-
-
-def _gib(size: float | None) -> str:
-    return "" if size is None else f"{size / GIB:.1f}"
 
 
 if __name__ == "__main__":
