@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from drpo.config import ConfigError
@@ -121,3 +122,12 @@ def tiny_model(model_type: str, seed: int = 0, vocab_size: int = VOCAB_SIZE, **o
     with suppress(ConfigError):
         check_policy(model)  # as loading does: whoever counts calls finds the probe done
     return model
+
+
+def move_weights(model: nn.Module, seed: int) -> None:
+    """Change the trained weights about as much as an optimizer step at a large rate does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.05 * torch.randn(weight.shape, generator=generator)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tiny_models import tiny_model
+from tiny_models import move_weights, tiny_model
 
 from drpo.engine import Engine, EngineConfig
 from drpo.models.adapters import add_lora
@@ -65,9 +65,9 @@ def measure(generator: Generator, engine: Engine) -> dict:
             rows += sample(generator, seed)
             differences.append(difference(generator, engine, seed))
             if seed == 2:
-                update(generator.policy, seed)
+                move_weights(generator.policy, seed)
                 stale = difference(generator, engine, seed)
-        update(generator.policy, seed)
+        move_weights(generator.policy, seed)
     with generator.synced():
         first, again = (sample(generator, 5) for _ in range(2))
         alone = generator.generate(CONTEXTS[1:2], BUDGETS[1:2], [(5, 1)]).tokens[0]
@@ -118,15 +118,6 @@ def difference(generator: Generator, engine: Engine, seed: int) -> tuple[float, 
         ]
     )
     return float(differences.mean()), float(differences.max())
-
-
-def update(policy: torch.nn.Module, seed: int) -> None:
-    """About what an optimizer step at a large rate changes."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in policy.parameters():
-            if weight.requires_grad:
-                weight += 0.05 * torch.randn(weight.shape, generator=generator)
 
 
 if __name__ == "__main__":

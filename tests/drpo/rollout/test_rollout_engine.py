@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import move_weights, tiny_model
 from twin_engine import TwinEngine
 
 from drpo.data.encode import Example
@@ -55,14 +55,6 @@ def starts(tokenizer) -> list[Start]:
     return [Start(i, example, tuple(text[:h]), len(text)) for i, h in enumerate((0, 3, 0, 5, LIMIT - 1))]
 
 
-def update(policy: torch.nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in policy.parameters():
-            if weight.requires_grad:
-                weight += 0.05 * torch.randn(weight.shape, generator=generator)
-
-
 def by_length(completions) -> list[float]:
     return [float(len(completion.response_ids)) for completion in completions]
 
@@ -84,12 +76,12 @@ def test_engine_logprobs_follow_the_policy_and_stand_at_sampled_tokens(generator
         assert torch.count_nonzero(found[mask.logical_not()]) == 0
         num_sampled = [len(c.engine_logprobs) for c in completions]
         assert num_sampled == mask.sum(dim=1).tolist()
-        update(generator.policy, seed)
+        move_weights(generator.policy, seed)
 
 
 def test_an_engine_with_old_weights_is_seen_in_its_logprobs(generator, engine, starts):
     with generator.synced():
-        update(generator.policy, 0)
+        move_weights(generator.policy, 0)
         completions = generator.respond(starts)
     rollouts, _ = collect(starts, generator, engine, by_length, 1, Phases())
     new = collect(starts, generator, engine, by_length, 1, Phases())[0].engine_logprobs
