@@ -141,17 +141,12 @@ def _packs(model: nn.Module, batch: PaddedBatch, num_continuations: int) -> bool
     """Return whether the rows of a batch are packed; ZeRO-3: the probe comes first, as all processes take part."""
     length = batch.responses.shape[1]
     row_length = batch.queries.shape[1] + num_continuations * (length - 1)
-    return (
-        num_continuations > 1
-        and can_share_prompt(model)
-        and length > 0
-        and row_length <= shared_row_limit(model)
-    )
+    return num_continuations > 1 and shares_rows(model, row_length) and length > 0
 
 
-def shared_row_limit(model: nn.Module) -> float:
-    """Return the longest shared row of a model; inf without windowed attention."""
-    return narrowest_window(_backbone(unwrap_peft(model)).config)
+def shares_rows(model: nn.Module, row_length: int) -> bool:
+    """Return whether a model takes shared rows of a length, which its windows of attention may limit."""
+    return can_share_prompt(model) and row_length <= narrowest_window(_backbone(unwrap_peft(model)).config)
 
 
 def _in_rows(values: Tensor, batch: PaddedBatch) -> Tensor:

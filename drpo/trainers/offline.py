@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Objective(nn.Module):
 
     Subclasses define `collate`, which makes a batch of items, `lengths`, and `forward`, which takes a batch and returns
     the losses, one number per row (b,) summed over the row's targets, and further named numbers of the rows, each (b,).
+    What the lengths depend on beside their item, `before_lengths` finds out.
 
     A loss that depends on all rows of the step sets `needs_step_statistics`: the rows are then computed twice, first
     without gradients and statistics; `step_statistics` of these losses and numbers is an input of the second forward.
@@ -41,6 +43,9 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module, pad_id: int, device: torch.device) -> None:
         super().__init__()
         self.model, self._pad_id, self._device = model, pad_id, device
+
+    def before_lengths(self, items: Sequence[Any]) -> None:
+        """Look at the model, whose weights are whole, and at all items of the run; `lengths` is called later."""
 
     def lengths(self, item: Any) -> Lengths:
         """Return the tokens of an item's query and of its response, counted for every row that it takes."""
@@ -65,7 +70,8 @@ class BatchConfig(Section):
     """Examples per forward on one device; changes memory and speed, not the result."""
     microbatch_tokens: int | None = setting(None, ge=1)
     """Tokens per forward of training and evaluation on one device, padding included, in place of microbatch_size
-    examples. Examples of like length then go together, and a longer one alone."""
+    examples. Examples of like length then go together, and a longer one alone. A prompt that the responses of a pair
+    share counts once."""
     num_epochs: float = setting(1.0, gt=0)
     """Passes over the data when num_steps is null."""
 
@@ -151,6 +157,9 @@ def fit(
     num_steps = len(schedule)
     optimizer = build_optimizer([objective.model.parameters()], optim, engine.casts_weights)
     module = engine.prepare(objective, optimizer)
+    if batch.microbatch_tokens is not None:
+        with engine.whole_weights(objective):
+            objective.before_lengths([*chain(*stages), *held_out])
     state = run.open()
     start = state["step"] if state else 0
     run.start_progress(name, start, num_steps)

@@ -20,7 +20,7 @@ from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
-from drpo.models.shared_prompt import can_share_prompt, continuation_logprobs, shared_row_limit
+from drpo.models.shared_prompt import continuation_logprobs, shares_rows
 from drpo.models.trunk import share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
@@ -167,8 +167,7 @@ def rollouts_together(recipe: OnlineRecipe, longest_query: int, models: Sequence
     if num_rollouts == 1 or not recipe.ppo.share_prompts or recipe.model.trainable_layers is not None:
         return 1
     longest = longest_query + num_rollouts * recipe.rollout.max_response_length
-    shares = all(can_share_prompt(model) and longest <= shared_row_limit(model) for model in models)
-    return num_rollouts if shares else 1
+    return num_rollouts if all(shares_rows(model, longest) for model in models) else 1
 
 
 def _load_critic(recipe: OnlineRecipe, policy, tokenizer) -> ScalarModel:

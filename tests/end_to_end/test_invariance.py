@@ -242,9 +242,11 @@ def test_two_deepspeed_processes_train_the_same_preferences(preferences):
 
 
 @pytest.mark.slow
-def test_two_processes_that_share_every_weight_train_the_same_preferences(preferences):
-    start_preferences(partitioned(SEVERAL, preferences), preferences, "zero3", "batch.microbatch_size=2")
-    assert_same_preferences(preferences, "zero3")
+@pytest.mark.parametrize("cut", ["size=2", "tokens=200"])
+def test_two_processes_that_share_every_weight_train_the_same_preferences(preferences, cut):
+    prefix = f"zero3_{cut}"
+    start_preferences(partitioned(SEVERAL, preferences), preferences, prefix, f"batch.microbatch_{cut}")
+    assert_same_preferences(preferences, prefix)
 
 
 @pytest.mark.slow

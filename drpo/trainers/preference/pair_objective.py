@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from drpo import preference_losses as losses
 from drpo.microbatches import Lengths
 from drpo.models.scoring import response_logprobs
-from drpo.models.shared_prompt import continuation_logprobs
+from drpo.models.shared_prompt import continuation_logprobs, shares_rows
 from drpo.tensors import PaddedBatch, masked_sum
 from drpo.trainers.offline import Objective, RowMetrics
 from drpo.trainers.preference.pairs import Pair, PairBatch, collate_pairs
@@ -52,12 +52,24 @@ class PairObjective(Objective):
         self.needs_step_statistics = loss.dr_dpo is not None and loss.dr_dpo.over == "step"
         self._loss, self._reference = loss, reference
         self._score = functools.partial(block_logprobs, share_prompts=share_prompts)
+        self._share_prompts, self._counts_prompt_once = share_prompts, False
 
     def collate(self, pairs: Sequence[Pair]) -> PairBatch:
         return collate_pairs(pairs, self._pad_id, self._device)
 
+    def before_lengths(self, pairs: Sequence[Pair]) -> None:
+        """Count a pair's prompt once if the model shares it even in the longest row that a batch can have."""
+        query_length = max(len(pair.example.query_ids) for pair in pairs)
+        response_length = max(len(ids) for pair in pairs for ids in pair.response_ids)
+        longest = query_length + 2 * (response_length - 1)
+        self._counts_prompt_once = self._share_prompts and shares_rows(self.model, longest)
+
     def lengths(self, pair: Pair) -> Lengths:
-        return 2 * len(pair.example.query_ids), 2 * max(map(len, pair.response_ids))
+        """Return the tokens of a pair: a shared row has no padding between its parts, so it counts as one part."""
+        query_length, response_lengths = len(pair.example.query_ids), list(map(len, pair.response_ids))
+        if self._counts_prompt_once:
+            return query_length + sum(response_lengths), 0
+        return 2 * query_length, 2 * max(response_lengths)
 
     def step_statistics(self, weighted: Tensor, row_metrics: RowMetrics) -> Tensor:
         """Compute log mean exp(-loss / beta') over all pairs of the step, the normaliser of Dr. DPO's weights."""

@@ -117,6 +117,31 @@ def test_every_way_to_the_log_probs_gives_the_same_losses(model_type, share_prom
     assert losses.tolist() == pytest.approx(numbers(config, PAIRS, model_type), rel=1e-4)
 
 
+LONGEST = 9 + 2 * (8 - 1)  # query of pair b beside responses as long as the chosen one of pair e
+SHARED = [9, 17, 9, 11, 13, 9, 9, 7], [0] * 8  # query, chosen and rejected in one row, stop tokens included
+SEPARATE = (
+    [6, 18, 2, 8, 4, 10, 2, 4],
+    [8, 12, 10, 8, 16, 4, 10, 8],
+)  # two queries, two rows of the longer response
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "share_prompts", "expected"),
+    [
+        ("gpt_neox", {}, True, SHARED),
+        ("gpt_neox", {}, False, SEPARATE),
+        ("bloom", {}, True, SEPARATE),  # cannot share
+        ("mistral", {"sliding_window": LONGEST}, True, SHARED),
+        ("mistral", {"sliding_window": LONGEST - 1}, True, SEPARATE),  # a batch of b and e would be too long
+    ],
+)
+def test_length_of_a_pair_is_what_its_rows_take(model_type, sizes, share_prompts, expected):
+    options = {"reference": None, "share_prompts": share_prompts, "pad_id": PAD, "device": CPU}
+    objective = PairObjective(tiny_model(model_type, **sizes), LossConfig(), **options)
+    objective.before_lengths(PAIRS)
+    assert [objective.lengths(pair) for pair in PAIRS] == list(zip(*expected, strict=True))
+
+
 def test_reference_log_probs_of_the_batch_take_the_place_of_a_reference():
     _, reference = models()
     cached = [

@@ -85,6 +85,28 @@ def test_micro_batches_do_not_change_the_result(preference_run, loss):
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4, msg=name)
 
 
+def test_micro_batches_hold_the_tokens_that_are_computed(preference_run):
+    """A shared prompt counts once, so that fewer forwards fill the bound; none is larger."""
+    bound, sizes = 500, []
+
+    def note(module: nn.Module, args: tuple, output: object) -> None:
+        if type(module).__name__ == "GPTNeoXModel" and output.last_hidden_state.requires_grad:
+            sizes[-1].append(output.last_hidden_state.shape[:2])
+
+    hook = nn.modules.module.register_module_forward_hook(note)
+    try:
+        for share_prompts in (True, False):
+            sizes.append([])
+            preference_run(
+                share_prompts=share_prompts, batch={"size": 16, "microbatch_tokens": bound}, **NO_EVAL
+            )
+    finally:
+        hook.remove()
+    shared, separate = sizes
+    assert max(rows * width for rows, width in shared + separate) <= bound
+    assert len(shared) < len(separate)
+
+
 def test_every_metric_of_an_evaluation_has_a_reserved_name(preference_run):
     """A reward function of that name would write over it."""
     seen = set()
