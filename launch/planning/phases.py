@@ -83,12 +83,17 @@ def dry_optimizer_step(recipe: OfflineRecipe | OnlineRecipe, num_weights: int, o
 
 def rows_key(recipe: OfflineRecipe | OnlineRecipe, world_size: int) -> int:
     """Return what the phases depend on of the number of processes: rows of a process, if there are few."""
-    if isinstance(recipe, OnlineRecipe):
-        sizes = (recipe.rollout.generation_batch_size, recipe.reward.batch_size, recipe.ppo.microbatch_size)
-        return min(recipe.rollout.batch_size // world_size, max(sizes))
+    online = isinstance(recipe, OnlineRecipe)
+    section = recipe.ppo if online else recipe.batch
+    largest = section.microbatch_size
+    if section.microbatch_tokens is not None:  # a row has at least its response
+        largest = max(1, section.microbatch_tokens // lengths_of(recipe)[1])
+    if online:
+        largest = max(recipe.rollout.generation_batch_size, recipe.reward.batch_size, largest)
+        return min(recipe.rollout.batch_size // world_size, largest)
     sampled = getattr(recipe, "sample", None)
     num_prompts = 0 if sampled is None else -(-sampled.num_prompts // world_size)
-    return max(min(recipe.batch.size // world_size, recipe.batch.microbatch_size), num_prompts)
+    return max(min(recipe.batch.size // world_size, largest), num_prompts)
 
 
 def lengths_of(recipe: OfflineRecipe | OnlineRecipe) -> tuple[int, int]:
@@ -144,9 +149,10 @@ class _Phases:
 
         sampled = getattr(recipe, "sample", None)
         if sampled is not None and sampled.num_prompts:
-            rows = min(-(-sampled.num_prompts // self.world_size), RolloutConfig.generation_batch_size)
-            yield self._rollout("sampling", rows, 1, sampled.max_response_length)
-        yield self._update(loss, rows * self.response_length, "policy" in self.models.trained)
+            num_sampled = min(-(-sampled.num_prompts // self.world_size), RolloutConfig.generation_batch_size)
+            yield self._rollout("sampling", num_sampled, 1, sampled.max_response_length)
+        num_positions = getattr(batch, "padded", batch).responses.numel()
+        yield self._update(loss, num_positions, "policy" in self.models.trained)
 
     def online(self) -> Iterator[Phase]:
         recipe, models = self.recipe, self.models

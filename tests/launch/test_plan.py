@@ -112,6 +112,24 @@ def test_table_names_parts_verdict_and_configs(folder):
     assert shown.index("single_gpu") > shown.index("accelerate configs")
 
 
+def test_chunk_of_logits_has_the_responses_of_a_micro_batch(folder):
+    """Both responses of a pair, and not the rows of held-out samples."""
+    sizes = []
+    for name, rows in (("dpo", 2), ("dpo", 4), ("sft", 4)):
+        settings = [f"batch.microbatch_size={rows}", "loss_on=response"][: 2 if name == "sft" else 1]
+        (single,) = plans(folder, f"{name}.yaml", *settings, "--gpus", "24")["plans"]
+        sizes.append(single["logits_chunk_gib"]["update"])
+    assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.1)
+    assert sizes[2] == pytest.approx(sizes[0], rel=0.1)
+
+
+def test_micro_batch_of_tokens_holds_the_rows_that_a_process_has(folder):
+    settings = ["batch.microbatch_tokens=10000", "engine.mixed_precision=no"]
+    single, several, *_ = plans(folder, "reward-model", "reward_model.yaml", *settings, *GPUS)["plans"]
+    rows = [each["phases_gib"]["update"]["activations"] for each in (single, several)]
+    assert rows[0] == pytest.approx(2 * rows[1], rel=0.1)  # 8 pairs, and 4 on each of two
+
+
 def test_vllm_holds_a_copy_of_the_policy_and_the_cache_that_it_is_given(folder):
     settings = ["rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.5", "engine.mixed_precision=no"]
     (single,) = plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"]
