@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from drpo.models.scalar_head import ScalarModel, ScalarModelConfig
-from drpo.models.shared_prompt import continuation_scores
+from drpo.models.shared_prompt import continuation_hidden
 from drpo.tensors import PaddedBatch, masked_sum
 
 Aggregation = Literal["last", "sum"]
 
 
 class RewardModelConfig(ScalarModelConfig):
-    """Config of a RewardModel: a scalar model's, with aggregation, centre and chat template.
+    """Config of a RewardModel: a scalar model's, with aggregation, zero and unit of the score, and chat template.
 
     `chat_template` is whether the training texts went through the tokenizer's chat template (None: unknown), and
     `chat_template_kwargs` are the arguments of that template.
@@ -28,6 +28,7 @@ class RewardModelConfig(ScalarModelConfig):
         self,
         aggregation: Aggregation = "last",
         centre: float = 0.0,
+        scale: float = 1.0,
         chat_template: bool | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         **kwargs,
@@ -36,20 +37,28 @@ class RewardModelConfig(ScalarModelConfig):
         if aggregation not in ("last", "sum"):
             raise ValueError(f"aggregation must be last or sum, got {aggregation!r}")
         self.aggregation = aggregation
+        if not scale > 0:
+            raise ValueError(f"scale must be > 0, got {scale!r}")
         self.centre = centre
+        self.scale = scale
         self.chat_template = chat_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
 
 class RewardModel(ScalarModel):
-    """score(x, y) = aggregate_t head(hidden(x, y_<=t)) - centre."""
+    """score(x, y) = (aggregate_t head(hidden(x, y_<=t)) - centre) / scale."""
 
     config_class = RewardModelConfig
 
     def score(self, batch: PaddedBatch, num_continuations: int = 1) -> Tensor:
         """Return the scores (K*B,), float32, of K blocks of responses to B queries, stop token included."""
-        outputs = continuation_scores(self, batch, num_continuations)
-        return aggregate(outputs, batch.response_mask, self.config.aggregation) - self.config.centre
+        hidden = continuation_hidden(self, batch, num_continuations)
+        return self.scores_of(hidden[:, 1:], batch.response_mask)
+
+    def scores_of(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return the scores (B,) of responses from the hidden states at their tokens, (B, R, H) with mask (B, R)."""
+        raw = aggregate(self.head(hidden), mask, self.config.aggregation)
+        return (raw - self.config.centre) / self.config.scale
 
 
 def aggregate(outputs: Tensor, mask: Tensor, aggregation: Aggregation) -> Tensor:

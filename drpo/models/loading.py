@@ -157,6 +157,8 @@ def load_critic(
     critic = _read_scalar(path, config, ScalarModel, "critic.path")
     with torch.no_grad():
         critic.head.bias -= saved.get("centre", 0.0)
+        for parameter in critic.head.parameters():
+            parameter /= saved.get("scale", 1.0)
     if policy is not None and has_trunk(policy):
         if not same_trunk(critic, policy):
             raise ConfigError(

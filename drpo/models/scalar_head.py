@@ -76,12 +76,18 @@ class ScalarModel(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """Return one float32 number per token, (B, T), for ids and mask (B, T); positions default to the mask's."""
+        return self.head(self.hidden(input_ids, attention_mask, position_ids))
+
+    def hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return the backbone's last hidden states, (B, T, H)."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         inputs = model_inputs(self.backbone, input_ids, attention_mask.bool())
         if position_ids is not None and "position_ids" in inputs:
             inputs["position_ids"] = position_ids
-        return self.head(self.backbone(**inputs, use_cache=False).last_hidden_state)
+        return self.backbone(**inputs, use_cache=False).last_hidden_state
 
     @classmethod
     def from_causal_lm(cls, model: nn.Module, seed: int = 0) -> ScalarModel:
@@ -141,18 +147,16 @@ def token_values(model: nn.Module, batch: PaddedBatch) -> Tensor:
 
     Raises ConfigError as `check_scalar_model` does.
     """
+    check_scalar_model(model)  # probed at loading, except in half precision
     first, length = batch.queries.shape[1] - 1, batch.responses.shape[1]
-    return _outputs(model, batch)[:, first : first + length]
+    return model(batch.query_responses, batch.attention_mask)[:, first : first + length]
 
 
-def token_scores(model: nn.Module, batch: PaddedBatch) -> Tensor:
-    """Return the model's output at each response token, (B, R) float32: columns Q .. Q+R-1.
+def token_hidden(model: nn.Module, batch: PaddedBatch) -> Tensor:
+    """Return the hidden states before each response token and after the last, (B, R+1, H): columns Q-1 .. Q+R-1.
 
     Raises ConfigError as `check_scalar_model` does.
     """
-    return _outputs(model, batch)[:, batch.queries.shape[1] :]
-
-
-def _outputs(model: nn.Module, batch: PaddedBatch) -> Tensor:
-    check_scalar_model(model)  # probed at loading, except in half precision
-    return model(input_ids=batch.query_responses, attention_mask=batch.attention_mask)
+    check_scalar_model(model)
+    hidden = unwrap_peft(model).hidden(batch.query_responses, batch.attention_mask)
+    return hidden[:, batch.queries.shape[1] - 1 :]

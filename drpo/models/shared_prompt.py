@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from drpo.models.frozen_weights import is_half, own_precision
 from drpo.models.inputs import model_inputs, takes_position_ids, unwrap_peft
-from drpo.models.scalar_head import ScalarModel, token_scores, token_values
+from drpo.models.scalar_head import ScalarModel, token_hidden, token_values
 from drpo.models.scoring import (
     Entropy,
     ResponseScores,
@@ -107,16 +107,19 @@ def continuation_values(model: nn.Module, batch: PaddedBatch, num_continuations:
     return _in_rows(scalar_model.head(_hidden(scalar_model.backbone, packed)[packed.predicting]), batch)
 
 
-def continuation_scores(model: nn.Module, batch: PaddedBatch, num_continuations: int) -> Tensor:
-    """Compute `token_scores` (K*B, R) of a scalar model for K responses to each of B queries.
+def continuation_hidden(model: nn.Module, batch: PaddedBatch, num_continuations: int) -> Tensor:
+    """Compute `token_hidden` (K*B, R+1, H) of a scalar model for K responses to each of B queries.
 
     Rows, costs and errors are those of `continuation_logprobs`; 0 on padding where prompts are shared.
     """
     _check_blocks(batch, num_continuations)
-    longer = _with_one_more_token(batch)  # the output before it is the one at the last token
+    longer = _with_one_more_token(batch)  # the state before it is the one after the last token
     if not _packs(model, longer, num_continuations):
-        return token_scores(model, batch)
-    return continuation_values(model, longer, num_continuations)[:, 1:]
+        return token_hidden(model, batch)
+    packed = pack_rows(longer, num_continuations)
+    states = _hidden(unwrap_peft(model).backbone, packed)[packed.predicting]
+    rows = states.new_zeros(*longer.responses.shape, states.shape[-1])
+    return rows.masked_scatter(longer.response_mask[:, :, None], states)
 
 
 def _with_one_more_token(batch: PaddedBatch) -> PaddedBatch:

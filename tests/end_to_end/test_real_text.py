@@ -50,7 +50,7 @@ def start(launcher, task: str, stage: str, folder: Path, *overrides: str, timeou
 @pytest.mark.parametrize("task, launcher", [needs("tldr", ddp), needs("hh", plain)])
 def test_the_whole_chain_runs_in_a_few_steps(task, launcher, tmp_path):
     start(launcher, task, "sft", tmp_path, *OFFLINE, "sample.num_prompts=2", "sample.max_response_length=4")
-    start(launcher, task, "reward_model", tmp_path, *OFFLINE, "score.num_centring=4")
+    start(launcher, task, "reward_model", tmp_path, *OFFLINE, "score.num_references=4")
     drpo = start(launcher, task, "drpo", tmp_path, *ONLINE)
     metrics = read_metrics(drpo / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2]

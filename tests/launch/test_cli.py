@@ -108,7 +108,7 @@ def test_a_wheel_runs_the_chain_in_a_fresh_folder(tmp_path):
 
     policy = "model.path=sft/policy"
     run("sft", "demo/sft.yaml", *TINY, *SMALL, "run_dir=sft")
-    run("reward-model", "demo/reward_model.yaml", *TINY, policy, "run_dir=rm", "score.num_centring=0")
+    run("reward-model", "demo/reward_model.yaml", *TINY, policy, "run_dir=rm", "score.num_references=0")
     online = ["rollout.batch_size=16", "ppo.num_minibatches=1", "ppo.microbatch_size=8", "ppo.num_epochs=1"]
     run("drpo", "demo/drpo.yaml", *TINY, *online, policy, "reward.path=rm/reward_model", "run_dir=drpo")
     systems = 'systems=[{name: "SFT", policies: [sft/policy]}, {name: "DR-PO", policies: [drpo/policy]}]'

@@ -24,7 +24,7 @@ def folder(tmp_path_factory) -> Path:
     batch = {"size": 8, "microbatch_size": 2}
     recipes = {
         "sft": base | {"batch": batch, "sample": {"num_prompts": 4}, "loss_on": "all"},
-        "reward_model": base | {"batch": batch, "score": {"num_centring": 0}},
+        "reward_model": base | {"batch": batch, "score": {"num_references": 0}},
         "dpo": base | {"batch": batch, "loss": {"name": "dpo"}},
         "kto": base | {"batch": batch, "loss": {"name": "kto"}},
         "drpo": base

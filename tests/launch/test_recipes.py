@@ -143,7 +143,7 @@ SIZES_OF_A_DEMO = {
     "num_steps",
     "num_prompts",
     "num_examples",
-    "num_centring",
+    "num_references",
     "every",
     "samples_every",
     "size",
@@ -209,7 +209,7 @@ def test_offline_stages_on_tldr_have_the_settings_of_n_plus(size):
     sft, reward_model = loaded(f"tldr/sft_{size}.yaml"), loaded(f"tldr/reward_model_{size}.yaml")
     assert (sft.batch.size, sft.loss_on, sft.data.max_response_length) == (128, "all", 53)
     assert (reward_model.batch.size, reward_model.data.max_response_length) == (64, 169)
-    assert reward_model.score.aggregation == "last" and reward_model.score.num_centring > 0
+    assert reward_model.score.aggregation == "last" and reward_model.score.num_references > 0
     assert reward_model.references.path == sft.data.path  # the human summaries score 0
     for recipe in (sft, reward_model):
         assert (recipe.num_steps, recipe.batch.num_epochs) == (None, 1.0)

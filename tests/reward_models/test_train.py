@@ -93,7 +93,7 @@ def finished(tmp_path_factory):
     """A run with the references of the data, its recipe, metrics, model and tokenizer."""
     folder = tmp_path_factory.mktemp("reward_model") / "run"
     recipe, rows = run_reward_model(
-        folder, score={"num_centring": 17, "aggregation": "sum"}, eval={"every": 2, "num_examples": 10}
+        folder, score={"num_references": 17, "aggregation": "sum"}, eval={"every": 2, "num_examples": 10}
     )
     return recipe, rows, *loaded(folder)
 
@@ -126,7 +126,7 @@ def test_the_references_score_zero_on_average_when_scored_again(finished):
 
 def test_no_centring_leaves_the_score_where_it_is(tmp_path):
     unread = {"task": "own", "path": str(tmp_path / "nowhere.jsonl")}
-    run_reward_model(tmp_path / "run", score={"num_centring": 0}, references=unread, num_steps=1)
+    run_reward_model(tmp_path / "run", score={"num_references": 0}, references=unread, num_steps=1)
     assert loaded(tmp_path / "run")[0].config.centre == 0
 
 
@@ -205,7 +205,7 @@ def test_the_penalty_keeps_scores_near_zero(tmp_path):
     assert sizes[1] < sizes[0] / 2
 
 
-@pytest.mark.parametrize("changes", [{"penalty": -1.0}, {"num_centring": -1}])
+@pytest.mark.parametrize("changes", [{"penalty": -1.0}, {"num_references": -1}])
 def test_score_values_are_checked(changes):
     with pytest.raises(ValueError, match=f"^{next(iter(changes))} must be >= 0"):
         ScoreConfig(**changes)

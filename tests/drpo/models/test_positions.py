@@ -153,7 +153,9 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_text_without_room_is_told_before_training_and_a_limit_makes_it_a_bad_row(stage, inputs, tmp_path):
-    no_samples = {"score": {"num_centring": 0}} if stage == "reward_model" else {"sample": {"num_prompts": 0}}
+    no_samples = (
+        {"score": {"num_references": 0}} if stage == "reward_model" else {"sample": {"num_prompts": 0}}
+    )
     with pytest.raises(ConfigError, match="model.path: 1 of 21 texts .* data.max_prompt_length"):
         offline(*STAGES[stage], inputs, tmp_path / "long", own(inputs), **no_samples)
     limited = own(inputs, max_prompt_length=50, max_bad_fraction=0.1)
