@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from drpo.config import ConfigError
 from drpo.models.frozen_weights import round_frozen, share_frozen
 from drpo.models.inputs import unwrap_peft
-from drpo.models.loading import LoraConfig, ModelConfig, fresh_critic, prepare_to_train
+from drpo.models.loading import ModelConfig, fresh_critic, prepare_to_train
 from drpo.models.model_folder import is_causal_lm
 from drpo.models.probes import check_policy, check_scalar_model
 from drpo.models.scalar_head import ScalarModel
@@ -156,7 +156,7 @@ def _with_reference(recipe: PreferenceRecipe, policy: nn.Module) -> StageModels:
         return StageModels({"policy": policy})
     if recipe.reference_is_adapter_off:
         return StageModels({"policy": policy}, reference=AdapterOff(policy))
-    source = replace(recipe.model, lora=LoraConfig(), gradient_checkpointing=False)
+    source = recipe.model.without_adapter(gradient_checkpointing=False)
     if recipe.reference.path is not None:
         source = replace(
             source, path=recipe.reference.path, architecture={}, vocab_size=None, trainable_layers=None
