@@ -29,7 +29,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from drpo import fully_sharded
 from drpo.config import ConfigError, Section, setting
-from drpo.models.four_bit import quantise
+from drpo.models import four_bit
 from drpo.models.frozen_weights import round_frozen
 from drpo.precision import PRECISIONS, choose_precision, settled_why, slow_bf16_warning
 
@@ -215,7 +215,7 @@ class Engine:
                     parameter.data = parameter.data.to(torch.bfloat16)
         elif self.precision == "bf16":
             round_frozen(module)
-        quantise(module, self.device)
+        four_bit.quantise(module, self.device)
 
     def place(self, module: nn.Module, as_trained: bool, on_host: bool = False) -> nn.Module:
         """Move a frozen model to the device, its matrices in the run's precision.
@@ -441,11 +441,8 @@ def engine_of(recipe: Any) -> Iterator[Engine]:
         engine = Engine(recipe.engine, run_dir, recipe.seed, max_grad_norm)
         if engine.fully_sharded:
             fully_sharded.check_recipe(recipe)
-        if engine.partitions_weights and recipe.model.load_in_4bit:
-            raise ConfigError(
-                "model.load_in_4bit does not work under ZeRO-3, which cuts weights over the processes; set it to "
-                "false, or take multi_gpu.yaml or zero2.yaml"
-            )
+        if recipe.model.load_in_4bit:
+            four_bit.check_run(engine.partitions_weights)
         yield engine
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -26,7 +26,7 @@ from launch.cli import accelerate_config
 from launch.command_line import RECIPES, USER_ERRORS, find_recipe, quieten_libraries, split_arguments
 from launch.planning.gpus import CAPACITY, GIB, Gpus, parse_gpus
 from launch.planning.launchers import read_launcher
-from launch.planning.plan import Plan, Planner, advice
+from launch.planning.plan import Plan, Planner, advice, can_run
 from launch.planning.stages import STAGES
 
 ORDER = ("gradients", "optimizer", "gathered weights", "communication", "key-value cache", "activations")
@@ -81,6 +81,8 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.accelerate is not None:
         names = [options.accelerate, *(name for name in names if name != options.accelerate)]
     launchers = [read_launcher(accelerate_config(name), gpus.count) for name in names]
+    asked = int(options.accelerate is not None)
+    launchers = launchers[:asked] + [each for each in launchers[asked:] if can_run(recipe, each)]
     planner = Planner(recipe, gpus)
     plans = [planner.plan(launcher) for launcher in launchers]
     shown = (
@@ -111,9 +113,15 @@ def _print_rows(command: str | None, pattern: str, overrides: Sequence[str], gpu
     for name in names:
         _, recipe = _loaded(command, RECIPES / name, overrides)
         planner = Planner(recipe, gpus)
-        plans = [planner.plan(launcher) for launcher in launchers]
-        cells = [f"**{_gib(plan.peak)}**" if plan.fits else _gib(plan.peak) for plan in plans]
+        plans = [planner.plan(each) if can_run(recipe, each) else None for each in launchers]
+        cells = [_cell(plan) for plan in plans]
         print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
+
+
+def _cell(plan: Plan | None) -> str:
+    if plan is None:
+        return "-"
+    return f"**{_gib(plan.peak)}**" if plan.fits else _gib(plan.peak)
 
 
 def _compared(gpus: Gpus) -> list[str]:

@@ -18,16 +18,25 @@ from drpo.models.nf4_linear import NF4Linear
 CHOSEN = "drpo_hold_in_4bit"  # set on the layers, which are dense until their device is known
 
 
-def choose_layers(model: nn.Module) -> None:
-    """Mark the layers of a LoRA model that `quantise` replaces: its frozen linear layers, with or without an adapter.
-
-    The output embedding, routers of experts, heads and weights that another layer uses too stay as they are. Raises
-    ConfigError without bitsandbytes, or when no layer is left.
-    """
+def check_run(partitions_weights: bool) -> None:
+    """Raise ConfigError without bitsandbytes, or where the launcher cuts weights over the processes."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "model.load_in_4bit needs the package bitsandbytes: pip install -e '.[bnb]', or set it to false"
         )
+    if partitions_weights:
+        raise ConfigError(
+            "model.load_in_4bit does not work under ZeRO-3, which cuts weights over the processes; set it to false, or "
+            "take multi_gpu.yaml or zero2.yaml"
+        )
+
+
+def choose_layers(model: nn.Module) -> None:
+    """Mark the layers of a LoRA model that `quantise` replaces: its frozen linear layers, with or without an adapter.
+
+    The output embedding, routers of experts, heads and weights that another layer uses too stay as they are. Raises
+    ConfigError when no layer is left.
+    """
     plain: PreTrainedModel = unwrap_peft(model)
     used_elsewhere, output_embedding = ids_used_elsewhere(plain), plain.get_output_embeddings()
     chosen = [
@@ -48,9 +57,10 @@ def choose_layers(model: nn.Module) -> None:
         setattr(layer, CHOSEN, True)
 
 
-def quantise(module: nn.Module, device: torch.device) -> None:
+def quantise(module: nn.Module, device: torch.device, layer_class: type[NF4Linear] = NF4Linear) -> None:
     """Replace the layers that `choose_layers` marked by 4-bit ones on the device, one at a time."""
     for parent in list(module.modules()):
         for name, layer in list(parent.named_children()):
             if getattr(layer, CHOSEN, False):
-                setattr(parent, name, NF4Linear.of(layer.weight, layer.bias, type(layer) is Conv1D, device))
+                transposed = type(layer) is Conv1D
+                setattr(parent, name, layer_class.of(layer.weight, layer.bias, transposed, device))

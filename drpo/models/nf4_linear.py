@@ -69,14 +69,18 @@ class NF4Linear(nn.Module):
         return cls(shape, (packed, state.absmax, statistics), bias, transposed, weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        from bitsandbytes import matmul_4bit
-
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.stand_in is not None:
             weight = self.stand_in.T if self.transposed else self.stand_in
             return nn.functional.linear(x, weight.to(x.dtype), bias)
+        return self.product(x, bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b, in the precision of x."""
+        from bitsandbytes import matmul_4bit
+
         if padding := -self.in_features % BLOCK:
             x = nn.functional.pad(x, (0, padding))
         return matmul_4bit(x, self.weight, self._state(x.dtype), bias=bias)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from drpo.config import ConfigError
+from drpo.models.four_bit import quantise
 from drpo.models.frozen_weights import round_frozen, share_frozen
 from drpo.models.inputs import unwrap_peft
 from drpo.models.loading import ModelConfig, fresh_critic, prepare_to_train
@@ -26,6 +27,7 @@ from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.reference import AdapterOff, FrozenCopy
 from launch.planning.architectures import architecture_of, fresh_architecture
+from launch.planning.four_bit import SizedNF4Linear, packed_sizes
 from launch.planning.sizes import Weights
 from reward_models.model import RewardModel
 from reward_models.train import RewardModelRecipe
@@ -197,12 +199,14 @@ def _online(recipe: OnlineRecipe, policy: nn.Module) -> StageModels:
 
 
 def _hold(model: nn.Module, bf16: bool, whole: bool) -> None:
-    """Hold all weights in bf16 if they are cast whole, else the frozen matrices, in a bf16 run."""
+    """Hold weights as a run does: in a bf16 run all in bf16 or the frozen matrices, chosen layers in 4 bits."""
     if bf16 and whole:
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
     elif bf16:
         round_frozen(model)
+    quantise(model, torch.device("cpu"), SizedNF4Linear)
 
 
 def _share_bases(recipe: OnlineRecipe, models: StageModels) -> None:
@@ -216,7 +220,7 @@ def _share_bases(recipe: OnlineRecipe, models: StageModels) -> None:
 
 def _counted(model: nn.Module, seen: set[int]) -> Weights:
     counts = {"trained": 0, "trained_bytes": 0, "frozen": 0, "frozen_bytes": 0, "shared_bytes": 0}
-    own: set[int] = set()
+    own, packed = set(), packed_sizes(model)
     for tensor in (*model.parameters(), *model.buffers()):
         place = tensor.untyped_storage()._cdata
         if place in own:
@@ -226,7 +230,7 @@ def _counted(model: nn.Module, seen: set[int]) -> Weights:
         if place in seen:
             counts["shared_bytes"] += tensor.nbytes
         else:
-            counts[kind] += tensor.numel()
+            counts[kind] += packed.get(id(tensor), tensor.numel())
             counts[f"{kind}_bytes"] += tensor.nbytes
     seen |= own
     return Weights(**counts)
