@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from killed_runs import start, wait_for_step
 from offline_runs import SFT as OFFLINE_SFT
 from offline_runs import reproducible_rows, run_offline, run_preference, run_reward_model
-from online_runs import run_online, save_tiny_policy
+from online_runs import run_online, save_tiny_policy, true_rewards
 from safetensors.torch import load_file
 from tiny_runs import (
     ONLINE,
@@ -144,6 +141,26 @@ def test_reference_log_probs_of_another_precision_of_the_base_are_refused(policy
         run_preference(policy, tmp_path / "dense", model=LORA, **cache)
 
 
+def test_a_run_that_failed_and_is_resumed_equals_one_that_did_not(policy, tmp_path):
+    changes = {"model": IN_4BIT, "checkpoint": {"every": 1}, "num_steps": 4}
+    expected = run_online(policy, tmp_path / "whole", changes)
+    num_calls = 0
+
+    def fails_in_the_third_step(completions) -> list[float]:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 2:
+            raise ZeroDivisionError
+        return true_rewards(completions)
+
+    with pytest.raises(ZeroDivisionError):
+        run_online(policy, tmp_path / "failed", changes, fails_in_the_third_step)
+    assert metrics_of(tmp_path / "failed")[-1]["step"] == 2
+    rows = run_online(policy, tmp_path / "failed", changes)
+    assert reproducible_rows(rows) == reproducible_rows(expected)
+    assert_same_policy(tmp_path / "failed", tmp_path / "whole", 0)
+
+
 # --- real processes -----------------------------------------------------------------------------------------
 
 
@@ -156,17 +173,6 @@ def folder(tmp_path_factory) -> Path:
     run(plain("sft"), "sft.yaml", cwd=folder)
     run(plain("drpo"), "drpo.yaml", "run_dir=whole", cwd=folder)
     return folder
-
-
-def test_killed_and_resumed_equals_uninterrupted(folder):
-    process = start(plain("drpo"), "drpo.yaml", "run_dir=killed", cwd=folder)
-    wait_for_step(process, folder / "killed", 2)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    run(plain("drpo"), "drpo.yaml", "run_dir=killed", cwd=folder)
-    assert metrics_of(folder / "killed") == metrics_of(folder / "whole")
-    written = [(folder / name / "policy" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
-    assert written[0] == written[1]
 
 
 @pytest.mark.slow
