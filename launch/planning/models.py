@@ -108,6 +108,7 @@ def _policy(config: ModelConfig, key: str) -> PreTrainedModel:
     )
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **options)
+    model.tie_weights()  # left out with the numbers
     with _first_layers(model):  # as loading does: while its weights are of one precision
         check_policy(model, key)
         head_is_plain(model)
