@@ -185,6 +185,22 @@ def test_two_processes_equal_one(folder, launcher, request):
 
 
 @pytest.mark.slow
+def test_deepspeed_in_bf16_trains_over_the_base_of_one_process(folder):
+    settings = [
+        "model.dtype=bfloat16",
+        "engine.mixed_precision=bf16",
+        "ppo.num_epochs=1",
+        "ppo.num_minibatches=1",
+    ]
+    run(plain("drpo"), "drpo.yaml", "run_dir=half", *settings, cwd=folder)
+    command = ["bf16" if part == "no" else part for part in deepspeed("drpo", 2)]
+    run(command, "drpo.yaml", "run_dir=half_zero2", *settings, cwd=folder)
+    for row in metrics_of(folder / "half_zero2")[1:]:
+        assert row["ppo/ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert_same_policy(folder / "half", folder / "half_zero2")
+
+
+@pytest.mark.slow
 def test_weights_that_would_be_cut_are_refused_at_the_start(folder):
     done = finished(partitioned("drpo", folder), "drpo.yaml", "run_dir=refused", cwd=folder)
     assert done.returncode != 0
