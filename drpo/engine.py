@@ -29,6 +29,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from drpo import fully_sharded
 from drpo.config import ConfigError, Section, setting
+from drpo.models import four_bit
 from drpo.models.frozen_weights import round_frozen
 from drpo.precision import PRECISIONS, choose_precision, settled_why, slow_bf16_warning
 
@@ -204,13 +205,17 @@ class Engine:
         return self._deepspeed and self.precision == "bf16"
 
     def hold_frozen(self, module: nn.Module) -> None:
-        """Give the frozen weights of a module in training the precision that they have there, as `prepare` does."""
+        """Give the frozen weights of a module in training the precision that they have there, as `prepare` does.
+
+        Layers that are chosen for it (`drpo.models.four_bit`) go to the device in 4 bits, rounded so before.
+        """
         if self.casts_weights:
             for parameter in module.parameters():  # not buffers: DeepSpeed leaves rotary frequencies float32
-                if not parameter.requires_grad:
+                if not parameter.requires_grad and parameter.is_floating_point():
                     parameter.data = parameter.data.to(torch.bfloat16)
         elif self.precision == "bf16":
             round_frozen(module)
+        four_bit.quantise(module, self.device)
 
     def place(self, module: nn.Module, as_trained: bool, on_host: bool = False) -> nn.Module:
         """Move a frozen model to the device, its matrices in the run's precision.
@@ -437,6 +442,8 @@ def engine_of(recipe: Any) -> Iterator[Engine]:
         engine = Engine(recipe.engine, run_dir, recipe.seed, max_grad_norm)
         if engine.fully_sharded:
             fully_sharded.check_recipe(recipe)
+        if recipe.model.load_in_4bit:
+            four_bit.check_run(engine.partitions_weights)
         yield engine
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

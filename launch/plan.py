@@ -23,7 +23,7 @@ from launch.cli import accelerate_config
 from launch.command_line import RECIPES, USER_ERRORS, find_recipe, quieten_libraries, split_arguments
 from launch.planning.gpus import CAPACITY, Gpus, parse_gpus
 from launch.planning.launchers import read_launcher
-from launch.planning.plan import Planner, advice
+from launch.planning.plan import Planner, advice, can_run
 from launch.planning.stages import STAGES
 from launch.planning.tables import markdown_head, markdown_row, print_plans
 
@@ -76,6 +76,8 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.accelerate is not None:
         names = [options.accelerate, *(name for name in names if name != options.accelerate)]
     launchers = [read_launcher(accelerate_config(name), gpus.count) for name in names]
+    asked = int(options.accelerate is not None)
+    launchers = launchers[:asked] + [each for each in launchers[asked:] if can_run(recipe, each)]
     planner = Planner(recipe, gpus)
     plans = [planner.plan(launcher) for launcher in launchers]
     shown = (
@@ -102,7 +104,8 @@ def _print_rows(command: str | None, pattern: str, overrides: Sequence[str], gpu
     for name in names:
         _, recipe = _loaded(command, RECIPES / name, overrides)
         planner = Planner(recipe, gpus)
-        print(markdown_row(name, [planner.plan(launcher) for launcher in launchers]), flush=True)
+        plans = [planner.plan(each) if can_run(recipe, each) else None for each in launchers]
+        print(markdown_row(name, plans), flush=True)
 
 
 def _compared(gpus: Gpus) -> list[str]:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from drpo.config import ConfigError
 from drpo.fully_sharded import whole_tensor
+from drpo.models.nf4_linear import NF4Linear
 
 ROUTERS = {"router", "gate"}
 "What transformers calls the layers that choose experts. Their choice has no gradient."
@@ -126,15 +127,16 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def merged_state_dict(model: nn.Module, device: torch.device | str | None = None) -> dict[str, Tensor]:
     """Return the weights of the plain transformers model, with LoRA folded in if it has an adapter.
 
-    Folded weights are those of `merged_weights`; they go to `device`, by default the one they were on.
+    Folded weights and those of 4-bit layers are those of `merged_weights`; they go to `device`, by default the one they
+    were on.
     """
     if not hasattr(model, "get_base_model"):
         return model.state_dict()
-    adapted = {f"{name}.weight" for name, _ in _lora_layers(model)}
-    weights = merged_weights(model)
-    return {
-        name: weight.to(device or weight.device) if name in adapted else weight for name, weight in weights
+    made = {f"{name}.weight" for name, _ in _lora_layers(model)} | {
+        f"{name}.weight".replace(".base_layer.", ".") for name in _layers_in_4bit(model.get_base_model())
     }
+    weights = merged_weights(model)
+    return {name: weight.to(device or weight.device) if name in made else weight for name, weight in weights}
 
 
 def merged_weights(
@@ -142,9 +144,10 @@ def merged_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of the plain transformers model by name, one at a time, with LoRA folded in.
 
-    W + (alpha / r) B A is float32 for every base: in bfloat16 the sum would lose most of a small update. Nothing is
-    changed in place, so training can continue exactly. `whole` returns a context in which the parameters that it gets
-    have all their values; it is entered for one weight and its adapter at a time.
+    W + (alpha / r) B A is float32 for every base: in bfloat16 the sum would lose most of a small update. Of a 4-bit
+    base W is what the forwards used, the dequantised weight, in float32. Nothing is changed in place, so training can
+    continue exactly. `whole` returns a context in which the parameters that it gets have all their values; it is
+    entered for one weight and its adapter at a time.
     """
     has_adapter = hasattr(model, "get_base_model")
     base = model.get_base_model() if has_adapter else model
@@ -152,8 +155,12 @@ def merged_weights(
         {f"{name}.base_layer.weight": layer for name, layer in _lora_layers(model)} if has_adapter else {}
     )
     adapters = model.active_adapters if has_adapter else []
+    in_4bit = _layers_in_4bit(base)
     for name, weight in base.state_dict(keep_vars=True).items():
+        owner, _, key = name.rpartition(".")
         if ".lora_" in name or ".original_module." in name:
+            continue
+        if owner in in_4bit and key in ("scales", "scale_statistics"):
             continue
         plain_name = name.replace(".base_layer.", ".") if has_adapter else name
         for adapter in adapters:
@@ -165,7 +172,8 @@ def merged_weights(
             else [part[a].weight for a in adapters for part in (layer.lora_A, layer.lora_B)]
         )
         with whole([weight, *parts]), torch.no_grad():
-            merged = whole_tensor(weight.detach())
+            is_packed = owner in in_4bit and key == "weight"
+            merged = in_4bit[owner].dense_weight() if is_packed else whole_tensor(weight.detach())
             if layer is not None:
                 delta = sum(_delta(layer, adapter) for adapter in adapters)
                 merged = merged.float() + delta.to(merged.device)
@@ -177,20 +185,30 @@ def folded(model: nn.Module) -> Iterator[None]:
     """Make a LoRA model one plain model within this context, W + (alpha / r) B A in the precision of W.
 
     Each forward then computes one product a layer in place of three. The memory of the adapted layers is needed
-    twice, and W comes back bit for bit.
+    twice, that of 4-bit ones as dense layers too, and W comes back bit for bit.
     """
     layers = [layer for _, layer in _lora_layers(model)]
-    kept = [layer.get_base_layer().weight.data for layer in layers]
+    bases = [layer.get_base_layer() for layer in layers]
+    kept = [base.weight.data for base in bases]
     try:
-        for layer, weight in zip(layers, kept, strict=True):
+        for layer, base in zip(layers, bases, strict=True):
             with torch.no_grad():
                 delta = sum(_delta(layer, adapter) for adapter in model.active_adapters)
-                layer.get_base_layer().weight.data = (weight.float() + delta).to(weight.dtype)
+                if isinstance(base, NF4Linear):
+                    base.stand_in = (base.dense_weight() + delta).to(base.dense_dtype)
+                else:
+                    base.weight.data = (base.weight.float() + delta).to(base.weight.dtype)
         with model.disable_adapter():
             yield
     finally:
-        for layer, weight in zip(layers, kept, strict=True):
-            layer.get_base_layer().weight.data = weight
+        for base, weight in zip(bases, kept, strict=True):
+            base.weight.data = weight
+            if isinstance(base, NF4Linear):
+                base.stand_in = None
+
+
+def _layers_in_4bit(model: nn.Module) -> dict[str, NF4Linear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
 
 
 def _delta(layer: nn.Module, adapter: str) -> Tensor:

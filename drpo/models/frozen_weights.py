@@ -20,12 +20,7 @@ def round_frozen(module: nn.Module) -> None:
     Under bf16 autocast the outputs stay the same bit for bit: autocast rounds these weights in every forward. A weight
     that another layer uses too (a tied embedding) stays as it is. The module then runs under autocast only.
     """
-    used_elsewhere = {
-        id(weight)
-        for layer in module.modules()
-        if type(layer) not in MATRICES
-        for weight in layer.parameters(recurse=False)
-    }
+    used_elsewhere = ids_used_elsewhere(module)
     for layer in module.modules():
         if type(layer) in MATRICES:
             for weight in layer.parameters(recurse=False):
@@ -33,9 +28,22 @@ def round_frozen(module: nn.Module) -> None:
                     weight.data = weight.data.to(torch.bfloat16)
 
 
+def ids_used_elsewhere(module: nn.Module) -> set[int]:
+    """Return the ids of the parameters that belong to other layers than plain linear ones, tied ones among them."""
+    return {
+        id(weight)
+        for layer in module.modules()
+        if type(layer) not in MATRICES
+        for weight in layer.parameters(recurse=False)
+    }
+
+
 def is_half(model: nn.Module) -> bool:
     """Return whether any weights, but those of heads, which are always float32, are in half precision."""
-    return not {weight.dtype for weight in model.parameters()} <= {torch.float32, torch.float64}
+    dtypes = {
+        weight.dtype for weight in model.parameters() if weight.is_floating_point()
+    }  # 4-bit ones are not
+    return not dtypes <= {torch.float32, torch.float64}
 
 
 def own_precision(model: nn.Module) -> AbstractContextManager:

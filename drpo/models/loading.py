@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +21,7 @@ from drpo.config import ConfigError, Section, key, refuse, setting
 from drpo.models.adapters import add_lora
 from drpo.models.attention import attention_errors
 from drpo.models.causal_lm import fresh_causal_lm, read_causal_lm
+from drpo.models.four_bit import choose_layers
 from drpo.models.model_folder import check_complete, kind_of, read_config
 from drpo.models.probes import can_probe_now, check_policy, check_scalar_model
 from drpo.models.scalar_head import ScalarModel
@@ -74,6 +75,9 @@ class ModelConfig(Section):
     """Train this many of the top layers (in full or with LoRA) and freeze what is below: policy, reference, critic and,
     if it was trained so from the same weights, the reward model share it, and it runs once for a batch of rollouts."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    load_in_4bit: bool = False
+    """With LoRA: hold the frozen linear layers in 4 bits (NF4 with double quantisation, QLoRA). Training and the saved
+    policy use the rounded weights; needs bitsandbytes."""
 
     def check(self) -> None:
         scratch = bool(self.architecture)
@@ -87,9 +91,17 @@ class ModelConfig(Section):
             refuse(self.trainable_layers is not None, "trainable_layers", rule)
             rule = "adds adapters to a trained model; set it to 0 for a model from scratch"
             refuse(self.lora.r > 0, "lora.r", rule)
+        rule = (
+            f"holds the frozen base under an adapter in 4 bits: set {key('lora.r')}, or load_in_4bit to false"
+        )
+        refuse(self.load_in_4bit and not self.lora.r, "load_in_4bit", rule)
         for name in ("path", "tokenizer"):
             rule = f"is for a tokenizer trained on the data; leave it out beside {key(name)}"
             refuse(None not in (self.vocab_size, getattr(self, name)), "vocab_size", rule)
+
+    def without_adapter(self, **changes: Any) -> ModelConfig:
+        """Return the config of a plain frozen model with these changes."""
+        return replace(self, **{"lora": LoraConfig(), "load_in_4bit": False, **changes})
 
 
 def _check_architecture(architecture: dict[str, Any]) -> None:
@@ -222,7 +234,10 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def prepare_to_train(model: PreTrainedModel, config: ModelConfig, seed: int) -> PreTrainedModel:
-    """Turn dropout off, freeze the trunk, add the adapter and set checkpointing, as the config says."""
+    """Turn dropout off, freeze the trunk, add the adapter and set checkpointing, as the config says.
+
+    Layers that are to be held in 4 bits are chosen; `Engine.hold_frozen` quantises them on their device.
+    """
     disable_dropout(model)
     if config.trainable_layers is not None:
         freeze_trunk(model, config.trainable_layers)
@@ -238,6 +253,8 @@ def prepare_to_train(model: PreTrainedModel, config: ModelConfig, seed: int) -> 
             trained_whole=("head",) if isinstance(model, ScalarModel) else (),
             within=() if config.trainable_layers is None else trained_layer_names(model),
         )
+    if config.load_in_4bit:
+        choose_layers(model)
     if config.gradient_checkpointing:
         plain.gradient_checkpointing_enable({"use_reentrant": False})
     # Not needed without reentrance: embeddings that require gradients would build a graph in a frozen trunk.

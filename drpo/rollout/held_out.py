@@ -13,7 +13,7 @@ from drpo.config import ConfigError, Section, refuse, setting
 from drpo.data.encode import Example
 from drpo.engine import Engine
 from drpo.kl import sequence_kl
-from drpo.models.loading import LoraConfig, load_policy
+from drpo.models.loading import load_policy
 from drpo.models.policy_stops import stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scoring import response_logprobs
@@ -187,7 +187,7 @@ def held_out_sampler(
     if config.kl_reference is not None:
         check_same_vocabulary(tokenizer, config.kl_reference, "sample.kl_reference")
         defaults = {"architecture": {}, "tokenizer": None, "vocab_size": None, "trainable_layers": None}
-        source = replace(run.recipe.model, path=config.kl_reference, lora=LoraConfig(), **defaults)
+        source = run.recipe.model.without_adapter(path=config.kl_reference, **defaults)
         frozen = engine.place(load_policy(source, tokenizer, seed, "sample.kl_reference"), as_trained=True)
         check_sampling(frozen, examples, config.max_response_length, "sample.kl_reference", key)
 

@@ -120,6 +120,18 @@ def fold_lora(setup: Setup) -> Iterator[Finding]:
     yield difference(apart, small_run(setup, "fold_lora/folded", adapter, {"rollout": {"fold_lora": True}}))
 
 
+def four_bit(setup: Setup) -> Iterator[Finding]:
+    """The same two above a base in 4 bits: the reference's KL and the first ratio, and folded rollouts."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise Skipped("bitsandbytes is not installed (pip install -e '.[bnb]')")
+    adapter = {"model": {"lora": {"r": 8}, "load_in_4bit": True}}
+    rows = small_run(setup, "four_bit/run", ONE_UPDATE, adapter, precision="bf16")
+    yield from first_ratio(rows)
+    yield Finding("KL before the first update", rows[0]["objective/kl_k3"], 0.0)
+    apart = small_run(setup, "four_bit/apart", adapter)
+    yield difference(apart, small_run(setup, "four_bit/folded", adapter, {"rollout": {"fold_lora": True}}))
+
+
 def offload(setup: Setup) -> Iterator[Finding]:
     """Models that wait on the host change no number."""
     changes = {"kl": {"offload_reference": True}, "reward": {"offload": True}}
@@ -300,6 +312,7 @@ CHECKS: dict[str, Part] = {
     "bf16": bf16,
     "lora": lora,
     "fold_lora": fold_lora,
+    "four_bit": four_bit,
     "offload": offload,
     **{config: functools.partial(sharded, config) for config in ("zero2", "zero3", "fsdp2")},
     "vllm": vllm,

@@ -39,6 +39,7 @@ from launch.planning.stages import STAGES
 WORDS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "lora": {"lora": {"r": 16, "alpha": 32}},
+    "4bit": {"load_in_4bit": True},
 }
 LAUNCHERS = {"cpu": Sharding(2), "zero2": Sharding(2, 2), "zero3": Sharding(2, 3)}
 "Accelerate configs of two processes."
@@ -60,8 +61,8 @@ class MemoryPlanRecipe(Section):
     run_dir: str = "runs/memory_plan"
     """Folder of the inputs, of every run, and of results.json and results.md."""
     cases: list[str] = field(default_factory=lambda: list(CASES))
-    """A command (sft, reward_model, dpo, ppo), and any of checkpointing, lora and an accelerate config for two
-    processes (cpu, zero2, zero3)."""
+    """A command (sft, reward_model, dpo, ppo), and any of checkpointing, lora, 4bit (with lora) and an accelerate
+    config for two processes (cpu, zero2, zero3)."""
     hidden_size: int = setting(768, ge=32)
     """Width of the random llama."""
     num_layers: int = setting(10, ge=1)

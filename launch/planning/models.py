@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from drpo.config import ConfigError
+from drpo.models.four_bit import quantise
 from drpo.models.frozen_weights import round_frozen, share_frozen
 from drpo.models.inputs import unwrap_peft
-from drpo.models.loading import LoraConfig, ModelConfig, fresh_critic, prepare_to_train
+from drpo.models.loading import ModelConfig, fresh_critic, prepare_to_train
 from drpo.models.model_folder import is_causal_lm
 from drpo.models.probes import check_policy, check_scalar_model
 from drpo.models.scalar_head import ScalarModel
@@ -26,6 +27,7 @@ from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.reference import AdapterOff, FrozenCopy
 from launch.planning.architectures import architecture_of, fresh_architecture
+from launch.planning.four_bit import SizedNF4Linear, packed_sizes
 from launch.planning.sizes import Weights
 from reward_models.model import RewardModel
 from reward_models.train import RewardModelRecipe
@@ -106,6 +108,7 @@ def _policy(config: ModelConfig, key: str) -> PreTrainedModel:
     )
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **options)
+    model.tie_weights()  # left out with the numbers
     with _first_layers(model):  # as loading does: while its weights are of one precision
         check_policy(model, key)
         head_is_plain(model)
@@ -156,7 +159,7 @@ def _with_reference(recipe: PreferenceRecipe, policy: nn.Module) -> StageModels:
         return StageModels({"policy": policy})
     if recipe.reference_is_adapter_off:
         return StageModels({"policy": policy}, reference=AdapterOff(policy))
-    source = replace(recipe.model, lora=LoraConfig(), gradient_checkpointing=False)
+    source = recipe.model.without_adapter(gradient_checkpointing=False)
     if recipe.reference.path is not None:
         source = replace(
             source, path=recipe.reference.path, architecture={}, vocab_size=None, trainable_layers=None
@@ -197,12 +200,14 @@ def _online(recipe: OnlineRecipe, policy: nn.Module) -> StageModels:
 
 
 def _hold(model: nn.Module, bf16: bool, whole: bool) -> None:
-    """Hold all weights in bf16 if they are cast whole, else the frozen matrices, in a bf16 run."""
+    """Hold weights as a run does: in a bf16 run all in bf16 or the frozen matrices, chosen layers in 4 bits."""
     if bf16 and whole:
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
     elif bf16:
         round_frozen(model)
+    quantise(model, torch.device("cpu"), SizedNF4Linear)
 
 
 def _share_bases(recipe: OnlineRecipe, models: StageModels) -> None:
@@ -216,7 +221,7 @@ def _share_bases(recipe: OnlineRecipe, models: StageModels) -> None:
 
 def _counted(model: nn.Module, seen: set[int]) -> Weights:
     counts = {"trained": 0, "trained_bytes": 0, "frozen": 0, "frozen_bytes": 0, "shared_bytes": 0}
-    own: set[int] = set()
+    own, packed = set(), packed_sizes(model)
     for tensor in (*model.parameters(), *model.buffers()):
         place = tensor.untyped_storage()._cdata
         if place in own:
@@ -226,7 +231,7 @@ def _counted(model: nn.Module, seen: set[int]) -> Weights:
         if place in seen:
             counts["shared_bytes"] += tensor.nbytes
         else:
-            counts[kind] += tensor.numel()
+            counts[kind] += packed.get(id(tensor), tensor.numel())
             counts[f"{kind}_bytes"] += tensor.nbytes
     seen |= own
     return Weights(**counts)

@@ -36,6 +36,7 @@ from drpo.trainers.preference.pairs import Pair
 from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.sft import SFTObjective, SFTRecipe
 from launch.planning.dry_run import DryRun
+from launch.planning.four_bit import packed_sizes
 from launch.planning.models import Precision, StageModels, stage_models
 from launch.planning.sizes import Phase, Weights
 from reward_models.train import RewardModelRecipe, RewardObjective
@@ -230,9 +231,9 @@ class _Phases:
             if rollout.vllm.urls:
                 return Phase(name, 0)
             given = rollout.vllm.kv_cache_gib
-            copy = sum(weight.numel() for weight in unwrap_peft(policy).parameters()) * (
-                2 if self.precision.bf16 else 4
-            )
+            plain, element = unwrap_peft(policy), 2 if self.precision.bf16 else 4
+            packed = packed_sizes(plain)
+            copy = element * sum(packed.get(id(weight), weight.numel()) for weight in plain.parameters())
             return Phase(name, copy, cache=cache if given is None else int(given * 2**30))
         vocabulary = Vocabulary(PAD, range(10**9), SUPPRESSED)  # any token ends a row
         uniforms = torch.zeros(num_rows, response_length, dtype=torch.float64)

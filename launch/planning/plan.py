@@ -85,6 +85,10 @@ class Planner:
         bf16 = (self.recipe.engine.mixed_precision or launcher.precision) == "bf16"
         precision = Precision(bf16, casts_weights=bf16 and launcher.deepspeed)
         num_processes = sharding.num_processes
+        if not can_run(self.recipe, launcher):
+            raise ConfigError(
+                f"model.load_in_4bit does not work under ZeRO-3 ({launcher.name}); set it to false"
+            )
         _check_divides(self.recipe, num_processes)
         key = (precision, rows_key(self.recipe, num_processes))
         if key not in self._steps:
@@ -98,6 +102,11 @@ class Planner:
         phases = device_memory(step.weights, [*step.phases, last], sharding, waiting=waiting)
         host = host_memory(step.weights, sharding, here, waiting)
         return Plan(launcher, self.gpus, step, phases, host)
+
+
+def can_run(recipe: OfflineRecipe | OnlineRecipe, launcher: Launcher) -> bool:
+    """Return whether a launcher that cuts weights over the processes meets weights that may be cut."""
+    return not (recipe.model.load_in_4bit and launcher.sharding.zero_stage == 3)
 
 
 def _waiting(recipe: OfflineRecipe | OnlineRecipe) -> dict[str, str]:
@@ -149,6 +158,12 @@ def advice(plan: Plan, recipe: OfflineRecipe | OnlineRecipe) -> list[str]:
     if recipe.model.lora.r and recipe.model.dtype == "float32":
         frozen = sum(weights.frozen_bytes for weights in plan.step.weights.values())
         suggestions.append((frozen // 4, "model.dtype=bfloat16: the frozen base, embeddings too"))
+    can_round = (
+        recipe.model.lora.r and not recipe.model.load_in_4bit and plan.launcher.sharding.zero_stage < 3
+    )
+    if can_round:  # a quarter of bf16, and embeddings stay
+        frozen = sum(weights.frozen_bytes for weights in plan.step.weights.values() if weights.trained)
+        suggestions.append((frozen * 2 // 3, "model.load_in_4bit=true: the frozen linear layers in 4 bits"))
     if online and recipe.reward.path is not None and recipe.reward.dtype == "float32":
         suggestions.append((parts.get("reward model", 0) // 2, "reward.dtype=bfloat16"))
     if (

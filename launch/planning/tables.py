@@ -44,10 +44,15 @@ def markdown_head(launchers: Sequence[Launcher]) -> str:
     return f"| recipe | {names} |\n| --- |{' --- |' * len(launchers)}"
 
 
-def markdown_row(name: str, plans: Sequence[Plan]) -> str:
-    """Return a recipe's row: the peak under each launcher, bold where it fits."""
-    cells = [f"**{_gib(plan.peak)}**" if plan.fits else _gib(plan.peak) for plan in plans]
-    return f"| `{name}` | {' | '.join(cells)} |"
+def markdown_row(name: str, plans: Sequence[Plan | None]) -> str:
+    """Return a recipe's row: the peak under each launcher, bold where it fits, - for one that it cannot run under."""
+    return f"| `{name}` | {' | '.join(map(_cell, plans))} |"
+
+
+def _cell(plan: Plan | None) -> str:
+    if plan is None:
+        return "-"
+    return f"**{_gib(plan.peak)}**" if plan.fits else _gib(plan.peak)
 
 
 def _parts_table(title: str, plan: Plan) -> Table:

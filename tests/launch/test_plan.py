@@ -98,6 +98,34 @@ def test_parts_of_an_online_run_are_those_of_its_models(folder):
     assert cache == 4 * 2 * 2 * 8 * layers * 8 * (20 + 10 + 9)
 
 
+def test_base_in_4_bits_is_sized_by_hand_and_weights_that_are_cut_are_left_out(folder):
+    """llama of width 32 over LoRA of rank 2: rows of a multiple of 64 weights, 32 bytes and a scale for each 64."""
+    settings = ["model.lora.r=2", "model.load_in_4bit=true", "engine.mixed_precision=no"]
+    result = plans(folder, "drpo", "drpo.yaml", *settings, *GPUS)["plans"]
+    assert [each["accelerate"] for each in result] == ["single_gpu", "multi_gpu", "zero2"]
+    vocab = json.loads((folder / "policy" / "config.json").read_text())["vocab_size"]
+    shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)]  # two layers of each
+    adapter = 2 * sum(2 * (outputs + inputs) for outputs, inputs in shapes)
+    blocks = [outputs for outputs, _ in shapes]
+    packed = 2 * sum(33 * each + 4 + 4 for each in blocks)  # the scale of the scales, and their mean
+    dense = 2 * vocab * 32 + 2 * 2 * 32 + 32
+    update = result[0]["phases_gib"]["update"]
+    assert update["policy"] * 2**30 == pytest.approx(4 * (dense + adapter) + packed, abs=256)
+    assert update["critic"] * 2**30 == pytest.approx(4 * (adapter + 33), abs=300)  # the base is the policy's
+    weights = dense + 2 * sum(outputs * inputs for outputs, inputs in shapes)
+    assert result[0]["parameters"]["policy"] == pytest.approx(weights + adapter, abs=64)
+
+
+def test_tied_output_embedding_is_counted_once(folder, tmp_path):
+    tiny_model("llama", tie_word_embeddings=True).config.save_pretrained(tmp_path)
+    counts = [
+        plans(folder, "sft", "sft.yaml", f"model.path={path}", "--gpus", "24")["plans"][0]["parameters"]
+        for path in (folder / "policy", tmp_path)
+    ]
+    vocab = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    assert counts[0]["policy"] - counts[1]["policy"] == vocab * 32
+
+
 def test_table_names_parts_verdict_and_configs(folder):
     shown = plan(folder, "drpo", "drpo.yaml", "--gpus", "2x1", "--accelerate", "zero2").stdout
     for text in (
@@ -180,6 +208,10 @@ def test_run_that_fits_nowhere_gets_advice(folder):
         (["drpo", "drpo.yaml", *GPUS, "data.max_prompt_length=null"], "data.max_prompt_length is null"),
         (["sft", "drpo.yaml", *GPUS], "ppo: Key 'ppo' not in 'SFTRecipe'"),
         (["sft", "sft.yaml", "--gpus", "3xH100"], "batch.size is 8, which does not divide over 3 processes"),
+        (
+            ["sft.yaml", "model.lora.r=2", "model.load_in_4bit=true", *GPUS, "--accelerate", "zero3"],
+            "model.load_in_4bit does not work under ZeRO-3 (zero3)",
+        ),
         (GPUS, "a plan needs a recipe"),
     ],
 )

@@ -14,23 +14,25 @@ from launch.planning.plan import Planner
 
 NODE = ("qwen3_8b", "llama3.1_8b", "olmo3_7b", "olmo2_7b")
 ONE_GPU = ("qwen3_1.7b", "qwen3_4b", "llama3.2_1b")
+IN_4BIT = ("qwen3_8b_4bit",)  # one GPU too, for stages that do not fit it otherwise
 NAMES = sorted(f"chat/{path.name}" for path in (RECIPES / "chat").glob("*.yaml"))
 
 
 def test_every_model_has_every_stage_that_it_needs():
     expected = {f"chat/{stage}_{name}.yaml" for name in (*NODE, *ONE_GPU) for stage in ("dpo", "drpo", "ppo")}
     expected |= {f"chat/reward_model_{name}.yaml" for name in (*NODE, *ONE_GPU) if name != "qwen3_4b"}
+    expected |= {f"chat/{stage}_{name}.yaml" for name in IN_4BIT for stage in ("drpo", "ppo")}
     assert set(NAMES) == expected
 
 
-@pytest.mark.parametrize("name", [*NODE, *ONE_GPU])
+@pytest.mark.parametrize("name", [*NODE, *ONE_GPU, *IN_4BIT])
 def test_ppo_is_drpo_without_resets(name):
     different = differing(f"chat/ppo_{name}.yaml", f"chat/drpo_{name}.yaml")
     assert {key for key in different if not key.startswith("reset.")} == {"run_dir"}
     assert loaded(f"chat/ppo_{name}.yaml").reset.proportion == 0
 
 
-@pytest.mark.parametrize("name", [*NODE, *ONE_GPU])
+@pytest.mark.parametrize("name", [*NODE, *ONE_GPU, *IN_4BIT])
 def test_online_stages_take_the_reward_model_of_a_recipe_with_their_tokens(name):
     recipe = loaded(f"chat/drpo_{name}.yaml")
     (maker,) = [other for other in NAMES if recipe.reward.path == f"{loaded(other).run_dir}/reward_model"]
@@ -52,8 +54,16 @@ def test_chat_recipes_read_the_same_conversations(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_fits_the_gpus_that_it_names(name):
-    on_node = any(model in name for model in NODE)
+    on_node = name.removesuffix(".yaml").endswith(NODE)
     config = ("zero3" if "reward_model" in name else "multi_gpu") if on_node else "single_gpu"
     assert f"accelerate config {config}" in (RECIPES / name).read_text()
     gpus = parse_gpus("8x80" if on_node else "24")
     assert Planner(loaded(name), gpus).plan(read_launcher(accelerate_config(config), gpus.count)).fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_4BIT)
+def test_recipe_in_4_bits_would_not_fit_otherwise(name):
+    config = read_launcher(accelerate_config("single_gpu"), 1)
+    dense = loaded(f"chat/drpo_{name}.yaml", "model.load_in_4bit=false")
+    assert not Planner(dense, parse_gpus("24")).plan(config).fits

@@ -186,6 +186,11 @@ class PreferenceRecipe(OfflineRecipe):
             refuse(self.reference.cache_dir is not None, "reference.cache_dir", rule)
             rule = "and curriculum.reference=last both move the reference; choose one"
             refuse(self.reference.sync_every > 0, "reference.sync_every", rule)
+        rule = (
+            "does not go with a reference that moves (reference.sync_every, curriculum.reference=last): that is a "
+            "dense copy, which would start from other weights than the policy's; set it to false"
+        )
+        refuse(self.model.load_in_4bit and self.reference_moves, "model.load_in_4bit", rule)
 
     @property
     def view(self) -> View:

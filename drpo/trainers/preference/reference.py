@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from drpo.engine import Engine
-from drpo.models.loading import LoraConfig, load_policy
+from drpo.models.loading import load_policy
 from drpo.models.trunk import share_trunk
 from drpo.models.vocabulary import check_same_vocabulary
 from drpo.trainers.preference.recipe import PreferenceRecipe
@@ -27,7 +27,7 @@ def starting_reference(
             engine.hold_frozen(policy)
             policy.to(engine.device)  # it scores before training changes it
         return AdapterOff(policy)
-    source = replace(model, lora=LoraConfig(), gradient_checkpointing=False)
+    source = model.without_adapter(gradient_checkpointing=False)
     if path is not None:
         check_same_vocabulary(tokenizer, path, "reference.path")
         source = replace(

@@ -79,12 +79,13 @@ def _key(recipe: PreferenceRecipe, precision: str, pairs: Sequence[Pair]) -> dic
     """Return the key of the cache: the reference's weights, its precision, and the token ids."""
     model, path = recipe.model, recipe.reference.path or recipe.model.path
     weights = _weights_digest(path) if path else f"seed {recipe.seed}, {json.dumps(model.architecture)}"
+    in_4bit = model.load_in_4bit and recipe.reference_is_adapter_off
     tokens = hashlib.sha256()
     for pair in pairs:
         tokens.update(json.dumps([pair.example.query_ids, *pair.response_ids]).encode())
     return {
         "reference": weights,
-        "dtype": model.dtype,
+        "dtype": f"{model.dtype}, linear layers in 4 bits" if in_4bit else model.dtype,
         "attn_implementation": model.attn_implementation,
         "mixed_precision": precision,
         "num_pairs": len(pairs),
