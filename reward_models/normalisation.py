@@ -18,15 +18,18 @@ from drpo.trainers.offline import chunks
 from reward_models.model import RewardModel
 
 
-def load_references(data: DataConfig, number: int, tokenizer) -> list[Example]:
-    """Load the first `number` held-out prompts with a response each.
+def load_references(data: DataConfig, own: DataConfig | None, number: int, tokenizer) -> list[Example]:
+    """Load the first `number` prompts with a response each: of data of their `own`, or held-out ones of `data`.
 
     Raises DataError when one of them has no response, or nothing is held out.
     """
     if number == 0:
         return []
-    without_noise = replaced(data, noise=NoiseConfig())  # noise is for pairs
-    references = load_examples(without_noise, tokenizer, "prompts", held_out_only=True).eval[:number]
+    if own is not None:
+        references = load_examples(own, tokenizer, "prompts").train[:number]
+    else:
+        without_noise = replaced(data, noise=NoiseConfig())  # noise is for pairs
+        references = load_examples(without_noise, tokenizer, "prompts", held_out_only=True).eval[:number]
     advice = "give other data in `references`, or set score.num_references=0"
     if not references:
         raise DataError(f"no held-out prompts are left to be references: {advice}")
@@ -37,7 +40,12 @@ def load_references(data: DataConfig, number: int, tokenizer) -> list[Example]:
 
 
 def normalise(
-    run: RunFolder, trained: nn.Module, model: RewardModel, references: Sequence[Example], unit_variance: bool
+    run: RunFolder,
+    trained: nn.Module,
+    model: RewardModel,
+    references: Sequence[Example],
+    pad_id: int,
+    unit_variance: bool,
 ) -> None:
     """Set `centre` and `scale` of the model's config, so that the references score 0 on average.
 
@@ -52,10 +60,11 @@ def normalise(
         trained: the prepared module that `model` is a part of.
         model: the reward model.
         references: held-out prompts with their responses.
+        pad_id: id of padding.
         unit_variance: whether the scale is set.
     """
     with run.engine.whole_weights(trained):
-        scores = _raw_scores(run, model, references)
+        scores = _raw_scores(run, model, references, pad_id)
     model.config.centre = float(scores.mean())
     said = f"{len(references)} references scored {model.config.centre:.4f} on average"
     if unit_variance:
@@ -71,8 +80,10 @@ def normalise(
 
 
 @torch.no_grad()
-def _raw_scores(run: RunFolder, model: RewardModel, references: Sequence[Example]) -> torch.Tensor:
-    engine, pad_id = run.engine, model.config.pad_token_id or 0
+def _raw_scores(
+    run: RunFolder, model: RewardModel, references: Sequence[Example], pad_id: int
+) -> torch.Tensor:
+    engine = run.engine
     local: list[float] = []
     for part in chunks(references[engine.rank :: engine.world_size], run.recipe.batch.microbatch_size):
         batch = pad_batch([e.query_ids for e in part], [e.completion_ids for e in part], pad_id)

@@ -38,7 +38,7 @@ class ScoreConfig(Section):
     penalty: float = setting(0.0, ge=0)
     """Weight of the mean squared score in the loss; keeps scores near 0."""
     num_references: int = setting(1024, ge=0)
-    """How many held-out references fix the zero of the score (their mean score becomes 0); 0 leaves it where it is."""
+    """How many references fix the zero of the score (their mean score becomes 0); 0 leaves it where it is."""
     unit_variance: bool = False
     """Divide scores by the standard deviation of the references' scores, so that KL coefficients and penalties mean the
     same for every reward model."""
@@ -81,7 +81,8 @@ class RewardModelRecipe(OfflineRecipe):
     loss: LossConfig = field(default_factory=LossConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     references: DataConfig | None = None
-    """Data whose held-out completions fix zero and unit of the score (written like `data`); null: those of `data`."""
+    """Data whose completions fix zero and unit of the score (written like `data`, its train split); null: the held-out
+    ones of `data`."""
 
 
 def train(recipe: RewardModelRecipe, engine: Engine, callbacks: Sequence[Callback] = ()) -> Path:
@@ -94,7 +95,7 @@ def train(recipe: RewardModelRecipe, engine: Engine, callbacks: Sequence[Callbac
     train_rankings, held_out, notes = _rankings(recipe.loss, splits.train, splits.eval)
     report = "\n".join([splits.report, *notes])
     run.say_data(report)
-    references = load_references(recipe.references or recipe.data, recipe.score.num_references, tokenizer)
+    references = load_references(recipe.data, recipe.references, recipe.score.num_references, tokenizer)
     policy = load_policy(recipe.model.without_adapter(), tokenizer, recipe.seed)
     run.say(*check_examples(policy, [*splits.train, *splits.eval, *references]))
     model = RewardModel.from_causal_lm(policy, recipe.seed)
@@ -112,7 +113,8 @@ def train(recipe: RewardModelRecipe, engine: Engine, callbacks: Sequence[Callbac
     result = Result(run, objective, trained, tokenizer, report, "reward_model")
     fit(run, objective, [train_rankings], held_out, name="reward model", result=result)
     if references:
-        normalise(run, objective, model, references, recipe.score.unit_variance)
+        unit_variance = recipe.score.unit_variance
+        normalise(run, objective, model, references, tokenizer.pad_token_id, unit_variance)
     return result.finish()
 
 

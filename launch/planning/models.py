@@ -21,7 +21,7 @@ from drpo.models.probes import check_policy, check_scalar_model
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import head_is_plain
 from drpo.models.shared_prompt import can_share_prompt
-from drpo.models.trunk import freeze_trunk, has_trunk, share_trunk
+from drpo.models.trunk import has_trunk, share_trunk
 from drpo.trainers.offline import OfflineRecipe
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.preference.recipe import PreferenceRecipe
@@ -30,7 +30,7 @@ from launch.planning.architectures import architecture_of, fresh_architecture
 from launch.planning.four_bit import SizedNF4Linear, packed_sizes
 from launch.planning.sizes import Weights
 from reward_models.model import RewardModel
-from reward_models.train import RewardModelRecipe
+from reward_models.train import RewardModelRecipe, lm_head_of
 
 PROBED_LAYERS = 4
 "Enough for one of each kind where windowed and full attention alternate."
@@ -69,20 +69,15 @@ class StageModels:
 
 def stage_models(recipe: OfflineRecipe | OnlineRecipe, precision: Precision) -> StageModels:
     """Make the models of a recipe's stage, their weights in the precision that they have in training."""
-    policy = _policy(recipe.model, "model.path")
     match recipe:
         case RewardModelRecipe():
-            model = RewardModel.from_causal_lm(policy, recipe.seed)
-            check_scalar_model(model, "model.path")
-            if recipe.model.trainable_layers is not None:
-                freeze_trunk(model, recipe.model.trainable_layers)
-            models = StageModels({"reward model": model})
+            models = _reward_model(recipe)
         case PreferenceRecipe():
-            models = _with_reference(recipe, policy)
+            models = _with_reference(recipe, _policy(recipe.model, "model.path"))
         case OnlineRecipe():
-            models = _online(recipe, policy)
+            models = _online(recipe, _policy(recipe.model, "model.path"))
         case _:
-            models = StageModels({"policy": policy})
+            models = StageModels({"policy": _policy(recipe.model, "model.path")})
     for model in models.trained.values():
         _hold(model, precision.bf16, precision.casts_weights)
     for name, model in models.frozen.items():
@@ -91,6 +86,19 @@ def stage_models(recipe: OfflineRecipe | OnlineRecipe, precision: Precision) -> 
     if recipe.model.lora.r and isinstance(recipe, OnlineRecipe):
         _share_bases(recipe, models)
     return models
+
+
+def _reward_model(recipe: RewardModelRecipe) -> StageModels:
+    """Make the model in training and, for a language-model loss, the output embedding beside it."""
+    policy = _policy(recipe.model.without_adapter(), "model.path")
+    model = RewardModel.from_causal_lm(policy, recipe.seed)
+    with _first_layers(model):
+        check_scalar_model(model, "model.path")
+        can_share_prompt(model)
+    frozen = {"output embedding": lm_head_of(policy, model)} if recipe.loss.lm_coef else {}
+    by_prompt = recipe.loss.by == "prompt" or recipe.loss.name == "plackett_luce"
+    notes = ("sized for two responses a prompt",) * by_prompt
+    return StageModels({"reward model": prepare_to_train(model, recipe.model, seed=0)}, frozen, notes=notes)
 
 
 def _policy(config: ModelConfig, key: str) -> PreTrainedModel:

@@ -39,7 +39,9 @@ from launch.planning.dry_run import DryRun
 from launch.planning.four_bit import packed_sizes
 from launch.planning.models import Precision, StageModels, stage_models
 from launch.planning.sizes import Phase, Weights
-from reward_models.train import RewardModelRecipe, RewardObjective
+from reward_models.objective import RewardObjective
+from reward_models.rankings import Ranking
+from reward_models.train import RewardModelRecipe
 
 PAD = 0
 SUPPRESSED = (PAD,)
@@ -310,6 +312,8 @@ def _item(recipe: OfflineRecipe, response_length: int, query_length: int) -> obj
     query, response = [1] * query_length, [1] * response_length
     example = Example(Record(prompt=""), query, response, response, response)
     match recipe:
+        case RewardModelRecipe():
+            return Ranking(query, [response, response], [(0, 1, 0.0)], [0, 1])
         case PreferenceRecipe(loss=loss) if loss.name == "kto":
             return LabelledResponse(example, True, response)
         case PreferenceRecipe():
@@ -321,7 +325,8 @@ def _objective(recipe: OfflineRecipe, models: StageModels) -> Objective:
     device, (model,) = torch.device("cpu"), models.trained.values()
     match recipe:
         case RewardModelRecipe():
-            return RewardObjective(model, PAD, recipe.score.penalty, device)
+            head = models.frozen.get("output embedding")
+            return RewardObjective(model, PAD, recipe.loss, recipe.score.penalty, device, head)
         case SFTRecipe():
             return SFTObjective(model, PAD, recipe.loss_on, device)
         case PreferenceRecipe():

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from offline_runs import run_reward_model
+from offline_runs import RECIPE, run_offline, run_reward_model
+from online_runs import save_tiny_policy
 from safetensors.torch import load_file
-from tiny_models import tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drpo.data.encode import Example, encode_query, encode_response
+from drpo.config import ConfigError
+from drpo.data.encode import encode_query, encode_response
 from drpo.data.load import load_examples
-from drpo.data.records import DataError, Record
-from drpo.models.loading import ModelConfig
+from drpo.data.records import DataError
 from reward_models.model import RewardModel
-from reward_models.train import RewardModelRecipe, RewardObjective, ScoreConfig
-
-STOP, PAD = 1, 2
-PAIRS = [
-    Example(Record("a"), [3, 4, 5], chosen_ids=[11, 12, STOP], rejected_ids=[13, STOP]),
-    Example(Record("b"), [7] * 9, chosen_ids=[14, STOP], rejected_ids=[15, 16, 17, 18, STOP]),
-    Example(Record("c"), [10], chosen_ids=[20, 21, 22, STOP], rejected_ids=[20, 21, 23, STOP]),
-]
+from reward_models.train import RewardModelRecipe, ScoreConfig, train
 
 
 def score_alone(model: RewardModel, query: list[int], response: list[int]) -> float:
@@ -33,59 +27,12 @@ def score_alone(model: RewardModel, query: list[int], response: list[int]) -> fl
         hidden = model.backbone(torch.tensor([query + response])).last_hidden_state[0, len(query) :].double()
         outputs = [float(h @ model.head.weight[0].double() + model.head.bias.double()) for h in hidden]
     counted = outputs if model.config.aggregation == "sum" else outputs[-1:]
-    return sum(counted) - model.config.centre
+    return (sum(counted) - model.config.centre) / model.config.scale
 
 
 def log_loss(chosen: float, rejected: float) -> float:
     """-log sigmoid(chosen - rejected)."""
     return math.log1p(math.exp(rejected - chosen))
-
-
-def pair_objective(aggregation: str = "last", penalty: float = 0.0) -> RewardObjective:
-    model = RewardModel.from_causal_lm(tiny_model("gpt_neox"), seed=3)
-    model.config.aggregation = aggregation
-    return RewardObjective(model, PAD, penalty, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("aggregation", ["last", "sum"])
-@pytest.mark.parametrize("penalty", [0.0, 0.3])
-def test_the_loss_of_pairs_by_hand(aggregation, penalty):
-    objective = pair_objective(aggregation, penalty)
-    batch = objective.collate(PAIRS)
-    assert objective.num_targets(batch) == 3
-    losses, rows = objective(batch)
-    chosen = [score_alone(objective.model, pair.query_ids, pair.chosen_ids) for pair in PAIRS]
-    rejected = [score_alone(objective.model, pair.query_ids, pair.rejected_ids) for pair in PAIRS]
-    expected = [log_loss(c, r) + penalty * (c**2 + r**2) / 2 for c, r in zip(chosen, rejected, strict=True)]
-    assert losses.tolist() == pytest.approx(expected, rel=1e-4)
-    wins = [c > r for c, r in zip(chosen, rejected, strict=True)]
-    assert rows["accuracy"].tolist() == wins
-    assert 0 < sum(wins) < 3  # these pairs have both
-    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
-    assert rows["margin"].tolist() == pytest.approx(margins, rel=1e-4)
-    assert rows["chosen_score"].tolist() == pytest.approx(chosen, rel=1e-4)
-    assert rows["rejected_score"].tolist() == pytest.approx(rejected, rel=1e-4)
-
-
-def test_a_model_that_scores_everything_alike_loses_log_two_and_wins_no_pair():
-    objective = pair_objective()
-    with torch.no_grad():
-        objective.model.head.weight.zero_()
-    losses, rows = objective(objective.collate(PAIRS))
-    assert losses.tolist() == pytest.approx([math.log(2)] * 3)
-    assert not rows["accuracy"].any()
-
-
-def test_the_gradient_raises_the_chosen_and_lowers_the_rejected_score():
-    objective = pair_objective()
-    model, batch = objective.model, objective.collate(PAIRS)
-    before = objective(batch)[1]["margin"].sum()
-    objective(batch)[0].sum().backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.sub_(1e-4 * parameter.grad)
-    assert objective(batch)[1]["margin"].sum() > before
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +64,12 @@ def test_the_last_evaluation_is_that_of_the_saved_model(finished):
 
 def test_the_references_score_zero_on_average_when_scored_again(finished):
     recipe, _, model, tokenizer = finished
-    references = load_examples(recipe.data, tokenizer, "prompts").train[:17]
+    references = load_examples(recipe.data, tokenizer, "prompts").eval
+    assert len(references) == 11  # all that is held out
     scores = [score_alone(model, e.query_ids, e.completion_ids) for e in references]
-    assert sum(scores) / 17 == pytest.approx(0, abs=1e-4)
+    assert sum(scores) / 11 == pytest.approx(0, abs=1e-4)
     assert max(map(abs, scores)) > 0.1
-    assert model.config.centre != 0
+    assert model.config.centre != 0 and model.config.scale == 1
 
 
 def test_no_centring_leaves_the_score_where_it_is(tmp_path):
@@ -211,7 +159,92 @@ def test_score_values_are_checked(changes):
         ScoreConfig(**changes)
 
 
-def test_adapters_are_refused():
-    lora = type(ModelConfig().lora)(r=4)
-    with pytest.raises(ValueError, match="^model.lora.r must be 0: a reward model is trained in full"):
-        RewardModelRecipe(model=ModelConfig(path="x", lora=lora))
+def test_unit_variance_scales_the_references_to_deviation_one(tmp_path):
+    recipe, _ = run_reward_model(tmp_path / "run", score={"unit_variance": True})
+    model, tokenizer = loaded(tmp_path / "run")
+    references = load_examples(recipe.data, tokenizer, "prompts").eval
+    scores = [score_alone(model, e.query_ids, e.completion_ids) for e in references]
+    mean = sum(scores) / len(scores)
+    assert mean == pytest.approx(0, abs=1e-4)
+    assert math.sqrt(sum(s**2 for s in scores) / (len(scores) - 1)) == pytest.approx(1, abs=1e-4)
+    assert model.config.scale != 1
+
+
+def test_references_that_all_score_alike_have_no_unit(tmp_path):
+    data = tmp_path / "references.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": "post", "completion": " same"}) for _ in range(2)))
+    references = {"task": "own", "path": str(data), "eval_fraction": 0.0}
+    with pytest.raises(ConfigError, match="score.unit_variance: all 1 references have the same score"):
+        run_reward_model(tmp_path / "run", references=references, score={"unit_variance": True}, num_steps=1)
+    with pytest.raises(
+        ConfigError, match="score.unit_variance needs references: set score.num_references to 2"
+    ):
+        run_reward_model(tmp_path / "two", score={"unit_variance": True, "num_references": 1})
+
+
+def test_an_adapter_is_trained_with_a_whole_head_and_saved_folded_in(tmp_path):
+    policy = tmp_path / "policy"
+    save_tiny_policy(policy)
+    lora = {"path": str(policy), "lora": {"r": 2, "alpha": 4.0}}
+    recipe, rows = run_reward_model(tmp_path / "run", policy, model=lora, optim={"learning_rate": 0.02})
+    model, tokenizer = loaded(tmp_path / "run")
+    held_out = load_examples(recipe.data, tokenizer, "pairs").eval
+    pairs = [
+        [score_alone(model, pair.query_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
+        for pair in held_out
+    ]
+    assert rows[-1]["eval/loss"] == pytest.approx(sum(log_loss(*p) for p in pairs) / len(pairs), rel=1e-4)
+    weights = load_file(tmp_path / "run" / "reward_model" / "model.safetensors")
+    base = load_file(policy / "model.safetensors")
+    name = "layers.0.attention.query_key_value"
+    assert weights["head.weight"].dtype == torch.float32 and not any("lora" in key for key in weights)
+    assert not torch.equal(weights[f"backbone.{name}.weight"], base[f"gpt_neox.{name}.weight"])
+    assert torch.equal(weights[f"backbone.{name}.bias"], base[f"gpt_neox.{name}.bias"]), "frozen"
+    fresh = RewardModel.from_causal_lm(AutoModelForCausalLM.from_pretrained(policy), recipe.seed)
+    assert not torch.equal(weights["head.weight"], fresh.head.weight)
+
+
+def ranked_data(folder: Path) -> dict:
+    """Nine prompts with four responses, the longer the better."""
+    rows = [
+        {
+            "prompt": f"post {i}",
+            "responses": [" x" * k + f" {i}" for k in (2, 5, 1, 3)],
+            "scores": [2, 5, 1, 3],
+        }
+        for i in range(18)
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / "ranked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"task": "own", "path": str(folder / "ranked.jsonl"), "eval_fraction": 0.2}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [{"by": "prompt"}, {"name": "plackett_luce"}, {"by": "prompt", "margin_scale": 0.1, "lm_coef": 0.1}],
+)
+def test_rankings_of_a_prompt_are_learnt_from_one_example(tmp_path, loss, capsys):
+    policy = tmp_path / "policy"
+    save_tiny_policy(policy)
+    changes = {
+        "data": ranked_data(tmp_path / "data"),
+        "model": {"path": str(policy)},
+        "loss": loss,
+        "num_steps": 25,
+    }
+    _, rows = run_offline(RewardModelRecipe, train, tmp_path / "run", {**RECIPE, **changes})
+    assert rows[0]["train/num_targets"] == 8, "prompts"
+    assert rows[-1]["train/accuracy"] > 0.9 > rows[0]["train/accuracy"]
+    assert ("one example for each of" in capsys.readouterr().out) == (loss.get("name") is None)
+
+
+def test_settings_that_a_loss_does_not_have_are_refused(tmp_path):
+    for changes, message in (
+        ({"name": "plackett_luce", "by": "prompt"}, "loss.by does not apply to loss.name=plackett_luce"),
+        ({"name": "plackett_luce", "label_smoothing": 0.1}, "loss.label_smoothing does not apply"),
+        ({"label_smoothing": 0.5}, "loss.label_smoothing must be >= 0 and < 0.5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_reward_model(tmp_path / "run", loss=changes)
+    with pytest.raises(ConfigError, match="score.num_centring is now score.num_references"):
+        run_reward_model(tmp_path / "run", score={"num_centring": 5})

@@ -17,7 +17,7 @@ from transformers import (
 from drpo.models.adapters import add_lora
 from drpo.models.export import save_policy
 from drpo.models.loading import ModelConfig, load_scalar_model
-from drpo.models.scalar_head import ScalarModel, ScalarModelConfig, token_scores, token_values
+from drpo.models.scalar_head import ScalarModel, ScalarModelConfig, token_hidden, token_values
 from drpo.models.tokenizer import train_tokenizer
 from drpo.tensors import pad_batch
 
@@ -49,7 +49,7 @@ def test_values_are_the_head_on_the_hidden_states_of_each_row_alone(model_type):
     with torch.no_grad():
         model.head.bias.fill_(0.25)
         values = token_values(model, batch(query_length=13, response_length=7))
-        scores = token_scores(model, batch(query_length=13, response_length=7))
+        scores = model.head(token_hidden(model, batch(query_length=13, response_length=7))[:, 1:])
         for row, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
             hidden = causal_lm.base_model(torch.tensor([query + response])).last_hidden_state[0]
             outputs = [float((h * model.head.weight[0]).sum()) + 0.25 for h in hidden]
@@ -130,7 +130,7 @@ def test_loads_a_sequence_classifier_with_one_label(model_type, tmp_path):
     classifier = AutoModelForSequenceClassification.from_config(config).eval()
     classifier.save_pretrained(tmp_path)
     model = load_scalar_model(tmp_path, ModelConfig())
-    scores = token_scores(model, batch())
+    scores = model.head(token_hidden(model, batch())[:, 1:])
     for row, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
         # The classifier itself reads out the last token of a row.
         expected = classifier(torch.tensor([query + response])).logits.item()
@@ -252,5 +252,5 @@ def test_long_rows_in_bfloat16_are_float32_to_rounding(source, tmp_path):
     with torch.no_grad():
         hidden = causal_lm.model(rows.query_responses).last_hidden_state
         expected = (hidden @ model.head.weight[0] + model.head.bias)[:, -5:]
-        error = token_scores(model, rows) - expected
+        error = model.head(token_hidden(model, rows)[:, 1:]) - expected
     assert error.pow(2).mean().sqrt() < 0.04 * expected.std()

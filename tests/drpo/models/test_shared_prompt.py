@@ -7,12 +7,12 @@ from tiny_models import ARCHITECTURES, HYBRIDS, VOCAB_SIZE, tiny_model
 from torch import nn
 
 from drpo.models.adapters import add_lora
-from drpo.models.scalar_head import ScalarModel, token_scores, token_values
+from drpo.models.scalar_head import ScalarModel, token_hidden, token_values
 from drpo.models.scoring import adapter_disabled, head_is_plain, response_logprobs
 from drpo.models.shared_prompt import (
     can_share_prompt,
+    continuation_hidden,
     continuation_logprobs,
-    continuation_scores,
     continuation_values,
     narrowest_window,
     pack_rows,
@@ -136,17 +136,18 @@ def test_values_and_their_gradients_are_those_of_separate_rows(implementation, d
 
 
 @pytest.mark.parametrize("model_type", SHARING)
-def test_outputs_at_response_tokens_are_those_of_separate_rows(model_type, rows_fed):
+def test_hidden_states_around_response_tokens_are_those_of_separate_rows(model_type, rows_fed):
     """The last token's too, which predicts nothing, and of responses of one token."""
     model = ScalarModel.from_causal_lm(tiny_model(model_type, **WIDE.get(model_type, {})))
     batch = pad_batch([[3, 4], [5, 6, 7]] * 3, [[8], [9, 8], [10, 11, 12, 3], [11], [12], [13, 4]], PAD)
-    expected = token_scores(model, batch)
+    expected = token_hidden(model, batch)
     assert can_share_prompt(model)
     seen = rows_fed(model)
-    scores = continuation_scores(model, batch, 3)
+    hidden = continuation_hidden(model, batch, 3)
     assert seen == [2], "one forward, one row per query"
-    real = batch.response_mask
-    torch.testing.assert_close(scores[real], expected[real], atol=1e-5, rtol=0)
+    assert hidden.shape == expected.shape and hidden.shape[:2] == (6, 5)
+    real = torch.cat([batch.response_mask[:, :1], batch.response_mask], dim=1)  # before the first token too
+    torch.testing.assert_close(hidden[real], expected[real], atol=2e-5, rtol=1e-4)
 
 
 def test_responses_of_one_token_are_packed_too():
