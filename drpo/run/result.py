@@ -1,8 +1,9 @@
-"""The result of a run: the model as a plain `from_pretrained` folder with a model card as README.md."""
+"""The result of a run: models as plain `from_pretrained` folders with a model card as README.md."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +27,30 @@ class Result:
     tokenizer: Any
     data_report: str
     name: str
+    others: Mapping[str, nn.Module] = field(default_factory=dict)
+    "Further models that are parts of `trained`, by name, written at the end alone."
 
     def at_step(self, step: int) -> None:
         """Write the current model, if `checkpoint.model_every` asks for it at this step."""
         every = self.run.recipe.checkpoint.model_every
         if every and step % every == 0:
-            self._write(f"{self.name}_step_{step}")
+            self._write(self.model, f"{self.name}_step_{step}")
 
     def finish(self) -> Path:
-        """Write the model, close the run, and return the folder."""
-        folder = self._write(self.name)
+        """Write the models, close the run, and return the folder of the first."""
+        folder = self._write(self.model, self.name)
+        for name, model in self.others.items():
+            self._write(model, name)
         self.run.close()
         return folder
 
-    def _write(self, name: str) -> Path:
+    def _write(self, model: nn.Module, name: str) -> Path:
         folder = self.run.path / name
         engine = self.run.engine
         with engine.whole_weights(self.trained):
             if engine.is_main:
                 card = model_card(self.run.recipe, self.data_report, self.run.metrics.path)
-                save_policy(self.model, self.tokenizer, folder, card)
+                save_policy(model, self.tokenizer, folder, card)
         engine.barrier()
         return folder
 

@@ -70,7 +70,9 @@ def train(
     loop = _Loop(run, models, splits, {"score": reward_fn, **eval_rewards})
     if state is not None:
         loop.load_state_dict(state)
-    result = Result(run, models.actor_critic, models.generator.policy, tokenizer, splits.report, "policy")
+    critic = models.actor_critic.critic
+    result = Result(run, models.actor_critic, models.generator.policy, tokenizer, splits.report, "policy",
+                    {} if critic is None else {"critic": critic})  # fmt: skip
     start_step = 0 if state is None else state["step"]
     run.start_progress("DR-PO" if recipe.reset.proportion else "PPO", start_step, recipe.num_steps)
     if state is None:
