@@ -3,6 +3,7 @@
 drpo sft | reward-model | drpo | ppo | dpo            train
 drpo plan RECIPE --gpus 8xH100                        size a training run before it
 drpo serve-rollouts MODEL --max-tokens N              sample for training runs by a vLLM server
+drpo export-reward-model MODEL FOLDER                 write it as transformers' sequence classifier
 drpo complete | judge | compare | report              evaluate
 drpo label | import-labels | agreement                ask people
 drpo neuron-shift                                     look inside
@@ -20,7 +21,7 @@ from drpo.config import ConfigError
 
 LAUNCH = Path(__file__).resolve().parent
 COMMANDS = (
-    *("sft", "reward-model", "drpo", "ppo", "dpo", "plan", "serve-rollouts"),
+    *("sft", "reward-model", "drpo", "ppo", "dpo", "plan", "serve-rollouts", "export-reward-model"),
     *("complete", "judge", "compare", "report"),
     *("label", "import-labels", "agreement", "neuron-shift"),
 )

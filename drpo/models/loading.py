@@ -264,6 +264,7 @@ def prepare_to_train(model: PreTrainedModel, config: ModelConfig, seed: int) -> 
 
 
 def _from_sequence_classifier(path: str, dtype: str, model_class: type[Scalar], key: str) -> Scalar:
+    """Load a classifier; the config's `score_constant` is what its logit lacks (reward_models.export)."""
     source, info = AutoModelForSequenceClassification.from_pretrained(
         path, dtype=dtype, output_loading_info=True
     )
@@ -277,5 +278,6 @@ def _from_sequence_classifier(path: str, dtype: str, model_class: type[Scalar], 
     model = model_class.from_backbone(source, source.state_dict())
     with torch.no_grad():
         model.head.weight.copy_(head.weight)
-        model.head.bias.copy_(0 if head.bias is None else head.bias)
+        bias = torch.zeros(1) if head.bias is None else head.bias
+        model.head.bias.copy_(bias + getattr(source.config, "score_constant", 0.0))
     return model

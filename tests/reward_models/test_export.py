@@ -1,0 +1,131 @@
+"""A reward model as the sequence classifier of plain transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from tiny_runs import CLEAN, ROOT
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from drpo.config import ConfigError
+from drpo.models.export import save_policy
+from drpo.models.loading import ModelConfig, load_scalar_model
+from drpo.models.tokenizer import train_tokenizer
+from drpo.tensors import pad_batch
+from reward_models.export import export_classifier
+from reward_models.model import RewardModel
+
+ROWS = [([3, 4, 5], [11, 12]), ([7] * 9, [14]), ([10], [20, 21, 22, 23])]
+"The stop token follows."
+
+
+@pytest.fixture
+def tokenizer():
+    return train_tokenizer(["one two three. four five!\n"], 270)
+
+
+def saved(
+    folder: Path, tokenizer, model_type: str, size: int | None = None, **config
+) -> tuple[str, RewardModel]:
+    model = RewardModel.from_causal_lm(
+        tiny_model(model_type, vocab_size=size or len(tokenizer)), seed=3
+    ).eval()
+    with torch.no_grad():
+        model.head.bias.fill_(0.7)
+    model.config.centre, model.config.scale = 0.25, 1.6
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    save_policy(model, tokenizer, folder / model_type, "card")
+    return str(folder / model_type), model
+
+
+def rows_of(tokenizer) -> list[tuple[list[int], list[int]]]:
+    return [(query, [*response, tokenizer.eos_token_id]) for query, response in ROWS]
+
+
+def scores_of(model: RewardModel, tokenizer) -> list[float]:
+    rows = rows_of(tokenizer)
+    batch = pad_batch([query for query, _ in rows], [response for _, response in rows], 0)
+    with torch.no_grad():
+        return model.score(batch).tolist()
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "llama", "qwen2", "opt"])
+def test_plain_transformers_computes_the_scores_but_for_the_constant(tmp_path, tokenizer, model_type):
+    path, model = saved(tmp_path, tokenizer, model_type)
+    assert export_classifier(path, tmp_path / "plain")[0].startswith("score = logit + 0.28125")
+    constant = (0.7 - 0.25) / 1.6
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
+    assert classifier.config.num_labels == 1
+    for (query, response), score in zip(rows_of(tokenizer), scores_of(model, tokenizer), strict=True):
+        with torch.no_grad():
+            logit = classifier(torch.tensor([query + response])).logits.item()
+        assert logit + constant == pytest.approx(score, abs=2e-5)
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert tokens.get_vocab() == tokenizer.get_vocab()
+    again = load_scalar_model(tmp_path / "plain", ModelConfig(), RewardModel)
+    assert scores_of(again, tokenizer) == pytest.approx(scores_of(model, tokenizer), abs=2e-5), (
+        "here the constant is there again"
+    )
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_padded_rows_have_the_logits_of_rows_alone(tmp_path, tokenizer, spare):
+    """Also where padding is beyond the embedding, and plain folders pad with the stop token, which is the last one."""
+    if not spare:
+        tokenizer.add_special_tokens({"bos_token": "<s>", "pad_token": "<pad>"})
+    path, model = saved(tmp_path, tokenizer, "llama", size=len(tokenizer) - 1 + spare)
+    export_classifier(path, tmp_path / "plain")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
+    pad = classifier.config.pad_token_id
+    rows = [query + response for query, response in rows_of(tokenizer)]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    with torch.no_grad():
+        together = classifier(ids, attention_mask=mask).logits.flatten().tolist()
+        alone = [classifier(torch.tensor([row])).logits.item() for row in rows]
+    assert together == pytest.approx(alone, abs=2e-5)
+
+
+def test_without_a_token_for_padding_rows_come_one_at_a_time(tmp_path, tokenizer):
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    path, model = saved(tmp_path, tokenizer, "llama", size=len(tokenizer) - 1)
+    notes = export_classifier(path, tmp_path / "plain")
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
+    assert notes[1] == "no token can be padding: score one row at a time"
+    assert classifier.config.pad_token_id is None
+    for (query, response), score in zip(rows_of(tokenizer), scores_of(model, tokenizer), strict=True):
+        with torch.no_grad():
+            logit = classifier(torch.tensor([query + response])).logits.item()
+        assert logit + (0.7 - 0.25) / 1.6 == pytest.approx(score, abs=2e-5)
+
+
+def test_sums_and_models_without_a_classifier_are_refused(tmp_path, tokenizer):
+    path, _ = saved(tmp_path, tokenizer, "llama", aggregation="sum")
+    with pytest.raises(
+        ConfigError, match="sums its head over the tokens, and a sequence classifier reads the last"
+    ):
+        export_classifier(path, tmp_path / "plain")
+    with pytest.raises(ConfigError, match="REWARD_MODEL: .*nowhere"):
+        export_classifier(str(tmp_path / "nowhere"), tmp_path / "plain", "REWARD_MODEL")
+
+
+def test_the_command_says_what_the_logits_lack(tmp_path, tokenizer):
+    path, _ = saved(tmp_path, tokenizer, "gpt_neox")
+    script = str(ROOT / "launch/export_reward_model.py")
+    done = subprocess.run(
+        [sys.executable, script, path, str(tmp_path / "plain")], env=CLEAN, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "score = logit + 0.28125: the classifier's head has no bias" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "plain")
+    failed = subprocess.run(
+        [sys.executable, script, "nowhere", "x"], env=CLEAN, capture_output=True, text=True
+    )
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
