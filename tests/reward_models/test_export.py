@@ -10,12 +10,13 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from tiny_runs import CLEAN, ROOT
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from drpo.config import ConfigError
 from drpo.models.export import save_policy
 from drpo.models.loading import ModelConfig, load_scalar_model
-from drpo.models.tokenizer import train_tokenizer
+from drpo.models.tokenizer import load_tokenizer, train_tokenizer
 from drpo.tensors import pad_batch
 from reward_models.export import export_classifier
 from reward_models.model import RewardModel
@@ -93,9 +94,13 @@ def test_padded_rows_have_the_logits_of_rows_alone(tmp_path, tokenizer, spare):
     assert together == pytest.approx(alone, abs=2e-5)
 
 
-def test_without_a_token_for_padding_rows_come_one_at_a_time(tmp_path, tokenizer):
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    path, model = saved(tmp_path, tokenizer, "llama", size=len(tokenizer) - 1)
+def test_without_a_token_for_padding_rows_come_one_at_a_time(tmp_path):
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(60)} | {"<end>": 60}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    assert len(tokenizer) == 62, "[PAD] is beyond the embedding"
+    path, model = saved(tmp_path, tokenizer, "llama", size=61)
     notes = export_classifier(path, tmp_path / "plain")
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
     assert notes[1] == "no token can be padding: score one row at a time"
