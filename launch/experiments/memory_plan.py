@@ -178,7 +178,7 @@ def settings_of(recipe: MemoryPlanRecipe, root: Path, case: str, size: str) -> d
     else:
         settings["batch"] = {"size": batch_size, "microbatch_size": recipe.microbatch_size}
     if command == "reward_model":
-        settings["score"] = {"num_centring": 0}
+        settings["score"] = {"num_references": 0}
     elif command != "ppo":
         settings["sample"] = {"num_prompts": 0}
     return settings

@@ -93,7 +93,8 @@ def our_settings(case: Case, sizes: Sizes, inputs: Path, side: str) -> dict[str,
     settings["batch"] = cut | {"size": sizes.batch_size}
     settings["optim"] = {"learning_rate": LEARNING_RATE, "schedule": "constant"}
     if case.stage == "reward_model":
-        return settings | {"score": {"num_centring": 0}}
+        number = "num_centring" if side == "before" else "num_references"  # its name in earlier commits
+        return settings | {"score": {number: 0}}
     if case.stage == "dpo":
         settings["loss"] = {"name": "dpo", "beta": BETA}
     return settings | {"sample": {"num_prompts": 0}}
