@@ -61,7 +61,7 @@ class NF4Linear(nn.Module):
         matrix = (weight.T if transposed else weight).detach().to(device)
         shape = tuple(matrix.shape)
         # bitsandbytes lets blocks run over the ends of rows, which its CPU kernel (0.50.2) then reads wrongly.
-        whole_blocks = nn.functional.pad(matrix, (0, -shape[1] % BLOCK)).contiguous()
+        whole_blocks = nn.functional.pad(matrix, (0, _padding(shape[1]))).contiguous()
         packed, state = quantize_4bit(
             whole_blocks, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
@@ -81,7 +81,7 @@ class NF4Linear(nn.Module):
         """Return x W^T + b, in the precision of x."""
         from bitsandbytes import matmul_4bit
 
-        if padding := -self.in_features % BLOCK:
+        if padding := _padding(self.in_features):
             x = nn.functional.pad(x, (0, padding))
         return matmul_4bit(x, self.weight, self._state(x.dtype), bias=bias)
 
@@ -105,13 +105,17 @@ class NF4Linear(nn.Module):
         )
         return QuantState(
             self.scales,
-            shape=torch.Size((self.out_features, self.in_features + -self.in_features % BLOCK)),
+            shape=torch.Size((self.out_features, self.in_features + _padding(self.in_features))),
             blocksize=BLOCK,
             quant_type="nf4",
             dtype=dtype,
             offset=statistics[-1],
             state2=of_scales,
         )
+
+
+def _padding(num_inputs: int) -> int:
+    return -num_inputs % BLOCK
 
 
 @functools.cache

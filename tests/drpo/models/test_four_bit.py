@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from drpo.config import ConfigError, make_section
 from drpo.models.adapters import add_lora, folded, merged_state_dict
 from drpo.models.export import save_policy
-from drpo.models.four_bit import choose_layers, quantise
+from drpo.models.four_bit import check_run, choose_layers, quantise
 from drpo.models.frozen_weights import is_half, round_frozen, share_frozen
 from drpo.models.loading import LoraConfig, ModelConfig, fresh_critic, prepare_to_train
 from drpo.models.nf4_linear import NF4Linear
@@ -108,6 +108,15 @@ def test_linear_layers_but_the_head_and_routers_are_in_4_bits_with_or_without_an
     assert floating == {torch.float32} and not is_half(policy)
 
 
+def test_a_router_that_is_a_linear_layer_stays_dense():
+    policy = add_lora(tiny_model("llama"), r=2, alpha=4.0, target_modules=["q_proj"], seed=0)
+    block = policy.get_base_model().model.layers[0].mlp
+    block.gate = nn.Linear(32, 4).requires_grad_(False)
+    choose_layers(policy)
+    quantise(policy, CPU)
+    assert type(block.gate) is nn.Linear and isinstance(block.gate_proj, NF4Linear)
+
+
 def test_the_written_folder_is_the_trained_model(tmp_path):
     tokenizer = train_tokenizer(["a text"], 300)
     policy = trained("llama", vocab_size=300)
@@ -197,4 +206,10 @@ def test_4_bits_with_a_reference_that_moves_are_refused(changes):
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"model.load_in_4bit needs .*pip install -e '.\[bnb\]'"):
-        prepare_to_train(tiny_model("llama"), IN_4BIT, seed=0)
+        check_run(partitions_weights=False)
+
+
+def test_launchers_that_cut_weights_are_refused():
+    check_run(partitions_weights=False)
+    with pytest.raises(ConfigError, match="model.load_in_4bit does not work under ZeRO-3"):
+        check_run(partitions_weights=True)

@@ -28,6 +28,17 @@ def test_layer_holds_what_a_real_one_holds(shape, transposed, monkeypatch):
         assert sum(packed_sizes(nn.Sequential(sized)).values()) == shape[0] * shape[1]
 
 
+def test_under_autocast_input_and_dense_weight_are_in_its_precision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with DryRun() as dry:
+        layer = SizedNF4Linear.of(torch.empty(3000, 4000), None, False, CPU)
+        x = torch.empty(2, 4000)
+        with dry.measured() as used, torch.autocast("cpu", torch.bfloat16):
+            output = layer(x)
+    assert output.dtype == torch.bfloat16
+    assert used.peak == 2 * (3000 * 4000 + 2 * 3000 + 2 * 4000)
+
+
 def test_products_take_a_dense_weight_for_a_moment_and_keep_nothing(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     rows, dense = 2 * 3000, 3000 * 4000
