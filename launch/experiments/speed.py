@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from launch.experiments.speed_cases import (
     BETA,
     CASES,
     LEARNING_RATE,
+    NUM_RANKED,
     ONLINE_LEARNING_RATE,
     Case,
     Sizes,
@@ -197,7 +199,7 @@ def measure(recipe: SpeedRecipe, tools: Tools, name: str, side: str, repeat: int
         recipe: sizes of the step.
         tools: of the other sides.
         name: of the case.
-        side: ours, trl, before or prompts.
+        side: ours, trl, before, prompts or pairs.
         repeat: number of the round.
     """
     case, folder = CASES[name], tools.root / f"{name}_{side}_{repeat}"
@@ -261,16 +263,26 @@ def measure_trl(recipe: SpeedRecipe, tools: Tools, case: Case, folder: Path) -> 
 def flops_of(recipe: SpeedRecipe, case: Case, inputs: Path) -> dict[str, float]:
     """Return the operations of each part of a case's step, mean over the steps that count; sampling is not counted."""
     num_prompts = recipe.batch_size * case.num_batches // case.rollouts_per_prompt
+    if case.ranked:
+        num_prompts //= NUM_RANKED
     rows = read_objects(inputs / data_of(case).replace(".jsonl", "_in_order.jsonl"))
     rows = rows[recipe.warmup_steps * num_prompts : recipe.num_steps * num_prompts]
-    responses = [key for key in ("completion", "chosen", "rejected") if key in rows[0]]
     lengths = [
-        (len(row["prompt"].split()), len(row[key].split()) + 1) for row in rows for key in responses
+        (len(row["prompt"].split()), len(response.split()) + 1)
+        for row in rows
+        for response in _responses_of(row)
     ] * case.rollouts_per_prompt
     epochs = case.num_epochs or recipe.num_epochs
     counted = recipe.num_steps - recipe.warmup_steps
     parts = [part for part in case.parts if part != "generate"]
     return {part: work(case, part, lengths, recipe.shape, epochs) / counted for part in parts}
+
+
+def _responses_of(row: dict[str, Any]) -> list[str]:
+    """Return the responses of a row, in ranked data those of every pair."""
+    if "responses" in row:
+        return [response for pair in combinations(row["responses"], 2) for response in pair]
+    return [row[key] for key in ("completion", "chosen", "rejected") if key in row]
 
 
 if __name__ == "__main__":

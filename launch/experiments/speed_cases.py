@@ -12,6 +12,9 @@ from launch.experiments.flops import Shape, forward_flops
 LEARNING_RATE = 1e-4
 ONLINE_LEARNING_RATE = 1e-9
 "So small that the rollouts are the same in every step and on both sides."
+NUM_RANKED = 4
+"Ranked responses to a prompt."
+NUM_PAIRS = NUM_RANKED * (NUM_RANKED - 1) // 2
 BETA = 0.1
 "Of DPO."
 FORCED_FRACTION = 0.95
@@ -27,7 +30,7 @@ class Case:
     lengths: str
     "Lengths of prompts and responses: even, tldr or chat (speed_inputs.LENGTHS)."
     beside: tuple[str, ...]
-    "trl; before: another commit of the project; prompts: PPO, for a case with resets."
+    "trl; before: another commit of the project; prompts: PPO, for a case with resets; pairs: each pair an example."
     parts: tuple[str, ...] = ("step",)
     "What is timed: the step; in online cases also learn (all but sampling), update and generate."
     num_batches: int = 1
@@ -37,6 +40,8 @@ class Case:
     "PPO epochs; None: the recipe's."
     resets: bool = False
     "Whether every rollout of an online case starts from a prefix."
+    ranked: bool = False
+    "Whether a reward model learns from all pairs of ranked responses to a prompt, in one example."
 
     @property
     def is_online(self) -> bool:
@@ -52,6 +57,7 @@ CASES = {
     "ppo_tldr": Case("drpo", "tldr", ("before",), ("learn", "update"), num_epochs=1),
     "ppo_chat": Case("drpo", "chat", ("before",), ("learn", "update"), num_epochs=1),
     "sft_chat": Case("sft", "chat", ("before",)),
+    "reward_model_ranked": Case("reward_model", "even", ("pairs",), ranked=True),
     "reward_model_chat": Case("reward_model", "chat", ("before",)),
     "resets": Case("drpo", "even", ("prompts",), ("generate",), num_batches=4, num_epochs=1, resets=True),
 }
@@ -73,7 +79,7 @@ class Sizes:
 
 
 def our_settings(case: Case, sizes: Sizes, inputs: Path, side: str) -> dict[str, Any]:
-    """Return the recipe of our side (`ours`), of an earlier commit (`before`), or of PPO (`prompts`).
+    """Return the recipe of our side (`ours`), of an earlier commit (`before`), of PPO (`prompts`), or of `pairs`.
 
     Uneven rows are cut by tokens on our side, as many as rows of median length have; earlier commits know rows only.
     """
@@ -92,6 +98,15 @@ def our_settings(case: Case, sizes: Sizes, inputs: Path, side: str) -> dict[str,
         return settings | _online_settings(case, sizes, cut, str(inputs / "reward_model"), side)
     settings["batch"] = cut | {"size": sizes.batch_size}
     settings["optim"] = {"learning_rate": LEARNING_RATE, "schedule": "constant"}
+    if case.ranked:  # as many pairs a step on both sides
+        by_prompt, per_example = side == "ours", NUM_PAIRS if side == "pairs" else 1
+        settings["loss"] = {"by": "prompt" if by_prompt else "pair"}
+        settings["batch"] = {
+            "size": per_example * sizes.batch_size // NUM_RANKED,
+            "microbatch_size": max(1, sizes.microbatch_size // NUM_RANKED)
+            if by_prompt
+            else sizes.microbatch_size,
+        }
     if case.stage == "reward_model":
         number = "num_centring" if side == "before" else "num_references"  # its name in earlier commits
         return settings | {"score": {number: 0}}
@@ -142,6 +157,7 @@ def policy_of(case: Case) -> str:
 def data_of(case: Case) -> str:
     """Return the name of the case's file of prompts, demonstrations or pairs."""
     rows = "pairs" if case.stage in ("dpo", "reward_model") else "demonstrations"
+    rows = "ranked" if case.ranked else rows
     return f"{case.lengths}_{rows}.jsonl"
 
 

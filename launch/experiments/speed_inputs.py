@@ -19,6 +19,7 @@ from transformers import (
 from drpo.data.order import item_at
 from launch.experiments.flops import Shape
 from launch.experiments.measured_run import write_rows
+from launch.experiments.speed_cases import NUM_RANKED
 from reward_models.model import RewardModel
 
 STOP_LOGIT = 25.0
@@ -125,10 +126,10 @@ def _with_stop_logit(policy, logit: float):
 def make_texts(
     folder: Path, vocabulary: int, prompt_length: int, response_length: int, num_rows: int, seed: int
 ) -> None:
-    """Write demonstrations and pairs of every kind of lengths, in our order of a run and as TRL gets them.
+    """Write demonstrations, pairs and ranked responses of every kind of lengths, in our order of a run and as TRL's.
 
     Args:
-        folder: where the files go: <lengths>_demonstrations.jsonl, <lengths>_pairs.jsonl, and *_in_order.jsonl.
+        folder: where the files go: <lengths>_{demonstrations,pairs,ranked}.jsonl, and *_in_order.jsonl.
         vocabulary: ids of the tokenizer.
         prompt_length: unit of the lengths of prompts.
         response_length: unit of the lengths of responses.
@@ -150,7 +151,17 @@ def make_texts(
             for prompt, one, other in zip(lengths, *answers, strict=True)
         ]
         demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-        for kind, items in (("pairs", rows), ("demonstrations", demonstrations)):
+        ranked = [
+            {
+                "prompt": row["prompt"],
+                "responses": [
+                    f" {text(length - 1)}" for length in responses.draw(response_length, NUM_RANKED, rng)
+                ],
+                "scores": list(range(NUM_RANKED)),
+            }
+            for row in rows
+        ]
+        for kind, items in (("pairs", rows), ("demonstrations", demonstrations), ("ranked", ranked)):
             write_rows(folder / f"{name}_{kind}.jsonl", items)
             in_order = [item_at(items, index, seed) for index in range(num_rows)]
             write_rows(folder / f"{name}_{kind}_in_order.jsonl", in_order)

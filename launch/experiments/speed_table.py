@@ -12,7 +12,7 @@ from drpo.config import ConfigError
 from launch.experiments.results import markdown_table, median_and_range
 from launch.experiments.speed_cases import Case
 
-NAMES = {"trl": "TRL", "before": "earlier commit", "prompts": "PPO"}
+NAMES = {"trl": "TRL", "before": "earlier commit", "prompts": "PPO", "pairs": "pairs apart"}
 PARTS = {"step": "step", "learn": "all but sampling", "update": "update", "generate": "sampling"}
 
 

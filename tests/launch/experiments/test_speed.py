@@ -112,9 +112,12 @@ def test_policy_ends_at_once_or_never(models, name, lowest, highest):
 def test_settings_of_every_side_are_a_recipe_of_the_stage(tmp_path, name, side):
     case = CASES[name]
     settings = our_settings(case, SpeedRecipe(**TINY).sizes_of(case), tmp_path, side)
+    if side == "before":
+        settings.pop("score", None)  # its keys had other names
     recipe = load_recipe(STAGES[case.stage], write_recipe(tmp_path / "recipe.yaml", settings), [])
     rows = recipe.rollout if case.is_online else recipe.batch
-    assert (rows.batch_size if case.is_online else rows.size) == 4 * case.num_batches
+    expected = {"ours": 1, "pairs": 6}[side] if case.ranked else 4 * case.num_batches
+    assert (rows.batch_size if case.is_online else rows.size) == expected
     cut = recipe.ppo if case.is_online else recipe.batch
     assert (cut.microbatch_tokens is not None) == (case.lengths != "even" and side == "ours")
     if case.is_online:
@@ -148,6 +151,11 @@ def test_work_counts_each_rollout_and_both_responses(tmp_path):
         4 / 3 * 2 * flops_of(recipe, CASES["sft"], tmp_path)["step"]
     )
     assert flops_of(recipe, CASES["resets"], tmp_path) == {}
+    # A quarter of the prompts, each with the 2 x 6 rows of its pairs.
+    pairs, ranked = (
+        flops_of(recipe, CASES[f"reward_model{kind}"], tmp_path)["step"] for kind in ("", "_ranked")
+    )
+    assert ranked == pytest.approx(6 / 4 * pairs)
 
 
 SCALE = Scale(warmup_steps=1, matmul_rate=100.0, loss_tolerance=1e-3)
