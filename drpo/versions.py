@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-VERSIONED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "peft")
+VERSIONED_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "peft",
+    "bitsandbytes",
+    "vllm",
+)
 
 
 def package_versions(packages: Sequence[str] = VERSIONED_PACKAGES) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from drpo.precision import PRECISIONS, choose_precision
 from drpo.versions import VERSIONED_PACKAGES, git_commit, package_versions
 
-OTHER_PACKAGES = ("tokenizers", "numpy", "openai", "vllm", "trl")
+OTHER_PACKAGES = ("tokenizers", "numpy", "openai", "trl")
 
 
 def environment_text() -> str:

@@ -21,7 +21,10 @@ from drpo.rollout.vllm_worker import WorkerExtension
 
 def main() -> None:
     """Read the command line, and become the server."""
-    options, rest = _parser().parse_known_args()
+    parser = _parser()
+    options, rest = parser.parse_known_args()
+    if sys.argv[1].startswith("-"):  # the value of an option of vLLM would be taken for it
+        parser.error("the model comes first: serve_rollouts.py MODEL --max-tokens N [options]")
     try:
         check_installed()
     except ConfigError as error:
@@ -60,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="drpo serve-rollouts",
         description="Serve rollouts to training runs: a vLLM server whose weights come from the trainer. Other options "
         "are handed to vLLM (--tensor-parallel-size, --max-num-seqs, --gpu-memory-utilization, ...).",
-        epilog="Whoever reaches the port can change the weights: keep it within a network that you trust.",
+        epilog="Whoever reaches the port can read and change the weights and call any method of vLLM's workers, which "
+        "write files too: keep it within a network that you trust.",
         allow_abbrev=False,
     )
     parser.add_argument("model", help="the policy's folder or hub id; only its config.json is read")

@@ -34,8 +34,8 @@ def check_run(partitions_weights: bool) -> None:
 def choose_layers(model: nn.Module) -> None:
     """Mark the layers of a LoRA model that `quantise` replaces: its frozen linear layers, with or without an adapter.
 
-    The output embedding, routers of experts, heads and weights that another layer uses too stay as they are. Raises
-    ConfigError when no layer is left.
+    The output embedding, routers of experts, heads, outputs of Mamba mixers and weights that another layer uses too
+    stay as they are. Raises ConfigError when no layer is left.
     """
     plain: PreTrainedModel = unwrap_peft(model)
     used_elsewhere, output_embedding = ids_used_elsewhere(plain), plain.get_output_embeddings()
@@ -48,6 +48,7 @@ def choose_layers(model: nn.Module) -> None:
         and id(layer.weight) not in used_elsewhere
         and not {*ROUTERS, "original_module"} & set(name.split("."))
         and ".lora_" not in name
+        and not _feeds_a_fused_kernel(plain, name)
     ]
     if not chosen:
         raise ConfigError(
@@ -55,6 +56,12 @@ def choose_layers(model: nn.Module) -> None:
         )
     for layer in chosen:
         setattr(layer, CHOSEN, True)
+
+
+def _feeds_a_fused_kernel(model: nn.Module, name: str) -> bool:
+    """Return whether a layer is the output of a Mamba mixer, whose kernel on GPUs reads the dense weight itself."""
+    parent, _, key = name.rpartition(".")
+    return key == "out_proj" and hasattr(model.get_submodule(parent), "A_log")
 
 
 def quantise(module: nn.Module, device: torch.device, layer_class: type[NF4Linear] = NF4Linear) -> None:

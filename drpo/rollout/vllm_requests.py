@@ -51,7 +51,8 @@ class VLLMConfig(Section):
         refuse_changed(self, ("kv_cache_gib", "enforce_eager", "sleep"), rule)
         for url in self.urls:
             refuse(not url.startswith(("http://", "https://")), "urls", f"({url}) must be http://host:port")
-        refuse(len(set(self.urls)) < len(self.urls), "urls", "names a server twice")
+        distinct = {url.rstrip("/") for url in self.urls}
+        refuse(len(distinct) < len(self.urls), "urls", "names a server twice")
 
 
 @dataclass(frozen=True)

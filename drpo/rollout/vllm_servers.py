@@ -36,6 +36,9 @@ PAUSE = 1.0
 "Seconds between two tries to reach a server."
 EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
+FINISHED = ("stop", "length")
+"What vLLM says of rows that it has sampled to their end."
+STARTED = "start it by launch/serve_rollouts.py (docs/rollout_engines.md)"
 
 
 class VLLMServers:
@@ -62,14 +65,17 @@ class VLLMServers:
             vocabulary,
             max_tokens,
         )
+        self._urls = [url.rstrip("/") for url in config.urls]
+        self._dtype = DTYPES[engine.precision]
         self._timeout = 60 * config.timeout_minutes
         self._run, self._num_updates = engine.from_main(secrets.token_hex(8)), 0
         self._session = requests.Session()
         self._session.trust_env = False  # servers are near: no proxy
+        self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE", True)
         if key := os.environ.get("VLLM_API_KEY"):
             self._session.headers["Authorization"] = f"Bearer {key}"
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=num_rows))
+            self._session.mount(scheme, HTTPAdapter(len(self._urls), num_rows))
         self._rows = ThreadPoolExecutor(num_rows)
         engine.at_close(self._close)
         self._on_main(self._check_servers)
@@ -109,11 +115,14 @@ class VLLMServers:
         """
         settings = (sampling, self._vocabulary, self._max_tokens)
         asked = requests_of(contexts, max_new_tokens, seeds, *settings)
-        urls = (
-            self._config.urls
-        )  # rows in sequence, which share prompts, go to one server and its prefix cache
-        places = [urls[index * len(urls) // len(asked)] for index in range(len(asked))]
-        return generated(len(contexts), asked, list(self._rows.map(self._ask, places, asked)))
+        # Rows in sequence, which share prompts, go to one server and its prefix cache; all servers begin at once.
+        places = [index * len(self._urls) // len(asked) for index in range(len(asked))]
+        first: dict[int, int] = {}
+        turns = [index - first.setdefault(place, index) for index, place in enumerate(places)]
+        order = sorted(range(len(asked)), key=turns.__getitem__)
+        answers = self._rows.map(lambda index: self._ask(self._urls[places[index]], asked[index]), order)
+        by_row = dict(zip(order, answers, strict=True))
+        return generated(len(contexts), asked, [by_row[index] for index in range(len(asked))])
 
     def _ask(self, url: str, request: Request) -> tuple[list[int], list[float]]:
         body = {"token_ids": request.context, "sampling_params": request.params}
@@ -125,6 +134,11 @@ class VLLMServers:
                 f"rollout.vllm.urls: {url} sampled with other weights than this run has sent "
                 f"({', '.join(sorted(versions)) or 'of no version'}, not {self._version}): it was restarted, or "
                 "another run uses it too; start the run again to go on from its last checkpoint"
+            )
+        if choice["finish_reason"] not in FINISHED:
+            raise ConfigError(
+                f"rollout.vllm.urls: {url} ended a row before its end (finish_reason {choice['finish_reason']}): it is "
+                "being stopped; start the run again, with the server, to go on from its last checkpoint"
             )
         return choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]]
 
@@ -143,20 +157,25 @@ class VLLMServers:
     # --- on the first process ---
 
     def _check_servers(self) -> None:
-        for url in self._config.urls:
+        for url in self._urls:
             self._call("GET", url, "/health", patient=True)
-            config = self._call("GET", url, "/server_info?config_format=json", patient=True)["vllm_config"]
-            model = config["model_config"]
-            dtype = str(DTYPES.get(self._engine.precision, torch.float32))
+            hint = f"; {STARTED}"
+            answer = self._call("GET", url, "/server_info?config_format=json", patient=True, hint=hint)
+            config = answer.get("vllm_config", {})
+            model, parallel = config.get("model_config", {}), config.get("parallel_config", {})
             for found, expected, what in (
-                (config["parallel_config"]["worker_extension_cls"], EXTENSION, "the worker extension"),
-                (model["dtype"], dtype, f"for engine.mixed_precision={self._engine.precision} the dtype"),
-                (model["logprobs_mode"], "processed_logprobs", "logprobs_mode"),
+                (parallel.get("worker_extension_cls"), EXTENSION, "the worker extension"),
+                (
+                    model.get("dtype"),
+                    str(self._dtype),
+                    f"for engine.mixed_precision={self._engine.precision} the dtype",
+                ),
+                (model.get("logprobs_mode"), "processed_logprobs", "logprobs_mode"),
             ):
                 if found != expected:
                     raise ConfigError(
                         f"rollout.vllm.urls: {url} runs with {found or 'none'}, and {what} must be {expected}: "
-                        "start it by launch/serve_rollouts.py (docs/rollout_engines.md)"
+                        + STARTED
                     )
             if model["max_model_len"] < self._max_tokens:
                 raise ConfigError(
@@ -166,11 +185,13 @@ class VLLMServers:
 
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Let the workers of every server fetch the weights; then name their version, and empty the prefix caches."""
-        urls = self._config.urls
-        num_workers = sum(self._call("GET", url, "/get_world_size")["world_size"] for url in urls)
-        address = self._config.address or _own_address(urls[0])
-        dtype = DTYPES.get(self._engine.precision, torch.float32)
-        with ThreadPoolExecutor(len(urls)) as pool, WeightListener(address) as listener:
+        num_workers = 0
+        for url in self._urls:
+            num_workers += self._call("GET", url, "/get_world_size", patient=True)["world_size"]
+            # Rows that are sampled in between are nobody's.
+            self._call("POST", url, "/update_weight_version", {"new_version": f"{self._version}-loading"})
+        address = self._config.address or _own_address(self._urls[0], self._timeout)
+        with ThreadPoolExecutor(len(self._urls)) as pool, _listener(address) as listener:
             place = {
                 "address": address,
                 "port": listener.port,
@@ -178,58 +199,78 @@ class VLLMServers:
                 "timeout": self._timeout,
             }
             body = {"method": "fetch_weights", "kwargs": place}
-            fetching = [pool.submit(self._call, "POST", url, "/collective_rpc", body) for url in urls]
-            connections = listener.accept(num_workers, self._timeout, lambda: _raise_failure(fetching))
+            fetching = [pool.submit(self._call, "POST", url, "/collective_rpc", body) for url in self._urls]
+            there = f"weights for {num_workers} workers, offered at {address} port {listener.port}"
             try:
-                send_weights(connections, weights, dtype)
-            except OSError:  # a worker that fails closes its connection; its server says why
-                for connection in connections:
-                    connection.close()
-                for done in fetching:
-                    done.result()
-                raise
+                connections = listener.accept(num_workers, self._timeout, lambda: _raise_failure(fetching))
+            except (ConfigError, OSError) as error:
+                raise ConfigError(
+                    f"rollout.vllm.urls: {there}, were not fetched: {error}; the servers must reach this machine there "
+                    "(rollout.vllm.address, any port)"
+                ) from None
+            try:
+                send_weights(connections, weights, self._dtype)
+            except OSError as error:
+                _raise_failure(fetching)  # a worker that fails closes its connection; its server says why
+                raise ConfigError(f"rollout.vllm.urls: {there}, did not all arrive: {error}") from None
             for done in fetching:
                 done.result()
-        for url in urls:
+        for url in self._urls:
             self._call("POST", url, "/update_weight_version", {"new_version": self._version})
             if not self._call("POST", url, "/reset_prefix_cache")["success"]:
                 raise ConfigError(
                     f"rollout.vllm.urls: {url} cannot empty its prefix cache while others use it"
                 )
 
-    def _call(self, method: str, url: str, path: str, body: Any = None, patient: bool = False) -> Any:
+    def _call(
+        self, method: str, url: str, path: str, body: Any = None, patient: bool = False, hint: str = ""
+    ) -> Any:
         """Return the JSON of an answer; raise ConfigError for an error or none.
 
-        A patient call is made again while the server cannot be reached, until the timeout.
+        Args:
+            method: of HTTP.
+            url: of the server.
+            path: below it.
+            body: as JSON.
+            patient: call again while the server cannot be reached, until the timeout.
+            hint: end of the message for an answer that is an error.
         """
-        deadline = time.monotonic() + self._timeout
+        route, deadline = path.partition("?")[0], time.monotonic() + self._timeout
         while True:
             try:
-                answer = self._session.request(
-                    method, url.rstrip("/") + path, json=body, timeout=self._timeout
-                )
+                answer = self._session.request(method, url + path, json=body, timeout=self._timeout)
                 break
             except requests.RequestException as error:
                 if not patient or time.monotonic() + PAUSE > deadline:
+                    waited = (
+                        f" (waited rollout.vllm.timeout_minutes={self._config.timeout_minutes:g})" * patient
+                    )
                     raise ConfigError(
-                        f"rollout.vllm.urls: {url} does not answer {path.partition('?')[0]} "
-                        f"(waited rollout.vllm.timeout_minutes={self._config.timeout_minutes:g}): {error}"
+                        f"rollout.vllm.urls: {url} does not answer {route}{waited}: {error}"
                     ) from None
                 time.sleep(PAUSE)
         if answer.status_code != requests.codes.ok:
             raise ConfigError(
-                f"rollout.vllm.urls: {url}{path.partition('?')[0]} answers {answer.status_code}: "
-                f"{answer.text[:500]} (its log says more)"
+                f"rollout.vllm.urls: {url}{route} answers {answer.status_code}: {answer.text[:500]} (its log says "
+                f"more){hint}"
             )
         return answer.json() if answer.content else None
 
 
-def _own_address(url: str) -> str:
+def _listener(address: str) -> WeightListener:
+    try:
+        return WeightListener(address)
+    except OSError as error:
+        raise ConfigError(
+            f"rollout.vllm.address: this machine cannot offer the weights at {address}: {error}"
+        ) from None
+
+
+def _own_address(url: str, timeout: float) -> str:
     """Return the address of this machine from which it reaches a server."""
     parts = urlsplit(url)
-    with socket.create_connection(
-        (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
-    ) as own:
+    place = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+    with socket.create_connection(place, timeout) as own:
         return own.getsockname()[0]
 
 

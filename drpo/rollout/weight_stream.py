@@ -24,6 +24,8 @@ from torch import Tensor
 LENGTH = 8
 PATIENCE = 1.0
 "Seconds between two looks at whether the workers are still expected."
+INTRODUCTION = 5.0
+"Seconds that a connection has to give its token."
 
 
 class WeightListener:
@@ -67,7 +69,7 @@ class WeightListener:
                 connection, _ = self._socket.accept()
             except TimeoutError:
                 continue
-            connection.settimeout(min(PATIENCE, timeout))
+            connection.settimeout(min(INTRODUCTION, timeout))
             if self._knows_token(connection):
                 connection.settimeout(timeout)
                 self._connections.append(connection)

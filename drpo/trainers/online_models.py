@@ -134,6 +134,7 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
         max_tokens = longest + rollout.max_response_length
         sizes = (vocabulary, rollout.generation_batch_size, max_tokens)
         if rollout.vllm.urls:
+            run.say(f"rollouts by {', '.join(rollout.vllm.urls)}, when they are up")
             vllm = VLLMServers(rollout.vllm, engine, *sizes)
         else:
             vllm = VLLMEngine(rollout.vllm, engine, policy, *sizes)

@@ -159,7 +159,10 @@ def advice(plan: Plan, recipe: OfflineRecipe | OnlineRecipe) -> list[str]:
         frozen = sum(weights.frozen_bytes for weights in plan.step.weights.values())
         suggestions.append((frozen // 4, "model.dtype=bfloat16: the frozen base, embeddings too"))
     can_round = (
-        recipe.model.lora.r and not recipe.model.load_in_4bit and plan.launcher.sharding.zero_stage < 3
+        recipe.model.lora.r
+        and not recipe.model.load_in_4bit
+        and plan.launcher.sharding.zero_stage < 3
+        and not getattr(recipe, "reference_moves", False)
     )
     if can_round:  # a quarter of bf16, and embeddings stay
         frozen = sum(weights.frozen_bytes for weights in plan.step.weights.values() if weights.trained)

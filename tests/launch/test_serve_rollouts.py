@@ -9,6 +9,9 @@ import sys
 import pytest
 from tiny_runs import CLEAN, ROOT
 
+from drpo.rollout.vllm_servers import EXTENSION
+from launch.serve_rollouts import _parser, arguments
+
 SCRIPT = str(ROOT / "launch/serve_rollouts.py")
 
 
@@ -30,4 +33,17 @@ def test_the_length_is_asked_for():
 
 def test_help_says_what_a_reachable_port_means():
     done = serve("--help")
-    assert done.returncode == 0 and "can change the weights" in " ".join(done.stdout.split())
+    assert done.returncode == 0 and "read and change the weights" in " ".join(done.stdout.split())
+
+
+def test_the_model_comes_first():
+    done = serve("--max-num-seqs", "64", "policy", "--max-tokens", "9")
+    assert done.returncode == 2 and "the model comes first" in done.stderr
+
+
+def test_the_server_gets_what_a_run_needs():
+    options = _parser().parse_args(["policy", "--max-tokens", "64", "--dtype", "float32", "--port", "81"])
+    given = " ".join(arguments(options))
+    assert given.startswith("--model policy --host 127.0.0.1 --port 81 --max-model-len 64 --dtype float32")
+    assert f"--worker-extension-cls {EXTENSION}" in given and "--tokens-only" in given
+    assert "--logprobs-mode processed_logprobs" in given and "--load-format dummy" in given

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -42,6 +43,11 @@ class StubRolloutServer:
         self.failures: dict[str, int] = {}
         "Status that a path is answered with, in place of what it does."
         self.num_resets = 0
+        self.finish_reason: str | None = None
+        "What it says of rows, in place of that they are whole."
+        self.waits = 0.0
+        "Seconds before its workers fetch weights."
+        self.headers: list[dict[str, str]] = []
         self._turn = threading.Lock()
         server = self
 
@@ -54,6 +60,7 @@ class StubRolloutServer:
 
             def answer(self, body: dict[str, Any]) -> None:
                 path = self.path.partition("?")[0]
+                server.headers.append(dict(self.headers))
                 status = server.failures.get(path, 200)
                 reply = b"out of order" if status != 200 else server.act(path, body)
                 self.send_response(status)
@@ -86,6 +93,7 @@ class StubRolloutServer:
                 found = {"world_size": self.num_workers}
             case "/collective_rpc":
                 assert body["method"] == "fetch_weights"
+                time.sleep(self.waits)
                 with ThreadPoolExecutor(self.num_workers) as pool:
                     places = [body["kwargs"]] * self.num_workers
                     weights = list(pool.map(lambda place: dict(fetch_weights(**place)), places))
@@ -115,4 +123,5 @@ class StubRolloutServer:
         content = [{"token_id": i, "logprob": p} for i, p in zip(new.tokens[0], new.logprobs[0], strict=True)]
         versions = [{"version": self.version, "start": 0, "end": len(content)}]
         choice = {"token_ids": new.tokens[0], "logprobs": {"content": content}, "weight_versions": versions}
+        choice["finish_reason"] = self.finish_reason or "length"
         return {"choices": [choice]}

@@ -19,6 +19,8 @@ from drpo.rollout.generator import Generator
 from drpo.rollout.sampler import SamplingConfig, Vocabulary
 from drpo.rollout.vllm_requests import VLLMConfig
 from drpo.rollout.vllm_servers import VLLMServers
+from drpo.rollout.vllm_worker import WorkerExtension
+from drpo.rollout.weight_stream import WeightListener
 from drpo.tensors import pad_batch
 from drpo.trainers.online_recipe import OnlineRecipe
 
@@ -46,10 +48,10 @@ def policy() -> torch.nn.Module:
     return add_lora(plain(), r=2, alpha=4.0, target_modules=None, seed=0)
 
 
-def generator_of(policy, engine, *urls: str, timeout: float = 30.0, max_tokens: int = 20) -> Generator:
-    config = VLLMConfig(urls=list(urls), timeout_minutes=timeout / 60)
+def generator_of(policy, engine, *urls: str, timeout: float = 30.0, address: str | None = None) -> Generator:
+    config = VLLMConfig(urls=list(urls), timeout_minutes=timeout / 60, address=address)
     vocabulary = Vocabulary(PAD, (STOP,), SUPPRESSED)
-    servers = VLLMServers(config, engine, vocabulary, 4, max_tokens)
+    servers = VLLMServers(config, engine, vocabulary, 4, 20)
     return Generator(policy, None, vocabulary, SamplingConfig(temperature=TEMPERATURE), 8, 4, vllm=servers)
 
 
@@ -153,11 +155,13 @@ def test_a_server_that_stays_away_is_named_with_how_long_it_was_waited_for(polic
     message = f"rollout.vllm.urls: {server.url} does not answer /inference/v1/generate"
     with pytest.raises(ConfigError, match=message + r" \(waited rollout.vllm.timeout_minutes=0.02"):
         generator.generate(CONTEXTS, BUDGETS, DRAWS)
+    before = time.monotonic()
     with (
-        pytest.raises(ConfigError, match=f"{server.url} does not answer /get_world_size"),
+        pytest.raises(ConfigError, match=f"{server.url} does not answer /get_world_size .waited"),
         generator.synced(),
     ):
         pass
+    assert time.monotonic() - before > 0.2, "it was waited for"
     with pytest.raises(ConfigError, match=f"{server.url} does not answer /health"):
         generator_of(policy, engine, server.url, timeout=1.2)
 
@@ -201,7 +205,7 @@ def test_a_server_without_the_extension_is_refused(policy, engine):
     "vllm, message",
     [
         ({"urls": ["gpu1:8000"]}, r"rollout.vllm.urls \(gpu1:8000\) must be http://host:port"),
-        ({"urls": ["http://a:1", "http://a:1"]}, "rollout.vllm.urls names a server twice"),
+        ({"urls": ["http://a:1", "http://a:1/"]}, "rollout.vllm.urls names a server twice"),
         (
             {"urls": ["http://a:1"], "enforce_eager": True},
             "rollout.vllm.enforce_eager is for vLLM in the training",
@@ -229,3 +233,85 @@ def test_a_whole_run_samples_from_a_server(online_run, policy_folder):
     assert len(rows) == 3
     assert all(row["rollout/logprob_difference"] < 1e-5 for row in rows)
     assert server.num_resets == 3
+
+
+def test_rows_that_a_stopping_server_cuts_off_stop_the_run(policy, engine):
+    with StubRolloutServer(plain()) as server:
+        generator = generator_of(policy, engine, server.url)
+        server.finish_reason = "abort"
+        with (
+            generator.synced(),
+            pytest.raises(ConfigError, match="ended a row before its end .finish_reason abort"),
+        ):
+            generator.generate(CONTEXTS, BUDGETS, DRAWS)
+
+
+def test_all_servers_begin_at_once(policy, engine):
+    """More rows than threads: none of the servers waits for the rows of another."""
+    order = []
+
+    class Recording(list):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def append(self, context) -> None:
+            order.append(self.name)
+            super().append(context)
+
+    with StubRolloutServer(plain()) as first, StubRolloutServer(plain()) as second:
+        first.rows, second.rows = Recording("first"), Recording("second")
+        generator = generator_of(policy, engine, first.url, second.url)
+        contexts = [[row + 5] for row in range(40)]
+        with generator.synced():
+            found = generator.generate(contexts, [2] * 40, [(3, row) for row in range(40)])
+    assert order[:20].count("first") >= 5 and order[:20].count("second") >= 5
+    assert sorted(first.rows) == contexts[:20] and sorted(second.rows) == contexts[20:]
+    with StubRolloutServer(plain()) as alone:
+        generator = generator_of(policy, engine, alone.url)
+        with generator.synced():
+            assert generator.generate(contexts, [2] * 40, [(3, row) for row in range(40)]) == found
+
+
+def test_an_address_that_is_not_this_machines_is_named_by_its_key(policy, engine):
+    with StubRolloutServer(plain()) as server:
+        generator = generator_of(policy, engine, server.url, address="203.0.113.1")
+        with pytest.raises(
+            ConfigError, match="rollout.vllm.address: this machine cannot offer .* at 203.0.113.1"
+        ):
+            generator.synced().__enter__()
+        generator = generator_of(policy, engine, server.url, address="127.0.0.1")
+        with generator.synced():
+            assert generator.generate(CONTEXTS, BUDGETS, DRAWS).tokens[0]
+
+
+def test_workers_that_never_come_are_waited_for_and_told_where_to_look(policy, engine):
+    with StubRolloutServer(plain(), num_workers=1) as server:
+        generator = generator_of(policy, engine, server.url, timeout=2.5)
+        server.waits = 4.0
+        with pytest.raises(
+            ConfigError, match=r"offered at 127.0.0.1 port \d+, were not fetched: .*rollout.vllm.address, any"
+        ):
+            generator.synced().__enter__()
+
+
+def test_the_key_of_the_servers_is_sent(policy, engine, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with StubRolloutServer(plain()) as server:
+        generator_of(policy, engine, server.url)
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
+
+
+def test_a_worker_whose_transfer_was_cut_off_takes_no_other():
+    class Worker(WorkerExtension):
+        def reload_weights(self, weights_iterator) -> None:
+            self.loaded = dict(weights_iterator)
+
+    worker = Worker()
+    with WeightListener("127.0.0.1") as listener:
+        broken = threading.Thread(target=lambda: listener.accept(1, 10.0, lambda: None)[0].close())
+        broken.start()
+        with pytest.raises(ConnectionError):
+            worker.fetch_weights(listener.address, listener.port, listener.token, 5.0)
+        broken.join()
+        with pytest.raises(RuntimeError, match="cut off: restart this server"):
+            worker.fetch_weights(listener.address, listener.port, listener.token, 5.0)
