@@ -69,6 +69,11 @@ PURE = (
     "eval.statistics.across_runs",
     "eval.statistics.frontier",
     "eval.statistics.sample_size",
+    "eval.statistics.pair_accuracy",
+    "eval.statistics.calibration",
+    "eval.statistics.length_bias",
+    "eval.statistics.best_of_n",
+    "eval.statistics.score_summary",
     "launch.planning.sharding",
     "launch.planning.sizes",
 )
