@@ -15,6 +15,8 @@ _CONTENTS = {
     "JudgeRecipe": "eval.judging.judge_systems",
     "compare": "eval.comparing.compare",
     "CompareRecipe": "eval.comparing.recipe",
+    "evaluate_reward_model": "eval.reward_models.evaluate",
+    "EvaluateRewardModelRecipe": "eval.reward_models.recipe",
     "report": "eval.reporting.report",
 }
 

@@ -5,6 +5,7 @@ drpo plan RECIPE --gpus 8xH100                        size a training run before
 drpo serve-rollouts MODEL --max-tokens N              sample for training runs by a vLLM server
 drpo export-reward-model MODEL FOLDER                 write it as transformers' sequence classifier
 drpo complete | judge | compare | report              evaluate
+drpo evaluate-reward-model                            evaluate reward models
 drpo label | import-labels | agreement                ask people
 drpo neuron-shift                                     look inside
 drpo launch [--accelerate NAME] COMMAND ...           any of them on several processes or GPUs
@@ -22,7 +23,7 @@ from drpo.config import ConfigError
 LAUNCH = Path(__file__).resolve().parent
 COMMANDS = (
     *("sft", "reward-model", "drpo", "ppo", "dpo", "plan", "serve-rollouts", "export-reward-model"),
-    *("complete", "judge", "compare", "report"),
+    *("complete", "judge", "compare", "report", "evaluate-reward-model"),
     *("label", "import-labels", "agreement", "neuron-shift"),
 )
 

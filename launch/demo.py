@@ -1,4 +1,4 @@
-"""Run the whole pipeline on the embedded demo: SFT, reward model, PPO, DR-PO, curves and comparison.
+"""Run the whole pipeline on the embedded demo: SFT, reward model and its evaluation, PPO, DR-PO, comparison.
 
 python launch/demo.py
 """
@@ -18,7 +18,7 @@ from launch.command_line import quieten_libraries, run_stage
 from launch.demo_inputs import DEMO_RUNS
 from launch.demo_results import error_table, evaluations, plot
 
-STAGES = ("sft", "reward_model", "ppo", "drpo")
+STAGES = ("sft", "reward_model", "evaluate_reward_model", "ppo", "drpo")
 REPORT = DEMO_RUNS / "compare" / "report.html"
 
 

@@ -19,6 +19,7 @@ from eval.statistics.intervals import (
     Interval,
     mean_interval,
     prompt_codes,
+    prompt_means,
     rate_interval,
     without_nan,
 )
@@ -45,7 +46,8 @@ class Calibration:
     """Calibration of n pairs as scored, and after division of the margins by the fitted `temperature`.
 
     `chance_ece` and `chance_ece_high` are mean and 95% quantile of the ECE of a perfectly calibrated model with these
-    confidences and as many independent pairs: an ECE below the latter is no evidence of miscalibration. `temperature`
+    confidences and as many independent pairs: an ECE below the latter is no evidence of miscalibration. Brier score and
+    log loss average the pairs of a prompt first. `temperature`
     is None where none minimises the log loss, for the reason in `no_temperature`. The numbers after scaling come from
     the same pairs as the temperature, so they are optimistic.
     """
@@ -148,8 +150,8 @@ def calibration(
         scaled_ece=None
         if scaled is None
         else expected_calibration_error(expit(np.abs(scaled)), correct, bins),
-        scaled_brier=None if scaled is None else float(brier_scores(scaled).mean()),
-        scaled_log_loss=None if scaled is None else float(log_losses(scaled).mean()),
+        scaled_brier=None if scaled is None else float(prompt_means(brier_scores(scaled), codes).mean()),
+        scaled_log_loss=None if scaled is None else float(prompt_means(log_losses(scaled), codes).mean()),
     )
 
 

@@ -16,6 +16,7 @@ from launch.agreement import AgreementRecipe
 from launch.command_line import find_recipe
 from launch.compare import CompareRecipe
 from launch.complete import CompleteRecipe
+from launch.evaluate_reward_model import EvaluateRewardModelRecipe
 from launch.experiments.gpu_check import GpuCheckRecipe
 from launch.experiments.memory_plan import MemoryPlanRecipe
 from launch.experiments.preference import PreferenceExperimentRecipe
@@ -44,6 +45,7 @@ STAGES: dict[str, type] = {
     "compare": CompareRecipe,
     "label": LabelRecipe,
     "import_labels": ImportLabelsRecipe,
+    "evaluate_reward_model": EvaluateRewardModelRecipe,
     "agreement": AgreementRecipe,
     "benchmark": SpeedRecipe,
     "trunk_speed": TrunkSpeedRecipe,
@@ -59,10 +61,15 @@ TASKS = ("tldr", "hh")
 
 
 def stage_of(name: str) -> str:
-    """The stage in the file name of a recipe: tldr/drpo_2.8b.yaml is a drpo recipe, tldr/dr_dpo_2.8b.yaml a dpo one."""
+    """The stage in the file name of a recipe: tldr/drpo_2.8b.yaml is a drpo recipe, tldr/dr_dpo_2.8b.yaml a dpo one.
+
+    Of stages that lie in each other it is the longest: evaluate_reward_model, not reward_model.
+    """
     found = [stage for stage in STAGES if re.search(rf"(^|_){stage}(_|$)", Path(name).stem)]
-    assert len(found) == 1, f"the name of {name} must hold one stage of {', '.join(STAGES)}"
-    return found[0]
+    longest = max(found, key=len, default="")
+    is_one = bool(found) and all(stage in longest for stage in found)
+    assert is_one, f"the name of {name} must hold one stage of {', '.join(STAGES)}"
+    return longest
 
 
 @functools.cache

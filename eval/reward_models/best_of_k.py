@@ -1,0 +1,145 @@
+"""Best-of-k accuracy on a file of prompts with several chosen and rejected responses: RewardBench 2's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from drpo.data.encode import encode_query, encode_response
+from drpo.data.files import Row, Table, convert_rows, read_table
+from drpo.data.in_template import encode_in_template
+from drpo.data.load import DataConfig
+from drpo.data.records import BadRows, Chat, DataError, Record, RowError, require_text
+from drpo.data.stop import template_of
+from drpo.models.positions import check_lengths
+from drpo.rewards import Completion
+from eval.completions.rows import prompt_id_of
+from eval.reward_models.measure import plain
+from eval.reward_models.models import LoadedModel
+from eval.reward_models.pairs import checked_scores
+from eval.reward_models.recipe import EvaluateRewardModelRecipe
+from eval.statistics.best_of_n import top_credit
+from eval.statistics.intervals import mean_interval
+
+NO_SUBSET = "all"
+TIES = "Ties"
+"The subset of RewardBench 2 with several right answers: it has a measure of its own, and no best of k."
+
+
+@dataclass(frozen=True)
+class ChoiceRow:
+    """A prompt with its right and its wrong responses."""
+
+    prompt: str
+    chosen: tuple[str, ...]
+    rejected: tuple[str, ...]
+    subset: str
+    origin: str
+
+
+def read_choices(path: str) -> tuple[list[ChoiceRow], str]:
+    """Read a file, or the split test of a hub dataset; return its rows and its name.
+
+    Raises DataError unless every row has a text `prompt` and lists of texts `chosen` and `rejected`; `subset` is
+    optional.
+    """
+    bad = BadRows()
+    table = _table(path, bad)
+    absent = {"prompt", "chosen", "rejected"}.difference(table.columns)
+    if absent:
+        raise DataError(
+            f"best_of_k: {table.name} has no column {' or '.join(sorted(absent))}; its columns are: "
+            f"{', '.join(table.columns)}"
+        )
+    rows = convert_rows(table, bad, _choice_row)
+    if len(bad):
+        raise DataError(f"best_of_k: {len(bad)} of {table.num_rows} rows are bad:\n{bad.summary()}")
+    return rows, table.name
+
+
+def _table(path: str, bad: BadRows) -> Table:
+    return read_table(path, "train" if Path(path).expanduser().is_file() else "test", bad)
+
+
+def _choice_row(row: Row) -> ChoiceRow:
+    values = row.values
+    lists = []
+    for name in ("chosen", "rejected"):
+        texts = values.get(name)
+        if not isinstance(texts, list) or not texts:
+            raise RowError("wrong type", f"{name} is not a list of at least one text")
+        lists.append(tuple(require_text(text, name) for text in texts))
+    subset = values.get("subset")
+    name = NO_SUBSET if subset is None else str(subset)
+    return ChoiceRow(require_text(values.get("prompt"), "prompt"), *lists, name, row.origin)
+
+
+def best_of_k(recipe: EvaluateRewardModelRecipe, model: LoadedModel, rows: list[ChoiceRow]) -> dict[str, Any]:
+    """Score every response of every row, and compute the credit of the top one, by subset.
+
+        credit = right responses among those of the highest score / number of those
+
+    The mean over subsets counts each once, without Ties. For Ties: the share of prompts on which every right response
+    scores above every wrong one (`all_right_first`), and on which that gap also exceeds the spread among the right
+    ones (`gap_exceeds_spread`).
+    """
+    completions = [c for row in rows for c in _completions(row, model.tokenizer, recipe.data)]
+    lengths = [len(completion.query_ids) + len(completion.response_ids) for completion in completions]
+    for module in model.modules:
+        check_lengths(module, lengths, model.key, "leave the rows out of best_of_k")
+    scores = iter(checked_scores(model.score, completions, model.key))
+    credits: dict[str, list[tuple[str, float]]] = {}
+    ties: list[tuple[bool, bool]] = []
+    for row in rows:
+        right = np.array([next(scores) for _ in row.chosen])
+        wrong = np.array([next(scores) for _ in row.rejected])
+        if row.subset == TIES:
+            gap = right.min() - wrong.max()
+            ties.append((gap > 0, gap > right.max() - right.min()))
+        else:
+            credits.setdefault(row.subset, []).append((prompt_id_of(row.prompt), top_credit(right, wrong)))
+    subsets = {name: _mean(found, recipe.confidence) for name, found in sorted(credits.items())}
+    values = [subset["accuracy"]["value"] for subset in subsets.values()]
+    return plain(
+        {
+            "num_rows": len(rows),
+            "subsets": subsets,
+            "mean_of_subsets": float(np.mean(values)) if values else None,
+            "ties": None if not ties else _ties(ties),
+        }
+    )
+
+
+def _mean(found: list[tuple[str, float]], confidence: float) -> Mapping[str, Any]:
+    prompt_ids, credit = zip(*found, strict=True)
+    interval = mean_interval(credit, prompt_ids, confidence, (0.0, 1.0))
+    num_tied = sum(0 < value < 1 for value in credit)
+    return plain({"n": len(credit), "shared_tops": num_tied, "accuracy": interval})
+
+
+def _ties(ties: list[tuple[bool, bool]]) -> Mapping[str, Any]:
+    first, exceeds = np.mean(np.array(ties, dtype=np.float64), axis=0)
+    return {"n": len(ties), "all_right_first": float(first), "gap_exceeds_spread": float(exceeds)}
+
+
+def _completions(row: ChoiceRow, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[Completion]:
+    """Encode a row: with the chat template as one user message, else the prompt as it is."""
+    template = template_of(data, tokenizer)
+    chat = None
+    if template is not None:
+        messages = ({"role": "user", "content": row.prompt},)
+        chat = Chat(messages, row.prompt, arguments=data.chat_template_kwargs)
+    record = Record(row.prompt, origin=row.origin, chat=chat)
+    completions = []
+    for text in (*row.chosen, *row.rejected):
+        if template is None:
+            ids = encode_query(tokenizer, row.prompt), encode_response(tokenizer, text)
+        else:
+            ids = encode_in_template(tokenizer, template, row.prompt, text, True, chat.messages)
+        completions.append(Completion(row.prompt, text, True, *ids, record))
+    return completions
