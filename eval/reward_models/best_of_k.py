@@ -88,7 +88,7 @@ def best_of_k(recipe: EvaluateRewardModelRecipe, model: LoadedModel, rows: list[
     scores above every wrong one (`all_right_first`), and on which that gap also exceeds the spread among the right
     ones (`gap_exceeds_spread`).
     """
-    completions = [c for row in rows for c in _completions(row, model.tokenizer, recipe.data)]
+    completions = [c for row in rows for c in choice_completions(row, model.tokenizer, recipe.data)]
     lengths = [len(completion.query_ids) + len(completion.response_ids) for completion in completions]
     for module in model.modules:
         check_lengths(module, lengths, model.key, "leave the rows out of best_of_k")
@@ -127,7 +127,9 @@ def _ties(ties: list[tuple[bool, bool]]) -> Mapping[str, Any]:
     return {"n": len(ties), "all_right_first": float(first), "gap_exceeds_spread": float(exceeds)}
 
 
-def _completions(row: ChoiceRow, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> list[Completion]:
+def choice_completions(
+    row: ChoiceRow, tokenizer: PreTrainedTokenizerBase, data: DataConfig
+) -> list[Completion]:
     """Encode a row: with the chat template as one user message, else the prompt as it is."""
     template = template_of(data, tokenizer)
     chat = None

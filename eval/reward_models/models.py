@@ -57,8 +57,7 @@ def load_scored_model(
         "kind": "reward model",
         "path": model.path,
         "weights_sha256": weights_sha256(scorer.model),
-        # A model from elsewhere has no normalisation of its own.
-        **{name: getattr(config, name, None) for name in ("aggregation", "centre", "scale")},
+        **{name: getattr(config, name) for name in ("aggregation", "centre", "scale")},
     }
     tokenizer = with_stop_token(scorer.tokenizer, recipe.data)
     return LoadedModel(model.label, key("path"), scorer, (scorer.model,), tokenizer, facts)

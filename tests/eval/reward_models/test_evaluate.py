@@ -11,8 +11,9 @@ import pytest
 import torch
 from online_runs import forget_precision
 from reward_model_folders import save_reward_model, score_alone
-from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM
+from tiny_models import ARCHITECTURES, tiny_model
+from tiny_tokenizers import CHATML, byte_level, single_bytes
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from drpo.config import ConfigError
 from drpo.data.load import DataConfig, load_examples
@@ -20,7 +21,7 @@ from drpo.data.records import DataError
 from drpo.data.tasks.demo import true_reward
 from drpo.models.tokenizer import load_tokenizer
 from eval.completions.rows import read_completions
-from eval.reward_models.best_of_k import read_choices
+from eval.reward_models.best_of_k import ChoiceRow, choice_completions, read_choices
 from eval.reward_models.evaluate import evaluate_reward_model
 from eval.reward_models.recipe import EvaluateRewardModelRecipe
 from reward_models.model import RewardModel
@@ -249,6 +250,42 @@ def test_any_file_of_pairs_is_evaluated_by_its_columns(folders, models, tmp_path
     assert result["length"]["length_judge"]["accuracy"]["value"] == 0
     assert result["score_gaps"] is None and result["best_of_n"] is None
     assert "## Accuracy by kind" in (tmp_path / "run" / "evaluation.md").read_text()
+
+
+def test_a_classifier_from_elsewhere_is_evaluated(folders, tmp_path):
+    config = AutoConfig.for_model(
+        "gpt_neox", **ARCHITECTURES["gpt_neox"], vocab_size=300, num_labels=1, pad_token_id=0
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "classifier")
+    load_tokenizer(str(folders["rm"])).save_pretrained(tmp_path / "classifier")
+    found = evaluate(
+        tmp_path / "run", [{"path": str(tmp_path / "classifier")}], num_references=0, num_alone=0
+    )
+    (result,) = found["models"]
+    assert (result["kind"], result["centre"]) == ("reward model", 0.0)
+    assert result["accuracy"]["n"] == 30 and result["references"] is None and result["invariance"] is None
+
+
+def test_models_that_read_other_pairs_are_refused(models, tmp_path):
+    """By single bytes some responses are longer than the limit, which leaves their pairs out."""
+    save_reward_model(tmp_path / "bytes", single_bytes())
+    data = DATA | {"max_response_length": 12, "max_bad_fraction": 1.0}
+    with pytest.raises(
+        ConfigError, match=r"models: .*bytes reads other pairs than the first model \(\d+ and \d+\)"
+    ):
+        evaluate(tmp_path / "run", [models[0], {"path": str(tmp_path / "bytes")}], data=data)
+
+
+def test_choices_go_through_the_chat_template():
+    tokenizer = byte_level(chat_template=CHATML)
+    data = DataConfig(task="own", path="x.jsonl", chat_template=True)
+    row = ChoiceRow("why not?", ("because",), ("help",), "Focus", "x.jsonl:1")
+    first, second = choice_completions(row, tokenizer, data)
+    query = "<|im_start|>user\nwhy not?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(first.query_ids) == query == tokenizer.decode(second.query_ids)
+    assert tokenizer.decode(first.response_ids).startswith("because")
+    assert tokenizer.decode(second.response_ids).startswith("help")
+    assert first.record.chat.messages == ({"role": "user", "content": "why not?"},)
 
 
 @pytest.mark.parametrize(
