@@ -54,9 +54,9 @@ def train_online(
         recipe = with_inputs(recipe, engine, model, tokenizer, records)
         if reward is None:
             reward = _reward_of(recipe, engine)
-        elif recipe.reward.path is not None or recipe.reward.function is not None:
+        elif recipe.reward.kind is not None:
             raise ConfigError(
-                "reward is given, and the recipe's reward.path or reward.function too: leave one out"
+                f"reward is given, and the recipe's reward.{recipe.reward.kind} too: leave one out"
             )
         eval_rewards = import_functions(recipe.eval.reward_functions, "eval.reward_functions")
         return online.train(recipe, engine, reward, eval_rewards, callbacks)
@@ -64,7 +64,7 @@ def train_online(
 
 def _reward_of(recipe: OnlineRecipe, engine: Engine) -> RewardFn:
     """Return the recipe's reward; only this function imports reward_models, a package above this one."""
-    reward_from = import_module("reward_models.score").reward_from
+    reward_from = import_module("reward_models.sources").reward_from
     return reward_from(recipe.reward, engine, recipe.tokenizer_path, recipe.data.chat_template)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import traceback
@@ -12,28 +13,30 @@ import torch
 from torch import Tensor
 
 from drpo.config import ConfigError
-from drpo.rewards import Completion, RewardFn
+from drpo.rewards import Completion, DetailedScores, RewardFn, SharingRewardFn
+from drpo.tensors import PaddedBatch
 
 
 def import_functions(functions: Mapping[str, str], key: str) -> dict[str, RewardFn]:
     """Import the functions of a mapping name -> module:function."""
     return {
-        name: _with_located_errors(import_function(spec, f"{key}.{name}"), f"{key}.{name}={spec!r}")
+        name: with_located_errors(import_function(spec, f"{key}.{name}"), f"{key}.{name}={spec!r}")
         for name, spec in functions.items()
     }
 
 
-def _with_located_errors(function: RewardFn, where: str) -> RewardFn:
-    """Wrap `function` so that any exception in it becomes a ConfigError."""
+def with_located_errors(function: RewardFn, where: str) -> RewardFn:
+    """Wrap `function` so that any exception in it becomes a ConfigError that names `where`."""
 
-    def score(completions: Sequence[Completion]) -> list[float]:
+    def score(completions: Sequence[Completion]) -> list[float] | DetailedScores:
         try:
-            scores = [float(score) for score in function(completions)]
+            returned = function(completions)
+            scores = [float(score) for score in returned]
         except Exception as error:
             raise ConfigError(f"{where} does not score the responses: {_described(error)}") from error
         if len(scores) != len(completions):
             raise ConfigError(f"{where} returned {len(scores)} scores for {len(completions)} responses")
-        return scores
+        return returned if isinstance(returned, DetailedScores) else scores
 
     return score
 
@@ -75,10 +78,34 @@ def import_function(spec: str, key: str) -> RewardFn:
 
 def call_reward_fn(reward_fn: RewardFn, completions: Sequence[Completion]) -> Tensor:
     """Score completions, (B,) float32; raise ValueError unless the function returns one number per completion."""
-    scores = torch.as_tensor(reward_fn(completions), dtype=torch.float32).detach().cpu()
-    if scores.shape != (len(completions),):
+    return score_in_detail(reward_fn, completions).scores
+
+
+def score_in_detail(reward_fn: RewardFn, completions: Sequence[Completion]) -> DetailedScores:
+    """Score completions, (B,) float32, with the details that the function gives, if any.
+
+    Raises ValueError unless scores and details have one number per completion.
+    """
+    returned = reward_fn(completions)
+    if not isinstance(returned, DetailedScores):
+        returned = DetailedScores(_one_each(returned, len(completions)))
+    details = {name: _one_each(values, len(completions), name) for name, values in returned.details.items()}
+    return DetailedScores(_one_each(returned.scores, len(completions)), details)
+
+
+def _one_each(values: Sequence[float] | Tensor, number: int, detail: str | None = None) -> Tensor:
+    values = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+    if values.shape != (number,):
+        what = "" if detail is None else f" as the detail {detail!r}"
         raise ValueError(
-            f"the reward function returned shape {tuple(scores.shape)} for {len(completions)} completions; "
+            f"the reward function returned shape {tuple(values.shape)} for {number} completions{what}; "
             "it must return one number each"
         )
-    return scores
+    return values
+
+
+def reading_trunk(reward_fn: RewardFn, parts: Sequence[PaddedBatch], trunks: Sequence[Tensor]) -> RewardFn:
+    """Return the function that scores from the policy's trunk where `reward_fn` shares it, else `reward_fn`."""
+    if isinstance(reward_fn, SharingRewardFn) and reward_fn.shares_trunk:
+        return functools.partial(reward_fn.score_from_trunk, parts=parts, trunks=trunks)
+    return reward_fn

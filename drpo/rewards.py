@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -35,10 +35,29 @@ class Completion:
     "Log-probabilities of the sampled tokens under a rollout engine that has a copy of the policy; None without one."
 
 
+@dataclass(frozen=True, eq=False)
+class DetailedScores:
+    """The scores of completions, and further numbers of each that the loop reports as means, `reward/<name>`.
+
+    It is a sequence of the scores alone to users that know no details.
+    """
+
+    scores: Tensor
+    "(B,)."
+    details: Mapping[str, Tensor] = field(default_factory=dict)
+    "(B,) each, by name: the same names in the same order in every call."
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
 class RewardFn(Protocol):
     """Anything that scores completions: one float each, higher is better."""
 
-    def __call__(self, completions: Sequence[Completion]) -> Sequence[float] | Tensor: ...
+    def __call__(self, completions: Sequence[Completion]) -> Sequence[float] | Tensor | DetailedScores: ...
 
 
 @runtime_checkable
@@ -64,7 +83,7 @@ class SharingRewardFn(RewardFn, Protocol):
 
     def score_from_trunk(
         self, completions: Sequence[Completion], parts: Sequence[PaddedBatch], trunks: Sequence[Tensor]
-    ) -> Tensor:
+    ) -> Tensor | DetailedScores:
         """Score completions, (B,), from the trunk's output (b, Q+R, H) for each batch of `parts`, their tokens."""
         ...
 

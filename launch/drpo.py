@@ -19,7 +19,7 @@ from launch.command_line import main
 
 def inputs(recipe: OnlineRecipe) -> list[str | None]:
     """List the models that the recipe names."""
-    return [recipe.model.path, recipe.reward.path, recipe.critic.path]
+    return [recipe.model.path, *recipe.reward.models.values(), recipe.critic.path]
 
 
 if __name__ == "__main__":

@@ -24,10 +24,8 @@ from drpo.models.positions import position_limit
 from drpo.models.probes import check_scalar_model
 from drpo.models.tokenizer import load_tokenizer
 from drpo.models.trunk import has_trunk, resumed_from, same_trunk, share_trunk
-from drpo.reward_functions import import_function
-from drpo.rewards import Completion, RewardFn
+from drpo.rewards import Completion
 from drpo.tensors import PaddedBatch, pad_batch
-from drpo.trainers.online_recipe import RewardConfig
 from reward_models.model import RewardModel
 
 
@@ -106,6 +104,11 @@ class RewardModelScorer:
         for owner in (policy, critic):
             if owner is not None:
                 share_frozen(self.model, owner)
+
+    def share_with(self, other: RewardModelScorer) -> None:
+        """Use the frozen weights of another reward model in place of equal ones, under the rules of `share_weights`."""
+        if not (self.engine.partitions_weights or self.offloaded or other.offloaded):
+            share_frozen(self.model, other.model)
 
     @torch.no_grad()
     def score_from_trunk(
@@ -207,22 +210,3 @@ class RewardModelScorer:
         ending = template.stop_token
         tokenizer = self.tokenizer if ending is None else ending_with(self.tokenizer, ending)
         return template, tokenizer
-
-
-def reward_from(
-    config: RewardConfig, engine: Engine, tokenizer_path: str, chat_template: bool = False
-) -> RewardFn:
-    """Return the RewardFn that a recipe's `reward` section names.
-
-    `tokenizer_path` is the policy's tokenizer; with `chat_template` the prompts are conversations, which a reward
-    model must be able to read.
-    """
-    if config.function is not None:
-        return import_function(config.function, "reward.function")
-    if config.path is None:
-        raise ConfigError("nothing scores the rollouts: give reward.path (a reward model) or reward.function")
-    scorer = RewardModelScorer.load(
-        config.path, engine, config.batch_size, config.dtype, tokenizer_path, offload=config.offload
-    )
-    scorer.check_reads(chat_template)
-    return scorer

@@ -76,6 +76,7 @@ PURE = (
     "eval.statistics.score_summary",
     "launch.planning.sharding",
     "launch.planning.sizes",
+    "reward_models.ensembles",
 )
 INFRASTRUCTURE = ("transformers", "accelerate", "deepspeed", "peft", "datasets", "omegaconf", "drpo.config")
 

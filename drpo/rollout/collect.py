@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from drpo.engine import Engine
 from drpo.models.trunk import has_trunk, trunk_output
-from drpo.reward_functions import call_reward_fn
-from drpo.rewards import Completion, RewardFn, SharingRewardFn
+from drpo.reward_functions import reading_trunk, score_in_detail
+from drpo.rewards import Completion, RewardFn
 from drpo.rollout.generator import Generator
 from drpo.rollout.starts import Start
 from drpo.rollout.trajectory import Rollouts
@@ -60,20 +59,24 @@ def collect(
         with phases("trunk"), engine.whole_weights(policy), engine.autocast():
             trunks = [trunk_output(policy, part) for part in parts]
     with phases("reward"):
-        if isinstance(reward_fn, SharingRewardFn) and reward_fn.shares_trunk:
-            reward_fn = functools.partial(reward_fn.score_from_trunk, parts=parts, trunks=trunks)
-        scores = call_reward_fn(reward_fn, completions)
+        scored = score_in_detail(reading_trunk(reward_fn, parts, trunks), completions)
     rollouts = Rollouts(
         **vars(batch),
         reset_lengths=torch.tensor([len(start.prefix) for start in starts], device=engine.device),
         source_lengths=torch.tensor([start.source_length for start in starts], device=engine.device),
         ended=torch.tensor([c.ended for c in completions], device=engine.device),
-        scores=scores.to(engine.device),
+        scores=scored.scores.to(engine.device),
+        reward_names=tuple(scored.details),
+        reward_details=_columns(scored.details, engine.device),
         rollouts_together=rollouts_together,
         engine_logprobs=_engine_logprobs(starts, completions, response_length, engine.device),
         trunk=torch.cat(trunks) if has_trunk(policy) else None,
     )
     return rollouts, completions
+
+
+def _columns(details: Mapping[str, Tensor], device: torch.device) -> Tensor | None:
+    return torch.stack(list(details.values()), dim=1).to(device) if details else None
 
 
 def _engine_logprobs(

@@ -18,7 +18,7 @@ from drpo.models.policy_stops import stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scoring import response_logprobs
 from drpo.models.vocabulary import check_same_vocabulary
-from drpo.reward_functions import call_reward_fn
+from drpo.reward_functions import score_in_detail
 from drpo.rewards import Completion, RewardFn
 from drpo.rollout.generator import Generator, RolloutConfig, vocabulary_of
 from drpo.rollout.sampler import SamplingConfig
@@ -113,7 +113,11 @@ def evaluate(
         sampling = SamplingConfig(temperature=config.temperature)
         evaluator = replace(generator, sampling=sampling, seed=generator.seed + EVAL_SEED_OFFSET)
         completions = evaluator.respond(starts)
-        scores = {name: call_reward_fn(fn, completions).tolist() for name, fn in rewards.items()}
+        scores: dict[str, list[float]] = {}
+        for name, reward_fn in rewards.items():
+            scored = score_in_detail(reward_fn, completions)
+            scores[name] = scored.scores.tolist()
+            scores |= {f"{name}/{detail}": values.tolist() for detail, values in scored.details.items()}
         if reference_logprobs is not None:
             name = "kl" if config.temperature == generator.sampling.temperature else "log_ratio"
             scores[name] = _log_ratios(generator, completions, reference_logprobs, engine.device)

@@ -54,6 +54,10 @@ class Rollouts:
     """(B,) bool, a stop token was sampled."""
     scores: Tensor
     """(B,) float32, raw reward."""
+    reward_names: tuple[str, ...] = ()
+    """Names of D further numbers that the reward function gave (drpo.rewards.DetailedScores)."""
+    reward_details: Tensor | None = None
+    """(B, D) float32, these numbers; None without any."""
     rollouts_together: int = 1
     """Consecutive rows that share their query, if it may be computed once for all of them; else 1."""
     engine_logprobs: Tensor | None = None

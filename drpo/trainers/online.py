@@ -116,7 +116,10 @@ class _Loop:
 
         local, completions = collect(starts[engine.shard(batch_size)], models.generator, engine,
                                      self.rewards["score"], models.rollouts_together, phases)  # fmt: skip
-        check_finite(local.scores, "the reward", [c.record.origin for c in completions])
+        origins = [c.record.origin for c in completions]
+        check_finite(local.scores, "the reward", origins)
+        if local.reward_details is not None:
+            check_finite(local.reward_details, f"one of the reward's parts {local.reward_names}", origins)
         with phases("score"):
             trajectory = models.measure(local.map(engine.gather_rows), recipe.ppo, (recipe.seed, step))
 

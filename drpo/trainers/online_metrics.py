@@ -53,6 +53,9 @@ def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> di
     metrics["objective/kl_coef"] = kl_coef
     metrics["objective/entropy"] = float(masked_mean(trajectory.entropy, mask))
     metrics |= _by_start(trajectory, row_metrics)
+    if trajectory.reward_details is not None:
+        means = trajectory.reward_details.mean(dim=0).tolist()
+        metrics |= {f"reward/{name}": mean for name, mean in zip(trajectory.reward_names, means, strict=True)}
     if trajectory.values is not None:
         metrics |= _of_the_critic(trajectory, credit)
     if trajectory.engine_logprobs is not None:

@@ -17,6 +17,7 @@ from drpo.rollout.vllm_requests import MIN_TEMPERATURE
 from drpo.run.folder import CheckpointConfig, LogConfig, Resume
 from drpo.trainers.credit import AdvantageConfig, KLConfig, ShapingConfig
 from drpo.trainers.ppo_update import PPOConfig
+from drpo.trainers.reward_parts import EnsembleConfig, RewardPart
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,18 @@ class CriticConfig(Section):
 
 @dataclass(frozen=True)
 class RewardConfig(Section):
-    """Reward of the rollouts: a reward model or a Python callable."""
+    """Reward of the rollouts: a reward model, several as one, a Python callable, or a weighted sum of such parts."""
 
     path: str | None = None
     """Folder or hub id of a reward model."""
+    ensemble: EnsembleConfig | None = None
+    """Several reward models as one."""
     function: str | None = None
     """Python callable as module:function; it gets a list of drpo.rewards.Completion and returns one number each."""
+    parts: list[RewardPart] = field(default_factory=list)
+    """Parts of a weighted sum, each logged apart."""
     batch_size: int = setting(32, ge=1)
-    """Rows per forward of the reward model on one device."""
+    """Rows per forward of a reward model on one device."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the reward model's weights. In a bf16 run its matrices are bfloat16 either way: the same numbers."""
     offload: bool = False
@@ -51,11 +56,39 @@ class RewardConfig(Section):
     """What happens to the score before training."""
 
     def check(self) -> None:
-        rule = f"cannot be given together with {key('function')}; choose one"
-        refuse(None not in (self.path, self.function), "path", rule)
-        if self.function is not None:
-            rule = f"is for a reward model ({key('path')}), and {key('function')} has none; drop it"
+        given = [name for name in self.changed() if name in ("path", "ensemble", "function", "parts")]
+        if len(given) > 1:
+            rule = f"cannot be given together with {key(given[1])}; choose one, or make both reward.parts"
+            refuse(True, given[0], rule)
+        if given and not self.models:
+            rule = f"is for a reward model ({key('path')}), and {key(given[0])} has none; drop it"
             refuse_changed(self, ("batch_size", "dtype", "offload"), rule)
+        names = [part.name for part in self.parts]
+        for index, name in enumerate(names):
+            rule = f"is that of {key('parts')}[{names.index(name)}] too ({name}); choose another"
+            refuse(name in names[:index], f"parts[{index}].name", rule)
+
+    @property
+    def kind(self) -> str | None:
+        """The setting that names the source of the scores."""
+        return next(
+            (name for name in self.changed() if name in ("path", "ensemble", "function", "parts")), None
+        )
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Path of every reward model, by its key within the section: path, ensemble.paths[1], parts[0].path."""
+        return _models(self) | {
+            f"parts[{index}].{name}": path
+            for index, part in enumerate(self.parts)
+            for name, path in _models(part).items()
+        }
+
+
+def _models(source: RewardConfig | RewardPart) -> dict[str, str]:
+    models = {} if source.path is None else {"path": source.path}
+    members = [] if source.ensemble is None else source.ensemble.paths
+    return models | {f"ensemble.paths[{index}]": path for index, path in enumerate(members)}
 
 
 @dataclass(frozen=True)

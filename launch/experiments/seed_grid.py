@@ -57,13 +57,16 @@ def _inputs(command: Sequence[str], recipe: str) -> dict[str, str]:
     inputs = {"command": " ".join(command), "recipe": _sha256(find_recipe(recipe))}
     for argument in command:
         key, _, value = argument.partition("=")
-        path = Path(value)
-        if key == "run_dir" or not value or not path.exists():
-            continue
-        if path.is_file():
-            inputs[key] = _sha256(path)
-        elif (record := path.parent / MADE_FROM).exists():  # <run>/policy, <run>/reward_model
-            inputs[key] = _sha256(record)
+        for index, name in enumerate(
+            value.removeprefix("[").removesuffix("]").split(",")
+        ):  # [a,b] lists paths
+            path, place = Path(name), f"{key}[{index}]" if value.startswith("[") else key
+            if key == "run_dir" or not name or not path.exists():
+                continue
+            if path.is_file():
+                inputs[place] = _sha256(path)
+            elif (record := path.parent / MADE_FROM).exists():  # <run>/policy, <run>/reward_model
+                inputs[place] = _sha256(record)
     return inputs
 
 

@@ -197,14 +197,28 @@ def _online(recipe: OnlineRecipe, policy: nn.Module) -> StageModels:
     models = StageModels(trained, {}, AdapterOff(policy))
     if not recipe.model.lora.r:
         models = _with_copy(trained, replace(recipe.model, gradient_checkpointing=False), policy)
-    if recipe.reward.path is None:
-        note = f"reward.function={recipe.reward.function}: what it keeps in memory is not counted"
-        return replace(models, notes=(*notes, note))
-    place = (recipe.reward.path, "reward.path")
-    reward = _scalar_model(place, policy, recipe.reward.dtype, RewardModel, notes)
-    if has_trunk(policy):
-        share_trunk(reward, policy)
-    return replace(models, frozen={**models.frozen, "reward model": reward}, notes=tuple(notes))
+    functions = {"function": recipe.reward.function} | {
+        f"parts[{index}].function": part.function for index, part in enumerate(recipe.reward.parts)
+    }
+    notes += [
+        f"reward.{key}={function}: what it keeps in memory is not counted"
+        for key, function in functions.items()
+        if function is not None
+    ]
+    rewards = {}
+    for name, (key, path) in reward_model_names(recipe).items():
+        rewards[name] = _scalar_model(
+            (path, f"reward.{key}"), policy, recipe.reward.dtype, RewardModel, notes
+        )
+        if has_trunk(policy):
+            share_trunk(rewards[name], policy)
+    return replace(models, frozen={**models.frozen, **rewards}, notes=tuple(notes))
+
+
+def reward_model_names(recipe: OnlineRecipe) -> dict[str, tuple[str, str]]:
+    """Return key and path of the reward models by their names in the plan: reward model, reward model 2, ..."""
+    numbered = enumerate(recipe.reward.models.items(), start=1)
+    return {"reward model" + f" {number}" * (number > 1): place for number, place in numbered}
 
 
 def _hold(model: nn.Module, bf16: bool, whole: bool) -> None:
@@ -220,11 +234,13 @@ def _hold(model: nn.Module, bf16: bool, whole: bool) -> None:
 
 def _share_bases(recipe: OnlineRecipe, models: StageModels) -> None:
     """Share frozen weights where models start from the same ones; in a dry run all numbers seem equal."""
-    critic, reward = models.trained.get("critic"), models.frozen.get("reward model")
+    critic = models.trained.get("critic")
     if critic is not None and recipe.critic.path is None:
         share_frozen(critic, models.trained["policy"])
-    elif critic is not None and reward is not None and recipe.critic.path == recipe.reward.path:
-        share_frozen(reward, critic)
+    elif critic is not None:
+        for name, (_, path) in reward_model_names(recipe).items():
+            if path == recipe.critic.path:
+                share_frozen(models.frozen[name], critic)
 
 
 def _counted(model: nn.Module, seen: set[int]) -> Weights:

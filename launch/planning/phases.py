@@ -37,7 +37,7 @@ from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.sft import SFTObjective, SFTRecipe
 from launch.planning.dry_run import DryRun
 from launch.planning.four_bit import packed_sizes
-from launch.planning.models import Precision, StageModels, stage_models
+from launch.planning.models import Precision, StageModels, reward_model_names, stage_models
 from launch.planning.sizes import Phase, Weights
 from reward_models.objective import RewardObjective
 from reward_models.rankings import Ranking
@@ -182,7 +182,7 @@ class _Phases:
 
         rows = min(recipe.rollout.generation_batch_size, local)
         yield self._rollout("rollout", rows, recipe.rollout.rollouts_per_prompt, self.response_length)
-        if "reward model" in models.frozen:
+        if recipe.reward.models:
             yield self._reward(min(recipe.reward.batch_size, local), stored)
         with self.dry.measured() as used, torch.no_grad(), self.precision.autocast():
             scores = actor_critic(*tokens, trunk, part.num_continuations)
@@ -260,10 +260,13 @@ class _Phases:
         return used.left
 
     def _reward(self, num_rows: int, stored: int) -> Phase:
-        batch = self._batch(num_rows)
-        with self.dry.measured() as used, torch.no_grad(), self.precision.frozen_autocast():
-            self.models.frozen["reward model"].score(batch)
-        return Phase("reward", used.peak + stored)
+        """Measure the reward models, which score one after the other."""
+        batch, peaks = self._batch(num_rows), []
+        for name in reward_model_names(self.recipe):
+            with self.dry.measured() as used, torch.no_grad(), self.precision.frozen_autocast():
+                self.models.frozen[name].score(batch)
+            peaks.append(used.peak)
+        return Phase("reward", max(peaks) + stored)
 
     def _trunk(self, batch: PaddedBatch) -> Tensor:
         with self.precision.autocast():

@@ -11,7 +11,7 @@ from drpo.trainers.offline import OfflineRecipe
 from drpo.trainers.online_recipe import OnlineRecipe
 from launch.planning.gpus import GIB, Gpus
 from launch.planning.launchers import Launcher
-from launch.planning.models import Precision
+from launch.planning.models import Precision, reward_model_names
 from launch.planning.phases import Step, dry_optimizer_step, dry_step, rows_key
 from launch.planning.sharding import Parts, device_memory, host_memory
 
@@ -113,7 +113,7 @@ def _waiting(recipe: OfflineRecipe | OnlineRecipe) -> dict[str, str]:
     """Return the models that wait on the host, and the phase that needs them."""
     if not isinstance(recipe, OnlineRecipe):
         return {}
-    reward = {"reward model": "reward"} if recipe.reward.offload and recipe.reward.path is not None else {}
+    reward = dict.fromkeys(reward_model_names(recipe), "reward") if recipe.reward.offload else {}
     return reward | ({"reference": "scoring"} if recipe.kl.offload_reference else {})
 
 
@@ -167,17 +167,11 @@ def advice(plan: Plan, recipe: OfflineRecipe | OnlineRecipe) -> list[str]:
     if can_round:  # a quarter of bf16, and embeddings stay
         frozen = sum(weights.frozen_bytes for weights in plan.step.weights.values() if weights.trained)
         suggestions.append((frozen * 2 // 3, "model.load_in_4bit=true: the frozen linear layers in 4 bits"))
-    if online and recipe.reward.path is not None and recipe.reward.dtype == "float32":
-        suggestions.append((parts.get("reward model", 0) // 2, "reward.dtype=bfloat16"))
-    if (
-        online
-        and recipe.reward.path is not None
-        and not recipe.reward.offload
-        and plan.peak_phase != "reward"
-    ):
-        suggestions.append(
-            (parts.get("reward model", 0), "reward.offload=true: the reward model waits on the host")
-        )
+    rewards = sum(parts.get(name, 0) for name in reward_model_names(recipe)) if online else 0
+    if rewards and recipe.reward.dtype == "float32":
+        suggestions.append((rewards // 2, "reward.dtype=bfloat16"))
+    if rewards and not recipe.reward.offload and plan.peak_phase != "reward":
+        suggestions.append((rewards, "reward.offload=true: the reward model waits on the host"))
     if online and not recipe.kl.offload_reference and plan.peak_phase != "scoring":
         suggestions.append(
             (parts.get("reference", 0), "kl.offload_reference=true: the reference waits on the host")

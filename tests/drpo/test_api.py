@@ -177,7 +177,7 @@ def test_unusable_arguments_are_refused(objects, tmp_path, arguments, error, mes
             "data.path=x.jsonl too",
         ),
         ({"model.tokenizer": "elsewhere"}, {"model": None}, "model.tokenizer too"),
-        ({"reward.path": "elsewhere"}, {}, "reward.path or reward.function too"),
+        ({"reward.path": "elsewhere"}, {}, "reward.path too"),
     ],
 )
 def test_what_the_recipe_names_is_not_given_again(objects, tmp_path, changes, arguments, message):

@@ -190,6 +190,19 @@ def test_reward_model_that_is_not_there_is_sized_as_the_policy_and_said_so(folde
     assert single["parameters"]["reward model"] == single["parameters"]["critic"]
 
 
+def test_every_reward_model_of_an_ensemble_and_of_the_parts_is_counted(folder):
+    ensemble = ["reward.path=null", "reward.ensemble.paths=[runs/a,runs/b]"]
+    single, several = (
+        plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"][0]
+        for settings in ([], ensemble)
+    )
+    names = [f"reward.ensemble.paths[{i}]: 'runs/{path}' is not there yet" for i, path in enumerate("ab")]
+    assert [note.split(";")[0] for note in several["notes"]] == names
+    for name in ("reward model", "reward model 2"):
+        assert several["parameters"][name] == single["parameters"]["reward model"]
+        assert name in several["phases_gib"]["update"]
+
+
 def test_run_that_fits_nowhere_gets_advice(folder):
     result = plans(folder, "drpo", "drpo.yaml", "--gpus", "0.806")
     assert not any(each["fits"] for each in result["plans"])

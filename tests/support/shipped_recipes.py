@@ -19,6 +19,7 @@ from launch.complete import CompleteRecipe
 from launch.evaluate_reward_model import EvaluateRewardModelRecipe
 from launch.experiments.gpu_check import GpuCheckRecipe
 from launch.experiments.memory_plan import MemoryPlanRecipe
+from launch.experiments.overoptimisation import OverOptimisationRecipe
 from launch.experiments.preference import PreferenceExperimentRecipe
 from launch.experiments.resets import ExperimentRecipe
 from launch.experiments.rollout_speed import RolloutSpeedRecipe
@@ -38,6 +39,7 @@ STAGES: dict[str, type] = {
     "drpo": OnlineRecipe,
     **dict.fromkeys(("dpo", "cdpo", "odpo", "ipo", "simpo", "orpo", "kto"), PreferenceRecipe),
     "reset_experiment": ExperimentRecipe,
+    "overoptimisation": OverOptimisationRecipe,
     "preference_experiment": PreferenceExperimentRecipe,
     "neuron_shift": NeuronShiftRecipe,
     "judge": JudgeRecipe,

@@ -115,6 +115,17 @@ def test_total_is_the_shaped_score_minus_the_weighted_kl_of_the_reward(trajector
     )
 
 
+def test_details_of_the_reward_are_means_over_rollouts(trajectory):
+    names, details = (
+        ("format", "rm/spread"),
+        [[1.0, 0.5], [0.0, 1.5], [1.0, 0.0], [1.0, 2.0], [0.0, 0.0], [0.0, 2.0]],
+    )
+    detailed = dataclasses.replace(trajectory, reward_names=names, reward_details=torch.tensor(details))
+    metrics = metrics_of(detailed)
+    assert metrics["reward/format"] == 0.5 and metrics["reward/rm/spread"] == 1.0
+    assert not [key for key in metrics_of(trajectory) if key.startswith("reward/")]
+
+
 def test_lengths(trajectory):
     metrics = metrics_of(trajectory)
     assert metrics["objective/length"] == pytest.approx(34 / 6)

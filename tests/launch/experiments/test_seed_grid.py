@@ -87,6 +87,29 @@ def test_a_run_is_made_once_and_refused_when_anything_it_came_from_has_changed(s
         make_sft()
 
 
+def test_a_run_on_several_models_is_refused_when_one_of_them_was_made_again(scripts, tmp_path):
+    recipe, parents, joint = tmp_path / "recipe.yaml", [tmp_path / name for name in "ab"], tmp_path / "joint"
+    recipe.write_text("")
+
+    def make(parent: Path, *more: str) -> None:
+        (parent / "reward_model").mkdir(parents=True)
+        launch_once("stage", str(recipe), parent, more, num_jobs=1)
+
+    def make_joint() -> None:
+        paths = ",".join(f"{parent}/reward_model" for parent in parents)
+        launch_once("stage", str(recipe), joint, [f"reward.ensemble.paths=[{paths}]"], num_jobs=1)
+
+    for parent in parents:
+        make(parent)
+    for _ in range(2):
+        make_joint()
+    assert times_run(joint) == 1
+    parents[1].rename(tmp_path / "before")
+    make(parents[1], "num_steps=3")
+    with pytest.raises(ConfigError, match=r"joint .*\(reward.ensemble.paths\[1\] changed\)"):
+        make_joint()
+
+
 def test_the_first_failure_drops_the_jobs_that_have_not_begun():
     begun, failing = [], threading.Event()
 

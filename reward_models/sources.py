@@ -1,0 +1,113 @@
+"""The RewardFn of a recipe's `reward` section: one source of scores, an ensemble, or a weighted sum of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from drpo.config import ConfigError, key, names_keys
+from drpo.engine import Engine
+from drpo.reward_functions import import_function, with_located_errors
+from drpo.rewards import RewardFn
+from drpo.trainers.online_recipe import RewardConfig
+from drpo.trainers.reward_parts import EnsembleConfig, RewardPart
+from reward_models.joint import ensemble, weighted_sum
+from reward_models.score import RewardModelScorer
+from reward_models.text_rewards import FormatReward, num_tokens, relative_length
+
+
+def reward_from(
+    config: RewardConfig, engine: Engine, tokenizer_path: str, chat_template: bool = False
+) -> RewardFn:
+    """Return the RewardFn that a recipe's `reward` section names.
+
+    `tokenizer_path` is the policy's tokenizer; with `chat_template` the prompts are conversations, which a reward
+    model must be able to read.
+    """
+    return _source(config, _Loader(config, engine, tokenizer_path, chat_template))
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """How the reward models of a section are loaded."""
+
+    config: RewardConfig
+    engine: Engine
+    tokenizer_path: str
+    chat_template: bool
+
+    def __call__(self, path: str, place: str) -> RewardModelScorer:
+        config = self.config
+        settings = (self.engine, config.batch_size, config.dtype, self.tokenizer_path, place, config.offload)
+        scorer = RewardModelScorer.load(path, *settings)
+        scorer.check_reads(self.chat_template)
+        return scorer
+
+
+@names_keys
+def _source(config: RewardConfig | RewardPart, load: _Loader) -> RewardFn:
+    match config.kind:
+        case "path":
+            return load(config.path, key("path"))
+        case "ensemble":
+            return _ensemble(config.ensemble, load)
+        case "function":
+            return _function(config)
+        case "parts":
+            parts = {part.name: _source(part, load) for part in config.parts}
+            return weighted_sum(parts, {part.name: part.weight for part in config.parts})
+        case "length":
+            return num_tokens if config.length == "tokens" else relative_length
+        case "format":
+            return FormatReward(config.format)
+    raise ConfigError(
+        "nothing scores the rollouts: give reward.path (a reward model), reward.ensemble (several of them), "
+        "reward.parts (a weighted sum) or reward.function"
+    )
+
+
+def _function(config: RewardConfig | RewardPart) -> RewardFn:
+    function = import_function(config.function, key("function"))
+    if isinstance(config, RewardConfig):
+        return function
+    where = f"{key('function')}={config.function!r}"
+    if config.recipe is not None:
+        try:
+            function = function(config.recipe)
+        except TypeError as error:
+            raise ConfigError(f"{where} cannot be called with {key('recipe')} alone: {error}") from error
+        if not callable(function):
+            raise ConfigError(f"{where} returned {function!r} for {key('recipe')}, which scores nothing")
+    return with_located_errors(function, where)
+
+
+@names_keys
+def _ensemble(config: EnsembleConfig, load: _Loader) -> RewardFn:
+    scorers = [load(path, f"{key('paths')}[{index}]") for index, path in enumerate(config.paths)]
+    _check_units(scorers, config.paths, config.combine, key("paths"))
+    return ensemble(scorers, config)
+
+
+def _check_units(scorers: Sequence[RewardModelScorer], paths: Sequence[str], how: str, place: str) -> None:
+    """Raise ConfigError, naming `place`, unless the members' scores can be compared.
+
+    All must have been given a zero on references or none, and a unit; other than a mean needs a zero.
+    """
+    for what, default, remedy in (
+        ("centre", 0.0, "score.num_references above 0"),
+        ("scale", 1.0, "score.unit_variance=true"),
+    ):
+        has_own = [getattr(scorer.model.config, what) != default for scorer in scorers]
+        if any(has_own) and not all(has_own):
+            with_it, without = paths[has_own.index(True)], paths[has_own.index(False)]
+            raise ConfigError(
+                f"{place}: {with_it!r} was given a {what} on references and {without!r} was not, so their scores "
+                f"cannot be compared; train all members with {remedy}, or none"
+            )
+    has_zero = any(scorer.model.config.centre != 0.0 for scorer in scorers)
+    if len(scorers) > 1 and not has_zero and how != "mean":
+        raise ConfigError(
+            f"{place}: the scores of these models have no zero of their own (a Bradley-Terry model is fixed up to a "
+            f"constant), so combine={how} compares constants; train them with score.num_references above 0, or take "
+            "combine=mean"
+        )

@@ -1,0 +1,143 @@
+"""A judge as a part of the reward: shares of the win by hand, its store and its budget."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import yaml
+from stub_judge_server import KEY, MODEL, Shown, StubServer
+
+from drpo.config import ConfigError
+from drpo.data.records import DataError, Record
+from drpo.rewards import Completion
+from drpo.run.folder import RunStopped
+from eval.judging.reward import judge_reward
+
+POST = "POST: we have lamp mug but need rope soap\nTL;DR:"
+REFERENCE = " rope soap"
+
+
+def rollout(response: str, reference: str | None = REFERENCE, post: str = POST) -> Completion:
+    record = Record(post, completion=reference, origin="posts.jsonl:3")
+    return Completion(post, response, True, [1], [2], record)
+
+
+def recipe_file(folder: Path, **settings) -> str:
+    path = folder / "judge.yaml"
+    path.write_text(yaml.safe_dump({"run_dir": str(folder / "judge"), **settings}))
+    return str(path)
+
+
+@pytest.fixture
+def by_true_reward(tmp_path) -> str:
+    return recipe_file(tmp_path, judge={"kind": "function", "function": "drpo.data.tasks.demo:true_rewards"})
+
+
+def test_a_win_a_tie_and_a_loss_against_the_reference(by_true_reward):
+    """The reference is complete, worth 4, against an unfinished summary at most 4; the second post has a faulty one."""
+    faulty = " mug mug"
+    rollouts = [rollout(REFERENCE), rollout(" rope"), rollout(REFERENCE, faulty), rollout(REFERENCE)]
+    scored = judge_reward(by_true_reward)(rollouts)
+    assert scored.scores.tolist() == [0.5, 0.0, 1.0, 0.5]
+    assert scored.details["undecided"].tolist() == [0.0] * 4
+
+
+def test_a_prompt_without_a_reference_is_named(by_true_reward):
+    with pytest.raises(DataError, match="posts.jsonl:3 has no reference for the judge"):
+        judge_reward(by_true_reward)([rollout(" rope", None)])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"system": "policy"}, "judge.yaml: system has no place here"),
+        ({"completions": ["x.jsonl"]}, "judge.yaml: completions has no place here"),
+        ({}, "judge.yaml: judge.model must name the model"),
+        ({"judge": {"model": "m"}}, "judge.yaml: prompt must say what the judge is asked"),
+        (
+            {"judge": {"model": "m"}, "prompt": "tldr-1", "budget": {"max_usd": 1}},
+            "judge.yaml: budget.max_usd needs",
+        ),
+        ({"judge": {"kind": "function"}}, "judge.yaml: judge.function must name a callable"),
+        ({"judge": {"kind": "reward_model", "path": "x"}}, "judge.yaml: judge.kind cannot be reward_model"),
+        ({"budget": {"dry_run": True}}, "judge.yaml: budget.dry_run asks nothing"),
+        ({"budget": {"max_dollars": 3}}, "budget.max_dollars"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_at_the_start(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        judge_reward(recipe_file(tmp_path, **settings))
+
+
+# --- a model behind an API --------------------------------------------------------------------------------
+
+
+def prefers_rope(shown: Shown, number: int) -> str:
+    has_rope = ["rope" in response for response in (shown.a, shown.b)]
+    return "tie" if has_rope[0] == has_rope[1] else ("A" if has_rope[0] else "B")
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """Make a recipe file of a judge behind the stub server, and the server."""
+    monkeypatch.setenv("STUB_KEY", KEY)
+    with StubServer(prefers_rope) as server:
+
+        def make(**settings) -> str:
+            judge = {"model": MODEL, "base_url": server.url, "api_key_env": "STUB_KEY", "form": "json"}
+            return recipe_file(tmp_path, prompt="tldr-1", judge={**judge, "probe": False}, **settings)
+
+        yield make, server
+
+
+def calls_in(store: Path) -> int:
+    with closing(sqlite3.connect(store)) as database:
+        return database.execute("SELECT count(*) FROM calls").fetchone()[0]
+
+
+def test_answers_are_stored_and_asked_for_once(served, tmp_path):
+    """Two orders for each different response; a rollout that repeats another costs nothing."""
+    make, server = served
+    path = make()
+    rollouts = [rollout(" rope"), rollout(" mug"), rollout(" mug")]
+    assert judge_reward(path)(rollouts).scores.tolist() == [0.5, 0.0, 0.0]
+    assert len(server.chats) == calls_in(tmp_path / "judge" / "verdicts.sqlite") == 4
+    assert judge_reward(path)(rollouts[::-1]).scores.tolist() == [0.0, 0.0, 0.5]
+    assert len(server.chats) == 4
+
+
+def test_a_spent_budget_stops_the_run_and_keeps_the_answers(served, tmp_path):
+    make, server = served
+    with pytest.raises(RunStopped, match="judge.yaml stopped: .*max_calls"):
+        judge_reward(make(budget={"max_calls": 2}))([rollout(" rope"), rollout(" mug")])
+    assert len(server.chats) == 2 == calls_in(tmp_path / "judge" / "verdicts.sqlite")
+
+
+def test_processes_have_stores_of_their_own_and_share_the_budget(served, tmp_path, monkeypatch):
+    make, server = served
+    path = make(budget={"max_calls": 5})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        score = judge_reward(path)
+        assert score([rollout(" rope")]).scores.tolist() == [0.5]
+        assert calls_in(tmp_path / "judge" / f"rank_{rank}" / "verdicts.sqlite") == 2
+        with pytest.raises(RunStopped, match="max_calls"):
+            score([rollout(" mug")])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(
+        ConfigError, match=r"judge.yaml: budget.max_calls \(5\) is less than one call for each of 8"
+    ):
+        judge_reward(path)
+
+
+def test_undecided_rollouts_are_counted_and_too_many_stop_the_run(served):
+    make, server = served
+    server.behaviour = lambda shown, number: "nothing of use"
+    with pytest.raises(RunStopped, match="left 1 of 1 rollouts undecided, more than max_undecided=0.05"):
+        judge_reward(make())([rollout(" rope")])
+    scored = judge_reward(make(max_undecided=1.0))([rollout(" rope")])
+    assert scored.scores.tolist() == [0.5] and scored.details["undecided"].tolist() == [1.0]
