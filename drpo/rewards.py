@@ -71,6 +71,14 @@ class BoundedRewardFn(RewardFn, Protocol):
 
 
 @runtime_checkable
+class IdentifiedRewardFn(RewardFn, Protocol):
+    """A RewardFn outside the run, which might be replaced while the run is stopped."""
+
+    identity: str
+    """The same for the same scores."""
+
+
+@runtime_checkable
 class SharingRewardFn(RewardFn, Protocol):
     """A RewardFn that may share frozen weights with policy and critic, and the work of the policy's frozen trunk."""
 

@@ -4,6 +4,7 @@ drpo sft | reward-model | drpo | ppo | dpo            train
 drpo plan RECIPE --gpus 8xH100                        size a training run before it
 drpo serve-rollouts MODEL --max-tokens N              sample for training runs by a vLLM server
 drpo export-reward-model MODEL FOLDER                 write it as transformers' sequence classifier
+drpo serve-reward-model MODEL                         score for training runs
 drpo complete | judge | compare | report              evaluate
 drpo evaluate-reward-model                            evaluate reward models
 drpo label | import-labels | agreement                ask people
@@ -22,7 +23,8 @@ from drpo.config import ConfigError
 
 LAUNCH = Path(__file__).resolve().parent
 COMMANDS = (
-    *("sft", "reward-model", "drpo", "ppo", "dpo", "plan", "serve-rollouts", "export-reward-model"),
+    *("sft", "reward-model", "drpo", "ppo", "dpo", "plan"),
+    *("serve-rollouts", "serve-reward-model", "export-reward-model"),
     *("complete", "judge", "compare", "report", "evaluate-reward-model"),
     *("label", "import-labels", "agreement", "neuron-shift"),
 )

@@ -133,7 +133,11 @@ class RewardModelScorer:
         Rows are batched by length, so that a batch has little padding. ZeRO-3: all processes must take equally many
         batches, so every row has its prompt there.
         """
-        ids = [self._ids(completion) for completion in completions]
+        return self.score_ids([self._ids(completion) for completion in completions])
+
+    @torch.no_grad()
+    def score_ids(self, ids: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """Return the scores (B,), float32, of prompts and responses in the model's own tokens, batched as above."""
         lengths = [(len(query), len(response)) for query, response in ids]
         apart = self.engine.partitions_weights
         queries = [(row,) if apart else query for row, (query, _) in enumerate(ids)]
@@ -156,10 +160,19 @@ class RewardModelScorer:
             reads_chat = chat is not None
             self._check_trained_on(reads_chat)
         if self.shares_tokenizer and (chat is None or self._shares_rendering(chat)):
-            response = list(completion.response_ids)
-            if completion.ended:  # whichever token ended it: the model was trained on this one
-                response[-1] = (self._in_template[1] if reads_chat else self.tokenizer).eos_token_id
-            return completion.query_ids, response
+            return completion.query_ids, self.own_stop(completion.response_ids, completion.ended, reads_chat)
+        return self.text_ids(completion, ended, reads_chat)
+
+    def own_stop(self, response_ids: Sequence[int], ended: bool, reads_chat: bool) -> list[int]:
+        """Return a response with the stop token of the model's training in place of the one that ended it."""
+        response = list(response_ids)
+        if ended:
+            response[-1] = (self._in_template[1] if reads_chat else self.tokenizer).eos_token_id
+        return response
+
+    def text_ids(self, completion: Completion, ended: bool, reads_chat: bool) -> tuple[list[int], list[int]]:
+        """Encode texts by the model's own tokenizer, and as a conversation by its chat template if `reads_chat`."""
+        chat = completion.record.chat
         if reads_chat:
             template, tokenizer = self._in_template
             messages = None if chat is None else chat.messages

@@ -13,6 +13,7 @@ from drpo.trainers.online_recipe import RewardConfig
 from drpo.trainers.reward_parts import EnsembleConfig, RewardPart
 from reward_models.joint import ensemble, weighted_sum
 from reward_models.score import RewardModelScorer
+from reward_models.serving.client import remote_reward
 from reward_models.text_rewards import FormatReward, num_tokens, relative_length
 
 
@@ -24,6 +25,8 @@ def reward_from(
     `tokenizer_path` is the policy's tokenizer; with `chat_template` the prompts are conversations, which a reward
     model must be able to read.
     """
+    if config.url is not None:
+        return remote_reward(config, engine, tokenizer_path, chat_template)
     return _source(config, _Loader(config, engine, tokenizer_path, chat_template))
 
 
@@ -62,7 +65,7 @@ def _source(config: RewardConfig | RewardPart, load: _Loader) -> RewardFn:
             return FormatReward(config.format)
     raise ConfigError(
         "nothing scores the rollouts: give reward.path (a reward model), reward.ensemble (several of them), "
-        "reward.parts (a weighted sum) or reward.function"
+        "reward.parts (a weighted sum), reward.url (a server) or reward.function"
     )
 
 

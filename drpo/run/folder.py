@@ -51,6 +51,8 @@ FREE_ON_RESUME = (
     "engine.trackers",
     "engine.project",
     "engine.timeout_minutes",
+    "reward.url",  # the model there is compared by its identity
+    "reward.server",
 )
 
 

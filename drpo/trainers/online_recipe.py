@@ -34,9 +34,43 @@ class CriticConfig(Section):
     """First steps in which the critic alone learns. The policy's learning-rate schedule begins after them."""
 
 
+SOURCES = ("path", "ensemble", "function", "parts", "url")
+"Settings that name where scores come from, of which one is given."
+
+
+@dataclass(frozen=True)
+class RewardServerConfig(Section):
+    """The server at reward.url, and how long a run waits for it."""
+
+    kind: Literal["drpo", "openrlhf", "vllm"] = "drpo"
+    """drpo: launch/serve_reward_model.py. openrlhf: its POST /get_reward. vllm: a classifier's POST /classify."""
+    timeout_minutes: float = setting(10.0, gt=0)
+    """How long to wait while the server is away or overloaded; then the run stops, and its checkpoints stay."""
+    request_seconds: float = setting(120.0, gt=0)
+    """Longest wait for the answer to one request before it is made again."""
+    num_requests: int = setting(4, ge=1)
+    """Requests of a training process that are under way at a time, of reward.batch_size rows each."""
+    expected_path: str | None = None
+    """kind=drpo: folder or hub id of the reward model that must be served. Zero, unit, aggregation, chat template and
+    vocabulary are compared at the start, its weights are not read; null: any."""
+    model: str | None = None
+    """kind=vllm: name of the model on the server; null: its first."""
+    stop_text: str = ""
+    """kind=vllm: text put after a response that ended, such as the model's end-of-text token; conversations end as the
+    server's chat template has it."""
+
+    def check(self) -> None:
+        if self.kind != "drpo":
+            rule = f"is for {key('kind')}=drpo: other servers do not say what they serve; drop it"
+            refuse_changed(self, ("expected_path",), rule)
+        if self.kind != "vllm":
+            refuse_changed(self, ("model", "stop_text"), f"is for {key('kind')}=vllm; drop it")
+
+
 @dataclass(frozen=True)
 class RewardConfig(Section):
-    """Reward of the rollouts: a reward model, several as one, a Python callable, or a weighted sum of such parts."""
+    """Reward of the rollouts: a reward model, here or on a server, several as one, a Python callable, or a weighted
+    sum of such parts."""
 
     path: str | None = None
     """Folder or hub id of a reward model."""
@@ -46,21 +80,34 @@ class RewardConfig(Section):
     """Python callable as module:function; it gets a list of drpo.rewards.Completion and returns one number each."""
     parts: list[RewardPart] = field(default_factory=list)
     """Parts of a weighted sum, each logged apart."""
+    url: str | None = None
+    """Server that scores, as http://host:port (launch/serve_reward_model.py starts one)."""
     batch_size: int = setting(32, ge=1)
-    """Rows per forward of a reward model on one device."""
+    """Rows per forward of a reward model on one device; with reward.url rows per request."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the reward model's weights. In a bf16 run its matrices are bfloat16 either way: the same numbers."""
     offload: bool = False
     """Keep the reward model in the host's memory between its phases: it then shares no weights with other models."""
+    server: RewardServerConfig = field(default_factory=RewardServerConfig)
+    """What is at reward.url, and how long a run waits for it."""
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
     """What happens to the score before training."""
 
     def check(self) -> None:
-        given = [name for name in self.changed() if name in ("path", "ensemble", "function", "parts")]
+        given = [name for name in self.changed() if name in SOURCES]
         if len(given) > 1:
             rule = f"cannot be given together with {key(given[1])}; choose one, or make both reward.parts"
             refuse(True, given[0], rule)
-        if given and not self.models:
+        if self.url is None:
+            refuse_changed(self.server, vars(self.server), f"is for {key('url')}, which is null", "server.")
+        else:
+            rule = f"({self.url}) must be http://host:port"
+            refuse(not self.url.startswith(("http://", "https://")), "url", rule)
+            rule = (
+                f"is for a reward model in the training processes, and {key('url')} has it elsewhere; drop it"
+            )
+            refuse_changed(self, ("dtype", "offload"), rule)
+        if given and given[0] != "url" and not self.models:
             rule = f"is for a reward model ({key('path')}), and {key(given[0])} has none; drop it"
             refuse_changed(self, ("batch_size", "dtype", "offload"), rule)
         names = [part.name for part in self.parts]
@@ -71,9 +118,7 @@ class RewardConfig(Section):
     @property
     def kind(self) -> str | None:
         """The setting that names the source of the scores."""
-        return next(
-            (name for name in self.changed() if name in ("path", "ensemble", "function", "parts")), None
-        )
+        return next((name for name in self.changed() if name in SOURCES), None)
 
     @property
     def models(self) -> dict[str, str]:

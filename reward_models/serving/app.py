@@ -1,0 +1,160 @@
+"""The HTTP interface of a reward model: POST /score, GET /info, GET /health.
+
+Bodies and answers are JSON. No request names a file, and nothing that was sent is repeated in an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+
+from drpo.config import ConfigError
+from drpo.data.records import DataError
+from drpo.models.positions import position_limit
+from reward_models.score import RewardModelScorer
+from reward_models.serving.batcher import Batcher, Overloaded
+from reward_models.serving.identity import model_id, template_hash
+from reward_models.serving.rows import BadRequest, Limits, RowReader
+
+DROPPED_BYTES = 1 << 24
+
+
+class RewardServer:
+    """A scorer behind HTTP; `app` is its ASGI application."""
+
+    def __init__(
+        self,
+        scorer: RewardModelScorer,
+        name: str,
+        limits: Limits,
+        token: str | None = None,
+        max_wait: float = 0.005,
+        max_waiting: int = 8192,
+    ) -> None:
+        """Start the thread that scores.
+
+        Args:
+            scorer: the model, loaded without a policy's tokenizer.
+            name: name of the model, for readers.
+            limits: largest requests.
+            token: bearer token that /score and /info ask for; None for none.
+            max_wait: seconds that a batch waits for further requests.
+            max_waiting: rows that may wait to be scored.
+        """
+        own_limit = position_limit(scorer.model)
+        lengths = [limit for limit in (limits.max_tokens, own_limit) if limit is not None]
+        self._limits = Limits(limits.max_rows, limits.max_bytes, min(lengths, default=None))
+        self._rows, self._token = RowReader(scorer, self._limits), token
+        self.info = _info(scorer, name, self._limits, self._rows.tokenizer_hash)
+        self._batcher = Batcher(scorer.score_ids, scorer.batch_size, max_wait, max_waiting)
+        self._reader = ThreadPoolExecutor(1)  # tokenizers are not made for several threads
+        self.app = FastAPI(
+            lifespan=self._closing, docs_url=None, redoc_url=None, openapi_url=None, title="reward model"
+        )
+        self.app.add_exception_handler(BadRequest, _refused)
+        self.app.add_api_route("/score", self._score, methods=["POST"])
+        self.app.add_api_route("/info", self._answer_info, methods=["GET"])
+        self.app.add_api_route("/health", self._health, methods=["GET"])
+
+    @asynccontextmanager
+    async def _closing(self, app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(self._batcher.close)
+        self._reader.shutdown()
+
+    async def _score(self, request: Request) -> JSONResponse:
+        self._check_token(request)
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise BadRequest(415, "the body must be application/json")
+        body = await self._body(request)
+        loop = asyncio.get_running_loop()
+        rows = await loop.run_in_executor(self._reader, self._rows.read, body)
+        try:
+            waiting = self._batcher.submit(rows)
+        except Overloaded as error:
+            raise BadRequest(503, str(error)) from None
+        try:
+            scores = await asyncio.wrap_future(waiting)
+        except Exception as error:  # of the model, not of the request
+            raise BadRequest(500, f"the model failed: {type(error).__name__}: {error}") from error
+        if not all(map(math.isfinite, scores)):
+            raise BadRequest(500, "the model gives scores that are not finite")
+        return JSONResponse({"model": self.info["model"], "scores": scores})
+
+    async def _answer_info(self, request: Request) -> JSONResponse:
+        self._check_token(request)
+        return JSONResponse(self.info)
+
+    async def _health(self) -> JSONResponse:
+        if not self._batcher.alive:
+            raise BadRequest(503, "the thread that scores has ended")
+        return JSONResponse({"status": "ok"})
+
+    def _check_token(self, request: Request) -> None:
+        if self._token is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # In constant time, so that answers do not show how much of a guess is right.
+        if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), self._token.encode()):
+            raise BadRequest(401, "the bearer token is missing or wrong")
+
+    async def _body(self, request: Request) -> bytes:
+        """Read a body. One that is too large is read on and dropped, within bounds, so that its client reads why."""
+        body, size, limit = bytearray(), 0, self._limits.max_bytes
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size <= limit:
+                    body += part
+                elif size > limit + DROPPED_BYTES:
+                    break
+        except ClientDisconnect:
+            raise BadRequest(400, "the client left before its request was whole") from None
+        if size > limit:
+            raise BadRequest(413, f"the body has more than the {limit} bytes that this server takes")
+        return bytes(body)
+
+
+async def _refused(request: Request, error: BadRequest) -> JSONResponse:
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(error.status)
+    return JSONResponse({"detail": str(error)}, error.status, headers)
+
+
+def _info(scorer: RewardModelScorer, name: str, limits: Limits, tokenizer_hash: str) -> dict[str, Any]:
+    """Describe the model: what a run compares before it trains on the scores."""
+    config, tokenizer = scorer.model.config, scorer.tokenizer
+    precision = f"{next(scorer.model.backbone.parameters()).dtype}, {scorer.engine.precision}"
+    return {
+        "name": name,
+        "model": model_id(scorer.model, tokenizer, precision),
+        "centre": config.centre,
+        "scale": config.scale,
+        "aggregation": config.aggregation,
+        "tokenizer": tokenizer_hash,
+        "template": template_hash(tokenizer),
+        "reads_chat": _reads_chat(scorer),
+        "chat_template": getattr(config, "chat_template", None),
+        "chat_template_kwargs": getattr(config, "chat_template_kwargs", {}),
+        "precision": precision,
+        "max_tokens": limits.max_tokens,
+        "max_rows": limits.max_rows,
+        "max_bytes": limits.max_bytes,
+    }
+
+
+def _reads_chat(scorer: RewardModelScorer) -> bool:
+    """Return whether the model can render conversations."""
+    try:
+        scorer.check_reads(chat=True)
+    except (ConfigError, DataError):
+        return False
+    return True
