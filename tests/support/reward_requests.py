@@ -9,7 +9,7 @@ from drpo.data.records import Chat, Record
 from drpo.engine import Engine
 from drpo.rewards import Completion
 from drpo.trainers.online_recipe import OnlineRecipe
-from reward_models.score import reward_from
+from reward_models.sources import reward_from
 
 
 def remote(url: str, engine: Engine, policy: Path, *overrides: str, chat: bool = False):
