@@ -299,7 +299,7 @@ def test_recipes_are_frozen_all_the_way_down(recipe_class):
         ("hh/drpo_1b.yaml", "kl.target=6", "kl.target was a KL per episode"),
         ("hh/drpo_1b.yaml", "kl.max=20", "write kl.max_per_token ="),
         ("hh/drpo_1b.yaml", "data.truncation=paragraph", "data.truncation"),
-        ("tldr/reward_model_1b.yaml", "model.lora.r=8", "model.lora"),
+        ("tldr/reward_model_1b.yaml", "loss.label_smoothing=0.5", "loss.label_smoothing"),
         ("demo/sft.yaml", "model.path=gpt2", "model.path"),
         ("demo/simpo.yaml", "reference.sync_every=10", "reference"),
         ("demo/kto.yaml", "loss.dr_dpo={}", "loss.dr_dpo"),

@@ -121,7 +121,7 @@ def test_an_open_rlhf_answer_without_rewards_stops_the_run(engine, tmp_path):
         (["reward.url=http://h:1", "reward.path=rm"], "reward.path cannot be given together with reward.url"),
         (
             ["reward.url=http://h:1", "reward.function=m:f"],
-            "reward.url cannot be given together with reward.fun",
+            "reward.function cannot be given together with reward.url",
         ),
         (["reward.url=h:1"], r"reward.url \(h:1\) must be http://host:port"),
         (["reward.server.kind=vllm"], "reward.server.kind is for reward.url, which is null"),
