@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_runs import ONLINE, assert_close, ddp, metrics_of, partitioned, plain,
 
 from drpo.config import load_recipe
 from drpo.engine import Engine, EngineConfig
+from drpo.run.checkpoints import list_checkpoints
 from drpo.run.metrics import reproducible
 from drpo.trainers.online_recipe import OnlineRecipe
 from reward_models.score import RewardModelScorer
@@ -90,6 +92,20 @@ def test_members_that_share_the_frozen_trunk_change_no_number(chain, tmp_path, m
     apart, reward = run_with(chain, tmp_path / "apart", section, **frozen)
     assert not reward.shares_trunk
     assert_close(shared, apart, 1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_a_checkpoint_logs_what_a_whole_one_does(chain):
+    resumed = chain / "resumed"
+    shutil.copytree(chain / "one", resumed)
+    *_, last = list_checkpoints(resumed)
+    shutil.rmtree(last)
+    shutil.rmtree(resumed / "policy")
+    (resumed / "metrics.jsonl").write_text(
+        "".join((resumed / "metrics.jsonl").read_text().splitlines(True)[:-1])
+    )
+    run(plain("drpo"), "parts.yaml", "run_dir=resumed", cwd=chain)
+    assert metrics_of(resumed) == metrics_of(chain / "one")
 
 
 @pytest.mark.slow
