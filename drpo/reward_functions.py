@@ -14,6 +14,7 @@ from torch import Tensor
 
 from drpo.config import ConfigError
 from drpo.rewards import Completion, DetailedScores, RewardFn, SharingRewardFn
+from drpo.run.stopped import RunStopped
 from drpo.tensors import PaddedBatch
 
 
@@ -26,12 +27,17 @@ def import_functions(functions: Mapping[str, str], key: str) -> dict[str, Reward
 
 
 def with_located_errors(function: RewardFn, where: str) -> RewardFn:
-    """Wrap `function` so that any exception in it becomes a ConfigError that names `where`."""
+    """Wrap `function` so that an exception in it becomes a ConfigError that names `where`.
+
+    RunStopped stays: a judge whose budget is spent ends the run on purpose.
+    """
 
     def score(completions: Sequence[Completion]) -> list[float] | DetailedScores:
         try:
             returned = function(completions)
             scores = [float(score) for score in returned]
+        except RunStopped:
+            raise
         except Exception as error:
             raise ConfigError(f"{where} does not score the responses: {_described(error)}") from error
         if len(scores) != len(completions):

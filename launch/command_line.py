@@ -19,8 +19,8 @@ from drpo.config import ConfigError, load_recipe
 from drpo.config_help import help_text
 from drpo.data.records import DataError
 from drpo.run.checkpoints import CheckpointError
-from drpo.run.folder import RunStopped
 from drpo.run.signals import graceful_shutdown
+from drpo.run.stopped import RunStopped
 from launch.demo_inputs import LAUNCH, make_demo_inputs
 
 Recipe = TypeVar("Recipe")

@@ -29,6 +29,7 @@ LAYERS = (
         "schedules",
         "microbatches",
         "run.lock",
+        "run.stopped",
         "kl",
     ),
     (

@@ -52,7 +52,10 @@ FREE_ON_RESUME = (
     "engine.project",
     "engine.timeout_minutes",
     "reward.url",  # the model there is compared by its identity
-    "reward.server",
+    "reward.server.timeout_minutes",
+    "reward.server.request_seconds",
+    "reward.server.num_requests",
+    "reward.server.expected_path",
 )
 
 
@@ -85,10 +88,6 @@ class LogConfig(Section):
 Resume = Literal["auto", "restart"]
 Callback = Callable[[int, Mapping[str, float]], None]
 "Called with the step and its metrics, on the main process."
-
-
-class RunStopped(RuntimeError):
-    """End of a run by a guard of the recipe; the message names guard, step and remedy."""
 
 
 class RunFolder:

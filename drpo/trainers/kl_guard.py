@@ -7,7 +7,8 @@ from typing import Any
 
 from drpo.engine import Engine
 from drpo.run.checkpoints import list_checkpoints, step_of
-from drpo.run.folder import RunFolder, RunStopped
+from drpo.run.folder import RunFolder
+from drpo.run.stopped import RunStopped
 from drpo.trainers.credit import KLConfig
 
 MEASURED = "objective/kl_k3_per_token"

@@ -25,9 +25,10 @@ from drpo.rollout.resets import check_resets
 from drpo.rollout.samples import rollout_samples
 from drpo.rollout.starts import draw_starts
 from drpo.rollout.vllm_requests import check_agreement, check_installed
-from drpo.run.folder import Callback, RunFolder, RunStopped
+from drpo.run.folder import Callback, RunFolder
 from drpo.run.metrics import Phases, peak_memory_gib
 from drpo.run.result import Result
+from drpo.run.stopped import RunStopped
 from drpo.trainers.credit import assign_credit
 from drpo.trainers.finite import finite_or_stop
 from drpo.trainers.kl_guard import KLGuard
@@ -193,7 +194,7 @@ class _Loop:
         self.running.load_state_dict(state["running"])
         self.guard.load_state_dict(state)
         identity = getattr(self.rewards["score"], "identity", None)
-        if (earlier := state.get("reward", identity)) != identity:
+        if (earlier := state.get("reward")) != identity:
             raise ConfigError(
                 f"reward.url: this run was trained on the scores of the model {earlier}, and {identity} is there now; "
                 "serve the earlier one again, or begin anew with resume=restart"

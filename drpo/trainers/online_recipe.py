@@ -96,7 +96,8 @@ class RewardConfig(Section):
     def check(self) -> None:
         given = [name for name in self.changed() if name in SOURCES]
         if len(given) > 1:
-            rule = f"cannot be given together with {key(given[1])}; choose one, or make both reward.parts"
+            both = "" if "url" in given else ", or make both reward.parts"
+            rule = f"cannot be given together with {key(given[1])}; choose one{both}"
             refuse(True, given[0], rule)
         if self.url is None:
             refuse_changed(self.server, vars(self.server), f"is for {key('url')}, which is null", "server.")

@@ -16,7 +16,7 @@ from drpo.config import ConfigError, replaced, save_resolved
 from drpo.engine import Engine, EngineConfig
 from drpo.reward_functions import import_functions
 from drpo.rewards import RewardFn
-from drpo.run.folder import RunStopped
+from drpo.run.stopped import RunStopped
 from drpo.versions import git_commit, package_versions
 from eval.comparing.console_table import comparison_table
 from eval.comparing.recipe import REWARD_MODEL, CompareRecipe, slug

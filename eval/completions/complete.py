@@ -25,7 +25,8 @@ from drpo.models.loading import ModelConfig, load_policy
 from drpo.models.positions import check_sampling
 from drpo.models.tokenizer import load_tokenizer
 from drpo.rollout.generator import Generator
-from drpo.run.folder import RunStopped, flatten
+from drpo.run.folder import flatten
+from drpo.run.stopped import RunStopped
 from drpo.versions import package_versions
 from eval.completions.fixed_systems import constant_rows, reference_rows
 from eval.completions.imported import file_sha256, import_rows

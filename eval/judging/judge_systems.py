@@ -10,7 +10,7 @@ from typing import Literal
 
 from drpo.config import ConfigError, Section, key, refuse_changed, save_resolved, setting
 from drpo.jsonl import write_whole
-from drpo.run.folder import RunStopped
+from drpo.run.stopped import RunStopped
 from eval.completions.rows import load_completions
 from eval.judging.attacks import with_controls
 from eval.judging.judge import Outcome

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from drpo.data.records import DataError
 from drpo.jsonl import lines_of, write_whole
-from drpo.run.folder import RunStopped
+from drpo.run.stopped import RunStopped
 from eval.judging.openai.store import Call, Ledger
 from eval.judging.verdict import Verdict
 

@@ -20,7 +20,7 @@ import torch
 from drpo.config import ConfigError, load_recipe, names_keys, refuse, refuse_changed, replaced
 from drpo.data.records import DataError
 from drpo.rewards import Completion, DetailedScores
-from drpo.run.folder import RunStopped
+from drpo.run.stopped import RunStopped
 from eval.completions.rows import prompt_id_of
 from eval.judging.judge import Outcome
 from eval.judging.judge_systems import JudgeRecipe
@@ -34,7 +34,8 @@ def judge_reward(path: str) -> Callable[[Sequence[Completion]], DetailedScores]:
 
     A rollout that the judge leaves undecided counts 0.5, and the detail `undecided` says how often that was. Raises
     ConfigError for a recipe that cannot work; in the run DataError for a prompt without a reference, and RunStopped
-    when the judge stops (its budget is spent) or leaves more undecided than `max_undecided`.
+    when the judge stops (its budget is spent), fails more often than `max_failed` or leaves more undecided than
+    `max_undecided`.
     """
     try:
         recipe = _share_of_process(_checked(load_recipe(JudgeRecipe, Path(path), [])))
@@ -48,6 +49,12 @@ def judge_reward(path: str) -> Callable[[Sequence[Completion]], DetailedScores]:
         outcome = _ask(recipe, questions)
         if outcome.stopped is not None:
             raise RunStopped(f"the judge of {path} stopped: {outcome.stopped}")
+        num_failed = sum(verdict.status == "failed" for verdict in outcome.verdicts)
+        if num_failed > recipe.max_failed * len(questions):
+            raise RunStopped(
+                f"the judge of {path} did not answer {num_failed} of {len(questions)} questions, more than "
+                f"max_failed={recipe.max_failed:g}"
+            )
         judgments = combine_all(outcome.verdicts, recipe.half_tie, recipe.orders)
         by_row = {judgment.seed: judgment.score for judgment in judgments}
         shares = [by_row.get(row) for row in range(len(completions))]

@@ -50,8 +50,8 @@ def _by_rank(proxy: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray
 def kl_bound(n: ArrayLike) -> NDArray[np.float64]:
     """Compute log n - (n - 1) / n in nats, an upper bound of the KL of best-of-n to the sampling policy.
 
-    It is the KL itself if no two responses have the same score. Sources: Stiennon et al. 2020, appendix G.3; Beirami et
-    al. 2024 (the bound).
+    It is reached where no two samples have the same score and none is drawn twice. Sources: Stiennon et al. 2020,
+    appendix G.3; Beirami et al. 2024 (the bound).
     """
     n = np.asarray(n, dtype=np.float64)
     if (n < 1).any():

@@ -85,8 +85,13 @@ def number_groups(values: ArrayLike, num_bins: int) -> list[str]:
     """Name the group of each number (n,): the number itself if there are at most `num_bins`, else its bin's range."""
     values = without_nan(values, "values")
     if len(np.unique(values)) <= num_bins:
-        return [f"{value:g}" for value in values]
+        return [_named(value) for value in values]
     bins = equal_mass_bins(values, num_bins)
     ranges = [(values[bins == code].min(), values[bins == code].max()) for code in range(bins.max() + 1)]
-    names = [f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in ranges]
+    names = [_named(low) if low == high else f"{_named(low)} to {_named(high)}" for low, high in ranges]
     return [names[code] for code in bins]
+
+
+def _named(value: float) -> str:
+    """Return a number as text that no other number has."""
+    return repr(float(value)).removesuffix(".0")

@@ -1,6 +1,6 @@
 """The HTTP interface of a reward model: POST /score, GET /info, GET /health.
 
-Bodies and answers are JSON. No request names a file, and nothing that was sent is repeated in an error.
+Bodies and answers are JSON. No request names a file, and errors do not repeat prompts or responses.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Batcher:
             with self._lock:
                 self._num_waiting -= sum(len(job.rows) for job in batch)
             if batch:
-                self._score_batch(batch)
+                self._score_wanted(batch)
 
     def _next_batch(self) -> tuple[list[_Job], bool]:
         """Return the requests of a batch, and whether it is the last."""
@@ -109,6 +109,12 @@ class Batcher:
             batch.append(job)
             num_rows += len(job.rows)
         return batch, False
+
+    def _score_wanted(self, batch: Sequence[_Job]) -> None:
+        """Score the requests that somebody still waits for."""
+        wanted = [job for job in batch if job.scores.set_running_or_notify_cancel()]
+        if wanted:
+            self._score_batch(wanted)
 
     def _score_batch(self, batch: Sequence[_Job]) -> None:
         """Give every request its scores; if the batch fails, score its requests alone, so that one fails no other."""

@@ -90,7 +90,8 @@ class DRPO:
         if (found := answer.get("model")) != self.identity:
             raise ConfigError(
                 f"reward.url: the server has another model than at the start of this run ({found}, not "
-                f"{self.identity}): serve that one, and run the same command again to go on from the last checkpoint"
+                f"{self.identity}), or the same in another precision: serve that one, and run the same command "
+                "again to go on from the last checkpoint"
             )
         return scores
 

@@ -34,13 +34,14 @@ class Dialect(Protocol):
 class OpenRLHF:
     """OpenRLHF's remote reward model: texts in one string, special tokens left to the server.
 
-    Its own server puts a stop token after every text, so it cannot see whether a response ended.
+    Its own server puts a stop token after every text, so it cannot see whether a response ended. It does not say what
+    it serves, so its address stands for its model.
     """
 
-    identity = "openrlhf"
     max_tokens = max_bytes = None
 
     def __init__(self, url: str, batch_size: int) -> None:
+        self.identity = f"openrlhf at {url.rstrip('/')}"
         self._path = "" if urlsplit(url).path.strip("/") else "/get_reward"
         self._batch_size = batch_size
 
@@ -78,7 +79,7 @@ class VLLM:
             raise ConfigError(f"reward.url: {connection.url}/v1/models names no model: {answer}") from None
         if self._model not in names:
             raise ConfigError(f"reward.server.model={model!r} is not served, but {', '.join(names)}")
-        self.identity = f"vllm:{self._model}"
+        self.identity = f"vllm:{self._model}" + f", after a response {stop_text!r}" * bool(stop_text)
         self._batch_size, self._stop_text = batch_size, stop_text
 
     def calls(self, completions: Sequence[Completion]) -> list[tuple[Call, int]]:

@@ -117,7 +117,7 @@ class RowReader:
         if tokenizer != self.tokenizer_hash:
             raise BadRequest(
                 409,
-                f"token ids of the vocabulary {tokenizer}, and this model's is {self.tokenizer_hash}: send texts",
+                f"token ids of another vocabulary than this model's ({self.tokenizer_hash}): send texts",
             )
         self._check_trained_on(row.chat)
         for ids in (row.query_ids, row.response_ids):
@@ -149,6 +149,9 @@ class RowReader:
 def _described(error: ValidationError) -> str:
     """Describe the first fault of a body, without repeating what was sent."""
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
+    parts = [
+        part if isinstance(part, int) else str(part)[:60] for part in fault["loc"]
+    ]  # a key may be anything
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{place.lstrip('.') or 'the body'}: {fault['msg']}{more}"

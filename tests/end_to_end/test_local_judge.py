@@ -24,7 +24,7 @@ from tiny_runs import CLEAN, plain
 from tiny_tokenizers import CHATML, byte_level
 
 from drpo.config import load_recipe
-from drpo.run.folder import RunStopped
+from drpo.run.stopped import RunStopped
 from eval.completions.rows import CompletionRow, CompletionsWriter
 from eval.judging.judge_systems import JudgeRecipe
 from eval.judging.judge_systems import judge as run

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
-from drpo.run.folder import RunStopped
+from drpo.run.stopped import RunStopped
 from eval.comparing.compare import compare
 from eval.comparing.recipe import CompareRecipe
 from eval.completions.rows import CompletionRow, CompletionsWriter, prompt_id_of, read_completions

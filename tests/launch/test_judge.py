@@ -30,7 +30,7 @@ from stub_judge_server import (
 )
 
 from drpo.config import ConfigError, load_recipe
-from drpo.run.folder import RunStopped
+from drpo.run.stopped import RunStopped
 from eval.completions.rows import prompt_id_of
 from eval.judging.judge_systems import JudgeRecipe
 from eval.judging.judge_systems import judge as run

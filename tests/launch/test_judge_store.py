@@ -25,7 +25,7 @@ from stub_judge_server import (
 from tiny_runs import CLEAN, plain
 
 from drpo.config import load_recipe
-from drpo.run.folder import RunStopped
+from drpo.run.stopped import RunStopped
 from eval.judging.judge_systems import JudgeRecipe
 from eval.judging.judge_systems import judge as run
 from eval.judging.judgments import read_verdicts

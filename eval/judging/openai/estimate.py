@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from drpo.run.folder import RunStopped
+from drpo.run.stopped import RunStopped
 from eval.judging.matchup import Question
 from eval.judging.openai.prices import prompt_tokens_about
 from eval.judging.openai.request import JudgeSetup

@@ -13,7 +13,7 @@ from stub_judge_server import KEY, MODEL, Shown, StubServer
 from drpo.config import ConfigError
 from drpo.data.records import DataError, Record
 from drpo.rewards import Completion
-from drpo.run.folder import RunStopped
+from drpo.run.stopped import RunStopped
 from eval.judging.reward import judge_reward
 
 POST = "POST: we have lamp mug but need rope soap\nTL;DR:"

@@ -72,7 +72,7 @@ def test_vllm_classifies_texts_and_its_order_is_not_trusted(engine, tmp_path):
         )
         expected = [length(f"Question {n}: no {n}" + "<e>" * (n % 3 > 0)) for n in range(11)]
         assert reward(rows_of(plain)) == expected
-        assert reward.identity == "vllm:org/rm"
+        assert reward.identity == "vllm:org/rm, after a response '<e>'"
         named = remote(server.url, engine, tmp_path, VLLM, "reward.server.model=b")
         assert named.identity == "vllm:b"
         with pytest.raises(ConfigError, match="reward.server.model='c' is not served, but org/rm, b"):

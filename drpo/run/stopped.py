@@ -1,0 +1,7 @@
+"""The error that ends a run on purpose."""
+
+from __future__ import annotations
+
+
+class RunStopped(RuntimeError):
+    """End of a run by a guard of the recipe, or by a judge; the message names what stopped it, and the remedy."""
