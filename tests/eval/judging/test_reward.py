@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stub_judge_server import KEY, MODEL, Shown, StubServer
+from stub_judge_server import KEY, MODEL, Reply, Shown, StubServer
 
 from drpo.config import ConfigError
 from drpo.data.records import DataError, Record
+from drpo.reward_functions import with_located_errors
 from drpo.rewards import Completion
 from drpo.run.stopped import RunStopped
 from eval.judging.reward import judge_reward
@@ -132,6 +133,24 @@ def test_processes_have_stores_of_their_own_and_share_the_budget(served, tmp_pat
         ConfigError, match=r"judge.yaml: budget.max_calls \(5\) is less than one call for each of 8"
     ):
         judge_reward(path)
+
+
+def test_a_spent_budget_ends_a_run_as_a_stop_also_where_the_judge_is_a_part(served):
+    make, _ = served
+    part = with_located_errors(judge_reward(make(budget={"max_calls": 2})), "reward.parts[0].function")
+    with pytest.raises(RunStopped, match="^the judge of .*judge.yaml stopped: .*max_calls"):
+        part([rollout(" rope"), rollout(" mug")])
+
+
+def test_more_failures_than_allowed_stop_the_run(served):
+    make, server = served
+    server.behaviour = lambda shown, number: Reply(
+        status=400, body={"error": {"message": "no", "code": "bad"}}
+    )
+    with pytest.raises(RunStopped, match=r"did not answer 2 of 2 questions, more than max_failed=0"):
+        judge_reward(make())([rollout(" rope")])
+    scored = judge_reward(make(max_failed=1.0, max_undecided=1.0))([rollout(" rope")])
+    assert scored.details["undecided"].tolist() == [1.0]
 
 
 def test_undecided_rollouts_are_counted_and_too_many_stop_the_run(served):

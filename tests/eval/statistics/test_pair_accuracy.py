@@ -73,6 +73,9 @@ def test_bins_have_equal_mass_and_keep_order():
 def test_numbers_are_named_by_value_or_by_range():
     assert number_groups([2, 1, 2.5], 3) == ["2", "1", "2.5"]
     assert number_groups([1, 2, 3, 4], 2) == ["1 to 2", "1 to 2", "3 to 4", "3 to 4"]
+    assert number_groups([1_000_001, 1_000_002], 2) == ["1000001", "1000002"], (
+        "numbers apart have names apart"
+    )
 
 
 def test_bad_pairs_are_refused():

@@ -95,3 +95,14 @@ def test_closing_scores_what_waits_and_takes_no_more(batches, gate):
     assert not batcher.alive
     with pytest.raises(Overloaded, match="shutting down"):
         batcher.submit([([0], [0])])
+
+
+def test_a_request_that_nobody_waits_for_any_more_stops_no_other(batcher, batches, gate):
+    first = batcher.submit([([0], [0])] * 8)
+    while batcher._num_waiting:  # until the thread has taken it
+        threading.Event().wait(0.01)
+    given_up, wanted = batcher.submit([([1], [1])]), batcher.submit([([2], [2])])
+    assert given_up.cancel()
+    gate.set()
+    assert first.result(10) == [0.0] * 8 and wanted.result(10) == [2002.0]
+    assert batches[1] == 1 and batcher.submit([([3], [3])]).result(10) == [3003.0]
