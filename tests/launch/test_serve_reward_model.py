@@ -21,7 +21,8 @@ from drpo.run.checkpoints import list_checkpoints
 from drpo.run.metrics import reproducible
 from drpo.trainers.online_recipe import OnlineRecipe
 from reward_models.model import RewardModel
-from reward_models.score import RewardModelScorer, reward_from
+from reward_models.score import RewardModelScorer
+from reward_models.sources import reward_from
 
 TOKEN = "s3cret"
 

@@ -48,6 +48,7 @@ RECIPE_SCRIPTS = sorted(
 KEYS = {
     "sft": ("loss_on", "sample.num_prompts"),
     "reward_model": ("score.aggregation", "references"),
+    "evaluate_reward_model": ("models", "best_of_k"),
     "drpo": ("reset.proportion", "rollout.sampling.top_p"),
     "ppo": ("kl.coef", "ppo.num_minibatches"),
     "dpo": ("loss.name", "curriculum"),
@@ -191,6 +192,7 @@ def test_the_last_line_is_the_path_of_the_result(chain):
     assert sorted(path.name for path in (folder / "first").iterdir()) == [
         "checkpoints",
         "config.yaml",
+        "critic",
         "metrics.jsonl",
         "policy",
         "samples.jsonl",

@@ -61,8 +61,9 @@ def test_what_a_shipped_recipe_will_write_is_known_before_it_runs(path):
     )
 
 
-def test_policy_from_scratch_has_the_vocabulary_of_its_recipe():
-    """launch/recipes/demo/sft.yaml."""
+def test_policy_from_scratch_has_the_vocabulary_of_its_recipe(tmp_path, monkeypatch):
+    """launch/recipes/demo/sft.yaml, which nobody has run here."""
+    monkeypatch.chdir(tmp_path)
     settings = yaml.safe_load((KNOWN.parents[1] / "recipes" / "demo" / "sft.yaml").read_text())["model"]
     architecture = architecture_of("runs/demo/sft/policy", "model.path")
     assert architecture.vocab_size == settings["vocab_size"]
