@@ -43,7 +43,7 @@ class RankingBatch:
 
     padded: PaddedBatch
     num_responses: int
-    "K. Rankings with fewer have rows of one padding token in their place."
+    "K. Rankings with fewer have in their place rows of one token, the first of their first response."
     real: Tensor
     "(B, K) bool: which rows are responses."
     comparisons: Tensor
@@ -132,7 +132,7 @@ def collate_rankings(rankings: Sequence[Ranking], pad_id: int, device: torch.dev
     num_responses = max(len(ranking.response_ids) for ranking in rankings)
     queries = [ranking.query_ids for ranking in rankings] * num_responses
     columns = [
-        ranking.response_ids[k] if k < len(ranking.response_ids) else [pad_id]
+        ranking.response_ids[k] if k < len(ranking.response_ids) else ranking.response_ids[0][:1]  # no pad: none may be embedded
         for k in range(num_responses)
         for ranking in rankings
     ]
