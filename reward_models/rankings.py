@@ -132,7 +132,9 @@ def collate_rankings(rankings: Sequence[Ranking], pad_id: int, device: torch.dev
     num_responses = max(len(ranking.response_ids) for ranking in rankings)
     queries = [ranking.query_ids for ranking in rankings] * num_responses
     columns = [
-        ranking.response_ids[k] if k < len(ranking.response_ids) else ranking.response_ids[0][:1]  # no pad: none may be embedded
+        ranking.response_ids[k]
+        if k < len(ranking.response_ids)
+        else ranking.response_ids[0][:1]  # no pad: none may be embedded
         for k in range(num_responses)
         for ranking in rankings
     ]

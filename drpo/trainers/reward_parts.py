@@ -14,11 +14,9 @@ PART_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
-class EnsembleConfig(Section):
-    """Several reward models that score as one."""
+class CombineConfig(Section):
+    """How the scores of several reward models become one."""
 
-    paths: list[str] = field(default_factory=list)
-    """Folders or hub ids of the members, each with zero and unit of its own in its config."""
     combine: Combination = "mean"
     """mean: their average. min: the lowest. mean_minus_std, mean_minus_variance: the average less coef times their
     standard deviation or variance."""
@@ -26,11 +24,22 @@ class EnsembleConfig(Section):
     """mean_minus_std, mean_minus_variance: weight of the members' disagreement."""
 
     def check(self) -> None:
+        if self.combine in ("mean", "min"):
+            refuse_changed(self, ("coef",), f"does not apply to {key('combine')}={self.combine}; drop it")
+
+
+@dataclass(frozen=True)
+class EnsembleConfig(CombineConfig):
+    """Several reward models that score as one."""
+
+    paths: list[str] = field(default_factory=list)
+    """Folders or hub ids of the members, each with zero and unit of its own in its config."""
+
+    def check(self) -> None:
+        super().check()
         refuse(not self.paths, "paths", "must name the reward models of the ensemble")
         twice = [path for path in self.paths if self.paths.count(path) > 1]
         refuse(bool(twice), "paths", f"names a reward model twice, which adds nothing: {twice[:1]}")
-        if self.combine in ("mean", "min"):
-            refuse_changed(self, ("coef",), f"does not apply to {key('combine')}={self.combine}; drop it")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from drpo.versions import git_commit, package_versions
 from eval.progress import Say
 from eval.reward_models.best_of_k import ChoiceRow, best_of_k, read_choices
 from eval.reward_models.best_of_n import Samples, best_of_n, sample
+from eval.reward_models.ensembles import measure_ensembles
 from eval.reward_models.measure import measure_pairs, measure_references, plain
 from eval.reward_models.models import load_scored_model
 from eval.reward_models.page import page
@@ -67,6 +68,7 @@ def evaluate_reward_model(recipe: EvaluateRewardModelRecipe, say: Say = print) -
             "device": engine.device.type,
         },
         "models": results,
+        "ensembles": measure_ensembles(recipe, examples, scored),
         **_together(scored, recipe.confidence),
     }
     write_whole(folder / "evaluation.json", json.dumps(evaluation, indent=1, allow_nan=False) + "\n")

@@ -66,6 +66,8 @@ def _tables(evaluation: Values, models: Sequence[Values]) -> Iterator[Table]:
     yield _checks(models)
     if evaluation["agreement"]:
         yield _agreement(evaluation["agreement"])
+    if evaluation["ensembles"]:
+        yield _ensembles(evaluation["ensembles"])
     if models[0]["best_of_k"] is not None:
         yield from _best_of_k(models)
     if models[0]["best_of_n"] is not None:
@@ -228,6 +230,24 @@ def _agreement(agreement: Sequence[Values]) -> Table:
     columns = ("models", "same outcome", "kappa", "Spearman of the margins")
     note = "Kappa is 0 for models with independent errors at their accuracies, 1 for equal outcomes."
     return _table("Agreement of the models", columns, rows, note)
+
+
+def _ensembles(ensembles: Sequence[Values]) -> Table:
+    columns = ("ensemble", "accuracy", "gain over its members", "ECE", "log loss", "temperature", "partial")
+    rows = []
+    for found in ensembles:
+        calibration, length = found["calibration"], found["length"]
+        cells = [
+            _interval(found["accuracy"]["accuracy"]),
+            _interval(found["gain"]),
+            _number(calibration["ece"]),
+            _interval(calibration["log_loss"]),
+            _number(calibration["temperature"]),
+            _number(length["partial_correlation"]),
+        ]
+        rows.append([found["name"], *cells])
+    note = "Gain: accuracy less the mean accuracy of the members, paired by prompt; for new prompts, these members."
+    return _table("Ensembles", columns, rows, note)
 
 
 def _best_of_k(models: Sequence[Values]) -> Iterator[Table]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.data.load import DataConfig
+from drpo.trainers.reward_parts import CombineConfig
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class EvaluateRewardModelRecipe(Section):
     """Folder of the results."""
     models: list[ScoredModel] = field(default_factory=list)
     """The reward models, such as seeds of one recipe; each has path, and may have name, or reference and beta."""
+    ensembles: list[CombineConfig] = field(default_factory=list)
+    """Ways to make one score of all `models`, which is measured like theirs: combine, and coef."""
     data: DataConfig = field(default_factory=DataConfig)
     split: Literal["train", "eval"] = "eval"
     """Which split of the data; eval are the held-out pairs. A file that is for evaluation only: train, with
@@ -95,10 +98,31 @@ class EvaluateRewardModelRecipe(Section):
 
     def check(self) -> None:
         labels = [model.label for model in self.models]
-        self._check_labels(labels)
+        self._check_labels([*labels, *map(ensemble_label, self.ensembles)])
+        self._check_ensembles()
         for column in self.subsets:
             refuse(self.subsets.count(column) > 1, "subsets", f"names {column} twice; give each column once")
 
     def _check_labels(self, labels: Sequence[str]) -> None:
         for index, label in enumerate(labels):
-            refuse(label in labels[:index], f"models[{index}].name", f"must differ, got {label!r} twice")
+            place = f"models[{index}].name" if index < len(self.models) else "ensembles"
+            refuse(label in labels[:index], place, f"must differ, got {label!r} twice")
+
+    def _check_ensembles(self) -> None:
+        are_implicit = [model.reference is not None for model in self.models]
+        refuse(
+            bool(self.ensembles) and len(self.models) < 2, "ensembles", f"needs two or more {key('models')}"
+        )
+        rule = (
+            "needs models of one kind: implicit rewards and scores have no common unit; evaluate them apart"
+        )
+        refuse(bool(self.ensembles) and len(set(are_implicit)) > 1, "ensembles", rule)
+        others = [ensemble.combine for ensemble in self.ensembles if ensemble.combine != "mean"]
+        rule = f"must be mean: implicit rewards are known up to a number for each prompt, got {others}"
+        refuse(bool(others) and any(are_implicit), "ensembles", rule)
+
+
+def ensemble_label(ensemble: CombineConfig) -> str:
+    """Return the name of an ensemble of all models in tables."""
+    coef = f", coef {ensemble.coef:g}" if ensemble.combine.startswith("mean_minus") else ""
+    return f"{ensemble.combine} of all{coef}"

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from eval.statistics.agreement import Agreement, agreement
-from eval.statistics.intervals import Interval, prompt_codes, prompt_means, without_nan
+from eval.statistics.intervals import Interval, mean_interval, prompt_codes, prompt_means, without_nan
 from eval.statistics.pair_accuracy import outcomes
 from eval.statistics.seeds import seed_interval
 
@@ -80,3 +80,23 @@ def accuracy_over_seeds(
     if len(scores) < 2 or len(np.unique(codes)) < 2:
         return None
     return seed_interval(np.stack([prompt_means(values, codes) for values in scores]), confidence=confidence)
+
+
+def accuracy_gain(
+    margins: ArrayLike,
+    members: Mapping[str, ArrayLike],
+    prompt_ids: ArrayLike | None = None,
+    confidence: float = 0.95,
+) -> Interval | None:
+    """Compute the accuracy of an ensemble less the mean accuracy of its members, paired by prompt.
+
+        gain = mean over prompts of mean over its pairs of (o_ensemble - mean_i o_i),    o: 1 right, 0 wrong, 1/2 tie
+
+    `margins` (n,) are the ensemble's, `members` (n,) those of each member on the same pairs. The interval (BCa) is for
+    new prompts with these members; None for one prompt. Raises ValueError on unequal lengths or nan.
+    """
+    codes = prompt_codes(prompt_ids, len(outcomes(margins)))
+    if len(np.unique(codes)) < 2:
+        return None
+    others = np.mean([outcomes(values) for values in members.values()], axis=0)
+    return mean_interval(outcomes(margins) - others, codes, confidence, (-1.0, 1.0))

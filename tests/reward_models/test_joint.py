@@ -64,7 +64,7 @@ def test_a_part_of_weight_0_is_measured_only():
 
 def test_an_ensemble_gives_members_and_spread():
     members = [Scores([1.0, 0.0, 2.0]), Scores([3.0, 0.0, -2.0])]
-    reward = ensemble(members, EnsembleConfig(["x", "y"], "mean_minus_std", 0.5))
+    reward = ensemble(members, EnsembleConfig("mean_minus_std", 0.5, ["x", "y"]))
     scores, details = listed(score_in_detail(reward, COMPLETIONS))
     assert scores == [1.5, 0.0, -1.0]
     assert details == {
@@ -73,7 +73,7 @@ def test_an_ensemble_gives_members_and_spread():
 
 
 def test_the_details_of_a_part_follow_it():
-    inner = ensemble([Scores([1.0, 2.0, 3.0])], EnsembleConfig(["x"]))
+    inner = ensemble([Scores([1.0, 2.0, 3.0])], EnsembleConfig(paths=["x"]))
     reward = weighted_sum({"rm": inner, "length": lengths}, {"rm": 1.0, "length": 1.0})
     _, details = listed(score_in_detail(reward, COMPLETIONS))
     assert list(details) == ["rm", "rm/spread", "rm/member_0", "length"]
@@ -82,7 +82,7 @@ def test_the_details_of_a_part_follow_it():
 
 def test_every_part_scores_once():
     members = [Scores([1.0, 2.0, 3.0]), Scores([1.0, 2.0, 3.0])]
-    reward = weighted_sum({"rm": ensemble(members, EnsembleConfig(["x", "y"], "min"))}, {"rm": 1.0})
+    reward = weighted_sum({"rm": ensemble(members, EnsembleConfig("min", paths=["x", "y"]))}, {"rm": 1.0})
     score_in_detail(reward, COMPLETIONS)
     assert [member.calls for member in members] == [["texts"], ["texts"]]
 
@@ -100,7 +100,7 @@ def test_members_that_share_the_trunk_read_it_and_others_the_texts():
 def test_every_member_is_offered_the_weights_of_policy_and_critic():
     member, policy = Scores([1.0]), object()
     outer = weighted_sum(
-        {"rm": ensemble([member], EnsembleConfig(["x"])), "c": lengths}, {"rm": 1.0, "c": 1.0}
+        {"rm": ensemble([member], EnsembleConfig(paths=["x"])), "c": lengths}, {"rm": 1.0, "c": 1.0}
     )
     outer.share_weights(policy, None)
     assert member.owners == [(policy, None)]

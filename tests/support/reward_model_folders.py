@@ -10,8 +10,10 @@ from tiny_models import tiny_model
 from reward_models.model import RewardModel
 
 
-def save_reward_model(folder: Path, tokenizer, aggregation: str = "last") -> RewardModel:
-    model = RewardModel.from_causal_lm(tiny_model("gpt_neox", vocab_size=len(tokenizer)), seed=3).eval()
+def save_reward_model(folder: Path, tokenizer, aggregation: str = "last", seed: int = 3) -> RewardModel:
+    model = RewardModel.from_causal_lm(
+        tiny_model("gpt_neox", vocab_size=len(tokenizer), seed=seed), seed=seed
+    ).eval()
     model.config.aggregation, model.config.centre = aggregation, 0.5
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -190,6 +190,32 @@ def test_models_are_compared_with_each_other(run):
     assert evaluation["accuracy_over_models"]["value"] == pytest.approx(np.mean(accuracies))
 
 
+def test_all_models_are_measured_as_one(folders, tmp_path):
+    """The lower of two scores, by hand from the scores of the pairs; the gain is over the mean of the members."""
+    tokenizer = load_tokenizer(str(folders["rm"]))
+    save_reward_model(tmp_path / "other", tokenizer, seed=4)
+    members = [{"path": str(folders["rm"]), "name": "one"}, {"path": str(tmp_path / "other"), "name": "two"}]
+    rules = [{"combine": "min"}, {"combine": "mean_minus_std", "coef": 0.5}]
+    found = evaluate(tmp_path / "run", members, ensembles=rules, num_references=0, num_alone=0)
+    lines = [
+        json.loads(line)["models"] for line in (tmp_path / "run" / "pairs.jsonl").read_text().splitlines()
+    ]
+    scores = np.array(
+        [[[line[m][side] for side in ("chosen", "rejected")] for m in ("one", "two")] for line in lines]
+    )
+    member_accuracy = (scores[..., 0] > scores[..., 1]).mean()
+    expected = {
+        "min of all": scores.min(1),
+        "mean_minus_std of all, coef 0.5": scores.mean(1) - 0.5 * scores.std(1),
+    }
+    assert [ensemble["name"] for ensemble in found["ensembles"]] == list(expected)
+    for ensemble, combined in zip(found["ensembles"], expected.values(), strict=True):
+        right = int((combined[:, 0] > combined[:, 1]).sum())
+        assert ensemble["accuracy"]["right"] == right
+        assert ensemble["gain"]["value"] == pytest.approx(right / 30 - member_accuracy)
+    assert "\n## Ensembles\n" in (tmp_path / "run" / "evaluation.md").read_text()
+
+
 def test_the_best_of_n_is_that_of_all_subsets(run, folders):
     evaluation, folder = run
     model = RewardModel.from_pretrained(folders["rm"]).eval()
@@ -304,6 +330,25 @@ def test_choices_go_through_the_chat_template():
 def test_models_that_cannot_be_evaluated_are_refused(tmp_path, models, message):
     with pytest.raises(ConfigError, match=message):
         evaluate(tmp_path / "run", models)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "combine", "message"),
+    [
+        (["rm"], "mean", "ensembles needs two or more models"),
+        (["rm", "dpo"], "mean", "ensembles needs models of one kind"),
+        (
+            ["dpo", "dpo"],
+            "min",
+            "ensembles must be mean: implicit rewards are known .* got \\['min'",
+        ),
+    ],
+)
+def test_ensembles_that_mean_nothing_are_refused(kinds, combine, message):
+    implicit = {"reference": "sft", "beta": 0.1}
+    models = [{"path": f"{n}", **(implicit if kind == "dpo" else {})} for n, kind in enumerate(kinds)]
+    with pytest.raises(ConfigError, match=message):
+        EvaluateRewardModelRecipe(models=models, ensembles=[{"combine": combine}])
 
 
 def test_settings_of_samples_need_a_policy():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.statistics.score_summary import accuracy_over_seeds, distribution, model_agreement
+from eval.statistics.score_summary import accuracy_gain, accuracy_over_seeds, distribution, model_agreement
 
 
 def test_a_distribution_by_hand():
@@ -44,3 +44,13 @@ def test_accuracy_over_seeds_by_hand():
     expected = np.mean([(values > 0).mean() for values in margins.values()])
     assert found.value == pytest.approx(expected) and found.low < expected < found.high
     assert accuracy_over_seeds({"a": margins["a"]}) is None
+
+
+def test_the_gain_of_an_ensemble_by_hand():
+    """Prompt a: 1 - (1 + 1/2) / 2 = 1/4 and 0 - (1 + 0) / 2 = -1/2, mean -1/8; prompt b: 1 - 0 = 1."""
+    members = {"one": [1.0, 2.0, -1.0], "two": [0.0, -2.0, -3.0]}
+    found = accuracy_gain([2.0, -1.0, 0.1], members, ["a", "a", "b"])
+    assert found.value == pytest.approx((-1 / 8 + 1) / 2) and found.num_prompts == 2
+    assert -1 <= found.low <= found.value <= found.high <= 1
+    assert accuracy_gain([1.0, -1.0], {"one": [1.0, -1.0]}, ["a", "b"]).value == 0
+    assert accuracy_gain([1.0, -1.0], {"one": [1.0, -1.0]}, ["a", "a"]) is None
