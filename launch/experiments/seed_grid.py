@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from rich.progress import Progress
 from scipy import stats
 
@@ -18,6 +19,8 @@ from drpo.config import ConfigError
 from launch.command_line import LAUNCH, call, find_recipe
 
 MADE_FROM = "made_from.json"
+WITHOUT_SETTINGS_OF_RUNS = ("evaluate_reward_model",)
+"Stages that have neither trackers nor samples."
 
 
 def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str], num_jobs: int) -> None:
@@ -34,7 +37,8 @@ def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str]
         num_jobs: number of jobs that share the cores.
     """
     command = [str(LAUNCH / f"{stage}.py"), recipe, f"run_dir={run_dir}", *overrides]
-    command += ["engine.trackers=[]", "log.samples_every=0"]
+    if stage not in WITHOUT_SETTINGS_OF_RUNS:
+        command += ["engine.trackers=[]", "log.samples_every=0"]
     record, made_from = run_dir / MADE_FROM, _inputs(command, recipe)
     if record.exists():
         saved = json.loads(record.read_text())
@@ -55,19 +59,39 @@ def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str]
 def _inputs(command: Sequence[str], recipe: str) -> dict[str, str]:
     """Return the inputs of a run: its command, and hashes of the files and earlier runs that it names."""
     inputs = {"command": " ".join(command), "recipe": _sha256(find_recipe(recipe))}
-    for argument in command:
-        key, _, value = argument.partition("=")
-        for index, name in enumerate(
-            value.removeprefix("[").removesuffix("]").split(",")
-        ):  # [a,b] lists paths
-            path, place = Path(name), f"{key}[{index}]" if value.startswith("[") else key
-            if key == "run_dir" or not name or not path.exists():
-                continue
-            if path.is_file():
-                inputs[place] = _sha256(path)
-            elif (record := path.parent / MADE_FROM).exists():  # <run>/policy, <run>/reward_model
-                inputs[place] = _sha256(record)
+    for place, name in _named(command, recipe):
+        path = Path(name)
+        if path.is_file():
+            inputs[place] = _sha256(path)
+        elif (record := path.parent / MADE_FROM).exists():  # <run>/policy, <run>/reward_model
+            inputs[place] = _sha256(record)
     return inputs
+
+
+def _named(command: Sequence[str], recipe: str) -> Iterator[tuple[str, str]]:
+    """Yield key and text of what may be a path: in the arguments, and in the recipe where these override nothing."""
+    overrides = dict(argument.split("=", 1) for argument in command if "=" in argument)
+    for key, value in overrides.items():
+        names = value.removeprefix("[").removesuffix("]").split(",")  # [a,b] lists paths
+        for index, name in enumerate(names):
+            if key != "run_dir" and name:
+                yield f"{key}[{index}]" if value.startswith("[") else key, name
+    for key, value in _texts(yaml.safe_load(find_recipe(recipe).read_text()), ""):
+        if value and key != "run_dir" and key not in overrides:
+            yield key, value
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield the texts in a recipe with their keys, as models[0].path."""
+    match value:
+        case str():
+            yield key, value
+        case dict():
+            for name, inner in value.items():
+                yield from _texts(inner, f"{key}.{name}" if key else name)
+        case list():
+            for index, inner in enumerate(value):
+                yield from _texts(inner, f"{key}[{index}]")
 
 
 def _sha256(path: Path) -> str:
