@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,8 @@ class RewardModelConfig(ScalarModelConfig):
     """Config of a RewardModel: a scalar model's, with aggregation, zero and unit of the score, and chat template.
 
     `chat_template` is whether the training texts went through the tokenizer's chat template (None: unknown), and
-    `chat_template_kwargs` are the arguments of that template.
+    `chat_template_kwargs` are the arguments of that template. `score_normalised` names what an exported model's head
+    contains already: "centre", "scale" or both.
     """
 
     model_type = "drpo_reward_model"
@@ -31,6 +33,7 @@ class RewardModelConfig(ScalarModelConfig):
         scale: float = 1.0,
         chat_template: bool | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        score_normalised: Sequence[str] = (),
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
@@ -43,6 +46,12 @@ class RewardModelConfig(ScalarModelConfig):
         self.scale = scale
         self.chat_template = chat_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.score_normalised = list(score_normalised)
+
+    def was_given(self, what: Literal["centre", "scale"]) -> bool:
+        """Return whether the score has a zero ("centre") or a unit ("scale") that was measured on references."""
+        default = {"centre": 0.0, "scale": 1.0}[what]
+        return getattr(self, what) != default or what in self.score_normalised
 
 
 class RewardModel(ScalarModel):

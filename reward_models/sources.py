@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drpo.config import ConfigError, key, names_keys
@@ -15,6 +14,7 @@ from reward_models.joint import ensemble, weighted_sum
 from reward_models.score import RewardModelScorer
 from reward_models.serving.client import remote_reward
 from reward_models.text_rewards import FormatReward, num_tokens, relative_length
+from reward_models.units import check_units
 
 
 def reward_from(
@@ -87,30 +87,6 @@ def _function(config: RewardConfig | RewardPart) -> RewardFn:
 @names_keys
 def _ensemble(config: EnsembleConfig, load: _Loader) -> RewardFn:
     scorers = [load(path, f"{key('paths')}[{index}]") for index, path in enumerate(config.paths)]
-    _check_units(scorers, config.paths, config.combine, key("paths"))
+    configs = [scorer.model.config for scorer in scorers]
+    check_units(configs, config.paths, config.combine, key("paths"))
     return ensemble(scorers, config)
-
-
-def _check_units(scorers: Sequence[RewardModelScorer], paths: Sequence[str], how: str, place: str) -> None:
-    """Raise ConfigError, naming `place`, unless the members' scores can be compared.
-
-    All must have been given a zero on references or none, and a unit; other than a mean needs a zero.
-    """
-    for what, default, remedy in (
-        ("centre", 0.0, "score.num_references above 0"),
-        ("scale", 1.0, "score.unit_variance=true"),
-    ):
-        has_own = [getattr(scorer.model.config, what) != default for scorer in scorers]
-        if any(has_own) and not all(has_own):
-            with_it, without = paths[has_own.index(True)], paths[has_own.index(False)]
-            raise ConfigError(
-                f"{place}: {with_it!r} was given a {what} on references and {without!r} was not, so their scores "
-                f"cannot be compared; train all members with {remedy}, or none"
-            )
-    has_zero = any(scorer.model.config.centre != 0.0 for scorer in scorers)
-    if len(scorers) > 1 and not has_zero and how != "mean":
-        raise ConfigError(
-            f"{place}: the scores of these models have no zero of their own (a Bradley-Terry model is fixed up to a "
-            f"constant), so combine={how} compares constants; train them with score.num_references above 0, or take "
-            "combine=mean"
-        )

@@ -264,7 +264,10 @@ def prepare_to_train(model: PreTrainedModel, config: ModelConfig, seed: int) -> 
 
 
 def _from_sequence_classifier(path: str, dtype: str, model_class: type[Scalar], key: str) -> Scalar:
-    """Load a classifier; the config's `score_constant` is what its logit lacks (reward_models.export)."""
+    """Load a classifier; of its config, `score_constant` is what its logit lacks, `score_normalised` what it has.
+
+    Both are written by reward_models.export.
+    """
     source, info = AutoModelForSequenceClassification.from_pretrained(
         path, dtype=dtype, output_loading_info=True
     )
@@ -276,6 +279,7 @@ def _from_sequence_classifier(path: str, dtype: str, model_class: type[Scalar], 
             "decoder with a linear head `score` and num_labels=1"
         )
     model = model_class.from_backbone(source, source.state_dict())
+    model.config.score_normalised = list(getattr(source.config, "score_normalised", []))
     with torch.no_grad():
         model.head.weight.copy_(head.weight)
         bias = torch.zeros(1) if head.bias is None else head.bias

@@ -75,6 +75,28 @@ def test_plain_transformers_computes_the_scores_but_for_the_constant(tmp_path, t
     )
 
 
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2"])
+@pytest.mark.parametrize(
+    "zero_and_unit, given",
+    [
+        ((0.0, 1.0), []),
+        ((0.25, 1.0), ["centre"]),
+        ((0.0, 1.6), ["scale"]),
+        ((0.25, 1.6), ["centre", "scale"]),
+    ],
+)
+def test_an_exported_model_keeps_what_its_score_was_given(
+    tmp_path, tokenizer, model_type, zero_and_unit, given
+):
+    centre, scale = zero_and_unit
+    path, _ = saved(tmp_path, tokenizer, model_type, centre=centre, scale=scale)
+    export_classifier(path, tmp_path / "plain")
+    export_classifier(str(tmp_path / "plain"), tmp_path / "again")
+    for folder in (path, tmp_path / "plain", tmp_path / "again"):
+        config = load_scalar_model(folder, ModelConfig(), RewardModel).config
+        assert [what for what in ("centre", "scale") if config.was_given(what)] == given
+
+
 @pytest.mark.parametrize("spare", [0, 1])
 def test_padded_rows_have_the_logits_of_rows_alone(tmp_path, tokenizer, spare):
     """Also where padding is beyond the embedding, and plain folders pad with the stop token, which is the last one."""

@@ -20,6 +20,7 @@ from drpo.engine import Engine, EngineConfig
 from drpo.reward_functions import score_in_detail
 from drpo.rewards import Completion
 from drpo.trainers.online_recipe import OnlineRecipe, RewardConfig
+from reward_models.export import export_classifier
 from reward_models.model import RewardModel
 from reward_models.score import RewardModelScorer
 from reward_models.sources import reward_from
@@ -134,6 +135,14 @@ def test_the_lowest_score_of_models_without_a_zero_is_refused(folder, engine, tm
     with pytest.raises(ConfigError, match="reward.ensemble.paths: .*combine=min compares constants"):
         reward_of(folder, engine, {"ensemble": {"paths": members, "combine": "min"}})
     reward_of(folder, engine, {"ensemble": {"paths": members}})
+
+
+def test_exported_members_keep_zero_and_unit(folder, engine, tmp_path):
+    export_classifier(paths(folder, 0)[0], tmp_path / "exported")
+    members = [str(tmp_path / "exported"), *paths(folder, 2)]
+    reward = reward_of(folder, engine, {"ensemble": {"paths": members, "combine": "min"}})
+    original = reward_of(folder, engine, {"ensemble": {"paths": paths(folder, 0, 2), "combine": "min"}})
+    assert scores(reward) == pytest.approx(scores(original), abs=2e-5)
 
 
 def test_members_hold_equal_frozen_weights_once(folder, engine):
