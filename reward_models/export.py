@@ -23,9 +23,10 @@ def export_classifier(path: str, folder: Path, key: str = "path") -> list[str]:
 
     h is the hidden state at the last token. Where the classifier's head has no bias, as in most models, its logits lack
     the constant, which changes no comparison; it is the config's `score_constant`, which DRPO adds again when it loads
-    the folder. The config's `score_normalised` names which of centre and scale the score was given. Transformers takes
-    the last token that is not padding: where the tokenizer has no other one to pad with than the one that ends
-    responses, the folder names none, and rows must come one at a time.
+    the folder. The config's `score_normalised` names which of centre and scale the score was given, and `chat_template`
+    with `chat_template_kwargs` which texts it was trained on. Transformers takes the last token that is not padding:
+    where the tokenizer has no other one to pad with than the one that ends responses, the folder names none, and rows
+    must come one at a time.
 
     Raises ConfigError for a model that sums its head over the tokens, or one that has no such class.
     """
@@ -45,6 +46,8 @@ def export_classifier(path: str, folder: Path, key: str = "path") -> list[str]:
             constant = 0.0
     classifier.config.score_constant = constant
     classifier.config.score_normalised = [what for what in ("centre", "scale") if config.was_given(what)]
+    classifier.config.chat_template = config.chat_template
+    classifier.config.chat_template_kwargs = config.chat_template_kwargs
     notes = [f"score = logit + {constant:.6g}: the classifier's head has no bias"] if constant else []
     tokenizer = load_tokenizer(path, key)
     pad_token = padding_of(tokenizer, classifier.get_input_embeddings().num_embeddings)

@@ -171,6 +171,7 @@ def load_critic(
         critic.head.bias -= saved.get("centre", 0.0)
         for parameter in critic.head.parameters():
             parameter /= saved.get("scale", 1.0)
+    critic.config.update({"centre": 0.0, "scale": 1.0})  # they are in the head, and the critic is saved too
     if policy is not None and has_trunk(policy):
         if not same_trunk(critic, policy):
             raise ConfigError(
@@ -264,9 +265,9 @@ def prepare_to_train(model: PreTrainedModel, config: ModelConfig, seed: int) -> 
 
 
 def _from_sequence_classifier(path: str, dtype: str, model_class: type[Scalar], key: str) -> Scalar:
-    """Load a classifier; of its config, `score_constant` is what its logit lacks, `score_normalised` what it has.
+    """Load a classifier, with what the config of one that reward_models.export wrote says of its scores.
 
-    Both are written by reward_models.export.
+    `score_constant` is what its logit lacks.
     """
     source, info = AutoModelForSequenceClassification.from_pretrained(
         path, dtype=dtype, output_loading_info=True
@@ -279,7 +280,9 @@ def _from_sequence_classifier(path: str, dtype: str, model_class: type[Scalar], 
             "decoder with a linear head `score` and num_labels=1"
         )
     model = model_class.from_backbone(source, source.state_dict())
-    model.config.score_normalised = list(getattr(source.config, "score_normalised", []))
+    if hasattr(source.config, "score_normalised"):  # else these names may mean anything
+        names = ("score_normalised", "chat_template", "chat_template_kwargs")
+        model.config.update({name: getattr(source.config, name) for name in names})
     with torch.no_grad():
         model.head.weight.copy_(head.weight)
         bias = torch.zeros(1) if head.bias is None else head.bias

@@ -16,6 +16,7 @@ from drpo.data.load import Splits
 from drpo.engine import Engine
 from drpo.models.actor_critic import ActorCritic
 from drpo.models.frozen_weights import share_frozen
+from drpo.models.inputs import unwrap_peft
 from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
@@ -172,12 +173,16 @@ def rollouts_together(recipe: OnlineRecipe, longest_query: int, models: Sequence
 
 
 def _load_critic(recipe: OnlineRecipe, policy, tokenizer) -> ScalarModel:
-    if recipe.critic.path is None:
-        return fresh_critic(policy, recipe.model, recipe.seed)
-    chat, arguments = recipe.data.chat_template, recipe.data.chat_template_kwargs
-    check_same_texts(tokenizer, recipe.critic.path, "critic.path", chat)
-    check_trained_alike(recipe.critic.path, "critic.path", chat, arguments)
-    return load_critic(recipe.critic.path, recipe.model, recipe.seed, policy)
+    path, chat, arguments = recipe.critic.path, recipe.data.chat_template, recipe.data.chat_template_kwargs
+    if path is None:
+        critic = fresh_critic(policy, recipe.model, recipe.seed)
+    else:
+        check_same_texts(tokenizer, path, "critic.path", chat)
+        check_trained_alike(path, "critic.path", chat, arguments)
+        critic = load_critic(path, recipe.model, recipe.seed, policy)
+    texts = {"chat_template": chat, "chat_template_kwargs": dict(arguments)}
+    unwrap_peft(critic).config.update(texts)  # for runs that start from this critic
+    return critic
 
 
 def _check_positions(

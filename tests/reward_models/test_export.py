@@ -17,6 +17,7 @@ from drpo.config import ConfigError
 from drpo.models.export import save_policy
 from drpo.models.loading import ModelConfig, load_scalar_model
 from drpo.models.tokenizer import load_tokenizer, train_tokenizer
+from drpo.models.vocabulary import check_trained_alike
 from drpo.tensors import pad_batch
 from reward_models.export import export_classifier
 from reward_models.model import RewardModel
@@ -95,6 +96,20 @@ def test_an_exported_model_keeps_what_its_score_was_given(
     for folder in (path, tmp_path / "plain", tmp_path / "again"):
         config = load_scalar_model(folder, ModelConfig(), RewardModel).config
         assert [what for what in ("centre", "scale") if config.was_given(what)] == given
+
+
+@pytest.mark.parametrize("chat", [None, False, True])
+def test_an_exported_model_keeps_what_it_was_trained_on(tmp_path, tokenizer, chat):
+    arguments = {"enable_thinking": False} if chat else {}
+    path, _ = saved(tmp_path, tokenizer, "llama", chat_template=chat, chat_template_kwargs=arguments)
+    export_classifier(path, tmp_path / "plain")
+    config = load_scalar_model(tmp_path / "plain", ModelConfig(), RewardModel).config
+    assert (config.chat_template, config.chat_template_kwargs) == (chat, arguments)
+    if chat is not None:
+        with pytest.raises(ConfigError, match=f"critic.path: .*trained with data.chat_template={chat}"):
+            check_trained_alike(str(tmp_path / "plain"), "critic.path", not chat, {})
+        with pytest.raises(ConfigError, match="critic.path: .*data.chat_template_kwargs"):
+            check_trained_alike(str(tmp_path / "plain"), "critic.path", chat, {"other": 1})
 
 
 @pytest.mark.parametrize("spare", [0, 1])

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reward_model_folders import save_reward_model
 from safetensors.torch import load_file
+from tiny_tokenizers import single_bytes
 from transformers import AutoTokenizer
 
+from drpo.config import ConfigError
+from drpo.models.export import save_policy
 from drpo.models.loading import ModelConfig, load_critic
+from drpo.models.vocabulary import check_trained_alike
 
 CHECKPOINT = {"checkpoint": {"every": 3}}
 
@@ -24,6 +29,30 @@ def test_the_critic_is_the_one_that_was_trained_and_another_run_takes_it(online_
     fresh, _ = online_run(num_steps=1)
     assert fresh[0]["value/mean"] == pytest.approx(0, abs=1e-6), "a fresh critic says 0"
     assert abs(rows[0]["value/mean"]) > 0.01
+
+
+def test_zero_and_unit_of_a_reward_model_go_into_a_critic_once(tmp_path):
+    tokenizer = single_bytes()
+    model = save_reward_model(tmp_path / "rm", tokenizer)
+    model.config.centre, model.config.scale = 0.5, 2.0
+    with torch.no_grad():
+        model.head.bias.fill_(0.75)
+    model.save_pretrained(tmp_path / "rm")
+    path = tmp_path / "rm"
+    for folder in ("critic", "again"):
+        critic = load_critic(str(path), ModelConfig())
+        assert float(critic.head.bias.detach()) == 0.125  # (0.75 - 0.5) / 2
+        assert torch.equal(critic.head.weight, model.head.weight / 2)
+        path = tmp_path / folder
+        save_policy(critic, tokenizer, path, "card")
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_critic_keeps_which_texts_it_was_trained_on(online_run, lora):
+    _, run_dir = online_run(model={"lora": {"r": lora}}, num_steps=1)
+    check_trained_alike(str(run_dir / "critic"), "critic.path", chat=False, arguments={})
+    with pytest.raises(ConfigError, match="critic.path: .*chat_template=False, and the policy's .* True"):
+        check_trained_alike(str(run_dir / "critic"), "critic.path", chat=True, arguments={})
 
 
 def test_the_adapter_of_a_critic_is_folded_in(online_run):
