@@ -179,6 +179,19 @@ class Engine:
         np.random.seed(local % 2**32)
         torch.manual_seed(local)
 
+    def check_wait(self, minutes: float, what: str) -> None:
+        """Raise ConfigError, naming `what`, if one process may wait for so long that the others give up on it.
+
+        Call it on all processes, before the wait.
+        """
+        patience = self._config.timeout_minutes
+        if self.world_size > 1 and minutes >= patience:
+            raise ConfigError(
+                f"{what}: a process may wait {minutes:g} minutes, and the others wait for it for "
+                f"engine.timeout_minutes={patience:g} only, then the run fails; raise engine.timeout_minutes above "
+                f"{minutes:g}, or lower the wait"
+            )
+
     def shard(self, num_rows: int) -> slice:
         """Return this rank's contiguous share of `num_rows` rows, a multiple of the world size."""
         if num_rows % self.world_size:

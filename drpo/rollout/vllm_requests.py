@@ -40,7 +40,8 @@ class VLLMConfig(Section):
     """Address of the first training process that servers fetch the weights from; null: the one that it reaches the
     first server from."""
     timeout_minutes: float = setting(10.0, gt=0)
-    """How long to wait for a server: until it is up, takes the weights, or has sampled a row."""
+    """How long to wait for a server: until it is up, takes the weights, or has sampled a row. Of several processes one
+    may not wait as long as engine.timeout_minutes."""
 
     def check(self) -> None:
         if not self.urls:

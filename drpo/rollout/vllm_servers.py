@@ -49,7 +49,8 @@ class VLLMServers:
     ) -> None:
         """Wait until all servers are up, and check how they were started.
 
-        Raises ConfigError for one that is not up in time, or that cannot serve this run.
+        Raises ConfigError for one that is not up in time, or that cannot serve this run, and for a timeout that is not
+        below that of the engine.
 
         Args:
             config: urls and timeout.
@@ -59,6 +60,7 @@ class VLLMServers:
             max_tokens: most tokens of a row, prompt and response.
         """
         check_suppressed(vocabulary)
+        engine.check_wait(config.timeout_minutes, f"rollout.vllm.timeout_minutes={config.timeout_minutes:g}")
         self._config, self._engine, self._vocabulary, self._max_tokens = (
             config,
             engine,
@@ -126,7 +128,8 @@ class VLLMServers:
 
     def _ask(self, url: str, request: Request) -> tuple[list[int], list[float]]:
         body = {"token_ids": request.context, "sampling_params": request.params}
-        answer = self._call("POST", url, "/inference/v1/generate", body, patient=True)
+        until = time.monotonic() + self._timeout
+        answer = self._call("POST", url, "/inference/v1/generate", body, until)
         [choice] = answer["choices"]
         versions = {span["version"] for span in choice["weight_versions"] or ()}
         if versions != {self._version}:
@@ -157,10 +160,11 @@ class VLLMServers:
     # --- on the first process ---
 
     def _check_servers(self) -> None:
+        until = time.monotonic() + self._timeout
         for url in self._urls:
-            self._call("GET", url, "/health", patient=True)
+            self._call("GET", url, "/health", until=until)
             hint = f"; {STARTED}"
-            answer = self._call("GET", url, "/server_info?config_format=json", patient=True, hint=hint)
+            answer = self._call("GET", url, "/server_info?config_format=json", until=until, hint=hint)
             config = answer.get("vllm_config", {})
             model, parallel = config.get("model_config", {}), config.get("parallel_config", {})
             for found, expected, what in (
@@ -185,9 +189,9 @@ class VLLMServers:
 
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Let the workers of every server fetch the weights; then name their version, and empty the prefix caches."""
-        num_workers = 0
+        num_workers, until = 0, time.monotonic() + self._timeout
         for url in self._urls:
-            num_workers += self._call("GET", url, "/get_world_size", patient=True)["world_size"]
+            num_workers += self._call("GET", url, "/get_world_size", until=until)["world_size"]
             # Rows that are sampled in between are nobody's.
             self._call("POST", url, "/update_weight_version", {"new_version": f"{self._version}-loading"})
         address = self._config.address or _own_address(self._urls[0], self._timeout)
@@ -223,7 +227,13 @@ class VLLMServers:
                 )
 
     def _call(
-        self, method: str, url: str, path: str, body: Any = None, patient: bool = False, hint: str = ""
+        self,
+        method: str,
+        url: str,
+        path: str,
+        body: Any = None,
+        until: float | None = None,
+        hint: str = "",
     ) -> Any:
         """Return the JSON of an answer; raise ConfigError for an error or none.
 
@@ -232,19 +242,20 @@ class VLLMServers:
             url: of the server.
             path: below it.
             body: as JSON.
-            patient: call again while the server cannot be reached, until the timeout.
+            until: call again while the server cannot be reached, until this time of the monotonic clock; None for one
+                call.
             hint: end of the message for an answer that is an error.
         """
-        route, deadline = path.partition("?")[0], time.monotonic() + self._timeout
+        route = path.partition("?")[0]
         while True:
+            left = self._timeout if until is None else max(until - time.monotonic(), PAUSE)
             try:
-                answer = self._session.request(method, url + path, json=body, timeout=self._timeout)
+                answer = self._session.request(method, url + path, json=body, timeout=left)
                 break
             except requests.RequestException as error:
-                if not patient or time.monotonic() + PAUSE > deadline:
-                    waited = (
-                        f" (waited rollout.vllm.timeout_minutes={self._config.timeout_minutes:g})" * patient
-                    )
+                if until is None or time.monotonic() + PAUSE > until:
+                    timeout = f"rollout.vllm.timeout_minutes={self._config.timeout_minutes:g}"
+                    waited = "" if until is None else f" (waited {timeout})"
                     raise ConfigError(
                         f"rollout.vllm.urls: {url} does not answer {route}{waited}: {error}"
                     ) from None

@@ -45,7 +45,8 @@ class RewardServerConfig(Section):
     kind: Literal["drpo", "openrlhf", "vllm"] = "drpo"
     """drpo: launch/serve_reward_model.py. openrlhf: its POST /get_reward. vllm: a classifier's POST /classify."""
     timeout_minutes: float = setting(10.0, gt=0)
-    """How long to wait while the server is away or overloaded; then the run stops, and its checkpoints stay."""
+    """How long to wait while the server is away or overloaded; then the run stops, and its checkpoints stay.
+    Of several processes one may not wait as long, with request_seconds, as engine.timeout_minutes."""
     request_seconds: float = setting(120.0, gt=0)
     """Longest wait for the answer to one request before it is made again."""
     num_requests: int = setting(4, ge=1)

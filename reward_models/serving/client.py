@@ -132,7 +132,8 @@ def remote_reward(
 ) -> RemoteReward:
     """Wait for the server at `reward.url`, and return it as a RewardFn.
 
-    Raises ConfigError on all processes when it is not up in time, or what it serves does not fit the run.
+    Raises ConfigError on all processes when it is not up in time, what it serves does not fit the run, or a process may
+    wait for it longer than the others for that process.
 
     Args:
         config: the `reward` section.
@@ -141,6 +142,10 @@ def remote_reward(
         chat_template: whether prompts are conversations.
     """
     server = config.server
+    engine.check_wait(
+        server.timeout_minutes + server.request_seconds / 60,  # the last try may begin at the end
+        f"reward.server.timeout_minutes={server.timeout_minutes:g} and request_seconds={server.request_seconds:g}",
+    )
     token = os.environ.get(TOKEN_VARIABLE) or None
     connection = Connection(
         config.url, server.timeout_minutes, server.request_seconds, server.num_requests, token

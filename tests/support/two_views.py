@@ -18,11 +18,16 @@ from torch import nn
 
 from drpo.config import ConfigError
 from drpo.engine import Engine, EngineConfig
+from drpo.rollout.sampler import Vocabulary
+from drpo.rollout.vllm_requests import VLLMConfig
+from drpo.rollout.vllm_servers import VLLMServers
 from drpo.run import same_view
 from drpo.run.folder import CheckpointConfig, LogConfig, Resume, RunFolder
+from drpo.trainers.online_recipe import RewardConfig, RewardServerConfig
 from drpo.trainers.preference.recipe import PreferenceRecipe, ReferenceConfig
 from drpo.trainers.preference.reference_cache import is_cached
 from eval.completions.sample import open_file
+from reward_models.serving.client import remote_reward
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,12 @@ def main(root: Path) -> None:
     tell("cache, own", lambda: cached(mine / "cache"))
     tell("completions", lambda: len(open_file(engine, root / "completions.jsonl", {})[1]))
     tell("completions, own", lambda: open_file(engine, mine / "completions.jsonl", {}))
+    nowhere = "http://127.0.0.1:9"
+    tell("short wait", lambda: engine.check_wait(6.99, "reward.server"))
+    reward = RewardConfig(url=nowhere, server=RewardServerConfig(timeout_minutes=6.0, request_seconds=60.0))
+    tell("reward wait", lambda: remote_reward(reward, engine, "nowhere", False))
+    vllm, vocabulary = VLLMConfig(urls=[nowhere], timeout_minutes=9.0), Vocabulary(2, (1,), ())
+    tell("vllm wait", lambda: VLLMServers(vllm, engine, vocabulary, 4, 20))
     group = torch.distributed.distributed_c10d._get_default_group()
     told["timeout"] = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
     told["left"] = sorted(path.name for path in root.rglob(".shared_*")) + [

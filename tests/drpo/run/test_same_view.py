@@ -19,6 +19,12 @@ TOLD_TO_BOTH = {
 }
 
 
+TOO_LONG_TO_WAIT = {
+    "reward wait": "reward.server.timeout_minutes=6 and request_seconds=60: a process may wait 7 minutes",
+    "vllm wait": "rollout.vllm.timeout_minutes=9: a process may wait 9 minutes",
+}
+
+
 @pytest.fixture(scope="module", params=["ddp", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def told(request, tmp_path_factory) -> list[dict]:
     """What each process is told in each case."""
@@ -51,3 +57,11 @@ def test_check_leaves_nothing_behind(told):
 
 def test_timeout_of_the_recipe_is_that_of_the_process_group(told):
     assert [each["timeout"] for each in told] == [7 * 60, 7 * 60]
+
+
+@pytest.mark.parametrize("case", TOO_LONG_TO_WAIT)
+def test_wait_that_outlasts_the_process_group_is_refused(told, case):
+    for each in told:
+        assert each[case].startswith(TOO_LONG_TO_WAIT[case])
+        assert "engine.timeout_minutes=7 only" in each[case]
+        assert each["short wait"] is None
