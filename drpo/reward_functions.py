@@ -26,10 +26,11 @@ def import_functions(functions: Mapping[str, str], key: str) -> dict[str, Reward
     }
 
 
-def with_located_errors(function: RewardFn, where: str) -> RewardFn:
+def with_located_errors(function: RewardFn, where: str, identity: str | None = None) -> RewardFn:
     """Wrap `function` so that an exception in it becomes a ConfigError that names `where`.
 
-    RunStopped stays: a judge whose budget is spent ends the run on purpose.
+    RunStopped stays: a judge whose budget is spent ends the run on purpose. The identity is that of `function`, or
+    where it has none `identity`.
     """
 
     def score(completions: Sequence[Completion]) -> list[float] | DetailedScores:
@@ -44,6 +45,7 @@ def with_located_errors(function: RewardFn, where: str) -> RewardFn:
             raise ConfigError(f"{where} returned {len(scores)} scores for {len(completions)} responses")
         return returned if isinstance(returned, DetailedScores) else scores
 
+    score.identity = getattr(function, "identity", identity)
     return score
 
 

@@ -72,10 +72,26 @@ class BoundedRewardFn(RewardFn, Protocol):
 
 @runtime_checkable
 class IdentifiedRewardFn(RewardFn, Protocol):
-    """A RewardFn outside the run, which might be replaced while the run is stopped."""
+    """A RewardFn of which a part is outside the run, and might be replaced while the run is stopped."""
 
-    identity: str
-    """The same for the same scores."""
+    identity: str | Mapping[str, str]
+    """The same for the same scores; of a RewardFn that is made of others those of its members, by name."""
+
+
+def identities_of(reward_fn: RewardFn, place: str) -> dict[str, str]:
+    """Return the identity of a RewardFn at `place`, those of its members at place/<name>, or {} where it has none."""
+    identity = getattr(reward_fn, "identity", None) or {}
+    if isinstance(identity, str):
+        return {place: identity}
+    return {f"{place}/{name}": value for name, value in identity.items()}
+
+
+@runtime_checkable
+class WaitingRewardFn(RewardFn, Protocol):
+    """A RewardFn that may wait for others."""
+
+    wait_minutes: float
+    """The longest wait for one answer."""
 
 
 @runtime_checkable

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from drpo.reward_functions import reading_trunk, score_in_detail
-from drpo.rewards import BoundedRewardFn, Completion, DetailedScores, RewardFn, SharingRewardFn
+from drpo.rewards import (
+    BoundedRewardFn,
+    Completion,
+    DetailedScores,
+    RewardFn,
+    SharingRewardFn,
+    identities_of,
+)
 from drpo.tensors import PaddedBatch
 from drpo.trainers.reward_parts import EnsembleConfig
 from reward_models.ensembles import combine, spread
@@ -29,6 +36,14 @@ class JointReward:
 
     members: Mapping[str, RewardFn]
     join: Callable[[Scored], DetailedScores]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The identities of the members that have one, by name."""
+        found: dict[str, str] = {}
+        for name, member in self.members.items():
+            found |= identities_of(member, name)
+        return found
 
     @property
     def max_tokens(self) -> int | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from drpo.config import ConfigError, key, names_keys
 from drpo.engine import Engine
 from drpo.reward_functions import import_function, with_located_errors
-from drpo.rewards import RewardFn
+from drpo.rewards import RewardFn, WaitingRewardFn
 from drpo.trainers.online_recipe import RewardConfig
 from drpo.trainers.reward_parts import EnsembleConfig, RewardPart
 from reward_models.joint import ensemble, weighted_sum
@@ -55,7 +57,7 @@ def _source(config: RewardConfig | RewardPart, load: _Loader) -> RewardFn:
         case "ensemble":
             return _ensemble(config.ensemble, load)
         case "function":
-            return _function(config)
+            return _function(config, load.engine)
         case "parts":
             parts = {part.name: _source(part, load) for part in config.parts}
             return weighted_sum(parts, {part.name: part.weight for part in config.parts})
@@ -69,7 +71,7 @@ def _source(config: RewardConfig | RewardPart, load: _Loader) -> RewardFn:
     )
 
 
-def _function(config: RewardConfig | RewardPart) -> RewardFn:
+def _function(config: RewardConfig | RewardPart, engine: Engine) -> RewardFn:
     function = import_function(config.function, key("function"))
     if isinstance(config, RewardConfig):
         return function
@@ -81,7 +83,18 @@ def _function(config: RewardConfig | RewardPart) -> RewardFn:
             raise ConfigError(f"{where} cannot be called with {key('recipe')} alone: {error}") from error
         if not callable(function):
             raise ConfigError(f"{where} returned {function!r} for {key('recipe')}, which scores nothing")
-    return with_located_errors(function, where)
+    if isinstance(function, WaitingRewardFn):
+        engine.check_wait(function.wait_minutes, key("recipe"))
+    return with_located_errors(function, where, _settings_identity(config.recipe))
+
+
+def _settings_identity(path: str | None) -> str | None:
+    """Return what identifies the settings file of a function that has no identity of its own; None without a file."""
+    if path is None or not Path(path).is_file():
+        return None
+    return (
+        f"a function with the settings {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]} in {path}"
+    )
 
 
 @names_keys

@@ -18,7 +18,7 @@ from drpo.engine import Engine
 from drpo.kl import kl_per_token
 from drpo.models.tokenizer import load_tokenizer
 from drpo.optim import scheduled_rate, set_learning_rates
-from drpo.rewards import IdentifiedRewardFn, RewardFn, RunningMoments
+from drpo.rewards import RewardFn, RunningMoments, identities_of
 from drpo.rollout.collect import collect
 from drpo.rollout.held_out import Held, evaluate
 from drpo.rollout.resets import check_resets
@@ -185,20 +185,24 @@ class _Loop:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs in addition to the engine's."""
         state = {"kl": self.controller.state_dict(), "running": self.running.state_dict()}
-        if isinstance(reward_fn := self.rewards["score"], IdentifiedRewardFn):
-            state["reward"] = reward_fn.identity
+        if identities := self._identities():
+            state["reward"] = identities
         return state | self.guard.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.controller.load_state_dict(state["kl"])
         self.running.load_state_dict(state["running"])
         self.guard.load_state_dict(state)
-        identity = getattr(self.rewards["score"], "identity", None)
-        if (earlier := state.get("reward")) != identity:
-            raise ConfigError(
-                f"reward.url: this run was trained on the scores of the model {earlier}, and {identity} is there now; "
-                "serve the earlier one again, or begin anew with resume=restart"
-            )
+        earlier, now = state.get("reward", {}), self._identities()
+        for place in sorted(earlier | now):
+            if (before := earlier.get(place)) != now.get(place):
+                raise ConfigError(
+                    f"{place}: this run was trained on the scores of {before}, and {now.get(place)} is there now; give "
+                    "it the earlier one again, or begin anew with resume=restart"
+                )
+
+    def _identities(self) -> dict[str, str]:
+        return identities_of(self.rewards["score"], f"reward.{self.recipe.reward.kind or 'function'}")
 
 
 def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> None:

@@ -10,9 +10,12 @@ resumed run pays for none of them twice, and its budget holds for the whole run.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,33 +29,46 @@ from eval.judging.judge import Outcome
 from eval.judging.judge_systems import JudgeRecipe
 from eval.judging.judges import KINDS
 from eval.judging.matchup import Matchup, Question, questions_of
+from eval.judging.openai.pairwise import load_prompt
 from eval.judging.verdict import combine_all
 
+BATCH_MINUTES = 24 * 60.0
+"A batch of the Batch API is done within a day."
+OF_NO_VERDICT = ("api_key_env", "backend", "probe")
+"Settings of a judge that change no verdict."
 
-def judge_reward(path: str) -> Callable[[Sequence[Completion]], DetailedScores]:
-    """Return a RewardFn: 1 for a win over the reference, 0 for a loss, 0.5 for a tie, by the judge of a recipe file.
 
-    A rollout that the judge leaves undecided counts 0.5, and the detail `undecided` says how often that was. Raises
-    ConfigError for a recipe that cannot work; in the run DataError for a prompt without a reference, and RunStopped
-    when the judge stops (its budget is spent), fails more often than `max_failed` or leaves more undecided than
-    `max_undecided`.
-    """
-    try:
-        recipe = _share_of_process(_checked(load_recipe(JudgeRecipe, Path(path), [])))
-        _ask(recipe, [])  # the checks of the kind itself: model, prompt, price, store
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+class JudgeReward:
+    """RewardFn: 1 for a win over the reference, 0 for a loss, 0.5 for a tie, by the judge of a recipe file."""
 
-    def score(completions: Sequence[Completion]) -> DetailedScores:
+    def __init__(self, path: str, recipe: JudgeRecipe) -> None:
+        """Read the judge's prompt, if it has one. Raises ConfigError for a recipe that cannot work."""
+        self._path, self._recipe = path, recipe
+        self.identity: str = _identity(recipe)
+        self._own = _share_of_process(recipe)
+        _ask(self._own, [])  # the checks of the kind itself: model, prompt, price, store
+
+    @property
+    def wait_minutes(self) -> float:
+        """The longest wait for the answer to one question."""
+        if self._recipe.judge.kind != "openai":
+            return 0.0
+        if self._recipe.judge.backend == "batch":
+            return BATCH_MINUTES
+        return (self._recipe.retry.max_elapsed + self._recipe.retry.timeout) / 60
+
+    def __call__(self, completions: Sequence[Completion]) -> DetailedScores:
+        """Return the scores (B,), with the detail `undecided`; raise as `judge_reward` says."""
+        recipe = self._own
         matchups = [_against_reference(row, completion) for row, completion in enumerate(completions)]
         questions = questions_of(matchups, recipe.orders, recipe.seed)
         outcome = _ask(recipe, questions)
         if outcome.stopped is not None:
-            raise RunStopped(f"the judge of {path} stopped: {outcome.stopped}")
+            raise RunStopped(f"the judge of {self._path} stopped: {outcome.stopped}")
         num_failed = sum(verdict.status == "failed" for verdict in outcome.verdicts)
         if num_failed > recipe.max_failed * len(questions):
             raise RunStopped(
-                f"the judge of {path} did not answer {num_failed} of {len(questions)} questions, more than "
+                f"the judge of {self._path} did not answer {num_failed} of {len(questions)} questions, more than "
                 f"max_failed={recipe.max_failed:g}"
             )
         judgments = combine_all(outcome.verdicts, recipe.half_tie, recipe.orders)
@@ -61,13 +77,35 @@ def judge_reward(path: str) -> Callable[[Sequence[Completion]], DetailedScores]:
         undecided = torch.tensor([share is None for share in shares], dtype=torch.float32)
         if float(undecided.mean()) > recipe.max_undecided:
             raise RunStopped(
-                f"the judge of {path} left {int(undecided.sum())} of {len(shares)} rollouts undecided, more than "
+                f"the judge of {self._path} left {int(undecided.sum())} of {len(shares)} rollouts undecided, more than "
                 f"max_undecided={recipe.max_undecided:g}"
             )
         scores = torch.tensor([0.5 if share is None else share for share in shares])
         return DetailedScores(scores, {"undecided": undecided})
 
-    return score
+
+def judge_reward(path: str) -> JudgeReward:
+    """Return the RewardFn of the judge of a recipe file.
+
+    A rollout that the judge leaves undecided counts 0.5, and the detail `undecided` says how often that was. Raises
+    ConfigError for a recipe that cannot work; in the run DataError for a prompt without a reference, and RunStopped
+    when the judge stops (its budget is spent), fails more often than `max_failed` or leaves more undecided than
+    `max_undecided`.
+    """
+    try:
+        return JudgeReward(path, _checked(load_recipe(JudgeRecipe, Path(path), [])))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _identity(recipe: JudgeRecipe) -> str:
+    """Return the judge's name, and a hash of what its verdicts depend on in the recipe and the prompt's file."""
+    verdict = {name: getattr(recipe, name) for name in ("orders", "ties", "half_tie", "seed")}
+    verdict |= {name: value for name, value in vars(recipe.judge).items() if name not in OF_NO_VERDICT}
+    if recipe.prompt is not None:
+        verdict["prompt"] = asdict(load_prompt(recipe.prompt))
+    digest = hashlib.sha256(json.dumps(verdict, sort_keys=True).encode()).hexdigest()
+    return f"the judge {recipe.judge.name} with the settings {digest[:16]}"
 
 
 def _ask(recipe: JudgeRecipe, questions: Sequence[Question]) -> Outcome:

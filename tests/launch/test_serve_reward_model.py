@@ -99,7 +99,7 @@ def test_a_server_that_is_killed_stops_the_run_which_goes_on_with_another_of_the
         other = requests.get(f"{urls[1]}/info", headers=headers, timeout=30).json() | {"model": "c" * 64}
         with (
             StubServer(lambda path, body: (200, other)) as stub,
-            pytest.raises(ConfigError, match="trained on the scores of the model .* and c+ is there now"),
+            pytest.raises(ConfigError, match="reward.url: .*trained on the scores of .* and c+ is there now"),
         ):
             train(stub.url, "killed")
         resumed = train(urls[1], "killed")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drpo.data.records import Record
 from drpo.reward_functions import reading_trunk, score_in_detail
-from drpo.rewards import BoundedRewardFn, Completion, DetailedScores, SharingRewardFn
+from drpo.rewards import BoundedRewardFn, Completion, DetailedScores, SharingRewardFn, identities_of
 from drpo.trainers.reward_parts import EnsembleConfig
 from reward_models.joint import ensemble, weighted_sum
 
@@ -134,3 +134,16 @@ def test_a_detail_of_another_length_is_an_error():
 
     with pytest.raises(ValueError, match="for 3 completions as the detail 'tone'"):
         score_in_detail(scored, COMPLETIONS)
+
+
+def test_members_of_members_keep_their_identities():
+    def judged(completions) -> list[float]:
+        return [0.0] * len(completions)
+
+    judged.identity = "the judge j"
+    inner = weighted_sum({"judge": judged, "length": lengths}, {"judge": 1.0, "length": 1.0})
+    outer = weighted_sum({"inner": inner, "length": lengths}, {"inner": 1.0, "length": 1.0})
+    assert identities_of(outer, "reward.parts") == {"reward.parts/inner/judge": "the judge j"}
+    assert identities_of(judged, "reward") == {"reward": "the judge j"}
+    assert identities_of(lengths, "reward") == {}
+    assert identities_of(ensemble([lengths], EnsembleConfig(paths=["rm"])), "reward") == {}

@@ -18,7 +18,7 @@ from drpo.config import ConfigError, load_recipe
 from drpo.data.records import Record
 from drpo.engine import Engine, EngineConfig
 from drpo.reward_functions import score_in_detail
-from drpo.rewards import Completion
+from drpo.rewards import Completion, identities_of
 from drpo.trainers.online_recipe import OnlineRecipe, RewardConfig
 from reward_models.export import export_classifier
 from reward_models.model import RewardModel
@@ -143,6 +143,24 @@ def test_exported_members_keep_zero_and_unit(folder, engine, tmp_path):
     reward = reward_of(folder, engine, {"ensemble": {"paths": members, "combine": "min"}})
     original = reward_of(folder, engine, {"ensemble": {"paths": paths(folder, 0, 2), "combine": "min"}})
     assert scores(reward) == pytest.approx(scores(original), abs=2e-5)
+
+
+def test_a_part_is_identified_by_the_contents_of_its_recipe(folder, engine, tmp_path, monkeypatch):
+    (tmp_path / "own_parts.py").write_text(
+        "def made(path):\n    return lambda completions: [1.0 for _ in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = tmp_path / "settings.txt"
+    part = {"name": "mine", "function": "own_parts:made", "recipe": str(settings)}
+    found = []
+    for text in ("1", "2", "1"):
+        settings.write_text(text)
+        reward = reward_of(folder, engine, {"parts": [part, {"name": "length", "length": "tokens"}]})
+        found.append(identities_of(reward, "reward.parts"))
+    assert found[0] == found[2] != found[1]
+    assert [list(identities) for identities in found] == [["reward.parts/mine"]] * 3
+    settings.unlink()
+    assert identities_of(reward_of(folder, engine, {"parts": [part]}), "reward.parts") == {}
 
 
 def test_members_hold_equal_frozen_weights_once(folder, engine):

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from online_runs import forget_precision, run_online
 from stub_judge_server import KEY, MODEL, Reply, Shown, StubServer
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, make_section
 from drpo.data.records import DataError, Record
+from drpo.engine import Engine, EngineConfig
 from drpo.reward_functions import with_located_errors
 from drpo.rewards import Completion
 from drpo.run.stopped import RunStopped
+from drpo.trainers.online_recipe import RewardConfig
 from eval.judging.reward import judge_reward
+from reward_models.sources import reward_from
 
 POST = "POST: we have lamp mug but need rope soap\nTL;DR:"
 REFERENCE = " rope soap"
@@ -160,3 +164,91 @@ def test_undecided_rollouts_are_counted_and_too_many_stop_the_run(served):
         judge_reward(make())([rollout(" rope")])
     scored = judge_reward(make(max_undecided=1.0))([rollout(" rope")])
     assert scored.scores.tolist() == [0.5] and scored.details["undecided"].tolist() == [1.0]
+
+
+# --- a resumed run ----------------------------------------------------------------------------------------
+
+PROMPT = {
+    "name": "mine-1",
+    "question": "Which is better?",
+    "material": "Post",
+    "noun": "Summary",
+    "label": "Better",
+}
+
+
+def identity_of(folder: Path, prompt: dict[str, str] = PROMPT, judge: dict | None = None, **settings) -> str:
+    (folder / "prompt.yaml").write_text(yaml.safe_dump(prompt))
+    judge = {"model": MODEL, "base_url": "http://127.0.0.1:9/v1", "probe": False, "form": "text"} | (
+        judge or {}
+    )
+    return judge_reward(
+        recipe_file(folder, prompt=str(folder / "prompt.yaml"), judge=judge, **settings)
+    ).identity
+
+
+def test_a_judge_is_identified_by_what_its_verdicts_depend_on(tmp_path):
+    first = identity_of(tmp_path)
+    assert first.startswith(f"the judge {MODEL} with the settings ")
+    same = [
+        {"run_dir": str(tmp_path / "elsewhere")},
+        {"budget": {"max_calls": 7}},
+        {"retry": {"timeout": 5.0}},
+        {"limits": {"concurrency": 2}},
+        {"max_undecided": 0.5},
+        {"max_failed": 0.5},
+        {"judge": {"api_key_env": "KEY"}},
+    ]
+    assert {identity_of(tmp_path, **settings) for settings in same} == {first}
+    others = [
+        {"judge": {"model": "another"}},
+        {"judge": {"temperature": 1.0}},
+        {"judge": {"max_output_tokens": 5}},
+        {"orders": "one"},
+        {"orders": "one", "seed": 3},
+        {"ties": False},
+        {"half_tie": "tie"},
+        {"prompt": PROMPT | {"question": "Which is shorter?"}},
+    ]
+    assert len({first, *(identity_of(tmp_path, **settings) for settings in others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
+    "settings, minutes",
+    [
+        ({"retry": {"max_elapsed": 300.0, "timeout": 60.0}}, 6.0),
+        ({"judge": {"backend": "batch"}}, 24 * 60.0),
+    ],
+)
+def test_the_longest_wait_for_an_answer(tmp_path, settings, minutes):
+    judge = {"model": MODEL, "probe": False, "form": "text"} | settings.pop("judge", {})
+    reward = judge_reward(recipe_file(tmp_path, prompt="tldr-1", judge=judge, **settings))
+    assert reward.wait_minutes == minutes
+
+
+def test_a_run_is_not_resumed_with_another_judge(policy_folder, tmp_path):
+    part = {"name": "judge", "function": "eval.judging.reward:judge_reward"}
+
+    def train(num_steps: int, **settings) -> int:
+        judge = {"kind": "function", "function": "drpo.data.tasks.demo:true_rewards"} | settings.pop(
+            "judge", {}
+        )
+        section = {
+            "parts": [part | {"recipe": recipe_file(tmp_path, judge=judge, **settings)}],
+            "function": None,
+        }
+        forget_precision()
+        engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path, 0, None)
+        reward = reward_from(make_section(RewardConfig, section), engine, "")
+        changes = {"reward": section, "checkpoint": {"every": 1}, "num_steps": num_steps}
+        return len(run_online(policy_folder, tmp_path / "run", changes, reward))
+
+    assert train(2) == 2
+    message = (
+        "reward.parts/judge: this run was trained on the scores of the judge drpo.data.tasks.demo:true_rewards with "
+        "the settings [0-9a-f]+, and the judge .* is there now"
+    )
+    with pytest.raises(ConfigError, match=message):
+        train(2, judge={"tie_margin": 1.5})
+    assert train(2, max_undecided=0.5) == 2, "what changes no verdict may change"
+    forget_precision()
