@@ -47,9 +47,9 @@ class Calibration:
 
     `chance_ece` and `chance_ece_high` are mean and 95% quantile of the ECE of a perfectly calibrated model with these
     confidences and as many independent pairs: an ECE below the latter is no evidence of miscalibration. Brier score and
-    log loss average the pairs of a prompt first. `temperature`
-    is None where none minimises the log loss, for the reason in `no_temperature`. The numbers after scaling come from
-    the same pairs as the temperature, so they are optimistic.
+    log loss average the pairs of a prompt first, and the temperature minimises that log loss; the ECE counts each pair
+    once. `temperature` is None where there is no minimum, for the reason in `no_temperature`. The numbers after scaling
+    come from the same pairs as the temperature, so they are optimistic.
     """
 
     n: int
@@ -86,22 +86,27 @@ def expected_calibration_error(
     return float(np.abs(np.bincount(bins, weights=correct - confidences)).sum() / len(bins))
 
 
-def fitted_temperature(margins: ArrayLike) -> tuple[float | None, str | None]:
-    """Find T > 0 that minimises mean -log sigmoid(m / T) over the margins (n,); return it, or None and the reason.
+def fitted_temperature(
+    margins: ArrayLike, prompt_ids: ArrayLike | None = None
+) -> tuple[float | None, str | None]:
+    """Find T > 0 that minimises the mean of -log sigmoid(m / T); return it, or None and the reason.
 
-    The loss is convex in 1 / T. It has no minimum at T > 0 where no margin is wrong (T -> 0), or where their mean is
-    not positive (T -> infinity: they say nothing, or the opposite). Source: Platt 1999; Guo et al. 2017.
+    The mean is over prompts, of the means over the pairs of each, as in `Calibration.log_loss`, which therefore never
+    rises. It is convex in 1 / T. It has no minimum at T > 0 where no margin is wrong (T -> 0), or where their mean is
+    not positive (T -> infinity: they say nothing, or the opposite). Args: margins and prompts (n,), None when each pair
+    has its own. Source: Platt 1999; Guo et al. 2017.
     """
     margins = without_nan(margins, "margins")
+    codes = prompt_codes(prompt_ids, len(margins))
     if not margins.any():
         return None, "all margins are 0"
-    if margins.mean() <= 0:
+    if prompt_means(margins, codes).mean() <= 0:
         return None, "the margins are not positive on average: any temperature is worse than even odds"
     if margins.min() >= 0:
         return None, "no margin is wrong: the lower the temperature, the better"
     centre = -np.log(np.abs(margins).mean())
     found = minimize_scalar(
-        lambda log_inverse: log_losses(margins * np.exp(log_inverse)).mean(),
+        lambda log_inverse: prompt_means(log_losses(margins * np.exp(log_inverse)), codes).mean(),
         bounds=(centre - LOG_RANGE, centre + LOG_RANGE),
         method="bounded",
         options={"xatol": 1e-9},
@@ -133,7 +138,7 @@ def calibration(
     codes = prompt_codes(prompt_ids, len(margins))
     confidences, correct = expit(np.abs(margins)), outcomes(margins)
     bins = equal_mass_bins(confidences, num_bins)
-    temperature, reason = fitted_temperature(margins)
+    temperature, reason = fitted_temperature(margins, codes)
     scaled = None if temperature is None else margins / temperature
     chance = _chance_eces(confidences, bins, num_resamples, seed)
     return Calibration(

@@ -71,6 +71,33 @@ def test_temperature_by_hand():
     assert found.scaled_brier == pytest.approx(0.75 / 16 + 0.25 * 9 / 16)
 
 
+def test_temperature_by_hand_over_prompts():
+    """A prompt of three wrong pairs counts as much as one of a right pair: weights 3/4 right, 1/4 wrong."""
+    margins, prompts = [2.0, 2.0, 2.0, -2.0, -2.0, -2.0], ["a", "b", "c", "d", "d", "d"]
+    assert fitted_temperature(margins, prompts)[0] == pytest.approx(2 / math.log(3), rel=1e-6)
+    found = calibration(margins, prompts)
+    assert found.temperature == pytest.approx(2 / math.log(3), rel=1e-6)
+    assert found.scaled_log_loss == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    assert fitted_temperature(margins) == (None, fitted_temperature([1.0, -2.0])[1]), "each pair as a prompt"
+
+
+def test_no_temperature_of_a_grid_has_a_lower_loss():
+    rng = np.random.default_rng(5)
+    margins, prompts = rng.normal(0.3, 1, 60), rng.integers(0, 9, 60) ** 2 // 8
+    found = calibration(margins, prompts)
+
+    def loss(temperature: float) -> float:
+        means = []
+        for prompt in sorted(set(prompts)):
+            own = [m for m, p in zip(margins, prompts, strict=True) if p == prompt]
+            means.append(sum(math.log1p(math.exp(-m / temperature)) for m in own) / len(own))
+        return sum(means) / len(means)
+
+    assert found.scaled_log_loss == pytest.approx(loss(found.temperature))
+    assert found.log_loss.value == pytest.approx(loss(1.0))
+    assert all(found.scaled_log_loss <= loss(t) + 1e-9 for t in np.geomspace(0.05, 50, 300))
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_temperature_is_the_root_of_the_gradient(scale):
     """d/db mean log sigmoid(b m) = mean m sigmoid(-b m) = 0 at b = 1 / T."""
