@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import comb
 
 from eval.statistics.intervals import without_nan
 
@@ -16,8 +15,11 @@ def order_weights(num_samples: int) -> NDArray[np.float64]:
 
     Row and column 0 are n = 1 and rank 1. Source: Nakano et al. 2021, appendix I.
     """
-    numbers = np.arange(1, num_samples + 1)
-    return comb(numbers[None, :] - 1, numbers[:, None] - 1) / comb(num_samples, numbers)[:, None]
+    n, ranks = np.arange(1, num_samples + 1)[:, None], np.arange(1, num_samples + 1)[None, :]
+    # Downwards from w[n, N] = n / N by w[n, i - 1] = w[n, i] (i - n) / (i - 1): binomials overflow from N = 1030.
+    falls = np.maximum(ranks[:, 1:] - n, 0) / (ranks[:, 1:] - 1)
+    factors = np.concatenate([falls, n / num_samples], axis=1)
+    return np.cumprod(factors[:, ::-1], axis=1)[:, ::-1]
 
 
 def expected_best(proxy: ArrayLike, values: ArrayLike) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from itertools import combinations
 
 import numpy as np
@@ -13,6 +14,17 @@ from eval.statistics.best_of_n import expected_best, kl_bound, order_weights, to
 
 def test_weights_by_hand():
     assert order_weights(3) == pytest.approx(np.array([[1, 1, 1], [0, 1, 2], [0, 0, 3]]) / 3)
+
+
+@pytest.mark.parametrize("num_samples", [1, 9, 2000])
+def test_weights_are_exact_fractions(num_samples):
+    """Also where C(N, n) is beyond float64, from N = 1030."""
+    weights = order_weights(num_samples)
+    for n in {1, 2, 7, num_samples // 2, num_samples - 1, num_samples} & set(range(1, num_samples + 1)):
+        total = math.comb(num_samples, n)
+        exact = [float(Fraction(math.comb(rank, n - 1), total)) for rank in range(num_samples)]
+        assert weights[n - 1] == pytest.approx(exact, rel=1e-9, abs=1e-300)
+    assert weights.sum(axis=1) == pytest.approx(1)
 
 
 def test_three_samples_by_hand():
