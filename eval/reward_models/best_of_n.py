@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from drpo.config import ConfigError
 from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
 from drpo.models.tokenizer import load_tokenizer
@@ -39,7 +40,10 @@ class Samples:
 
 
 def sample(recipe: EvaluateRewardModelRecipe, engine: Engine, say: Say) -> Samples:
-    """Sample the policy of recipe.best_of_n, or read the samples of an earlier run, and compute their true rewards."""
+    """Sample the policy of recipe.best_of_n, or read the samples of an earlier run, and compute their true rewards.
+
+    Raises ConfigError, before sampling, for data of one prompt: intervals are over prompts.
+    """
     settings = recipe.best_of_n
     complete = CompleteRecipe(
         run_dir=str(Path(recipe.run_dir) / "best_of_n"),
@@ -56,9 +60,14 @@ def sample(recipe: EvaluateRewardModelRecipe, engine: Engine, say: Say) -> Sampl
         sampling={"temperature": settings.temperature},
         batch_size=recipe.batch_size,
     )
-    rows = {row.key: row for row in read_completions(complete_policy(complete, engine, say))}
     tokenizer = with_stop_token(load_tokenizer(settings.policy), recipe.data)
     requests, _ = requests_of(complete, tokenizer)  # the seeds of a prompt follow each other
+    if len(requests) == settings.num_responses:
+        raise ConfigError(
+            f"best_of_n.policy: the {recipe.split} split of the data has one prompt, and a curve with intervals needs "
+            "two or more; give more data (data.path, split, data.eval_fraction), or best_of_n.policy=null"
+        )
+    rows = {row.key: row for row in read_completions(complete_policy(complete, engine, say))}
     completions = []
     for request in requests:
         row = rows[request.key(SYSTEM)]

@@ -356,6 +356,13 @@ def test_settings_of_samples_need_a_policy():
         EvaluateRewardModelRecipe(best_of_n={"num_responses": 4})
 
 
+def test_samples_of_one_prompt_are_refused_before_they_are_drawn(folders, models, tmp_path):
+    data = DATA | {"demo": DATA["demo"] | {"num_eval": 1}}
+    with pytest.raises(ConfigError, match="best_of_n.policy: the eval split of the data has one prompt"):
+        evaluate(tmp_path / "run", models[:1], data=data, best_of_n={"policy": str(folders["policy"])})
+    assert not (tmp_path / "run" / "best_of_n").exists()
+
+
 def test_a_policy_that_is_its_own_reference_is_refused(folders, tmp_path):
     same = {"path": str(folders["dpo"]), "reference": str(folders["dpo"]), "beta": 0.1}
     with pytest.raises(ConfigError, match=r"models\[0\].reference: it has the weights of models\[0\].path"):
