@@ -61,7 +61,13 @@ def serve(options: argparse.Namespace) -> None:
     limits = Limits(options.max_rows, options.max_megabytes * 2**20, options.max_tokens)
     name = Path(options.model).resolve().name if is_local(options.model) else options.model
     server = RewardServer(
-        scorer, name, limits, token, max_wait=options.max_wait_ms / 1000, max_waiting=options.max_waiting
+        scorer,
+        name,
+        limits,
+        token,
+        max_wait=options.max_wait_ms / 1000,
+        max_waiting=options.max_waiting,
+        max_requests=options.max_requests,
     )
     print(f"model {name}, id {server.info['model']}", flush=True)
     uvicorn.run(
@@ -108,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens of a row, prompt and response (default: the model's positions)",
     )
     parser.add_argument("--max-waiting", type=_positive, default=8192, help="rows that may wait to be scored")
+    parser.add_argument(
+        "--max-requests",
+        type=_positive,
+        default=256,
+        help="requests that may be open; their bodies take at most this times --max-megabytes of memory",
+    )
     return parser
 
 

@@ -39,6 +39,7 @@ class RewardServer:
         token: str | None = None,
         max_wait: float = 0.005,
         max_waiting: int = 8192,
+        max_requests: int = 256,
     ) -> None:
         """Start the thread that scores.
 
@@ -49,10 +50,12 @@ class RewardServer:
             token: bearer token that /score and /info ask for; None for none.
             max_wait: seconds that a batch waits for further requests.
             max_waiting: rows that may wait to be scored.
+            max_requests: requests that may be open, so that their bodies together are bounded.
         """
         own_limit = position_limit(scorer.model)
         lengths = [limit for limit in (limits.max_tokens, own_limit) if limit is not None]
         self._limits = Limits(limits.max_rows, limits.max_bytes, min(lengths, default=None))
+        self._num_open, self._max_requests = 0, max_requests
         self._rows, self._token = RowReader(scorer, self._limits), token
         self.info = _info(scorer, name, self._limits, self._rows.tokenizer_hash)
         self._batcher = Batcher(scorer.score_ids, scorer.batch_size, max_wait, max_waiting)
@@ -75,6 +78,18 @@ class RewardServer:
         self._check_token(request)
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise BadRequest(415, "the body must be application/json")
+        if self._num_open >= self._max_requests:
+            await self._body(request, keep=False)  # to its end, so that its client reads why
+            raise BadRequest(
+                503, f"as many requests are open as this server takes at a time, {self._max_requests}"
+            )
+        self._num_open += 1
+        try:
+            return await self._scored(request)
+        finally:
+            self._num_open -= 1
+
+    async def _scored(self, request: Request) -> JSONResponse:
         body = await self._body(request)
         loop = asyncio.get_running_loop()
         rows = await loop.run_in_executor(self._reader, self._rows.read, body)
@@ -107,14 +122,17 @@ class RewardServer:
         if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), self._token.encode()):
             raise BadRequest(401, "the bearer token is missing or wrong")
 
-    async def _body(self, request: Request) -> bytes:
-        """Read a body. One that is too large is read on and dropped, within bounds, so that its client reads why."""
+    async def _body(self, request: Request, keep: bool = True) -> bytes:
+        """Read a body. One that is too large is read on and dropped, within bounds, so that its client reads why.
+
+        Without `keep` nothing of it is held.
+        """
         body, size, limit = bytearray(), 0, self._limits.max_bytes
         try:
             async for part in request.stream():
                 size += len(part)
                 if size <= limit:
-                    body += part
+                    body += part if keep else b""
                 elif size > limit + DROPPED_BYTES:
                     break
         except ClientDisconnect:

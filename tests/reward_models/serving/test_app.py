@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -206,6 +208,30 @@ def test_more_rows_than_may_wait_are_refused_for_now(model):
     assert {answer.status_code for answer in answers} == {200, 503}
     assert all(len(a.json()["scores"]) == 4 for a in answers if a.status_code == 200)
     assert all(a.headers["Retry-After"] == "1" for a in answers if a.status_code == 503)
+
+
+def test_more_requests_than_may_be_open_are_refused_for_now(model):
+    body = json.dumps({"rows": [GOOD]}).encode()
+    head = [
+        "POST /score HTTP/1.1",
+        "Host: x",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    with serving(model[1], max_requests=1) as url:
+        slow = socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=30)
+        slow.sendall("\r\n".join([*head, "", ""]).encode() + body[:10])
+        while (answer := post(url, [GOOD])).status_code == 200:  # the slow one is not read yet
+            pass
+        assert answer.status_code == 503 and answer.headers["Retry-After"] == "1"
+        assert answer.json()["detail"] == "as many requests are open as this server takes at a time, 1"
+        large = requests.post(f"{url}/score", json={"rows": [GOOD] * 64}, timeout=30)
+        assert large.status_code == 503, "its body is read and dropped"
+        assert requests.get(f"{url}/info", timeout=30).status_code == 200
+        slow.sendall(body[10:])
+        assert slow.recv(4096).startswith(b"HTTP/1.1 200")
+        slow.close()
+        assert post(url, [GOOD]).status_code == 200
 
 
 def test_the_smaller_of_the_limits_on_tokens_counts(model):

@@ -186,12 +186,13 @@ def test_a_server_that_comes_back_is_waited_for(tmp_path, engine, policy, caplog
     assert "does not answer /score" in caplog.text and "waiting for it" in caplog.text
 
 
-def test_a_busy_server_is_asked_again_and_nothing_is_lost(tmp_path, engine, policy):
+@pytest.mark.parametrize("limit", [{"max_waiting": 2}, {"max_requests": 1}])
+def test_a_busy_server_is_asked_again_and_nothing_is_lost(tmp_path, engine, policy, limit):
     save_reward_model(tmp_path / "rm", single_bytes())
     loaded = [str(tmp_path / "rm"), engine, 4, "float32"]
     local = RewardModelScorer.load(*loaded, str(policy))
     scorer = RewardModelScorer.load(*loaded, None, key="MODEL")
-    with serving(scorer, max_waiting=2, max_wait=0) as url:
+    with serving(scorer, **limit, max_wait=0) as url:
         settings = ("reward.batch_size=2", "reward.server.num_requests=6", "reward.server.timeout_minutes=1")
         scores = remote(url, engine, policy, *settings)(rows_of(plain))
     torch.testing.assert_close(torch.tensor(scores), local(rows_of(plain)), atol=1e-5, rtol=0)
