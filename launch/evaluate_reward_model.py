@@ -2,7 +2,8 @@
 
     python launch/evaluate_reward_model.py [recipe.yaml] [key=value ...]
 
-One process, one device. Writes evaluation.md, evaluation.json, pairs.jsonl, plots and config.yaml to `run_dir`.
+One process, one device. Writes evaluation.html, evaluation.md, evaluation.json, pairs.jsonl, plots and config.yaml
+to `run_dir`.
 """
 
 from __future__ import annotations

@@ -1,24 +1,15 @@
-"""The report of a comparison: one self-contained HTML file, and the same tables as Markdown.
-
-Everything in a comparison is untrusted: systems wrote it. The template escapes it, the examples are embedded as JSON
-that cannot end its own element, the page's script writes to text nodes only, and its Content-Security-Policy allows
-nothing but that script, by its hash, and no connections.
-"""
+"""The report of a comparison: one self-contained HTML file, and the same tables as Markdown."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from eval.reporting.comparison import Comparison, JudgeRow, read_comparison
+from eval.reporting.html import html_page, script_json, write_pages
 from eval.reporting.report_markdown import markdown_page
 from eval.reporting.report_plots import Figure, figures
 from eval.reporting.report_tables import (
@@ -26,13 +17,9 @@ from eval.reporting.report_tables import (
     differences_table,
     judge_table,
     matches_table,
-    number_text,
     ranking_table,
     results_table,
 )
-
-PAGE = Path(__file__).with_name("report_page")
-_UNSAFE_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 
 def report(path: Path) -> Path:
@@ -58,10 +45,7 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
         "report.md": markdown_page(comparison, facts, list(filter(None, tables.values())), plots),
         "report.html": _page(comparison, facts, tables, plots),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in pages.items():
-        # Lone surrogates cannot be encoded: they become question marks.
-        (folder / name).write_bytes(text.encode("utf-8", errors="replace"))
+    write_pages(pages, folder)
     return folder / "report.html"
 
 
@@ -103,52 +87,23 @@ def spent_text(spent: Mapping[str, float | None]) -> str:
     return ", ".join(parts)
 
 
-def script_json(value: Any) -> str:
-    """Write JSON for a script element: no character of it can end the element or open a comment.
-
-    >>> script_json("</script>")
-    '"\\\\u003c/script\\\\u003e"'
-    """
-    text = json.dumps(value, default=vars, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return _UNSAFE_IN_SCRIPT.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
 def _page(
     comparison: Comparison,
     facts: list[tuple[str, str]],
     tables: Mapping[str, Table | None],
     plots: list[Figure],
 ) -> str:
-    style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
     browser_data = {
         "measures": comparison.measures,
         "systems": [{"name": system.name, "method": system.method} for system in comparison.systems],
         "examples": comparison.examples,
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number_text
-    return environment.get_template("page.html.j2").render(
-        comparison=comparison,
-        facts=facts,
-        tables=tables,
-        plots=plots,
-        style=Markup(style),
-        script=Markup(script),
-        policy=_security_policy(style, script),
-        data=Markup(script_json(browser_data)),
-    )
-
-
-def _security_policy(style: str, script: str) -> str:
-    """Forbid all loading and connections; the page's own style and script are allowed by their hashes."""
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    return (
-        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
-        "img-src data:; connect-src 'none'; base-uri 'none'; form-action 'none'"
-    )
+    values = {
+        "title": comparison.title,
+        "comparison": comparison,
+        "facts": facts,
+        "tables": tables,
+        "plots": plots,
+        "data": Markup(script_json(browser_data)),
+    }
+    return html_page("page.html.j2", values, script="page.js")

@@ -30,6 +30,11 @@ def markdown_table(table: Table) -> str:
     return "\n".join(lines)
 
 
+def markdown_list(pairs: Sequence[tuple[str, str]]) -> str:
+    """Write names in bold, each with its text."""
+    return "\n".join(f"- **{escaped(name)}**: {escaped(text)}" for name, text in pairs)
+
+
 def _cell(cell: Cell) -> str:
     text = f"**{escaped(cell.text)}**" if cell.strong else escaped(cell.text)
     warnings = [f"**Warning:** {escaped(warning)}" for warning in cell.warnings]
@@ -43,18 +48,14 @@ def markdown_page(
     plots: Sequence[Figure],
 ) -> str:
     """Write the page: facts, tables, meaning of the measures, numbers of the plots, hashes, versions."""
-    parts = [f"# {escaped(comparison.title)}", _list(facts)]
+    parts = [f"# {escaped(comparison.title)}", markdown_list(facts)]
     parts += [f"## {escaped(table.title)}\n\n{markdown_table(table)}" for table in tables]
     if comparison.measures:
         meanings = [(measure.name, measure.help) for measure in comparison.measures]
-        parts.append(f"## What the numbers are\n\n{_list(meanings)}")
+        parts.append(f"## What the numbers are\n\n{markdown_list(meanings)}")
     parts += [f"## {escaped(plot.title)}\n\n{markdown_table(plot.table)}" for plot in plots]
     for name, hashes in comparison.hashes.items():
-        parts.append(f"## Hashes of {escaped(name)}\n\n{_list(list(hashes.items()))}")
+        parts.append(f"## Hashes of {escaped(name)}\n\n{markdown_list(list(hashes.items()))}")
     if comparison.versions:
-        parts.append(f"## Versions\n\n{_list(list(comparison.versions.items()))}")
+        parts.append(f"## Versions\n\n{markdown_list(list(comparison.versions.items()))}")
     return "\n\n".join(parts) + "\n"
-
-
-def _list(pairs: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(f"- **{escaped(name)}**: {escaped(text)}" for name, text in pairs)

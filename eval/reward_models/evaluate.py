@@ -21,19 +21,19 @@ from eval.reward_models.best_of_n import Samples, best_of_n, sample
 from eval.reward_models.ensembles import measure_ensembles
 from eval.reward_models.measure import measure_pairs, measure_references, plain
 from eval.reward_models.models import load_scored_model
-from eval.reward_models.page import page
 from eval.reward_models.pairs import ScoredPairs, invariance, load_split, score_pairs, texts_sha256
 from eval.reward_models.plots import plot_all
 from eval.reward_models.recipe import EvaluateRewardModelRecipe, ScoredModel
+from eval.reward_models.report import FILE, write_report
 from eval.statistics.score_summary import accuracy_over_seeds, model_agreement
 
 
 def evaluate_reward_model(recipe: EvaluateRewardModelRecipe, say: Say = print) -> Path:
     """Score the pairs with every model, measure, and write the results to `run_dir`.
 
-    Writes evaluation.json, evaluation.md, pairs.jsonl (the scores of every pair), plots and config.yaml; returns the
-    path of evaluation.md. Raises ConfigError or DataError for inputs that cannot be read, and where the models do not
-    read the same pairs.
+    Writes evaluation.json, its pages evaluation.html and evaluation.md, pairs.jsonl (the scores of every pair), plots
+    and config.yaml; returns the path of evaluation.html. Raises ConfigError or DataError for inputs that cannot be
+    read, and where the models do not read the same pairs.
     """
     if not recipe.models:
         raise ConfigError(
@@ -71,11 +71,10 @@ def evaluate_reward_model(recipe: EvaluateRewardModelRecipe, say: Say = print) -
         "ensembles": measure_ensembles(recipe, examples, scored),
         **_together(scored, recipe.confidence),
     }
-    write_whole(folder / "evaluation.json", json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / FILE, json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
     _write_pairs(folder / "pairs.jsonl", examples, scored)
-    plots = plot_all(evaluation, scored, recipe.num_bins, folder)
-    path = folder / "evaluation.md"
-    write_whole(path, page(evaluation, plots))
+    plot_all(evaluation, scored, recipe.num_bins, folder)
+    path = write_report(evaluation, folder)
     engine.close()
     return path
 

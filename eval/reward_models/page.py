@@ -1,11 +1,11 @@
-"""The Markdown page of an evaluation: a function of its JSON."""
+"""What the pages of an evaluation hold, and the Markdown one: functions of its JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from eval.reporting.report_markdown import escaped, markdown_table
+from eval.reporting.report_markdown import escaped, markdown_list, markdown_table
 from eval.reporting.report_tables import NOTHING, Column, Table, number_text, row_of
 
 Values = Mapping[str, Any]
@@ -23,35 +23,40 @@ MEANINGS = {
 }
 
 
-def page(evaluation: Values, plots: Mapping[str, str]) -> str:
+def markdown_page(evaluation: Values, plots: Mapping[str, str]) -> str:
     """Write the page; `plots` are file names by title."""
-    models, data = evaluation["models"], evaluation["data"]
-    parts = [f"# Reward models on {escaped(data['path'] or data['task'])}", _facts(evaluation)]
-    parts += [
-        f"## {escaped(table.title)}\n\n{markdown_table(table)}" for table in _tables(evaluation, models)
-    ]
-    parts += [f"## {escaped(title)}\n\n![{escaped(title)}]({name})" for title, name in plots.items()]
-    meanings = "\n".join(f"- **{name}**: {escaped(text)}" for name, text in MEANINGS.items())
+    parts = [f"# {escaped(title(evaluation))}", markdown_list(facts(evaluation))]
+    parts += [f"## {escaped(table.title)}\n\n{markdown_table(table)}" for table in tables(evaluation)]
+    parts += [f"## {escaped(name)}\n\n![{escaped(name)}]({file})" for name, file in plots.items()]
+    meanings = markdown_list(list(MEANINGS.items()))
     return "\n\n".join([*parts, f"## What the numbers are\n\n{meanings}"]) + "\n"
 
 
-def _facts(evaluation: Values) -> str:
+def title(evaluation: Values) -> str:
+    """Return the title of the pages."""
+    return f"Reward models on {evaluation['data']['path'] or evaluation['data']['task']}"
+
+
+def facts(evaluation: Values) -> list[tuple[str, str]]:
+    """Return name and text of the facts at the top: pairs, precision, intervals, models."""
     data, precision = evaluation["data"], evaluation["precision"]
-    facts = {
+    found = {
         "pairs": f"{data['num_pairs']}, of {data['num_prompts']} prompts, split {data['split']}, sha256 "
         f"{data['pairs_sha256']}",
         "precision": f"{precision['dtype']}, autocast {precision['mixed_precision']}, {precision['device']}",
         "intervals": f"{100 * evaluation['confidence']:g}%, over prompts",
     }
     for model in evaluation["models"]:
-        facts[model["name"]] = f"{model['kind']}, {model['path']}, sha256 {model['weights_sha256']}"
+        found[model["name"]] = f"{model['kind']}, {model['path']}, sha256 {model['weights_sha256']}"
         if model["kind"] == "implicit rewards":
             reference = f"{model['reference']}, sha256 {model['reference_sha256']}"
-            facts[model["name"]] += f"; beta {model['beta']:g}, reference {reference}"
-    return "\n".join(f"- **{escaped(name)}**: {escaped(text)}" for name, text in facts.items())
+            found[model["name"]] += f"; beta {model['beta']:g}, reference {reference}"
+    return list(found.items())
 
 
-def _tables(evaluation: Values, models: Sequence[Values]) -> Iterator[Table]:
+def tables(evaluation: Values) -> Iterator[Table]:
+    """Yield the tables, in the order of the pages."""
+    models = evaluation["models"]
     yield _accuracy(evaluation, models)
     for column in models[0]["subsets"]:
         yield _groups(f"Accuracy by {column}", column, [model["subsets"][column] for model in models], models)

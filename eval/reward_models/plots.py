@@ -18,26 +18,35 @@ WIDTH, HEIGHT = 6.0, 4.2
 SCORE_BINS = 40
 
 
+PLOTS = {
+    "Reliability": "reliability.png",
+    "Margin by length difference": "margin_by_length.png",
+    "Scores": "scores.png",
+    "Best of n": "best_of_n.png",
+}
+"File names by title."
+
+
+def plots_of(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """Return file names by title of the plots that an evaluation has."""
+    has_samples = evaluation["models"][0]["best_of_n"] is not None
+    return {title: name for title, name in PLOTS.items() if has_samples or title != "Best of n"}
+
+
 def plot_all(
     evaluation: Mapping[str, Any], scored: Mapping[str, ScoredPairs], num_bins: int, folder: Path
-) -> dict[str, str]:
-    """Write the plots to the folder; return their file names by title."""
+) -> None:
+    """Write the plots of `plots_of` to the folder."""
     models = evaluation["models"]
-    plots = {
-        "Reliability": ("reliability.png", 1, lambda axes: _reliability(axes[0], models)),
-        "Margin by length difference": (
-            "margin_by_length.png",
-            1,
-            lambda axes: _margin_by_length(axes[0], scored, num_bins),
-        ),
-        "Scores": ("scores.png", len(scored), lambda axes: _scores(axes, scored)),
+    curves = list((models[0]["best_of_n"] or {"curves": {}})["curves"])[:2]
+    drawings = {
+        "Reliability": (1, lambda axes: _reliability(axes[0], models)),
+        "Margin by length difference": (1, lambda axes: _margin_by_length(axes[0], scored, num_bins)),
+        "Scores": (len(scored), lambda axes: _scores(axes, scored)),
+        "Best of n": (len(curves), lambda axes: _best_of_n(axes, models, curves)),
     }
-    if models[0]["best_of_n"] is not None:
-        names = list(models[0]["best_of_n"]["curves"])[:2]
-        plots["Best of n"] = ("best_of_n.png", len(names), lambda axes: _best_of_n(axes, models, names))
-    for name, num_panels, draw in plots.values():
-        _save(folder / name, num_panels, draw)
-    return {title: name for title, (name, _, _) in plots.items()}
+    for title, name in plots_of(evaluation).items():
+        _save(folder / name, *drawings[title])
 
 
 def _save(path: Path, num_panels: int, draw: Callable[[Sequence[Axes]], None]) -> None:

@@ -17,7 +17,8 @@ from eval.reporting.comparison import (
     read_comparison,
     write_comparison,
 )
-from eval.reporting.report import headline, script_json, write_report
+from eval.reporting.html import script_json
+from eval.reporting.report import headline, write_report
 from eval.reporting.report_markdown import escaped, markdown_table
 from eval.reporting.report_tables import (
     Cell,

@@ -111,7 +111,7 @@ def test_what_a_run_leaves(run):
     evaluation, folder = run
     plots = {"reliability.png", "margin_by_length.png", "scores.png", "best_of_n.png"}
     assert {path.name for path in folder.iterdir()} == plots | {
-        *("evaluation.json", "evaluation.md", "pairs.jsonl", "config.yaml", "best_of_n")
+        *("evaluation.json", "evaluation.md", "evaluation.html", "pairs.jsonl", "config.yaml", "best_of_n")
     }
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in plots)
     page = (folder / "evaluation.md").read_text()
