@@ -1,4 +1,4 @@
-"""Run the whole pipeline with SmolLM2 on TL;DR: SFT, reward model, PPO, DR-PO, DPO and comparison.
+"""Run the whole pipeline with SmolLM2 on TL;DR: SFT, reward model and its evaluation, PPO, DR-PO, DPO, comparison.
 
 python launch/demo_real.py [file or hub id with TL;DR data]
 """
@@ -19,7 +19,7 @@ from drpo.data.records import BadRows, DataError
 from eval.comparing.recipe import CompareRecipe
 from launch.command_line import find_recipe, quieten_libraries, run_stage
 
-STAGES = ("sft", "reward_model", "ppo", "drpo", "dpo", "compare")
+STAGES = ("sft", "reward_model", "evaluate_reward_model", "ppo", "drpo", "dpo", "compare")
 
 
 def main() -> None:
@@ -43,8 +43,9 @@ def main() -> None:
         run_stage(stage, f"demo_real/{stage}.yaml", f"{key}={path}")
         print(f"{(time.monotonic() - started) / 60:.1f} minutes so far", flush=True)
     folder = Path(recipe.run_dir)
-    print(f"policies, metrics and samples are in {folder.parent}; open the report in a browser:")
+    print(f"policies, metrics and samples are in {folder.parent}; open the reports in a browser:")
     print(f"  {folder / 'report.html'}")
+    print(f"  {folder.parent / 'evaluate_reward_model' / 'evaluation.html'}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,14 @@ from eval.reward_models.best_of_n import Samples, best_of_n, sample
 from eval.reward_models.ensembles import measure_ensembles
 from eval.reward_models.measure import measure_pairs, measure_references, plain
 from eval.reward_models.models import load_scored_model
-from eval.reward_models.pairs import ScoredPairs, invariance, load_split, score_pairs, texts_sha256
+from eval.reward_models.pairs import (
+    ScoredPairs,
+    choose_pairs,
+    invariance,
+    load_split,
+    score_pairs,
+    texts_sha256,
+)
 from eval.reward_models.plots import plot_all
 from eval.reward_models.recipe import EvaluateRewardModelRecipe, ScoredModel
 from eval.reward_models.report import FILE, write_report
@@ -89,6 +96,7 @@ def _evaluate(
     """Measure one model; return the result, the scored pairs, their examples and the report on the data."""
     loaded = load_scored_model(model, recipe, engine)
     examples, report = load_split(recipe, loaded.tokenizer, "pairs")
+    examples = choose_pairs(examples, recipe.num_pairs)
     pairs = score_pairs(loaded, examples, say)
     result = {
         "name": loaded.label,

@@ -55,6 +55,12 @@ def texts_sha256(examples: Sequence[Example]) -> str:
     return sha256_of({"pairs": rows})
 
 
+def choose_pairs(examples: Sequence[Example], num_pairs: int | None) -> list[Example]:
+    """Return so many of the pairs (None: all) in their order, chosen by their texts' hashes: never by their order."""
+    by_hash = sorted(range(len(examples)), key=lambda index: texts_sha256([examples[index]]))
+    return [examples[index] for index in sorted(by_hash[:num_pairs])]
+
+
 def _response(record: Record, name: str) -> str:
     return record.without_opening(getattr(record, name))
 

@@ -76,6 +76,8 @@ class EvaluateRewardModelRecipe(Section):
     split: Literal["train", "eval"] = "eval"
     """Which split of the data; eval are the held-out pairs. A file that is for evaluation only: train, with
     data.eval_fraction=0."""
+    num_pairs: int | None = setting(None, ge=2)
+    """So many of the pairs, chosen by the hashes of their texts; null for all."""
     subsets: list[str] = field(default_factory=list)
     """Columns of the data by whose values the accuracy is also computed; extra.confidence is a field of a column."""
     num_bins: int = setting(10, ge=2)

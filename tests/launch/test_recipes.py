@@ -170,6 +170,15 @@ def test_the_real_demo_ends_with_what_it_made():
             assert getattr(data, key) == getattr(recipe.complete.data, key)
 
 
+def test_the_real_demo_evaluates_its_reward_model_on_the_pairs_it_was_not_trained_on():
+    recipe, trained = (
+        loaded(f"demo_real/{stage}.yaml") for stage in ("evaluate_reward_model", "reward_model")
+    )
+    assert recipe.data == trained.data and recipe.split == "eval"
+    assert [model.path for model in recipe.models] == [f"{trained.run_dir}/reward_model"]
+    assert recipe.run_dir == "runs/demo_real/evaluate_reward_model"
+
+
 # --- published settings ---------------------------------------------------------------------------------
 
 

@@ -278,6 +278,22 @@ def test_any_file_of_pairs_is_evaluated_by_its_columns(folders, models, tmp_path
     assert "## Accuracy by kind" in (tmp_path / "run" / "evaluation.md").read_text()
 
 
+def test_so_many_pairs_are_chosen_by_their_texts(models, tmp_path):
+    """The same ones in a file of another order, and every one of a larger number."""
+    rows = [{"prompt": f"Q{i}:", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(30)]
+    lines = []
+    for name, own in (("one", rows), ("other", rows[::-1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+        data = {"task": "own", "path": str(tmp_path / f"{name}.jsonl"), "eval_fraction": 0.0}
+        settings = {"data": data, "split": "train", "num_references": 0}
+        found = evaluate(tmp_path / name, models[:1], **settings, num_pairs=8)
+        assert found["data"]["num_pairs"] == 8
+        text = (tmp_path / name / "pairs.jsonl").read_text().splitlines()
+        lines.append([json.loads(line)["prompt_id"] for line in text])
+    assert lines[0] == lines[1][::-1] and len(set(lines[0])) == 8
+    assert evaluate(tmp_path / "all", models[:1], **settings, num_pairs=31)["data"]["num_pairs"] == 30
+
+
 def test_a_classifier_from_elsewhere_is_evaluated(folders, tmp_path):
     config = AutoConfig.for_model(
         "gpt_neox", **ARCHITECTURES["gpt_neox"], vocab_size=300, num_labels=1, pad_token_id=0
