@@ -42,6 +42,7 @@ LAYERS = (
         "rollout.trajectory",
         "rollout.resets",
         "reward_functions",
+        "servers",
     ),
     ("models", "engine", "fully_sharded", "run.metrics", "optim"),
     ("run",),

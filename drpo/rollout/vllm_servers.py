@@ -9,6 +9,7 @@ restarted or that another run uses too, stops the run.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import socket
@@ -19,9 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-import requests
 import torch
-from requests.adapters import HTTPAdapter
 from torch import nn
 
 from drpo.config import ConfigError
@@ -31,9 +30,8 @@ from drpo.rollout.sampler import Generated, SamplingConfig, Vocabulary
 from drpo.rollout.vllm_requests import Request, VLLMConfig, check_suppressed, generated, requests_of
 from drpo.rollout.vllm_worker import WorkerExtension
 from drpo.rollout.weight_stream import WeightListener, send_weights
+from drpo.servers import ServerClient
 
-PAUSE = 1.0
-"Seconds between two tries to reach a server."
 EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
 FINISHED = ("stop", "length")
@@ -71,20 +69,16 @@ class VLLMServers:
         self._dtype = DTYPES[engine.precision]
         self._timeout = 60 * config.timeout_minutes
         self._run, self._num_updates = engine.from_main(secrets.token_hex(8)), 0
-        self._session = requests.Session()
-        self._session.trust_env = False  # servers are near: no proxy
-        self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE", True)
-        if key := os.environ.get("VLLM_API_KEY"):
-            self._session.headers["Authorization"] = f"Bearer {key}"
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(len(self._urls), num_rows))
+        limit = f"rollout.vllm.timeout_minutes={config.timeout_minutes:g}"
+        token = os.environ.get("VLLM_API_KEY") or None
+        self._client = ServerClient("rollout.vllm.urls", limit, len(self._urls), num_rows, token)
         self._rows = ThreadPoolExecutor(num_rows)
         engine.at_close(self._close)
         self._on_main(self._check_servers)
 
     def _close(self) -> None:
         self._rows.shutdown(wait=False, cancel_futures=True)
-        self._session.close()
+        self._client.close()
 
     @property
     def _version(self) -> str:
@@ -242,30 +236,15 @@ class VLLMServers:
             url: of the server.
             path: below it.
             body: as JSON.
-            until: call again while the server cannot be reached, until this time of the monotonic clock; None for one
+            until: call again while the server is away or busy, until this time of the monotonic clock; None for one
                 call.
             hint: end of the message for an answer that is an error.
         """
-        route = path.partition("?")[0]
-        while True:
-            left = self._timeout if until is None else max(until - time.monotonic(), PAUSE)
-            try:
-                answer = self._session.request(method, url + path, json=body, timeout=left)
-                break
-            except requests.RequestException as error:
-                if until is None or time.monotonic() + PAUSE > until:
-                    timeout = f"rollout.vllm.timeout_minutes={self._config.timeout_minutes:g}"
-                    waited = "" if until is None else f" (waited {timeout})"
-                    raise ConfigError(
-                        f"rollout.vllm.urls: {url} does not answer {route}{waited}: {error}"
-                    ) from None
-                time.sleep(PAUSE)
-        if answer.status_code != requests.codes.ok:
-            raise ConfigError(
-                f"rollout.vllm.urls: {url}{route} answers {answer.status_code}: {answer.text[:500]} (its log says "
-                f"more){hint}"
-            )
-        return answer.json() if answer.content else None
+        content = None if body is None else json.dumps(body).encode()
+        seconds = self._timeout if until is None else None
+        answer = self._client.request(method, url, path, content, until=until, seconds=seconds)
+        place = url + path.partition("?")[0]
+        return self._client.values(answer, place, lambda status: f" (its log says more){hint}")
 
 
 def _listener(address: str) -> WeightListener:

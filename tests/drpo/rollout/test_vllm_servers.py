@@ -166,6 +166,16 @@ def test_a_server_that_stays_away_is_named_with_how_long_it_was_waited_for(polic
         generator_of(policy, engine, server.url, timeout=1.2)
 
 
+def test_a_server_that_is_busy_is_asked_again(policy, engine):
+    with StubRolloutServer(plain()) as server:
+        generator = generator_of(policy, engine, server.url)
+        with generator.synced():
+            server.failures["/inference/v1/generate"] = 503
+            over = threading.Timer(0.5, server.failures.clear)
+            over.start()
+            assert len(generator.generate(CONTEXTS, BUDGETS, DRAWS).tokens) == len(CONTEXTS)
+
+
 @pytest.mark.parametrize(
     "path, named",
     [("/collective_rpc", "weights"), ("/inference/v1/generate", "rows"), ("/server_info", "start")],
