@@ -16,6 +16,15 @@ from eval.reward_models.pairs import ScoredPairs
 from eval.reward_models.recipe import EvaluateRewardModelRecipe, ensemble_label
 from eval.statistics.score_summary import accuracy_gain
 from reward_models.ensembles import combine
+from reward_models.model import RewardModelConfig
+from reward_models.units import check_units
+
+
+def check_ensembles(recipe: EvaluateRewardModelRecipe, configs: Sequence[RewardModelConfig | None]) -> None:
+    """Raise ConfigError for ensembles of models whose scores cannot be compared, of the first ones with `configs`."""
+    paths = [model.path for model in recipe.models[: len(configs)]]
+    for ensemble in recipe.ensembles if None not in configs else []:
+        check_units(configs, paths, ensemble.combine, "models")
 
 
 def measure_ensembles(

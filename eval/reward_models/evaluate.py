@@ -18,9 +18,9 @@ from drpo.versions import git_commit, package_versions
 from eval.progress import Say
 from eval.reward_models.best_of_k import ChoiceRow, best_of_k, read_choices
 from eval.reward_models.best_of_n import Samples, best_of_n, sample
-from eval.reward_models.ensembles import measure_ensembles
+from eval.reward_models.ensembles import check_ensembles, measure_ensembles
 from eval.reward_models.measure import measure_pairs, measure_references, plain
-from eval.reward_models.models import load_scored_model
+from eval.reward_models.models import LoadedModel, load_scored_model
 from eval.reward_models.pairs import (
     ScoredPairs,
     choose_pairs,
@@ -55,9 +55,13 @@ def evaluate_reward_model(recipe: EvaluateRewardModelRecipe, say: Say = print) -
     save_resolved(recipe, folder / "config.yaml")
     choices, choices_name = ([], None) if recipe.best_of_k is None else read_choices(recipe.best_of_k)
     samples = None if recipe.best_of_n.policy is None else sample(recipe, engine, say)
-    results, scored, facts = [], {}, None
+    results, scored, configs, facts = [], {}, [], None
     for model in recipe.models:
-        result, pairs, examples, report = _evaluate(model, recipe, engine, choices, say)
+        loaded = load_scored_model(model, recipe, engine)
+        configs.append(loaded.config)
+        check_ensembles(recipe, configs)
+        result, pairs, examples, report = _evaluate(loaded, recipe, choices, say)
+        del loaded  # one model is in memory at a time
         if samples is not None:
             result["best_of_n"] = _best_of_n(model, recipe, engine, samples)
         own = _data_facts(recipe, examples, report)
@@ -87,14 +91,12 @@ def evaluate_reward_model(recipe: EvaluateRewardModelRecipe, say: Say = print) -
 
 
 def _evaluate(
-    model: ScoredModel,
+    loaded: LoadedModel,
     recipe: EvaluateRewardModelRecipe,
-    engine: Engine,
     choices: list[ChoiceRow],
     say: Say,
 ) -> tuple[dict[str, Any], ScoredPairs, list[Example], str]:
     """Measure one model; return the result, the scored pairs, their examples and the report on the data."""
-    loaded = load_scored_model(model, recipe, engine)
     examples, report = load_split(recipe, loaded.tokenizer, "pairs")
     examples = choose_pairs(examples, recipe.num_pairs)
     pairs = score_pairs(loaded, examples, say)

@@ -48,7 +48,7 @@ class RewardModelsRecipe(Section):
     """File of the data, in place of the recipes' own; its rows are split as theirs."""
     sft: str | None = None
     """Recipe of launch/sft.py for the policy that a seed's reward models start from; null: what model.path names."""
-    recipe: str = ""
+    recipe: str = "tldr/smoke_reward_model.yaml"
     """Recipe of launch/reward_model.py that the variants override."""
     shared: list[str] = field(default_factory=list)
     """Settings of every run and of the evaluations' data, data.key=value."""
@@ -62,8 +62,6 @@ class RewardModelsRecipe(Section):
     """Runs at a time, each on its share of the cores."""
 
     def check(self) -> None:
-        refuse(not self.recipe, "recipe", "must name a recipe of launch/reward_model.py")
-        refuse(not self.variants, "variants", "is empty; give at least one")
         is_wrong = len(self.seeds) < 2 or len(set(self.seeds)) < len(self.seeds)
         refuse(is_wrong, "seeds", f"must be two or more different numbers, for intervals, got {self.seeds}")
         foreign = [override for override in self.shared if not override.startswith("data.")]
@@ -108,6 +106,8 @@ def run(recipe: RewardModelsRecipe) -> Path:
 
 def check(recipe: RewardModelsRecipe) -> None:
     """Raise ConfigError, naming the variant, for settings that would fail late or change what is held out."""
+    if not recipe.variants:
+        raise ConfigError("variants is empty; give at least one, with settings of the reward model or []")
     for name, overrides in recipe.variants.items():
         if own := [override for override in overrides if override.startswith(("data.", "seed="))]:
             raise ConfigError(

@@ -120,7 +120,11 @@ def test_the_demo_ends_with_what_the_demo_made():
 def test_what_smollm2_is_compared_on_is_what_its_recipes_leave():
     for task in TASKS:
         compared = loaded(f"smollm/{task}_compare.yaml")
-        stages = [name for name in NAMES if name.startswith(f"smollm/{task}_") and "compare" not in name]
+        stages = [
+            name
+            for name in NAMES
+            if name.startswith(f"smollm/{task}_") and stage_of(name) not in ("compare", "reward_models")
+        ]
         folders = {loaded(name).run_dir for name in stages}
         policies = {policy for system in compared.systems for policy in system.policies}
         assert policies == {f"{folder}/policy" for folder in folders if "reward_model" not in folder}

@@ -22,6 +22,7 @@ from launch.experiments.memory_plan import MemoryPlanRecipe
 from launch.experiments.overoptimisation import OverOptimisationRecipe
 from launch.experiments.preference import PreferenceExperimentRecipe
 from launch.experiments.resets import ExperimentRecipe
+from launch.experiments.reward_models import RewardModelsRecipe
 from launch.experiments.rollout_speed import RolloutSpeedRecipe
 from launch.experiments.smollm import SmolLMExperimentRecipe
 from launch.experiments.speed import SpeedRecipe
@@ -40,6 +41,7 @@ STAGES: dict[str, type] = {
     **dict.fromkeys(("dpo", "cdpo", "odpo", "ipo", "simpo", "orpo", "kto"), PreferenceRecipe),
     "reset_experiment": ExperimentRecipe,
     "overoptimisation": OverOptimisationRecipe,
+    "reward_models": RewardModelsRecipe,
     "preference_experiment": PreferenceExperimentRecipe,
     "neuron_shift": NeuronShiftRecipe,
     "judge": JudgeRecipe,

@@ -348,6 +348,17 @@ def test_models_that_cannot_be_evaluated_are_refused(tmp_path, models, message):
         evaluate(tmp_path / "run", models)
 
 
+def test_members_without_a_common_zero_are_refused_before_the_second_is_measured(folders, tmp_path):
+    other = save_reward_model(tmp_path / "other", load_tokenizer(str(folders["rm"])), seed=4)
+    other.config.centre = 0.0
+    other.save_pretrained(tmp_path / "other")
+    members = [{"path": str(folders["rm"])}, {"path": str(tmp_path / "other")}]
+    with pytest.raises(
+        ConfigError, match=r"models: '.*rm' was given a centre on references and '.*other' was not"
+    ):
+        evaluate(tmp_path / "run", members, ensembles=[{"combine": "mean"}])
+
+
 @pytest.mark.parametrize(
     ("kinds", "combine", "message"),
     [
