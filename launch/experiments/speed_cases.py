@@ -43,6 +43,9 @@ class Case:
     ranked: bool = False
     "Whether a reward model learns from all pairs of ranked responses to a prompt, in one example."
 
+    trainable_layers: int | None = None
+    "Layers that our side trains, the others being frozen; the other side trains all, as it comes."
+
     @property
     def is_online(self) -> bool:
         return self.stage == "drpo"
@@ -57,6 +60,7 @@ CASES = {
     "ppo_tldr": Case("drpo", "tldr", ("before",), ("learn", "update"), num_epochs=1),
     "ppo_chat": Case("drpo", "chat", ("before",), ("learn", "update"), num_epochs=1),
     "sft_chat": Case("sft", "chat", ("before",)),
+    "reward_model_top": Case("reward_model", "even", ("trl",), trainable_layers=2),
     "reward_model_ranked": Case("reward_model", "even", ("pairs",), ranked=True),
     "reward_model_chat": Case("reward_model", "chat", ("before",)),
     "resets": Case("drpo", "even", ("prompts",), ("generate",), num_batches=4, num_epochs=1, resets=True),
@@ -94,6 +98,8 @@ def our_settings(case: Case, sizes: Sizes, inputs: Path, side: str) -> dict[str,
         "model": {"path": str(inputs / policy_of(case))},
         "engine": {"mixed_precision": sizes.precision, "trackers": []},
     }
+    if case.trainable_layers is not None:
+        settings["model"]["trainable_layers"] = case.trainable_layers
     if case.is_online:
         return settings | _online_settings(case, sizes, cut, str(inputs / "reward_model"), side)
     settings["batch"] = cut | {"size": sizes.batch_size}

@@ -59,7 +59,9 @@ def compare(
         if side == "ours":
             continue
         others = rounds[side]
-        same_work = side == "before" or (side == "trl" and not case.is_online)
+        same_work = side == "before" or (
+            side == "trl" and not case.is_online and case.trainable_layers is None
+        )
         difference = loss_difference(name, side, ours, others, scale.loss_tolerance) if same_work else None
         for part in case.parts:
             mine, theirs = (

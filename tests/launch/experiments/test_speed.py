@@ -115,6 +115,7 @@ def test_settings_of_every_side_are_a_recipe_of_the_stage(tmp_path, name, side):
     if side == "before":
         settings.pop("score", None)  # its keys had other names
     recipe = load_recipe(STAGES[case.stage], write_recipe(tmp_path / "recipe.yaml", settings), [])
+    assert recipe.model.trainable_layers == (2 if name == "reward_model_top" else None)
     rows = recipe.rollout if case.is_online else recipe.batch
     expected = {"ours": 1, "pairs": 6}[side] if case.ranked else 4 * case.num_batches
     assert (rows.batch_size if case.is_online else rows.size) == expected
