@@ -25,6 +25,7 @@ from eval.reward_models.pairs import checked_scores
 from eval.reward_models.recipe import EvaluateRewardModelRecipe
 from eval.statistics.best_of_n import top_credit
 from eval.statistics.intervals import mean_interval
+from eval.statistics.ties import Margins, margins_of, ties_score
 
 NO_SUBSET = "all"
 TIES = "Ties"
@@ -40,6 +41,8 @@ class ChoiceRow:
     rejected: tuple[str, ...]
     subset: str
     origin: str
+    id: str = ""
+    "Of RewardBench 2's Ties ref:<n> for the prompt with one right response, tied:<n> for that with several."
 
 
 def read_choices(path: str) -> tuple[list[ChoiceRow], str]:
@@ -76,7 +79,8 @@ def _choice_row(row: Row) -> ChoiceRow:
         lists.append(tuple(require_text(text, name) for text in texts))
     subset = values.get("subset")
     name = NO_SUBSET if subset is None else str(subset)
-    return ChoiceRow(require_text(values.get("prompt"), "prompt"), *lists, name, row.origin)
+    prompt, id = require_text(values.get("prompt"), "prompt"), str(values.get("id", ""))
+    return ChoiceRow(prompt, *lists, name, row.origin, id)
 
 
 def best_of_k(recipe: EvaluateRewardModelRecipe, model: LoadedModel, rows: list[ChoiceRow]) -> dict[str, Any]:
@@ -85,8 +89,8 @@ def best_of_k(recipe: EvaluateRewardModelRecipe, model: LoadedModel, rows: list[
         credit = right responses among those of the highest score / number of those
 
     The mean over subsets counts each once, without Ties. For Ties: the share of prompts on which every right response
-    scores above every wrong one (`all_right_first`), and on which that gap also exceeds the spread among the right
-    ones (`gap_exceeds_spread`).
+    scores above every wrong one (`all_right_first`), on which that gap also exceeds the spread among the right ones
+    (`gap_exceeds_spread`), and where the rows have RewardBench 2's ids its score (`eval.statistics.ties`).
     """
     completions = [c for row in rows for c in choice_completions(row, model.tokenizer, recipe.data)]
     lengths = [len(completion.query_ids) + len(completion.response_ids) for completion in completions]
@@ -94,13 +98,12 @@ def best_of_k(recipe: EvaluateRewardModelRecipe, model: LoadedModel, rows: list[
         check_lengths(module, lengths, model.key, "leave the rows out of best_of_k")
     scores = iter(checked_scores(model.score, completions, model.key))
     credits: dict[str, list[tuple[str, float]]] = {}
-    ties: list[tuple[bool, bool]] = []
+    ties: dict[str, Margins] = {}
     for row in rows:
         right = np.array([next(scores) for _ in row.chosen])
         wrong = np.array([next(scores) for _ in row.rejected])
         if row.subset == TIES:
-            gap = right.min() - wrong.max()
-            ties.append((gap > 0, gap > right.max() - right.min()))
+            ties[row.id if row.id not in ties else row.origin] = margins_of(right, wrong)
         else:
             credits.setdefault(row.subset, []).append((prompt_id_of(row.prompt), top_credit(right, wrong)))
     subsets = {name: _mean(found, recipe.confidence) for name, found in sorted(credits.items())}
@@ -122,9 +125,15 @@ def _mean(found: list[tuple[str, float]], confidence: float) -> Mapping[str, Any
     return plain({"n": len(credit), "shared_tops": num_tied, "accuracy": interval})
 
 
-def _ties(ties: list[tuple[bool, bool]]) -> Mapping[str, Any]:
-    first, exceeds = np.mean(np.array(ties, dtype=np.float64), axis=0)
-    return {"n": len(ties), "all_right_first": float(first), "gap_exceeds_spread": float(exceeds)}
+def _ties(ties: Mapping[str, Margins]) -> Mapping[str, Any]:
+    first = np.mean([each.is_right for each in ties.values()])
+    exceeds = np.mean([each.gap > (each.spread or 0.0) for each in ties.values()])
+    kinds: dict[str, dict[str, Margins]] = {"ref": {}, "tied": {}}
+    for id, each in ties.items():
+        kind, _, number = id.partition(":")
+        kinds.setdefault(kind, {})[number] = each
+    score = ties_score(**kinds) if len(kinds) == 2 and all(kinds.values()) else None
+    return {"n": len(ties), "all_right_first": first, "gap_exceeds_spread": exceeds, "rewardbench_2": score}
 
 
 def choice_completions(

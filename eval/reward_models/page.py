@@ -269,9 +269,18 @@ def _best_of_k(models: Sequence[Values]) -> Iterator[Table]:
         rows = []
         for model in models:
             ties = model["best_of_k"]["ties"]
-            rows.append([model["name"], str(ties["n"]), *map(_number, list(ties.values())[1:])])
-        columns = ("model", "prompts", "all right ones first", "gap above the spread of the right ones")
-        yield _table("Ties", columns, rows)
+            shares = [_number(ties[name]) for name in ("all_right_first", "gap_exceeds_spread")]
+            score = ties["rewardbench_2"]
+            rows.append([model["name"], str(ties["n"]), *shares, _number(score and score["overall"])])
+        columns = (
+            "model",
+            "prompts",
+            "all right ones first",
+            "gap above the spread of the right ones",
+            "score",
+        )
+        note = "Score: RewardBench 2's of Ties, where the rows have its ids (ref:<n> and tied:<n>)."
+        yield _table("Ties", columns, rows, note)
 
 
 def _best_of_n(models: Sequence[Values]) -> Iterator[Table]:

@@ -256,7 +256,36 @@ def test_the_best_of_k_shares_the_credit_of_ties(run, folders):
         "n": 1,
         "all_right_first": float(min(right) > max(wrong)),
         "gap_exceeds_spread": float(min(right) - max(wrong) > max(right) - min(right)),
+        "rewardbench_2": None,
     }
+
+
+def test_rows_with_the_ids_of_rewardbench_2_have_its_score(folders, tmp_path):
+    """One prompt of both kinds: 0.3 for each that is right, 0.2 for each gap above the spread, 0.01 of the margin."""
+    rows = [
+        {"prompt": "POST: c", "chosen": [" mug"], "rejected": [" tent"], "subset": "Ties", "id": "ref:7"},
+        {
+            "prompt": "POST: c",
+            "chosen": [" mug", " lamp"],
+            "rejected": [" tent"],
+            "subset": "Ties",
+            "id": "tied:7",
+        },
+    ]
+    (tmp_path / "ties.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"best_of_k": str(tmp_path / "ties.jsonl"), "num_references": 0, "num_alone": 0}
+    found = evaluate(tmp_path / "run", [{"path": str(folders["rm"])}], **settings)["models"][0]["best_of_k"][
+        "ties"
+    ]
+    model, tokenizer = RewardModel.from_pretrained(folders["rm"]).eval(), load_tokenizer(str(folders["rm"]))
+    query, eos = tokenizer("POST: c")["input_ids"], tokenizer.eos_token_id
+    mug, lamp, tent = (
+        score_alone(model, query, [*tokenizer(text)["input_ids"], eos]) for text in (" mug", " lamp", " tent")
+    )
+    gap, other_gap, spread = min(mug, lamp) - tent, mug - tent, abs(mug - lamp)
+    expected = 0.3 * (gap > 0) + 0.3 * (other_gap > 0) + 0.2 * (gap > spread)
+    expected += 0.2 * (min(gap, other_gap) > spread) + 0.01 * np.tanh(min(gap, other_gap) / spread - 1)
+    assert found["n"] == 2 and found["rewardbench_2"]["overall"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_any_file_of_pairs_is_evaluated_by_its_columns(folders, models, tmp_path):
