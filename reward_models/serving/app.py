@@ -11,31 +11,24 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from drpo.config import ConfigError
-from drpo.data.records import DataError
-from drpo.models.positions import position_limit
-from reward_models.score import RewardModelScorer
 from reward_models.serving.batcher import Batcher, Overloaded
-from reward_models.serving.identity import model_id, template_hash
-from reward_models.serving.rows import BadRequest, Limits, RowReader
+from reward_models.serving.rows import BadRequest
+from reward_models.serving.served import ServedModel
 
 DROPPED_BYTES = 1 << 24
 
 
 class RewardServer:
-    """A scorer behind HTTP; `app` is its ASGI application."""
+    """Reward models behind HTTP; `app` is the ASGI application."""
 
     def __init__(
         self,
-        scorer: RewardModelScorer,
-        name: str,
-        limits: Limits,
+        served: ServedModel,
         token: str | None = None,
         max_wait: float = 0.005,
         max_waiting: int = 8192,
@@ -44,21 +37,15 @@ class RewardServer:
         """Start the thread that scores.
 
         Args:
-            scorer: the model, loaded without a policy's tokenizer.
-            name: name of the model, for readers.
-            limits: largest requests.
+            served: the model or ensemble, and the largest requests.
             token: bearer token that /score and /info ask for; None for none.
             max_wait: seconds that a batch waits for further requests.
             max_waiting: rows that may wait to be scored.
             max_requests: requests that may be open, so that their bodies together are bounded.
         """
-        own_limit = position_limit(scorer.model)
-        lengths = [limit for limit in (limits.max_tokens, own_limit) if limit is not None]
-        self._limits = Limits(limits.max_rows, limits.max_bytes, min(lengths, default=None))
+        self._served, self._token, self.info = served, token, served.info
         self._num_open, self._max_requests = 0, max_requests
-        self._rows, self._token = RowReader(scorer, self._limits), token
-        self.info = _info(scorer, name, self._limits, self._rows.tokenizer_hash)
-        self._batcher = Batcher(scorer.score_ids, scorer.batch_size, max_wait, max_waiting)
+        self._batcher = Batcher(served.score, served.batch_size, max_wait, max_waiting)
         self._reader = ThreadPoolExecutor(1)  # tokenizers are not made for several threads
         self.app = FastAPI(
             lifespan=self._closing, docs_url=None, redoc_url=None, openapi_url=None, title="reward model"
@@ -92,18 +79,19 @@ class RewardServer:
     async def _scored(self, request: Request) -> JSONResponse:
         body = await self._body(request)
         loop = asyncio.get_running_loop()
-        rows = await loop.run_in_executor(self._reader, self._rows.read, body)
+        rows = await loop.run_in_executor(self._reader, self._served.read, body)
         try:
             waiting = self._batcher.submit(rows)
         except Overloaded as error:
             raise BadRequest(503, str(error)) from None
         try:
-            scores = await asyncio.wrap_future(waiting)
+            columns = list(zip(*await asyncio.wrap_future(waiting), strict=True))
         except Exception as error:  # of the model, not of the request
             raise BadRequest(500, f"the model failed: {type(error).__name__}: {error}") from error
-        if not all(map(math.isfinite, scores)):
+        if not all(math.isfinite(number) for column in columns for number in column):
             raise BadRequest(500, "the model gives scores that are not finite")
-        return JSONResponse({"model": self.info["model"], "scores": scores})
+        answer = {"model": self.info["model"], **dict(zip(("scores", "spread"), columns, strict=False))}
+        return JSONResponse(answer)
 
     async def _answer_info(self, request: Request) -> JSONResponse:
         self._check_token(request)
@@ -127,7 +115,7 @@ class RewardServer:
 
         Without `keep` nothing of it is held.
         """
-        body, size, limit = bytearray(), 0, self._limits.max_bytes
+        body, size, limit = bytearray(), 0, self._served.limits.max_bytes
         try:
             async for part in request.stream():
                 size += len(part)
@@ -145,34 +133,3 @@ class RewardServer:
 async def _refused(request: Request, error: BadRequest) -> JSONResponse:
     headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(error.status)
     return JSONResponse({"detail": str(error)}, error.status, headers)
-
-
-def _info(scorer: RewardModelScorer, name: str, limits: Limits, tokenizer_hash: str) -> dict[str, Any]:
-    """Describe the model: what a run compares before it trains on the scores."""
-    config, tokenizer = scorer.model.config, scorer.tokenizer
-    precision = f"{next(scorer.model.backbone.parameters()).dtype}, {scorer.engine.precision}"
-    return {
-        "name": name,
-        "model": model_id(scorer.model, tokenizer, precision),
-        "centre": config.centre,
-        "scale": config.scale,
-        "aggregation": config.aggregation,
-        "tokenizer": tokenizer_hash,
-        "template": template_hash(tokenizer),
-        "reads_chat": _reads_chat(scorer),
-        "chat_template": getattr(config, "chat_template", None),
-        "chat_template_kwargs": getattr(config, "chat_template_kwargs", {}),
-        "precision": precision,
-        "max_tokens": limits.max_tokens,
-        "max_rows": limits.max_rows,
-        "max_bytes": limits.max_bytes,
-    }
-
-
-def _reads_chat(scorer: RewardModelScorer) -> bool:
-    """Return whether the model can render conversations."""
-    try:
-        scorer.check_reads(chat=True)
-    except (ConfigError, DataError):
-        return False
-    return True

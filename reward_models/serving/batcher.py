@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
-
-Row = tuple[list[int], list[int]]
-"Tokens of a prompt and of a response."
 
 
 class Overloaded(Exception):
@@ -21,8 +19,8 @@ class Overloaded(Exception):
 
 @dataclass(frozen=True)
 class _Job:
-    rows: Sequence[Row]
-    scores: Future[list[float]] = field(default_factory=Future)
+    rows: Sequence[Any]
+    scores: Future[list[Any]] = field(default_factory=Future)
 
 
 class Batcher:
@@ -34,7 +32,7 @@ class Batcher:
 
     def __init__(
         self,
-        score: Callable[[Sequence[Row]], Tensor],
+        score: Callable[[Sequence[Any]], Tensor],
         max_rows: int,
         max_wait: float,
         max_waiting: int,
@@ -42,7 +40,7 @@ class Batcher:
         """Start the thread.
 
         Args:
-            score: returns the scores (B,) of B rows; called from the thread alone.
+            score: returns the scores (B, ...) of B rows, whatever these are; called from the thread alone.
             max_rows: rows of a batch, above which no further request joins it.
             max_wait: seconds that a batch waits for further requests.
             max_waiting: rows that may wait.
@@ -65,7 +63,7 @@ class Batcher:
         """Whether requests are still scored."""
         return self._thread.is_alive() and not self._closed
 
-    def submit(self, rows: Sequence[Row]) -> Future[list[float]]:
+    def submit(self, rows: Sequence[Any]) -> Future[list[Any]]:
         """Queue rows; their scores come in the order of `rows`. Raises Overloaded when too many are waiting."""
         job = _Job(rows)
         with self._lock:

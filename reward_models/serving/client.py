@@ -201,6 +201,10 @@ def _info(connection: Connection) -> dict[str, Any]:
 def _check_served(info: dict[str, Any], path: str) -> None:
     """Raise ConfigError unless the server has zero, unit, chat template and vocabulary of the model at `path`."""
     key = "reward.server.expected_path"
+    if "members" in info:
+        raise ConfigError(
+            f"{key} names one model, and the server has an ensemble ({info['name']}); set it to null"
+        )
     saved = read_config(path, key)
     expected = {name: saved.get(name, default) for name, default in NORMALISATION.items()}
     tokenizer = load_tokenizer(path, key)

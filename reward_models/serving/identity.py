@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ def model_id(model: RewardModel, tokenizer: PreTrainedTokenizerBase, precision: 
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def joint_id(members: Sequence[str], combine: str, coef: float) -> str:
+    """Return the SHA-256 of an ensemble: the ids of its members in order, and how their scores become one."""
+    return _sha256(json.dumps([combine, coef, *members]))
+
+
+def common_hash(values: Sequence[Any]) -> Any:
+    """Return the value that all members have, or else a SHA-256 that stands for all of theirs and equals none."""
+    return values[0] if all(value == values[0] for value in values) else _sha256(json.dumps(values))
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> str:

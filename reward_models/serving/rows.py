@@ -12,9 +12,10 @@ from drpo.data.chat import require_messages
 from drpo.data.records import Chat, DataError, Record, RowError
 from drpo.rewards import Completion
 from reward_models.score import RewardModelScorer
-from reward_models.serving.batcher import Row
 from reward_models.serving.identity import vocabulary_hash
 
+Row = tuple[list[int], list[int]]
+"Tokens of a prompt and of a response."
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -62,31 +63,31 @@ class Limits:
     "Tokens of a row, prompt and response; None where the model has no limit and none was set."
 
 
+def read_request(body: bytes, max_rows: int) -> ScoreRequest:
+    """Read a JSON body. Raises BadRequest for one of another shape, or with too many rows."""
+    try:
+        request = ScoreRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise BadRequest(422, _described(error)) from None
+    if len(request.rows) > max_rows:
+        raise BadRequest(413, f"{len(request.rows)} rows in a request, this server takes {max_rows}")
+    return request
+
+
 class RowReader:
-    """Turns requests into rows of the model's tokens, exactly as the scorer itself reads completions."""
+    """Turns rows of requests into the model's tokens, exactly as the scorer itself reads completions."""
 
     def __init__(self, scorer: RewardModelScorer, limits: Limits) -> None:
-        self._scorer, self._limits = scorer, limits
+        self._scorer, self.limits = scorer, limits
         self.tokenizer_hash = vocabulary_hash(scorer.tokenizer)
         self._num_tokens = scorer.model.backbone.get_input_embeddings().weight.shape[0]
 
-    def read(self, body: bytes) -> list[Row]:
-        """Return the rows of a JSON body. Raises BadRequest, naming the row, for one that cannot be scored."""
-        try:
-            request = ScoreRequest.model_validate_json(body)
-        except ValidationError as error:
-            raise BadRequest(422, _described(error)) from None
-        if len(request.rows) > self._limits.max_rows:
-            raise BadRequest(
-                413, f"{len(request.rows)} rows in a request, this server takes {self._limits.max_rows}"
-            )
-        rows = []
-        for number, row in enumerate(request.rows):
-            try:
-                rows.append(self._checked(self._ids(row, request.tokenizer)))
-            except BadRequest as error:
-                raise BadRequest(error.status, f"rows[{number}]: {error}") from None
-        return rows
+    def row(self, row: ScoreRow, tokenizer: str | None) -> Row:
+        """Return the tokens of prompt and response. Raises BadRequest for a row that cannot be scored.
+
+        `tokenizer` is the hash of the vocabulary that token ids are of.
+        """
+        return self._checked(self._ids(row, tokenizer))
 
     def _ids(self, row: ScoreRow, tokenizer: str | None) -> Row:
         match (row.prompt, row.messages, row.response, row.query_ids, row.response_ids):
@@ -137,7 +138,7 @@ class RowReader:
             raise BadRequest(422, f"this reward model was trained on {wanted}, send those")
 
     def _checked(self, row: Row) -> Row:
-        num_tokens, limit = len(row[0]) + len(row[1]), self._limits.max_tokens
+        num_tokens, limit = len(row[0]) + len(row[1]), self.limits.max_tokens
         for ids, what in zip(row, ("prompt", "response"), strict=True):
             if not ids:
                 raise BadRequest(422, f"the {what} has no token")

@@ -20,6 +20,7 @@ from drpo.models.tokenizer import load_tokenizer
 from drpo.run.checkpoints import list_checkpoints
 from drpo.run.metrics import reproducible
 from drpo.trainers.online_recipe import OnlineRecipe
+from launch.serve_reward_model import ensemble_of, parser
 from reward_models.model import RewardModel
 from reward_models.score import RewardModelScorer
 from reward_models.sources import reward_from
@@ -48,6 +49,36 @@ def test_mistakes_are_told_in_one_line(tmp_path):
     assert "Traceback" not in done.stderr
     done = finished(command, "rm", "--batch-size", "0", cwd=tmp_path)
     assert done.returncode == 2 and "expected a whole number above 0, got '0'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["a", "--combine", "min"], "--combine is for several models"),
+        (["a", "b", "--coef", "2"], "coef does not apply to combine=mean"),
+        (["a", "b", "a"], "names a reward model twice.*'a'"),
+    ],
+)
+def test_options_of_ensembles_that_do_not_apply_are_refused_before_a_model_is_loaded(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ensemble_of(parser().parse_intermixed_args(options))
+
+
+def test_several_models_are_served_as_one(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    RewardModel.from_causal_lm(policy, seed=1).save_pretrained(tmp_path / "rm")
+    load_tokenizer(folder / "policy").save_pretrained(tmp_path / "rm")
+    port = free_port()
+    server = start_command(folder / "rm", port, str(tmp_path / "rm"))
+    try:
+        info = requests.get(f"{wait_until_up(server, port)}/info", timeout=30).json()
+    finally:
+        server.kill()
+        server.communicate()
+    assert [member["name"] for member in info["members"]] == [str(folder / "rm"), str(tmp_path / "rm")]
+    assert info["combine"] == "mean"
 
 
 def remote(url: str, run_dir: Path, policy: Path):

@@ -21,21 +21,21 @@ from tiny_runs import CLEAN, ROOT
 from reward_models.score import RewardModelScorer
 from reward_models.serving.app import RewardServer
 from reward_models.serving.rows import Limits
+from reward_models.serving.served import ServedModel
 
 LIMITS = Limits(max_rows=64, max_bytes=1 << 16, max_tokens=60)
 
 
 @contextmanager
 def serving(
-    scorer: RewardModelScorer, limits: Limits = LIMITS, port: int = 0, **settings: Any
+    scorer: RewardModelScorer | ServedModel, limits: Limits = LIMITS, port: int = 0, **settings: Any
 ) -> Iterator[str]:
     """Serve a scorer from a thread of this process; its address."""
+    served = ServedModel({"rm": scorer}, limits) if isinstance(scorer, RewardModelScorer) else scorer
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
-        server = uvicorn.Server(
-            uvicorn.Config(RewardServer(scorer, "rm", limits, **settings).app, log_level="error")
-        )
+        server = uvicorn.Server(uvicorn.Config(RewardServer(served, **settings).app, log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:
