@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,6 +33,7 @@ from drpo.config import ConfigError, Section, setting
 from drpo.models import four_bit
 from drpo.models.frozen_weights import round_frozen
 from drpo.precision import PRECISIONS, choose_precision, settled_why, slow_bf16_warning
+from drpo.run.stopped import Interrupted
 
 SETTLE_SECONDS = 0.1
 "Time for gloo to drop what the last collective held."
@@ -138,6 +140,8 @@ class Engine:
         self._module: nn.Module | None = None
         self._config = config
         self._warned_of_bf16 = False
+        self.stop_requested = threading.Event()
+        "Set on SIGTERM or SIGINT, where a run handles them: waits for servers end."
         self._at_close: list[Callable[[], None]] = []
         plugin = self._accelerator.state.deepspeed_plugin
         if plugin is not None:
@@ -191,6 +195,20 @@ class Engine:
                 f"engine.timeout_minutes={patience:g} only, then the run fails; raise engine.timeout_minutes above "
                 f"{minutes:g}, or lower the wait"
             )
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let processes that wait for servers stop together: Interrupted in one of them is raised in all.
+
+        All must enter this context, and none may call another process within it.
+        """
+        interrupted = False
+        try:
+            yield
+        except Interrupted:
+            interrupted = True
+        if self.max(interrupted):
+            raise Interrupted("the run is to stop, and a server has not answered yet")
 
     def shard(self, num_rows: int) -> slice:
         """Return this rank's contiguous share of `num_rows` rows, a multiple of the world size."""

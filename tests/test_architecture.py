@@ -23,6 +23,7 @@ LAYERS = (
         "tensors",
         "config",
         "config_help",
+        "daemon_threads",
         "yaml_words",
         "versions",
         "precision",

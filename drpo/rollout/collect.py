@@ -30,7 +30,8 @@ def collect(
     """Roll out from the given starts, this process's share of a batch, and score the result.
 
     Prompts and responses are padded to the longest of all processes. A frozen trunk is computed once for all models
-    that share it, a SharingRewardFn included.
+    that share it, a SharingRewardFn included. Raises Interrupted, in all processes, when one is to stop
+    while it waits for a server.
 
     Args:
         starts: one per rollout.
@@ -41,7 +42,7 @@ def collect(
         phases: collects the seconds of each phase.
     """
     policy = generator.policy
-    with phases("generate"), generator.ready(engine), engine.autocast():
+    with phases("generate"), generator.ready(engine), engine.autocast(), engine.interruptible():
         completions = generator.respond(starts)
     lengths = torch.tensor([[len(c.query_ids), len(c.response_ids)] for c in completions])
     query_length, response_length = (int(engine.max(int(longest))) for longest in lengths.amax(dim=0))
@@ -58,7 +59,7 @@ def collect(
     if has_trunk(policy):
         with phases("trunk"), engine.whole_weights(policy), engine.autocast():
             trunks = [trunk_output(policy, part) for part in parts]
-    with phases("reward"):
+    with phases("reward"), engine.interruptible():
         scored = score_in_detail(reading_trunk(reward_fn, parts, trunks), completions)
     rollouts = Rollouts(
         **vars(batch),

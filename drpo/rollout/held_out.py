@@ -88,7 +88,8 @@ def evaluate(
     The random numbers depend on (seed, prompt) alone, so runs and steps are compared on the same draws. With a
     reference the metrics have the mean over completions of sum_t log pi/pi_ref under the generator's temperature, the
     one of training: `eval/kl` when the completions are sampled at it too, else `eval/log_ratio`, which does not
-    estimate a KL. The processes divide the prompts among themselves. Raises ConfigError when there are none.
+    estimate a KL. The processes divide the prompts among themselves. Raises ConfigError when there are none, and
+    Interrupted, in all processes, when one is to stop while it waits for a server.
 
     Args:
         config: number of prompts and sampling temperature.
@@ -109,15 +110,18 @@ def evaluate(
     num_rows = -(-len(starts) // engine.world_size) if engine.partitions_weights else len(own)
     starts = own + starts[-1:] * (num_rows - len(own))
     results: list[tuple[int, dict[str, float], dict[str, Any]]] = []
-    if starts:
-        sampling = SamplingConfig(temperature=config.temperature)
-        evaluator = replace(generator, sampling=sampling, seed=generator.seed + EVAL_SEED_OFFSET)
-        completions = evaluator.respond(starts)
-        scores: dict[str, list[float]] = {}
-        for name, reward_fn in rewards.items():
+    sampling = SamplingConfig(temperature=config.temperature)
+    evaluator = replace(generator, sampling=sampling, seed=generator.seed + EVAL_SEED_OFFSET)
+    completions: list[Completion] = []
+    scores: dict[str, list[float]] = {}
+    with engine.interruptible():
+        if starts:
+            completions = evaluator.respond(starts)
+        for name, reward_fn in rewards.items() if starts else ():
             scored = score_in_detail(reward_fn, completions)
             scores[name] = scored.scores.tolist()
             scores |= {f"{name}/{detail}": values.tolist() for detail, values in scored.details.items()}
+    if starts:
         if reference_logprobs is not None:
             name = "kl" if config.temperature == generator.sampling.temperature else "log_ratio"
             scores[name] = _log_ratios(generator, completions, reference_logprobs, engine.device)

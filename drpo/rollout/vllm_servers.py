@@ -15,7 +15,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,12 +24,14 @@ import torch
 from torch import nn
 
 from drpo.config import ConfigError
+from drpo.daemon_threads import call_each, results, start_calls
 from drpo.engine import Engine
 from drpo.models.adapters import merged_weights
 from drpo.rollout.sampler import Generated, SamplingConfig, Vocabulary
 from drpo.rollout.vllm_requests import Request, VLLMConfig, check_suppressed, generated, requests_of
 from drpo.rollout.vllm_worker import WorkerExtension
 from drpo.rollout.weight_stream import WeightListener, send_weights
+from drpo.run.stopped import Interrupted
 from drpo.servers import ServerClient
 
 EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
@@ -72,13 +74,9 @@ class VLLMServers:
         limit = f"rollout.vllm.timeout_minutes={config.timeout_minutes:g}"
         token = os.environ.get("VLLM_API_KEY") or None
         self._client = ServerClient("rollout.vllm.urls", limit, len(self._urls), num_rows, token)
-        self._rows = ThreadPoolExecutor(num_rows)
-        engine.at_close(self._close)
+        self._num_rows, self._stop = num_rows, engine.stop_requested
+        engine.at_close(self._client.close)
         self._on_main(self._check_servers)
-
-    def _close(self) -> None:
-        self._rows.shutdown(wait=False, cancel_futures=True)
-        self._client.close()
 
     @property
     def _version(self) -> str:
@@ -116,7 +114,11 @@ class VLLMServers:
         first: dict[int, int] = {}
         turns = [index - first.setdefault(place, index) for index, place in enumerate(places)]
         order = sorted(range(len(asked)), key=turns.__getitem__)
-        answers = self._rows.map(lambda index: self._ask(self._urls[places[index]], asked[index]), order)
+
+        def ask(index: int) -> tuple[list[int], list[float]]:
+            return self._ask(self._urls[places[index]], asked[index])
+
+        answers = call_each(ask, order, self._num_rows, self._stop)
         by_row = dict(zip(order, answers, strict=True))
         return generated(len(contexts), asked, [by_row[index] for index in range(len(asked))])
 
@@ -140,15 +142,20 @@ class VLLMServers:
         return choice["token_ids"], [token["logprob"] for token in choice["logprobs"]["content"]]
 
     def _on_main(self, action: Callable[[], None], afterwards: Callable[[], Any] = lambda: None) -> None:
-        """Act on the first process, raise its failure on all; all then act `afterwards`."""
-        failure = ""
+        """Act on the first process, raise its failure or interruption on all; all then act `afterwards`."""
+        failure, interrupted = "", False
         if self._engine.is_main:
             try:
                 action()
             except (ConfigError, OSError) as error:
                 failure = str(error)
+            except Interrupted:
+                interrupted = True
         afterwards()
-        if failure := self._engine.from_main(failure):
+        failure, interrupted = self._engine.from_main((failure, interrupted))
+        if interrupted:
+            raise Interrupted("the run is to stop, and a server has not taken the weights yet")
+        if failure:
             raise ConfigError(failure)
 
     # --- on the first process ---
@@ -185,11 +192,11 @@ class VLLMServers:
         """Let the workers of every server fetch the weights; then name their version, and empty the prefix caches."""
         num_workers, until = 0, time.monotonic() + self._timeout
         for url in self._urls:
-            num_workers += self._call("GET", url, "/get_world_size", until=until)["world_size"]
+            num_workers += self._wait_for("GET", url, "/get_world_size", until=until)["world_size"]
             # Rows that are sampled in between are nobody's.
-            self._call("POST", url, "/update_weight_version", {"new_version": f"{self._version}-loading"})
+            self._wait_for("POST", url, "/update_weight_version", {"new_version": f"{self._version}-loading"})
         address = self._config.address or _own_address(self._urls[0], self._timeout)
-        with ThreadPoolExecutor(len(self._urls)) as pool, _listener(address) as listener:
+        with _listener(address) as listener:
             place = {
                 "address": address,
                 "port": listener.port,
@@ -197,10 +204,16 @@ class VLLMServers:
                 "timeout": self._timeout,
             }
             body = {"method": "fetch_weights", "kwargs": place}
-            fetching = [pool.submit(self._call, "POST", url, "/collective_rpc", body) for url in self._urls]
+
+            def fetch(url: str) -> Any:
+                return self._call("POST", url, "/collective_rpc", body)
+
+            fetching = start_calls(fetch, self._urls, len(self._urls), self._stop)
             there = f"weights for {num_workers} workers, offered at {address} port {listener.port}"
             try:
-                connections = listener.accept(num_workers, self._timeout, lambda: _raise_failure(fetching))
+                connections = listener.accept(
+                    num_workers, self._timeout, lambda: self._check_fetching(fetching)
+                )
             except (ConfigError, OSError) as error:
                 raise ConfigError(
                     f"rollout.vllm.urls: {there}, were not fetched: {error}; the servers must reach this machine there "
@@ -209,16 +222,28 @@ class VLLMServers:
             try:
                 send_weights(connections, weights, self._dtype)
             except OSError as error:
-                _raise_failure(fetching)  # a worker that fails closes its connection; its server says why
+                self._check_fetching(
+                    fetching
+                )  # a worker that fails closes its connection; its server says why
                 raise ConfigError(f"rollout.vllm.urls: {there}, did not all arrive: {error}") from None
-            for done in fetching:
-                done.result()
+            results(fetching, self._stop)
         for url in self._urls:
-            self._call("POST", url, "/update_weight_version", {"new_version": self._version})
-            if not self._call("POST", url, "/reset_prefix_cache")["success"]:
+            self._wait_for("POST", url, "/update_weight_version", {"new_version": self._version})
+            if not self._wait_for("POST", url, "/reset_prefix_cache")["success"]:
                 raise ConfigError(
                     f"rollout.vllm.urls: {url} cannot empty its prefix cache while others use it"
                 )
+
+    def _check_fetching(self, calls: Sequence[Future]) -> None:
+        for call in calls:
+            if call.done():
+                call.result()
+        if self._stop.is_set():
+            raise Interrupted("the process is to stop, and the weights are not fetched yet")
+
+    def _wait_for(self, *arguments: Any, **options: Any) -> Any:
+        """Return what `_call` returns, from a thread: in this one a signal would be handled after the wait only."""
+        return call_each(lambda _: self._call(*arguments, **options), [None], 1, self._stop)[0]
 
     def _call(
         self,
@@ -262,9 +287,3 @@ def _own_address(url: str, timeout: float) -> str:
     place = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
     with socket.create_connection(place, timeout) as own:
         return own.getsockname()[0]
-
-
-def _raise_failure(calls: Sequence[Future]) -> None:
-    for call in calls:
-        if call.done():
-            call.result()

@@ -216,15 +216,23 @@ class RunFolder:
             full = {"settings": flatten(self.recipe), "world_size": self.engine.world_size, **state}
             folder = save_checkpoint(self.engine, self.path, step, full, self._checkpoint.keep)
             if stop:
-                name = signal.Signals(stop).name
-                self.say(f"{name}: saved {folder}; run the same command again to go on from step {step}")
-                self.close()
-                raise SystemExit(128 + stop)
+                self._leave(stop, f"saved {folder}; run the same command again to go on from step {step}")
+
+    def leave(self) -> None:
+        """Exit after a signal as `save` does, where the state cannot be saved: the last checkpoint stays."""
+        stop = int(self.engine.max(self._signal or 0))
+        self._leave(stop, "run the same command again to go on from the last checkpoint, if there is one")
+
+    def _leave(self, stop: int, said: str) -> None:
+        self.say(f"{signal.Signals(stop).name}: {said}")
+        self.close()
+        raise SystemExit(128 + stop)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._signal is not None:  # second signal: exit at once
             os._exit(128 + number)
         self._signal = number
+        self.engine.stop_requested.set()
 
     def record(self, step: int, metrics: dict[str, float], shown: tuple[str, ...]) -> None:
         """Write a row to metrics.jsonl, the trackers, and (every `log.every` steps) the console."""

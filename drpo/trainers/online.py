@@ -28,7 +28,7 @@ from drpo.rollout.vllm_requests import check_agreement, check_installed
 from drpo.run.folder import Callback, RunFolder
 from drpo.run.metrics import Phases, peak_memory_gib
 from drpo.run.result import Result
-from drpo.run.stopped import RunStopped
+from drpo.run.stopped import Interrupted, RunStopped
 from drpo.trainers.credit import assign_credit
 from drpo.trainers.finite import finite_or_stop
 from drpo.trainers.kl_guard import KLGuard
@@ -76,12 +76,15 @@ def train(
                     {} if critic is None else {"critic": critic})  # fmt: skip
     start_step = 0 if state is None else state["step"]
     run.start_progress("DR-PO" if recipe.reset.proportion else "PPO", start_step, recipe.num_steps)
-    if state is None:
-        loop.begin()
-    for step in range(start_step + 1, recipe.num_steps + 1):
-        loop.step(step)
-        result.at_step(step)
-        run.save(step, recipe.num_steps, loop.state_dict())
+    try:
+        if state is None:
+            loop.begin()
+        for step in range(start_step + 1, recipe.num_steps + 1):
+            loop.step(step)
+            result.at_step(step)
+            run.save(step, recipe.num_steps, loop.state_dict())
+    except Interrupted:  # within an evaluation, which no checkpoint can go on from
+        run.leave()
     return result.finish()
 
 
@@ -115,8 +118,12 @@ class _Loop:
         starts = draw_starts(self.splits.train, episodes, recipe.reset, recipe.rollout, models.generator,
                              (step - 1) / recipe.num_steps, recipe.seed)  # fmt: skip
 
-        local, completions = collect(starts[engine.shard(batch_size)], models.generator, engine,
-                                     self.rewards["score"], models.rollouts_together, phases)  # fmt: skip
+        try:
+            local, completions = collect(starts[engine.shard(batch_size)], models.generator, engine,
+                                         self.rewards["score"], models.rollouts_together, phases)  # fmt: skip
+        except Interrupted:  # nothing has changed since the last step
+            self.run.save(step - 1, recipe.num_steps, self.state_dict())
+            raise
         origins = [c.record.origin for c in completions]
         check_finite(local.scores, "the reward", origins)
         if local.reward_details is not None:

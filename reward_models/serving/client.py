@@ -147,9 +147,8 @@ def remote_reward(
         f"reward.server.timeout_minutes={server.timeout_minutes:g} and request_seconds={server.request_seconds:g}",
     )
     token = os.environ.get(TOKEN_VARIABLE) or None
-    connection = Connection(
-        config.url, server.timeout_minutes, server.request_seconds, server.num_requests, token
-    )
+    times = server.timeout_minutes, server.request_seconds
+    connection = Connection(config.url, *times, server.num_requests, token, engine.stop_requested)
     engine.at_close(connection.close)
 
     def dialect() -> Dialect:

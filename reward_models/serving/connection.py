@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 from drpo.config import ConfigError
+from drpo.daemon_threads import call_each
 from drpo.servers import ServerClient
 
 Call = tuple[str, str, Any]
@@ -18,7 +19,13 @@ class Connection:
     """HTTP connections to a server; calls are made again while it is away or busy, until a limit."""
 
     def __init__(
-        self, url: str, wait_minutes: float, request_seconds: float, num_requests: int, token: str | None
+        self,
+        url: str,
+        wait_minutes: float,
+        request_seconds: float,
+        num_requests: int,
+        token: str | None,
+        stop: threading.Event,
     ) -> None:
         """Prepare the connections.
 
@@ -28,6 +35,7 @@ class Connection:
             request_seconds: how long one try may take.
             num_requests: calls under way at a time.
             token: bearer token; None for none.
+            stop: set when the process is to stop: `call_all` then waits no longer.
         """
         self.url = url.rstrip("/")
         self.max_bytes: int | None = None
@@ -35,22 +43,22 @@ class Connection:
         self._wait_minutes, self._request_seconds = wait_minutes, request_seconds
         limit = f"reward.server.timeout_minutes={wait_minutes:g}"
         self._client = ServerClient("reward.url", limit, 1, num_requests, token)
-        self._pool = ThreadPoolExecutor(num_requests)
+        self._num_requests, self._stop = num_requests, stop
 
     def close(self) -> None:
         """Give up on calls that wait."""
         self._client.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def call_all(self, calls: list[Call]) -> list[Any]:
-        """Return the answers to several calls, in their order. The first that fails ends the others."""
-        futures = [self._pool.submit(self.call, *call) for call in calls]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        failed = [future for future in done if future.exception() is not None]
-        if failed:
+        """Return the answers to several calls, in their order. The first that fails ends the others.
+
+        Raises Interrupted when the process is to stop.
+        """
+        try:
+            return call_each(lambda call: self.call(*call), calls, self._num_requests, self._stop)
+        except BaseException:
             self.close()
-            failed[0].result()
-        return [future.result() for future in futures]
+            raise
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """Return the JSON of an answer; raise ConfigError for an error, or none in time."""
