@@ -119,7 +119,7 @@ def score_pairs(model: LoadedModel, examples: Sequence[Example], say: Say) -> Sc
     for module in model.modules:
         for note in check_examples(module, examples, model.key):
             say(note)
-    scores = checked_scores(model.score, pair_completions(examples), model.key)
+    scores = _scores_of_each(model, pair_completions(examples))
     return ScoredPairs(
         tuple(prompt_id_of(example.record.shared_prompt) for example in examples),
         scores[0::2],
@@ -127,6 +127,19 @@ def score_pairs(model: LoadedModel, examples: Sequence[Example], say: Say) -> Sc
         np.array([len(example.chosen_ids) for example in examples]),
         np.array([len(example.rejected_ids) for example in examples]),
     )
+
+
+def _scores_of_each(model: LoadedModel, completions: Sequence[Completion]) -> NDArray[np.float64]:
+    """Score completions (n,), each distinct one once: a ranked response is in many pairs."""
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    distinct, index = [], []
+    for completion in completions:
+        tokens = tuple(completion.query_ids), tuple(completion.response_ids)
+        if tokens not in places:
+            places[tokens] = len(distinct)
+            distinct.append(completion)
+        index.append(places[tokens])
+    return checked_scores(model.score, distinct, model.key)[index]
 
 
 def invariance(

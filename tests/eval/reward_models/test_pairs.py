@@ -7,7 +7,8 @@ import pytest
 from drpo.config import ConfigError
 from drpo.data.encode import Example
 from drpo.data.records import Record
-from eval.reward_models.pairs import groups_of, score_gaps, texts_sha256
+from eval.reward_models.models import LoadedModel
+from eval.reward_models.pairs import groups_of, score_gaps, score_pairs, texts_sha256
 
 
 def examples(*extras: dict) -> list[Example]:
@@ -59,3 +60,20 @@ def test_the_hash_is_of_the_texts_alone():
     one, other = examples({}), examples({"batch": 1})
     assert texts_sha256(one) == texts_sha256(other)
     assert texts_sha256(one) != texts_sha256(one * 2)
+
+
+def test_a_response_in_many_pairs_is_scored_once():
+    """Three ranked responses make three pairs; the score is the number of the response's token."""
+    asked: list[int] = []
+
+    def score(completions):
+        asked.extend(completion.response_ids[0] for completion in completions)
+        return [float(completion.response_ids[0]) for completion in completions]
+
+    pairs = [
+        Example(Record("Why?", chosen=f" {c}", rejected=f" {r}"), [1], chosen_ids=[c], rejected_ids=[r])
+        for c, r in ((9, 7), (9, 5), (7, 5))
+    ]
+    scored = score_pairs(LoadedModel("m", "models[0].path", score, (), None, {}), pairs, print)
+    assert asked == [9, 7, 5]
+    assert (scored.chosen.tolist(), scored.rejected.tolist()) == ([9, 9, 7], [7, 5, 5])
