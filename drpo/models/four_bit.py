@@ -17,6 +17,11 @@ from drpo.models.nf4_linear import NF4Linear
 
 CHOSEN = "drpo_hold_in_4bit"  # set on the layers, which are dense until their device is known
 
+NOT_CUT = (
+    "model.load_in_4bit does not work under ZeRO-3, which cuts weights over the processes; set it to false, or take "
+    "multi_gpu.yaml or zero2.yaml"
+)
+
 
 def check_run(partitions_weights: bool) -> None:
     """Raise ConfigError without bitsandbytes, or where the launcher cuts weights over the processes."""
@@ -25,10 +30,7 @@ def check_run(partitions_weights: bool) -> None:
             "model.load_in_4bit needs the package bitsandbytes: pip install -e '.[bnb]', or set it to false"
         )
     if partitions_weights:
-        raise ConfigError(
-            "model.load_in_4bit does not work under ZeRO-3, which cuts weights over the processes; set it to false, or "
-            "take multi_gpu.yaml or zero2.yaml"
-        )
+        raise ConfigError(NOT_CUT)
 
 
 def choose_layers(model: nn.Module) -> None:

@@ -39,13 +39,12 @@ class Objective(nn.Module):
     """
 
     needs_step_statistics = False
+    before_lengths: Callable[[Sequence[Any]], None] | None = None
+    "Looks at the model, whose weights are whole, and at all items of the run, before `lengths`; None: no need."
 
     def __init__(self, model: nn.Module, pad_id: int, device: torch.device) -> None:
         super().__init__()
         self.model, self._pad_id, self._device = model, pad_id, device
-
-    def before_lengths(self, items: Sequence[Any]) -> None:
-        """Look at the model, whose weights are whole, and at all items of the run; `lengths` is called later."""
 
     def lengths(self, item: Any) -> Lengths:
         """Return the tokens of an item's query and of its response, counted for every row that it takes."""
@@ -157,7 +156,7 @@ def fit(
     num_steps = len(schedule)
     optimizer = build_optimizer([objective.model.parameters()], optim, engine.casts_weights)
     module = engine.prepare(objective, optimizer)
-    if batch.microbatch_tokens is not None:
+    if batch.microbatch_tokens is not None and objective.before_lengths is not None:
         with engine.whole_weights(objective):
             objective.before_lengths([*chain(*stages), *held_out])
     state = run.open()

@@ -137,7 +137,8 @@ class _Phases:
         recipe = self.recipe
         objective = _objective(recipe, self.models)
         item = functools.partial(_item, recipe, self.response_length)
-        objective.before_lengths([item(self.query_length)])
+        if objective.before_lengths is not None:
+            objective.before_lengths([item(self.query_length)])
         lengths = objective.lengths(item(self.query_length))
         local = max(1, recipe.batch.size // self.world_size)
         rows = min(recipe.batch.microbatch_size, local)

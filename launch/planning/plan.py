@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drpo.config import ConfigError
+from drpo.models.four_bit import NOT_CUT
 from drpo.trainers.offline import OfflineRecipe
 from drpo.trainers.online_recipe import OnlineRecipe
 from launch.planning.gpus import GIB, Gpus
@@ -86,9 +87,7 @@ class Planner:
         precision = Precision(bf16, casts_weights=bf16 and launcher.deepspeed)
         num_processes = sharding.num_processes
         if not can_run(self.recipe, launcher):
-            raise ConfigError(
-                f"model.load_in_4bit does not work under ZeRO-3 ({launcher.name}); set it to false"
-            )
+            raise ConfigError(NOT_CUT)
         _check_divides(self.recipe, num_processes)
         key = (precision, rows_key(self.recipe, num_processes))
         if key not in self._steps:

@@ -223,7 +223,7 @@ def test_run_that_fits_nowhere_gets_advice(folder):
         (["sft", "sft.yaml", "--gpus", "3xH100"], "batch.size is 8, which does not divide over 3 processes"),
         (
             ["sft.yaml", "model.lora.r=2", "model.load_in_4bit=true", *GPUS, "--accelerate", "zero3"],
-            "model.load_in_4bit does not work under ZeRO-3 (zero3)",
+            "model.load_in_4bit does not work under ZeRO-3, which cuts weights",
         ),
         (GPUS, "a plan needs a recipe"),
     ],
