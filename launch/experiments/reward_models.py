@@ -143,6 +143,8 @@ def write_evaluation_recipe(recipe: RewardModelsRecipe, root: Path, name: str) -
         "ensembles": ENSEMBLES if has_zero else ENSEMBLES[:1],
         "data": asdict(trained.data),
         "subsets": list(recipe.subsets),
+        "num_references": 0,
+        "num_alone": 8,
     }
     path = root / f"evaluation_{slug(name)}.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
