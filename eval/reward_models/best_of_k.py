@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from eval.statistics.ties import Margins, margins_of, ties_score
 NO_SUBSET = "all"
 TIES = "Ties"
 "The subset of RewardBench 2 with several right answers: it has a measure of its own, and no best of k."
+TIES_ID = re.compile(r"(ref|tied):\d+")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def read_choices(path: str) -> tuple[list[ChoiceRow], str]:
     """Read a file, or the split test of a hub dataset; return its rows and its name.
 
     Raises DataError unless every row has a text `prompt` and lists of texts `chosen` and `rejected`; `subset` is
-    optional.
+    optional, and so is the `id` of Ties, which all or none of these rows have, each its own.
     """
     bad = BadRows()
     table = _table(path, bad)
@@ -62,7 +64,24 @@ def read_choices(path: str) -> tuple[list[ChoiceRow], str]:
     rows = convert_rows(table, bad, _choice_row)
     if len(bad):
         raise DataError(f"best_of_k: {len(bad)} of {table.num_rows} rows are bad:\n{bad.summary()}")
+    _check_ids([row for row in rows if row.subset == TIES])
     return rows, table.name
+
+
+def _check_ids(rows: list[ChoiceRow]) -> None:
+    """Raise DataError for rows of Ties of which some have no id of RewardBench 2, or have another's."""
+    first: dict[str, str] = {}
+    for row in rows:
+        if row.id in first:
+            raise DataError(f"best_of_k: {first[row.id]} and {row.origin} have the same id, {row.id!r}")
+        if TIES_ID.fullmatch(row.id):
+            first[row.id] = row.origin
+    if 0 < len(first) < len(rows):
+        without = next(row for row in rows if row.id not in first)
+        raise DataError(
+            f"best_of_k: {without.origin} has the id {without.id!r} and others of Ties have ref:<n> or tied:<n>; give "
+            "all of these rows such ids, or none"
+        )
 
 
 def _table(path: str, bad: BadRows) -> Table:
@@ -98,12 +117,12 @@ def best_of_k(recipe: EvaluateRewardModelRecipe, model: LoadedModel, rows: list[
         check_lengths(module, lengths, model.key, "leave the rows out of best_of_k")
     scores = iter(checked_scores(model.score, completions, model.key))
     credits: dict[str, list[tuple[str, float]]] = {}
-    ties: dict[str, Margins] = {}
+    ties: list[tuple[str, Margins]] = []
     for row in rows:
         right = np.array([next(scores) for _ in row.chosen])
         wrong = np.array([next(scores) for _ in row.rejected])
         if row.subset == TIES:
-            ties[row.id if row.id not in ties else row.origin] = margins_of(right, wrong)
+            ties.append((row.id, margins_of(right, wrong)))
         else:
             credits.setdefault(row.subset, []).append((prompt_id_of(row.prompt), top_credit(right, wrong)))
     subsets = {name: _mean(found, recipe.confidence) for name, found in sorted(credits.items())}
@@ -125,14 +144,14 @@ def _mean(found: list[tuple[str, float]], confidence: float) -> Mapping[str, Any
     return plain({"n": len(credit), "shared_tops": num_tied, "accuracy": interval})
 
 
-def _ties(ties: Mapping[str, Margins]) -> Mapping[str, Any]:
-    first = np.mean([each.is_right for each in ties.values()])
-    exceeds = np.mean([each.gap > (each.spread or 0.0) for each in ties.values()])
+def _ties(ties: list[tuple[str, Margins]]) -> Mapping[str, Any]:
+    first = np.mean([each.is_right for _, each in ties])
+    exceeds = np.mean([each.gap > (each.spread or 0.0) for _, each in ties])
     kinds: dict[str, dict[str, Margins]] = {"ref": {}, "tied": {}}
-    for id, each in ties.items():
+    for id, each in ties if TIES_ID.fullmatch(ties[0][0]) else []:
         kind, _, number = id.partition(":")
-        kinds.setdefault(kind, {})[number] = each
-    score = ties_score(**kinds) if len(kinds) == 2 and all(kinds.values()) else None
+        kinds[kind][number] = each
+    score = ties_score(**kinds) if any(kinds.values()) else None
     return {"n": len(ties), "all_right_first": first, "gap_exceeds_spread": exceeds, "rewardbench_2": score}
 
 

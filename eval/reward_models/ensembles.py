@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from drpo.data.encode import Example
+from drpo.models.model_folder import read_config
 from drpo.trainers.reward_parts import CombineConfig
 from eval.reward_models.measure import measure_pairs, plain
 from eval.reward_models.pairs import ScoredPairs
@@ -20,10 +21,16 @@ from reward_models.model import RewardModelConfig
 from reward_models.units import check_units
 
 
-def check_ensembles(recipe: EvaluateRewardModelRecipe, configs: Sequence[RewardModelConfig | None]) -> None:
-    """Raise ConfigError for ensembles of models whose scores cannot be compared, of the first ones with `configs`."""
-    paths = [model.path for model in recipe.models[: len(configs)]]
-    for ensemble in recipe.ensembles if None not in configs else []:
+def check_ensembles(recipe: EvaluateRewardModelRecipe) -> None:
+    """Raise ConfigError for ensembles of reward models whose scores cannot be compared."""
+    if not recipe.ensembles or recipe.models[0].reference is not None:
+        return
+    configs, paths = [], [model.path for model in recipe.models]
+    for index, path in enumerate(paths):
+        saved = read_config(path, f"models[{index}].path")
+        names = ("centre", "scale", "score_normalised")
+        configs.append(RewardModelConfig(**{name: saved[name] for name in names if name in saved}))
+    for ensemble in recipe.ensembles:
         check_units(configs, paths, ensemble.combine, "models")
 
 

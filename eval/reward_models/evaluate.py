@@ -46,6 +46,7 @@ def evaluate_reward_model(recipe: EvaluateRewardModelRecipe, say: Say = print) -
         raise ConfigError(
             "models must name at least one reward model: models=[{path: runs/reward_model/reward_model}]"
         )
+    check_ensembles(recipe)
     folder = Path(recipe.run_dir)
     engine = Engine(
         EngineConfig(mixed_precision=recipe.mixed_precision, trackers=[]), folder, 0, max_grad_norm=None
@@ -55,11 +56,9 @@ def evaluate_reward_model(recipe: EvaluateRewardModelRecipe, say: Say = print) -
     save_resolved(recipe, folder / "config.yaml")
     choices, choices_name = ([], None) if recipe.best_of_k is None else read_choices(recipe.best_of_k)
     samples = None if recipe.best_of_n.policy is None else sample(recipe, engine, say)
-    results, scored, configs, facts = [], {}, [], None
+    results, scored, facts = [], {}, None
     for model in recipe.models:
         loaded = load_scored_model(model, recipe, engine)
-        configs.append(loaded.config)
-        check_ensembles(recipe, configs)
         result, pairs, examples, report = _evaluate(loaded, recipe, choices, say)
         del loaded  # one model is in memory at a time
         if samples is not None:

@@ -18,7 +18,6 @@ from drpo.rewards import RewardFn
 from eval.completions.sample import weights_sha256
 from eval.reward_models.recipe import EvaluateRewardModelRecipe, ScoredModel
 from reward_models.implicit import ImplicitReward
-from reward_models.model import RewardModelConfig
 from reward_models.score import RewardModelScorer
 
 
@@ -33,8 +32,6 @@ class LoadedModel:
     modules: tuple[nn.Module, ...]
     tokenizer: PreTrainedTokenizerBase
     facts: dict[str, Any]
-    config: RewardModelConfig | None = None
-    "Of a reward model; None for implicit rewards."
 
 
 @names_keys
@@ -63,7 +60,7 @@ def load_scored_model(
         **{name: getattr(config, name) for name in ("aggregation", "centre", "scale")},
     }
     tokenizer = with_stop_token(scorer.tokenizer, recipe.data)
-    return LoadedModel(model.label, key("path"), scorer, (scorer.model,), tokenizer, facts, config)
+    return LoadedModel(model.label, key("path"), scorer, (scorer.model,), tokenizer, facts)
 
 
 def _implicit(

@@ -111,6 +111,9 @@ class EvaluateRewardModelRecipe(Section):
             refuse(label in labels[:index], place, f"must differ, got {label!r} twice")
 
     def _check_ensembles(self) -> None:
+        sources = [(model.path, model.reference) for model in self.models]
+        rule = "names a model twice, which adds nothing to an ensemble"
+        refuse(bool(self.ensembles) and len(set(sources)) < len(sources), "models", rule)
         are_implicit = [model.reference is not None for model in self.models]
         refuse(
             bool(self.ensembles) and len(self.models) < 2, "ensembles", f"needs two or more {key('models')}"

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from drpo.config import ConfigError, Section, load_recipe, refuse, setting
 from eval.comparing.recipe import slug
+from eval.reward_models.report import FILE
 from eval.statistics.intervals import prompt_codes, prompt_means
 from eval.statistics.pair_accuracy import outcomes
 from eval.statistics.seeds import seed_difference
@@ -66,8 +67,14 @@ class RewardModelsRecipe(Section):
         refuse(is_wrong, "seeds", f"must be two or more different numbers, for intervals, got {self.seeds}")
         foreign = [override for override in self.shared if not override.startswith("data.")]
         refuse(bool(foreign), "shared", f"is for the data alone, data.key=value, got {foreign[:1]}")
-        slugs = [slug(name) for name in self.variants]
-        refuse(len(set(slugs)) < len(slugs), "variants", f"need different folders, got {slugs}")
+        root = Path(self.run_dir)
+        folders = [evaluation_dir(root, name) for name in self.variants]
+        folders += [sft_dir(root, seed) for seed in self.seeds]
+        folders += [model_dir(root, name, seed) for name in self.variants for seed in self.seeds]
+        twice = sorted({folder.name for folder in folders if folders.count(folder) > 1})
+        refuse(
+            bool(twice), "variants", f"need different folders, and two have {twice[:1]}; choose other names"
+        )
 
     @property
     def data(self) -> list[str]:
@@ -85,7 +92,7 @@ def run(recipe: RewardModelsRecipe) -> Path:
     with RunGrid(recipe.num_jobs, num_runs) as grid:
         needs, start = {}, {}
         for seed in recipe.seeds if recipe.sft else []:
-            folder = root / f"sft_{seed}"
+            folder = sft_dir(root, seed)
             needs[seed] = [grid.launch("sft", recipe.sft, folder, [f"seed={seed}", *recipe.data])]
             start[seed] = [f"model.path={folder}/policy"]
         for name, overrides in recipe.variants.items():
@@ -98,6 +105,7 @@ def run(recipe: RewardModelsRecipe) -> Path:
                 )
             evaluation = write_evaluation_recipe(recipe, root, name)
             grid.launch("evaluate_reward_model", str(evaluation), evaluation_dir(root, name), [], models)
+    _check_same_pairs(recipe, root)
     results = [summary(recipe, root, name) for name in recipe.variants]
     path = write_results(root, results, markdown(results))
     _plot(results, root / "results.png")
@@ -109,14 +117,19 @@ def check(recipe: RewardModelsRecipe) -> None:
     if not recipe.variants:
         raise ConfigError("variants is empty; give at least one, with settings of the reward model or []")
     for name, overrides in recipe.variants.items():
-        if own := [override for override in overrides if override.startswith(("data.", "seed="))]:
+        if own := [override for override in overrides if override.startswith(("data.", "seed=", "run_dir="))]:
             raise ConfigError(
-                f"variants.{name}: {own[0]} belongs in shared or seeds: all variants have the same data"
+                f"variants.{name}: {own[0]} belongs in shared, seeds or run_dir: variants have these in common"
             )
         try:
             load_recipe(RewardModelRecipe, find_recipe(recipe.recipe), [*recipe.data, *overrides])
         except ConfigError as error:
             raise ConfigError(f"variants.{name}: {error}") from None
+
+
+def sft_dir(root: Path, seed: int) -> Path:
+    """Return the folder of the SFT run of a seed."""
+    return root / f"sft_{seed}"
 
 
 def model_dir(root: Path, name: str, seed: int) -> Path:
@@ -151,13 +164,28 @@ def write_evaluation_recipe(recipe: RewardModelsRecipe, root: Path, name: str) -
     return path
 
 
+def _check_same_pairs(recipe: RewardModelsRecipe, root: Path) -> None:
+    """Raise ConfigError for a variant that was evaluated on other pairs than the first, as by another tokenizer."""
+    hashes = {
+        name: json.loads((evaluation_dir(root, name) / FILE).read_text())["data"]["pairs_sha256"]
+        for name in recipe.variants
+    }
+    first = next(iter(hashes))
+    for name, found in hashes.items():
+        if found != hashes[first]:
+            raise ConfigError(
+                f"variants.{name}: its tokenizer leaves other pairs than that of {first}, so they cannot be compared; "
+                "raise data.max_prompt_length and data.max_response_length, or take another model"
+            )
+
+
 # --- results ----------------------------------------------------------------------------------------------
 
 
 def summary(recipe: RewardModelsRecipe, root: Path, name: str) -> dict[str, Any]:
     """Collect a variant's numbers: of its evaluation, and of its runs, one a seed."""
     folder = evaluation_dir(root, name)
-    evaluation = json.loads((folder / "evaluation.json").read_text())
+    evaluation = json.loads((folder / FILE).read_text())
     models = evaluation["models"]
     found = {
         "variant": name,
@@ -180,12 +208,16 @@ def summary(recipe: RewardModelsRecipe, root: Path, name: str) -> dict[str, Any]
         "minutes": [sum(metric(model_dir(root, name, seed), "time/update")) / 60 for seed in recipe.seeds],
         "steps": [len(metric(model_dir(root, name, seed), "train/loss")) for seed in recipe.seeds],
     }
-    others = prompt_accuracies(folder, recipe.seeds)
-    first = prompt_accuracies(evaluation_dir(root, next(iter(recipe.variants))), recipe.seeds)
-    found["difference"] = (
-        None if name == next(iter(recipe.variants)) else asdict(seed_difference(others, first))
-    )
-    return found
+    first = next(iter(recipe.variants))
+    accuracies = [prompt_accuracies(evaluation_dir(root, each), recipe.seeds) for each in (name, first)]
+    return found | {"difference": None if name == first else difference(*accuracies)}
+
+
+def difference(others: NDArray[np.float64], first: NDArray[np.float64]) -> dict[str, Any] | None:
+    """Compare accuracies (S, P) of two variants on the same prompts; None where they have no interval."""
+    if others.shape[1] < 2 or (np.ptp(others) == 0 and np.ptp(first) == 0):
+        return None
+    return asdict(seed_difference(others, first))
 
 
 def prompt_accuracies(folder: Path, seeds: Sequence[int]) -> NDArray[np.float64]:
@@ -205,12 +237,11 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     first = results[0]
     rows = []
     for found in results:
-        difference = found["difference"]
         rows.append(
             {
                 "reward model": found["variant"],
                 "accuracy": _limits(found["accuracy"]),
-                f"less {first['variant']}": "-" if difference is None else _limits(difference, "difference"),
+                f"less {first['variant']}": _limits(found["difference"], "difference"),
                 "ECE": _over_seeds(found["ece"]),
                 "log loss": _over_seeds(found["log_loss"]),
                 "temperature": _over_seeds(found["temperature"]),
@@ -235,7 +266,9 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([markdown_table(rows), facts, markdown_table(members)])
 
 
-def _limits(found: Mapping[str, float], value: str = "value") -> str:
+def _limits(found: Mapping[str, float] | None, value: str = "value") -> str:
+    if found is None:
+        return "-"
     return f"{found[value]:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 

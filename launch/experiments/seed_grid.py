@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,12 @@ def _inputs(command: Sequence[str], recipe: str) -> dict[str, str]:
     inputs = {"command": " ".join(command), "recipe": _sha256(find_recipe(recipe))}
     for place, name in _named(command, recipe):
         path = Path(name)
-        if path.is_file():
-            inputs[place] = _sha256(path)
-        elif (record := path.parent / MADE_FROM).exists():  # <run>/policy, <run>/reward_model
-            inputs[place] = _sha256(record)
+        record = path.parent / MADE_FROM  # of <run>/policy, <run>/reward_model
+        with suppress(OSError):  # no path: a text that is longer than names of files
+            if path.is_file():
+                inputs[place] = _sha256(path)
+            elif record.exists():
+                inputs[place] = _sha256(record)
     return inputs
 
 

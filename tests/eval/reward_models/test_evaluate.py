@@ -377,7 +377,7 @@ def test_models_that_cannot_be_evaluated_are_refused(tmp_path, models, message):
         evaluate(tmp_path / "run", models)
 
 
-def test_members_without_a_common_zero_are_refused_before_the_second_is_measured(folders, tmp_path):
+def test_members_without_a_common_zero_are_refused_before_one_is_measured(folders, tmp_path, capsys):
     other = save_reward_model(tmp_path / "other", load_tokenizer(str(folders["rm"])), seed=4)
     other.config.centre = 0.0
     other.save_pretrained(tmp_path / "other")
@@ -386,12 +386,14 @@ def test_members_without_a_common_zero_are_refused_before_the_second_is_measured
         ConfigError, match=r"models: '.*rm' was given a centre on references and '.*other' was not"
     ):
         evaluate(tmp_path / "run", members, ensembles=[{"combine": "mean"}])
+    assert "accuracy" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("kinds", "combine", "message"),
     [
         (["rm"], "mean", "ensembles needs two or more models"),
+        (["same", "same"], "mean", "models names a model twice"),
         (["rm", "dpo"], "mean", "ensembles needs models of one kind"),
         (
             ["dpo", "dpo"],
@@ -402,7 +404,10 @@ def test_members_without_a_common_zero_are_refused_before_the_second_is_measured
 )
 def test_ensembles_that_mean_nothing_are_refused(kinds, combine, message):
     implicit = {"reference": "sft", "beta": 0.1}
-    models = [{"path": f"{n}", **(implicit if kind == "dpo" else {})} for n, kind in enumerate(kinds)]
+    models = [
+        {"path": "same" if kind == "same" else f"{n}", "name": f"{n}", **(implicit if kind == "dpo" else {})}
+        for n, kind in enumerate(kinds)
+    ]
     with pytest.raises(ConfigError, match=message):
         EvaluateRewardModelRecipe(models=models, ensembles=[{"combine": combine}])
 
@@ -435,3 +440,11 @@ def test_choices_that_cannot_be_read_are_refused(tmp_path):
     file.write_text(json.dumps({"prompt": "a", "chosen": ["b"]}) + "\n")
     with pytest.raises(DataError, match="has no column rejected; its columns are: prompt, chosen"):
         read_choices(str(file))
+    for ids, message in (
+        (["ref:1", "tied:1", "ref:1"], r"choices.jsonl:1 and .*choices.jsonl:3 have the same id, 'ref:1'"),
+        (["ref:1", ""], r"choices.jsonl:2 has the id '' and others of Ties have ref:<n>"),
+    ):
+        row = {"prompt": "a", "chosen": ["b"], "rejected": ["c"], "subset": "Ties"}
+        file.write_text("".join(json.dumps(row | {"id": name}) + "\n" for name in ids))
+        with pytest.raises(DataError, match=message):
+            read_choices(str(file))

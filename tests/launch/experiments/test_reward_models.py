@@ -26,6 +26,7 @@ def test_variants_of_a_seed_start_from_its_policy_and_are_evaluated_together(tmp
         "launch_once",
         lambda script, recipe, folder, overrides, jobs: runs.update({folder.name: (script, overrides)}),
     )
+    monkeypatch.setattr(reward_models, "_check_same_pairs", lambda *_: None)
     monkeypatch.setattr(reward_models, "summary", lambda *_: {})
     monkeypatch.setattr(reward_models, "markdown", lambda _: "")
     monkeypatch.setattr(reward_models, "_plot", lambda *_: None)
@@ -119,9 +120,15 @@ def test_the_table_by_hand():
     [
         ("variants={}", "variants is empty"),
         ("variants={a: [data.limit=3]}", "variants.a: data.limit=3 belongs in shared"),
-        ("variants={a: [seed=3]}", "variants.a: seed=3 belongs in shared or seeds"),
+        ("variants={a: [seed=3]}", "variants.a: seed=3 belongs in shared, seeds or run_dir"),
         ("variants={a: [loss.unknown=3]}", "variants.a: .*unknown"),
+        ("variants={a: [run_dir=x]}", "variants.a: run_dir=x belongs in shared, seeds or run_dir"),
         ("variants={a b: [], a_b: []}", "variants need different folders"),
+        ("variants={sft: []}", "variants need different folders, and two have .'sft_0'"),
+        (
+            "variants={b_0: [], evaluation_b: []}",
+            "variants need different folders, and two have .'evaluation_b_0'",
+        ),
         ("seeds=[1]", "seeds must be two or more different numbers"),
         ("shared=[num_steps=3]", "shared is for the data alone"),
     ],
@@ -129,6 +136,24 @@ def test_the_table_by_hand():
 def test_a_grid_that_shows_nothing_or_fails_late_is_refused(override, message):
     with pytest.raises(ConfigError, match=message):
         check(load_recipe(RewardModelsRecipe, None, [override]))
+
+
+def test_variants_on_other_pairs_are_refused_and_equal_ones_have_no_difference(tmp_path):
+    for name, pairs in (("pairs", "x"), ("by_prompt", "y")):
+        (tmp_path / f"evaluation_{name}").mkdir()
+        (tmp_path / f"evaluation_{name}" / "evaluation.json").write_text(
+            json.dumps({"data": {"pairs_sha256": pairs}})
+        )
+    with pytest.raises(
+        ConfigError, match="variants.by prompt: its tokenizer leaves other pairs than that of pairs"
+    ):
+        reward_models._check_same_pairs(RewardModelsRecipe(variants=VARIANTS), tmp_path)
+    assert reward_models.difference(np.ones((2, 5)), np.ones((2, 5))) is None
+    assert reward_models.difference(np.array([[1.0], [0.0]]), np.array([[0.0], [1.0]])) is None
+    rng = np.random.default_rng(0)
+    assert (
+        abs(reward_models.difference(rng.random((2, 50)) + 0.0, np.ones((2, 50)))["difference"] + 0.5) < 0.1
+    )
 
 
 @pytest.mark.slow

@@ -158,3 +158,27 @@ def test_a_job_may_wait_for_those_before_it_and_a_failed_need_fails_it():
 
 def _fail() -> None:
     raise StageFailed("as asked")
+
+
+def test_a_long_text_in_a_recipe_is_no_path(scripts, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"reward: {{format: {'x' * 300}}}")
+    launch_once("stage", str(recipe), tmp_path / "run", [], num_jobs=1)
+    assert times_run(tmp_path / "run") == 1
+
+
+def test_what_a_recipe_names_is_an_input_too_unless_it_is_overridden(scripts, tmp_path):
+    recipe, data, other = (tmp_path / name for name in ("recipe.yaml", "data.jsonl", "other.jsonl"))
+    recipe.write_text(f"models: [{{path: {data}}}]\ndata: {{path: {other}}}")
+    data.write_text("rows")
+    other.write_text("rows")
+
+    def make() -> None:
+        launch_once("stage", str(recipe), tmp_path / "run", ["data.path=elsewhere"], num_jobs=1)
+
+    make()
+    other.write_text("other rows")
+    make()
+    data.write_text("other rows")
+    with pytest.raises(ConfigError, match=r"\(models\[0\].path changed\)"):
+        make()
