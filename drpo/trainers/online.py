@@ -192,24 +192,34 @@ class _Loop:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs in addition to the engine's."""
         state = {"kl": self.controller.state_dict(), "running": self.running.state_dict()}
-        if identities := self._identities():
-            state["reward"] = identities
-        return state | self.guard.state_dict()
+        return state | {"reward": self._identities()} | self.guard.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.controller.load_state_dict(state["kl"])
         self.running.load_state_dict(state["running"])
         self.guard.load_state_dict(state)
-        earlier, now = state.get("reward", {}), self._identities()
-        for place in sorted(earlier | now):
-            if (before := earlier.get(place)) != now.get(place):
-                raise ConfigError(
-                    f"{place}: this run was trained on the scores of {before}, and {now.get(place)} is there now; give "
-                    "it the earlier one again, or begin anew with resume=restart"
-                )
+        check_identities(state.get("reward"), self._identities())
 
     def _identities(self) -> dict[str, str]:
         return identities_of(self.rewards["score"], f"reward.{self.recipe.reward.kind or 'function'}")
+
+
+def check_identities(earlier: Mapping[str, str] | str | None, now: Mapping[str, str]) -> None:
+    """Raise ConfigError if other models or settings than in the earlier part of the run give the scores.
+
+    Older checkpoints hold the identity of the server at reward.url alone, or (None) do not say what gave the scores:
+    those are taken as they are.
+    """
+    if earlier is None:
+        return
+    if isinstance(earlier, str):
+        earlier = {"reward.url": earlier}
+    for place in sorted(earlier | now):
+        if (before := earlier.get(place)) != now.get(place):
+            raise ConfigError(
+                f"{place}: this run was trained on the scores of {before}, and {now.get(place)} is there now; give "
+                "it the earlier one again, or begin anew with resume=restart"
+            )
 
 
 def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> None:

@@ -10,7 +10,9 @@ import torch
 from online_runs import forget_precision, run_online
 from safetensors.torch import load_file
 
+from drpo.config import ConfigError
 from drpo.run.metrics import read_metrics, reproducible
+from drpo.trainers.online import check_identities
 
 
 def test_a_kl_above_its_limit_stops_the_run_and_says_so(online_run, tmp_path):
@@ -121,3 +123,22 @@ def test_a_reward_that_is_not_finite_names_step_row_and_origin(online_run):
     ) as error:
         online_run(reward_fn=broken, checkpoint={"every": 1})
     assert "step_1" in str(error.value)
+
+
+@pytest.mark.parametrize("earlier", [{"reward.url": "a"}, "a", None])
+def test_a_run_goes_on_with_the_model_that_its_checkpoint_names_in_any_form(earlier):
+    check_identities(earlier, {"reward.url": "a"})
+
+
+@pytest.mark.parametrize(
+    "earlier, now, message",
+    [
+        ("a", {"reward.url": "b"}, "reward.url: this run was trained on the scores of a, and b is there now"),
+        ({"reward.url": "a"}, {"reward.url": "b"}, "reward.url: .* scores of a, and b is there now"),
+        ({"reward.parts/j": "a"}, {}, "reward.parts/j: .* scores of a, and None is there now"),
+        ({}, {"reward.parts/j": "a"}, "reward.parts/j: .* scores of None, and a is there now"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_model(earlier, now, message):
+    with pytest.raises(ConfigError, match=message):
+        check_identities(earlier, now)
