@@ -12,8 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_models.model import RewardModel
 
-OF_NO_SCORE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-"Keys of a config that name where a model was and what wrote it."
+OF_NO_SCORE = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "score_normalised",
+)
+"Keys of a config that name where a model was, what wrote it, and how its score came to be."
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
