@@ -45,7 +45,7 @@ def with_located_errors(function: RewardFn, where: str, identity: str | None = N
             raise ConfigError(f"{where} returned {len(scores)} scores for {len(completions)} responses")
         return returned if isinstance(returned, DetailedScores) else scores
 
-    score.identity = getattr(function, "identity", identity)
+    score.identity = getattr(function, "identity", None) or identity
     return score
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from drpo.config import ConfigError, key, names_keys
 from drpo.engine import Engine
 from drpo.reward_functions import import_function, with_located_errors
-from drpo.rewards import RewardFn, WaitingRewardFn
+from drpo.rewards import RewardFn, WaitingRewardFn, identities_of
 from drpo.trainers.online_recipe import RewardConfig
 from drpo.trainers.reward_parts import EnsembleConfig, RewardPart
 from reward_models.joint import ensemble, weighted_sum
@@ -73,9 +73,10 @@ def _source(config: RewardConfig | RewardPart, load: _Loader) -> RewardFn:
 
 def _function(config: RewardConfig | RewardPart, engine: Engine) -> RewardFn:
     function = import_function(config.function, key("function"))
-    if isinstance(config, RewardConfig):
-        return function
     where = f"{key('function')}={config.function!r}"
+    if isinstance(config, RewardConfig):
+        identities_of(function, where)  # that it can be read
+        return function
     if config.recipe is not None:
         try:
             function = function(config.recipe)
@@ -83,6 +84,7 @@ def _function(config: RewardConfig | RewardPart, engine: Engine) -> RewardFn:
             raise ConfigError(f"{where} cannot be called with {key('recipe')} alone: {error}") from error
         if not callable(function):
             raise ConfigError(f"{where} returned {function!r} for {key('recipe')}, which scores nothing")
+    identities_of(function, where)
     if isinstance(function, WaitingRewardFn):
         engine.check_wait(function.wait_minutes, key("recipe"))
     return with_located_errors(function, where, _settings_identity(config.recipe))

@@ -98,6 +98,7 @@ class _Loop:
         self.models, self.splits, self.rewards = models, splits, rewards
         self.controller, self.running = run.recipe.kl.controller(), RunningMoments()
         self.guard = KLGuard(run.recipe.kl)
+        self._identities = identities_of(rewards["score"], f"reward.{self.recipe.reward.kind or 'function'}")
 
     def begin(self) -> None:
         """Evaluate before the first update, and save a checkpoint if the guard may roll back to it."""
@@ -192,16 +193,13 @@ class _Loop:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs in addition to the engine's."""
         state = {"kl": self.controller.state_dict(), "running": self.running.state_dict()}
-        return state | {"reward": self._identities()} | self.guard.state_dict()
+        return state | {"reward": self._identities} | self.guard.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.controller.load_state_dict(state["kl"])
         self.running.load_state_dict(state["running"])
         self.guard.load_state_dict(state)
-        check_identities(state.get("reward"), self._identities())
-
-    def _identities(self) -> dict[str, str]:
-        return identities_of(self.rewards["score"], f"reward.{self.recipe.reward.kind or 'function'}")
+        check_identities(state.get("reward"), self._identities)
 
 
 def check_identities(earlier: Mapping[str, str] | str | None, now: Mapping[str, str]) -> None:

@@ -257,6 +257,35 @@ def test_a_section_that_cannot_work_is_refused_with_its_key(folder, engine, sect
         reward_of(folder, engine, section)
 
 
+def test_an_identity_of_none_is_as_none_and_one_that_cannot_be_compared_is_refused(
+    folder, engine, tmp_path, monkeypatch
+):
+    (tmp_path / "with_identity.py").write_text(
+        "class Scores:\n"
+        "    def __init__(self, identity):\n"
+        "        self.identity = identity\n"
+        "    def __call__(self, completions):\n"
+        "        return [1.0 for _ in completions]\n"
+        "unknown, number, nested = Scores(None), Scores(3), Scores({'a': 3})\n"
+        "def made(path):\n"
+        "    return unknown\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "settings.txt").write_text("1")
+    part = {"name": "a", "function": "with_identity:made", "recipe": str(tmp_path / "settings.txt")}
+    found = identities_of(reward_of(folder, engine, {"parts": [part]}), "reward.parts")
+    assert found["reward.parts/a"].startswith("a function with the settings ")
+    reward_of(folder, engine, {"function": "with_identity:unknown"})
+    for name in ("number", "nested"):
+        spec = f"with_identity:{name}"
+        for section, place in (
+            ({"parts": [{"name": "a", "function": spec}]}, "reward.parts[0].function"),
+            ({"function": spec}, "reward.function"),
+        ):
+            with pytest.raises(ConfigError, match=re.escape(f"{place}='{spec}': the attribute `identity`")):
+                reward_of(folder, engine, section)
+
+
 @pytest.mark.parametrize(
     "part, message",
     [
