@@ -34,8 +34,8 @@ from eval.judging.verdict import combine_all
 
 BATCH_MINUTES = 24 * 60.0
 "A batch of the Batch API is done within a day."
-OF_NO_VERDICT = ("api_key_env", "backend", "probe")
-"Settings of a judge that change no verdict."
+OF_NO_VERDICT = ("base_url", "api_key_env", "backend", "probe")
+"Settings of a judge that change no verdict: the model is its own at every address, as at reward.url."
 
 
 class JudgeReward:
@@ -50,12 +50,12 @@ class JudgeReward:
 
     @property
     def wait_minutes(self) -> float:
-        """The longest wait for the answer to one question."""
-        if self._recipe.judge.kind != "openai":
+        """The longest wait for the verdict on one question, which is asked again when its answer cannot be read."""
+        judge, retry = self._recipe.judge, self._recipe.retry
+        if judge.kind != "openai":
             return 0.0
-        if self._recipe.judge.backend == "batch":
-            return BATCH_MINUTES
-        return (self._recipe.retry.max_elapsed + self._recipe.retry.timeout) / 60
+        minutes = BATCH_MINUTES if judge.backend == "batch" else (retry.max_elapsed + retry.timeout) / 60
+        return (1 + judge.max_reasks) * minutes
 
     def __call__(self, completions: Sequence[Completion]) -> DetailedScores:
         """Return the scores (B,), with the detail `undecided`; raise as `judge_reward` says."""
@@ -101,7 +101,9 @@ def judge_reward(path: str) -> JudgeReward:
 def _identity(recipe: JudgeRecipe) -> str:
     """Return the judge's name, and a hash of what its verdicts depend on in the recipe and the prompt's file."""
     verdict = {name: getattr(recipe, name) for name in ("orders", "ties", "half_tie", "seed")}
-    verdict |= {name: value for name, value in vars(recipe.judge).items() if name not in OF_NO_VERDICT}
+    # Only what is not at its default, as a later version may have more settings.
+    names = {"kind", "model", *recipe.judge.changed()} - set(OF_NO_VERDICT)
+    verdict |= {"name": recipe.judge.name} | {name: getattr(recipe.judge, name) for name in names}
     if recipe.prompt is not None:
         verdict["prompt"] = asdict(load_prompt(recipe.prompt))
     digest = hashlib.sha256(json.dumps(verdict, sort_keys=True).encode()).hexdigest()

@@ -198,6 +198,8 @@ def test_a_judge_is_identified_by_what_its_verdicts_depend_on(tmp_path):
         {"max_undecided": 0.5},
         {"max_failed": 0.5},
         {"judge": {"api_key_env": "KEY"}},
+        {"judge": {"base_url": "http://127.0.0.1:8/v1"}},
+        {"judge": {"temperature": 0.0}},
     ]
     assert {identity_of(tmp_path, **settings) for settings in same} == {first}
     others = [
@@ -216,8 +218,9 @@ def test_a_judge_is_identified_by_what_its_verdicts_depend_on(tmp_path):
 @pytest.mark.parametrize(
     "settings, minutes",
     [
-        ({"retry": {"max_elapsed": 300.0, "timeout": 60.0}}, 6.0),
-        ({"judge": {"backend": "batch"}}, 24 * 60.0),
+        ({"retry": {"max_elapsed": 300.0, "timeout": 60.0}}, 18.0),  # asked up to three times
+        ({"retry": {"max_elapsed": 300.0, "timeout": 60.0}, "judge": {"max_reasks": 0}}, 6.0),
+        ({"judge": {"backend": "batch", "max_reasks": 1}}, 2 * 24 * 60.0),
     ],
 )
 def test_the_longest_wait_for_an_answer(tmp_path, settings, minutes):
