@@ -16,6 +16,7 @@ from requests.adapters import HTTPAdapter
 from drpo.config import ConfigError
 
 CONNECT_SECONDS = 10.0
+"What a try may take to connect."
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
 "Seconds between two tries, doubled each time."
 LEAST_SECONDS = 1.0
@@ -73,7 +74,8 @@ class ServerClient:
             path: below it.
             content: JSON.
             until: the request is made again until this time of the monotonic clock; None: it is made once.
-            seconds: how long one try may take; None: until then.
+            seconds: the longest pause of one try without a byte of its answer, which bounds all of the try where the
+                answer comes in one piece; None: until then. To connect may take CONNECT_SECONDS besides.
         """
         pause, place = FIRST_PAUSE, f"{url} does not answer {path.partition('?')[0] or '/'}"
         while True:

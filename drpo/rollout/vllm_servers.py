@@ -32,7 +32,7 @@ from drpo.rollout.vllm_requests import Request, VLLMConfig, check_suppressed, ge
 from drpo.rollout.vllm_worker import WorkerExtension
 from drpo.rollout.weight_stream import WeightListener, send_weights
 from drpo.run.stopped import Interrupted
-from drpo.servers import ServerClient
+from drpo.servers import CONNECT_SECONDS, LEAST_SECONDS, ServerClient
 
 EXTENSION = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
 DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
@@ -60,7 +60,9 @@ class VLLMServers:
             max_tokens: most tokens of a row, prompt and response.
         """
         check_suppressed(vocabulary)
-        engine.check_wait(config.timeout_minutes, f"rollout.vllm.timeout_minutes={config.timeout_minutes:g}")
+        # The last try may begin at the end.
+        minutes = config.timeout_minutes + (CONNECT_SECONDS + LEAST_SECONDS) / 60
+        engine.check_wait(minutes, f"rollout.vllm.timeout_minutes={config.timeout_minutes:g}")
         self._config, self._engine, self._vocabulary, self._max_tokens = (
             config,
             engine,

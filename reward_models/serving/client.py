@@ -15,6 +15,7 @@ from drpo.engine import Engine
 from drpo.models.model_folder import read_config
 from drpo.models.tokenizer import load_tokenizer
 from drpo.rewards import Completion
+from drpo.servers import CONNECT_SECONDS
 from drpo.trainers.online_recipe import RewardConfig
 from reward_models.serving.connection import Call, Connection
 from reward_models.serving.dialects import VLLM, Dialect, OpenRLHF, numbers, parts
@@ -143,7 +144,8 @@ def remote_reward(
     """
     server = config.server
     engine.check_wait(
-        server.timeout_minutes + server.request_seconds / 60,  # the last try may begin at the end
+        # The last try may begin at the end.
+        server.timeout_minutes + (CONNECT_SECONDS + server.request_seconds) / 60,
         f"reward.server.timeout_minutes={server.timeout_minutes:g} and request_seconds={server.request_seconds:g}",
     )
     token = os.environ.get(TOKEN_VARIABLE) or None

@@ -32,7 +32,7 @@ class Connection:
         Args:
             url: http://host:port.
             wait_minutes: how long a call is made again.
-            request_seconds: how long one try may take.
+            request_seconds: how long one try waits for the next part of its answer.
             num_requests: calls under way at a time.
             token: bearer token; None for none.
             stop: set when the process is to stop: `call_all` then waits no longer.
@@ -52,23 +52,31 @@ class Connection:
     def call_all(self, calls: list[Call]) -> list[Any]:
         """Return the answers to several calls, in their order. The first that fails ends the others.
 
-        Raises Interrupted when the process is to stop.
+        They wait for a server that is away up to one limit, which begins here. Raises Interrupted when the process is
+        to stop.
         """
+        until = self._limit()
         try:
-            return call_each(lambda call: self.call(*call), calls, self._num_requests, self._stop)
+            return call_each(lambda call: self._call(*call, until), calls, self._num_requests, self._stop)
         except BaseException:
             self.close()
             raise
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """Return the JSON of an answer; raise ConfigError for an error, or none in time."""
+        return self._call(method, path, body, self._limit())
+
+    def _limit(self) -> float:
+        return time.monotonic() + 60 * self._wait_minutes
+
+    def _call(self, method: str, path: str, body: Any, until: float) -> Any:
         content = None if body is None else json.dumps(body).encode()
         if content is not None and self.max_bytes is not None and len(content) > self.max_bytes:
             raise ConfigError(
                 f"reward.url: a request has {len(content)} bytes, and {self.url} takes {self.max_bytes}: lower "
                 "reward.batch_size, or start the server with a larger --max-megabytes"
             )
-        times = {"until": time.monotonic() + 60 * self._wait_minutes, "seconds": self._request_seconds}
+        times = {"until": until, "seconds": self._request_seconds}
         answer = self._client.request(method, self.url, path, content, **times)
         return self._client.values(answer, f"{self.url}{path}", _advice)
 

@@ -20,8 +20,8 @@ TOLD_TO_BOTH = {
 
 
 TOO_LONG_TO_WAIT = {
-    "reward wait": "reward.server.timeout_minutes=6 and request_seconds=60: a process may wait 7 minutes",
-    "vllm wait": "rollout.vllm.timeout_minutes=9: a process may wait 9 minutes",
+    "reward wait": "reward.server.timeout_minutes=6 and request_seconds=60: a process may wait 7.16667 minutes",
+    "vllm wait": "rollout.vllm.timeout_minutes=9: a process may wait 9.18333 minutes",
 }
 
 
