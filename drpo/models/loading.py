@@ -171,7 +171,8 @@ def load_critic(
         critic.head.bias -= saved.get("centre", 0.0)
         for parameter in critic.head.parameters():
             parameter /= saved.get("scale", 1.0)
-    critic.config.update({"centre": 0.0, "scale": 1.0})  # they are in the head, and the critic is saved too
+    # They are in the head, training then moves it, and the critic is saved too.
+    critic.config.update({"centre": 0.0, "scale": 1.0, "score_normalised": []})
     if policy is not None and has_trunk(policy):
         if not same_trunk(critic, policy):
             raise ConfigError(
@@ -281,8 +282,8 @@ def _from_sequence_classifier(path: str, dtype: str, model_class: type[Scalar], 
         )
     model = model_class.from_backbone(source, source.state_dict())
     if hasattr(source.config, "score_normalised"):  # else these names may mean anything
-        names = ("score_normalised", "chat_template", "chat_template_kwargs")
-        model.config.update({name: getattr(source.config, name) for name in names})
+        defaults = {"score_normalised": [], "chat_template": None, "chat_template_kwargs": {}}
+        model.config.update({name: getattr(source.config, name, value) for name, value in defaults.items()})
     with torch.no_grad():
         model.head.weight.copy_(head.weight)
         bias = torch.zeros(1) if head.bias is None else head.bias

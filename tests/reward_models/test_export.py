@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,18 @@ def test_an_exported_model_keeps_what_it_was_trained_on(tmp_path, tokenizer, cha
             check_trained_alike(str(tmp_path / "plain"), "critic.path", not chat, {})
         with pytest.raises(ConfigError, match="critic.path: .*data.chat_template_kwargs"):
             check_trained_alike(str(tmp_path / "plain"), "critic.path", chat, {"other": 1})
+
+
+def test_an_exported_model_that_does_not_say_which_texts_it_was_trained_on_is_loaded(tmp_path, tokenizer):
+    path, _ = saved(tmp_path, tokenizer, "llama")
+    export_classifier(path, tmp_path / "plain")
+    written = tmp_path / "plain" / "config.json"
+    config = json.loads(written.read_text())
+    for name in ("chat_template", "chat_template_kwargs"):
+        config.pop(name, None)
+    written.write_text(json.dumps(config))
+    config = load_scalar_model(tmp_path / "plain", ModelConfig(), RewardModel).config
+    assert (config.chat_template, config.chat_template_kwargs) == (None, {}) and config.was_given("centre")
 
 
 @pytest.mark.parametrize("spare", [0, 1])

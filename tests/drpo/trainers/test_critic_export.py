@@ -11,8 +11,10 @@ from transformers import AutoTokenizer
 
 from drpo.config import ConfigError
 from drpo.models.export import save_policy
-from drpo.models.loading import ModelConfig, load_critic
+from drpo.models.loading import ModelConfig, load_critic, load_scalar_model
 from drpo.models.vocabulary import check_trained_alike
+from reward_models.export import export_classifier
+from reward_models.model import RewardModel
 
 CHECKPOINT = {"checkpoint": {"every": 3}}
 
@@ -45,6 +47,17 @@ def test_zero_and_unit_of_a_reward_model_go_into_a_critic_once(tmp_path):
         assert torch.equal(critic.head.weight, model.head.weight / 2)
         path = tmp_path / folder
         save_policy(critic, tokenizer, path, "card")
+
+
+def test_a_critic_of_an_exported_reward_model_does_not_claim_its_zero_and_unit(tmp_path):
+    save_reward_model(tmp_path / "rm", single_bytes())
+    export_classifier(str(tmp_path / "rm"), tmp_path / "plain")
+    critic = load_critic(str(tmp_path / "plain"), ModelConfig())
+    save_policy(critic, single_bytes(), tmp_path / "critic", "card")
+    found = [
+        load_scalar_model(str(tmp_path / name), ModelConfig(), RewardModel) for name in ("plain", "critic")
+    ]
+    assert [model.config.was_given("centre") for model in found] == [True, False]
 
 
 @pytest.mark.parametrize("lora", [0, 2])
