@@ -314,4 +314,11 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _as_json(value: object) -> Any:
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(json.dumps(value, default=_section_as_json))
+
+
+def _section_as_json(value: object) -> Any:
+    """Return the settings of a section in a list that are not at their defaults, as a later version may have more."""
+    if isinstance(value, Section):
+        return {name: getattr(value, name) for name in value.changed()}
+    return str(value)

@@ -17,6 +17,7 @@ import yaml
 from online_runs import forget_precision
 from torch import nn
 
+from drpo.config import Section
 from drpo.engine import Engine, EngineConfig
 from drpo.run import lock as folder_lock
 from drpo.run.checkpoints import CheckpointError, list_checkpoints
@@ -100,6 +101,28 @@ def test_flatten_gives_dotted_keys_and_json_values(recipe):
         "engine.project": "drpo",
         "engine.timeout_minutes": 60.0,
     }
+
+
+@dataclass(frozen=True)
+class Inner(Section):
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outer(Section):
+    rate: float = 0.5
+    inner: Inner | None = None
+
+
+@dataclass(frozen=True)
+class Listed(Section):
+    outers: list[Outer] = field(default_factory=list)
+
+
+def test_sections_in_lists_are_their_settings_that_are_not_at_their_defaults():
+    """So that neither the order of the fields nor a new one makes a run look like another."""
+    listed = Listed(outers=[Outer(rate=0.25), Outer(inner=Inner(names=["b"])), Outer()])
+    assert flatten(listed) == {"outers": [{"rate": 0.25}, {"inner": {"names": ["b"]}}, {}]}
 
 
 # --- fresh and resumed runs -----------------------------------------------------------------------------
