@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drpo.config import ConfigError
-from drpo.rewards import Completion, DetailedScores, RewardFn, SharingRewardFn
+from drpo.rewards import Completion, DetailedScores, IdentifiedRewardFn, RewardFn, SharingRewardFn
 from drpo.run.stopped import RunStopped
 from drpo.tensors import PaddedBatch
 
@@ -117,3 +117,21 @@ def reading_trunk(reward_fn: RewardFn, parts: Sequence[PaddedBatch], trunks: Seq
     if isinstance(reward_fn, SharingRewardFn) and reward_fn.shares_trunk:
         return functools.partial(reward_fn.score_from_trunk, parts=parts, trunks=trunks)
     return reward_fn
+
+
+def identities_of(reward_fn: RewardFn, place: str) -> dict[str, str]:
+    """Return the identity of a RewardFn at `place`, those of its members at place/<name>, or {} where it has none.
+
+    Raises ConfigError for an identity that is neither text nor a mapping of texts.
+    """
+    identity = reward_fn.identity if isinstance(reward_fn, IdentifiedRewardFn) else None
+    if identity is None:
+        return {}
+    if isinstance(identity, str):
+        return {place: identity} if identity else {}
+    if not isinstance(identity, Mapping) or not all(isinstance(value, str) for value in identity.values()):
+        raise ConfigError(
+            f"{place}: the attribute `identity` of a reward function must be text, or a mapping of names to texts, "
+            f"got {identity!r}"
+        )
+    return {f"{place}/{name}": value for name, value in identity.items()}

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from drpo.config import ConfigError
-
 if TYPE_CHECKING:
     from drpo.data.records import Record
     from drpo.tensors import PaddedBatch
@@ -79,24 +77,6 @@ class IdentifiedRewardFn(RewardFn, Protocol):
     identity: str | Mapping[str, str] | None
     """The same for the same scores, None for no such part; of a RewardFn that is made of others those of its members,
     by name."""
-
-
-def identities_of(reward_fn: RewardFn, place: str) -> dict[str, str]:
-    """Return the identity of a RewardFn at `place`, those of its members at place/<name>, or {} where it has none.
-
-    Raises ConfigError for an identity that is neither text nor a mapping of texts.
-    """
-    identity = reward_fn.identity if isinstance(reward_fn, IdentifiedRewardFn) else None
-    if identity is None:
-        return {}
-    if isinstance(identity, str):
-        return {place: identity} if identity else {}
-    if not isinstance(identity, Mapping) or not all(isinstance(value, str) for value in identity.values()):
-        raise ConfigError(
-            f"{place}: the attribute `identity` of a reward function must be text, or a mapping of names to texts, "
-            f"got {identity!r}"
-        )
-    return {f"{place}/{name}": value for name, value in identity.items()}
 
 
 @runtime_checkable

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from drpo.reward_functions import reading_trunk, score_in_detail
+from drpo.reward_functions import identities_of, reading_trunk, score_in_detail
 from drpo.rewards import (
     BoundedRewardFn,
     Completion,
     DetailedScores,
     RewardFn,
     SharingRewardFn,
-    identities_of,
 )
 from drpo.tensors import PaddedBatch
 from drpo.trainers.reward_parts import EnsembleConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from drpo.config import ConfigError, key, names_keys
 from drpo.engine import Engine
-from drpo.reward_functions import import_function, with_located_errors
-from drpo.rewards import RewardFn, WaitingRewardFn, identities_of
+from drpo.reward_functions import identities_of, import_function, with_located_errors
+from drpo.rewards import RewardFn, WaitingRewardFn
 from drpo.trainers.online_recipe import RewardConfig
 from drpo.trainers.reward_parts import EnsembleConfig, RewardPart
 from reward_models.joint import ensemble, weighted_sum

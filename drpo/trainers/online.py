@@ -18,7 +18,8 @@ from drpo.engine import Engine
 from drpo.kl import kl_per_token
 from drpo.models.tokenizer import load_tokenizer
 from drpo.optim import scheduled_rate, set_learning_rates
-from drpo.rewards import RewardFn, RunningMoments, identities_of
+from drpo.reward_functions import identities_of
+from drpo.rewards import RewardFn, RunningMoments
 from drpo.rollout.collect import collect
 from drpo.rollout.held_out import Held, evaluate
 from drpo.rollout.resets import check_resets

@@ -36,6 +36,9 @@ from launch.experiments.results import markdown_table, metric, write_results
 from launch.experiments.seed_grid import RunGrid, interval
 from reward_models.train import RewardModelRecipe
 
+COMMON = ("data.", "seed=", "run_dir=")
+OWN_DATA = ("data.noise.", "data.max_bad_fraction=")
+"Settings of the data that leave the held-out pairs as they are."
 ENSEMBLES = [{"combine": "mean"}, {"combine": "min"}, {"combine": "mean_minus_std"}]
 
 
@@ -117,9 +120,10 @@ def check(recipe: RewardModelsRecipe) -> None:
     if not recipe.variants:
         raise ConfigError("variants is empty; give at least one, with settings of the reward model or []")
     for name, overrides in recipe.variants.items():
-        if own := [override for override in overrides if override.startswith(("data.", "seed=", "run_dir="))]:
+        common = [o for o in overrides if o.startswith(COMMON) and not o.startswith(OWN_DATA)]
+        if common:
             raise ConfigError(
-                f"variants.{name}: {own[0]} belongs in shared, seeds or run_dir: variants have these in common"
+                f"variants.{name}: {common[0]} belongs in shared, seeds or run_dir: variants have these in common"
             )
         try:
             load_recipe(RewardModelRecipe, find_recipe(recipe.recipe), [*recipe.data, *overrides])

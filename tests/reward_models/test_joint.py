@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from drpo.data.records import Record
-from drpo.reward_functions import reading_trunk, score_in_detail
-from drpo.rewards import BoundedRewardFn, Completion, DetailedScores, SharingRewardFn, identities_of
+from drpo.reward_functions import identities_of, reading_trunk, score_in_detail
+from drpo.rewards import BoundedRewardFn, Completion, DetailedScores, SharingRewardFn
 from drpo.trainers.reward_parts import EnsembleConfig
 from reward_models.joint import ensemble, weighted_sum
 

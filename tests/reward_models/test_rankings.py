@@ -79,9 +79,11 @@ def test_a_batch_is_blocks_of_responses_padded_where_a_ranking_has_fewer():
     [two] = pair_rankings(PAIRS[:1], by_prompt=False, needs_gaps=False)
     batch = collate_rankings([three, two], 0, CPU)
     assert len(batch) == 2 and batch.num_responses == 3
-    assert batch.padded.responses.tolist() == [[7, 1], [7, 1], [8, 0], [8, 1], [9, 0], [0, 0]]
+    assert batch.padded.responses.tolist() == [[7, 1], [7, 1], [8, 0], [8, 1], [9, 0], [7, 0]]
     assert batch.padded.queries.tolist() == [[0, 5], [3, 4]] * 3
     assert batch.padded.response_mask.sum(1).tolist() == [2, 2, 1, 2, 1, 1], "a response always has a token"
+    batch = collate_rankings([three, two], 1000, CPU)
+    assert 1000 not in batch.padded.responses[batch.padded.response_mask], "which a model need not embed"
     assert batch.real.tolist() == [[True, True, True], [True, True, False]]
     assert batch.ranks.tolist() == [[2, 0, 1], [-1, -1, -1]]
     assert batch.comparisons.tolist() == [[0, 1, 0], [0, 1, 2], [0, 2, 0], [1, 0, 1]]

@@ -17,8 +17,8 @@ from tiny_tokenizers import single_bytes
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import Record
 from drpo.engine import Engine, EngineConfig
-from drpo.reward_functions import score_in_detail
-from drpo.rewards import Completion, identities_of
+from drpo.reward_functions import identities_of, score_in_detail
+from drpo.rewards import Completion
 from drpo.trainers.online_recipe import OnlineRecipe, RewardConfig
 from reward_models.export import export_classifier
 from reward_models.model import RewardModel

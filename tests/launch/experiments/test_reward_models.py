@@ -115,6 +115,10 @@ def test_the_table_by_hand():
     assert rows[-1] == "| by prompt: mean of all | 0.700 [0.600, 0.800] | 0.010 [-0.100, 0.800] |"
 
 
+def test_variants_may_have_noise_of_their_own():
+    check(load_recipe(RewardModelsRecipe, None, ["variants={noisy: [data.noise.flip_rate=0.2]}"]))
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
