@@ -38,7 +38,7 @@ def export_classifier(path: str, folder: Path, key: str = "path") -> list[str]:
             "one with score.aggregation=last"
         )
     classifier = classifier_of(model.backbone, key)
-    constant = (float(model.head.bias) - config.centre) / config.scale
+    constant = (model.head.bias.item() - config.centre) / config.scale
     with torch.no_grad():
         classifier.score.weight.copy_(model.head.weight / config.scale)
         if classifier.score.bias is not None:
