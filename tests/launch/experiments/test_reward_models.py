@@ -180,7 +180,7 @@ def test_the_whole_experiment_on_tiny_runs(tmp_path):
     )
     command = [*plain("experiments/reward_models"), "grid.yaml", "data_path=rows.jsonl", "run_dir=grid"]
     for _ in range(2):  # the second time everything is there already
-        assert "| ranked |" in run(tmp_path, *command).stdout
+        assert "| ranked |" in run(command, cwd=tmp_path)
     results = json.loads((tmp_path / "grid" / "results.json").read_text())
     assert [found["variant"] for found in results] == ["pairs", "ranked"]
     assert all(np.isfinite(found["accuracy"]["value"]) for found in results)
