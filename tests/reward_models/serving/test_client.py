@@ -5,18 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-from online_runs import forget_precision
 from reward_model_folders import save_reward_model
 from reward_requests import conversation, plain, remote, rows_of
 from reward_servers import LIMITS, StubServer, free_port, serving
 from tiny_tokenizers import CHATML, byte_level, single_bytes
 
 from drpo.config import ConfigError
-from drpo.engine import Engine, EngineConfig
 from reward_models.score import RewardModelScorer
 from reward_models.serving.rows import Limits
 
@@ -35,24 +32,6 @@ INFO = {
     "max_rows": 64,
     "max_bytes": 1 << 20,
 }
-
-
-@pytest.fixture
-def engine(tmp_path):
-    forget_precision()
-    engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path, 0, None)
-    yield engine
-    engine.close()
-    forget_precision()
-
-
-@pytest.fixture
-def policy(tmp_path) -> Path:
-    """Folder of the policy's tokenizer."""
-    tokenizer = single_bytes()
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(tmp_path / "policy")
-    return tmp_path / "policy"
 
 
 @pytest.mark.parametrize("make", [plain, conversation])

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from online_runs import forget_precision
 from reward_requests import conversation, plain, remote, rows_of
 from reward_servers import StubServer
 
 from drpo.config import ConfigError, load_recipe
-from drpo.engine import Engine, EngineConfig
 from drpo.trainers.online_recipe import OnlineRecipe
 
 OPENRLHF, VLLM = "reward.server.kind=openrlhf", "reward.server.kind=vllm"
 MODELS = {"object": "list", "data": [{"id": "org/rm", "object": "model", "max_model_len": 512}, {"id": "b"}]}
-
-
-@pytest.fixture
-def engine(tmp_path):
-    forget_precision()
-    engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path, 0, None)
-    yield engine
-    engine.close()
-    forget_precision()
 
 
 def length(text: str) -> float:

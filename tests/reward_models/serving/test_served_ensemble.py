@@ -7,36 +7,17 @@ from pathlib import Path
 import pytest
 import requests
 import torch
-from online_runs import forget_precision
 from reward_model_folders import save_reward_model
 from reward_requests import conversation, plain, remote, rows_of
 from reward_servers import LIMITS, serving
 from tiny_tokenizers import CHATML, byte_level, single_bytes
 
 from drpo.config import ConfigError
-from drpo.engine import Engine, EngineConfig
+from drpo.engine import Engine
 from drpo.trainers.reward_parts import EnsembleConfig
 from reward_models.joint import ensemble
 from reward_models.score import RewardModelScorer
 from reward_models.serving.served import ServedModel
-
-
-@pytest.fixture
-def engine(tmp_path):
-    forget_precision()
-    engine = Engine(EngineConfig(mixed_precision="no", trackers=[]), tmp_path, 0, None)
-    yield engine
-    engine.close()
-    forget_precision()
-
-
-@pytest.fixture
-def policy(tmp_path) -> Path:
-    """Folder of the policy's tokenizer."""
-    tokenizer = single_bytes()
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(tmp_path / "policy")
-    return tmp_path / "policy"
 
 
 def members(
