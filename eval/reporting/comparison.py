@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from drpo.data.records import DataError
 from eval.judging.verdict import Order, Status, Winner
+from eval.reporting.results_file import read_results
 
 Count = Annotated[int, Field(strict=True, ge=0)]
 Digits = Annotated[int, Field(strict=True, ge=0, le=15)]
@@ -329,13 +330,7 @@ def read_comparison(path: Path | str) -> Comparison:
     """Read a comparison.json, or the one in a folder. Raises DataError when there is none or it is not valid."""
     path = Path(path)
     file = path / "comparison.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"no comparison at {file}: {error.strerror}; launch/compare.py writes one") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON ({error}); launch/compare.py writes it anew") from None
-    return comparison_from(content)
+    return comparison_from(read_results(file, "comparison", "launch/compare.py"))
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:

@@ -57,6 +57,8 @@ def texts_sha256(examples: Sequence[Example]) -> str:
 
 def choose_pairs(examples: Sequence[Example], num_pairs: int | None) -> list[Example]:
     """Return so many of the pairs (None: all) in their order, chosen by their texts' hashes: never by their order."""
+    if num_pairs is None:
+        return list(examples)
     by_hash = sorted(range(len(examples)), key=lambda index: texts_sha256([examples[index]]))
     return [examples[index] for index in sorted(by_hash[:num_pairs])]
 

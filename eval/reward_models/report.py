@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from drpo.data.records import DataError
 from eval.reporting.html import embedded_png, html_page, write_pages
+from eval.reporting.results_file import read_results
 from eval.reward_models.page import MEANINGS, facts, markdown_page, tables, title
 from eval.reward_models.plots import plots_of
 
@@ -24,12 +24,7 @@ def report(path: Path) -> Path:
     missing or no evaluation.
     """
     file = path / FILE if path.is_dir() else path
-    try:
-        evaluation = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"no evaluation at {file}: {error.strerror}; {COMMAND} writes one") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON ({error}); {COMMAND} writes it anew") from None
+    evaluation = read_results(file, "evaluation", COMMAND)
     try:
         return write_report(evaluation, file.parent)
     except (KeyError, IndexError, TypeError, AttributeError) as error:

@@ -108,8 +108,11 @@ def run(recipe: RewardModelsRecipe) -> Path:
                 )
             evaluation = write_evaluation_recipe(recipe, root, name)
             grid.launch("evaluate_reward_model", str(evaluation), evaluation_dir(root, name), [], models)
-    _check_same_pairs(recipe, root)
-    results = [summary(recipe, root, name) for name in recipe.variants]
+    evaluations = {
+        name: json.loads((evaluation_dir(root, name) / FILE).read_text()) for name in recipe.variants
+    }
+    _check_same_pairs(evaluations)
+    results = [summary(recipe, root, name, evaluation) for name, evaluation in evaluations.items()]
     path = write_results(root, results, markdown(results))
     _plot(results, root / "results.png")
     return path
@@ -168,12 +171,9 @@ def write_evaluation_recipe(recipe: RewardModelsRecipe, root: Path, name: str) -
     return path
 
 
-def _check_same_pairs(recipe: RewardModelsRecipe, root: Path) -> None:
+def _check_same_pairs(evaluations: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ConfigError for a variant that was evaluated on other pairs than the first, as by another tokenizer."""
-    hashes = {
-        name: json.loads((evaluation_dir(root, name) / FILE).read_text())["data"]["pairs_sha256"]
-        for name in recipe.variants
-    }
+    hashes = {name: evaluation["data"]["pairs_sha256"] for name, evaluation in evaluations.items()}
     first = next(iter(hashes))
     for name, found in hashes.items():
         if found != hashes[first]:
@@ -186,10 +186,10 @@ def _check_same_pairs(recipe: RewardModelsRecipe, root: Path) -> None:
 # --- results ----------------------------------------------------------------------------------------------
 
 
-def summary(recipe: RewardModelsRecipe, root: Path, name: str) -> dict[str, Any]:
+def summary(
+    recipe: RewardModelsRecipe, root: Path, name: str, evaluation: Mapping[str, Any]
+) -> dict[str, Any]:
     """Collect a variant's numbers: of its evaluation, and of its runs, one a seed."""
-    folder = evaluation_dir(root, name)
-    evaluation = json.loads((folder / FILE).read_text())
     models = evaluation["models"]
     found = {
         "variant": name,
@@ -239,21 +239,20 @@ def prompt_accuracies(folder: Path, seeds: Sequence[int]) -> NDArray[np.float64]
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """Format the table: a row a variant, a second table for the ensembles of its seeds."""
     first = results[0]
-    rows = []
-    for found in results:
-        rows.append(
-            {
-                "reward model": found["variant"],
-                "accuracy": _limits(found["accuracy"]),
-                f"less {first['variant']}": _limits(found["difference"], "difference"),
-                "ECE": _over_seeds(found["ece"]),
-                "log loss": _over_seeds(found["log_loss"]),
-                "temperature": _over_seeds(found["temperature"]),
-                "length, partial": _over_seeds(found["partial_correlation"]),
-                "steps": " ".join(map(str, sorted(set(found["steps"])))),
-                "minutes": _over_seeds(found["minutes"], 1),
-            }
-        )
+    rows = [
+        {
+            "reward model": found["variant"],
+            "accuracy": _limits(found["accuracy"]),
+            f"less {first['variant']}": _limits(found["difference"], "difference"),
+            "ECE": _over_seeds(found["ece"]),
+            "log loss": _over_seeds(found["log_loss"]),
+            "temperature": _over_seeds(found["temperature"]),
+            "length, partial": _over_seeds(found["partial_correlation"]),
+            "steps": " ".join(map(str, sorted(set(found["steps"])))),
+            "minutes": _over_seeds(found["minutes"], 1),
+        }
+        for found in results
+    ]
     members = [
         {
             "ensemble": f"{found['variant']}: {ensemble['name']}",

@@ -21,12 +21,14 @@ VARIANTS = {"pairs": ["num_steps=20"], "by prompt": ["loss.by=prompt"]}
 
 def test_variants_of_a_seed_start_from_its_policy_and_are_evaluated_together(tmp_path, monkeypatch):
     runs: dict[str, tuple[str, list[str]]] = {}
-    monkeypatch.setattr(
-        seed_grid,
-        "launch_once",
-        lambda script, recipe, folder, overrides, jobs: runs.update({folder.name: (script, overrides)}),
-    )
-    monkeypatch.setattr(reward_models, "_check_same_pairs", lambda *_: None)
+
+    def launch_once(script, recipe, folder, overrides, jobs):
+        runs[folder.name] = (script, overrides)
+        if script == "evaluate_reward_model":
+            folder.mkdir()
+            (folder / "evaluation.json").write_text(json.dumps({"data": {"pairs_sha256": "of all variants"}}))
+
+    monkeypatch.setattr(seed_grid, "launch_once", launch_once)
     monkeypatch.setattr(reward_models, "summary", lambda *_: {})
     monkeypatch.setattr(reward_models, "markdown", lambda _: "")
     monkeypatch.setattr(reward_models, "_plot", lambda *_: None)
@@ -142,16 +144,14 @@ def test_a_grid_that_shows_nothing_or_fails_late_is_refused(override, message):
         check(load_recipe(RewardModelsRecipe, None, [override]))
 
 
-def test_variants_on_other_pairs_are_refused_and_equal_ones_have_no_difference(tmp_path):
-    for name, pairs in (("pairs", "x"), ("by_prompt", "y")):
-        (tmp_path / f"evaluation_{name}").mkdir()
-        (tmp_path / f"evaluation_{name}" / "evaluation.json").write_text(
-            json.dumps({"data": {"pairs_sha256": pairs}})
-        )
+def test_variants_on_other_pairs_are_refused_and_equal_ones_have_no_difference():
+    evaluations = {
+        name: {"data": {"pairs_sha256": pairs}} for name, pairs in (("pairs", "x"), ("by prompt", "y"))
+    }
     with pytest.raises(
         ConfigError, match="variants.by prompt: its tokenizer leaves other pairs than that of pairs"
     ):
-        reward_models._check_same_pairs(RewardModelsRecipe(variants=VARIANTS), tmp_path)
+        reward_models._check_same_pairs(evaluations)
     assert reward_models.difference(np.ones((2, 5)), np.ones((2, 5))) is None
     assert reward_models.difference(np.array([[1.0], [0.0]]), np.array([[0.0], [1.0]])) is None
     rng = np.random.default_rng(0)
