@@ -41,6 +41,8 @@ LAYERS = (
         "rewards",
         "data",
         "rollout.trajectory",
+        "rollout.own_rollouts",
+        "rollout.prefix_search",
         "rollout.resets",
         "reward_functions",
         "servers",

@@ -3,14 +3,14 @@
 A reset is a longer context: the first `h` tokens of a response in the dataset are appended to the prompt, and
 the policy continues from there (Chang et al. 2024, arXiv 2404.08495, Algorithm 1: sample a state s_h of a
 dataset trajectory, reset to it, roll out). `proportion` is the paper's beta (section 6.2): the share of
-rollouts that use a reset; 0 is PPO.
+rollouts that use a reset; 0 is PPO. docs/algorithms/resets.md maps the later papers on resets to these settings.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -18,8 +18,27 @@ import numpy as np
 from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.data.encode import Example
 from drpo.data.records import DataError
+from drpo.rollout.own_rollouts import OwnConfig
+from drpo.rollout.prefix_search import AdaptiveConfig
 
 RESET_STREAM = 1  # keeps the random numbers of resets apart from those of sampling and shuffling
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def scheduled(schedule: Schedule, progress: float, end: float) -> float:
+    """Return the factor of a schedule at `progress`, the share of training done, in [0, 1].
+
+    linear: 1 - u,    cosine: (1 + cos(pi u)) / 2,    u = min(1, progress / end);    constant: 1
+    """
+    elapsed = min(1.0, progress / end)
+    match schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - elapsed
+        case "cosine":
+            return (1.0 + math.cos(math.pi * elapsed)) / 2
 
 
 @dataclass(frozen=True)
@@ -28,10 +47,23 @@ class ResetConfig(Section):
 
     proportion: float = setting(1.0, ge=0, le=1)
     """The paper's beta: the probability that a rollout starts from a prefix of a dataset response. 0 is PPO."""
-    source: Literal["reference", "chosen", "rejected", "best"] = "reference"
-    """Whose prefix: reference (the record's completion), chosen, rejected, or best (the best-scored response)."""
-    length: Literal["uniform", "curriculum"] = "uniform"
-    """uniform: the prefix length is uniform over the allowed ones. curriculum: from late to early prefixes."""
+    proportion_schedule: Schedule = "constant"
+    """linear, cosine: the proportion falls from `proportion` to 0 at `schedule_end`."""
+    source: Literal["reference", "chosen", "rejected", "best", "own", "initial"] = "reference"
+    """Whose prefix: reference (the record's completion), chosen, rejected or best (the best-scored response) of the
+    dataset; own: an earlier rollout of this run, with its prompt; initial: a sample of the initial policy."""
+    per: Literal["rollout", "prompt"] = "rollout"
+    """prompt: all rollouts of a prompt (rollout.rollouts_per_prompt) start from one state, drawn once. rollout: each
+    has its own reset."""
+    length: Literal["uniform", "curriculum", "binomial", "adaptive"] = "uniform"
+    """uniform: the prefix length is uniform over the allowed ones. curriculum: from late to early prefixes. binomial:
+    Binomial(L, p), with p from max_fraction at the start to min_fraction at the end of `length_schedule`. adaptive: the
+    shortest prefix from which the policy reaches a target, found prompt by prompt (`adaptive`)."""
+    length_schedule: Schedule = "constant"
+    """linear, cosine: the longest length of length=uniform, or p of binomial, falls to the bare prompt at
+    `schedule_end`."""
+    schedule_end: float = setting(1.0, gt=0, le=1)
+    """Share of training after which schedules have ended, and every rollout starts from its prompt."""
     min_length: int = setting(0, ge=0)
     """Shortest prefix in tokens: 0 as in the paper (the bare prompt is one of the states), 1 as in the release."""
     min_fraction: float = setting(0.0, ge=0, le=1)
@@ -46,12 +78,31 @@ class ResetConfig(Section):
     masking: Literal["paper", "release"] = "paper"
     """paper: forced tokens are excluded from losses, KL, whitening and statistics. release: from the policy loss only,
     as in the released code."""
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
+    """Target and speed of length=adaptive."""
+    own: OwnConfig = field(default_factory=OwnConfig)
+    """Which earlier rollouts source=own resets to."""
 
     def check(self) -> None:
         rule = f"({self.min_fraction}) must be <= {key('max_fraction')} ({self.max_fraction})"
         refuse(self.min_fraction > self.max_fraction, "min_fraction", rule)
-        if self.length == "uniform":
-            refuse_changed(self, ["curriculum_end"], f"applies to {key('length')}=curriculum only")
+        for name in ("curriculum", "adaptive"):
+            settings = {"curriculum": ["curriculum_end"], "adaptive": ["adaptive"]}[name]
+            if self.length != name:
+                refuse_changed(self, settings, f"applies to {key('length')}={name} only")
+        if self.source != "own":
+            refuse_changed(self, ["own"], f"applies to {key('source')}=own only")
+        if self.length in ("curriculum", "adaptive"):
+            rule = f"does not apply to {key('length')}={self.length}, which moves by itself; drop it"
+            refuse_changed(self, ["length_schedule"], rule)
+        if {self.proportion_schedule, self.length_schedule} == {"constant"}:
+            rule = f"does nothing without {key('proportion_schedule')} or {key('length_schedule')}; set one, or drop it"
+            refuse_changed(self, ["schedule_end"], rule)
+
+    @property
+    def from_data(self) -> bool:
+        """Whether the prefixes are those of responses in the dataset."""
+        return self.source not in ("own", "initial")
 
 
 def reset_response(example: Example, source: str) -> list[int]:
@@ -70,7 +121,7 @@ def reset_response(example: Example, source: str) -> list[int]:
             scores = example.record.scores
             ids = example.ranked_ids[int(np.argmax(scores))] if scores else None
         case _:
-            raise ValueError(f"reset.source={source!r} is not one of reference, chosen, rejected, best")
+            raise ValueError(f"{source!r} is not one of reference, chosen, rejected, best")
     if not ids:
         raise DataError(
             f"reset.source={source}: the record at {example.record.origin or 'an unknown place'} has no such "
@@ -86,10 +137,12 @@ def check_resets(
 
     Without any prefix, every rollout would start from its prompt, as in PPO.
     """
+    if not config.from_data:
+        return  # there is no response yet
     sources = [reset_response(example, config.source) for example in examples]
     for source in sources:
         boundaries = prefix_boundaries(source, config.boundary, tokenizer)
-        if any(h > 0 for h in _allowed(config, boundaries, len(source), max_response_length)):
+        if any(h > 0 for h in allowed_lengths(config, boundaries, len(source), max_response_length)):
             return
     raise DataError(
         f"reset: none of {len(sources)} responses has a prefix within reset.min_length={config.min_length}, "
@@ -99,52 +152,80 @@ def check_resets(
     )
 
 
+def is_reset(config: ResetConfig, progress: float, seed: int, draw: int) -> bool:
+    """Draw whether a rollout is reset: z ~ Bernoulli(beta), beta = proportion times the factor of its schedule.
+
+    `draw` is the episode, or the first one of the rollouts that share a reset. The result depends on (seed, draw) and
+    the share of training done alone.
+    """
+    proportion = config.proportion * scheduled(config.proportion_schedule, progress, config.schedule_end)
+    return _random(seed, draw).random() < proportion
+
+
 def draw_reset_length(
     config: ResetConfig,
-    boundaries: Sequence[int],
+    lengths: Sequence[int],
     source_length: int,
-    max_response_length: int,
     progress: float,
     seed: int,
-    episode: int,
+    draw: int,
+    position: float = 1.0,
 ) -> int:
-    """Draw the number of tokens of a dataset response that this episode starts from.
+    """Draw the number of tokens of a response that a reset rollout starts from; 0 when no length is allowed.
 
-        z ~ Bernoulli(proportion);   h ~ Uniform{allowed lengths} if z, else h = 0
+        uniform:    h ~ Uniform{lengths}, up to a longest one that `length_schedule` lowers to the shortest
+        curriculum: h ~ Uniform{lengths}, from a shortest one that falls from the longest to the shortest
+        binomial:   h ~ Binomial(L, p), lowered to an allowed length, p = f max_fraction + (1 - f) min_fraction
+        adaptive:   the allowed length at `position`, rounded up or down at random so that the mean is right
 
-    Allowed are the boundaries h between max(min_length, ceil(min_fraction L)) and min(floor(max_fraction L), L-1,
-    max_response_length-1), L = source_length: the policy samples at least one token. h = 0 when none is allowed.
-    The draw depends on (seed, episode) alone: not on the batch, the process, or earlier draws.
-    Source: arXiv 2404.08495, Algorithm 1 and section 6.2.
+    f is the factor of `length_schedule`; where it has ended, h = 0. The draw depends on (seed, draw) and the arguments
+    alone: not on the batch, the process, or earlier draws. Sources: uniform, Chang et al. 2024 (arXiv 2404.08495),
+    Algorithm 1; binomial, Liu et al. 2025 (UFT, arXiv 2505.16984), section B.
 
     Args:
-        config: share and limits.
-        boundaries: increasing token counts (`prefix_boundaries`).
-        source_length: tokens of the response.
-        max_response_length: longest response of a rollout.
+        config: how lengths are drawn.
+        lengths: the allowed ones (`allowed_lengths`).
+        source_length: L, tokens of the response.
         progress: share of training done, in [0, 1].
         seed: the run's seed.
-        episode: number of the rollout.
+        draw: number of the draw: the episode, or the first one of the rollouts that share a reset.
+        position: for adaptive, from 0, the shortest allowed length, to 1, the longest.
     """
-    generator = np.random.default_rng([seed, RESET_STREAM, episode])
-    is_reset = generator.random() < config.proportion
-    position = generator.random()
-    if not is_reset:
+    generator = _random(seed, draw)
+    generator.random()  # of is_reset
+    uniform = generator.random()
+    factor = scheduled(config.length_schedule, progress, config.schedule_end)
+    if not lengths or factor == 0:
         return 0
-    lengths = _allowed(config, boundaries, source_length, max_response_length)
-    if not lengths:
-        return 0
-    if config.length == "curriculum":
-        num_skipped = math.floor(len(lengths) * max(0.0, 1.0 - progress / config.curriculum_end))
-        lengths = lengths[min(num_skipped, len(lengths) - 1) :]
-    return lengths[int(position * len(lengths))]
+    match config.length:
+        case "uniform":
+            lengths = lengths[: math.ceil(factor * len(lengths))]
+        case "curriculum":
+            num_skipped = math.floor(len(lengths) * max(0.0, 1.0 - progress / config.curriculum_end))
+            lengths = lengths[min(num_skipped, len(lengths) - 1) :]
+        case "binomial":
+            share = config.min_fraction + (config.max_fraction - config.min_fraction) * factor
+            drawn = int(generator.binomial(source_length, share))
+            return max((h for h in lengths if h <= drawn), default=lengths[0])
+        case "adaptive":
+            return lengths[int(position * (len(lengths) - 1) + uniform)]
+    return lengths[int(uniform * len(lengths))]
 
 
-def _allowed(
+def _random(seed: int, draw: int) -> np.random.Generator:
+    return np.random.default_rng([seed, RESET_STREAM, draw])
+
+
+def allowed_lengths(
     config: ResetConfig, boundaries: Sequence[int], source_length: int, max_response_length: int
 ) -> list[int]:
-    """Return the boundaries within the limits of `draw_reset_length`."""
-    low, high = (round(f * source_length, 9) for f in (config.min_fraction, config.max_fraction))
+    """Return the boundaries (`prefix_boundaries`) at which a prefix may end, shortest first.
+
+    They lie between max(min_length, ceil(min_fraction L)) and min(floor(max_fraction L), L-1, max_response_length-1),
+    L = source_length: the policy samples at least one token. length=binomial takes the fractions as its p.
+    """
+    fractions = (0.0, 1.0) if config.length == "binomial" else (config.min_fraction, config.max_fraction)
+    low, high = (round(f * source_length, 9) for f in fractions)
     longest = min(math.floor(high), source_length - 1, max_response_length - 1)
     shortest = max(config.min_length, math.ceil(low))  # rounded: 0.07 * 100 is 7.000000000000001
     return [h for h in boundaries if shortest <= h <= longest]

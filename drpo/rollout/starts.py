@@ -1,14 +1,23 @@
-"""Draw where rollouts start: at the prompt, or after a prefix of a dataset response."""
+"""Draw where rollouts start: at the prompt, or after a prefix of a response."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from drpo.data.encode import Example
 from drpo.data.order import item_at
-from drpo.rollout.resets import ResetConfig, draw_reset_length, prefix_boundaries, reset_response
+from drpo.rollout.own_rollouts import OwnRollout, OwnRollouts
+from drpo.rollout.prefix_search import PrefixSearch, Trial
+from drpo.rollout.resets import (
+    ResetConfig,
+    allowed_lengths,
+    draw_reset_length,
+    is_reset,
+    prefix_boundaries,
+    reset_response,
+)
 
 if TYPE_CHECKING:
     from drpo.rollout.generator import Generator, RolloutConfig
@@ -16,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Start:
-    """Start of a rollout: the prompt, and `prefix` tokens of a dataset response of `source_length`."""
+    """Start of a rollout: the prompt, and `prefix` tokens of a response of `source_length`."""
 
     episode: int
     "Determines the random numbers together with the run's seed."
@@ -25,42 +34,134 @@ class Start:
     source_length: int = 0
 
 
-def draw_starts(
-    examples: Sequence[Example],
-    episodes: range,
-    reset: ResetConfig,
-    rollout: RolloutConfig,
-    generator: Generator,
-    progress: float,
-    seed: int,
-) -> list[Start]:
-    """Draw the starts of the given episodes; each depends on (seed, episode) alone.
+class Starts:
+    """Draws the starts of a run's rollouts, and remembers what resets depend on besides (seed, episode).
 
-    A dataset response is cut at its first stop token, so no prefix extends beyond it.
-
-    Args:
-        examples: the prompts, and the responses to reset to.
-        episodes: numbers of the rollouts.
-        reset: share and lengths of resets.
-        rollout: rollouts per prompt, and their longest response.
-        generator: its tokenizer and stop ids.
-        progress: share of training done, in [0, 1].
-        seed: the run's seed.
+    That is the earlier rollouts (source=own) and the search for prefixes (length=adaptive), which `observe` feeds;
+    without them, draws depend on (seed, episode) and the progress alone. The same on every process.
     """
-    starts = []
-    for episode in episodes:
-        example = item_at(examples, episode // rollout.rollouts_per_prompt, seed)
-        prefix: tuple[int, ...] = ()
-        source_length = 0
-        if reset.proportion > 0:
-            source = reset_response(example, reset.source)
-            ends = (i + 1 for i, token in enumerate(source) if token in generator.vocabulary.stop_ids)
-            source = source[: next(ends, len(source))]
-            boundaries = prefix_boundaries(source, reset.boundary, generator.tokenizer)
-            length = draw_reset_length(
-                reset, boundaries, len(source), rollout.max_response_length, progress, seed, episode
-            )
-            prefix = tuple(source[:length])
-            source_length = len(source) if length else 0
-        starts.append(Start(episode, example, prefix, source_length))
-    return starts
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        reset: ResetConfig,
+        rollout: RolloutConfig,
+        generator: Generator,
+        seed: int,
+        sample_initial: Callable[[Sequence[Start]], list[list[int]]],
+    ) -> None:
+        """Draw from `examples`.
+
+        Args:
+            examples: the prompts, and the responses to reset to.
+            reset: share, source and lengths of resets.
+            rollout: rollouts per prompt, and their longest response.
+            generator: its tokenizer and stop ids.
+            seed: the run's seed.
+            sample_initial: samples responses of the initial policy, for source=initial.
+        """
+        self._examples, self._reset, self._rollout = examples, reset, rollout
+        self._generator, self._seed, self._sample_initial = generator, seed, sample_initial
+        self._indices = {id(example): index for index, example in enumerate(examples)}
+        self._own = OwnRollouts(reset.own)
+        self._search = PrefixSearch(reset.adaptive)
+        self._trials: list[Trial | None] = []
+
+    def draw(self, episodes: range, progress: float) -> list[Start]:
+        """Draw the starts of the given episodes at the given share of training done."""
+        reset, group_size = self._reset, self._rollout.rollouts_per_prompt
+        prompts = [item_at(self._examples, e // group_size, self._seed) for e in episodes]
+        draws = [e if reset.per == "rollout" else e - e % group_size for e in episodes]
+        resets = [is_reset(reset, progress, self._seed, draw) for draw in draws]
+        sources = self._sources(prompts, draws, resets)
+        self._trials, starts = [], []
+        for episode, prompt, draw, source in zip(episodes, prompts, draws, sources, strict=True):
+            start, trial = Start(episode, prompt), None
+            if source is not None:
+                example, response = source
+                lengths = self._lengths(response)
+                trial = self._search.trial(self._indices[id(example)]) if lengths else None
+                length = draw_reset_length(
+                    reset,
+                    lengths,
+                    len(response),
+                    progress,
+                    self._seed,
+                    draw,
+                    trial.position if trial else 1.0,
+                )
+                start = Start(episode, example, tuple(response[:length]), len(response) if length else 0)
+            starts.append(start)
+            self._trials.append(trial)
+        return starts
+
+    def _sources(
+        self, prompts: Sequence[Example], draws: Sequence[int], resets: Sequence[bool]
+    ) -> list[tuple[Example, list[int]] | None]:
+        """Return the prompt and the response that each rollout is reset to; None for those from their prompt.
+
+        A response is cut at its first stop token, so no prefix extends beyond it.
+        """
+        source = self._reset.source
+        if source == "own":
+            drawn = [
+                self._own.draw(self._seed, draw) if z else None for draw, z in zip(draws, resets, strict=True)
+            ]
+            return [
+                None if own is None else (self._examples[own.prompt], self._cut(own.response_ids))
+                for own in drawn
+            ]
+        if source == "initial":
+            bare = {
+                draw: Start(draw, prompt) for prompt, draw, z in zip(prompts, draws, resets, strict=True) if z
+            }
+            sampled = dict(zip(bare, self._sample_initial(list(bare.values())), strict=True))
+            responses = [sampled.get(draw) for draw in draws]
+        else:
+            responses = [
+                reset_response(p, source) if z else None for p, z in zip(prompts, resets, strict=True)
+            ]
+        return [
+            None if response is None else (prompt, self._cut(response))
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+
+    def _cut(self, response: list[int]) -> list[int]:
+        ends = (i + 1 for i, token in enumerate(response) if token in self._generator.vocabulary.stop_ids)
+        return response[: next(ends, len(response))]
+
+    def _lengths(self, response: Sequence[int]) -> list[int]:
+        boundaries = prefix_boundaries(response, self._reset.boundary, self._generator.tokenizer)
+        return allowed_lengths(self._reset, boundaries, len(response), self._rollout.max_response_length)
+
+    def observe(
+        self, starts: Sequence[Start], responses: Sequence[list[int]], scores: Sequence[float]
+    ) -> None:
+        """Remember the rollouts of the starts that were drawn last: all of a step, from all processes, in order.
+
+        `responses` are token ids, forced prefix and stop token included; `scores` are raw.
+        """
+        if self._reset.source == "own":
+            for start, response, score in zip(starts, responses, scores, strict=True):
+                self._own.add(OwnRollout(self._indices[id(start.example)], response, score))
+        if self._reset.length == "adaptive":
+            successes: dict[Trial, list[bool]] = {}
+            for trial, score in zip(self._trials, scores, strict=True):
+                if trial is not None:
+                    successes.setdefault(trial, []).append(score >= self._reset.adaptive.score)
+            self._search.observe([(trial, sum(s) / len(s)) for trial, s in successes.items()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what draws depend on besides (seed, episode); empty for settings without such a memory."""
+        state = {}
+        if self._reset.source == "own":
+            state["own"] = self._own.state_dict()
+        if self._reset.length == "adaptive":
+            state["search"] = self._search.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "own" in state:
+            self._own.load_state_dict(state["own"])
+        if "search" in state:
+            self._search.load_state_dict(state["search"])

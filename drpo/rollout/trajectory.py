@@ -92,6 +92,11 @@ class Rollouts:
         """(B,) int64: response tokens, prefix and stop token included."""
         return self.response_mask.sum(dim=1)
 
+    def response_ids(self) -> list[list[int]]:
+        """Return the response tokens of every row, forced prefix and stop token included."""
+        rows = zip(self.responses.tolist(), self.lengths.tolist(), strict=True)
+        return [response[:length] for response, length in rows]
+
     def row_lengths(self) -> list[tuple[int, int]]:
         """Return the tokens of every row's query and response."""
         return torch.stack([self.query_mask.sum(dim=1), self.lengths], dim=1).tolist()

@@ -24,7 +24,7 @@ from drpo.rollout.collect import collect
 from drpo.rollout.held_out import Held, evaluate
 from drpo.rollout.resets import check_resets
 from drpo.rollout.samples import rollout_samples
-from drpo.rollout.starts import draw_starts
+from drpo.rollout.starts import Starts
 from drpo.rollout.vllm_requests import check_agreement, check_installed
 from drpo.run.folder import Callback, RunFolder
 from drpo.run.metrics import Phases, peak_memory_gib
@@ -99,6 +99,9 @@ class _Loop:
         self.models, self.splits, self.rewards = models, splits, rewards
         self.controller, self.running = run.recipe.kl.controller(), RunningMoments()
         self.guard = KLGuard(run.recipe.kl)
+        recipe = run.recipe
+        self.starts = Starts(splits.train, recipe.reset, recipe.rollout, models.generator, recipe.seed,
+                             models.sample_initial)  # fmt: skip
         self._identities = identities_of(rewards["score"], f"reward.{self.recipe.reward.kind or 'function'}")
 
     def begin(self) -> None:
@@ -117,8 +120,8 @@ class _Loop:
         check_finite = functools.partial(finite_or_stop, engine, self.run.path, step)
         batch_size = recipe.rollout.batch_size
         episodes = range((step - 1) * batch_size, step * batch_size)
-        starts = draw_starts(self.splits.train, episodes, recipe.reset, recipe.rollout, models.generator,
-                             (step - 1) / recipe.num_steps, recipe.seed)  # fmt: skip
+        with phases("starts"):
+            starts = self.starts.draw(episodes, (step - 1) / recipe.num_steps)
 
         try:
             local, completions = collect(starts[engine.shard(batch_size)], models.generator, engine,
@@ -141,6 +144,7 @@ class _Loop:
             check_agreement(metrics["rollout/logprob_difference"])
 
         if self.guard.passes(metrics):
+            self.starts.observe(starts, trajectory.response_ids(), trajectory.scores.tolist())
             rates = learning_rates(recipe, step)
             set_learning_rates(engine.optimizer, rates)
             with phases("update"):
@@ -194,12 +198,14 @@ class _Loop:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs in addition to the engine's."""
         state = {"kl": self.controller.state_dict(), "running": self.running.state_dict()}
-        return state | {"reward": self._identities} | self.guard.state_dict()
+        state |= {"reward": self._identities, "starts": self.starts.state_dict()}
+        return state | self.guard.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.controller.load_state_dict(state["kl"])
         self.running.load_state_dict(state["running"])
         self.guard.load_state_dict(state)
+        self.starts.load_state_dict(state.get("starts", {}))
         check_identities(state.get("reward"), self._identities)
 
 
@@ -231,6 +237,11 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
         )
     if recipe.rollout.engine == "vllm" and not recipe.rollout.vllm.urls:
         check_installed()
+    if recipe.reset.source == "initial" and engine.partitions_weights and not recipe.model.lora.r:
+        raise ConfigError(
+            "reset.source=initial: this launcher cuts the copy of the initial policy over the processes, so it cannot "
+            "sample; use LoRA (model.lora.r), another launcher, or responses sampled beforehand (launch/complete.py)"
+        )
     if recipe.reset.proportion > 0:
         check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)
 

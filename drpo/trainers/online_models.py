@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,14 @@ from drpo.models.loading import fresh_critic, load_critic, load_policy
 from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
+from drpo.models.scoring import adapter_disabled
 from drpo.models.shared_prompt import continuation_logprobs, shares_rows
 from drpo.models.trunk import share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
 from drpo.rewards import BoundedRewardFn, RewardFn, SharingRewardFn
 from drpo.rollout.generator import Generator, vocabulary_of
+from drpo.rollout.starts import Start
 from drpo.rollout.trajectory import Rollouts, Trajectory
 from drpo.rollout.vllm_engine import VLLMEngine
 from drpo.rollout.vllm_servers import VLLMServers
@@ -35,6 +37,9 @@ from drpo.tensors import PaddedBatch
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.ppo_update import PPOConfig, minibatches
 from drpo.trainers.reference import AdapterOff, FrozenCopy, can_share_trunk
+
+INITIAL_SEED_OFFSET = 2_000_003
+"Separates the random numbers of the initial policy's responses from those of rollouts and evaluation."
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,29 @@ class OnlineModels:
             ref_logprobs = self.reference_logprobs(batch, trunk, num_continuations)
         measured = {"logprobs": logprobs, "entropy": entropy, "ref_logprobs": ref_logprobs}
         return measured if values is None else measured | {"values": values}
+
+    def sample_initial(self, starts: Sequence[Start]) -> list[list[int]]:
+        """Sample the initial policy's response to each start, by (seed, episode); the same on all processes.
+
+        The policy that the KL is taken to, in the native engine, at the rollouts' temperature. Source: the roll-in
+        policy of PPO++, Chang et al. 2024 (arXiv 2404.08495), Remark 5.1.
+        """
+        engine, policy = self.engine, self.generator.policy
+        sampled = self.reference_copy or policy
+        initial = replace(
+            self.generator,
+            policy=sampled,
+            seed=self.generator.seed + INITIAL_SEED_OFFSET,
+            fold_lora=False,
+            vllm=None,
+        )
+        own = starts[engine.rank :: engine.world_size]
+        frozen = adapter_disabled(policy) if self.reference_copy is None else self.reference_present()
+        with initial.ready(engine), frozen, engine.autocast():
+            responses = [completion.response_ids for completion in initial.respond(own)] if own else []
+        numbered = zip((start.episode for start in own), responses, strict=True)
+        by_episode = dict(engine.gather_objects(list(numbered)))
+        return [by_episode[start.episode] for start in starts]
 
     def reference_present(self) -> AbstractContextManager:
         """Return a context with the reference's weights on the device."""

@@ -178,11 +178,7 @@ class OnlineRecipe(Section):
             f"{self.num_steps - pretrain_steps}"
         )
         refuse(pretrain_steps < self.num_steps <= pretrain_steps + warmup, "optim.warmup_steps", rule)
-        longest, shortest = self.rollout.max_response_length, self.reset.min_length
-        rule = (
-            f"({shortest}) must be below rollout.max_response_length ({longest}): no response could be reset"
-        )
-        refuse(self.reset.proportion > 0 and shortest >= longest, "reset.min_length", rule)
+        self._check_resets()
         share = 0.2 * self.rollout.batch_size
         refuse(
             self.kl.target_per_token is not None and self.kl.horizon <= share,
@@ -213,6 +209,20 @@ class OnlineRecipe(Section):
         refuse(self.rollout.fold_lora and not self.model.lora.r, "rollout.fold_lora", rule)
         rule = f"({self.ppo.num_minibatches}) must divide rollout.batch_size ({self.rollout.batch_size})"
         refuse(self.rollout.batch_size % self.ppo.num_minibatches != 0, "ppo.num_minibatches", rule)
+
+    def _check_resets(self) -> None:
+        longest, shortest = self.rollout.max_response_length, self.reset.min_length
+        rule = (
+            f"({shortest}) must be below rollout.max_response_length ({longest}): no response could be reset"
+        )
+        refuse(self.reset.proportion > 0 and shortest >= longest, "reset.min_length", rule)
+        num_rollouts = self.rollout.rollouts_per_prompt
+        rule = (
+            f"must be prompt for reset.source=own with rollout.rollouts_per_prompt={num_rollouts}: an own rollout "
+            "brings its prompt with it, and the rollouts of a prompt would have several"
+        )
+        apart = self.reset.source == "own" and self.reset.per == "rollout" and num_rollouts > 1
+        refuse(apart, "reset.per", rule)
 
     def _check_rollout_engine(self) -> None:
         if self.rollout.engine == "native":

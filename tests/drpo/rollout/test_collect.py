@@ -23,7 +23,7 @@ from drpo.rollout.generator import Generator, RolloutConfig, vocabulary_of
 from drpo.rollout.held_out import EvalConfig, evaluate
 from drpo.rollout.resets import ResetConfig
 from drpo.rollout.sampler import SamplingConfig
-from drpo.rollout.starts import draw_starts
+from drpo.rollout.starts import Starts
 from drpo.rollout.trajectory import Trajectory
 from drpo.run.metrics import Phases
 from drpo.trainers.online_models import OnlineModels
@@ -97,7 +97,8 @@ def rollouts(models, generator, engine, examples) -> Callable[..., tuple[list, T
     online = OnlineModels(engine, actor_critic, actor_critic, generator, reference_logprobs, notes=[])
 
     def roll_out(episodes: range, **reset) -> tuple[list, Trajectory, list[Completion]]:
-        starts = draw_starts(examples, episodes, ResetConfig(**reset), ROLLOUT, generator, 0.0, 3)
+        drawing = Starts(examples, ResetConfig(**reset), ROLLOUT, generator, 3, online.sample_initial)
+        starts = drawing.draw(episodes, 0.0)
         rollouts, completions = collect(starts, generator, engine, by_length, 1, Phases())
         config = PPOConfig(microbatch_tokens=40)
         return starts, online.measure(rollouts, config, (3, 1)), completions

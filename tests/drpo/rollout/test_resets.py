@@ -11,25 +11,32 @@ from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from drpo.config import ConfigError
 from drpo.data.encode import Example
 from drpo.data.records import DataError, Record
-from drpo.rollout.generator import Generator, RolloutConfig, Vocabulary
 from drpo.rollout.resets import (
     ResetConfig,
+    allowed_lengths,
     check_resets,
     draw_reset_length,
+    is_reset,
     prefix_boundaries,
     reset_response,
+    scheduled,
 )
-from drpo.rollout.sampler import SamplingConfig
-from drpo.rollout.starts import draw_starts
+from drpo.trainers.online_recipe import OnlineRecipe
 
 NO_CHANCE = 1e-4  # p-value below which a seeded sample is called not uniform
 
 
-def draw(config: ResetConfig, episode: int, *, source_length=9, limit=100, progress=0.0, seed=0) -> int:
-    boundaries = list(range(source_length))
-    return draw_reset_length(config, boundaries, source_length, limit, progress, seed, episode)
+def draw(
+    config: ResetConfig, episode: int, *, source_length=9, limit=100, progress=0.0, seed=0, position=1.0
+):
+    """The prefix length of a rollout that may be reset, over any boundary; 0 when it is not."""
+    if not is_reset(config, progress, seed, episode):
+        return 0
+    lengths = allowed_lengths(config, range(source_length), source_length, limit)
+    return draw_reset_length(config, lengths, source_length, progress, seed, episode, position)
 
 
 def draws(config: ResetConfig, number: int = 2000, **kwargs) -> list[int]:
@@ -92,8 +99,19 @@ def test_a_prefix_leaves_room_for_one_sampled_token():
 
 def test_only_boundaries_are_drawn():
     config = ResetConfig()
-    lengths = [draw_reset_length(config, [0, 4, 11, 30], 30, 100, 0.0, 0, e) for e in range(900)]
+    allowed = allowed_lengths(config, [0, 4, 11, 30], 30, 100)
+    lengths = [draw_reset_length(config, allowed, 30, 0.0, 0, episode) for episode in range(900)]
     assert_uniform_on(lengths, [0, 4, 11])  # 30 is the whole response
+
+
+def test_the_draws_of_earlier_versions_are_kept():
+    """Drawn at commit 03b4e1c: a recipe of that time gives the same run."""
+    uniform = ResetConfig(proportion=0.75)
+    drawn = [draw(uniform, episode, source_length=20, progress=0.3, seed=5) for episode in range(12)]
+    assert drawn == [0, 0, 0, 14, 9, 15, 19, 0, 1, 0, 9, 11]
+    curriculum = ResetConfig(proportion=0.9, length="curriculum", min_length=1)
+    drawn = [draw(curriculum, episode, source_length=20, progress=0.3, seed=5) for episode in range(12)]
+    assert drawn == [13, 14, 19, 16, 13, 17, 19, 12, 9, 8, 13, 15]
 
 
 # --- how often --------------------------------------------------------------------------------------------
@@ -178,6 +196,101 @@ def test_curriculum_keeps_the_upper_limit():
 
 def test_uniform_does_not_depend_on_progress():
     assert draws(ResetConfig(), 100, progress=0.0) == draws(ResetConfig(), 100, progress=0.9)
+
+
+# --- schedules --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule, progress, factor",
+    [
+        ("constant", 0.9, 1.0),
+        ("linear", 0.0, 1.0),
+        ("linear", 0.2, 0.75),  # a quarter of the way to 0.8
+        ("linear", 0.8, 0.0),
+        ("linear", 0.9, 0.0),
+        ("cosine", 0.0, 1.0),
+        ("cosine", 0.2, 0.8535533905932737),  # (1 + sqrt(1/2)) / 2
+        ("cosine", 0.4, 0.5),
+        ("cosine", 0.8, 0.0),
+    ],
+)
+def test_schedules_fall_from_one_to_zero(schedule, progress, factor):
+    assert scheduled(schedule, progress, 0.8) == pytest.approx(factor, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule, progress, share", [("linear", 0.25, 0.6), ("cosine", 0.5, 0.4)])
+def test_the_proportion_follows_its_schedule(schedule, progress, share):
+    config = ResetConfig(proportion=0.8, proportion_schedule=schedule, min_length=1)  # 0.8 * 0.75, 0.8 * 0.5
+    drawn = np.mean([h > 0 for h in draws(config, 4000, progress=progress)])
+    assert abs(drawn - share) < 4 * (share * (1 - share) / 4000) ** 0.5
+    assert set(draws(config, 200, progress=1.0)) == {0}
+
+
+@pytest.mark.parametrize("progress, longest", [(0.0, 8), (0.5, 4), (0.75, 2), (0.99, 0)])
+def test_the_longest_uniform_length_follows_its_schedule(progress, longest):
+    config = ResetConfig(length_schedule="linear")  # ceil(9 (1 - progress)) of the lengths 0..8
+    assert_uniform_on(draws(config, progress=progress), list(range(longest + 1)))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("length", ["uniform", "binomial"])
+def test_after_its_schedule_every_rollout_starts_from_the_prompt(schedule, length):
+    config = ResetConfig(length=length, length_schedule=schedule, schedule_end=0.6, min_length=2)
+    assert 0 not in draws(config, 200, progress=0.59)
+    assert set(draws(config, 200, progress=0.6)) == set(draws(config, 200, progress=0.9)) == {0}
+
+
+def test_binomial_lengths_have_the_mean_and_the_variance_of_the_hint_lengths_of_uft():
+    # p = 0.1 + (0.5 - 0.1) / 2 halfway through the cosine: L p = 12, L p (1 - p) = 8.4 for L = 40
+    config = ResetConfig(length="binomial", length_schedule="cosine", min_fraction=0.1, max_fraction=0.5)
+    lengths = np.array(draws(config, 4000, source_length=40, progress=0.5))
+    assert abs(lengths.mean() - 12) < 4 * (8.4 / 4000) ** 0.5
+    assert abs(lengths.var() - 8.4) < 4 * 8.4 * (2 / 4000) ** 0.5
+
+
+def test_binomial_lengths_are_lowered_to_what_is_allowed():
+    # p = 1 draws 9 of 9 tokens; the last one is never forced
+    assert set(draws(ResetConfig(length="binomial"), 50)) == {8}
+    assert set(draws(ResetConfig(length="binomial"), 50, limit=4)) == {3}
+    allowed = allowed_lengths(ResetConfig(length="binomial"), [0, 4, 11, 30], 30, 100)
+    config = ResetConfig(
+        length="binomial", max_fraction=0.5
+    )  # about 15 of 30: never below 4, hardly ever below 11
+    lengths = [draw_reset_length(config, allowed, 30, 0.0, 0, episode) for episode in range(200)]
+    assert set(lengths) == {4, 11}
+    assert lengths.count(11) > 150
+    # below the shortest allowed one
+    config = ResetConfig(length="binomial", max_fraction=0.0, min_length=3)
+    assert set(draws(config, 20)) == {3}
+
+
+def test_adaptive_lengths_lie_at_their_position_among_the_allowed_ones():
+    config = ResetConfig(length="adaptive")
+    assert set(draws(config, 50, position=1.0)) == {8}
+    assert set(draws(config, 50, position=0.0)) == {0}
+    assert set(draws(config, 50, position=0.5)) == {4}
+    lengths = draws(config, 2000, position=0.4)  # 0.4 * 8 = 3.2
+    assert set(lengths) == {3, 4}
+    assert abs(np.mean(lengths) - 3.2) < 4 * (0.16 / 2000) ** 0.5
+    assert set(draws(ResetConfig(length="adaptive", min_length=5), 50, position=0.0)) == {5}
+
+
+@pytest.mark.parametrize(
+    "settings, key",
+    [
+        ({"curriculum_end": 0.3}, "reset.curriculum_end"),
+        ({"adaptive": {"score": 1.0}}, "reset.adaptive"),
+        ({"own": {"size": 3}}, "reset.own"),
+        ({"schedule_end": 0.5}, "reset.schedule_end"),
+        ({"length": "adaptive", "length_schedule": "linear"}, "reset.length_schedule"),
+        ({"length": "curriculum", "length_schedule": "cosine"}, "reset.length_schedule"),
+        ({"source": "own"}, "reset.per"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings, key):
+    with pytest.raises(ConfigError, match=rf"^{key} "):
+        OnlineRecipe(reset=settings, rollout={"rollouts_per_prompt": 2})
 
 
 # --- boundaries -------------------------------------------------------------------------------------------
@@ -304,45 +417,6 @@ def test_an_unknown_source_is_an_error():
         reset_response(example(completion_ids=[1, 0]), "completion")
 
 
-# --- starts of episodes -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def examples() -> list[Example]:
-    return [
-        Example(Record(prompt=str(i)), query_ids=[i], completion_ids=[100 + i] * (3 + i) + [0])
-        for i in range(5)
-    ]
-
-
-def starts_of(examples, episodes, reset=None, seed=0, **rollout):
-    rollout = RolloutConfig(**{"batch_size": 4, "max_response_length": 50, **rollout})
-    vocabulary = Vocabulary(pad_id=99, stop_ids=(0,), suppressed_ids=())
-    generator = Generator(None, None, vocabulary, SamplingConfig(), rollout.max_response_length, 8)
-    return draw_starts(examples, episodes, reset or ResetConfig(), rollout, generator, 0.0, seed)
-
-
-def test_starts_do_not_depend_on_how_episodes_are_batched(examples):
-    whole = starts_of(examples, range(0, 24))
-    assert starts_of(examples, range(0, 7)) + starts_of(examples, range(7, 24)) == whole
-    assert starts_of(examples, range(16, 20)) == whole[16:20]
-
-
-def test_a_prefix_is_the_beginning_of_the_source(examples):
-    for start in starts_of(examples, range(200)):
-        source = start.example.completion_ids
-        assert list(start.prefix) == source[: len(start.prefix)]
-        assert len(start.prefix) < len(source)
-        assert start.source_length == (len(source) if start.prefix else 0)
-
-
-def test_rollouts_of_one_prompt_share_it_and_have_their_own_resets(examples):
-    starts = starts_of(examples, range(100), rollouts_per_prompt=4)
-    groups = [starts[i : i + 4] for i in range(0, 100, 4)]
-    assert all(len({s.example.record.prompt for s in group}) == 1 for group in groups)
-    assert any(len({len(s.prefix) for s in group}) > 1 for group in groups)
-
-
 @pytest.mark.parametrize(
     "settings, limit",
     [
@@ -351,35 +425,27 @@ def test_rollouts_of_one_prompt_share_it_and_have_their_own_resets(examples):
         ({"min_length": 3}, 3),
     ],
 )
-def test_settings_that_reset_no_response_are_refused(examples, settings, limit):
-    starts = starts_of(examples, range(50), ResetConfig(**settings), max_response_length=limit)
-    assert not any(start.prefix for start in starts)
+def test_settings_that_reset_no_response_are_refused(settings, limit):
     with pytest.raises(DataError, match=r"none of 5 responses .* set reset\.proportion=0"):
-        check_resets(examples, ResetConfig(**settings), limit, None)
+        check_resets(posts(), ResetConfig(**settings), limit, None)
 
 
-def test_settings_that_reset_one_response_are_taken(examples):
-    check_resets(examples, ResetConfig(min_length=7), 50, None)
-    check_resets(examples, ResetConfig(), 2, None)
+def test_settings_that_reset_one_response_are_taken():
+    check_resets(posts(), ResetConfig(min_length=7), 50, None)
+    check_resets(posts(), ResetConfig(), 2, None)
 
 
-def test_every_pass_sees_every_prompt_once(examples):
-    prompts = [s.example.record.prompt for s in starts_of(examples, range(15))]
-    for first in (0, 5, 10):
-        assert sorted(prompts[first : first + 5]) == ["0", "1", "2", "3", "4"]
+def posts() -> list[Example]:
+    """Five prompts with references of 4 to 8 tokens, the stop token included."""
+    return [
+        Example(Record(prompt=str(i)), query_ids=[i], completion_ids=[100 + i] * (3 + i) + [0])
+        for i in range(5)
+    ]
 
 
-def test_proportion_zero_needs_no_source():
-    rows = [Example(Record(prompt="p"), query_ids=[1])]
-    starts = starts_of(rows, range(3), ResetConfig(proportion=0.0))
-    assert all(start.prefix == () and start.source_length == 0 for start in starts)
-
-
-def test_the_prompts_of_a_run_do_not_depend_on_the_resets(examples):
-    """PPO and DR-PO with one seed see the same prompts in the same order."""
-    ppo = starts_of(examples, range(40), ResetConfig(proportion=0.0))
-    drpo = starts_of(examples, range(40), ResetConfig(proportion=1.0))
-    assert [s.example.record.prompt for s in ppo] == [s.example.record.prompt for s in drpo]
+@pytest.mark.parametrize("source", ["own", "initial"])
+def test_sources_that_are_sampled_need_no_responses_in_the_data(source):
+    check_resets([example()], ResetConfig(source=source), 50, None)
 
 
 # --- settings that make no sense --------------------------------------------------------------------------

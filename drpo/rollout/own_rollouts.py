@@ -1,0 +1,69 @@
+"""A bounded buffer of the run's own earlier rollouts, to reset to."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from drpo.config import Section, setting
+
+OWN_STREAM = 4  # keeps the choice of a rollout apart from other random numbers
+
+
+@dataclass(frozen=True)
+class OwnConfig(Section):
+    """Settings of `reset.source=own`."""
+
+    size: int = setting(1024, ge=1)
+    """How many of the newest rollouts can be reset to."""
+    share: float = setting(0.5, gt=0, le=1)
+    """Share of them that is: the ones with the highest raw scores. 1: any of them, whatever its score."""
+
+
+class OwnRollout(NamedTuple):
+    """An earlier rollout of the run."""
+
+    prompt: int
+    "Index of its prompt in the data."
+    response_ids: list[int]
+    score: float
+    "Raw reward."
+
+
+class OwnRollouts:
+    """The newest rollouts of a run, oldest first."""
+
+    def __init__(self, config: OwnConfig) -> None:
+        self.config = config
+        self._rollouts: deque[OwnRollout] = deque(maxlen=config.size)
+        self._best: list[OwnRollout] | None = None
+
+    def add(self, rollout: OwnRollout) -> None:
+        self._rollouts.append(rollout)
+        self._best = None
+
+    def draw(self, seed: int, episode: int) -> OwnRollout | None:
+        """Draw one of the best rollouts uniformly, by (seed, episode) and the buffer alone; None from an empty buffer.
+
+        Of equal scores the newer one is the better.
+        """
+        if not self._rollouts:
+            return None
+        if self._best is None:
+            newest_first = reversed(self._rollouts)
+            ranked = sorted(newest_first, key=lambda rollout: -rollout.score)
+            self._best = ranked[: max(1, int(self.config.share * len(ranked)))]
+        index = np.random.default_rng([seed, OWN_STREAM, episode]).integers(len(self._best))
+        return self._best[index]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollouts": [list(rollout) for rollout in self._rollouts]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._rollouts.clear()
+        for rollout in state["rollouts"]:
+            self.add(OwnRollout(*rollout))

@@ -1,0 +1,94 @@
+"""Search for the shortest prefix from which the policy reaches a target, prompt by prompt, while it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from drpo.config import Section, setting
+
+TOLERANCE = 1 / 32
+"Width of an interval that is searched no further."
+REACH = 1 / 4
+"How far the search then looks again: a prompt's answer moves as the policy learns."
+
+
+@dataclass(frozen=True)
+class AdaptiveConfig(Section):
+    """Settings of `reset.length=adaptive`."""
+
+    score: float = 0.0
+    """A rollout succeeds with a raw score of at least this. Our reward models score an average reference with 0."""
+    success: float = setting(0.5, gt=0, le=1)
+    """Share of the rollouts from a prefix that have to succeed for the prefix to be long enough."""
+    start: float = setting(1.0, ge=0, le=1)
+    """Where the search begins: 1 is the longest allowed prefix, 0 the shortest."""
+    rate: float = setting(0.25, gt=0)
+    """How fast prompts that were not seen before follow the policy: the share by which their prefix is shorter after a
+    step in which all rollouts succeed and `success` is 0."""
+
+
+class Trial(NamedTuple):
+    """Rollouts of one prompt from prefixes of one length."""
+
+    prompt: int
+    "Index of the prompt in the data."
+    position: float
+    "Length of the prefix: 0 for the shortest allowed, 1 for the longest."
+    is_first: bool
+    "The prompt had not been tried before."
+
+
+class PrefixSearch:
+    """Bisection to the shortest sufficient prefix of every prompt, begun where the run stands.
+
+    A prompt has an interval of positions; its next rollouts start in the middle c, and then
+
+        success share >= target:  [low, c]        else:  [c, high]
+
+    An interval as narrow as TOLERANCE opens again, to c - REACH after a success and to c + REACH after a failure. The
+    interval of a new prompt has its middle at a position p that all prompts share, which follows the new prompts of
+    every step by stochastic approximation (Robbins and Monro 1951):
+
+        p <- min(1, max(0, p - rate * (mean success share - target)))
+
+    Sources: the shortest expert prefix that succeeds, by bisection, Zhang et al. 2025 (BREAD, arXiv 2506.17211); a
+    length by success rate, Li et al. 2025 (SEELE, arXiv 2509.06923).
+    """
+
+    def __init__(self, config: AdaptiveConfig) -> None:
+        self.config = config
+        self.position = config.start
+        self._intervals: dict[int, tuple[float, float]] = {}
+
+    def trial(self, prompt: int) -> Trial:
+        """Return the position that rollouts of this prompt should start from."""
+        if prompt in self._intervals:
+            low, high = self._intervals[prompt]
+            return Trial(prompt, (low + high) / 2, False)
+        return Trial(prompt, self.position, True)
+
+    def observe(self, trials: Sequence[tuple[Trial, float]]) -> None:
+        """Learn from the trials of a step and the shares of their rollouts that succeeded."""
+        target = self.config.success
+        first = [share for trial, share in trials if trial.is_first]
+        for trial, share in trials:
+            middle = trial.position
+            around = max(0.0, 2 * middle - 1), min(1.0, 2 * middle)
+            low, high = self._intervals.get(trial.prompt, around)
+            succeeded = share >= target
+            if high - low <= TOLERANCE:
+                low, high = max(0.0, middle - REACH), min(1.0, middle + REACH)
+            self._intervals[trial.prompt] = (low, middle) if succeeded else (middle, high)
+        if first:
+            excess = sum(first) / len(first) - target
+            self.position = min(1.0, max(0.0, self.position - self.config.rate * excess))
+
+    def state_dict(self) -> dict[str, Any]:
+        intervals = {str(prompt): list(interval) for prompt, interval in self._intervals.items()}
+        return {"position": self.position, "intervals": intervals}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.position = state["position"]
+        self._intervals = {int(prompt): tuple(interval) for prompt, interval in state["intervals"].items()}

@@ -1,0 +1,245 @@
+"""Where rollouts start: prompts, resets to the data, to own rollouts and to the initial policy, and their memory."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from drpo.data.encode import Example
+from drpo.data.records import Record
+from drpo.rollout.generator import Generator, RolloutConfig, Vocabulary
+from drpo.rollout.resets import ResetConfig
+from drpo.rollout.sampler import SamplingConfig
+from drpo.rollout.starts import Start, Starts
+
+STOP = 0
+
+
+@pytest.fixture
+def examples() -> list[Example]:
+    """Five prompts i with references of 3 + i tokens 100 + i, and the stop token."""
+    return [
+        Example(Record(prompt=str(i)), query_ids=[i], completion_ids=[100 + i] * (3 + i) + [STOP])
+        for i in range(5)
+    ]
+
+
+def drawing(examples, reset=None, seed=0, sample_initial=None, **rollout) -> Starts:
+    rollout = RolloutConfig(**{"batch_size": 4, "max_response_length": 50, **rollout})
+    vocabulary = Vocabulary(pad_id=99, stop_ids=(STOP,), suppressed_ids=())
+    generator = Generator(None, None, vocabulary, SamplingConfig(), rollout.max_response_length, 8)
+    return Starts(examples, reset or ResetConfig(), rollout, generator, seed, sample_initial)
+
+
+def starts_of(examples, episodes, reset=None, seed=0, **rollout) -> list[Start]:
+    return drawing(examples, reset, seed, **rollout).draw(episodes, 0.0)
+
+
+def groups_of(starts: list[Start], size: int) -> list[list[Start]]:
+    return [starts[i : i + size] for i in range(0, len(starts), size)]
+
+
+def test_starts_do_not_depend_on_how_episodes_are_batched(examples):
+    whole = starts_of(examples, range(0, 24))
+    assert starts_of(examples, range(0, 7)) + starts_of(examples, range(7, 24)) == whole
+    assert starts_of(examples, range(16, 20)) == whole[16:20]
+
+
+def test_a_prefix_is_the_beginning_of_the_source(examples):
+    for start in starts_of(examples, range(200)):
+        source = start.example.completion_ids
+        assert list(start.prefix) == source[: len(start.prefix)]
+        assert len(start.prefix) < len(source)
+        assert start.source_length == (len(source) if start.prefix else 0)
+
+
+def test_rollouts_of_one_prompt_share_it_and_have_their_own_resets(examples):
+    starts = starts_of(examples, range(100), rollouts_per_prompt=4)
+    groups = [starts[i : i + 4] for i in range(0, 100, 4)]
+    assert all(len({s.example.record.prompt for s in group}) == 1 for group in groups)
+    assert any(len({len(s.prefix) for s in group}) > 1 for group in groups)
+
+
+def test_every_pass_sees_every_prompt_once(examples):
+    prompts = [s.example.record.prompt for s in starts_of(examples, range(15))]
+    for first in (0, 5, 10):
+        assert sorted(prompts[first : first + 5]) == ["0", "1", "2", "3", "4"]
+
+
+def test_proportion_zero_needs_no_source():
+    rows = [Example(Record(prompt="p"), query_ids=[1])]
+    starts = starts_of(rows, range(3), ResetConfig(proportion=0.0))
+    assert all(start.prefix == () and start.source_length == 0 for start in starts)
+
+
+def test_the_prompts_of_a_run_do_not_depend_on_the_resets(examples):
+    """PPO and DR-PO with one seed see the same prompts in the same order."""
+    ppo = starts_of(examples, range(40), ResetConfig(proportion=0.0))
+    drpo = starts_of(examples, range(40), ResetConfig(proportion=1.0))
+    assert [s.example.record.prompt for s in ppo] == [s.example.record.prompt for s in drpo]
+
+
+# --- one state for all rollouts of a prompt ---------------------------------------------------------------
+
+
+def test_rollouts_of_a_prompt_share_their_state(examples):
+    starts = starts_of(examples, range(200), ResetConfig(per="prompt", proportion=0.5), rollouts_per_prompt=4)
+    assert 0 < sum(bool(start.prefix) for start in starts) < 200
+    for group in groups_of(starts, 4):
+        assert len({(start.example.record.prompt, start.prefix) for start in group}) == 1
+
+
+def test_a_shared_state_is_drawn_as_the_state_of_its_first_rollout(examples):
+    shared = starts_of(examples, range(40), ResetConfig(per="prompt"), rollouts_per_prompt=4)
+    apart = starts_of(examples, range(40), ResetConfig(), rollouts_per_prompt=4)
+    assert [group[0] for group in groups_of(shared, 4)] == [group[0] for group in groups_of(apart, 4)]
+
+
+def test_one_rollout_of_a_prompt_shares_nothing(examples):
+    assert starts_of(examples, range(40), ResetConfig(per="prompt")) == starts_of(examples, range(40))
+
+
+# --- own rollouts -----------------------------------------------------------------------------------------
+
+
+def own(**settings) -> ResetConfig:
+    return ResetConfig(source="own", min_length=1, own=settings)
+
+
+def test_the_first_rollouts_start_from_their_prompts(examples):
+    starts = drawing(examples, own()).draw(range(4), 0.0)
+    assert starts == [
+        Start(s.episode, s.example) for s in starts_of(examples, range(4), ResetConfig(proportion=0))
+    ]
+
+
+def test_resets_take_prompt_and_response_of_the_best_earlier_rollouts(examples):
+    drawn = drawing(examples, own(share=0.5))
+    starts = drawn.draw(range(4), 0.0)
+    responses = [[10 + row, 20 + row, 30 + row, STOP] for row in range(4)]
+    drawn.observe(starts, responses, [1.0, 4.0, 3.0, 2.0])  # the best half: rows 1 and 2
+    later = drawn.draw(range(4, 204), 0.1)
+    seen = Counter((start.example.record.prompt, start.prefix[0]) for start in later)
+    best = {(starts[row].example.record.prompt, 10 + row) for row in (1, 2)}
+    assert set(seen) == best
+    assert min(seen.values()) > 60  # of 200, evenly
+    assert {len(start.prefix) for start in later} == {1, 2, 3}
+    assert all(start.prefix == tuple(responses[start.prefix[0] - 10][: len(start.prefix)]) for start in later)
+
+
+def test_the_buffer_holds_the_newest_rollouts(examples):
+    drawn = drawing(examples, own(size=4, share=1.0))
+    for step, first in enumerate((10, 50)):
+        starts = drawn.draw(range(4 * step, 4 * step + 4), 0.0)
+        drawn.observe(starts, [[first + row] * 3 + [STOP] for row in range(4)], [100.0 - first] * 4)
+    assert {start.prefix[0] for start in drawn.draw(range(8, 108), 0.0)} == {50, 51, 52, 53}
+
+
+def test_of_equal_scores_the_newer_rollout_is_taken(examples):
+    drawn = drawing(examples, own(share=0.25))
+    drawn.observe(drawn.draw(range(4), 0.0), [[10 + row] * 3 + [STOP] for row in range(4)], [1.0] * 4)
+    assert {start.prefix[0] for start in drawn.draw(range(4, 24), 0.0)} == {13}
+
+
+# --- the initial policy -----------------------------------------------------------------------------------
+
+
+def test_resets_to_the_initial_policy_ask_it_once_for_each_state(examples):
+    asked = []
+
+    def sample_initial(starts):
+        asked.append([start.episode for start in starts])
+        return [[200 + start.episode] * 6 + [STOP, 77] for start in starts]
+
+    reset = ResetConfig(source="initial", per="prompt", min_length=1)
+    starts = drawing(examples, reset, sample_initial=sample_initial, rollouts_per_prompt=2).draw(
+        range(8), 0.0
+    )
+    assert asked == [[0, 2, 4, 6]]
+    for group in groups_of(starts, 2):
+        assert len({start.prefix for start in group}) == 1
+        assert set(group[0].prefix) == {200 + group[0].episode}
+        assert group[0].source_length == 7  # cut at its stop token
+
+
+def test_rollouts_from_the_prompt_do_not_ask_the_initial_policy(examples):
+    def sample_initial(starts):
+        assert starts == []
+        return []
+
+    reset = ResetConfig(source="initial", proportion=0.0)
+    assert drawing(examples, reset, sample_initial=sample_initial).draw(range(8), 0.0) == starts_of(
+        examples, range(8), ResetConfig(proportion=0.0)
+    )
+
+
+# --- adaptive lengths -------------------------------------------------------------------------------------
+
+
+def adaptive(**settings) -> ResetConfig:
+    return ResetConfig(length="adaptive", adaptive=settings)
+
+
+def test_prefixes_become_shorter_while_rollouts_succeed_and_longer_while_they_fail(examples):
+    # every prompt is new once: position 1, then 1 - 0.5 * (1 - 0.5) = 0.75 after a step without failures
+    drawn = drawing(examples, adaptive(rate=0.5))
+    starts = drawn.draw(range(2), 0.0)
+    assert [len(start.prefix) for start in starts] == [len(s.example.completion_ids) - 1 for s in starts]
+    drawn.observe(starts, [[1]] * 2, [0.0, 5.0])
+    new = drawn.draw(range(2, 4), 0.0)
+    expected = [0.75 * (len(start.example.completion_ids) - 1) for start in new]
+    assert all(abs(len(start.prefix) - mean) < 1 for start, mean in zip(new, expected, strict=True))
+    drawn.observe(new, [[1]] * 2, [-0.1, -0.1])  # failures: back to 0.75 + 0.5 * 0.5 = 1
+    last = drawn.draw(range(4, 5), 0.0)
+    assert len(last[0].prefix) == len(last[0].example.completion_ids) - 1
+
+
+def test_a_group_succeeds_by_the_share_of_its_rollouts(examples):
+    drawn = drawing(examples[:1], adaptive(success=0.5), rollouts_per_prompt=4)
+    drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [1.0, 1.0, -1.0, -1.0])
+    assert drawn.state_dict()["search"]["intervals"] == {"0": [0.75, 1.0]}  # 1 is enough
+    drawn = drawing(examples[:1], adaptive(success=0.75, start=0.5), rollouts_per_prompt=4)
+    drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [1.0, 1.0, -1.0, -1.0])
+    assert drawn.state_dict()["search"]["intervals"] == {"0": [0.5, 1.0]}
+
+
+def test_rollouts_from_the_prompt_are_no_trials(examples):
+    drawn = drawing(examples, ResetConfig(length="adaptive", proportion=0.0))
+    drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [9.0] * 4)
+    assert drawn.state_dict()["search"] == {"position": 1.0, "intervals": {}}
+
+
+# --- resume -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reset",
+    [
+        ResetConfig(proportion=0.7, proportion_schedule="cosine"),
+        ResetConfig(length_schedule="linear", schedule_end=0.8),
+        ResetConfig(length="binomial", length_schedule="cosine"),
+        ResetConfig(length="curriculum"),
+        ResetConfig(source="own", per="prompt", own={"size": 6}),
+        ResetConfig(length="adaptive", adaptive={"rate": 0.4}),
+        ResetConfig(source="own", length="adaptive", per="prompt"),
+    ],
+)
+def test_a_restored_state_draws_on_as_if_nothing_had_happened(examples, reset):
+    def run(drawn: Starts, steps: range) -> list[list[Start]]:
+        drawn_starts = []
+        for step in steps:
+            starts = drawn.draw(range(4 * step, 4 * step + 4), step / 10)
+            responses = [[*start.prefix, 7, 8, 9, STOP] for start in starts]
+            drawn.observe(starts, responses, [float((7 * s.episode) % 5 - 2) for s in starts])
+            drawn_starts.append(starts)
+        return drawn_starts
+
+    whole = run(drawing(examples, reset, rollouts_per_prompt=2), range(10))
+    first = drawing(examples, reset, rollouts_per_prompt=2)
+    begun = run(first, range(4))
+    state = json.loads(json.dumps(first.state_dict()))
+    resumed = drawing(examples, reset, rollouts_per_prompt=2)
+    resumed.load_state_dict(state)
+    assert begun + run(resumed, range(4, 10)) == whole
