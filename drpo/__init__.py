@@ -30,6 +30,8 @@ _CONTENTS = {
     # maths
     "gae": "drpo.advantages",
     "rloo": "drpo.advantages",
+    "grpo": "drpo.advantages",
+    "rewards_to_go": "drpo.advantages",
     "kl_estimate": "drpo.kl",
     "ppo_policy_loss": "drpo.losses",
     "ppo_value_loss": "drpo.losses",

@@ -1,4 +1,4 @@
-"""Advantage estimators: GAE over a critic's values, and leave-one-out over the rollouts of a prompt."""
+"""Advantage estimators: GAE over a critic's values, baselines from the rollouts of a prompt, and rewards to go."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor
 from drpo.tensors import masked_sum
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """Compute advantages and returns, both (B, R), of the tokens where `mask` is True.
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1},    G_t = A_t + V_t
@@ -22,7 +24,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         values: V, (B, R); V_t is before token t.
         mask: (B, R) bool; the True tokens of a row are contiguous.
         gamma: discount per token.
-        lam: weight of longer returns, 0 to 1.
+        lam: weight of longer returns, 0 to 1; one for all rows, or (B,).
     """
     starts = mask & torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1].logical_not()], dim=1)
     rows_with_holes = (starts.sum(dim=1) > 1).nonzero().flatten().tolist()
@@ -44,6 +46,29 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
+def length_adaptive_lam(mask: Tensor, alpha: float) -> Tensor:
+    """Compute the lambda (B,) of GAE for each row from its l True tokens in `mask` (B, R): longer rows, larger lambda.
+
+        lam = max(0, 1 - 1 / (alpha l)),    so that sum_n lam^n = 1 / (1 - lam) = alpha l
+
+    Rows of at most 1 / alpha tokens have lambda 0. Source: Yue et al. 2025 (VAPO, arXiv 2504.05118).
+    """
+    lengths = mask.sum(dim=1).clamp(min=1)
+    return (1 - 1 / (alpha * lengths)).clamp(min=0)
+
+
+def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Compute the discounted sum (B, R) of the rewards from each token on, the advantage of REINFORCE++.
+
+        A_t = r_t + gamma A_{t+1}
+
+    Shapes, masking and errors are those of `gae`, of which it is the case V = 0, lambda = 1. It has no baseline: the
+    mean over the tokens of the whole batch, taken off by whitening, serves as one.
+    Source: Hu 2025 (arXiv 2501.03262).
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
 def rloo(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
     """Compute leave-one-out advantages (B, R): a rollout's return less the mean return of the rest of its group.
 
@@ -53,11 +78,37 @@ def rloo(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
     are ordered by group, `group_size` = K in each. Raises ValueError when K < 2 or the rows do not divide into groups.
     Source: Kool, van Hoof and Welling 2019; Ahmadian et al. 2024 (arXiv 2402.14740), section 3.2.
     """
+    groups = _returns_of_groups(rewards, mask, group_size)
+    means_of_others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return torch.where(mask, (groups - means_of_others).view(-1, 1), 0.0)
+
+
+GROUP_STD_EPS = 1e-6
+"Added to the standard deviation of a group's returns."
+
+
+def grpo(rewards: Tensor, mask: Tensor, group_size: int, group_std: bool = True) -> Tensor:
+    """Compute group-relative advantages (B, R): a rollout's return by the mean and deviation of its group's.
+
+        A_{i,t} = (R_i - mean_j R_j) / (std_j R_j + GROUP_STD_EPS)    for every token t of rollout i
+
+    std is that of a sample, over K - 1, as in TRL and verl; the paper does not say which. `group_std=False` leaves the
+    division out (Dr. GRPO). Where all returns of a group are equal the advantages are exactly 0. Returns, shapes and
+    errors are those of `rloo`, of which (K - 1) / K is the result without the division.
+    Source: Shao et al. 2024 (arXiv 2402.03300), section 4.1.2; Liu et al. 2025 (arXiv 2503.20783).
+    """
+    groups = _returns_of_groups(rewards, mask, group_size)
+    groups = groups - groups[:, :1]  # equal returns become exact zeros, whatever their mean rounds to
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if group_std:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + GROUP_STD_EPS)
+    return torch.where(mask, advantages.view(-1, 1), 0.0)
+
+
+def _returns_of_groups(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """Sum the rewards (B, R) of each rollout, as (B / K, K)."""
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(
             f"{len(rewards)} rollouts do not make groups of {group_size}; a group has two or more"
         )
-    returns = masked_sum(rewards, mask, dim=1)
-    groups = returns.view(-1, group_size)
-    means_of_others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
-    return torch.where(mask, (groups - means_of_others).view(-1, 1), 0.0)
+    return masked_sum(rewards, mask, dim=1).view(-1, group_size)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from drpo.advantages import gae, rloo
+from drpo.advantages import gae, grpo, length_adaptive_lam, rewards_to_go, rloo
 from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.kl import AdaptiveKL, Estimator, FixedKL, kl_estimate
 from drpo.rewards import RunningMoments, shape_scores, token_rewards
@@ -86,27 +86,54 @@ class KLConfig(Section):
 class AdvantageConfig(Section):
     """Estimator that turns the reward of a response into advantages of its tokens."""
 
-    estimator: Literal["gae", "rloo"] = "gae"
-    """gae: generalised advantage estimation over a critic's values. rloo: the return less the mean return of the other
-    rollouts of the prompt (rollout.rollouts_per_prompt), without a critic."""
+    estimator: Literal["gae", "rloo", "grpo", "reinforce_pp"] = "gae"
+    """gae: generalised advantage estimation over a critic's values. Without a critic: rloo: the return less the mean
+    return of the other rollouts of the prompt (rollout.rollouts_per_prompt). grpo: the return less the mean of all of
+    them, over their standard deviation. reinforce_pp: the rewards to go, whitened (REINFORCE++)."""
     gamma: float = setting(1.0, ge=0, le=1)
-    """Discount per token; for gae."""
+    """Discount per token; for gae and reinforce_pp."""
     lam: float = setting(0.95, ge=0, le=1)
     """Lambda of GAE; for gae."""
+    value_lam: float | None = setting(None, ge=0, le=1)
+    """Lambda of the returns that the critic learns; null takes lam. 1: the rewards to go, without bias (VC-PPO)."""
+    length_adaptive_alpha: float | None = setting(None, gt=0)
+    """Lambda of the policy's advantages is 1 - 1/(alpha l), at least 0, in place of lam, where l counts the tokens of
+    the episode: the sampled ones (VAPO: 0.05). The critic's stays value_lam, or lam."""
+    group_std: bool = True
+    """Divide by the standard deviation of the prompt's returns; for grpo. false: Dr. GRPO."""
     whiten: bool = True
     """Scale advantages to mean 0 and variance 1 over the tokens of the whole batch, all processes together."""
     whiten_rewards: bool = False
     """Scale per-token rewards to variance 1 (the mean stays) before GAE, as the released code does."""
 
     def check(self) -> None:
+        rule = f"does not apply to {key('estimator')}={self.estimator}"
         if not self.needs_critic:
-            rule = f"does not apply to {key('estimator')}={self.estimator}"
-            refuse_changed(self, ("gamma", "lam"), rule)
+            refuse_changed(self, ("lam", "value_lam", "length_adaptive_alpha"), rule)
+        if self.compares_group:
+            refuse_changed(self, ("gamma",), rule)
+        if self.estimator != "grpo":
+            refuse_changed(self, ("group_std",), rule)
+        if self.estimator in ("grpo", "reinforce_pp"):
+            refuse_changed(self, ("whiten_rewards",), f"{rule}, which has a scale of its own; drop it")
+        refuse(
+            self.estimator == "reinforce_pp" and not self.whiten,
+            "whiten",
+            f"must be true for {key('estimator')}=reinforce_pp: the mean of the whole batch is its only baseline",
+        )
+        if self.value_lam is not None and self.length_adaptive_alpha is not None:
+            rule = f"does nothing beside {key('length_adaptive_alpha')} and {key('value_lam')}; drop one of the three"
+            refuse_changed(self, ("lam",), rule)
 
     @property
     def needs_critic(self) -> bool:
         """Whether the estimator reads a critic's values."""
         return self.estimator == "gae"
+
+    @property
+    def compares_group(self) -> bool:
+        """Whether the baseline of a rollout comes from the other rollouts of its prompt."""
+        return self.estimator in ("rloo", "grpo")
 
 
 class Credit(NamedTuple):
@@ -175,9 +202,27 @@ def assign_credit(
     returns = None
     match advantage.estimator:
         case "gae":
-            advantages, returns = gae(rewards, trajectory.values, value_mask, advantage.gamma, advantage.lam)
+            advantages, returns = _over_critic(rewards, trajectory.values, value_mask, advantage)
         case "rloo":
             advantages = rloo(rewards, value_mask, group_size)
+        case "grpo":
+            advantages = grpo(rewards, value_mask, group_size, advantage.group_std)
+        case "reinforce_pp":
+            advantages = rewards_to_go(rewards, value_mask, advantage.gamma)
     if advantage.whiten:
         advantages = masked_whiten(advantages, value_mask)
     return Credit(scores, token_kl, advantages, returns, policy_mask, value_mask)
+
+
+def _over_critic(
+    rewards: Tensor, values: Tensor, mask: Tensor, config: AdvantageConfig
+) -> tuple[Tensor, Tensor]:
+    """Compute advantages with the policy's lambda and returns with the critic's, all (B, R)."""
+    episodes, lam = (rewards, values, mask, config.gamma), config.lam
+    if (alpha := config.length_adaptive_alpha) is not None:
+        lam = length_adaptive_lam(mask, alpha)
+    advantages, returns = gae(*episodes, lam)
+    value_lam = config.lam if config.value_lam is None else config.value_lam
+    if alpha is not None or value_lam != lam:
+        returns = gae(*episodes, value_lam)[1]
+    return advantages, returns

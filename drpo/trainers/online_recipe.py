@@ -191,7 +191,7 @@ class OnlineRecipe(Section):
             rule = f"does not apply to {estimator}: there is no critic"
             refuse_changed(self.critic, vars(self.critic).keys(), rule, "critic.")
             refuse_changed(self.ppo, ("value_coef", "value_clip_range"), rule, "ppo.")
-        lacks_group = self.advantage.estimator == "rloo" and self.rollout.rollouts_per_prompt < 2
+        lacks_group = self.advantage.compares_group and self.rollout.rollouts_per_prompt < 2
         rule = f"must be >= 2 for {estimator}, which compares the rollouts of a prompt"
         refuse(lacks_group, "rollout.rollouts_per_prompt", rule)
         rule = (

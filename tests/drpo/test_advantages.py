@@ -1,4 +1,4 @@
-"""GAE and leave-one-out against hand-worked values, plain loops, and the identities that they must satisfy."""
+"""Advantage estimators against hand-worked values, plain loops, and the identities that they must satisfy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from drpo.advantages import gae, rloo
+from drpo.advantages import gae, grpo, length_adaptive_lam, rewards_to_go, rloo
 
 T, F = True, False
 
@@ -139,6 +139,62 @@ def test_inputs_are_not_changed():
     assert all(torch.equal(x, y) for x, y in zip(episodes, before, strict=True))
 
 
+# --- a lambda for each row --------------------------------------------------------------------------------
+
+
+def test_gae_with_lambda_of_rows_equals_each_row_alone():
+    rewards, values, mask = random_episodes(16)
+    lams = torch.linspace(0, 1, len(mask), dtype=torch.float64)
+    together = gae(rewards, values, mask, 0.99, lams)
+    for i, lam in enumerate(lams.tolist()):
+        alone = loop_gae(rewards[i : i + 1], values[i : i + 1], mask[i : i + 1], 0.99, lam)
+        for x, y in zip(together, alone, strict=True):
+            torch.testing.assert_close(x[i : i + 1], y)
+
+
+def test_length_adaptive_lambda_by_hand():
+    # alpha 0.5: l = 1 and 2 give 1 - 1/0.5 = -1 and 1 - 1/1 = 0, so 0; l = 4: 1 - 1/2 = 0.5; l = 8: 1 - 1/4 = 0.75.
+    # A row without tokens has lambda 0.
+    mask = torch.arange(9)[None, :] < torch.tensor([[1], [2], [4], [8], [0]])
+    assert length_adaptive_lam(mask, 0.5).tolist() == [0, 0, 0.5, 0.75, 0]
+    # Only True tokens count: the same after a forced prefix.
+    assert length_adaptive_lam(mask[:, 1:], 0.5).tolist() == [
+        0,
+        0,
+        pytest.approx(1 / 3),
+        pytest.approx(5 / 7),
+        0,
+    ]
+
+
+def test_length_adaptive_lambda_weighs_alpha_l_tokens():
+    """The paper's aim: the weights lambda^n of all returns sum to alpha l."""
+    lam = length_adaptive_lam(torch.ones(1, 400, dtype=torch.bool), 0.05).double()
+    weights = lam ** torch.arange(2000, dtype=torch.float64)
+    assert weights.sum().item() == pytest.approx(0.05 * 400, rel=1e-5)
+
+
+# --- rewards to go ----------------------------------------------------------------------------------------
+
+
+def test_rewards_to_go_by_hand():
+    # gamma 0.5: A_2 = 4, A_1 = -2 + 0.5 * 4 = 0, A_0 = 1 + 0.5 * 0 = 1; after a prefix of one token: -1 + 0.5 * 6 = 2.
+    rewards = torch.tensor([[1.0, -2.0, 4.0, 9.0], [9.0, -1.0, 6.0, 9.0]])
+    mask = torch.tensor([[T, T, T, F], [F, T, T, F]])
+    expected = torch.tensor([[1.0, 0.0, 4.0, 0.0], [0.0, 2.0, 6.0, 0.0]])
+    torch.testing.assert_close(rewards_to_go(rewards, mask, 0.5), expected)
+
+
+@pytest.mark.parametrize("junk", [-1e30, math.nan])
+def test_rewards_to_go_equal_a_plain_sum_and_ignore_masked_entries(junk):
+    rewards, _, mask = random_episodes(17)
+    found = rewards_to_go(rewards.masked_fill(mask.logical_not(), junk), mask, 0.9)
+    for i, t in mask.nonzero().tolist():
+        later = [u for u in range(t, mask.shape[1]) if mask[i, u]]
+        assert found[i, t].item() == pytest.approx(sum(0.9 ** (u - t) * rewards[i, u].item() for u in later))
+    assert not found[mask.logical_not()].any()
+
+
 # --- leave-one-out ----------------------------------------------------------------------------------------
 
 
@@ -168,3 +224,66 @@ def test_rloo_of_a_group_sums_to_zero_and_ignores_a_constant(group_size):
 def test_rloo_needs_whole_groups_of_two_or_more(rows, group_size):
     with pytest.raises(ValueError, match=f"4 rollouts do not make groups of {group_size}"):
         rloo(torch.ones(rows, 2), torch.ones(rows, 2, dtype=torch.bool), group_size)
+
+
+# --- the group's mean and deviation -----------------------------------------------------------------------
+
+GROUPS = torch.tensor([[1.0, 2.0], [0.0, 9.0], [2.0, -0.5], [-1.0, 9.0], [9.0, -1.0], [0.0, 4.0]])
+GROUP_MASK = torch.tensor([[T, T], [T, F], [T, T], [T, F], [F, T], [T, T]])
+
+
+@pytest.mark.parametrize("group_std", [True, False])
+def test_grpo_by_hand(group_std):
+    # Two prompts of three rollouts, returns 3, 0, 1.5 and -1, -1, 4.
+    #   mean 1.5:   1.5, -1.5, 0;  variance (2.25 + 2.25) / 2 = 2.25, std 1.5:         1, -1, 0
+    #   mean 2/3: -5/3, -5/3, 10/3;  variance (25 + 25 + 100) / 9 / 2 = 25/3, std 5 / sqrt 3:
+    #             -sqrt 3 / 3 twice, 2 sqrt 3 / 3
+    root = math.sqrt(3)
+    a, b, c, d = (1, -1, -root / 3, 2 * root / 3) if group_std else (1.5, -1.5, -5 / 3, 10 / 3)
+    expected = torch.tensor([[a, a], [b, 0], [0, 0], [c, 0], [0, c], [d, d]])
+    torch.testing.assert_close(grpo(GROUPS, GROUP_MASK, 3, group_std), expected)
+
+
+@pytest.mark.parametrize("group_std", [True, False])
+@pytest.mark.parametrize("score", [0.1, -7.3, 1e6])
+def test_grpo_of_equal_returns_is_exactly_zero(group_std, score):
+    """The mean of three times -7.3 is not -7.3 in float32: off by 5e-7, half of what is added to the deviation."""
+    rewards = torch.full((6, 1), score)
+    assert grpo(rewards, torch.ones(6, 1, dtype=torch.bool), 3, group_std).tolist() == [[0.0]] * 6
+
+
+@pytest.mark.parametrize("group_std", [True, False])
+@pytest.mark.parametrize("group_size", [2, 3, 6])
+def test_grpo_ignores_a_constant_and_follows_groups(group_std, group_size):
+    rewards, _, mask = random_episodes(6, rows=12)
+    mask[:, 0] = True  # no empty row: a return has a token
+    first = mask.long().argmax(dim=1, keepdim=True)
+    advantages = grpo(rewards, mask, group_size, group_std)
+    each = advantages.gather(1, first).view(-1, group_size)
+    torch.testing.assert_close(each.sum(dim=1), torch.zeros(12 // group_size, dtype=torch.float64))
+    constants = torch.arange(12 // group_size, dtype=torch.float64).repeat_interleave(group_size)[:, None]
+    torch.testing.assert_close(
+        grpo(rewards.scatter_add(1, first, constants), mask, group_size, group_std), advantages
+    )
+    order = torch.arange(12).view(-1, group_size).flip(0, 1).flatten()
+    permuted = grpo(rewards[order], mask[order], group_size, group_std)
+    torch.testing.assert_close(permuted, advantages[order])
+
+
+def test_grpo_ignores_a_factor_where_it_divides_by_the_deviation():
+    rewards, _, mask = random_episodes(7, rows=12)
+    torch.testing.assert_close(grpo(1000 * rewards, mask, 4), grpo(rewards, mask, 4), rtol=1e-4, atol=0)
+    torch.testing.assert_close(grpo(1000 * rewards, mask, 4, False), 1000 * grpo(rewards, mask, 4, False))
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 6])
+def test_grpo_without_deviation_is_rloo_scaled(group_size):
+    """R_i - mean of all = (1 - 1/K) (R_i - mean of the others)."""
+    rewards, _, mask = random_episodes(8, rows=12)
+    expected = (group_size - 1) / group_size * rloo(rewards, mask, group_size)
+    torch.testing.assert_close(grpo(rewards, mask, group_size, group_std=False), expected)
+
+
+def test_grpo_needs_whole_groups_of_two_or_more():
+    with pytest.raises(ValueError, match="4 rollouts do not make groups of 3"):
+        grpo(torch.ones(4, 2), torch.ones(4, 2, dtype=torch.bool), 3)

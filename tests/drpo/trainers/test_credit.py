@@ -35,9 +35,11 @@ def credit_of(
     kl_coef: float = 0.1,
     advantage: AdvantageConfig = RAW,
     running: RunningMoments | None = None,
+    group_size: int = 1,
 ) -> Credit:
+    running = running or RunningMoments()
     return assign_credit(
-        trajectory, shaping, kl or KLConfig(), kl_coef, advantage, masking, running or RunningMoments()
+        trajectory, shaping, kl or KLConfig(), kl_coef, advantage, masking, running, group_size
     )
 
 
@@ -94,6 +96,49 @@ def test_without_forced_tokens_both_maskings_are_ppo(trajectory):
     paper = credit_of(ppo, "paper", advantage=whitened)
     release = credit_of(ppo, "release", advantage=whitened)
     assert all(torch.equal(p, r) for p, r in zip(paper, release, strict=True))
+
+
+# --- the other estimators, on the rewards of the first test: 0, 0, -0.1, 2.8 and 0, -0.1, -0.9 -----------
+
+
+def test_returns_of_the_critic_have_their_own_lambda(trajectory):
+    decoupled = credit_of(trajectory, advantage=dataclasses.replace(RAW, value_lam=1.0))
+    # lambda 1: the returns are the rewards to go: 2.7, 2.8 and -1, -1, -0.9. The advantages stay those of lambda 0.5.
+    assert close(decoupled.returns, [[0, 0, 2.7, 2.8, 0], [-1, -1, -0.9, 0, 0]])
+    assert torch.equal(decoupled.advantages, credit_of(trajectory).advantages)
+    same = credit_of(trajectory, advantage=dataclasses.replace(RAW, value_lam=0.5))
+    assert all(torch.equal(x, y) for x, y in zip(same, credit_of(trajectory), strict=True))
+
+
+def test_lambda_of_the_policy_follows_sampled_tokens(trajectory):
+    # alpha 1: l = 2 gives lambda 1 - 1/2 = 1/2, l = 3 gives 2/3.
+    #   Row 0 as in the first test. Row 1: A_2 = -1.9;  A_1 = 0.9 - 2/3 1.9 = -0.36667;  A_0 = -0.5 - 0.24444 = -0.74444
+    adaptive = dataclasses.replace(RAW, length_adaptive_alpha=1.0)
+    credit = credit_of(trajectory, advantage=adaptive)
+    assert close(credit.advantages, [[0, 0, 1.3, 0.8, 0], [-0.744444, -0.366667, -1.9, 0, 0]])
+    assert torch.equal(credit.returns, credit_of(trajectory).returns)
+    both = credit_of(
+        trajectory, advantage=AdvantageConfig(value_lam=1.0, length_adaptive_alpha=1.0, whiten=False)
+    )
+    assert torch.equal(both.advantages, credit.advantages)
+    assert close(both.returns, [[0, 0, 2.7, 2.8, 0], [-1, -1, -0.9, 0, 0]])
+
+
+def test_group_estimators_compare_returns_with_kl_penalties(trajectory):
+    # Returns 2.7 and -1: mean 0.85, deviations 1.85 and -1.85, sample variance 2 * 1.85^2, std 1.85 sqrt 2.
+    for group_std, size in ((True, 1 / 2**0.5), (False, 1.85)):
+        config = AdvantageConfig(estimator="grpo", group_std=group_std, whiten=False)
+        credit = credit_of(trajectory, advantage=config, group_size=2)
+        assert credit.returns is None
+        assert close(credit.advantages, [[0, 0, size, size, 0], [-size, -size, -size, 0, 0]])
+
+
+def test_reinforce_pp_whitens_rewards_to_go(trajectory):
+    credit = credit_of(trajectory, advantage=AdvantageConfig(estimator="reinforce_pp"))
+    to_go = np.array([2.7, 2.8, -1, -1, -0.9])
+    expected = (to_go - to_go.mean()) / to_go.std()
+    assert np.allclose(credit.advantages[credit.policy_mask].numpy(), expected, atol=1e-5)
+    assert credit.returns is None
 
 
 # --- what forced tokens and padding can reach -------------------------------------------------------------
