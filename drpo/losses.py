@@ -1,7 +1,7 @@
 """The two losses of PPO, per token and unreduced, and the weights of tokens that another engine sampled.
 
-The trainer sums them where the mask is True (`masked_sum`) and divides by the token count of the whole
-optimizer step, so a token weighs the same however the batch is cut into micro-batches. Both work element by
+The trainer sums them where the mask is True (`masked_sum`) and divides by counts of the whole optimizer step
+(`policy_divisors`), so a token weighs the same however the batch is cut into micro-batches. Both work element by
 element on any shape, so also on the counted tokens alone, `x[mask]`.
 """
 
@@ -22,26 +22,79 @@ class PolicyTerms(NamedTuple):
     loss: Tensor
     ratio: Tensor
     clipped: Tensor
-    "bool: the clipped branch is the larger loss, so the token has no gradient."
+    "bool: the clipped branch is the larger loss, or dual_clip holds the loss, so the token has no gradient."
 
 
 def ppo_policy_loss(
-    new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, clip_range: float
+    new_logprobs: Tensor,
+    logprobs: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> PolicyTerms:
     """Compute the clipped surrogate loss of each token, all tensors (B, R).
 
         ratio = exp(new_logprobs - logprobs)
-        loss  = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range))
+        loss  = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range_high))
+        loss  = min(loss, -A dual_clip)    where A < 0, with dual_clip
 
     Only `new_logprobs` should carry a gradient. A log ratio beyond +-MAX_LOG_RATIO is clamped and has no
     gradient, so an infinite or nan log ratio under the mask cannot turn its zero gradient into nan.
-    Source: Schulman et al. 2017, eq. 7 (negated).
+    Source: Schulman et al. 2017, eq. 7 (negated); the upper bound of its own: Yu et al. 2025 (DAPO, arXiv 2503.14476),
+    Clip-Higher; dual_clip: Ye et al. 2020 (arXiv 1912.09729), eq. 5 (negated).
+
+    Args:
+        new_logprobs: of the policy that is trained.
+        logprobs: of the policy that sampled.
+        advantages: A.
+        clip_range: how far below 1 the ratio counts, and above 1 without clip_range_high.
+        clip_range_high: how far above 1 the ratio counts; None for clip_range.
+        dual_clip: bound of the ratio where A < 0, above 1; None for no bound.
     """
+    high = clip_range if clip_range_high is None else clip_range_high
     ratio = (new_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     unclipped_loss = -advantages * ratio
-    clipped_loss = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped_loss = -advantages * ratio.clamp(1 - clip_range, 1 + high)
     loss = torch.maximum(unclipped_loss, clipped_loss)
-    return PolicyTerms(loss, ratio.detach(), clipped_loss.detach() > unclipped_loss.detach())
+    clipped = clipped_loss.detach() > unclipped_loss.detach()
+    if dual_clip is not None:
+        largest = -dual_clip * advantages
+        held = (advantages < 0) & (loss.detach() > largest)
+        loss, clipped = torch.where(held, largest, loss), clipped | held
+    return PolicyTerms(loss, ratio.detach(), clipped)
+
+
+Normalisation = Literal["token", "sequence", "constant"]
+
+
+def policy_divisors(
+    mask: Tensor, normalisation: Normalisation, num_tokens: Tensor, num_rollouts: int, max_length: int
+) -> Tensor:
+    """Compute what the summed policy losses of each rollout are divided by, (B,) or a scalar for all.
+
+        token:     N        the mean over the N tokens of the minibatch
+        sequence:  M n_i    the mean over its M rollouts of the mean over the n_i tokens of each
+        constant:  M L      L the longest that a response may be: a token weighs the same in every step
+
+    Source: token Yu et al. 2025 (DAPO, arXiv 2503.14476), sequence Shao et al. 2024 (GRPO, arXiv 2402.03300), constant
+    Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783).
+
+    Args:
+        mask: (B, R) bool, tokens with policy loss; B rollouts of the minibatch, all or a part of them.
+        normalisation: which of the three.
+        num_tokens: N.
+        num_rollouts: M.
+        max_length: L, in tokens.
+    """
+    match normalisation:
+        case "token":
+            return num_tokens
+        case "sequence":
+            return num_rollouts * mask.sum(dim=1).clamp(min=1)
+        case "constant":
+            return torch.full_like(num_tokens, num_rollouts * max_length)
+    raise ValueError(f"unknown normalisation {normalisation!r}; choose token, sequence or constant")
 
 
 def importance_weights(

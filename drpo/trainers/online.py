@@ -36,7 +36,7 @@ from drpo.trainers.kl_guard import KLGuard
 from drpo.trainers.online_metrics import SHOWN, online_metrics
 from drpo.trainers.online_models import OnlineModels, load_models
 from drpo.trainers.online_recipe import OnlineRecipe
-from drpo.trainers.ppo_update import ppo_update
+from drpo.trainers.ppo_update import UpdateSettings, ppo_update
 
 POLICY_GROUP = 0  # the optimizer's parameter groups: policy, critic
 
@@ -148,8 +148,12 @@ class _Loop:
             rates = learning_rates(recipe, step)
             set_learning_rates(engine.optimizer, rates)
             with phases("update"):
-                update = ppo_update(engine, models.prepared, trajectory, credit, recipe.ppo,
-                                    step > recipe.critic.pretrain_steps, (recipe.seed, step),
+                settings = UpdateSettings(
+                    recipe.ppo,
+                    recipe.rollout.max_response_length,
+                    train_policy=step > recipe.critic.pretrain_steps,
+                )
+                update = ppo_update(engine, models.prepared, trajectory, credit, settings, (recipe.seed, step),
                                     check_finite)  # fmt: skip
             if step <= recipe.critic.pretrain_steps:
                 # Adam counts steps of size 0 too: the policy's first real ones would be several times too large.

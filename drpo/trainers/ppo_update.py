@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from drpo.config import Section, key, refuse_changed, setting
 from drpo.engine import Engine
-from drpo.losses import importance_weights, ppo_policy_loss, ppo_value_loss
+from drpo.losses import (
+    Normalisation,
+    PolicyTerms,
+    importance_weights,
+    policy_divisors,
+    ppo_policy_loss,
+    ppo_value_loss,
+)
 from drpo.microbatches import microbatches, sharing_saves
 from drpo.rollout.trajectory import Microbatch, Rollouts, Trajectory
 from drpo.tensors import masked_sum
@@ -38,7 +45,14 @@ class PPOConfig(Section):
     """Keep the rollouts of a prompt (rollout.rollouts_per_prompt) in one minibatch, and compute its tokens once for all
     of them, where the models can, they fit into a micro-batch and it saves work; not over a frozen trunk."""
     clip_range: float = setting(0.2, gt=0)
-    """Clipping of the probability ratio."""
+    """Clipping of the probability ratio, to [1 - clip_range, 1 + clip_range]."""
+    clip_range_high: float | None = setting(None, gt=0)
+    """Clipping above 1, to 1 + clip_range_high (DAPO: 0.28); null takes clip_range."""
+    dual_clip: float | None = setting(None, gt=1)
+    """Bound of the ratio of tokens with negative advantage, whose loss is at most -dual_clip A; null for no bound."""
+    loss_normalisation: Normalisation = "token"
+    """What the summed policy loss of a minibatch, entropy bonus included, is divided by. token: its tokens. sequence:
+    each rollout's tokens, then the rollouts. constant: rollouts times rollout.max_response_length."""
     value_clip_range: float = setting(0.2, gt=0)
     """Clipping of the value around the rollout's value."""
     value_coef: float = setting(0.1, ge=0)
@@ -56,6 +70,17 @@ class PPOConfig(Section):
     def check(self) -> None:
         if self.importance_sampling == "none":
             refuse_changed(self, ("importance_cap",), f"does not apply to {key('importance_sampling')}=none")
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """Settings of one update, from all sections of the recipe that it follows."""
+
+    ppo: PPOConfig
+    max_response_length: int
+    """Longest response that a rollout may have."""
+    train_policy: bool = True
+    """False trains the critic alone."""
 
 
 def minibatches(
@@ -95,8 +120,7 @@ def ppo_update(
     model: nn.Module,
     trajectory: Trajectory,
     credit: Credit,
-    config: PPOConfig,
-    train_policy: bool,
+    settings: UpdateSettings,
     draw: tuple[int, int],
     check_finite: Callable[[Tensor, str], None],
 ) -> dict[str, float]:
@@ -106,7 +130,8 @@ def ppo_update(
                + value_coef * sum_value_tokens(clipped value loss) / N_value
 
     N counts the tokens of the whole minibatch over all micro-batches and processes, so the result does not depend on
-    how the minibatch is cut. Without a critic the second term is missing; with `importance_sampling` the clipped policy
+    how the minibatch is cut. With another `loss_normalisation` than token, N_policy is what `policy_divisors` gives.
+    Without a critic the second term is missing; with `importance_sampling` the clipped policy
     loss of a token is multiplied by its weight (`importance_weights`). Takes num_epochs * num_minibatches optimizer
     steps, fewer when `target_kl` ends it. Returns the statistics of `_losses`, token means averaged over the
     minibatches, and `grad_norm` (mean, before clipping) and `num_optimizer_steps`.
@@ -116,22 +141,22 @@ def ppo_update(
         model: the prepared actor-critic.
         trajectory: B rollouts, the same on every process.
         credit: their advantages, returns and masks, (B, R).
-        config: settings of the update.
-        train_policy: False trains the critic alone.
+        settings: settings of the update.
         draw: seed and step, which determine the order of the minibatches.
         check_finite: called with a tensor and its name, raises on inf or nan.
     """
+    config = settings.ppo
     totals: Counter[str] = Counter()
     grad_norms: list[float] = []
     for parts in minibatches(trajectory, config, engine.world_size, draw):
         rows = torch.cat([part.rows for part in parts])
-        counts = (credit.policy_mask[rows].sum(), credit.value_mask[rows].sum())
+        counts = Counts(credit.policy_mask[rows].sum(), credit.value_mask[rows].sum(), len(rows))
         local = parts[engine.rank :: engine.world_size]
         row_losses, sums = [], None
         for index, part in enumerate(local):
             last = index == len(local) - 1
             with engine.accumulating(last):
-                losses, statistics = _losses(model, trajectory, credit, part, counts, config, train_policy)
+                losses, statistics = _losses(model, trajectory, credit, part, counts, settings)
                 engine.backward(losses.sum() * engine.loss_scale(), last)
             row_losses.append(losses.detach())
             values = torch.stack(list(statistics.values())).double()
@@ -154,20 +179,24 @@ def ppo_update(
     }
 
 
+class Counts(NamedTuple):
+    """Sizes of a whole minibatch, over micro-batches and processes."""
+
+    policy_tokens: Tensor
+    value_tokens: Tensor
+    rollouts: int
+
+
 def _losses(
     model: nn.Module,
     trajectory: Trajectory,
     credit: Credit,
     part: Microbatch,
-    counts: tuple[Tensor, Tensor],
-    config: PPOConfig,
-    train_policy: bool,
+    counts: Counts,
+    settings: UpdateSettings,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the loss of each row of a micro-batch, and their share of the minibatch's statistics.
-
-    `counts` are the policy tokens and value tokens of the whole minibatch.
-    """
-    num_policy, num_value = counts
+    """Compute the loss of each row of a micro-batch, and their share of the minibatch's statistics."""
+    config, num_policy, num_value = settings.ppo, counts.policy_tokens, counts.value_tokens
     batch, trunk = trajectory.select(part)
     policy_mask, value_mask = part.responses(credit.policy_mask), part.responses(credit.value_mask)
     logprobs, entropy, values = model(
@@ -176,7 +205,14 @@ def _losses(
         part.num_continuations,
     )
     old_logprobs = part.responses(trajectory.logprobs)
-    policy = ppo_policy_loss(logprobs, old_logprobs, part.responses(credit.advantages), config.clip_range)
+    policy = ppo_policy_loss(
+        logprobs,
+        old_logprobs,
+        part.responses(credit.advantages),
+        config.clip_range,
+        config.clip_range_high,
+        config.dual_clip,
+    )
     token_losses, weights = policy.loss, None
     if config.importance_sampling != "none":
         weights = importance_weights(
@@ -187,9 +223,12 @@ def _losses(
             config.importance_cap,
         )
         token_losses = weights * token_losses
-    policy_loss = masked_sum(token_losses, policy_mask, dim=1) / num_policy
-    bonus = masked_sum(entropy, policy_mask, dim=1) / num_policy
-    statistics = {"policy_loss": policy_loss.sum(), "entropy": bonus.sum()}
+    divisors = policy_divisors(
+        policy_mask, config.loss_normalisation, num_policy, counts.rollouts, settings.max_response_length
+    )
+    policy_loss = masked_sum(token_losses, policy_mask, dim=1) / divisors
+    row_entropies = masked_sum(entropy, policy_mask, dim=1)
+    statistics = {"policy_loss": policy_loss.sum(), "entropy": (row_entropies / num_policy).sum()}
     terms = []
     if values is not None:
         old_values, returns = part.responses(trajectory.values), part.responses(credit.returns)
@@ -199,17 +238,42 @@ def _losses(
         statistics["value_clip_fraction"] = masked_sum(value.clipped.float(), value_mask) / num_value
         terms.append(config.value_coef * value_loss)
     # All weights must be in every process's graph, so an untrained policy stays in it with a zero gradient.
-    terms.append(policy_loss if train_policy else 0.0 * policy_loss)
-    if train_policy and config.entropy_coef:  # at 0 its gradient, a softmax over the vocabulary, is skipped
-        terms.append(-config.entropy_coef * bonus)
+    terms.append(policy_loss if settings.train_policy else 0.0 * policy_loss)
+    # At 0 the bonus is left out: its gradient is a softmax over the vocabulary.
+    if settings.train_policy and config.entropy_coef:
+        terms.append(-config.entropy_coef * (row_entropies / divisors))
     with torch.no_grad():
         log_ratio = logprobs.detach() - old_logprobs
-        kl = torch.expm1(log_ratio) - log_ratio
-        statistics["approx_kl"] = masked_sum(kl, policy_mask) / num_policy
-        statistics["clip_fraction"] = masked_sum(policy.clipped.float(), policy_mask) / num_policy
-        statistics["ratio"] = masked_sum(policy.ratio, policy_mask) / num_policy
-        if weights is not None:
-            truncated = (weights >= config.importance_cap).float()
-            statistics["importance_weight"] = masked_sum(weights, policy_mask) / num_policy
-            statistics["importance_truncated"] = masked_sum(truncated, policy_mask) / num_policy
+        statistics |= _token_means(log_ratio, policy, weights, policy_mask, num_policy, config.importance_cap)
     return sum(terms[1:], terms[0]), {name: value.detach() for name, value in statistics.items()}
+
+
+def _token_means(
+    log_ratio: Tensor,
+    policy: PolicyTerms,
+    weights: Tensor | None,
+    mask: Tensor,
+    num_tokens: Tensor,
+    importance_cap: float,
+) -> dict[str, Tensor]:
+    """Compute a micro-batch's share of the means over the policy tokens of a minibatch.
+
+    Args:
+        log_ratio: (B, R), new over old policy.
+        policy: (B, R) each.
+        weights: (B, R), importance weights, if there are any.
+        mask: (B, R) bool, the policy tokens.
+        num_tokens: policy tokens of the minibatch.
+        importance_cap: largest importance weight.
+    """
+    columns = {
+        "approx_kl": torch.expm1(log_ratio) - log_ratio,
+        "clip_fraction": policy.clipped.float(),
+        "ratio": policy.ratio,
+    }
+    if weights is not None:
+        columns |= {
+            "importance_weight": weights,
+            "importance_truncated": (weights >= importance_cap).float(),
+        }
+    return {name: masked_sum(column, mask) / num_tokens for name, column in columns.items()}

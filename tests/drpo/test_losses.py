@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from drpo.losses import MAX_LOG_RATIO, importance_weights, ppo_policy_loss, ppo_value_loss
+from drpo.losses import (
+    MAX_LOG_RATIO,
+    importance_weights,
+    policy_divisors,
+    ppo_policy_loss,
+    ppo_value_loss,
+)
 from drpo.tensors import masked_sum
 
 
@@ -83,6 +89,85 @@ def test_an_enormous_ratio_is_held_finite():
     torch.testing.assert_close(terms.ratio, expected)
     terms.loss.sum().backward()
     assert new.grad.tolist() == [0.0, 0.0]
+
+
+# --- clip-higher and dual clip ----------------------------------------------------------------------------
+
+
+def test_clip_higher_by_hand():
+    # clip(ratio) lies in [0.8, 1.5]; loss = max(-A ratio, -A clip(ratio)).
+    #   ratio 1.4  A  2   max(-2.8, -2.8) = -2.8         (-2.4 and clipped with 1.2)
+    #   ratio 2    A  2   max(-4,   -3  ) = -3    clipped
+    #   ratio 2    A -2   max( 4,    3  ) =  4
+    #   ratio 0.5  A -2   max( 1,    1.6) =  1.6  clipped: the lower bound is as before
+    ratios = torch.tensor([1.4, 2.0, 2.0, 0.5])
+    advantages = torch.tensor([2.0, 2.0, -2.0, -2.0])
+    terms = ppo_policy_loss(ratios.log(), torch.zeros(4), advantages, 0.2, clip_range_high=0.5)
+    torch.testing.assert_close(terms.loss, torch.tensor([-2.8, -3.0, 4.0, 1.6]))
+    assert terms.clipped.tolist() == [False, True, False, True]
+
+
+def test_dual_clip_by_hand():
+    # clip(ratio) lies in [0.8, 1.2], dual_clip 3: where A < 0 the loss is at most -3 A.
+    #   ratio 4    A -2   min(max(8, 2.4),  6) = 6    held
+    #   ratio 2.5  A -2   min(max(5, 2.4),  6) = 5
+    #   ratio 0.5  A -2   min(max(1, 1.6),  6) = 1.6  clipped
+    #   ratio 4    A  2   max(-8, -2.4) = -2.4        clipped, not held
+    #   ratio 4    A  0   0
+    ratios = torch.tensor([4.0, 2.5, 0.5, 4.0, 4.0])
+    advantages = torch.tensor([-2.0, -2.0, -2.0, 2.0, 0.0])
+    logprobs = ratios.log().requires_grad_()
+    terms = ppo_policy_loss(logprobs, torch.zeros(5), advantages, 0.2, dual_clip=3.0)
+    torch.testing.assert_close(terms.loss, torch.tensor([6.0, 5.0, 1.6, -2.4, 0.0]))
+    assert terms.clipped.tolist() == [True, False, True, True, False]
+    terms.loss.sum().backward()
+    torch.testing.assert_close(
+        logprobs.grad, torch.tensor([0.0, 5.0, 0.0, 0.0, 0.0])
+    )  # -A ratio where it counts
+
+
+def test_dual_clip_has_no_effect_where_advantages_are_positive():
+    new, old, advantages = 3 * randn(27, 9, 8), randn(28, 9, 8), randn(29, 9, 8).abs()
+    for found, expected in zip(
+        ppo_policy_loss(new, old, advantages, 0.2, dual_clip=1.5),
+        ppo_policy_loss(new, old, advantages, 0.2),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    held = ppo_policy_loss(new, old, -advantages, 0.2, dual_clip=1.5)
+    assert (held.loss <= 1.5 * advantages).all() and (held.loss == 1.5 * advantages).any()
+
+
+def test_clip_range_high_of_clip_range_changes_nothing():
+    inputs = 2 * randn(30, 9, 8), randn(31, 9, 8), randn(32, 9, 8)
+    for found, expected in zip(
+        ppo_policy_loss(*inputs, 0.3, clip_range_high=0.3), ppo_policy_loss(*inputs, 0.3), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+# --- normalisation ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "expected"),
+    [
+        # Token losses 1, 2 | 6 | 3, 3, 3 of rollouts with 2, 1 and 3 policy tokens; at most 5.
+        ("token", 18 / 6),
+        ("sequence", (3 / 2 + 6 / 1 + 9 / 3) / 3),
+        ("constant", 18 / (3 * 5)),
+    ],
+)
+def test_normalisations_by_hand_whole_and_in_parts(normalisation, expected):
+    losses = torch.tensor([[9.0, 1.0, 2.0], [6.0, 9.0, 9.0], [3.0, 3.0, 3.0]])
+    mask = torch.tensor([[0, 1, 1], [1, 0, 0], [1, 1, 1]]).bool()
+    for parts in ([slice(0, 3)], [slice(0, 1), slice(1, 3)]):
+        sums = [
+            masked_sum(losses[rows], mask[rows], dim=1)
+            / policy_divisors(mask[rows], normalisation, mask.sum(), 3, 5)
+            for rows in parts
+        ]
+        assert torch.cat(sums).sum().item() == pytest.approx(expected)
 
 
 def test_value_loss_by_hand():

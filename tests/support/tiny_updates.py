@@ -19,12 +19,13 @@ from drpo.rollout.trajectory import Trajectory
 from drpo.tensors import pad_batch
 from drpo.trainers.credit import AdvantageConfig, Credit, KLConfig, ShapingConfig, assign_credit
 from drpo.trainers.finite import finite_or_stop
-from drpo.trainers.ppo_update import PPOConfig, ppo_update
+from drpo.trainers.ppo_update import PPOConfig, UpdateSettings, ppo_update
 
 PAD = 2
 FIRST_ROW_ID = 30  # row i has the query (FIRST_ROW_ID + i, ...), so a forward tells which rows it got
 LENGTHS = (6, 3, 8, 1, 5, 7, 2, 4)
 FORCED = (3, 0, 7, 0, 2, 0, 1, 0)
+MAX_RESPONSE_LENGTH = 10
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -74,8 +75,7 @@ class Update:
             self.model,
             self.trajectory,
             self.credit,
-            PPOConfig(**config),
-            train_policy,
+            UpdateSettings(PPOConfig(**config), MAX_RESPONSE_LENGTH, train_policy=train_policy),
             (seed, step),
             functools.partial(finite_or_stop, self.engine, self.run_dir, step),
         )

@@ -512,6 +512,8 @@ def test_rollouts_and_credit_are_not_changed(tmp_path):
         {"num_minibatches": 0},
         {"microbatch_size": 0},
         {"clip_range": 0.0},
+        {"clip_range_high": 0.0},
+        {"dual_clip": 1.0},
         {"value_clip_range": -1.0},
         {"value_coef": -0.1},
         {"entropy_coef": -0.1},
