@@ -1,7 +1,7 @@
 """The folder of a run: ownership, contents, resume, and graceful shutdown.
 
-The contract (docs/recipes.md): `config.yaml`, `metrics.jsonl`, `samples.jsonl`, `checkpoints/step_<n>/`
-and, at the end, the result (`policy/` or `reward_model/`).
+The contract (docs/recipes.md): `config.yaml`, `metrics.jsonl`, `samples.jsonl`, `resets.jsonl` (runs with resets),
+`checkpoints/step_<n>/` and, at the end, the result (`policy/` or `reward_model/`).
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class RunFolder:
         self.path = Path(recipe.run_dir)
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self.samples = JsonLines(self.path / "samples.jsonl")
+        self.resets = JsonLines(self.path / "resets.jsonl")
         # With null replaced by the chosen precision: it depends on the machine, and the folder may move to another.
         precise = dataclasses.replace(recipe.engine, mixed_precision=engine.precision)
         self.recipe = dataclasses.replace(recipe, engine=precise)
@@ -143,8 +144,8 @@ class RunFolder:
         if engine.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             step = state["step"] if state else -1
-            self.metrics.keep_up_to(step)
-            self.samples.keep_up_to(step)
+            for lines in (self.metrics, self.samples, self.resets):
+                lines.keep_up_to(step)
             save_resolved(self.recipe, self.path / "config.yaml")
         engine.start_trackers(flatten(self.recipe))
         for number in (signal.SIGTERM, signal.SIGINT) if handles_signals() else ():
@@ -252,6 +253,11 @@ class RunFolder:
         if self.engine.is_main and rows:
             self.samples.write(*({"step": step, **row} for row in rows))
             self.say(sample_table(rows[: self.log.num_samples], step))
+
+    def write_resets(self, step: int, row: Mapping[str, Any]) -> None:
+        """Write a step's row of resets.jsonl."""
+        if self.engine.is_main:
+            self.resets.write({"step": step, **row})
 
     def start_progress(self, description: str, done: int, total: int) -> None:
         """Show a progress bar, replacing an earlier one."""

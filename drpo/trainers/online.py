@@ -31,6 +31,7 @@ from drpo.run.metrics import Phases, peak_memory_gib
 from drpo.run.result import Result
 from drpo.run.stopped import Interrupted, RunStopped
 from drpo.trainers.credit import assign_credit
+from drpo.trainers.drawn_resets import drawn_resets
 from drpo.trainers.finite import finite_or_stop
 from drpo.trainers.kl_guard import KLGuard
 from drpo.trainers.online_metrics import SHOWN, online_metrics
@@ -140,6 +141,8 @@ class _Loop:
         credit = assign_credit(trajectory, recipe.reward.shaping, recipe.kl, kl_coef, recipe.advantage,
                                recipe.reset.masking, self.running, recipe.rollout.rollouts_per_prompt)  # fmt: skip
         metrics = online_metrics(trajectory, credit, kl_coef)
+        if recipe.reset.proportion > 0:
+            self.run.write_resets(step, drawn_resets(trajectory))
         if trajectory.engine_logprobs is not None:
             check_agreement(metrics["rollout/logprob_difference"])
 

@@ -70,6 +70,7 @@ def test_two_processes_equal_one(folder):
     run(ddp("drpo"), "drpo.yaml", "run_dir=two", "ppo.microbatch_size=4", cwd=folder)
     assert_close(metrics_of(folder / "whole"), metrics_of(folder / "two"), 2e-4)
     assert_same_policy(folder / "whole", folder / "two", 2e-4)
+    assert (folder / "two/resets.jsonl").read_bytes() == (folder / "whole/resets.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("stage", [2, *(pytest.param(s, marks=pytest.mark.slow) for s in (3, "3_offload"))])

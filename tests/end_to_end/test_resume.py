@@ -54,6 +54,8 @@ def test_killed_and_resumed_equals_uninterrupted(folder, launcher):
     assert [row["step"] for row in whole] == list(range(NUM_STEPS + 1))
     assert metrics_of(killed) == whole
     assert completions(killed) == completions(folder / f"whole_{name}")
+    resets = [(path / "resets.jsonl").read_bytes() for path in (killed, folder / f"whole_{name}")]
+    assert resets[0] == resets[1] and resets[0].count(b"\n") == NUM_STEPS
     weights = [
         (run_dir / "policy" / "model.safetensors").read_bytes()
         for run_dir in (killed, folder / f"whole_{name}")

@@ -195,6 +195,7 @@ def test_the_last_line_is_the_path_of_the_result(chain):
         "critic",
         "metrics.jsonl",
         "policy",
+        "resets.jsonl",
         "samples.jsonl",
     ]
 

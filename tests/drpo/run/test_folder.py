@@ -73,6 +73,7 @@ def steps(run: RunFolder, first: int, last: int, num_steps: int = 4) -> None:
     for step in range(first, last + 1):
         run.record(step, {"train/loss": 1 / step}, ("train/loss",))
         run.samples.write({"step": step, "text": "a"}, {"step": step, "text": "b"})
+        run.write_resets(step, {"lengths": {"0": 1}})
         run.save(step, num_steps, {"kl": step / 10})
 
 
@@ -156,8 +157,9 @@ def test_resuming_gives_the_state_and_drops_what_came_after_it(recipe):
     assert (state["step"], state["kl"], state["world_size"]) == (2, 0.2, 1)
     assert written_steps(run.metrics.path) == [1, 2]
     assert written_steps(run.samples.path) == [1, 1, 2, 2]
+    assert written_steps(run.resets.path) == [1, 2]
     steps(run, 3, 4)
-    assert written_steps(run.metrics.path) == [1, 2, 3, 4]
+    assert written_steps(run.metrics.path) == written_steps(run.resets.path) == [1, 2, 3, 4]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(recipe):
