@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,10 @@ class OwnConfig(Section):
 
     size: int = setting(1024, ge=1)
     """How many of the newest rollouts can be reset to."""
+    which: Literal["best", "worst"] = "best"
+    """best: those with the highest raw scores. worst: those with the lowest, to try them again from the middle."""
     share: float = setting(0.5, gt=0, le=1)
-    """Share of them that is: the ones with the highest raw scores. 1: any of them, whatever its score."""
+    """Share of the newest rollouts that are the best (or worst). 1: any of them, whatever its score."""
 
 
 class OwnRollout(NamedTuple):
@@ -40,25 +42,26 @@ class OwnRollouts:
     def __init__(self, config: OwnConfig) -> None:
         self.config = config
         self._rollouts: deque[OwnRollout] = deque(maxlen=config.size)
-        self._best: list[OwnRollout] | None = None
+        self._choice: list[OwnRollout] | None = None
 
     def add(self, rollout: OwnRollout) -> None:
         self._rollouts.append(rollout)
-        self._best = None
+        self._choice = None
 
     def draw(self, seed: int, episode: int) -> OwnRollout | None:
-        """Draw one of the best rollouts uniformly, by (seed, episode) and the buffer alone; None from an empty buffer.
+        """Draw uniformly from the best or worst rollouts, by (seed, episode) and the buffer alone; None if it is empty.
 
-        Of equal scores the newer one is the better.
+        Of equal scores the newer one comes first.
         """
         if not self._rollouts:
             return None
-        if self._best is None:
+        if self._choice is None:
             newest_first = reversed(self._rollouts)
-            ranked = sorted(newest_first, key=lambda rollout: -rollout.score)
-            self._best = ranked[: max(1, int(self.config.share * len(ranked)))]
-        index = np.random.default_rng([seed, OWN_STREAM, episode]).integers(len(self._best))
-        return self._best[index]
+            sign = -1 if self.config.which == "best" else 1
+            ranked = sorted(newest_first, key=lambda rollout: sign * rollout.score)
+            self._choice = ranked[: max(1, int(self.config.share * len(ranked)))]
+        index = np.random.default_rng([seed, OWN_STREAM, episode]).integers(len(self._choice))
+        return self._choice[index]
 
     def state_dict(self) -> dict[str, Any]:
         return {"rollouts": [list(rollout) for rollout in self._rollouts]}

@@ -66,6 +66,7 @@ class Starts:
         self._own = OwnRollouts(reset.own)
         self._search = PrefixSearch(reset.adaptive)
         self._trials: list[Trial | None] = []
+        self._num_initial = 0
 
     def draw(self, episodes: range, progress: float) -> list[Start]:
         """Draw the starts of the given episodes at the given share of training done."""
@@ -116,6 +117,7 @@ class Starts:
                 draw: Start(draw, prompt) for prompt, draw, z in zip(prompts, draws, resets, strict=True) if z
             }
             sampled = dict(zip(bare, self._sample_initial(list(bare.values())), strict=True))
+            self._num_initial = sum(map(len, sampled.values()))
             responses = [sampled.get(draw) for draw in draws]
         else:
             responses = [
@@ -150,6 +152,19 @@ class Starts:
                 if trial is not None:
                     successes.setdefault(trial, []).append(score >= self._reset.adaptive.score)
             self._search.observe([(trial, sum(s) / len(s)) for trial, s in successes.items()])
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the last draw was made from.
+
+        `reset/initial_tokens`: tokens sampled from the initial policy. `reset/position`: where prompts that were not
+        seen before start, 0 at the shortest allowed prefix and 1 at the longest.
+        """
+        metrics = {}
+        if self._reset.source == "initial":
+            metrics["reset/initial_tokens"] = float(self._num_initial)
+        if self._reset.length == "adaptive":
+            metrics["reset/position"] = self._search.position
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Return what draws depend on besides (seed, episode); empty for settings without such a memory."""

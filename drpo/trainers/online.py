@@ -140,7 +140,7 @@ class _Loop:
         kl_coef = self.controller.coef
         credit = assign_credit(trajectory, recipe.reward.shaping, recipe.kl, kl_coef, recipe.advantage,
                                recipe.reset.masking, self.running, recipe.rollout.rollouts_per_prompt)  # fmt: skip
-        metrics = online_metrics(trajectory, credit, kl_coef)
+        metrics = online_metrics(trajectory, credit, kl_coef) | self.starts.metrics()
         if recipe.reset.proportion > 0:
             self.run.write_resets(step, drawn_resets(trajectory))
         if trajectory.engine_logprobs is not None:

@@ -47,6 +47,7 @@ def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> di
     }
     metrics = {f"objective/{name}": float(values.mean()) for name, values in row_metrics.items()}
     metrics["objective/score_std"] = float(trajectory.scores.std(correction=0))
+    metrics["objective/sampled_tokens"] = float(mask.sum())
     metrics["objective/length_max"] = float(trajectory.lengths.max())
     for estimator in ("k1", "k3"):
         metrics[f"objective/kl_{estimator}_per_token"] = float(kl_per_token(*sampled, estimator))

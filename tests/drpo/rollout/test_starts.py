@@ -115,15 +115,15 @@ def test_the_first_rollouts_start_from_their_prompts(examples):
     ]
 
 
-def test_resets_take_prompt_and_response_of_the_best_earlier_rollouts(examples):
-    drawn = drawing(examples, own(share=0.5))
+@pytest.mark.parametrize("which, rows", [("best", (1, 2)), ("worst", (0, 3))])
+def test_resets_take_prompt_and_response_of_the_best_or_worst_earlier_rollouts(examples, which, rows):
+    drawn = drawing(examples, own(share=0.5, which=which))
     starts = drawn.draw(range(4), 0.0)
     responses = [[10 + row, 20 + row, 30 + row, STOP] for row in range(4)]
-    drawn.observe(starts, responses, [1.0, 4.0, 3.0, 2.0])  # the best half: rows 1 and 2
+    drawn.observe(starts, responses, [1.0, 4.0, 3.0, 2.0])
     later = drawn.draw(range(4, 204), 0.1)
     seen = Counter((start.example.record.prompt, start.prefix[0]) for start in later)
-    best = {(starts[row].example.record.prompt, 10 + row) for row in (1, 2)}
-    assert set(seen) == best
+    assert set(seen) == {(starts[row].example.record.prompt, 10 + row) for row in rows}
     assert min(seen.values()) > 60  # of 200, evenly
     assert {len(start.prefix) for start in later} == {1, 2, 3}
     assert all(start.prefix == tuple(responses[start.prefix[0] - 10][: len(start.prefix)]) for start in later)
