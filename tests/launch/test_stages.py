@@ -53,6 +53,7 @@ KEYS = {
     "ppo": ("kl.coef", "ppo.num_minibatches"),
     "dpo": ("loss.name", "curriculum"),
     "reset_experiment": ("betas", "num_jobs"),
+    "reset_methods": ("methods", "baseline"),
     "preference_experiment": ("tables", "num_jobs"),
     "neuron_shift": ("before", "probe.source"),
     "benchmark": ("baseline", "num_repeats"),

@@ -21,6 +21,7 @@ from launch.experiments.gpu_check import GpuCheckRecipe
 from launch.experiments.memory_plan import MemoryPlanRecipe
 from launch.experiments.overoptimisation import OverOptimisationRecipe
 from launch.experiments.preference import PreferenceExperimentRecipe
+from launch.experiments.reset_methods import ResetMethodsRecipe
 from launch.experiments.resets import ExperimentRecipe
 from launch.experiments.reward_models import RewardModelsRecipe
 from launch.experiments.rollout_speed import RolloutSpeedRecipe
@@ -39,7 +40,12 @@ STAGES: dict[str, type] = {
     "ppo": OnlineRecipe,
     "drpo": OnlineRecipe,
     **dict.fromkeys(("dpo", "cdpo", "odpo", "ipo", "simpo", "orpo", "kto"), PreferenceRecipe),
+    **dict.fromkeys(
+        ("rloo", "grpo", "reinforce_pp", "ppo_pp", "vineppo", "vapo", "bread", "uft", "prefix_rft", "prefix_rl", "rrpo"),
+        OnlineRecipe,
+    ),
     "reset_experiment": ExperimentRecipe,
+    "reset_methods": ResetMethodsRecipe,
     "overoptimisation": OverOptimisationRecipe,
     "reward_models": RewardModelsRecipe,
     "preference_experiment": PreferenceExperimentRecipe,
@@ -67,11 +73,12 @@ TASKS = ("tldr", "hh")
 def stage_of(name: str) -> str:
     """The stage in the file name of a recipe: tldr/drpo_2.8b.yaml is a drpo recipe, tldr/dr_dpo_2.8b.yaml a dpo one.
 
-    Of stages that lie in each other it is the longest: evaluate_reward_model, not reward_model.
+    Of stages that lie in each other it is the longest: evaluate_reward_model, not reward_model. drpo_rloo holds two of
+    one kind.
     """
     found = [stage for stage in STAGES if re.search(rf"(^|_){stage}(_|$)", Path(name).stem)]
     longest = max(found, key=len, default="")
-    is_one = bool(found) and all(stage in longest for stage in found)
+    is_one = bool(found) and all(stage in longest or STAGES[stage] is STAGES[longest] for stage in found)
     assert is_one, f"the name of {name} must hold one stage of {', '.join(STAGES)}"
     return longest
 
