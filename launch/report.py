@@ -1,9 +1,10 @@
-"""Rebuild the pages of a comparison, or of an evaluation of reward models, from its JSON file.
+"""Write the pages of a comparison, of an evaluation of reward models, or of an online training run, from its files.
 
-    python launch/report.py <comparison.json, evaluation.json, or the folder that holds one>
+    python launch/report.py <comparison.json, evaluation.json, metrics.jsonl, or the folder that holds one>
 
-Writes report.html and report.md, or evaluation.html and evaluation.md, next to it and prints the path of the HTML page.
-No response is measured, judged or scored again; the plots of an evaluation are those in its folder.
+Writes report.html and report.md, evaluation.html and evaluation.md, or training.html and training.md, next to it and
+prints the path of the HTML page. No response is measured, judged or scored again; the plots of an evaluation are those
+in its folder. A training run may still be going.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 from drpo.data.records import DataError
 from eval.reporting import report as comparisons
 from eval.reward_models import report as evaluations
+from eval.training_runs import report as training_runs
+from eval.training_runs.files import METRICS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, write the pages, print the path of the HTML page as the last line."""
-    parser = argparse.ArgumentParser(description="Write the pages of a comparison or an evaluation anew.")
+    parser = argparse.ArgumentParser(
+        description="Write the pages of a comparison, an evaluation or an online training run anew."
+    )
     parser.add_argument(
-        "path", type=Path, help="comparison.json, evaluation.json, or the folder that holds one"
+        "path", type=Path, help="comparison.json, evaluation.json, metrics.jsonl, or the folder that holds one"
     )
     try:
         page = report(parser.parse_args(arguments).path)
@@ -36,14 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report(path: Path) -> Path:
-    """Write the pages of what lies at `path`. Raises DataError for a folder that holds both kinds of results."""
+    """Write the pages of what lies at `path`. Raises DataError for a folder that holds several kinds of results."""
+    writers = {
+        "comparison.json": comparisons.report,
+        evaluations.FILE: evaluations.report,
+        METRICS: training_runs.report,
+    }
     if not path.is_dir():
-        return evaluations.report(path) if path.name == evaluations.FILE else comparisons.report(path)
-    if not (path / evaluations.FILE).exists():
-        return comparisons.report(path)
-    if (path / "comparison.json").exists():
-        raise DataError(f"{path} holds comparison.json and {evaluations.FILE}: name one of them")
-    return evaluations.report(path)
+        return writers.get(path.name, comparisons.report)(path)
+    found = [name for name in writers if (path / name).exists()]
+    if len(found) > 1:
+        raise DataError(f"{path} holds {' and '.join(found)}: name one of them")
+    return writers[found[0] if found else "comparison.json"](path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What online training did, from the files of its run folder: evaluations, resets, rollouts."""
