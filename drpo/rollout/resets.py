@@ -78,12 +78,18 @@ class ResetConfig(Section):
     masking: Literal["paper", "release"] = "paper"
     """paper: forced tokens are excluded from losses, KL, whitening and statistics. release: from the policy loss only,
     as in the released code."""
+    sft_coef: float = setting(0.0, ge=0)
+    """Weight of an auxiliary loss while the policy is trained: the mean -log pi of the forced tokens, under the
+    distribution of the rollouts (rollout.sampling.temperature, rollout.bad_tokens). 0: none."""
     adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)
     """Target and speed of length=adaptive."""
     own: OwnConfig = field(default_factory=OwnConfig)
     """Which earlier rollouts source=own resets to."""
 
     def check(self) -> None:
+        if self.proportion == 0:
+            rule = f"does nothing with {key('proportion')}=0, which forces no token; raise that, or drop it"
+            refuse_changed(self, ["sft_coef"], rule)
         rule = f"({self.min_fraction}) must be <= {key('max_fraction')} ({self.max_fraction})"
         refuse(self.min_fraction > self.max_fraction, "min_fraction", rule)
         for name in ("curriculum", "adaptive"):

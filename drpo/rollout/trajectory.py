@@ -83,6 +83,11 @@ class Rollouts:
         return self.response_mask & (positions[None, :] >= self.reset_lengths[:, None])
 
     @property
+    def forced_mask(self) -> Tensor:
+        """(B, R) bool: tokens of the forced prefix, t < h."""
+        return self.response_mask & self.action_mask.logical_not()
+
+    @property
     def is_reset(self) -> Tensor:
         """(B,) bool: starts from a dataset prefix."""
         return self.reset_lengths > 0

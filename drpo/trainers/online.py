@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drpo.config import ConfigError
+from drpo.data.encode import Example
 from drpo.data.load import Splits, load_examples
 from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
@@ -21,8 +22,9 @@ from drpo.optim import scheduled_rate, set_learning_rates
 from drpo.reward_functions import identities_of
 from drpo.rewards import RewardFn, RunningMoments
 from drpo.rollout.collect import collect
+from drpo.rollout.generator import Generator
 from drpo.rollout.held_out import Held, evaluate
-from drpo.rollout.resets import check_resets
+from drpo.rollout.resets import check_resets, reset_response
 from drpo.rollout.samples import rollout_samples
 from drpo.rollout.starts import Starts
 from drpo.rollout.vllm_requests import check_agreement, check_installed
@@ -68,6 +70,8 @@ def train(
     run.say_data(splits.report)
     _check(recipe, engine, splits, tokenizer)
     models = load_models(run, splits, tokenizer, reward_fn)
+    if recipe.reset.sft_coef and recipe.reset.from_data:
+        _check_forced_tokens(recipe, splits.train, models.generator)
     run.say(*models.notes)
     state = run.open()
     loop = _Loop(run, models, splits, {"score": reward_fn, **eval_rewards})
@@ -154,6 +158,7 @@ class _Loop:
                 settings = UpdateSettings(
                     recipe.ppo,
                     recipe.rollout.max_response_length,
+                    recipe.reset.sft_coef,
                     train_policy=step > recipe.critic.pretrain_steps,
                 )
                 update = ppo_update(engine, models.prepared, trajectory, credit, settings, (recipe.seed, step),
@@ -251,6 +256,22 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
         )
     if recipe.reset.proportion > 0:
         check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)
+
+
+def _check_forced_tokens(recipe: OnlineRecipe, examples: Sequence[Example], generator: Generator) -> None:
+    """Raise ConfigError if a token that may be forced is never sampled: it has no likelihood that could be raised."""
+    suppressed_ids = set(generator.vocabulary.suppressed_ids)
+    for example in examples:
+        source = reset_response(example, recipe.reset.source)
+        forced_ids = source[: min(len(source), recipe.rollout.max_response_length) - 1]
+        if found := suppressed_ids.intersection(forced_ids):
+            tokens = generator.tokenizer.convert_ids_to_tokens(sorted(found))
+            place = example.record.origin or "an unknown place"
+            raise ConfigError(
+                f"reset.sft_coef trains on forced tokens, and the response at {place} has {tokens}, which "
+                "the policy may not sample (rollout.bad_tokens or padding); take them out of rollout.bad_tokens or out "
+                "of the data, or set reset.sft_coef=0"
+            )
 
 
 def learning_rates(recipe: OnlineRecipe, step: int) -> tuple[float, ...]:

@@ -79,6 +79,8 @@ class UpdateSettings:
     ppo: PPOConfig
     max_response_length: int
     """Longest response that a rollout may have."""
+    sft_coef: float = 0.0
+    """Weight of the loss on forced tokens (ResetConfig)."""
     train_policy: bool = True
     """False trains the critic alone."""
 
@@ -128,13 +130,14 @@ def ppo_update(
 
         loss = sum_policy_tokens(clipped policy loss - entropy_coef * entropy) / N_policy
                + value_coef * sum_value_tokens(clipped value loss) / N_value
+               + sft_coef * sum_forced_tokens(-log pi) / N_forced
 
     N counts the tokens of the whole minibatch over all micro-batches and processes, so the result does not depend on
     how the minibatch is cut. With another `loss_normalisation` than token, N_policy is what `policy_divisors` gives.
-    Without a critic the second term is missing; with `importance_sampling` the clipped policy
-    loss of a token is multiplied by its weight (`importance_weights`). Takes num_epochs * num_minibatches optimizer
-    steps, fewer when `target_kl` ends it. Returns the statistics of `_losses`, token means averaged over the
-    minibatches, and `grad_norm` (mean, before clipping) and `num_optimizer_steps`.
+    Without a critic the second term is missing, where no token is forced the third; with `importance_sampling` the
+    clipped policy loss of a token is multiplied by its weight (`importance_weights`). Takes num_epochs *
+    num_minibatches optimizer steps, fewer when `target_kl` ends it. Returns the statistics of `_losses`, token means
+    averaged over the minibatches that have them, and `grad_norm` (mean, before clipping) and `num_optimizer_steps`.
 
     Args:
         engine: divides the rows, accumulates gradients, takes the steps.
@@ -147,10 +150,13 @@ def ppo_update(
     """
     config = settings.ppo
     totals: Counter[str] = Counter()
+    num_minibatches: Counter[str] = Counter()
+    forced_mask = trajectory.forced_mask if settings.sft_coef else None
     grad_norms: list[float] = []
     for parts in minibatches(trajectory, config, engine.world_size, draw):
         rows = torch.cat([part.rows for part in parts])
-        counts = Counts(credit.policy_mask[rows].sum(), credit.value_mask[rows].sum(), len(rows))
+        num_forced = 0 if forced_mask is None else int(forced_mask[rows].sum())
+        counts = Counts(credit.policy_mask[rows].sum(), credit.value_mask[rows].sum(), num_forced, len(rows))
         local = parts[engine.rank :: engine.world_size]
         row_losses, sums = [], None
         for index, part in enumerate(local):
@@ -171,9 +177,10 @@ def ppo_update(
         check_finite(torch.tensor([grad_norms[-1]], device=engine.device), "the gradient norm")
         means = dict(zip(statistics, engine.sum(sums).tolist(), strict=True))
         totals.update(means)
+        num_minibatches.update(means.keys())
         if config.target_kl is not None and means["approx_kl"] > config.target_kl:
             break
-    return {name: total / len(grad_norms) for name, total in totals.items()} | {
+    return {name: total / num_minibatches[name] for name, total in totals.items()} | {
         "grad_norm": float(np.mean(grad_norms)),
         "num_optimizer_steps": float(len(grad_norms)),
     }
@@ -184,6 +191,8 @@ class Counts(NamedTuple):
 
     policy_tokens: Tensor
     value_tokens: Tensor
+    forced_tokens: int
+    "0 also where they are not trained on."
     rollouts: int
 
 
@@ -242,6 +251,12 @@ def _losses(
     # At 0 the bonus is left out: its gradient is a softmax over the vocabulary.
     if settings.train_policy and config.entropy_coef:
         terms.append(-config.entropy_coef * (row_entropies / divisors))
+    if counts.forced_tokens:
+        forced_mask = part.responses(trajectory.forced_mask)
+        sft_loss = -masked_sum(logprobs, forced_mask, dim=1) / counts.forced_tokens
+        statistics["sft_loss"] = sft_loss.sum()
+        if settings.train_policy:
+            terms.append(settings.sft_coef * sft_loss)
     with torch.no_grad():
         log_ratio = logprobs.detach() - old_logprobs
         statistics |= _token_means(log_ratio, policy, weights, policy_mask, num_policy, config.importance_cap)

@@ -68,14 +68,16 @@ class Update:
         self.minibatches.append(self._open)
         self._open = []
 
-    def run(self, *, train_policy: bool = True, seed: int = 0, step: int = 1, **config) -> dict[str, float]:
+    def run(
+        self, *, train_policy: bool = True, sft_coef: float = 0.0, seed: int = 0, step: int = 1, **config
+    ) -> dict[str, float]:
         config = {"num_epochs": 1, "num_minibatches": 1, "microbatch_size": 4, **config}
         return ppo_update(
             self.engine,
             self.model,
             self.trajectory,
             self.credit,
-            UpdateSettings(PPOConfig(**config), MAX_RESPONSE_LENGTH, train_policy=train_policy),
+            UpdateSettings(PPOConfig(**config), MAX_RESPONSE_LENGTH, sft_coef, train_policy),
             (seed, step),
             functools.partial(finite_or_stop, self.engine, self.run_dir, step),
         )
