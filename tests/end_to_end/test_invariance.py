@@ -98,6 +98,39 @@ def test_two_deepspeed_processes_leave_critic_pretraining_as_one_does(folder, st
     assert_same_policy(folder / f"alone{stage}", folder / name, 2e-4)
 
 
+GROUP = ["rollout.rollouts_per_prompt=4", "kl.target_per_token=null", "kl.horizon=10000"]
+ESTIMATORS = {
+    "grpo": [
+        "advantage.estimator=grpo",
+        "advantage.whiten=false",
+        "ppo.loss_normalisation=sequence",
+        "ppo.clip_range_high=0.28",
+        "ppo.dual_clip=3",
+        "reset.sft_coef=0.1",
+    ],
+    "dr_grpo": [
+        "advantage.estimator=grpo",
+        "advantage.group_std=false",
+        "advantage.whiten=false",
+        "ppo.loss_normalisation=constant",
+    ],
+    "reinforce_pp": ["advantage.estimator=reinforce_pp", "ppo.entropy_coef=0.01", "reset.sft_coef=0.1"],
+    "vapo": ["advantage.value_lam=1", "advantage.length_adaptive_alpha=0.5", "ppo.clip_range_high=0.28"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["grpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ESTIMATORS if n != "grpo")]
+)
+def test_two_processes_equal_one_with_every_estimator(folder, name):
+    """And micro-batches of 2 rows equal whole minibatches."""
+    settings = [*GROUP, *ESTIMATORS[name]]
+    run(plain("drpo"), "drpo.yaml", f"run_dir={name}", *settings, cwd=folder)
+    run(ddp("drpo"), "drpo.yaml", f"run_dir={name}_two", "ppo.microbatch_size=2", *settings, cwd=folder)
+    assert_close(metrics_of(folder / name), metrics_of(folder / f"{name}_two"), 2e-4)
+    assert_same_policy(folder / name, folder / f"{name}_two", 2e-4)
+
+
 SHARED = ["rollout.rollouts_per_prompt=4", "rollout.max_response_length=6", "ppo.microbatch_size=4"]
 
 
