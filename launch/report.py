@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Write the pages of a comparison, an evaluation or an online training run anew."
     )
     parser.add_argument(
-        "path", type=Path, help="comparison.json, evaluation.json, metrics.jsonl, or the folder that holds one"
+        "path",
+        type=Path,
+        help="comparison.json, evaluation.json, metrics.jsonl, or the folder that holds one",
     )
     try:
         page = report(parser.parse_args(arguments).path)

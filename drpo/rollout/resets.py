@@ -87,9 +87,6 @@ class ResetConfig(Section):
     """Which earlier rollouts source=own resets to."""
 
     def check(self) -> None:
-        if self.proportion == 0:
-            rule = f"does nothing with {key('proportion')}=0, which forces no token; raise that, or drop it"
-            refuse_changed(self, ["sft_coef"], rule)
         rule = f"({self.min_fraction}) must be <= {key('max_fraction')} ({self.max_fraction})"
         refuse(self.min_fraction > self.max_fraction, "min_fraction", rule)
         for name in ("curriculum", "adaptive"):

@@ -70,7 +70,7 @@ def train(
     run.say_data(splits.report)
     _check(recipe, engine, splits, tokenizer)
     models = load_models(run, splits, tokenizer, reward_fn)
-    if recipe.reset.sft_coef and recipe.reset.from_data:
+    if recipe.reset.sft_coef and recipe.reset.proportion and recipe.reset.from_data:
         _check_forced_tokens(recipe, splits.train, models.generator)
     run.say(*models.notes)
     state = run.open()

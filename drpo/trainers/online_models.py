@@ -141,7 +141,7 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
         actor_critic.to(engine.device)
     if isinstance(reward_fn, SharingRewardFn):
         reward_fn.share_weights(policy, critic)
-    notes = _check_positions(recipe, splits, policy, critic, reward_fn)
+    notes = [*_check_positions(recipe, splits, policy, critic, reward_fn), *_notes_on_groups(recipe)]
     groups = [module.parameters() for module in (policy, critic) if module is not None]
     optimizer = build_optimizer(groups, recipe.optim, engine.casts_weights)
     prepared = engine.prepare(actor_critic, optimizer)
@@ -211,6 +211,16 @@ def _load_critic(recipe: OnlineRecipe, policy, tokenizer) -> ScalarModel:
     texts = {"chat_template": chat, "chat_template_kwargs": dict(arguments)}
     unwrap_peft(critic).config.update(texts)  # for runs that start from this critic
     return critic
+
+
+def _notes_on_groups(recipe: OnlineRecipe) -> list[str]:
+    """Return a warning if an estimator compares rollouts that start from different states."""
+    if not (recipe.advantage.compares_group and recipe.reset.proportion and recipe.reset.per == "rollout"):
+        return []
+    return [
+        f"advantage.estimator={recipe.advantage.estimator} compares rollouts of a prompt that start from different "
+        "prefixes, so the baseline says little; reset.per=prompt lets them share one"
+    ]
 
 
 def _check_positions(

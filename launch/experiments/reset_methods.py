@@ -67,7 +67,10 @@ class ResetMethodsRecipe(Section):
         known = ", ".join(self.methods)
         refuse(self.baseline not in self.methods, "baseline", f"({self.baseline}) must be one of {known}")
         refuse(len(self.seeds) < 2, "seeds", f"must be two or more, for intervals, got {self.seeds}")
+        folders = [_slug(name) for name in ("sft", "reward model", *self.methods)]
         for name, method in self.methods.items():
+            rule = f"has the folder of another run, {_slug(name)}; choose another name"
+            refuse(folders.count(_slug(name)) > 1, f"methods.{name}", rule)
             refuse(not method, f"methods.{name}", "must begin with a recipe, such as demo/drpo.yaml")
 
 
@@ -106,7 +109,11 @@ def run(recipe: ResetMethodsRecipe) -> Path:
 
 
 def _folder(root: Path, name: str, rate: float, seed: int) -> Path:
-    return root / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}_{rate:g}_{seed}"
+    return root / f"{_slug(name)}_{rate:g}_{seed}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("++", "_pp")).strip("_")
 
 
 def _launch(grid: RunGrid, recipe: ResetMethodsRecipe, root: Path, rate: float, seed: int) -> None:

@@ -41,9 +41,10 @@ STAGES: dict[str, type] = {
     "drpo": OnlineRecipe,
     **dict.fromkeys(("dpo", "cdpo", "odpo", "ipo", "simpo", "orpo", "kto"), PreferenceRecipe),
     **dict.fromkeys(
-        ("rloo", "grpo", "reinforce_pp", "ppo_pp", "vineppo", "vapo", "bread", "uft", "prefix_rft", "prefix_rl", "rrpo"),
+        ("rloo", "grpo", "reinforce_pp", "ppo_pp", "vineppo", "vapo", "bread", "uft", "rrpo"),
         OnlineRecipe,
     ),
+    **dict.fromkeys(("prefix_rft", "prefix_rl"), OnlineRecipe),
     "reset_experiment": ExperimentRecipe,
     "reset_methods": ResetMethodsRecipe,
     "overoptimisation": OverOptimisationRecipe,
