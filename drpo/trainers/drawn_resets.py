@@ -22,8 +22,7 @@ def drawn_resets(rollouts: Rollouts) -> dict[str, Any]:
     forced, sources = rollouts.reset_lengths.tolist(), rollouts.source_lengths.tolist()
     fractions = [0] * (1 + NUM_BINS)
     for h, length in zip(forced, sources, strict=True):
-        # ceil(10 h / L) in integers: in floats, a fraction on the edge of two bins may be rounded across it.
-        fractions[-(-NUM_BINS * h // length) if h else 0] += 1
+        fractions[-(-NUM_BINS * h // length) if h else 0] += 1  # ceil(10 h / L), exact in integers
     return {
         "lengths": {str(h): count for h, count in sorted(Counter(forced).items())},
         "fractions": fractions,

@@ -111,7 +111,7 @@ def _lines(
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     if len(lines) > 1:
-        axis.legend(fontsize="small")
+        _legend(axis)
 
 
 def _heat_map(axis: Axes, resets: Sequence[Mapping[str, Any]]) -> None:
@@ -134,4 +134,9 @@ def _histograms(axis: Axes, resets: Sequence[Mapping[str, Any]]) -> None:
     axis.set_ylabel("share of rollouts")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    _legend(axis)
+
+
+def _legend(axis: Axes) -> None:
+    """Put the legend below the axes, where it hides nothing."""
+    axis.figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)

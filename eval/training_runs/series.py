@@ -61,7 +61,7 @@ def thirds(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _steps_text(part: Sequence[Row]) -> str:
     first, last = part[0]["step"], part[-1]["step"]
-    return f"step {first}" if first == last else f"steps {first} to {last}"
+    return f"step {first}" if first == last else f"steps {first}–{last}"
 
 
 def mean(rows: Sequence[Row], key: str) -> float | None:

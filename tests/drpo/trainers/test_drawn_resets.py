@@ -11,7 +11,7 @@ from drpo.trainers.drawn_resets import drawn_resets
 
 
 def test_lengths_and_fractions_are_counts():
-    """h / L: none, 1/10, 2/10, 3/10, 1/3, 11/12, 9/10 and 10/10; an edge belongs to the bin below it."""
+    """h / L: none, 1/10, 2/10, 3/10, 1/3, 11/12, 9/10 and 10/10."""
     forced, sources = [0, 1, 2, 3, 1, 11, 9, 10], [0, 10, 10, 10, 3, 12, 10, 10]
     rollouts = hand_trajectory(
         lengths=[12] * 8, forced=forced, width=12, source_lengths=sources, scores=[0.0] * 8
@@ -29,8 +29,7 @@ def test_lengths_and_fractions_are_counts():
     assert row["fractions"] == [1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 2]
 
 
-def test_edges_of_bins_are_exact():
-    """0.7 * 10 is 7.000000000000001 in floats, which would be the eighth bin."""
+def test_an_edge_belongs_to_the_bin_below_it():
     forced, sources = [7, 70, 71], [10, 100, 100]
     rollouts = hand_trajectory(lengths=[100] * 3, forced=forced, width=100, source_lengths=sources)
     assert drawn_resets(rollouts)["fractions"][7:9] == [2, 1]

@@ -63,7 +63,7 @@ def test_groups_are_in_the_order_of_their_start():
 @pytest.mark.parametrize(
     ("num_steps", "names"),
     [
-        (7, ["steps 1 to 2", "steps 3 to 4", "steps 5 to 7"]),
+        (7, ["steps 1–2", "steps 3–4", "steps 5–7"]),
         (2, ["step 1", "step 2"]),
         (0, []),
     ],
