@@ -32,6 +32,7 @@ _CONTENTS = {
     "rloo": "drpo.advantages",
     "grpo": "drpo.advantages",
     "rewards_to_go": "drpo.advantages",
+    "vine": "drpo.advantages",
     "kl_estimate": "drpo.kl",
     "ppo_policy_loss": "drpo.losses",
     "ppo_value_loss": "drpo.losses",

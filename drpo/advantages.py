@@ -1,4 +1,4 @@
-"""Advantage estimators: GAE over a critic's values, baselines from the rollouts of a prompt, and rewards to go."""
+"""Advantage estimators: over a critic's values, over the rollouts of a prompt, over Monte-Carlo values of states."""
 
 from __future__ import annotations
 
@@ -112,3 +112,44 @@ def _returns_of_groups(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor
             f"{len(rewards)} rollouts do not make groups of {group_size}; a group has two or more"
         )
     return masked_sum(rewards, mask, dim=1).view(-1, group_size)
+
+
+def vine(rewards: Tensor, values: Tensor, mask: Tensor, state_mask: Tensor) -> Tensor:
+    """Compute advantages (B, R) over values that are known at some states only.
+
+        A_t = sum_{u=t}^{e-1} r_u + V(s_e) - V(s_b)    for b <= t < e
+
+    b is the last state at or before token t and e the next one, or the end of the episode, where V is 0. With a reward
+    at the last token alone, R, all tokens of a segment have V(s_e) - V(s_b), those of the last one R - V(s_b), and the
+    segments of an episode sum to R - V(s_first). With every token a state it is the TD error of gamma = 1. Where V is
+    of the score without KL penalties in r, a token pays for the KL from itself to the end of its segment: for k1 its
+    own penalty has the gradient of the KL at that token, the rest that of the later tokens which it leads to.
+    Where `mask` is False the result is 0, and rewards have no effect; values have none where `state_mask` is False.
+    Raises ValueError when a state lies outside of the mask or the first token of an episode is no state.
+    Source: Kazemnejad et al. 2024 (VinePPO, arXiv 2410.01679), section 4, for one reward at the end; segments as in Guo
+    et al. 2025 (SPO, arXiv 2505.23564).
+
+    Args:
+        rewards: r, (B, R).
+        values: V, (B, R), before token t.
+        mask: (B, R) bool, the tokens of the episode.
+        state_mask: (B, R) bool, the tokens before which a value is known.
+    """
+    first = mask & (mask.cumsum(dim=1) == 1)
+    wrong = (state_mask & mask.logical_not()) | (first & state_mask.logical_not())
+    if rows := wrong.any(dim=1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"rows {rows} have a state outside of the episode, or no state before its first token; every token needs a "
+            "state at or before it"
+        )
+    rewards = torch.where(mask, rewards, 0.0)
+    after = torch.zeros_like(rewards[:, 0])  # rewards up to the next state, and its value
+    ahead = []
+    for reward, value, is_state in zip(
+        *(x.unbind(dim=1)[::-1] for x in (rewards, values, state_mask)), strict=True
+    ):
+        ahead.append(reward + after)
+        after = torch.where(is_state, value, ahead[-1])
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last_state = torch.where(state_mask, columns, 0).cummax(dim=1).values
+    return torch.where(mask, torch.stack(ahead[::-1], dim=1) - values.gather(1, last_state), 0.0)

@@ -115,7 +115,7 @@ def shape_scores(
     length_penalty: float,
     clip: float | None,
 ) -> Tensor:
-    """Shape raw scores (B,) into the scores (B,) that the policy is trained on, in this order.
+    """Shape raw scores, of any shape, into the scores that the policy is trained on, in this order.
 
     1. clip:          score <- min(max(score, -clip), clip)
     2. missing stop:  where `ended` is False, "replace" sets the score to -missing_stop_penalty
@@ -126,9 +126,9 @@ def shape_scores(
     penalty (it is subtracted, so it must be positive or 0) or a clip that is not positive.
 
     Args:
-        scores: (B,).
-        ended: (B,) bool, whether a stop token was sampled.
-        lengths: (B,) in tokens.
+        scores: one per response.
+        ended: bool, whether a stop token was sampled.
+        lengths: in tokens.
         missing_stop: what happens to the score of a response that did not end.
         missing_stop_penalty, length_penalty: in the unit of the scores; the latter per token.
         clip: bound of |score|; None for no clipping.

@@ -31,6 +31,41 @@ class Microbatch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Continuations:
+    """K further continuations of each of B rollouts from S states within it, which the policy is not trained on."""
+
+    positions: Tensor
+    """(B, S) int64, increasing: the response token that a state is before; -1 where a row has fewer states."""
+    scores: Tensor
+    """(B, S, K) float32, raw reward of the whole response; 0 where there is no state, as in the fields below."""
+    ended: Tensor
+    """(B, S, K) bool, a stop token was sampled."""
+    lengths: Tensor
+    """(B, S, K) int64, tokens of the whole response."""
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, S) bool: there is a state."""
+        return self.positions >= 0
+
+    @property
+    def num_sampled(self) -> Tensor:
+        """(B, S, K) int64: tokens sampled after the state."""
+        return torch.where(self.mask.unsqueeze(2), self.lengths - self.positions.unsqueeze(2), 0)
+
+    def by_token(self, numbers: Tensor, length: int) -> Tensor:
+        """Place numbers (B, S) of the states at their response tokens, (B, length); 0 elsewhere."""
+        rows, states = self.mask.nonzero(as_tuple=True)
+        placed = numbers.new_zeros(len(numbers), length)
+        placed[rows, self.positions[rows, states]] = numbers[rows, states]
+        return placed
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Continuations:
+        """Apply a function to every tensor."""
+        return Continuations(**{name: function(value) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Rollouts:
     """B rollouts, rows first.
 
@@ -64,6 +99,8 @@ class Rollouts:
     """(B, R) float32, of the sampled tokens under the rollout engine that sampled, 0 elsewhere; None without one."""
     trunk: Tensor | None = None
     """(B, Q+R, H), output of the frozen layers that all models share (drpo.models.trunk); None where there are none."""
+    continuations: Continuations | None = None
+    """From states within the rollouts, for Monte-Carlo values (drpo.rollout.vine); None for other estimators."""
 
     @property
     def batch(self) -> PaddedBatch:
@@ -108,10 +145,13 @@ class Rollouts:
 
     def map(self: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
         """Apply a function to every tensor."""
-        fields = self.columns().items()
-        return type(self)(
-            **{n: function(value) if isinstance(value, Tensor) else value for n, value in fields}
-        )
+        fields = self.columns()
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                fields[name] = function(value)
+            elif isinstance(value, Continuations):
+                fields[name] = value.map(function)
+        return type(self)(**fields)
 
     def columns(self) -> dict[str, Any]:
         """Return the fields by name."""

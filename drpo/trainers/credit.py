@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from drpo.advantages import gae, grpo, length_adaptive_lam, rewards_to_go, rloo
+from drpo.advantages import gae, grpo, length_adaptive_lam, rewards_to_go, rloo, vine
 from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.kl import AdaptiveKL, Estimator, FixedKL, kl_estimate
 from drpo.rewards import RunningMoments, shape_scores, token_rewards
@@ -86,10 +86,11 @@ class KLConfig(Section):
 class AdvantageConfig(Section):
     """Estimator that turns the reward of a response into advantages of its tokens."""
 
-    estimator: Literal["gae", "rloo", "grpo", "reinforce_pp"] = "gae"
+    estimator: Literal["gae", "rloo", "grpo", "reinforce_pp", "vine"] = "gae"
     """gae: generalised advantage estimation over a critic's values. Without a critic: rloo: the return less the mean
     return of the other rollouts of the prompt (rollout.rollouts_per_prompt). grpo: the return less the mean of all of
-    them, over their standard deviation. reinforce_pp: the rewards to go, whitened (REINFORCE++)."""
+    them, over their standard deviation. reinforce_pp: the rewards to go, whitened (REINFORCE++).
+    vine: differences of Monte-Carlo values at states within the response (section vine)."""
     gamma: float = setting(1.0, ge=0, le=1)
     """Discount per token; for gae and reinforce_pp."""
     lam: float = setting(0.95, ge=0, le=1)
@@ -150,6 +151,8 @@ class Credit(NamedTuple):
     """Tokens with policy loss and entropy bonus."""
     value_mask: Tensor
     """Tokens with KL reward, value loss, and a place in the whitening statistics."""
+    continuation_scores: Tensor | None = None
+    """(B, S, K) shaped scores of the continuations; None for other estimators than vine."""
 
 
 def assign_credit(
@@ -178,20 +181,11 @@ def assign_credit(
         running: moments of all scores, updated when shaping.normalise="running".
         group_size: rollouts per prompt, adjacent rows.
     """
-    scores = trajectory.scores
+    moments = None
     if shaping.normalise != "none":
         moments = running if shaping.normalise == "running" else RunningMoments()
-        moments.update(scores)
-        scores = moments.normalise(scores)
-    scores = shape_scores(
-        scores,
-        trajectory.ended,
-        trajectory.lengths,
-        missing_stop=shaping.missing_stop,
-        missing_stop_penalty=shaping.missing_stop_penalty,
-        length_penalty=shaping.length_penalty,
-        clip=shaping.clip,
-    )
+        moments.update(trajectory.scores)
+    scores = _shaped(trajectory.scores, trajectory.ended, trajectory.lengths, shaping, moments)
     policy_mask = trajectory.action_mask
     value_mask = policy_mask if masking == "paper" else trajectory.response_mask
     token_kl = kl_estimate(trajectory.logprobs, trajectory.ref_logprobs, kl.estimator)
@@ -199,7 +193,7 @@ def assign_credit(
     rewards = token_rewards(scores, token_kl, kl_coef, value_mask, trajectory.response_mask)
     if advantage.whiten_rewards:
         rewards = masked_whiten(rewards, value_mask, shift_mean=False)
-    returns = None
+    returns = continuation_scores = None
     match advantage.estimator:
         case "gae":
             advantages, returns = _over_critic(rewards, trajectory.values, value_mask, advantage)
@@ -209,9 +203,14 @@ def assign_credit(
             advantages = grpo(rewards, value_mask, group_size, advantage.group_std)
         case "reinforce_pp":
             advantages = rewards_to_go(rewards, value_mask, advantage.gamma)
+        case "vine":
+            states, width = trajectory.continuations, rewards.shape[1]
+            continuation_scores = _shaped(states.scores, states.ended, states.lengths, shaping, moments)
+            values = states.by_token(continuation_scores.mean(dim=2), width)
+            advantages = vine(rewards, values, value_mask, states.by_token(states.mask, width))
     if advantage.whiten:
         advantages = masked_whiten(advantages, value_mask)
-    return Credit(scores, token_kl, advantages, returns, policy_mask, value_mask)
+    return Credit(scores, token_kl, advantages, returns, policy_mask, value_mask, continuation_scores)
 
 
 def _over_critic(
@@ -226,3 +225,17 @@ def _over_critic(
     if alpha is not None or value_lam != lam:
         returns = gae(*episodes, value_lam)[1]
     return advantages, returns
+
+
+def _shaped(
+    scores: Tensor, ended: Tensor, lengths: Tensor, shaping: ShapingConfig, moments: RunningMoments | None
+) -> Tensor:
+    return shape_scores(
+        scores if moments is None else moments.normalise(scores),
+        ended,
+        lengths,
+        missing_stop=shaping.missing_stop,
+        missing_stop_penalty=shaping.missing_stop_penalty,
+        length_penalty=shaping.length_penalty,
+        clip=shaping.clip,
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from drpo.rollout.held_out import Held, evaluate
 from drpo.rollout.resets import check_resets, reset_response
 from drpo.rollout.samples import rollout_samples
 from drpo.rollout.starts import Starts
+from drpo.rollout.vine import continue_states
 from drpo.rollout.vllm_requests import check_agreement, check_installed
 from drpo.run.folder import Callback, RunFolder
 from drpo.run.metrics import Phases, peak_memory_gib
@@ -129,8 +131,13 @@ class _Loop:
             starts = self.starts.draw(episodes, (step - 1) / recipe.num_steps)
 
         try:
-            local, completions = collect(starts[engine.shard(batch_size)], models.generator, engine,
-                                         self.rewards["score"], models.rollouts_together, phases)  # fmt: skip
+            own = starts[engine.shard(batch_size)]
+            local, completions = collect(own, models.generator, engine, self.rewards["score"],
+                                         models.rollouts_together, phases)  # fmt: skip
+            if recipe.advantage.estimator == "vine":
+                continuations = continue_states(own, completions, models.generator, engine,
+                                                self.rewards["score"], recipe.vine, phases)  # fmt: skip
+                local = replace(local, continuations=continuations)
         except Interrupted:  # nothing has changed since the last step
             self.run.save(step - 1, recipe.num_steps, self.state_dict())
             raise
@@ -138,6 +145,8 @@ class _Loop:
         check_finite(local.scores, "the reward", origins)
         if local.reward_details is not None:
             check_finite(local.reward_details, f"one of the reward's parts {local.reward_names}", origins)
+        if local.continuations is not None:
+            check_finite(local.continuations.scores, "the reward of a continuation", origins)
         with phases("score"):
             trajectory = models.measure(local.map(engine.gather_rows), recipe.ppo, (recipe.seed, step))
 

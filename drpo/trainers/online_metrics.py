@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drpo.kl import kl_per_token, sequence_kl
-from drpo.rollout.trajectory import Trajectory
+from drpo.rollout.trajectory import Continuations, Trajectory
 from drpo.tensors import explained_variance, masked_mean, masked_var
 from drpo.trainers.credit import Credit
 
@@ -61,6 +61,21 @@ def online_metrics(trajectory: Trajectory, credit: Credit, kl_coef: float) -> di
         metrics |= _of_the_critic(trajectory, credit)
     if trajectory.engine_logprobs is not None:
         metrics |= _of_the_rollout_engine(trajectory)
+    if credit.continuation_scores is not None:
+        metrics |= _of_the_states(trajectory.continuations, credit.continuation_scores)
+    return metrics
+
+
+def _of_the_states(continuations: Continuations, scores: Tensor) -> dict[str, float]:
+    """Summarise the Monte-Carlo values of states: their mean, their mean standard error, and what they cost."""
+    of_states = scores[continuations.mask]
+    metrics = {
+        "vine/num_states": float(len(of_states)),
+        "vine/sampled_tokens": float(continuations.num_sampled.sum()),
+        "vine/value_mean": float(of_states.mean()),
+    }
+    if (num_rollouts := of_states.shape[1]) > 1:  # one continuation has no spread
+        metrics["vine/value_std_error"] = float((of_states.std(dim=1) / math.sqrt(num_rollouts)).mean())
     return metrics
 
 

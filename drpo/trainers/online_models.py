@@ -38,7 +38,7 @@ from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.ppo_update import PPOConfig, minibatches
 from drpo.trainers.reference import AdapterOff, FrozenCopy, can_share_trunk
 
-INITIAL_SEED_OFFSET = 2_000_003
+INITIAL_SEED_OFFSET = 3_000_017
 "Separates the random numbers of the initial policy's responses from those of rollouts and evaluation."
 
 

@@ -13,6 +13,7 @@ from drpo.optim import OptimConfig
 from drpo.rollout.generator import RolloutConfig
 from drpo.rollout.held_out import EvalConfig
 from drpo.rollout.resets import ResetConfig
+from drpo.rollout.vine import VineConfig
 from drpo.rollout.vllm_requests import MIN_TEMPERATURE
 from drpo.run.folder import CheckpointConfig, LogConfig, Resume
 from drpo.trainers.credit import AdvantageConfig, KLConfig, ShapingConfig
@@ -158,6 +159,7 @@ class OnlineRecipe(Section):
     reset: ResetConfig = field(default_factory=ResetConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    vine: VineConfig = field(default_factory=VineConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -204,6 +206,7 @@ class OnlineRecipe(Section):
             "kl.offload_reference",
             rule,
         )
+        self._check_vine()
         self._check_rollout_engine()
         rule = "folds an adapter in, and model.lora.r is 0: drop it"
         refuse(self.rollout.fold_lora and not self.model.lora.r, "rollout.fold_lora", rule)
@@ -223,6 +226,19 @@ class OnlineRecipe(Section):
         )
         apart = self.reset.source == "own" and self.reset.per == "rollout" and num_rollouts > 1
         refuse(apart, "reset.per", rule)
+
+    def _check_vine(self) -> None:
+        estimator = self.advantage.estimator
+        if estimator != "vine":
+            rule = f"is for advantage.estimator=vine, and it is {estimator}; drop it"
+            refuse_changed(self.vine, vars(self.vine), rule, "vine.")
+            return
+        rule = (
+            "does not apply to advantage.estimator=vine, whose values are in the unit of the scores; drop it"
+        )
+        refuse(self.advantage.whiten_rewards, "advantage.whiten_rewards", rule)
+        rule = "must be paper for advantage.estimator=vine: forced tokens have no state to be compared with"
+        refuse(self.reset.masking != "paper", "reset.masking", rule)
 
     def _check_rollout_engine(self) -> None:
         if self.rollout.engine == "native":
