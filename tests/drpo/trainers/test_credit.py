@@ -107,7 +107,8 @@ def test_returns_of_the_critic_have_their_own_lambda(trajectory):
     assert close(decoupled.returns, [[0, 0, 2.7, 2.8, 0], [-1, -1, -0.9, 0, 0]])
     assert torch.equal(decoupled.advantages, credit_of(trajectory).advantages)
     same = credit_of(trajectory, advantage=dataclasses.replace(RAW, value_lam=0.5))
-    assert all(torch.equal(x, y) for x, y in zip(same, credit_of(trajectory), strict=True))
+    expected = credit_of(trajectory)
+    assert all(torch.equal(x, y) for x, y in zip(same[:6], expected[:6], strict=True))
 
 
 def test_lambda_of_the_policy_follows_sampled_tokens(trajectory):
