@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drpo.run.folder import flatten
+from drpo.trainers.online_recipe import OnlineRecipe
 from eval.reporting.report_markdown import escaped, markdown_list, markdown_table
 from eval.reporting.report_tables import Column, Table, number_text, row_of
 from eval.training_runs.files import TrainingRun
@@ -104,9 +106,11 @@ def facts(run: TrainingRun) -> list[tuple[str, str]]:
         "steps": progress if last == settings["num_steps"] else f"{progress}: still going, or interrupted",
         "rollouts a step": settings["rollout.batch_size"],
         "seed": settings.get("seed"),
-        "estimator": _listed(settings, "advantage.", first="estimator"),
-        "KL penalty": _listed(settings, "kl.", first="coef"),
-        "resets": _listed(settings, "reset.", first="proportion") if run.has_resets else "none",
+        "estimator": _listed(settings, "advantage.", ("estimator",)),
+        "KL penalty": _listed(settings, "kl.", ("coef",)),
+        "resets": _listed(settings, "reset.", ("proportion", "source", "length"))
+        if run.has_resets
+        else "none",
         "last evaluation": _last_evaluation(run),
         "commit": re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", run.versions.get("git_commit", "")),
     }
@@ -125,11 +129,16 @@ def _reward(settings: Mapping[str, Any]) -> str | None:
     return "ensemble" if has_ensemble else None
 
 
-def _listed(settings: Mapping[str, Any], section: str, first: str) -> str:
-    """List the settings of a section that are not null, `first` first."""
-    values = {key.removeprefix(section): value for key, value in settings.items() if key.startswith(section)}
-    names = sorted(values, key=lambda name: name != first)
-    return ", ".join(f"{name} {values[name]}" for name in names if values[name] is not None)
+def _listed(settings: Mapping[str, Any], section: str, always: tuple[str, ...]) -> str:
+    """List the settings of a section: those that are always shown, and those that differ from their defaults."""
+    defaults = flatten(OnlineRecipe())
+    changed = [
+        key.removeprefix(section)
+        for key, value in settings.items()
+        if key.startswith(section) and value is not None and value != defaults.get(key)
+    ]
+    names = dict.fromkeys([*(name for name in always if section + name in settings), *changed])
+    return ", ".join(f"{name} {settings[section + name]}" for name in names)
 
 
 def _last_evaluation(run: TrainingRun) -> str | None:

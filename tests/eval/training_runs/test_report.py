@@ -81,8 +81,8 @@ def test_the_pages_show_the_numbers_of_the_files(trained, chromium):
         names, texts = (page.locator(f".facts {tag}").all_inner_texts() for tag in ("dt", "dd"))
         facts = dict(zip(names, texts, strict=True))
         assert (facts["method"], facts["steps"], facts["seed"]) == ("DR-PO (resets)", "6 of 6", "0")
-        assert facts["estimator"].startswith("estimator gae, gamma 1.0, lam 0.95")
-        assert facts["resets"].startswith("proportion 0.7, source reference, length uniform")
+        assert facts["estimator"] == "estimator gae"
+        assert facts["resets"] == "proportion 0.7, source reference, length uniform"
         assert facts["last evaluation"].startswith(f"step 6: score {metrics[-1]['eval/score']:.3f}, ")
 
         keys = [f"eval/{name}" for name in page.locator("#held-out thead th").all_inner_texts()[1:]]
