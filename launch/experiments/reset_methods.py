@@ -60,6 +60,10 @@ class ResetMethodsRecipe(Section):
     """Seeds; each has its own posts, SFT policy, reward model and online runs."""
     num_jobs: int = setting(2, ge=1)
     """Runs at a time, each on its share of the cores."""
+    sft: list[str] = field(default_factory=list)
+    """Further overrides of demo/sft.yaml."""
+    reward_model: list[str] = field(default_factory=list)
+    """Further overrides of demo/reward_model.yaml."""
     online: list[str] = field(default_factory=list)
     """Further overrides of every method."""
 
@@ -120,12 +124,16 @@ def _launch(grid: RunGrid, recipe: ResetMethodsRecipe, root: Path, rate: float, 
     sft = _folder(root, "sft", rate, seed)
     data = [f"seed={seed}", f"data.demo.seed={seed}"]
     rated = [*data, f"data.demo.completion_rate={rate}"]
-    needs = [grid.launch("sft", "demo/sft.yaml", sft, rated)]
+    needs = [grid.launch("sft", "demo/sft.yaml", sft, [*rated, *recipe.sft])]
     start = f"model.path={sft}/policy"
     reward = list(TRUE_REWARD)
     if recipe.reward == "learned":
         folder = _folder(root, "reward model", rate, seed)
-        needs = [grid.launch("reward_model", "demo/reward_model.yaml", folder, [*data, start], needs)]
+        needs = [
+            grid.launch(
+                "reward_model", "demo/reward_model.yaml", folder, [*data, start, *recipe.reward_model], needs
+            )
+        ]
         reward = [f"reward.path={folder}/reward_model"]
     for name, (method, *overrides) in recipe.methods.items():
         settings = [*rated, start, *reward, "eval.every=4", *overrides, *recipe.online]
