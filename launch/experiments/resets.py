@@ -1,16 +1,19 @@
-"""Compare PPO and DR-PO on the demo, over the rate at which the SFT policy completes a good summary.
+"""Compare shares of resets, ways to reset, and estimators, on the demo: true reward, and the tokens sampled for it.
 
     python launch/experiments/resets.py [recipe.yaml] [key=value ...]
 
-For every completion rate and seed: one SFT policy, then one online run with the true reward for every beta
-(reset.proportion). Finished runs are skipped, so the same command resumes a stopped experiment.
+For every completion rate and seed: one SFT policy (and one reward model, if the reward is learned), then one online run
+for every method. Finished runs are skipped, so the same command resumes a stopped experiment.
 """
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
@@ -20,145 +23,229 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from drpo.config import Section, refuse, setting
+from drpo.run.metrics import read_metrics
 from launch.command_line import StageFailed, main
-from launch.experiments.results import markdown_table, metric, write_results
+from launch.experiments.results import markdown_table, write_results
 from launch.experiments.seed_grid import RunGrid, interval
 
-COLUMNS = {
-    "SFT true reward": "sft",
-    "final true reward": "reward",
-    "gain over PPO": "gain_over_ppo",
-    "KL to SFT": "kl",
-    "length": "length",
-}
-TRUE_REWARD = "drpo.data.tasks.demo:true_rewards"
+TRUE_REWARD = (
+    "reward.function=drpo.data.tasks.demo:true_rewards",
+    "reward.path=null",
+    "reward.batch_size=32",  # the defaults: the demo's recipes set what a reward model needs
+    "reward.shaping.missing_stop=none",
+    "reward.shaping.missing_stop_penalty=1",
+)
+SAMPLED = ("objective/sampled_tokens", "vine/sampled_tokens", "reset/initial_tokens")
 
 
 @dataclass(frozen=True)
-class ExperimentRecipe(Section):
+class ResetsRecipe(Section):
     """Grid of the experiment."""
 
     run_dir: str = "runs/reset_experiment"
     """Folder of all runs, and of results.json, results.md and results.png."""
     completion_rates: list[float] = field(default_factory=lambda: [0.2, 0.0078125, 0.003])
     """Settings of data.demo.completion_rate, from often to hardly ever."""
-    betas: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 1.0])
-    """Settings of reset.proportion; 0 is PPO and must be among them."""
+    methods: dict[str, list[str]] = field(
+        default_factory=lambda: {"PPO": ["demo/ppo.yaml"], "DR-PO": ["demo/drpo.yaml"]}
+    )
+    """Online runs by name: a recipe, and overrides of it."""
+    only: list[str] = field(default_factory=list)
+    """Names of the methods to run and to show; empty for all."""
+    baseline: str = "DR-PO"
+    """The method to which the others are compared, seed by seed."""
+    reward: Literal["true", "learned"] = "true"
+    """What the online runs are trained on: the true reward, or a reward model of the seed (demo/reward_model.yaml)."""
+    through: float = 2.0
+    """A seed has got through where its true reward ends at least here; a complete summary is worth 4."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-    """Seeds; each has its own posts, SFT policy and online runs."""
+    """Seeds; each has its own posts, SFT policy, reward model and online runs."""
     num_jobs: int = setting(2, ge=1)
     """Runs at a time, each on its share of the cores."""
+    sft: list[str] = field(default_factory=list)
+    """Further overrides of demo/sft.yaml."""
+    reward_model: list[str] = field(default_factory=list)
+    """Further overrides of demo/reward_model.yaml."""
     online: list[str] = field(default_factory=list)
-    """Further overrides of demo/drpo.yaml for the online runs."""
+    """Further overrides of every method."""
 
     def check(self) -> None:
-        rule = f"must hold 0.0 (PPO), to which the others are compared, got {self.betas}"
-        refuse(0.0 not in self.betas, "betas", rule)
+        known = ", ".join(self.methods)
+        unknown = [name for name in self.only if name not in self.methods]
+        refuse(bool(unknown), "only", f"names {', '.join(unknown)}, and methods are {known}")
+        rule = f"({self.baseline}) must be one of {', '.join(self.shown)}"
+        refuse(self.baseline not in self.shown, "baseline", rule)
         refuse(len(self.seeds) < 2, "seeds", f"must be two or more, for intervals, got {self.seeds}")
+        folders = [_slug(name) for name in ("sft", "reward model", *self.methods)]
+        for name, method in self.methods.items():
+            rule = f"has the folder of another run, {_slug(name)}; choose another name"
+            refuse(folders.count(_slug(name)) > 1, f"methods.{name}", rule)
+            refuse(not method, f"methods.{name}", "must begin with a recipe, such as demo/drpo.yaml")
+
+    @property
+    def shown(self) -> dict[str, list[str]]:
+        """The methods that are run, in their order."""
+        return {name: method for name, method in self.methods.items() if not self.only or name in self.only}
 
 
-def run(recipe: ExperimentRecipe) -> Path:
+class Curve(NamedTuple):
+    """Evaluations of one run."""
+
+    tokens: list[float]
+    "Sampled until then, for rollouts and for values."
+    rewards: list[float]
+    "True reward on held-out posts, from the bare prompt."
+    kl: float
+    "To the SFT policy, at the end, per response."
+
+
+def run(recipe: ResetsRecipe) -> Path:
     """Run the grid and write the results."""
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
-    settings = {
-        (rate, seed): [f"seed={seed}", f"data.demo.seed={seed}", f"data.demo.completion_rate={rate}"]
-        for seed in recipe.seeds
+    per_seed = 1 + (recipe.reward == "learned") + len(recipe.shown)
+    with RunGrid(recipe.num_jobs, len(recipe.seeds) * len(recipe.completion_rates) * per_seed) as grid:
+        for seed in recipe.seeds:
+            for rate in recipe.completion_rates:
+                _launch(grid, recipe, root, rate, seed)
+    curves = {
+        (rate, name): [read_curve(_folder(root, name, rate, seed)) for seed in recipe.seeds]
         for rate in recipe.completion_rates
+        for name in recipe.shown
     }
-    with RunGrid(recipe.num_jobs, len(settings) * (1 + len(recipe.betas))) as grid:
-        policies = {
-            (rate, seed): grid.launch("sft", "demo/sft.yaml", _sft_dir(root, rate, seed), setting)
-            for (rate, seed), setting in settings.items()
-        }
-        for (rate, seed), policy in policies.items():
-            for beta in recipe.betas:
-                overrides = [
-                    *settings[rate, seed],
-                    f"model.path={_sft_dir(root, rate, seed)}/policy",
-                    f"reset.proportion={beta}",
-                    f"reward.function={TRUE_REWARD}",
-                    "reward.path=null",
-                    "reward.batch_size=32",  # the defaults: demo/drpo.yaml sets what a reward model needs
-                    "reward.shaping.missing_stop=none",
-                    "reward.shaping.missing_stop_penalty=1",
-                    "critic.path=null",
-                    *recipe.online,
-                ]
-                run_dir = _online_dir(root, rate, beta, seed)
-                grid.launch("drpo", "demo/drpo.yaml", run_dir, overrides, needs=[policy])
-    rows = [_summary(recipe, rate, beta) for rate in recipe.completion_rates for beta in recipe.betas]
-    path = write_results(root, rows, markdown(rows))
-    _plot(recipe, rows, root / "results.png")
+    rows = [
+        summary(rate, name, of_seeds, curves[rate, recipe.baseline], recipe.through)
+        for (rate, name), of_seeds in curves.items()
+    ]
+    path = write_results(root, rows, markdown(rows, recipe.baseline))
+    _plot(recipe, curves, root / "results.png")
     return path
 
 
-def _sft_dir(root: Path, rate: float, seed: int) -> Path:
-    return root / f"sft_{rate:g}_{seed}"
+def _folder(root: Path, name: str, rate: float, seed: int) -> Path:
+    return root / f"{_slug(name)}_{rate:g}_{seed}"
 
 
-def _online_dir(root: Path, rate: float, beta: float, seed: int) -> Path:
-    return root / f"online_{rate:g}_beta{beta:g}_{seed}"
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("++", "_pp")).strip("_")
 
 
-def _measured(run_dir: Path, key: str) -> list[float]:
-    if values := metric(run_dir, key):
-        return values
-    raise StageFailed(
-        f"{run_dir}/metrics.jsonl has no {key}; eval/kl is measured at the temperature of training and with "
-        "evaluations on (docs/experiments.md)"
-    )
+def _launch(grid: RunGrid, recipe: ResetsRecipe, root: Path, rate: float, seed: int) -> None:
+    sft = _folder(root, "sft", rate, seed)
+    data = [f"seed={seed}", f"data.demo.seed={seed}"]
+    rated = [*data, f"data.demo.completion_rate={rate}"]
+    needs = [grid.launch("sft", "demo/sft.yaml", sft, [*rated, *recipe.sft])]
+    start = f"model.path={sft}/policy"
+    reward = list(TRUE_REWARD)
+    if recipe.reward == "learned":
+        folder = _folder(root, "reward model", rate, seed)
+        needs = [
+            grid.launch(
+                "reward_model", "demo/reward_model.yaml", folder, [*data, start, *recipe.reward_model], needs
+            )
+        ]
+        reward = [f"reward.path={folder}/reward_model"]
+    for name, (method, *overrides) in recipe.shown.items():
+        settings = [*rated, start, *reward, "eval.every=4", *overrides, *recipe.online]
+        grid.launch("drpo", method, _folder(root, name, rate, seed), settings, needs)
 
 
-def _summary(recipe: ExperimentRecipe, rate: float, beta: float) -> dict[str, float | list[float]]:
-    root = Path(recipe.run_dir)
+def read_curve(run_dir: Path) -> Curve:
+    """Read the evaluations of a run; raise StageFailed when it has none."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    tokens, curve = 0.0, []
+    for row in rows:
+        tokens += sum(row.get(key, 0.0) for key in SAMPLED)
+        if "eval/true_reward" in row:
+            curve.append((tokens, row["eval/true_reward"]))
+    kls = [row["eval/kl"] for row in rows if "eval/kl" in row]
+    if not curve or not kls:
+        raise StageFailed(f"{run_dir}/metrics.jsonl has no eval/true_reward and eval/kl: evaluations are off")
+    return Curve(*map(list, zip(*curve, strict=True)), kls[-1])
 
-    def over_seeds(beta: float, key: str, index: int = -1) -> np.ndarray:
-        return np.array([_measured(_online_dir(root, rate, beta, s), key)[index] for s in recipe.seeds])
 
-    reward = over_seeds(beta, "eval/true_reward")
+def tokens_until(curve: Curve, reward: float) -> float:
+    """Return the tokens sampled until the true reward is first at least `reward`; inf when it never is."""
+    return next((t for t, r in zip(curve.tokens, curve.rewards, strict=True) if r >= reward), float("inf"))
+
+
+def summary(
+    rate: float, name: str, curves: Sequence[Curve], baseline: Sequence[Curve], through: float
+) -> dict[str, Any]:
+    """Compute the results of a method at a completion rate, seed by seed.
+
+    Args:
+        rate: the completion rate.
+        name: the method.
+        curves: its runs, one a seed.
+        baseline: those of the method to compare with, in the same order.
+        through: true reward at which a seed has got through.
+    """
+    targets = [run.rewards[-1] for run in baseline]
+    needed = [tokens_until(run, target) for run, target in zip(curves, targets, strict=True)]
     return {
         "completion_rate": rate,
-        "beta": beta,
-        "sft": over_seeds(beta, "eval/true_reward", 0).tolist(),
-        "reward": reward.tolist(),
-        "gain_over_ppo": (reward - over_seeds(0.0, "eval/true_reward")).tolist(),
-        "kl": over_seeds(beta, "eval/kl").tolist(),
-        "length": over_seeds(beta, "eval/length").tolist(),
+        "method": name,
+        "sft": [run.rewards[0] for run in curves],
+        "reward": [run.rewards[-1] for run in curves],
+        "gain": [run.rewards[-1] - target for run, target in zip(curves, targets, strict=True)],
+        "num_through": sum(run.rewards[-1] >= through for run in curves),
+        "kl": [run.kl for run in curves],
+        "tokens": [run.tokens[-1] for run in curves],
+        "tokens_until_baseline": [None if np.isinf(tokens) else tokens for tokens in needed],
+        "share_of_baseline_tokens": [
+            None if np.isinf(tokens) else tokens / run.tokens[-1]
+            for tokens, run in zip(needed, baseline, strict=True)
+        ],
     }
 
 
-def markdown(rows: list[dict]) -> str:
-    """Format the table of results: mean over seeds with the 95% t-interval, the gain paired by seed."""
+def markdown(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
+    """Format the table of results: means over seeds with the 95% t-interval, the gain paired by seed."""
     table = []
     for row in rows:
-        is_ppo = row["beta"] == 0
-        cells = {
-            "completion rate": f"{row['completion_rate']:g}",
-            "beta": f"{row['beta']:g}" + " (PPO)" * is_ppo,
-        }
-        cells |= {name: "{:.2f} ± {:.2f}".format(*interval(row[key])) for name, key in COLUMNS.items()}
-        table.append(cells | {"gain over PPO": "-"} if is_ppo else cells)
+        shares = row["share_of_baseline_tokens"]
+        reached = [share for share in shares if share is not None]
+        share = f"{np.median(reached):.2f} ({min(reached):.2f} to {max(reached):.2f})" if reached else "-"
+        is_baseline = row["method"] == baseline
+        table.append(
+            {
+                "completion rate": f"{row['completion_rate']:.3g}",
+                "method": row["method"],
+                "SFT true reward": "{:.2f} ± {:.2f}".format(*interval(row["sft"])),
+                "true reward": "{:.2f} ± {:.2f}".format(*interval(row["reward"])),
+                f"gain over {baseline}": "-"
+                if is_baseline
+                else "{:.2f} ± {:.2f}".format(*interval(row["gain"])),
+                "seeds through": f"{row['num_through']} of {len(row['reward'])}",
+                "KL to SFT": "{:.2f} ± {:.2f}".format(*interval(row["kl"])),
+                "tokens sampled": f"{np.mean(row['tokens']) / 1000:.1f}k",
+                f"share of {baseline}'s tokens until its final reward": f"{share}, {len(reached)} of {len(shares)}",
+            }
+        )
     return markdown_table(table)
 
 
-def _plot(recipe: ExperimentRecipe, rows: list[dict], path: Path) -> None:
-    figure = Figure(figsize=(6, 4))
-    axis = figure.subplots()
-    for beta in recipe.betas:
-        beta_rows = [row for row in rows if row["beta"] == beta]
-        means, halves = zip(*(interval(row["reward"]) for row in beta_rows), strict=True)
-        label = "PPO" if beta == 0 else f"DR-PO, beta {beta:g}"
-        axis.errorbar(
-            [row["completion_rate"] for row in beta_rows], means, halves, marker="o", capsize=3, label=label
-        )
-    axis.set_xscale("log")
-    axis.set_xlabel("share of demonstrations that are complete")
-    axis.set_ylabel("true reward after training (95% interval)")
-    axis.legend()
+def _plot(recipe: ResetsRecipe, curves: Mapping[tuple[float, str], Sequence[Curve]], path: Path) -> None:
+    """Plot the true reward against the sampled tokens: mean and range over the seeds, evaluation by evaluation."""
+    figure = Figure(figsize=(5.5 * len(recipe.completion_rates), 4.2))
+    axes = figure.subplots(1, len(recipe.completion_rates), squeeze=False, sharey=True)[0]
+    for axis, rate in zip(axes, recipe.completion_rates, strict=True):
+        for name in recipe.shown:
+            of_seeds = curves[rate, name]
+            tokens = np.mean([run.tokens for run in of_seeds], axis=0) / 1000
+            rewards = np.array([run.rewards for run in of_seeds])
+            (line,) = axis.plot(tokens, rewards.mean(axis=0), marker=".", label=name)
+            axis.fill_between(
+                tokens, rewards.min(axis=0), rewards.max(axis=0), color=line.get_color(), alpha=0.12
+            )
+        axis.set_title(f"completion rate {rate:.3g}")
+        axis.set_xlabel("sampled tokens (thousands)")
+    axes[0].set_ylabel("true reward (mean and range over seeds)")
+    axes[-1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
-    main(ExperimentRecipe, "demo/reset_experiment.yaml", run)
+    main(ResetsRecipe, "demo/reset_experiment.yaml", run)

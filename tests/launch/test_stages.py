@@ -52,7 +52,7 @@ KEYS = {
     "drpo": ("reset.proportion", "rollout.sampling.top_p"),
     "ppo": ("kl.coef", "ppo.num_minibatches"),
     "dpo": ("loss.name", "curriculum"),
-    "reset_experiment": ("betas", "num_jobs"),
+    "reset_experiment": ("methods", "num_jobs"),
     "reset_methods": ("methods", "baseline"),
     "preference_experiment": ("tables", "num_jobs"),
     "neuron_shift": ("before", "probe.source"),

@@ -21,8 +21,7 @@ from launch.experiments.gpu_check import GpuCheckRecipe
 from launch.experiments.memory_plan import MemoryPlanRecipe
 from launch.experiments.overoptimisation import OverOptimisationRecipe
 from launch.experiments.preference import PreferenceExperimentRecipe
-from launch.experiments.reset_methods import ResetMethodsRecipe
-from launch.experiments.resets import ExperimentRecipe
+from launch.experiments.resets import ResetsRecipe
 from launch.experiments.reward_models import RewardModelsRecipe
 from launch.experiments.rollout_speed import RolloutSpeedRecipe
 from launch.experiments.smollm import SmolLMExperimentRecipe
@@ -45,8 +44,8 @@ STAGES: dict[str, type] = {
         OnlineRecipe,
     ),
     **dict.fromkeys(("prefix_rft", "prefix_rl"), OnlineRecipe),
-    "reset_experiment": ExperimentRecipe,
-    "reset_methods": ResetMethodsRecipe,
+    "reset_experiment": ResetsRecipe,
+    "reset_methods": ResetsRecipe,
     "overoptimisation": OverOptimisationRecipe,
     "reward_models": RewardModelsRecipe,
     "preference_experiment": PreferenceExperimentRecipe,
