@@ -118,6 +118,27 @@ def test_forced_tokens_are_the_beginning_of_the_reference(rollouts):
         assert int(trajectory.source_lengths[row]) == (len(start.example.completion_ids) if h else 0)
 
 
+def test_rollouts_that_share_a_state_prefill_it_once(generator, examples):
+    whole = dataclasses.replace(generator, batch_size=8)
+    rollout = dataclasses.replace(ROLLOUT, rollouts_per_prompt=4)
+    rows = {}
+    for per in ("prompt", "rollout"):
+        reset = ResetConfig(per=per, min_length=1)
+        starts = Starts(examples, reset, rollout, generator, 3, None).draw(range(8), 0.0)
+        seen: list[int] = []
+        handle = generator.policy.register_forward_pre_hook(
+            lambda module, args, inputs, seen=seen: seen.append(inputs["input_ids"].shape[0]),
+            with_kwargs=True,
+        )
+        completions = whole.respond(starts)
+        handle.remove()
+        assert len(completions) == 8
+        assert len({tuple(c.response_ids) for c in completions}) > 2  # sampled apart
+        rows[per] = seen[0], len({(start.example.record.prompt, start.prefix) for start in starts})
+    assert rows["prompt"] == (2, 2)
+    assert rows["rollout"][0] == rows["rollout"][1] > 2
+
+
 def test_the_policy_writes_at_least_one_token_and_stays_within_the_limit(rollouts):
     _, trajectory, _ = rollouts(range(64))
     assert bool((trajectory.lengths > trajectory.reset_lengths).all())
