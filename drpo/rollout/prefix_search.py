@@ -24,6 +24,9 @@ class AdaptiveConfig(Section):
     """Share of the rollouts from a prefix that have to succeed for the prefix to be long enough."""
     start: float = setting(1.0, ge=0, le=1)
     """Where the search begins: 1 is the longest allowed prefix, 0 the shortest."""
+    spread: float = setting(0.25, ge=0, le=1)
+    """How far from the position of the run prompts that were not seen before are tried, to either side: 0.25 is a
+    quarter of the allowed lengths. Without it all of them succeed or fail together, and the policy learns nothing."""
     rate: float = setting(0.25, gt=0)
     """How fast prompts that were not seen before follow the policy: the share by which their prefix is shorter after a
     step in which all rollouts succeed and `success` is 0."""
@@ -47,9 +50,9 @@ class PrefixSearch:
 
         success share >= target:  [low, c]        else:  [c, high]
 
-    An interval as narrow as TOLERANCE opens again, to c - REACH after a success and to c + REACH after a failure. The
-    interval of a new prompt has its middle at a position p that all prompts share, which follows the new prompts of
-    every step by stochastic approximation (Robbins and Monro 1951):
+    An interval as narrow as TOLERANCE opens again: to c - REACH after a success and to c + REACH after a failure. The
+    interval of a new prompt has its middle near a position p that all prompts share, uniformly within `spread` of it. p
+    follows the new prompts of every step by stochastic approximation (Robbins and Monro 1951):
 
         p <- min(1, max(0, p - rate * (mean success share - target)))
 
@@ -62,12 +65,13 @@ class PrefixSearch:
         self.position = config.start
         self._intervals: dict[int, tuple[float, float]] = {}
 
-    def trial(self, prompt: int) -> Trial:
-        """Return the position that rollouts of this prompt should start from."""
+    def trial(self, prompt: int, uniform: float) -> Trial:
+        """Return where rollouts of this prompt should start; `uniform`, in [0, 1), spreads new prompts."""
         if prompt in self._intervals:
             low, high = self._intervals[prompt]
             return Trial(prompt, (low + high) / 2, False)
-        return Trial(prompt, self.position, True)
+        position = self.position + self.config.spread * (2 * uniform - 1)
+        return Trial(prompt, min(1.0, max(0.0, position)), True)
 
     def observe(self, trials: Sequence[tuple[Trial, float]]) -> None:
         """Learn from the trials of a step and the shares of their rollouts that succeeded."""

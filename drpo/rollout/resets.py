@@ -22,6 +22,7 @@ from drpo.rollout.own_rollouts import OwnConfig
 from drpo.rollout.prefix_search import AdaptiveConfig
 
 RESET_STREAM = 1  # keeps the random numbers of resets apart from those of sampling and shuffling
+SPREAD_STREAM = 5  # and those that place new prompts apart from both
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -172,7 +173,7 @@ def draw_reset_length(
     progress: float,
     seed: int,
     draw: int,
-    position: float = 1.0,
+    position: float | None = None,
 ) -> int:
     """Draw the number of tokens of a response that a reset rollout starts from; 0 when no length is allowed.
 
@@ -213,6 +214,11 @@ def draw_reset_length(
         case "adaptive":
             return lengths[int(position * (len(lengths) - 1) + uniform)]
     return lengths[int(uniform * len(lengths))]
+
+
+def draw_spread(seed: int, group: int) -> float:
+    """Draw a uniform number in [0, 1) for the rollouts of a prompt, which places a prompt that was not seen before."""
+    return np.random.default_rng([seed, SPREAD_STREAM, group]).random()
 
 
 def _random(seed: int, draw: int) -> np.random.Generator:

@@ -14,6 +14,7 @@ from drpo.rollout.resets import (
     ResetConfig,
     allowed_lengths,
     draw_reset_length,
+    draw_spread,
     is_reset,
     prefix_boundaries,
     reset_response,
@@ -81,15 +82,12 @@ class Starts:
             if source is not None:
                 example, response = source
                 lengths = self._lengths(response)
-                trial = self._search.trial(self._indices[id(example)]) if lengths else None
+                if reset.length == "adaptive" and lengths:
+                    spread = draw_spread(self._seed, episode // group_size)
+                    trial = self._search.trial(self._indices[id(example)], spread)
+                position = None if trial is None else trial.position
                 length = draw_reset_length(
-                    reset,
-                    lengths,
-                    len(response),
-                    progress,
-                    self._seed,
-                    draw,
-                    trial.position if trial else 1.0,
+                    reset, lengths, len(response), progress, self._seed, draw, position
                 )
                 start = Start(episode, example, tuple(response[:length]), len(response) if length else 0)
             starts.append(start)

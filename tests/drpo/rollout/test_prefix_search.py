@@ -12,25 +12,28 @@ def search(**settings) -> PrefixSearch:
     return PrefixSearch(AdaptiveConfig(**settings))
 
 
+MIDDLE = 0.5  # places a new prompt where the run stands
+
+
 def test_a_prompt_is_bisected_to_its_shortest_sufficient_prefix():
     found = search(start=0.5)
     for _ in range(5):
-        trial = found.trial(3)
+        trial = found.trial(3, MIDDLE)
         found.observe([(trial, float(trial.position >= 0.3))])
     # 0.5 yes, 0.25 no, 0.375 yes, 0.3125 yes, 0.28125 no: between 0.28125 and 0.3125
-    assert found.trial(3).position == pytest.approx(0.296875)
+    assert found.trial(3, MIDDLE).position == pytest.approx(0.296875)
 
 
 def test_a_prompt_whose_answer_moves_is_searched_again():
     found = search(start=0.5)
     for threshold in (0.7, 0.1, 0.9):  # the policy has forgotten, or learned
         for _ in range(30):
-            trial = found.trial(0)
+            trial = found.trial(0, MIDDLE)
             found.observe([(trial, float(trial.position >= threshold))])
-        assert abs(found.trial(0).position - threshold) < 0.3
+        assert abs(found.trial(0, MIDDLE).position - threshold) < 0.3
         late = []
         for _ in range(60):
-            trial = found.trial(0)
+            trial = found.trial(0, MIDDLE)
             found.observe([(trial, float(trial.position >= threshold))])
             late.append(trial.position)
         assert abs(np.median(late) - threshold) < 4 * TOLERANCE
@@ -38,21 +41,38 @@ def test_a_prompt_whose_answer_moves_is_searched_again():
 
 def test_new_prompts_begin_where_the_run_stands():
     found = search(success=0.5, rate=0.4)
-    assert found.trial(0) == (0, 1.0, True)
-    found.observe([(found.trial(0), 1.0), (found.trial(1), 0.5)])
+    assert found.trial(0, MIDDLE) == (0, 1.0, True)
+    found.observe([(found.trial(0, MIDDLE), 1.0), (found.trial(1, MIDDLE), 0.5)])
     assert found.position == pytest.approx(1 - 0.4 * (0.75 - 0.5))
-    found.observe([(found.trial(2), 0.0)])
+    found.observe([(found.trial(2, MIDDLE), 0.0)])
     assert found.position == pytest.approx(0.9 + 0.4 * 0.5) or found.position == 1.0
     assert found.position == 1.0  # never beyond the longest
 
 
+@pytest.mark.parametrize("uniform, position", [(0.0, 0.4), (0.25, 0.5), (0.75, 0.7), (0.999, 0.7996)])
+def test_new_prompts_are_spread_around_it(uniform, position):
+    assert search(start=0.6, spread=0.2).trial(0, uniform).position == pytest.approx(position)
+
+
+def test_the_spread_ends_at_the_shortest_and_longest_prefix():
+    assert search(start=0.1, spread=0.2).trial(0, 0.0).position == 0.0
+    assert search(start=0.9, spread=0.2).trial(0, 0.9).position == 1.0
+    assert search(start=0.7, spread=0.0).trial(0, 0.9).position == 0.7
+
+
+def test_a_prompt_that_was_seen_is_not_spread():
+    found = search(start=0.5, spread=0.2)
+    found.observe([(found.trial(0, MIDDLE), 1.0)])
+    assert found.trial(0, 0.1) == found.trial(0, 0.9)
+
+
 def test_only_new_prompts_move_the_position_of_new_prompts():
     found = search()
-    found.observe([(found.trial(0), 1.0)])
+    found.observe([(found.trial(0, MIDDLE), 1.0)])
     position = found.position
-    found.observe([(found.trial(0), 1.0)])
+    found.observe([(found.trial(0, MIDDLE), 1.0)])
     assert found.position == position
-    assert found.trial(1) == (1, position, True)
+    assert found.trial(1, MIDDLE) == (1, position, True)
 
 
 def test_the_position_settles_where_the_target_share_succeeds():
@@ -60,7 +80,7 @@ def test_the_position_settles_where_the_target_share_succeeds():
     found, random = search(success=0.3, rate=0.1), np.random.default_rng(0)
     positions = []
     for step in range(400):
-        trials = [found.trial(100 * step + row) for row in range(32)]
+        trials = [found.trial(100 * step + row, MIDDLE) for row in range(32)]
         found.observe([(trial, float(random.random() < trial.position)) for trial in trials])
         positions.append(found.position)
     assert abs(np.mean(positions[100:]) - 0.3) < 0.02
@@ -68,5 +88,5 @@ def test_the_position_settles_where_the_target_share_succeeds():
 
 def test_a_share_at_the_target_is_a_success():
     found = search(success=0.25, start=0.5)
-    found.observe([(found.trial(0), 0.25)])
-    assert found.trial(0).position == 0.25
+    found.observe([(found.trial(0, MIDDLE), 0.25)])
+    assert found.trial(0, MIDDLE).position == 0.25

@@ -184,7 +184,7 @@ def adaptive(**settings) -> ResetConfig:
 
 def test_prefixes_become_shorter_while_rollouts_succeed_and_longer_while_they_fail(examples):
     # every prompt is new once: position 1, then 1 - 0.5 * (1 - 0.5) = 0.75 after a step without failures
-    drawn = drawing(examples, adaptive(rate=0.5))
+    drawn = drawing(examples, adaptive(rate=0.5, spread=0.0))
     starts = drawn.draw(range(2), 0.0)
     assert [len(start.prefix) for start in starts] == [len(s.example.completion_ids) - 1 for s in starts]
     drawn.observe(starts, [[1]] * 2, [0.0, 5.0])
@@ -196,11 +196,21 @@ def test_prefixes_become_shorter_while_rollouts_succeed_and_longer_while_they_fa
     assert len(last[0].prefix) == len(last[0].example.completion_ids) - 1
 
 
+def test_new_prompts_start_at_different_shares_of_their_responses(examples):
+    many = [
+        Example(Record(prompt=str(i)), query_ids=[i], completion_ids=[7] * 100 + [STOP]) for i in range(200)
+    ]
+    starts = drawing(many, adaptive(start=0.5, spread=0.2), max_response_length=200).draw(range(200), 0.0)
+    lengths = sorted(len(start.prefix) for start in starts)
+    assert 30 <= lengths[0] < 35 and 65 < lengths[-1] <= 70  # 0.5 ± 0.2 of the lengths 0 to 100
+    assert abs(sum(lengths) / 200 - 50) < 4 * 40 / 12**0.5 / 200**0.5
+
+
 def test_a_group_succeeds_by_the_share_of_its_rollouts(examples):
-    drawn = drawing(examples[:1], adaptive(success=0.5), rollouts_per_prompt=4)
+    drawn = drawing(examples[:1], adaptive(success=0.5, spread=0.0), rollouts_per_prompt=4)
     drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [1.0, 1.0, -1.0, -1.0])
     assert drawn.state_dict()["search"]["intervals"] == {"0": [0.75, 1.0]}  # 1 is enough
-    drawn = drawing(examples[:1], adaptive(success=0.75, start=0.5), rollouts_per_prompt=4)
+    drawn = drawing(examples[:1], adaptive(success=0.75, start=0.5, spread=0.0), rollouts_per_prompt=4)
     drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [1.0, 1.0, -1.0, -1.0])
     assert drawn.state_dict()["search"]["intervals"] == {"0": [0.5, 1.0]}
 
