@@ -164,15 +164,17 @@ def read_curve(run_dir: Path) -> Curve:
     return Curve(*map(list, zip(*curve, strict=True)), kls[-1])
 
 
-def tokens_until(curve: Curve, reward: float) -> float:
-    """Return the tokens sampled until the true reward is first at least `reward`; inf when it never is."""
-    return next((t for t, r in zip(curve.tokens, curve.rewards, strict=True) if r >= reward), float("inf"))
+def tokens_until(curve: Curve, reward: float) -> float | None:
+    """Return the tokens sampled until an evaluation first gives at least this true reward; None when none does."""
+    return next((t for t, r in zip(curve.tokens, curve.rewards, strict=True) if r >= reward), None)
 
 
 def summary(
     rate: float, name: str, curves: Sequence[Curve], baseline: Sequence[Curve], through: float
 ) -> dict[str, Any]:
     """Compute the results of a method at a completion rate, seed by seed.
+
+    `share_of_baseline_tokens` has the seeds in which the baseline got through, None where its reward was not reached.
 
     Args:
         rate: the completion rate.
@@ -181,21 +183,22 @@ def summary(
         baseline: those of the method to compare with, in the same order.
         through: true reward at which a seed has got through.
     """
-    targets = [run.rewards[-1] for run in baseline]
-    needed = [tokens_until(run, target) for run, target in zip(curves, targets, strict=True)]
+    pairs = list(zip(curves, baseline, strict=True))
     return {
         "completion_rate": rate,
         "method": name,
         "sft": [run.rewards[0] for run in curves],
         "reward": [run.rewards[-1] for run in curves],
-        "gain": [run.rewards[-1] - target for run, target in zip(curves, targets, strict=True)],
+        "gain": [run.rewards[-1] - other.rewards[-1] for run, other in pairs],
         "num_through": sum(run.rewards[-1] >= through for run in curves),
         "kl": [run.kl for run in curves],
         "tokens": [run.tokens[-1] for run in curves],
-        "tokens_until_baseline": [None if np.isinf(tokens) else tokens for tokens in needed],
+        "tokens_until_through": [tokens_until(run, through) for run in curves],
         "share_of_baseline_tokens": [
-            None if np.isinf(tokens) else tokens / run.tokens[-1]
-            for tokens, run in zip(needed, baseline, strict=True)
+            None if needed is None else needed / other.tokens[-1]
+            for run, other in pairs
+            if other.rewards[-1] >= through
+            for needed in [tokens_until(run, other.rewards[-1])]
         ],
     }
 
@@ -204,10 +207,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
     """Format the table of results: means over seeds with the 95% t-interval, the gain paired by seed."""
     table = []
     for row in rows:
-        shares = row["share_of_baseline_tokens"]
-        reached = [share for share in shares if share is not None]
-        share = f"{np.median(reached):.2f} ({min(reached):.2f} to {max(reached):.2f})" if reached else "-"
         is_baseline = row["method"] == baseline
+        kilotokens = [None if t is None else t / 1000 for t in row["tokens_until_through"]]
         table.append(
             {
                 "completion rate": f"{row['completion_rate']:.3g}",
@@ -217,13 +218,25 @@ def markdown(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
                 f"gain over {baseline}": "-"
                 if is_baseline
                 else "{:.2f} ± {:.2f}".format(*interval(row["gain"])),
-                "seeds through": f"{row['num_through']} of {len(row['reward'])}",
                 "KL to SFT": "{:.2f} ± {:.2f}".format(*interval(row["kl"])),
                 "tokens sampled": f"{np.mean(row['tokens']) / 1000:.1f}k",
-                f"share of {baseline}'s tokens until its final reward": f"{share}, {len(reached)} of {len(shares)}",
+                "seeds through": f"{row['num_through']} of {len(row['reward'])}",
+                "tokens until through": _median(kilotokens, ".1f", "k"),
+                f"share of {baseline}'s tokens until its final reward": _median(
+                    row["share_of_baseline_tokens"], ".2f", ""
+                ),
             }
         )
     return markdown_table(table)
+
+
+def _median(values: Sequence[float | None], digits: str, unit: str) -> str:
+    """Format the median and range of the seeds that have a value, and how many have one."""
+    reached = [value for value in values if value is not None]
+    if not reached:
+        return "-" if not values else f"none of {len(values)}"
+    low, high = (f"{number:{digits}}{unit}" for number in (min(reached), max(reached)))
+    return f"{np.median(reached):{digits}}{unit} ({low} to {high}), {len(reached)} of {len(values)}"
 
 
 def _plot(recipe: ResetsRecipe, curves: Mapping[tuple[float, str], Sequence[Curve]], path: Path) -> None:

@@ -20,9 +20,8 @@ from launch.experiments.resets import (
     tokens_until,
 )
 
-INF = float("inf")
-SLOW = [Curve([0, 100, 200], [-1.0, 1.0, 3.0], 5.0), Curve([0, 100, 200], [-1.0, 0.0, 1.0], 6.0)]
-FAST = [Curve([0, 60, 160], [-1.0, 3.5, 3.0], 4.0), Curve([0, 40, 80], [-1.0, 0.0, 0.5], 4.0)]
+SLOW = [Curve([0, 1000, 2000], [-1.0, 1.0, 3.0], 5.0), Curve([0, 1000, 2000], [-1.0, 0.0, 1.0], 6.0)]
+FAST = [Curve([0, 600, 1600], [-1.0, 3.5, 3.0], 4.0), Curve([0, 400, 800], [-1.0, 0.0, 0.5], 4.0)]
 
 
 def write_metrics(folder: Path, rows: list[dict]) -> Path:
@@ -49,31 +48,29 @@ def test_a_run_without_evaluations_is_an_error(tmp_path):
 
 
 def test_tokens_until_a_reward_are_those_of_the_first_evaluation_that_has_it():
-    assert [tokens_until(FAST[0], reward) for reward in (-1.0, 3.0, 3.5, 4.0)] == [0, 60, 60, INF]
+    assert [tokens_until(FAST[0], reward) for reward in (-1.0, 3.0, 3.5, 4.0)] == [0, 600, 600, None]
 
 
 def test_the_summary_by_hand():
-    found = summary(0.1, "fast", FAST, SLOW, through=2.0)
+    found = summary(0.1, "fast", FAST, SLOW, through=0.7)
     assert (found["reward"], found["gain"], found["num_through"]) == ([3.0, 0.5], [0.0, -0.5], 1)
-    # 3.0 of the other's first seed is there after 60 of its 200 tokens, 1.0 of its second never
-    assert found["tokens_until_baseline"] == [60, None]
+    # 3.0 of the other's first seed is there after 600 of its 2000 tokens, 1.0 of its second never
     assert found["share_of_baseline_tokens"] == [0.3, None]
+    assert found["tokens_until_through"] == [600, None]
+    # the baseline's second seed has not got through: its final reward says nothing
+    assert summary(0.1, "fast", FAST, SLOW, through=2.0)["share_of_baseline_tokens"] == [0.3]
     assert summary(0.1, "slow", SLOW, SLOW, through=1.0)["num_through"] == 2
 
 
 def test_the_table_by_hand():
     """Half-widths: t(0.975; 1) = 12.706 times the standard error, which for 3 and 0.5 is 1.25: 15.88."""
-    rows = [summary(0.1, "slow", SLOW, SLOW, 2.0), summary(0.1, "fast", FAST, SLOW, 2.0)]
-    table = markdown(rows, "slow").splitlines()
-    assert table[0].startswith(
-        "| completion rate | method | SFT true reward | true reward | gain over slow | seeds through |"
-    )
-    assert table[2].split(" | ")[:5] == ["| 0.1", "slow", "-1.00 ± 0.00", "2.00 ± 12.71", "-"]
-    assert table[2].endswith("| 1 of 2 | 5.50 ± 6.35 | 0.2k | 1.00 (1.00 to 1.00), 2 of 2 |")
-    assert table[3] == (
-        "| 0.1 | fast | -1.00 ± 0.00 | 1.75 ± 15.88 | -0.25 ± 3.18 | 1 of 2 | 4.00 ± 0.00 | 0.1k | "
-        "0.30 (0.30 to 0.30), 1 of 2 |"
-    )
+    rows = [summary(0.1, "slow", SLOW, SLOW, 0.7), summary(0.1, "fast", FAST, SLOW, 0.7)]
+    table = [line.strip("| ").split(" | ") for line in markdown(rows, "slow").splitlines()]
+    assert table[0][1:5] == ["method", "SFT true reward", "true reward", "gain over slow"]
+    assert table[2][:6] == ["0.1", "slow", "-1.00 ± 0.00", "2.00 ± 12.71", "-", "5.50 ± 6.35"]
+    assert table[2][6:] == ["2.0k", "2 of 2", "1.5k (1.0k to 2.0k), 2 of 2", "1.00 (1.00 to 1.00), 2 of 2"]
+    assert table[3][2:6] == ["-1.00 ± 0.00", "1.75 ± 15.88", "-0.25 ± 3.18", "4.00 ± 0.00"]
+    assert table[3][6:] == ["1.2k", "1 of 2", "0.6k (0.6k to 0.6k), 1 of 2", "0.30 (0.30 to 0.30), 1 of 2"]
 
 
 @pytest.mark.parametrize("reward", ["true", "learned"])
