@@ -43,13 +43,16 @@ class ResetsRecipe(Section):
     """Grid of the experiment."""
 
     run_dir: str = "runs/reset_experiment"
-    """Folder of all runs, and of results.json, results.md and results.png."""
+    """Folder of all runs, and of results.json, results.md and a results*.png for every question."""
     completion_rates: list[float] = field(default_factory=lambda: [0.2, 0.0078125, 0.003])
     """Settings of data.demo.completion_rate, from often to hardly ever."""
     methods: dict[str, list[str]] = field(
         default_factory=lambda: {"PPO": ["demo/ppo.yaml"], "DR-PO": ["demo/drpo.yaml"]}
     )
     """Online runs by name: a recipe, and overrides of it."""
+    questions: dict[str, list[str]] = field(default_factory=dict)
+    """Tables and plots of some of the methods, by title: the names of the methods, in their order. Without any, one of
+    all methods."""
     only: list[str] = field(default_factory=list)
     """Names of the methods to run and to show; empty for all."""
     baseline: str = "DR-PO"
@@ -73,6 +76,11 @@ class ResetsRecipe(Section):
         known = ", ".join(self.methods)
         unknown = [name for name in self.only if name not in self.methods]
         refuse(bool(unknown), "only", f"names {', '.join(unknown)}, and methods are {known}")
+        for title, names in self.questions.items():
+            unknown = [name for name in names if name not in self.methods]
+            refuse(
+                bool(unknown), f"questions.{title}", f"names {', '.join(unknown)}, and methods are {known}"
+            )
         rule = f"({self.baseline}) must be one of {', '.join(self.shown)}"
         refuse(self.baseline not in self.shown, "baseline", rule)
         refuse(len(self.seeds) < 2, "seeds", f"must be two or more, for intervals, got {self.seeds}")
@@ -117,9 +125,14 @@ def run(recipe: ResetsRecipe) -> Path:
         summary(rate, name, of_seeds, curves[rate, recipe.baseline], recipe.through)
         for (rate, name), of_seeds in curves.items()
     ]
-    path = write_results(root, rows, markdown(rows, recipe.baseline))
-    _plot(recipe, curves, root / "results.png")
-    return path
+    texts = []
+    for title, names in (recipe.questions or {"": list(recipe.methods)}).items():
+        names = [name for name in names if name in recipe.shown]
+        texts.append(f"## {title}\n\n" * bool(title))
+        texts.append(markdown([row for row in rows if row["method"] in names], recipe.baseline))
+        name = f"results_{_slug(title)}.png" if title else "results.png"
+        _plot({key: curves[key] for key in curves if key[1] in names}, root / name)
+    return write_results(root, rows, "\n".join(texts))
 
 
 def _folder(root: Path, name: str, rate: float, seed: int) -> Path:
@@ -239,19 +252,18 @@ def _median(values: Sequence[float | None], digits: str, unit: str) -> str:
     return f"{np.median(reached):{digits}}{unit} ({low} to {high}), {len(reached)} of {len(values)}"
 
 
-def _plot(recipe: ResetsRecipe, curves: Mapping[tuple[float, str], Sequence[Curve]], path: Path) -> None:
+def _plot(curves: Mapping[tuple[float, str], Sequence[Curve]], path: Path) -> None:
     """Plot the true reward against the sampled tokens: mean and range over the seeds, evaluation by evaluation."""
-    figure = Figure(figsize=(5.5 * len(recipe.completion_rates), 4.2))
-    axes = figure.subplots(1, len(recipe.completion_rates), squeeze=False, sharey=True)[0]
-    for axis, rate in zip(axes, recipe.completion_rates, strict=True):
-        for name in recipe.shown:
-            of_seeds = curves[rate, name]
-            tokens = np.mean([run.tokens for run in of_seeds], axis=0) / 1000
-            rewards = np.array([run.rewards for run in of_seeds])
-            (line,) = axis.plot(tokens, rewards.mean(axis=0), marker=".", label=name)
-            axis.fill_between(
-                tokens, rewards.min(axis=0), rewards.max(axis=0), color=line.get_color(), alpha=0.12
-            )
+    rates = list(dict.fromkeys(rate for rate, _ in curves))
+    figure = Figure(figsize=(5.5 * len(rates), 4.2))
+    axes = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
+    for (rate, name), of_seeds in curves.items():
+        axis = axes[rates.index(rate)]
+        tokens = np.mean([run.tokens for run in of_seeds], axis=0) / 1000
+        rewards = np.array([run.rewards for run in of_seeds])
+        (line,) = axis.plot(tokens, rewards.mean(axis=0), marker=".", label=name)
+        shade = {"color": line.get_color(), "alpha": 0.12}
+        axis.fill_between(tokens, rewards.min(axis=0), rewards.max(axis=0), **shade)
         axis.set_title(f"completion rate {rate:.3g}")
         axis.set_xlabel("sampled tokens (thousands)")
     axes[0].set_ylabel("true reward (mean and range over seeds)")

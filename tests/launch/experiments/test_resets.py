@@ -108,6 +108,11 @@ def test_methods_of_a_seed_share_policy_data_and_reward(tmp_path, monkeypatch, r
     else:
         assert overrides[4:-3] == list(resets.TRUE_REWARD)
     assert (root / "results.png").stat().st_size > 0
+    asked = replaced(recipe, questions={"Who else?": ["PPO++", "DR-PO"], "who": ["DR-PO"]})
+    text = resets.run(asked).read_text()
+    assert text.count("| 0.01 | DR-PO |") == 2 and text.count("| 0.01 | PPO++ |") == 1
+    assert "## Who else?" in text
+    assert all((root / f"results_{name}.png").exists() for name in ("who_else", "who"))
     runs.clear()
     resets.run(replaced(recipe, only=["DR-PO"]))
     assert len(runs) == 2 * (2 + is_learned) and "ppo_pp_0.01_3" not in runs
@@ -118,6 +123,7 @@ def test_methods_of_a_seed_share_policy_data_and_reward(tmp_path, monkeypatch, r
     [
         ("baseline=ORPO", r"baseline \(ORPO\) must be one of PPO, DR-PO"),
         ("only=[PPO,RLOO]", "only names RLOO, and methods are PPO, DR-PO"),
+        ("questions={Why: [GAE]}", "questions.Why names GAE, and methods are PPO, DR-PO"),
         ("only=[PPO]", r"baseline \(DR-PO\) must be one of PPO"),
         ("seeds=[0]", "seeds must be two or more"),
         (
