@@ -27,7 +27,7 @@ class AdaptiveConfig(Section):
     spread: float = setting(0.25, ge=0, le=1)
     """How far from the position of the run prompts that were not seen before are tried, to either side: 0.25 is a
     quarter of the allowed lengths. Without it all of them succeed or fail together, and the policy learns nothing."""
-    rate: float = setting(0.25, gt=0)
+    rate: float = setting(0.5, gt=0)
     """How fast prompts that were not seen before follow the policy: the share by which their prefix is shorter after a
     step in which all rollouts succeed and `success` is 0."""
 
