@@ -99,6 +99,9 @@ class ResetConfig(Section):
         if self.length in ("curriculum", "adaptive"):
             rule = f"does not apply to {key('length')}={self.length}, which moves by itself; drop it"
             refuse_changed(self, ["length_schedule"], rule)
+        if self.length == "binomial" and self.length_schedule == "constant":
+            rule = f"is where {key('length_schedule')} ends, and there is none; set one, or drop it"
+            refuse_changed(self, ["min_fraction"], rule)
         if {self.proportion_schedule, self.length_schedule} == {"constant"}:
             rule = f"does nothing without {key('proportion_schedule')} or {key('length_schedule')}; set one, or drop it"
             refuse_changed(self, ["schedule_end"], rule)

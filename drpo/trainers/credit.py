@@ -111,7 +111,7 @@ class AdvantageConfig(Section):
         rule = f"does not apply to {key('estimator')}={self.estimator}"
         if not self.needs_critic:
             refuse_changed(self, ("lam", "value_lam", "length_adaptive_alpha"), rule)
-        if self.compares_group:
+        if self.estimator not in ("gae", "reinforce_pp"):
             refuse_changed(self, ("gamma",), rule)
         if self.estimator != "grpo":
             refuse_changed(self, ("group_std",), rule)

@@ -283,6 +283,7 @@ def test_adaptive_lengths_lie_at_their_position_among_the_allowed_ones():
         ({"adaptive": {"score": 1.0}}, "reset.adaptive"),
         ({"own": {"size": 3}}, "reset.own"),
         ({"schedule_end": 0.5}, "reset.schedule_end"),
+        ({"length": "binomial", "min_fraction": 0.3}, "reset.min_fraction"),
         ({"length": "adaptive", "length_schedule": "linear"}, "reset.length_schedule"),
         ({"length": "curriculum", "length_schedule": "cosine"}, "reset.length_schedule"),
         ({"source": "own"}, "reset.per"),

@@ -175,6 +175,7 @@ def test_an_infinite_score_of_a_continuation_stops_the_run(policy_folder, tmp_pa
         ({"vine": {"num_rollouts": 0}}, "vine.num_rollouts must be >= 1"),
         ({"vine": {"every": 0}}, "vine.every must be >= 1"),
         ({"advantage": {"lam": 0.9}}, "advantage.lam does not apply to advantage.estimator=vine"),
+        ({"advantage": {"gamma": 0.9}}, "advantage.gamma does not apply to advantage.estimator=vine"),
         ({"advantage": {"whiten_rewards": True}}, "advantage.whiten_rewards does not apply .*=vine"),
         ({"reset": {"masking": "release"}}, "reset.masking must be paper for advantage.estimator=vine"),
         ({"critic": {"pretrain_steps": 1}}, "critic.pretrain_steps does not apply .*there is no critic"),
