@@ -59,7 +59,7 @@ class OwnRollouts:
             newest_first = reversed(self._rollouts)
             sign = -1 if self.config.which == "best" else 1
             ranked = sorted(newest_first, key=lambda rollout: sign * rollout.score)
-            self._choice = ranked[: max(1, int(self.config.share * len(ranked)))]
+            self._choice = ranked[: max(1, int(round(self.config.share * len(ranked), 9)))]
         index = np.random.default_rng([seed, OWN_STREAM, episode]).integers(len(self._choice))
         return self._choice[index]
 

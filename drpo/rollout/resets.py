@@ -69,7 +69,7 @@ class ResetConfig(Section):
     """Shortest prefix in tokens: 0 as in the paper (the bare prompt is one of the states), 1 as in the release."""
     min_fraction: float = setting(0.0, ge=0, le=1)
     """Shortest prefix as a fraction of the response's length."""
-    max_fraction: float = setting(1.0, ge=0, le=1)
+    max_fraction: float = setting(1.0, gt=0, le=1)
     """Longest prefix as a fraction of the response's length; the last token is never forced."""
     curriculum_end: float = setting(0.5, gt=0, le=1)
     """curriculum: share of training after which all allowed lengths are drawn. Until then the shortest one
@@ -90,10 +90,10 @@ class ResetConfig(Section):
     def check(self) -> None:
         rule = f"({self.min_fraction}) must be <= {key('max_fraction')} ({self.max_fraction})"
         refuse(self.min_fraction > self.max_fraction, "min_fraction", rule)
-        for name in ("curriculum", "adaptive"):
-            settings = {"curriculum": ["curriculum_end"], "adaptive": ["adaptive"]}[name]
-            if self.length != name:
-                refuse_changed(self, settings, f"applies to {key('length')}={name} only")
+        if self.length != "curriculum":
+            refuse_changed(self, ["curriculum_end"], f"applies to {key('length')}=curriculum only")
+        if self.length != "adaptive":
+            refuse_changed(self, ["adaptive"], f"applies to {key('length')}=adaptive only")
         if self.source != "own":
             refuse_changed(self, ["own"], f"applies to {key('source')}=own only")
         if self.length in ("curriculum", "adaptive"):
@@ -102,6 +102,8 @@ class ResetConfig(Section):
         if self.length == "binomial" and self.length_schedule == "constant":
             rule = f"is where {key('length_schedule')} ends, and there is none; set one, or drop it"
             refuse_changed(self, ["min_fraction"], rule)
+            rule = f"must be below 1 without {key('length_schedule')}: every prefix would be the longest"
+            refuse(self.max_fraction == 1, "max_fraction", rule)
         if {self.proportion_schedule, self.length_schedule} == {"constant"}:
             rule = f"does nothing without {key('proportion_schedule')} or {key('length_schedule')}; set one, or drop it"
             refuse_changed(self, ["schedule_end"], rule)
@@ -182,7 +184,8 @@ def draw_reset_length(
 
         uniform:    h ~ Uniform{lengths}, up to a longest one that `length_schedule` lowers to the shortest
         curriculum: h ~ Uniform{lengths}, from a shortest one that falls from the longest to the shortest
-        binomial:   h ~ Binomial(L, p), lowered to an allowed length, p = f max_fraction + (1 - f) min_fraction
+        binomial:   h ~ Binomial(L, p), lowered to the next allowed length, or the shortest of them,
+                    p = f max_fraction + (1 - f) min_fraction
         adaptive:   the allowed length at `position`, rounded up or down at random so that the mean is right
 
     f is the factor of `length_schedule`; where it has ended, h = 0. The draw depends on (seed, draw) and the arguments
@@ -206,7 +209,7 @@ def draw_reset_length(
         return 0
     match config.length:
         case "uniform":
-            lengths = lengths[: math.ceil(factor * len(lengths))]
+            lengths = lengths[: math.ceil(round(factor * len(lengths), 9))]
         case "curriculum":
             num_skipped = math.floor(len(lengths) * max(0.0, 1.0 - progress / config.curriculum_end))
             lengths = lengths[min(num_skipped, len(lengths) - 1) :]
@@ -215,7 +218,7 @@ def draw_reset_length(
             drawn = int(generator.binomial(source_length, share))
             return max((h for h in lengths if h <= drawn), default=lengths[0])
         case "adaptive":
-            return lengths[int(position * (len(lengths) - 1) + uniform)]
+            return lengths[min(int(position * (len(lengths) - 1) + uniform), len(lengths) - 1)]
     return lengths[int(uniform * len(lengths))]
 
 

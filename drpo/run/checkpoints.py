@@ -43,7 +43,7 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int, state: dict[str, A
     engine.save_state(partial)
     engine.barrier()
     if engine.is_main:
-        (partial / "trainer.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        (partial / "trainer.json").write_text(json.dumps({"step": step, **state}))
         _flush_to_disk(partial)
         _remove(folder)
         os.replace(partial, folder)

@@ -99,7 +99,8 @@ class AdvantageConfig(Section):
     """Lambda of the returns that the critic learns; null takes lam. 1: the rewards to go, without bias (VC-PPO)."""
     length_adaptive_alpha: float | None = setting(None, gt=0)
     """Lambda of the policy's advantages is 1 - 1/(alpha l), at least 0, in place of lam, where l counts the tokens of
-    the episode: the sampled ones (VAPO: 0.05). The critic's stays value_lam, or lam."""
+    the episode: the sampled ones, with reset.masking=release the forced ones too (VAPO: 0.05). The critic's stays
+    value_lam, or lam."""
     group_std: bool = True
     """Divide by the standard deviation of the prompt's returns; for grpo. false: Dr. GRPO."""
     whiten: bool = True

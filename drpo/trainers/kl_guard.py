@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from drpo.engine import Engine
@@ -35,8 +36,8 @@ class KLGuard:
             self._rolled_back = False
         return passes
 
-    def roll_back(self, engine: Engine, run: RunFolder, step: int, metrics: Mapping[str, float]) -> None:
-        """Restore the last weights whose KL was below the limit.
+    def roll_back(self, engine: Engine, run: RunFolder, step: int, metrics: Mapping[str, float]) -> Path:
+        """Restore the last weights whose KL was below the limit, and return their checkpoint.
 
         Raises RunStopped, naming the last checkpoint, when a rollback is disabled, did not help or is not possible.
         """
@@ -63,6 +64,7 @@ class KLGuard:
         engine.load_state(earlier[-1])
         self.num_rollbacks += 1
         self._rolled_back = True
+        return earlier[-1]
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_rollbacks": self.num_rollbacks, "rolled_back": self._rolled_back}

@@ -30,6 +30,7 @@ from drpo.rollout.samples import rollout_samples
 from drpo.rollout.starts import Starts
 from drpo.rollout.vine import continue_states
 from drpo.rollout.vllm_requests import check_agreement, check_installed
+from drpo.run.checkpoints import read_trainer_state
 from drpo.run.folder import Callback, RunFolder
 from drpo.run.metrics import Phases, peak_memory_gib
 from drpo.run.result import Result
@@ -183,7 +184,8 @@ class _Loop:
             self.controller.update(float(kl), batch_size)
         else:
             try:
-                self.guard.roll_back(engine, self.run, step, metrics)
+                checkpoint = self.guard.roll_back(engine, self.run, step, metrics)
+                self.starts.load_state_dict(read_trainer_state(checkpoint).get("starts", {}))
             except RunStopped:
                 self.run.record(step, metrics, SHOWN)
                 raise
@@ -261,7 +263,8 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
     if recipe.reset.source == "initial" and engine.partitions_weights and not recipe.model.lora.r:
         raise ConfigError(
             "reset.source=initial: this launcher cuts the copy of the initial policy over the processes, so it cannot "
-            "sample; use LoRA (model.lora.r), another launcher, or responses sampled beforehand (launch/complete.py)"
+            "sample; use LoRA under ZeRO-3 (model.lora.r), another launcher, or responses sampled beforehand "
+            "(launch/complete.py)"
         )
     if recipe.reset.proportion > 0:
         check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)

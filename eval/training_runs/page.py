@@ -104,9 +104,9 @@ def facts(run: TrainingRun) -> list[tuple[str, str]]:
         "policy": settings.get("model.path"),
         "reward": _reward(settings),
         "steps": progress if last == settings["num_steps"] else f"{progress}: still going, or interrupted",
-        "rollouts a step": settings["rollout.batch_size"],
+        "rollouts a step": _rollouts(settings),
         "seed": settings.get("seed"),
-        "estimator": _listed(settings, "advantage.", ("estimator",)),
+        "estimator": _estimator(settings),
         "KL penalty": _listed(settings, "kl.", ("coef",)),
         "resets": _listed(settings, "reset.", ("proportion", "source", "length"))
         if run.has_resets
@@ -115,6 +115,17 @@ def facts(run: TrainingRun) -> list[tuple[str, str]]:
         "commit": re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", run.versions.get("git_commit", "")),
     }
     return [(name, str(text)) for name, text in found.items() if text not in (None, "")]
+
+
+def _rollouts(settings: Mapping[str, Any]) -> str:
+    group_size = settings.get("rollout.rollouts_per_prompt", 1)
+    return f"{settings['rollout.batch_size']}" + f", {group_size} of a prompt" * (group_size != 1)
+
+
+def _estimator(settings: Mapping[str, Any]) -> str:
+    of_states = _listed(settings, "vine.", ("num_rollouts", "every"))
+    is_vine = settings.get("advantage.estimator") == "vine"
+    return _listed(settings, "advantage.", ("estimator",)) + f", {of_states}" * is_vine
 
 
 def _reward(settings: Mapping[str, Any]) -> str | None:

@@ -215,10 +215,14 @@ class _Phases:
         return Phase("update", used.peak + stored, logits=logits, with_gradients=True)
 
     def _rollout(self, name: str, num_rows: int, together: int, response_length: int) -> Phase:
-        """Measure sampling up to the first token. With resets a context may have all of a response but a token."""
+        """Measure sampling up to the first token.
+
+        With resets, and where states within a rollout are continued (vine), a context may have all of a response but a
+        token.
+        """
         policy, query_length = self.models.trained["policy"], self.query_length
         reset = getattr(self.recipe, "reset", None)
-        resets = reset is not None and reset.proportion > 0
+        resets = reset is not None and (reset.proportion > 0 or self.recipe.advantage.estimator == "vine")
         alike = 1 if resets else together  # equal contexts are computed once
         contexts = [
             [1 + row // alike] * length for row, length in enumerate(self._query_lengths(num_rows, alike))

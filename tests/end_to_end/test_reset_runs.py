@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from killed_runs import start, wait_for_step
-from tiny_runs import ONLINE, SFT, assert_close, ddp, metrics_of, plain, run, write_recipe
+from tiny_runs import ONLINE, SFT, assert_close, ddp, metrics_of, partitioned, plain, run, write_recipe
 
 NUM_STEPS = 5
 RESETS = {
@@ -79,10 +79,36 @@ def test_a_killed_run_draws_on_as_an_uninterrupted_one(folder, name):
     assert rollouts_of(killed) == rollouts_of(folder / name)
 
 
+def test_going_back_to_earlier_weights_takes_back_what_resets_remember(folder):
+    guard = ["kl.max_per_token=1e-6", "kl.on_max=rollback", "num_steps=2", "checkpoint.keep=9"]
+    run(plain("drpo"), "own.yaml", "run_dir=guarded", *guard, cwd=folder)
+    assert "ppo/policy_loss" not in metrics_of(folder / "guarded")[2]  # step 2 went back to step 0
+    states = [
+        json.loads((folder / "guarded" / "checkpoints" / f"step_{step}" / "trainer.json").read_text())
+        for step in range(3)
+    ]
+    assert states[1]["starts"] != states[0]["starts"] == states[2]["starts"]
+
+
 @pytest.mark.parametrize("name", ["own", "initial"])
 def test_two_processes_draw_what_one_does(folder, name):
     run(ddp("drpo"), f"{name}.yaml", f"run_dir=two_{name}", cwd=folder)
     assert_close(metrics_of(folder / name), metrics_of(folder / f"two_{name}"), 2e-4)
+
+
+@pytest.mark.slow
+def test_processes_that_share_every_weight_sample_from_the_initial_policy_if_only_one_resets(folder):
+    changes = ["model.lora.r=4", "rollout.batch_size=4", "reset.proportion=0.3", "ppo.num_minibatches=1"]
+    run(plain("drpo"), "initial.yaml", "run_dir=alone", *changes, cwd=folder)
+    run(partitioned("drpo", folder), "initial.yaml", "run_dir=parts", *changes, cwd=folder)
+    shares = [row["reset/share"] for row in metrics_of(folder / "alone")[1:]]
+    assert 0 < max(shares) < 1  # of the two prompts of a step at most one is reset
+    assert_close(metrics_of(folder / "alone"), metrics_of(folder / "parts"), 2e-4)
+
+
+def test_the_user_is_told_that_a_baseline_compares_different_states(folder):
+    changes = ["advantage.estimator=rloo", "num_steps=1", "run_dir=told"]
+    assert "reset.per=prompt lets them share one" in run(plain("drpo"), "uft.yaml", *changes, cwd=folder)
 
 
 def test_prefixes_of_the_initial_policy_do_not_depend_on_what_was_learned(folder):

@@ -233,6 +233,12 @@ def test_the_longest_uniform_length_follows_its_schedule(progress, longest):
     assert_uniform_on(draws(config, progress=progress), list(range(longest + 1)))
 
 
+def test_a_share_that_is_a_whole_number_of_lengths_allows_that_number():
+    """1 - 0.7 of 10 lengths are 3, and 3.0000000000000004 in floating point: 0, 1 and 2."""
+    config = ResetConfig(length_schedule="linear")
+    assert_uniform_on(draws(config, source_length=10, progress=0.7), [0, 1, 2])
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("length", ["uniform", "binomial"])
 def test_after_its_schedule_every_rollout_starts_from_the_prompt(schedule, length):
@@ -250,10 +256,11 @@ def test_binomial_lengths_have_the_mean_and_the_variance_of_the_hint_lengths_of_
 
 
 def test_binomial_lengths_are_lowered_to_what_is_allowed():
-    # p = 1 draws 9 of 9 tokens; the last one is never forced
-    assert set(draws(ResetConfig(length="binomial"), 50)) == {8}
-    assert set(draws(ResetConfig(length="binomial"), 50, limit=4)) == {3}
-    allowed = allowed_lengths(ResetConfig(length="binomial"), [0, 4, 11, 30], 30, 100)
+    # p = 1 at the start draws 9 of 9 tokens; the last one is never forced
+    falling = ResetConfig(length="binomial", length_schedule="linear")
+    assert set(draws(falling, 50)) == {8}
+    assert set(draws(falling, 50, limit=4)) == {3}
+    allowed = allowed_lengths(falling, [0, 4, 11, 30], 30, 100)
     config = ResetConfig(
         length="binomial", max_fraction=0.5
     )  # about 15 of 30: never below 4, hardly ever below 11
@@ -261,7 +268,7 @@ def test_binomial_lengths_are_lowered_to_what_is_allowed():
     assert set(lengths) == {4, 11}
     assert lengths.count(11) > 150
     # below the shortest allowed one
-    config = ResetConfig(length="binomial", max_fraction=0.0, min_length=3)
+    config = ResetConfig(length="binomial", max_fraction=0.001, min_length=3)
     assert set(draws(config, 20)) == {3}
 
 
@@ -287,6 +294,8 @@ def test_adaptive_lengths_lie_at_their_position_among_the_allowed_ones():
         ({"length": "adaptive", "length_schedule": "linear"}, "reset.length_schedule"),
         ({"length": "curriculum", "length_schedule": "cosine"}, "reset.length_schedule"),
         ({"source": "own"}, "reset.per"),
+        ({"length": "binomial"}, "reset.max_fraction"),
+        ({"length": "binomial", "max_fraction": 0.0}, "reset.max_fraction"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings, key):
