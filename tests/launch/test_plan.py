@@ -98,6 +98,14 @@ def test_parts_of_an_online_run_are_those_of_its_models(folder):
     assert cache == 4 * 2 * 2 * 8 * layers * 8 * (20 + 10 + 9)
 
 
+@pytest.mark.parametrize(("estimator", "tokens"), [("reinforce_pp", 20 + 10), ("vine", 20 + 10 + 9)])
+def test_continued_states_begin_within_a_response_as_resets_do(folder, estimator, tokens):
+    settings = [f"advantage.estimator={estimator}", "reset.proportion=0", "engine.mixed_precision=no"]
+    first = plans(folder, "drpo", "drpo.yaml", *settings, *GPUS)["plans"][0]
+    cache = first["phases_gib"]["rollout"]["key-value cache"] * 2**30
+    assert cache == 4 * 2 * 2 * 8 * 2 * 8 * tokens
+
+
 def test_base_in_4_bits_is_sized_by_hand_and_weights_that_are_cut_are_left_out(folder):
     """llama of width 32 over LoRA of rank 2: rows of a multiple of 64 weights, 32 bytes and a scale for each 64."""
     settings = ["model.lora.r=2", "model.load_in_4bit=true", "engine.mixed_precision=no"]
