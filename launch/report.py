@@ -54,7 +54,11 @@ def report(path: Path) -> Path:
     found = [name for name in writers if (path / name).exists()]
     if len(found) > 1:
         raise DataError(f"{path} holds {' and '.join(found)}: name one of them")
-    return writers[found[0] if found else "comparison.json"](path)
+    if not found:
+        raise DataError(
+            f"{path} holds none of {', '.join(writers)}: give the folder of a comparison, an evaluation or a run"
+        )
+    return writers[found[0]](path)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class RolloutConfig(Section):
     batch_size: int = setting(512, ge=1)
     """Rollouts per step over all processes (episodes)."""
     rollouts_per_prompt: int = setting(1, ge=1)
-    """How many rollouts share a prompt; each has its own reset and its own random numbers."""
+    """How many rollouts share a prompt; each has its own random numbers, and its own reset unless reset.per=prompt."""
     max_response_length: int = setting(53, ge=1)
     """Longest response in tokens, forced prefix and stop token included."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))

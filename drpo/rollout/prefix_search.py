@@ -28,8 +28,8 @@ class AdaptiveConfig(Section):
     """How far from the position of the run prompts that were not seen before are tried, to either side: 0.25 is a
     quarter of the allowed lengths. Without it all of them succeed or fail together, and the policy learns nothing."""
     rate: float = setting(0.5, gt=0)
-    """How fast prompts that were not seen before follow the policy: the share by which their prefix is shorter after a
-    step in which all rollouts succeed and `success` is 0."""
+    """How fast prompts that were not seen before follow the policy: after a step their position, from 0 at the
+    shortest allowed prefix to 1 at the longest, falls by rate * (share of successes - success)."""
 
 
 class Trial(NamedTuple):

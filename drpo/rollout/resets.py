@@ -47,7 +47,7 @@ class ResetConfig(Section):
     """Settings of resets: share of rollouts, source responses, and prefix lengths."""
 
     proportion: float = setting(1.0, ge=0, le=1)
-    """The paper's beta: the probability that a rollout starts from a prefix of a dataset response. 0 is PPO."""
+    """The paper's beta: the probability that a rollout starts from a prefix of a response. 0 is PPO."""
     proportion_schedule: Schedule = "constant"
     """linear, cosine: the proportion falls from `proportion` to 0 at `schedule_end`."""
     source: Literal["reference", "chosen", "rejected", "best", "own", "initial"] = "reference"
@@ -61,13 +61,13 @@ class ResetConfig(Section):
     Binomial(L, p), with p from max_fraction at the start to min_fraction at the end of `length_schedule`. adaptive: the
     shortest prefix from which the policy reaches a target, found prompt by prompt (`adaptive`)."""
     length_schedule: Schedule = "constant"
-    """linear, cosine: the longest length of length=uniform, or p of binomial, falls to the bare prompt at
-    `schedule_end`."""
+    """linear, cosine: the longest length of length=uniform falls to the shortest allowed one, and p of binomial to
+    min_fraction, until `schedule_end`; from then on there are no resets."""
     schedule_end: float = setting(1.0, gt=0, le=1)
-    """Share of training after which schedules have ended, and every rollout starts from its prompt."""
+    """Share of training after which schedules have ended: there are no resets from then on."""
     min_length: int = setting(0, ge=0)
     """Shortest prefix in tokens: 0 as in the paper (the bare prompt is one of the states), 1 as in the release."""
-    min_fraction: float = setting(0.0, ge=0, le=1)
+    min_fraction: float = setting(0.0, ge=0, lt=1)
     """Shortest prefix as a fraction of the response's length."""
     max_fraction: float = setting(1.0, gt=0, le=1)
     """Longest prefix as a fraction of the response's length; the last token is never forced."""
@@ -91,11 +91,11 @@ class ResetConfig(Section):
         rule = f"({self.min_fraction}) must be <= {key('max_fraction')} ({self.max_fraction})"
         refuse(self.min_fraction > self.max_fraction, "min_fraction", rule)
         if self.length != "curriculum":
-            refuse_changed(self, ["curriculum_end"], f"applies to {key('length')}=curriculum only")
+            refuse_changed(self, ["curriculum_end"], f"applies to {key('length')}=curriculum only; drop it")
         if self.length != "adaptive":
-            refuse_changed(self, ["adaptive"], f"applies to {key('length')}=adaptive only")
+            refuse_changed(self, ["adaptive"], f"applies to {key('length')}=adaptive only; drop it")
         if self.source != "own":
-            refuse_changed(self, ["own"], f"applies to {key('source')}=own only")
+            refuse_changed(self, ["own"], f"applies to {key('source')}=own only; drop it")
         if self.length in ("curriculum", "adaptive"):
             rule = f"does not apply to {key('length')}={self.length}, which moves by itself; drop it"
             refuse_changed(self, ["length_schedule"], rule)
@@ -134,7 +134,7 @@ def reset_response(example: Example, source: str) -> list[int]:
     if not ids:
         raise DataError(
             f"reset.source={source}: the record at {example.record.origin or 'an unknown place'} has no such "
-            "response. Choose a source that the data has, or set reset.proportion=0"
+            "response. Choose a source that the data has, own or initial, which need none, or set reset.proportion=0"
         )
     return ids
 

@@ -109,7 +109,7 @@ class AdvantageConfig(Section):
     """Scale per-token rewards to variance 1 (the mean stays) before GAE, as the released code does."""
 
     def check(self) -> None:
-        rule = f"does not apply to {key('estimator')}={self.estimator}"
+        rule = f"does not apply to {key('estimator')}={self.estimator}; drop it"
         if not self.needs_critic:
             refuse_changed(self, ("lam", "value_lam", "length_adaptive_alpha"), rule)
         if self.estimator not in ("gae", "reinforce_pp"):
@@ -117,7 +117,7 @@ class AdvantageConfig(Section):
         if self.estimator != "grpo":
             refuse_changed(self, ("group_std",), rule)
         if self.estimator in ("grpo", "reinforce_pp"):
-            refuse_changed(self, ("whiten_rewards",), f"{rule}, which has a scale of its own; drop it")
+            refuse_changed(self, ("whiten_rewards",), f"{rule}: that has a scale of its own")
         refuse(
             self.estimator == "reinforce_pp" and not self.whiten,
             "whiten",

@@ -224,6 +224,14 @@ class OnlineRecipe(Section):
             f"must be prompt for reset.source=own with rollout.rollouts_per_prompt={num_rollouts}: an own rollout "
             "brings its prompt with it, and the rollouts of a prompt would have several"
         )
+        reset = self.reset
+        stays = reset.source == "own" and reset.proportion == 1 and reset.proportion_schedule == "constant"
+        refuse(
+            stays,
+            "reset.proportion",
+            "must be below 1 for reset.source=own: own rollouts bring their prompts with them, so no further prompt "
+            "would be seen after the first step; lower it, or set reset.proportion_schedule",
+        )
         apart = self.reset.source == "own" and self.reset.per == "rollout" and num_rollouts > 1
         refuse(apart, "reset.per", rule)
 

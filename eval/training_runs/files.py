@@ -65,7 +65,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise DataError(f"{path} is not UTF-8 ({error}); {_RESTORE}") from None
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{path} is not YAML ({' '.join(str(error).split())}); {_RESTORE}") from None
     settings = dict(_flat(config)) if isinstance(config, dict) else {}
     missing = [key for key in ("reset.proportion", "rollout.batch_size", "num_steps") if key not in settings]
@@ -113,13 +113,21 @@ def _read_rows(path: Path, check: Callable[[Row], str | None]) -> tuple[Row, ...
     return tuple(rows)
 
 
+MOST = 10**12
+"Above what a step, a length or a number of rollouts is damage."
+
+
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
 def _check_metrics(row: Row) -> str | None:
     wrong = [
-        key for key, value in row.items() if isinstance(value, bool) or not isinstance(value, int | float)
+        key
+        for key, value in row.items()
+        if isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or (isinstance(value, int) and abs(value) > MOST)
     ]
     return f"has no number as {wrong[0]}" if wrong else None
 
@@ -139,7 +147,9 @@ def _check_sample(row: Row) -> str | None:
 
 def _check_resets(row: Row) -> str | None:
     lengths, fractions = row.get("lengths"), row.get("fractions")
-    if not isinstance(lengths, dict) or not all(key.isdecimal() for key in lengths):
+    if not isinstance(lengths, dict) or not all(
+        key.isdecimal() and len(key) <= len(str(MOST)) for key in lengths
+    ):
         return "has no lengths: expected counts by forced tokens"
     if not isinstance(fractions, list) or len(fractions) != NUM_BINS + 1:
         return f"has no fractions: expected {NUM_BINS + 1} counts"

@@ -19,7 +19,7 @@ Curve = tuple[list[float], list[float]]
 NUM_BLOCKS = 100
 "Points of a curve at most; those of a longer run are means over blocks of steps."
 BARE_PROMPT = "bare prompt"
-_GROUP = re.compile(r"prefix_([\d.]+)_([\d.]+)/\w+")
+_GROUP = re.compile(r"prefix_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)/\w+", re.ASCII)
 
 
 def curve(rows: Sequence[Row], key: str) -> Curve:

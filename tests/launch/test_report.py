@@ -27,7 +27,7 @@ def test_writes_the_pages_anew_from_the_file_alone(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no comparison at .*comparison.json: No such file or directory; launch/compare.py writes one"),
+        (None, "holds none of comparison.json, evaluation.json, metrics.jsonl: give the folder of"),
         ("{", "comparison.json is not JSON"),
         (b"\xff", "comparison.json is not JSON"),
         ("[" * 100_000, "comparison.json is not JSON"),

@@ -218,6 +218,17 @@ def test_a_run_in_its_first_steps_has_a_page(folder):
             '{"step": 1, "lengths": {"0": 1}, "fractions": [1]}\n',
             "resets.jsonl:1 has no fractions",
         ),
+        ("metrics.jsonl", f'{{"step": {10**400}}}\n', "metrics.jsonl:1 has no step"),
+        (
+            "metrics.jsonl",
+            f'{{"step": 1, "eval/score": {10**400}}}\n',
+            "metrics.jsonl:1 has no number as eval/score",
+        ),
+        (
+            "resets.jsonl",
+            f'{{"step": 1, "lengths": {{"{"1" * 50}": 1}}, "fractions": []}}\n',
+            "resets.jsonl:1 has no lengths",
+        ),
         (
             "resets.jsonl",
             '{"step": 1, "lengths": {"x": 1}, "fractions": []}\n',
@@ -234,6 +245,18 @@ def test_what_cannot_be_read_is_one_message(folder, name, content, message):
     with pytest.raises(SystemExit, match=message):
         main([str(folder)])
     assert not (folder / "training.html").exists()
+
+
+def test_a_metric_that_only_looks_like_a_prefix_group_is_none(folder):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "prefix_9.9.9_8/score": 1.0, "prefix_._./score": 1.0}\n')
+    assert "9.9.9" not in report(folder).read_text()
+
+
+def test_a_folder_without_results_says_what_was_looked_for(folder):
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit, match="holds none of comparison.json, evaluation.json, metrics.jsonl"):
+        main([str(folder)])
 
 
 def test_missing_metrics_and_two_kinds_of_results_are_refused(folder):
