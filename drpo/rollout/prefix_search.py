@@ -50,7 +50,8 @@ class PrefixSearch:
 
         success share >= target:  [low, c]        else:  [c, high]
 
-    An interval as narrow as TOLERANCE opens again: to c - REACH after a success and to c + REACH after a failure. The
+    An interval as narrow as TOLERANCE, or that has left c aside since (a prompt may be tried twice in a step), opens
+    again: to c - REACH after a success and to c + REACH after a failure. The
     interval of a new prompt has its middle near a position p that all prompts share, uniformly within `spread` of it. p
     follows the new prompts of every step by stochastic approximation (Robbins and Monro 1951):
 
@@ -82,7 +83,7 @@ class PrefixSearch:
             around = max(0.0, 2 * middle - 1), min(1.0, 2 * middle)
             low, high = self._intervals.get(trial.prompt, around)
             succeeded = share >= target
-            if high - low <= TOLERANCE:
+            if high - low <= TOLERANCE or not low <= middle <= high:
                 low, high = max(0.0, middle - REACH), min(1.0, middle + REACH)
             self._intervals[trial.prompt] = (low, middle) if succeeded else (middle, high)
         if first:

@@ -89,3 +89,11 @@ def test_a_share_at_the_target_is_a_success():
     found = search(success=0.25, start=0.5)
     found.observe([(found.trial(0, MIDDLE), 0.25)])
     assert found.trial(0, MIDDLE).position == 0.25
+
+
+def test_a_prompt_that_is_tried_twice_in_a_step_keeps_an_interval():
+    found = search(start=0.8, spread=0.2)
+    late, early = found.trial(0, 0.75), found.trial(0, 0.25)  # 0.9 and 0.7
+    found.observe([(late, 1.0), (early, 1.0)])  # [0.8, 0.9], which leaves 0.7 aside
+    assert found.state_dict()["intervals"]["0"] == pytest.approx([0.45, 0.7])
+    assert found.trial(0, MIDDLE).position == pytest.approx(0.575)
