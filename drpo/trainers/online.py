@@ -7,7 +7,7 @@ after the rollout, so statistics are global and the result does not depend on ho
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from drpo.kl import kl_per_token
 from drpo.models.tokenizer import load_tokenizer
 from drpo.optim import scheduled_rate, set_learning_rates
 from drpo.reward_functions import identities_of
-from drpo.rewards import RewardFn, RunningMoments
+from drpo.rewards import Completion, RewardFn, RunningMoments
 from drpo.rollout.collect import collect
 from drpo.rollout.generator import Generator
 from drpo.rollout.held_out import Held, evaluate
 from drpo.rollout.resets import check_resets, reset_response
 from drpo.rollout.samples import rollout_samples
-from drpo.rollout.starts import Starts
+from drpo.rollout.starts import Start, Starts
+from drpo.rollout.trajectory import Rollouts
 from drpo.rollout.vine import continue_states
 from drpo.rollout.vllm_requests import check_agreement, check_installed
 from drpo.run.checkpoints import read_trainer_state
@@ -130,24 +131,7 @@ class _Loop:
         episodes = range((step - 1) * batch_size, step * batch_size)
         with phases("starts"):
             starts = self.starts.draw(episodes, (step - 1) / recipe.num_steps)
-
-        try:
-            own = starts[engine.shard(batch_size)]
-            local, completions = collect(own, models.generator, engine, self.rewards["score"],
-                                         models.rollouts_together, phases)  # fmt: skip
-            if recipe.advantage.estimator == "vine":
-                continuations = continue_states(own, completions, models.generator, engine,
-                                                self.rewards["score"], recipe.vine, phases)  # fmt: skip
-                local = replace(local, continuations=continuations)
-        except Interrupted:  # nothing has changed since the last step
-            self.run.save(step - 1, recipe.num_steps, self.state_dict())
-            raise
-        origins = [c.record.origin for c in completions]
-        check_finite(local.scores, "the reward", origins)
-        if local.reward_details is not None:
-            check_finite(local.reward_details, f"one of the reward's parts {local.reward_names}", origins)
-        if local.continuations is not None:
-            check_finite(local.continuations.scores, "the reward of a continuation", origins)
+        local, completions = self._roll_out(starts[engine.shard(batch_size)], step, phases, check_finite)
         with phases("score"):
             trajectory = models.measure(local.map(engine.gather_rows), recipe.ppo, (recipe.seed, step))
 
@@ -203,6 +187,29 @@ class _Loop:
         self.run.write_samples(step, samples)
         self.run.record(step, metrics, SHOWN)
         self.run.advance()
+
+    def _roll_out(
+        self, starts: Sequence[Start], step: int, phases: Phases, check_finite: Callable[..., None]
+    ) -> tuple[Rollouts, list[Completion]]:
+        """Sample and score this process's share of the rollouts, and of their continuations for vine."""
+        recipe, models, reward_fn = self.recipe, self.models, self.rewards["score"]
+        try:
+            local, completions = collect(starts, models.generator, self.engine, reward_fn,
+                                         models.rollouts_together, phases)  # fmt: skip
+            if recipe.advantage.estimator == "vine":
+                continuations = continue_states(starts, completions, models.generator, self.engine, reward_fn,
+                                                recipe.vine, phases)  # fmt: skip
+                local = replace(local, continuations=continuations)
+        except Interrupted:  # nothing has changed since the last step
+            self.run.save(step - 1, recipe.num_steps, self.state_dict())
+            raise
+        origins = [c.record.origin for c in completions]
+        check_finite(local.scores, "the reward", origins)
+        if local.reward_details is not None:
+            check_finite(local.reward_details, f"one of the reward's parts {local.reward_names}", origins)
+        if local.continuations is not None:
+            check_finite(local.continuations.scores, "the reward of a continuation", origins)
+        return local, completions
 
     def evaluate(self) -> Held:
         """Complete and score the held-out prompts."""
