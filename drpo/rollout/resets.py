@@ -113,6 +113,11 @@ class ResetConfig(Section):
         """Whether the prefixes are those of responses in the dataset."""
         return self.source not in ("own", "initial")
 
+    @property
+    def remembers(self) -> bool:
+        """Whether draws depend on earlier rollouts."""
+        return self.source == "own" or self.length == "adaptive"
+
 
 def reset_response(example: Example, source: str) -> list[int]:
     """Return the tokens of the response that `source` names, stop token included.

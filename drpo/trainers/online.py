@@ -145,7 +145,8 @@ class _Loop:
             check_agreement(metrics["rollout/logprob_difference"])
 
         if self.guard.passes(metrics):
-            self.starts.observe(starts, trajectory.response_ids(), trajectory.scores.tolist())
+            if recipe.reset.remembers:
+                self.starts.observe(starts, trajectory.response_ids(), trajectory.scores.tolist())
             rates = learning_rates(recipe, step)
             set_learning_rates(engine.optimizer, rates)
             with phases("update"):

@@ -232,7 +232,7 @@ class OnlineRecipe(Section):
             "must be below 1 for reset.source=own: own rollouts bring their prompts with them, so no further prompt "
             "would be seen after the first step; lower it, or set reset.proportion_schedule",
         )
-        apart = self.reset.source == "own" and self.reset.per == "rollout" and num_rollouts > 1
+        apart = reset.source == "own" and reset.per == "rollout" and num_rollouts > 1
         refuse(apart, "reset.per", rule)
 
     def _check_vine(self) -> None:
