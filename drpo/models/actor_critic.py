@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from drpo.models.shared_prompt import continuation_logprobs, continuation_values
+from drpo.models.shared_prompt import continuation_logprobs, continuation_values, packed_states
 from drpo.models.trunk import resumed_from
 from drpo.tensors import PaddedBatch
 
@@ -69,7 +69,7 @@ class ActorCritic(nn.Module):
         """
         batch = PaddedBatch(queries, query_mask, responses, response_mask)
         models = (self.policy,) if self.critic is None else (self.policy, self.critic)
-        with resumed_from(trunk, *models):
+        with resumed_from(packed_states(trunk, batch, num_continuations), *models):
             scores = continuation_logprobs(self.policy, batch, num_continuations, **self._scoring)
             values = None
             if self.critic is not None:

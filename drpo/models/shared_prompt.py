@@ -11,7 +11,7 @@ between them, and the LM head runs on real response positions alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -165,6 +165,8 @@ class PackedRows(NamedTuple):
 
     ids: Tensor
     """(B, T) int64, 0 on padding."""
+    sources: Tensor
+    """(B, T) int64: the position in the K*B separate rows (Q+R wide), end to end, that each one is a copy of."""
     positions: Tensor
     """(B, T) int64, restarting after the query for each response."""
     attends: Tensor
@@ -190,7 +192,9 @@ def pack_rows(batch: PaddedBatch, num_continuations: int) -> PackedRows:
         fed.shape[1] - query_length
     )
     block = torch.cat([block.new_full((query_length,), -1), block])[order]
-    ids = batch.query_responses[:, :-1].masked_fill(fed.logical_not(), 0)
+    separate = torch.arange(batch.query_responses.numel(), device=order.device)
+    sources = side_by_side(separate.view_as(batch.query_responses)[:, :-1]).gather(1, order)
+    is_real = mask.gather(1, order)
 
     place = mask.cumsum(dim=1) - 1  # new place of a real column
     of_query = place[:, None, query_length - 1 : query_length].expand(-1, num_continuations, -1)
@@ -198,11 +202,40 @@ def pack_rows(batch: PaddedBatch, num_continuations: int) -> PackedRows:
     column = torch.cat([of_query, of_responses], dim=2).transpose(0, 1).flatten(0, 1)
     row = torch.arange(num_queries, device=order.device).repeat(num_continuations)[:, None].expand_as(column)
     return PackedRows(
-        ids=side_by_side(ids).gather(1, order),
+        ids=batch.query_responses.flatten()[sources].masked_fill(is_real.logical_not(), 0),
+        sources=sources,
         positions=side_by_side(position_ids(fed)).gather(1, order),
         attends=attention_pattern(block),  # padding follows all real columns
         predicting=(row[batch.response_mask], column[batch.response_mask]),
     )
+
+
+def packed_states(states: Tensor | None, batch: PaddedBatch, num_continuations: int) -> Tensor | None:
+    """Take the states (B, T, H) of shared rows from those of separate rows, (K*B, Q+R, H).
+
+    Without states None; with K = 1 the rows themselves.
+    """
+    if states is None or num_continuations == 1:
+        return states
+    return states.flatten(0, 1)[pack_rows(batch, num_continuations).sources]
+
+
+def shared_states(
+    compute: Callable[[PackedRows], Tensor], batch: PaddedBatch, num_continuations: int
+) -> Tensor:
+    """Compute states (K*B, Q+R, H) of all real tokens from shared rows, 0 on padding.
+
+    `compute` gives the states (B, T, H) of shared rows; the last token of each response has a place in these.
+    """
+    longer = _with_one_more_token(batch)
+    packed = pack_rows(longer, num_continuations)
+    states = compute(packed)
+    rows = states.new_zeros(*longer.query_responses.shape, states.shape[-1])
+    rows.flatten(0, 1)[packed.sources.flatten()] = states.flatten(0, 1)
+    blocks = rows.unflatten(0, (num_continuations, -1))
+    query_length = batch.queries.shape[1]
+    blocks[1:, :, :query_length] = blocks[:1, :, :query_length]
+    return rows[:, :-1].masked_fill(batch.attention_mask.logical_not().unsqueeze(2), 0)
 
 
 def attention_pattern(block: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from drpo.models.inputs import model_inputs, unwrap_peft
 from drpo.models.probes import check_policy, check_scalar_model
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import head_is_plain
-from drpo.models.shared_prompt import can_share_prompt
+from drpo.models.shared_prompt import PackedRows, can_share_prompt, packed_inputs, shared_states
 from drpo.tensors import PaddedBatch, pad_batch
 
 FIRST_TRAINED = "drpo_first_trained_layer"  # set on the backbone, so that copies of a model know it too
@@ -66,19 +66,35 @@ def trained_layer_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in model.named_modules() if module in top)
 
 
-def trunk_output(model: nn.Module, batch: PaddedBatch) -> Tensor:
-    """Return the input of layer n - k, (B, Q+R, H), without gradients; the layers above do not run."""
-    return _trunk_of(model, batch, _first_trained(model))
+def trunk_output(model: nn.Module, batch: PaddedBatch, num_continuations: int = 1) -> Tensor:
+    """Return the input of layer n - k, (B, Q+R, H), without gradients; the layers above do not run.
+
+    Where the rows are K > 1 blocks with the same queries, these are computed once (drpo.models.shared_prompt); the
+    model must be able to (`shares_rows`).
+    """
+    first = _first_trained(model)
+    if num_continuations == 1:
+        return _trunk_of(model, batch, first)
+    backbone = _backbone(model)
+
+    def compute(packed: PackedRows) -> Tensor:
+        return _states_before(backbone, packed_inputs(backbone, packed), first)
+
+    return shared_states(compute, batch, num_continuations)
+
+
+def _trunk_of(model: nn.Module, batch: PaddedBatch, first: int) -> Tensor:
+    backbone = _backbone(model)
+    inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
+    return _states_before(backbone, inputs, first)
 
 
 @torch.no_grad()
-def _trunk_of(model: nn.Module, batch: PaddedBatch, first: int) -> Tensor:
-    backbone = _backbone(model)
+def _states_before(backbone: nn.Module, inputs: dict[str, Tensor], first: int) -> Tensor:
     with _layers_replaced(backbone) as layers:
         for index in range(first, len(layers)):
             layers[index] = _Skipped(layers[index])
         with _caught_at(layers, first) as caught:
-            inputs = model_inputs(backbone, batch.query_responses, batch.attention_mask)
             backbone(**inputs, use_cache=False)
     return caught[-1]
 
@@ -100,7 +116,8 @@ def recorded_trunk(model: nn.Module) -> Iterator[list[Tensor]]:
 def resumed_from(trunk: Tensor | None, *models: nn.Module) -> Iterator[None]:
     """Start calls of `models` within this context from `trunk` (B, T, H) in place of their lower layers' output.
 
-    The calls must be on the tokens that `trunk` was computed from. None changes nothing.
+    The calls must be on the tokens that `trunk` was computed from, shared rows of a prompt on their `packed_states`.
+    None changes nothing.
     """
     with ExitStack() as stack:
         for model in models if trunk is not None else ():

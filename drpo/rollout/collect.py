@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drpo.engine import Engine
+from drpo.microbatches import same_query_batches
 from drpo.models.trunk import has_trunk, trunk_output
 from drpo.reward_functions import reading_trunk, score_in_detail
 from drpo.rewards import Completion, RewardFn
@@ -15,7 +16,7 @@ from drpo.rollout.generator import Generator
 from drpo.rollout.starts import Start
 from drpo.rollout.trajectory import Rollouts
 from drpo.run.metrics import Phases
-from drpo.tensors import pad_batch
+from drpo.tensors import PaddedBatch, pad_batch
 
 
 @torch.no_grad()
@@ -53,13 +54,14 @@ def collect(
         query_length,
         response_length,
     ).to(engine.device)
-    indices = torch.arange(len(starts), device=engine.device)
-    parts = [batch.select(part) for part in indices.split(generator.batch_size)]
-    trunks: list[Tensor | None] = [None] * len(parts)
+    trunk = None
     if has_trunk(policy):
         with phases("trunk"), engine.whole_weights(policy), engine.autocast():
-            trunks = [trunk_output(policy, part) for part in parts]
+            trunk = _trunk(policy, batch, completions, generator.batch_size, rollouts_together > 1)
     with phases("reward"), engine.interruptible():
+        indices = torch.arange(len(starts), device=engine.device).split(generator.batch_size)
+        parts = [batch.select(part) for part in indices]
+        trunks = [None if trunk is None else trunk[part] for part in indices]
         scored = score_in_detail(reading_trunk(reward_fn, parts, trunks), completions)
     rollouts = Rollouts(
         **vars(batch),
@@ -71,9 +73,31 @@ def collect(
         reward_details=_columns(scored.details, engine.device),
         rollouts_together=rollouts_together,
         engine_logprobs=_engine_logprobs(starts, completions, response_length, engine.device),
-        trunk=torch.cat(trunks) if has_trunk(policy) else None,
+        trunk=trunk,
     )
     return rollouts, completions
+
+
+def _trunk(
+    policy: nn.Module,
+    batch: PaddedBatch,
+    completions: Sequence[Completion],
+    batch_size: int,
+    share_prompts: bool,
+) -> Tensor:
+    """Return the frozen trunk's output (B, Q+R, H), of `batch_size` rows at a time; prompts may be computed once."""
+    if not share_prompts:
+        indices = torch.arange(len(completions), device=batch.queries.device)
+        return torch.cat([trunk_output(policy, batch.select(part)) for part in indices.split(batch_size)])
+    lengths = [(len(c.query_ids), len(c.response_ids)) for c in completions]
+    groups = same_query_batches([c.query_ids for c in completions], lengths, batch_size)
+    rows = torch.tensor([row for part, _ in groups for row in part], device=batch.queries.device)
+    parts = rows.split([len(part) for part, _ in groups])
+    outputs = [
+        trunk_output(policy, batch.select(part), num_continuations)
+        for part, (_, num_continuations) in zip(parts, groups, strict=True)
+    ]
+    return torch.cat(outputs)[rows.argsort()]
 
 
 def _columns(details: Mapping[str, Tensor], device: torch.device) -> Tensor | None:

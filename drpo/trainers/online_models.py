@@ -22,7 +22,7 @@ from drpo.models.policy_stops import check_stop_token, stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import adapter_disabled
-from drpo.models.shared_prompt import continuation_logprobs, shares_rows
+from drpo.models.shared_prompt import continuation_logprobs, packed_states, shares_rows
 from drpo.models.trunk import share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
@@ -155,6 +155,7 @@ def load_models(run: RunFolder, splits: Splits, tokenizer, reward_fn: RewardFn) 
     def reference_logprobs(
         batch: PaddedBatch, trunk: Tensor | None = None, num_continuations: int = 1
     ) -> Tensor:
+        trunk = packed_states(trunk, batch, num_continuations)
         return reference.apply(score, batch, num_continuations, trunk=trunk).logprobs
 
     vllm = None
@@ -194,7 +195,7 @@ def rollouts_together(recipe: OnlineRecipe, longest_query: int, models: Sequence
     ZeRO-3: all processes must call the same modules, so the choice is made once, for the longest row that can come.
     """
     num_rollouts = recipe.rollout.rollouts_per_prompt
-    if num_rollouts == 1 or not recipe.ppo.share_prompts or recipe.model.trainable_layers is not None:
+    if num_rollouts == 1 or not recipe.ppo.share_prompts:
         return 1
     longest = longest_query + num_rollouts * recipe.rollout.max_response_length
     return num_rollouts if all(shares_rows(model, longest) for model in models) else 1

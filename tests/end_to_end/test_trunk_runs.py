@@ -187,6 +187,22 @@ def test_two_deepspeed_processes_equal_one(folder):
     assert_close(metrics_of(folder / "whole"), metrics_of(folder / "zero2"), 2e-4)
 
 
+GROUPS = [
+    "rollout.rollouts_per_prompt=4",
+    "ppo.num_minibatches=1",
+    "ppo.microbatch_size=4",
+    "reset.per=prompt",
+]
+
+
+@pytest.mark.parametrize("launcher", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_two_processes_share_the_prompts_of_one_with_separate_rows(folder, launcher):
+    run(plain("drpo"), "drpo.yaml", "run_dir=rows", *GROUPS, "ppo.share_prompts=false", cwd=folder)
+    command = ddp("drpo") if launcher == "ddp" else partitioned("drpo", folder)
+    run(command, "drpo.yaml", f"run_dir=shared_{launcher}", *GROUPS, cwd=folder)
+    assert_close(metrics_of(folder / "rows"), metrics_of(folder / f"shared_{launcher}"), 2e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, policy", [("drpo", "sft"), ("drpo", "tied"), ("dpo", "sft"), ("dpo", "tied")]

@@ -246,6 +246,9 @@ def test_packed_rows_are_those_drawn_by_hand():
         [1, 1, 0, 0, 1],
     ]
     assert packed.attends[1, :2].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+    # Separate rows are 3 4 5 6 7 | . 10 11 . . | 3 4 8 9 . | . 10 12 13 ., numbered from the left, end to end.
+    assert packed.sources[0].tolist() == [0, 1, 2, 3, 12]
+    assert packed.sources[1, :2].tolist() == [6, 17]
     # 5 6 7 | 11 | 8 9 | 12 13, each from the token before it
     rows, columns = packed.predicting
     assert rows.tolist() == [0, 0, 0, 1, 0, 0, 1, 1]

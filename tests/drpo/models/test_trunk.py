@@ -14,7 +14,7 @@ from drpo.models.actor_critic import ActorCritic
 from drpo.models.loading import LoraConfig, ModelConfig, fresh_critic, load_critic, load_policy
 from drpo.models.scalar_head import ScalarModel
 from drpo.models.scoring import adapter_disabled, response_logprobs
-from drpo.models.shared_prompt import continuation_logprobs
+from drpo.models.shared_prompt import continuation_logprobs, packed_states
 from drpo.models.tokenizer import train_tokenizer
 from drpo.models.trunk import (
     freeze_trunk,
@@ -134,6 +134,39 @@ def test_the_trunk_is_recorded_by_the_way_and_serves_packed_rows(name):
     with recorded_trunk(tiny_model(name)) as trunks:
         response_logprobs(tiny_model(name), rows)
     assert trunks == []
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "llama", "gemma2"])
+def test_the_trunk_of_shared_prompts_is_that_of_separate_rows(name):
+    model = four_layers(name).double()
+    freeze_trunk(model, 1)
+    rows = pad_batch([[3, 4], [5, 6, 7]] * 2, [[8, 9, 3], [10], [11], [12, 13]], 2)
+    shapes: list[torch.Size] = []
+    hook = layers_of(model)[0].register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
+    shared = trunk_output(model, rows, 2)
+    hook.remove()
+    assert shapes == [(2, 6)]  # 2 + 3 + 1 and 3 + 1 + 2 tokens
+    separate = trunk_output(model, rows)
+    assert shared.shape == separate.shape
+    torch.testing.assert_close(
+        shared[rows.attention_mask], separate[rows.attention_mask], rtol=1e-9, atol=1e-9
+    )
+    assert not shared[rows.attention_mask.logical_not()].any()
+
+
+def test_a_trunk_of_rows_serves_shared_rows_as_one_of_their_own():
+    model = four_layers("llama").double()
+    freeze_trunk(model, 1)
+    rows = pad_batch([[3, 4], [5, 6, 7]] * 2, [[8, 9, 3], [10], [11], [12, 13]], 2)
+    expected = continuation_logprobs(model, rows, 2).logprobs
+    runs: list[int] = []
+    for index, layer in enumerate(layers_of(model)):
+        layer.register_forward_hook(lambda *_, index=index: runs.append(index))
+    trunk = trunk_output(model, rows)
+    with resumed_from(packed_states(trunk, rows, 2), model):
+        found = continuation_logprobs(model, rows, 2).logprobs
+    assert runs == [0, 1, 2, 3]
+    torch.testing.assert_close(found[rows.response_mask], expected[rows.response_mask], rtol=1e-9, atol=1e-9)
 
 
 # --- sharing ------------------------------------------------------------------------------------------------

@@ -14,6 +14,12 @@ from drpo.trainers.online_recipe import OnlineRecipe
 
 ONE = {"num_epochs": 2, "num_minibatches": 1}
 GROUPS = {"rollout": {"rollouts_per_prompt": 4}}
+MODELS = {
+    "all weights": {},
+    "lora": {"lora": {"r": 2}},
+    "frozen trunk": {"trainable_layers": 1},
+    "lora on a frozen trunk": {"trainable_layers": 1, "lora": {"r": 2}},
+}
 
 
 @pytest.fixture
@@ -56,8 +62,10 @@ def test_a_forward_is_as_wide_as_its_own_longest_row(online_run, forward_shapes)
     assert len({width for _, width, _ in forward_shapes}) > 3, "else the lengths do not differ"
 
 
-@pytest.mark.parametrize("changes", [{}, {"model": {"lora": {"r": 2}}}], ids=["all weights", "lora"])
-def test_shared_prompts_give_the_run_of_separate_rows(changes, online_run, forward_shapes):
+@pytest.mark.parametrize("reset", [{}, {"proportion": 1.0, "per": "prompt"}], ids=["beta 0.5", "one state"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_shared_prompts_give_the_run_of_separate_rows(model, reset, online_run, forward_shapes):
+    changes = {"model": model, "reset": reset}
     shared = online_run(ppo={**ONE, "microbatch_size": 8}, **GROUPS, **changes)
     assert {num for _, _, num in forward_shapes} == {4}
     forward_shapes.clear()
@@ -69,8 +77,12 @@ def test_shared_prompts_give_the_run_of_separate_rows(changes, online_run, forwa
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize(
     "changes",
-    [{"ppo": {"microbatch_tokens": 250}}, {**GROUPS, "ppo": {"microbatch_size": 8}}],
-    ids=["tokens", "shared"],
+    [
+        {"ppo": {"microbatch_tokens": 250}},
+        {**GROUPS, "ppo": {"microbatch_size": 8}},
+        {**GROUPS, "ppo": {"microbatch_size": 8}, "model": {"trainable_layers": 1}},
+    ],
+    ids=["tokens", "shared", "shared over a frozen trunk"],
 )
 def test_the_first_ratio_is_exactly_one(online_run, precision, changes):
     changes = {**changes, "ppo": {**changes["ppo"], "num_epochs": 1, "num_minibatches": 1}}
@@ -92,9 +104,8 @@ def test_rollouts_of_a_prompt_stay_in_one_minibatch(online_run, forward_shapes):
         {"ppo": {"num_minibatches": 8, "microbatch_size": 8}},  # minibatches of 2
         {"ppo": {"microbatch_size": 2}},
         {"rollout": {"max_response_length": 40}},
-        {"model": {"trainable_layers": 1}},
     ],
-    ids=["minibatches", "forwards", "long responses", "frozen trunk"],
+    ids=["minibatches", "forwards", "long responses"],
 )
 def test_rollouts_are_separate_rows_where_sharing_cannot_be_or_costs_more(
     online_run, forward_shapes, changes
