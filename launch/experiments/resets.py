@@ -54,7 +54,7 @@ class ResetsRecipe(Section):
     """Tables and plots of some of the methods, by title: the names of the methods, in their order. Without any, one of
     all methods."""
     only: list[str] = field(default_factory=list)
-    """Names of the methods to run and to show; empty for all."""
+    """Names of the methods to run and to show; empty for all. Questions about none of them are left out."""
     baseline: str = "DR-PO"
     """The method to which the others are compared, seed by seed."""
     reward: Literal["true", "learned"] = "true"
@@ -128,6 +128,8 @@ def run(recipe: ResetsRecipe) -> Path:
     texts = []
     for title, names in (recipe.questions or {"": list(recipe.methods)}).items():
         names = [name for name in names if name in recipe.shown]
+        if not names:
+            continue
         texts.append(f"## {title}\n\n" * bool(title))
         texts.append(markdown([row for row in rows if row["method"] in names], recipe.baseline))
         name = f"results_{_slug(title)}.png" if title else "results.png"

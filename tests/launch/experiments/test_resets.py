@@ -116,6 +116,8 @@ def test_methods_of_a_seed_share_policy_data_and_reward(tmp_path, monkeypatch, r
     runs.clear()
     resets.run(replaced(recipe, only=["DR-PO"]))
     assert len(runs) == 2 * (2 + is_learned) and "ppo_pp_0.01_3" not in runs
+    text = resets.run(replaced(asked, only=["PPO++"], baseline="PPO++")).read_text()
+    assert "## Who else?" in text and "## who\n" not in text
 
 
 @pytest.mark.parametrize(
