@@ -27,6 +27,7 @@ LAYERS = (
         "yaml_words",
         "versions",
         "precision",
+        "random_streams",
         "schedules",
         "microbatches",
         "run.lock",
@@ -56,6 +57,7 @@ LAYERS = (
 
 PURE = (
     "drpo.tensors",
+    "drpo.random_streams",
     "drpo.schedules",
     "drpo.microbatches",
     "drpo.losses",

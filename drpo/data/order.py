@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-SHUFFLE_STREAM = 2  # keeps the random numbers of the order apart from those of resets and sampling
+from drpo.random_streams import Stream, stream
 
 Item = TypeVar("Item")
 
@@ -24,4 +24,4 @@ def item_at(items: Sequence[Item], index: int, seed: int) -> Item:
 
 @functools.lru_cache(maxsize=4)
 def _order(num_items: int, sweep: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, SHUFFLE_STREAM, sweep]).permutation(num_items)
+    return stream(seed, Stream.ORDER, sweep).permutation(num_items)

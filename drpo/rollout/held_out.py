@@ -18,6 +18,7 @@ from drpo.models.policy_stops import stop_ids
 from drpo.models.positions import check_sampling
 from drpo.models.scoring import response_logprobs
 from drpo.models.vocabulary import check_same_vocabulary
+from drpo.random_streams import SeedOffset
 from drpo.reward_functions import score_in_detail
 from drpo.rewards import Completion, RewardFn
 from drpo.rollout.generator import Generator, RolloutConfig, vocabulary_of
@@ -26,8 +27,6 @@ from drpo.rollout.samples import evaluation_sample
 from drpo.rollout.starts import Start
 from drpo.run.folder import RunFolder
 from drpo.tensors import PaddedBatch, pad_batch
-
-EVAL_SEED_OFFSET = 1_000_003  # separates the random numbers of evaluation from those of rollouts
 
 Held = tuple[dict[str, float], list[dict[str, Any]]]
 "Metrics `eval/<name>`, and the completions as sample rows."
@@ -111,7 +110,7 @@ def evaluate(
     starts = own + starts[-1:] * (num_rows - len(own))
     results: list[tuple[int, dict[str, float], dict[str, Any]]] = []
     sampling = SamplingConfig(temperature=config.temperature)
-    evaluator = replace(generator, sampling=sampling, seed=generator.seed + EVAL_SEED_OFFSET)
+    evaluator = replace(generator, sampling=sampling, seed=generator.seed + SeedOffset.EVALUATION)
     completions: list[Completion] = []
     scores: dict[str, list[float]] = {}
     with engine.interruptible():

@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from drpo.config import Section, setting
-
-OWN_STREAM = 4  # keeps the choice of a rollout apart from other random numbers
+from drpo.random_streams import Stream, stream
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class OwnRollouts:
             sign = -1 if self.config.which == "best" else 1
             ranked = sorted(newest_first, key=lambda rollout: sign * rollout.score)
             self._choice = ranked[: max(1, int(round(self.config.share * len(ranked), 9)))]
-        index = np.random.default_rng([seed, OWN_STREAM, episode]).integers(len(self._choice))
+        index = stream(seed, Stream.OWN_ROLLOUTS, episode).integers(len(self._choice))
         return self._choice[index]
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,11 +18,9 @@ import numpy as np
 from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.data.encode import Example
 from drpo.data.records import DataError
+from drpo.random_streams import Stream, stream
 from drpo.rollout.own_rollouts import OwnConfig
 from drpo.rollout.prefix_search import AdaptiveConfig
-
-RESET_STREAM = 1  # keeps the random numbers of resets apart from those of sampling and shuffling
-SPREAD_STREAM = 5  # and those that place new prompts apart from both
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -229,11 +227,11 @@ def draw_reset_length(
 
 def draw_spread(seed: int, group: int) -> float:
     """Draw a uniform number in [0, 1) for the rollouts of a prompt, which places a prompt that was not seen before."""
-    return np.random.default_rng([seed, SPREAD_STREAM, group]).random()
+    return stream(seed, Stream.SPREAD, group).random()
 
 
 def _random(seed: int, draw: int) -> np.random.Generator:
-    return np.random.default_rng([seed, RESET_STREAM, draw])
+    return stream(seed, Stream.RESETS, draw)
 
 
 def allowed_lengths(

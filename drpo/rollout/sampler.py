@@ -21,10 +21,10 @@ from drpo.models.inputs import takes_position_ids, unwrap_peft
 from drpo.models.positions import check_lengths
 from drpo.models.probes import check_policy
 from drpo.models.scoring import suppress
+from drpo.random_streams import Stream, stream
 from drpo.rollout.decode_cache import decode_cache
 from drpo.tensors import position_ids
 
-_STREAM = 0x5A3
 _BLOCK = 256
 
 
@@ -50,7 +50,7 @@ def draw_uniforms(seed: int, episodes: Sequence[int], length: int) -> Tensor:
     Counter-based: no state to checkpoint, the same numbers on every rank and in every batch. A longer
     `length` only appends numbers.
     """
-    rows = [np.random.default_rng([seed, _STREAM, episode]).random(length) for episode in episodes]
+    rows = [stream(seed, Stream.SAMPLING, episode).random(length) for episode in episodes]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, length, dtype=torch.float64)
 
 

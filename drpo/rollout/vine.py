@@ -16,6 +16,7 @@ import torch
 
 from drpo.config import Section, setting
 from drpo.engine import Engine
+from drpo.random_streams import SeedOffset
 from drpo.reward_functions import score_in_detail
 from drpo.rewards import Completion, RewardFn
 from drpo.rollout.generator import Generator
@@ -23,10 +24,6 @@ from drpo.rollout.resets import prefix_boundaries
 from drpo.rollout.starts import Start
 from drpo.rollout.trajectory import Continuations
 from drpo.run.metrics import Phases
-
-VINE_SEED_OFFSET = (
-    2_000_003  # separates the random numbers of continuations from those of rollouts and evaluation
-)
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,10 @@ def continue_states(
             [[*completions[row].query_ids, *head] for (row, _), head in zip(repeated, heads, strict=True)],
             [generator.max_response_length - position for _, position in repeated],
             [
-                (generator.seed + VINE_SEED_OFFSET, draw_number(starts[row].episode, position, number))
+                (
+                    generator.seed + SeedOffset.CONTINUATIONS,
+                    draw_number(starts[row].episode, position, number),
+                )
                 for row, position in states
                 for number in range(num_rollouts)
             ],

@@ -26,6 +26,7 @@ from drpo.models.shared_prompt import continuation_logprobs, packed_states, shar
 from drpo.models.trunk import share_trunk
 from drpo.models.vocabulary import check_same_texts, check_trained_alike
 from drpo.optim import build_optimizer
+from drpo.random_streams import SeedOffset
 from drpo.rewards import BoundedRewardFn, RewardFn, SharingRewardFn
 from drpo.rollout.generator import Generator, vocabulary_of
 from drpo.rollout.starts import Start
@@ -37,9 +38,6 @@ from drpo.tensors import PaddedBatch
 from drpo.trainers.online_recipe import OnlineRecipe
 from drpo.trainers.ppo_update import PPOConfig, minibatches
 from drpo.trainers.reference import AdapterOff, FrozenCopy, can_share_trunk
-
-INITIAL_SEED_OFFSET = 3_000_017
-"Separates the random numbers of the initial policy's responses from those of rollouts and evaluation."
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class OnlineModels:
         initial = replace(
             self.generator,
             policy=sampled,
-            seed=self.generator.seed + INITIAL_SEED_OFFSET,
+            seed=self.generator.seed + SeedOffset.INITIAL_POLICY,
             fold_lora=False,
             vllm=None,
         )

@@ -22,11 +22,10 @@ from drpo.losses import (
     ppo_value_loss,
 )
 from drpo.microbatches import microbatches, sharing_saves
+from drpo.random_streams import Stream, stream
 from drpo.rollout.trajectory import Microbatch, Rollouts, Trajectory
 from drpo.tensors import masked_sum
 from drpo.trainers.credit import Credit
-
-MINIBATCH_STREAM = 3  # separates the order of minibatches from other random numbers
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def minibatches(
         return Microbatch(indices, query_length, response_length, num_continuations)
 
     for epoch in range(config.num_epochs):
-        order = np.random.default_rng([draw[0], MINIBATCH_STREAM, draw[1], epoch]).permutation(len(prompts))
+        order = stream(draw[0], Stream.MINIBATCHES, draw[1], epoch).permutation(len(prompts))
         for indices in np.array_split(order, config.num_minibatches):
             groups = prompts[indices].reshape(-1, num_continuations)
             group_lengths = [
