@@ -83,9 +83,12 @@ class SmolLMExperimentRecipe(Section):
     sft: StageConfig = field(default_factory=StageConfig)
     """Where every seed starts."""
     reward_model: StageConfig = field(default_factory=StageConfig)
-    """Trained once from the SFT policy of the first seed, and for the judge from that of the second."""
+    """Trained once from the SFT policy of the first seed, and for the judge from that of the second. Critics start from
+    it, unless a method has critic.path=null."""
     methods: dict[str, StageConfig] = field(default_factory=dict)
     """Name in the table -> stage."""
+    online: list[str] = field(default_factory=list)
+    """Settings of all online methods, before their own, key=value."""
     compare: StageConfig = field(default_factory=StageConfig)
     """The comparison; its systems are the methods."""
     num_jobs: int = setting(2, ge=1)
@@ -113,7 +116,7 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
             stage: StageConfig, folder: Path, path: str, seed: int, needs: list[Future], *settings: str
         ) -> Future:
             data = [f"data.path={path}", f"seed={seed}"]
-            overrides = [*recipe.shared, *stage.overrides, *data, *settings]
+            overrides = [*settings_of(recipe, stage), *data, *settings]
             return grid.launch(stage.script, stage.recipe, folder, overrides, needs)
 
         def start(seed: int) -> str:
@@ -130,9 +133,11 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
         for seed in recipe.seeds:
             for name, stage in recipe.methods.items():
                 needs, settings = [sft[seed]], [start(seed)]
-                if stage.script != "dpo":
+                if STAGES[stage.script] is OnlineRecipe:
                     needs.append(reward_model)
-                    settings += [f"reward.path={scorer}", f"critic.path={scorer}"]
+                    settings.append(f"reward.path={scorer}")
+                    if load_stage(recipe, f"methods.{name}", stage).critic.path is not None:
+                        settings.append(f"critic.path={scorer}")
                 folder = method_dir(root, name, seed)
                 train(stage, folder, recipe.data_path, seed, needs, *settings)
     return compare(recipe, root)
@@ -164,7 +169,7 @@ def check(recipe: SmolLMExperimentRecipe) -> None:
             raise ConfigError(
                 f"{name}.overrides: {split[0]} belongs in shared: all stages hold the same rows out"
             )
-        _load(STAGES[stage.script], name, stage, [*recipe.shared, *stage.overrides])
+        load_stage(recipe, name, stage)
     comparison = _load(CompareRecipe, "compare", recipe.compare, compare_overrides(recipe))
     if comparison.judging.judge.kind != "reward_model":
         raise ConfigError(
@@ -174,8 +179,19 @@ def check(recipe: SmolLMExperimentRecipe) -> None:
 
 def records_of(recipe: SmolLMExperimentRecipe, path: str) -> list[Record]:
     """Read the rows of a file as all stages do, except for the chat template."""
-    data = _load(SFTRecipe, "sft", recipe.sft, [*recipe.shared, *recipe.sft.overrides]).data
+    data = load_stage(recipe, "sft", recipe.sft).data
     return read_records(replace(data, path=path), data.train_split, "prompts", None, [])
+
+
+def settings_of(recipe: SmolLMExperimentRecipe, stage: StageConfig) -> list[str]:
+    """Return the overrides of a training stage: those of all stages, of all online ones, and its own."""
+    online = recipe.online if STAGES[stage.script] is OnlineRecipe else []
+    return [*recipe.shared, *online, *stage.overrides]
+
+
+def load_stage(recipe: SmolLMExperimentRecipe, name: str, stage: StageConfig) -> Any:
+    """Load the recipe of a training stage with its settings; raise ConfigError, naming `name`, for bad ones."""
+    return _load(STAGES[stage.script], name, stage, settings_of(recipe, stage))
 
 
 def _load(recipe_class: type, name: str, stage: StageConfig, overrides: list[str]) -> Any:

@@ -67,6 +67,32 @@ def test_each_run_starts_from_the_sft_policy_of_its_seed_and_what_it_needs_came_
         assert not online or given["reward.path"].endswith("reward_model/reward_model")
 
 
+def test_settings_of_all_online_methods_come_before_a_method_s_own(recipe, launched):
+    """And a method whose recipe gives its critic no path, or that has none, is given none."""
+    online = ["num_steps=9", "critic.path=null", "rollout.rollouts_per_prompt=2", "advantage.estimator=rloo"]
+    own = replace(RECIPE.methods["PPO"], overrides=["num_steps=7", "advantage.estimator=gae"])
+    methods = {"DPO": RECIPE.methods["DPO"], "RLOO": replace(own, overrides=["num_steps=8"]), "PPO": own}
+    run(replace(recipe, methods=methods, online=online))
+    given = {name: overrides for _, name, overrides in launched}
+    assert given["RLOO_0"][2:-4] == [*online, "num_steps=8"] == given["RLOO_2"][2:-4]
+    assert given["PPO_1"][2:-4] == [*online, *own.overrides]
+    assert not any(setting in given[name] for name in ("DPO_0", "sft_0", "judge") for setting in online)
+    assert all("reward.path" in given[name][-1] for name in ("RLOO_0", "PPO_0"))
+
+
+def test_the_methods_of_the_grid_of_resets_are_told_apart_by_their_own_settings(recipe, launched):
+    resets = load_recipe(SmolLMExperimentRecipe, find_recipe("smollm/resets_seeds_tldr.yaml"), [])
+    run(
+        replace(
+            resets, run_dir=recipe.run_dir, data_path=recipe.data_path, judge_data_path=recipe.judge_data_path
+        )
+    )
+    assert len(launched) == 3 * 11 + 2
+    assert not any(
+        o.startswith("critic.path=") and "reward_model" in o for *_, given in launched for o in given
+    )
+
+
 def test_a_failed_stage_ends_it_and_runs_nothing_that_needs_it(recipe, monkeypatch):
     runs = []
 
