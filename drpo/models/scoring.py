@@ -124,12 +124,12 @@ def chunked_scores(
         chunks = [run(*pair) for pair in pairs]
         return tuple(torch.cat(columns) for columns in zip(*chunks, strict=True))
 
-    with _forward_replaced(head, score_all):
+    with forward_replaced(head, score_all):
         return ResponseScores(*head(hidden))
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Make calls of `module`, hooks included, run `forward` in place of its own within this context."""
     earlier = vars(module).get("forward")  # some wrappers put one on the instance
     module.forward = forward

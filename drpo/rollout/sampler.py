@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from drpo.config import Section, key, refuse_changed, setting
+from drpo.models.decoding import head_rounded_once, keys_in_place
 from drpo.models.inputs import takes_position_ids, unwrap_peft
 from drpo.models.positions import check_lengths
 from drpo.models.probes import check_policy
@@ -113,7 +114,7 @@ def sample(
     check_policy(model)
     lengths = [len(context) + budget - 1 for context, budget in zip(contexts, max_new_tokens, strict=True)]
     check_lengths(causal_lm, lengths, "sampling", "give shorter prompts or fewer new tokens")
-    with _evaluation_mode(model):
+    with _evaluation_mode(model), keys_in_place(), head_rounded_once(causal_lm):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [contexts[row] for row in rows]
