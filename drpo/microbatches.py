@@ -62,7 +62,10 @@ def sharing_saves(lengths: Sequence[Lengths], num_continuations: int) -> bool:
 
 
 def same_query_batches(
-    queries: Sequence[Sequence[int]], lengths: Sequence[Lengths], max_rows: int
+    queries: Sequence[Sequence[int]],
+    lengths: Sequence[Lengths],
+    max_rows: int,
+    most_together: int | None = None,
 ) -> list[tuple[list[int], int]]:
     """Group rows into batches of K blocks with the same queries; return the rows of each batch, and its K.
 
@@ -73,12 +76,19 @@ def same_query_batches(
         queries: token ids of every row's query.
         lengths: of every row, in tokens.
         max_rows: rows of a batch.
+        most_together: bound of K; None for no further one.
     """
     by_query: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for row, query in enumerate(queries):
         by_query[tuple(query)].append(row)
     by_size: dict[int, list[list[int]]] = defaultdict(list)
-    for rows in by_query.values():
+    most_together = most_together or len(queries)
+    parts = [
+        rows[first : first + most_together]
+        for rows in by_query.values()
+        for first in range(0, len(rows), most_together)
+    ]
+    for rows in parts:
         if 1 < len(rows) <= max_rows and sharing_saves([lengths[row] for row in rows], len(rows)):
             by_size[len(rows)].append(rows)
         else:

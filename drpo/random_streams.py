@@ -1,9 +1,10 @@
-"""All random numbers of a run, by purpose: none has a state, so a resumed run needs nothing to draw on.
+"""Random numbers that are drawn by (seed, purpose, key), so that a resumed run needs no state to draw on.
 
     stream(seed, Stream.RESETS, episode)      numbers of the run that depend on (seed, purpose, episode)
     seed + SeedOffset.EVALUATION              seed of responses that are sampled beside the rollouts
 
-The numbers here are part of what makes a run reproducible: changing one changes every run.
+The numbers below are part of what makes a run reproducible: changing one changes every run. New weights, flipped
+labels and generated data have seeds of their own.
 """
 
 from __future__ import annotations

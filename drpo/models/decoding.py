@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from transformers.integrations import sdpa_attention
 from drpo.models.scoring import forward_replaced
 
 DECISION = "use_gqa_in_sdpa"
-"Where transformers decides whether sdpa gets grouped queries: a private function, so later versions may lack it."
+"Where transformers decides whether sdpa gets grouped queries: a private function, which other versions may lack."
 
 
 @contextmanager
@@ -24,12 +25,12 @@ def keys_in_place() -> Iterator[None]:
     groups beside one. torch's CPU kernel does, and the copies cost more than the attention of one query.
     """
     decide = getattr(sdpa_attention, DECISION, None)
-    if decide is None:
+    if decide is None or decide.__module__ == __name__:  # another call's, in another thread
         yield
         return
 
-    def takes_groups(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
-        return key.device.type == "cpu" or decide(attention_mask, key, value)
+    def takes_groups(attention_mask: Tensor | None, key: Tensor, *others: Any) -> bool:
+        return key.device.type == "cpu" or decide(attention_mask, key, *others)
 
     setattr(sdpa_attention, DECISION, takes_groups)
     try:

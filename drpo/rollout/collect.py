@@ -57,11 +57,11 @@ def collect(
     trunk = None
     if has_trunk(policy):
         with phases("trunk"), engine.whole_weights(policy), engine.autocast():
-            trunk = _trunk(policy, batch, completions, generator.batch_size, rollouts_together > 1)
+            trunk = _trunk(policy, batch, completions, generator.batch_size, rollouts_together)
     with phases("reward"), engine.interruptible():
         indices = torch.arange(len(starts), device=engine.device).split(generator.batch_size)
         parts = [batch.select(part) for part in indices]
-        trunks = [None if trunk is None else trunk[part] for part in indices]
+        trunks = [None] * len(parts) if trunk is None else trunk.split(generator.batch_size)
         scored = score_in_detail(reading_trunk(reward_fn, parts, trunks), completions)
     rollouts = Rollouts(
         **vars(batch),
@@ -83,21 +83,19 @@ def _trunk(
     batch: PaddedBatch,
     completions: Sequence[Completion],
     batch_size: int,
-    share_prompts: bool,
+    rollouts_together: int,
 ) -> Tensor:
-    """Return the frozen trunk's output (B, Q+R, H), of `batch_size` rows at a time; prompts may be computed once."""
-    if not share_prompts:
-        indices = torch.arange(len(completions), device=batch.queries.device)
-        return torch.cat([trunk_output(policy, batch.select(part)) for part in indices.split(batch_size)])
+    """Return the frozen trunk's output (B, Q+R, H), of `batch_size` rows at a time; a prompt is computed once for up to
+    `rollouts_together` of them."""
+    queries = [completion.query_ids for completion in completions]
     lengths = [(len(c.query_ids), len(c.response_ids)) for c in completions]
-    groups = same_query_batches([c.query_ids for c in completions], lengths, batch_size)
-    rows = torch.tensor([row for part, _ in groups for row in part], device=batch.queries.device)
-    parts = rows.split([len(part) for part, _ in groups])
-    outputs = [
-        trunk_output(policy, batch.select(part), num_continuations)
-        for part, (_, num_continuations) in zip(parts, groups, strict=True)
-    ]
-    return torch.cat(outputs)[rows.argsort()]
+    trunk = None
+    for rows, num_continuations in same_query_batches(queries, lengths, batch_size, rollouts_together):
+        output = trunk_output(policy, batch.select(rows), num_continuations)
+        if trunk is None:
+            trunk = output.new_empty(len(completions), *output.shape[1:])
+        trunk[rows] = output
+    return trunk
 
 
 def _columns(details: Mapping[str, Tensor], device: torch.device) -> Tensor | None:

@@ -162,13 +162,11 @@ def check(recipe: SmolLMExperimentRecipe) -> None:
         )
     stages = {"sft": recipe.sft, "reward_model": recipe.reward_model}
     stages |= {f"methods.{name}": stage for name, stage in recipe.methods.items()}
+    _check_split("online", recipe.online)
     for name, stage in stages.items():
         if stage.script not in STAGES:
             raise ConfigError(f"{name}.script must be one of {', '.join(STAGES)}, got {stage.script!r}")
-        if split := [override for override in stage.overrides if override.startswith(SPLIT)]:
-            raise ConfigError(
-                f"{name}.overrides: {split[0]} belongs in shared: all stages hold the same rows out"
-            )
+        _check_split(f"{name}.overrides", stage.overrides)
         load_stage(recipe, name, stage)
     comparison = _load(CompareRecipe, "compare", recipe.compare, compare_overrides(recipe))
     if comparison.judging.judge.kind != "reward_model":
@@ -177,9 +175,14 @@ def check(recipe: SmolLMExperimentRecipe) -> None:
         )
 
 
+def _check_split(place: str, overrides: Sequence[str]) -> None:
+    if split := [override for override in overrides if override.startswith(SPLIT)]:
+        raise ConfigError(f"{place}: {split[0]} belongs in shared: all stages hold the same rows out")
+
+
 def records_of(recipe: SmolLMExperimentRecipe, path: str) -> list[Record]:
     """Read the rows of a file as all stages do, except for the chat template."""
-    data = load_stage(recipe, "sft", recipe.sft).data
+    data = _load(SFTRecipe, "sft", recipe.sft, [*recipe.shared, *recipe.sft.overrides]).data
     return read_records(replace(data, path=path), data.train_split, "prompts", None, [])
 
 

@@ -18,7 +18,7 @@ from drpo.models.actor_critic import ActorCritic
 from drpo.models.adapters import folded
 from drpo.models.inputs import unwrap_peft
 from drpo.models.scoring import chunked_scores
-from drpo.models.shared_prompt import continuation_logprobs
+from drpo.models.shared_prompt import continuation_logprobs, packed_states
 from drpo.models.trunk import has_trunk, trunk_output
 from drpo.optim import build_optimizer
 from drpo.rollout.decode_cache import decode_cache
@@ -187,8 +187,9 @@ class _Phases:
             yield self._reward(min(recipe.reward.batch_size, local), stored)
         with self.dry.measured() as used, torch.no_grad(), self.precision.autocast():
             scores = actor_critic(*tokens, trunk, part.num_continuations)
-            scores += (models.reference.apply(score, batch, part.num_continuations, trunk=trunk),)
-            del scores
+            packed = packed_states(trunk, batch, part.num_continuations)
+            scores += (models.reference.apply(score, batch, part.num_continuations, trunk=packed),)
+            del scores, packed
         logits = self._logits(len(part.rows) * self.response_length, backward=False)
         yield Phase("scoring", used.peak + stored, logits=logits)
 

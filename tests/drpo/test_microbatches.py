@@ -61,6 +61,15 @@ def test_rows_with_one_query_come_as_blocks():
     assert wide == [([0, 1, 2, 3], 2)]  # block 0 is row 0 and 1, block 1 their other responses
 
 
+def test_more_rows_of_a_query_than_may_go_together_come_in_parts():
+    """As when two of the prompts of a step are one."""
+    assert same_query_batches([[1]] * 5, [(30, 2)] * 5, 8, most_together=2) == [
+        ([4], 1),
+        ([0, 2, 1, 3], 2),
+    ]
+    assert same_query_batches([[1]] * 3, [(30, 2)] * 3, 8, most_together=1) == [([0, 1, 2], 1)]
+
+
 def test_rows_that_cost_less_apart_or_do_not_fit_stay_apart():
     long_responses = [(2, 30), (2, 30), (2, 30)]
     assert not sharing_saves(long_responses, 3)  # (2 + 90)^2 > 3 * 32^2

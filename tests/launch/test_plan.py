@@ -33,6 +33,13 @@ def folder(tmp_path_factory) -> Path:
             "rollout": {"batch_size": 8, "rollouts_per_prompt": 2, "max_response_length": 10},
             "ppo": {"microbatch_tokens": 100},
         },
+        "drpo_trunk": base
+        | {
+            "model": {"path": "policy", "trainable_layers": 1},
+            "reward": {"path": "policy"},
+            "rollout": {"batch_size": 8, "rollouts_per_prompt": 4, "max_response_length": 4},
+            "ppo": {"microbatch_size": 8},
+        },
         "either": base | {"batch": batch},
     }
     for name, recipe in recipes.items():
@@ -57,13 +64,16 @@ PHASES = {
     "dpo": ["sampling", "update", "step"],
     "kto": ["sampling", "update", "step"],
     "drpo": ["rollout", "reward", "scoring", "update", "step"],
+    "drpo_trunk": ["rollout", "reward", "scoring", "update", "step"],
 }
 
 
 @pytest.mark.parametrize("name", PHASES)
 def test_stage_is_known_by_its_recipe_and_has_its_phases(folder, name):
     result = plans(folder, f"{name}.yaml", *GPUS)
-    assert result["command"] == {"reward_model": "reward-model", "kto": "dpo"}.get(name, name)
+    assert result["command"] == {"reward_model": "reward-model", "kto": "dpo", "drpo_trunk": "drpo"}.get(
+        name, name
+    )
     assert [each["accelerate"] for each in result["plans"]] == [
         "single_gpu",
         "multi_gpu",

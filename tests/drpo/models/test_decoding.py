@@ -69,6 +69,26 @@ def test_a_version_without_that_decision_copies_as_before(monkeypatch):
         assert not hasattr(sdpa_attention, "use_gqa_in_sdpa")
 
 
+@torch.no_grad()
+def test_a_version_that_decides_by_mask_and_keys_alone_is_served(monkeypatch):
+    """As that of transformers 5.0."""
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda attention_mask, key: False)
+    with keys_in_place():
+        assert sdpa_attention.use_gqa_in_sdpa(None, torch.zeros(1))
+        assert not sdpa_attention.use_gqa_in_sdpa(None, torch.zeros(1, device="meta"))
+
+
+def test_calls_that_overlap_leave_nothing_behind():
+    """As in two threads: the one that came first ends first."""
+    decide = sdpa_attention.use_gqa_in_sdpa
+    first, second = keys_in_place(), keys_in_place()
+    for context in (first, second):
+        context.__enter__()
+    for context in (first, second):
+        context.__exit__(None, None, None)
+    assert sdpa_attention.use_gqa_in_sdpa is decide
+
+
 def policy(tied: bool) -> nn.Module:
     model = add_lora(
         tiny_model("llama", tie_word_embeddings=tied), r=2, alpha=4.0, target_modules=None, seed=0

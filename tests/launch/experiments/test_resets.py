@@ -126,6 +126,7 @@ def test_methods_of_a_seed_share_policy_data_and_reward(tmp_path, monkeypatch, r
         ("baseline=ORPO", r"baseline \(ORPO\) must be one of PPO, DR-PO"),
         ("only=[PPO,RLOO]", "only names RLOO, and methods are PPO, DR-PO"),
         ("questions={Why: [GAE]}", "questions.Why names GAE, and methods are PPO, DR-PO"),
+        ("questions={Why: [DR-PO]}", "questions must have PPO in one of them, or its results are not shown"),
         ("only=[PPO]", r"baseline \(DR-PO\) must be one of PPO"),
         ("seeds=[0]", "seeds must be two or more"),
         (

@@ -131,6 +131,8 @@ def stage(**changes) -> StageConfig:
             {"methods": {"DPO": stage(overrides=["data.eval_fraction=0.2"])}},
             "methods.DPO.overrides: data.eval_fraction=0.2 belongs in shared",
         ),
+        ({"online": ["data.eval_fraction=0.1"]}, "online: data.eval_fraction=0.1 belongs in shared"),
+        ({"sft": StageConfig("sftx", "smollm/tldr_sft.yaml")}, "sft.script must be one of .*got 'sftx'"),
         ({"compare": replace(RECIPE.compare, recipe="none.yaml")}, "compare: no recipe none.yaml"),
         (
             {
