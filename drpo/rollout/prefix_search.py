@@ -19,7 +19,8 @@ class AdaptiveConfig(Section):
     """Settings of `reset.length=adaptive`."""
 
     score: float = 0.0
-    """A rollout succeeds with a raw score of at least this. Our reward models score an average reference with 0."""
+    """A rollout succeeds with a raw score of at least this. Our reward models score an average reference with 0, which
+    references themselves reach half of the time: with a learned reward choose less, or a smaller success."""
     success: float = setting(0.5, gt=0, le=1)
     """Share of the rollouts from a prefix that have to succeed for the prefix to be long enough."""
     start: float = setting(1.0, ge=0, le=1)
