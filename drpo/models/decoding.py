@@ -47,15 +47,17 @@ def head_rounded_once(causal_lm: nn.Module) -> Iterator[None]:
     a tied embedding is such a weight (the matrices are held in bf16, `drpo.models.frozen_weights`).
     """
     head = causal_lm.get_output_embeddings()
-    kind = head.weight.device.type if type(head) is nn.Linear else "cpu"
-    if (
-        type(head) is not nn.Linear
-        or not torch.is_autocast_enabled(kind)
-        or head.weight.dtype != torch.float32
-        or head.weight.requires_grad
-    ):
+    if not _is_rounded_every_time(head):
         yield
         return
-    weight = head.weight.to(torch.get_autocast_dtype(kind))
+    weight = head.weight.to(torch.get_autocast_dtype(head.weight.device.type))
     with forward_replaced(head, functools.partial(nn.functional.linear, weight=weight, bias=head.bias)):
         yield
+
+
+def _is_rounded_every_time(head: nn.Module | None) -> bool:
+    if type(head) is not nn.Linear:
+        return False
+    weight = head.weight
+    rounds = torch.is_autocast_enabled(weight.device.type) and weight.dtype == torch.float32
+    return rounds and not weight.requires_grad

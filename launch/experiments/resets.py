@@ -82,12 +82,9 @@ class ResetsRecipe(Section):
                 bool(unknown), f"questions.{title}", f"names {', '.join(unknown)}, and methods are {known}"
             )
         asked = {name for names in self.questions.values() for name in names}
-        if self.questions and (unasked := [name for name in self.shown if name not in asked]):
-            refuse(
-                True,
-                "questions",
-                f"must have {', '.join(unasked)} in one of them, or its results are not shown",
-            )
+        unasked = [name for name in self.shown if self.questions and name not in asked]
+        rule = f"must have {', '.join(unasked)} in one of them, or its results are not shown"
+        refuse(bool(unasked), "questions", rule)
         rule = f"({self.baseline}) must be one of {', '.join(self.shown)}"
         refuse(self.baseline not in self.shown, "baseline", rule)
         refuse(len(self.seeds) < 2, "seeds", f"must be two or more, for intervals, got {self.seeds}")
