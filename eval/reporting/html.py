@@ -22,6 +22,8 @@ from eval.reporting.report_tables import number_text
 
 PAGE = Path(__file__).with_name("report_page")
 _UNSAFE_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}
+"Control character -> its visible picture; HTML allows no NUL."
 
 
 def html_page(template: str, values: Mapping[str, Any], script: str | None = None) -> str:
@@ -45,11 +47,11 @@ def html_page(template: str, values: Mapping[str, Any], script: str | None = Non
 
 
 def write_pages(pages: Mapping[str, str], folder: Path) -> None:
-    """Write texts by file name into `folder`."""
+    """Write texts by file name into `folder`; a control character in them becomes its picture (\u2400 for NUL)."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
         # Lone surrogates cannot be encoded: they become question marks.
-        (folder / name).write_bytes(text.encode("utf-8", errors="replace"))
+        (folder / name).write_bytes(text.translate(_CONTROLS).encode("utf-8", errors="replace"))
 
 
 def embedded_png(content: bytes) -> str:
