@@ -26,7 +26,7 @@ from drpo.config import Section, refuse, setting
 from drpo.run.metrics import read_metrics
 from launch.command_line import StageFailed, main
 from launch.experiments.results import markdown_table, write_results
-from launch.experiments.seed_grid import RunGrid, interval
+from launch.experiments.seed_grid import RunGrid, chosen, interval
 
 TRUE_REWARD = (
     "reward.function=drpo.data.tasks.demo:true_rewards",
@@ -73,20 +73,18 @@ class ResetsRecipe(Section):
     """Further overrides of every method."""
 
     def check(self) -> None:
-        known = ", ".join(self.methods)
-        unknown = [name for name in self.only if name not in self.methods]
-        refuse(bool(unknown), "only", f"names {', '.join(unknown)}, and methods are {known}")
+        known, shown = ", ".join(self.methods), self.shown
         for title, names in self.questions.items():
             unknown = [name for name in names if name not in self.methods]
             refuse(
                 bool(unknown), f"questions.{title}", f"names {', '.join(unknown)}, and methods are {known}"
             )
         asked = {name for names in self.questions.values() for name in names}
-        unasked = [name for name in self.shown if self.questions and name not in asked]
+        unasked = [name for name in shown if self.questions and name not in asked]
         rule = f"must have {', '.join(unasked)} in one of them, or its results are not shown"
         refuse(bool(unasked), "questions", rule)
-        rule = f"({self.baseline}) must be one of {', '.join(self.shown)}"
-        refuse(self.baseline not in self.shown, "baseline", rule)
+        rule = f"({self.baseline}) must be one of {', '.join(shown)}"
+        refuse(self.baseline not in shown, "baseline", rule)
         refuse(len(self.seeds) < 2, "seeds", f"must be two or more, for intervals, got {self.seeds}")
         folders = [_slug(name) for name in ("sft", "reward model", *self.methods)]
         for name, method in self.methods.items():
@@ -97,7 +95,7 @@ class ResetsRecipe(Section):
     @property
     def shown(self) -> dict[str, list[str]]:
         """The methods that are run, in their order."""
-        return {name: method for name, method in self.methods.items() if not self.only or name in self.only}
+        return chosen(self.methods, self.only)
 
 
 class Curve(NamedTuple):

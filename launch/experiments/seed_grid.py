@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
 from rich.progress import Progress
 from scipy import stats
 
-from drpo.config import ConfigError
+from drpo.config import ConfigError, refuse
 from launch.command_line import LAUNCH, call, find_recipe
 
 MADE_FROM = "made_from.json"
 WITHOUT_SETTINGS_OF_RUNS = ("evaluate_reward_model",)
 "Stages that have neither trackers nor samples."
+
+Method = TypeVar("Method")
 
 
 def launch_once(stage: str, recipe: str, run_dir: Path, overrides: Sequence[str], num_jobs: int) -> None:
@@ -158,6 +160,16 @@ class RunGrid:
         """Wait until all jobs so far are done; raise the exception of one that failed."""
         for job in as_completed(self._jobs):
             job.result()
+
+
+def chosen(methods: Mapping[str, Method], only: Sequence[str]) -> dict[str, Method]:
+    """Return the methods that the setting `only` names, in their own order; all if it is empty.
+
+    Raises ConfigError for a name that no method has.
+    """
+    unknown = [name for name in only if name not in methods]
+    refuse(bool(unknown), "only", f"names {', '.join(unknown)}, and methods are {', '.join(methods)}")
+    return {name: method for name, method in methods.items() if not only or name in only}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -32,7 +32,7 @@ from drpo.trainers.sft import SFTRecipe
 from eval.comparing.recipe import CompareRecipe, slug
 from launch.command_line import StageFailed, find_recipe, main
 from launch.experiments.results import metric
-from launch.experiments.seed_grid import RunGrid
+from launch.experiments.seed_grid import RunGrid, chosen
 from reward_models.train import RewardModelRecipe
 
 STAGES = {
@@ -87,6 +87,8 @@ class SmolLMExperimentRecipe(Section):
     it, unless a method has critic.path=null."""
     methods: dict[str, StageConfig] = field(default_factory=dict)
     """Name in the table -> stage."""
+    only: list[str] = field(default_factory=list)
+    """Names of the methods to run and to compare; empty for all."""
     online: list[str] = field(default_factory=list)
     """Settings of all online methods, before their own, key=value."""
     compare: StageConfig = field(default_factory=StageConfig)
@@ -101,6 +103,12 @@ class SmolLMExperimentRecipe(Section):
         repeated = [folder for folder in folders if folders.count(folder) > 1]
         rule = f"must not have two runs in one folder, {', '.join(repeated[:1])}; choose another name"
         refuse(bool(repeated), "methods", rule)
+        chosen(self.methods, self.only)
+
+    @property
+    def shown(self) -> dict[str, StageConfig]:
+        """The methods that are run, in their order."""
+        return chosen(self.methods, self.only)
 
 
 def run(recipe: SmolLMExperimentRecipe) -> Path:
@@ -110,7 +118,7 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     first, second = recipe.seeds[:2]
     scorer = root / "reward_model" / "reward_model"
-    with RunGrid(recipe.num_jobs, len(recipe.seeds) * (1 + len(recipe.methods)) + 2) as grid:
+    with RunGrid(recipe.num_jobs, len(recipe.seeds) * (1 + len(recipe.shown)) + 2) as grid:
 
         def train(
             stage: StageConfig, folder: Path, path: str, seed: int, needs: list[Future], *settings: str
@@ -131,7 +139,7 @@ def run(recipe: SmolLMExperimentRecipe) -> Path:
                 path = recipe.judge_data_path
                 train(stage, root / "judge", path, second, [sft[second]], start(second))
         for seed in recipe.seeds:
-            for name, stage in recipe.methods.items():
+            for name, stage in recipe.shown.items():
                 needs, settings = [sft[seed]], [start(seed)]
                 if STAGES[stage.script] is OnlineRecipe:
                     needs.append(reward_model)
@@ -230,7 +238,7 @@ def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
     """Run the comparison, and keep its numbers, without the texts, as results.json."""
     settings: dict[str, Any] = yaml.safe_load(find_recipe(recipe.compare.recipe).read_text())
     systems = {"SFT": [sft_dir(root, seed) for seed in recipe.seeds]}
-    systems |= {name: [method_dir(root, name, seed) for seed in recipe.seeds] for name in recipe.methods}
+    systems |= {name: [method_dir(root, name, seed) for seed in recipe.seeds] for name in recipe.shown}
     references = [f"{sft_dir(root, seed)}/policy" for seed in recipe.seeds]
     settings["systems"] = [
         {"name": name, "policies": [f"{folder}/policy" for folder in folders], "kl_references": references}

@@ -93,6 +93,17 @@ def test_the_methods_of_the_grid_of_resets_are_told_apart_by_their_own_settings(
     )
 
 
+def test_some_of_the_methods_may_be_run_and_compared_alone(recipe, launched, monkeypatch):
+    compared = []
+    monkeypatch.setattr(smollm_experiment, "compare", lambda recipe, root: compared.extend(recipe.shown))
+    run(replace(recipe, only=["DR-PO 1", "PPO"]))
+    names = {name for _, name, _ in launched}
+    assert {name for name in names if name.endswith("_2")} == {"sft_2", "PPO_2", "DR_PO_1_2"}
+    assert compared == ["PPO", "DR-PO 1"]
+    with pytest.raises(ConfigError, match="^only names DR-PO, and methods are DPO, Dr. DPO, PPO, DR-PO 1"):
+        replace(recipe, only=["DR-PO"])
+
+
 def test_a_failed_stage_ends_it_and_runs_nothing_that_needs_it(recipe, monkeypatch):
     runs = []
 
