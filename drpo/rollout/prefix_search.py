@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from drpo.config import Section, setting
+from drpo.config import Section, key, refuse_changed, setting
 
 TOLERANCE = 1 / 32
 "Width of an interval that is searched no further."
@@ -18,9 +18,12 @@ REACH = 1 / 4
 class AdaptiveConfig(Section):
     """Settings of `reset.length=adaptive`."""
 
-    score: float = 0.0
-    """A rollout succeeds with a raw score of at least this. Our reward models score an average reference with 0, which
-    references themselves reach half of the time: with a learned reward choose less, or a smaller success."""
+    score: float | None = None
+    """A rollout succeeds with a raw score of at least this. null: the score of the whole response that its prefix is
+    from, less `margin`; that response is scored too, which costs as much as scoring the rollout."""
+    margin: float = setting(0.5, ge=0)
+    """How far a rollout may stay below that response; for score=null. Above the rounding of a reward model, which
+    scores one text in two batches not quite alike."""
     success: float = setting(0.5, gt=0, le=1)
     """Share of the rollouts from a prefix that have to succeed for the prefix to be long enough."""
     start: float = setting(1.0, ge=0, le=1)
@@ -31,6 +34,11 @@ class AdaptiveConfig(Section):
     rate: float = setting(0.5, gt=0)
     """How fast prompts that were not seen before follow the policy: after a step their position, from 0 at the
     shortest allowed prefix to 1 at the longest, falls by rate * (share of successes - success)."""
+
+    def check(self) -> None:
+        if self.score is not None:
+            rule = f"is for {key('score')}=null, got {key('score')}={self.score:g}; drop one of the two"
+            refuse_changed(self, ["margin"], rule)
 
 
 class Trial(NamedTuple):

@@ -112,6 +112,11 @@ class ResetConfig(Section):
         return self.source not in ("own", "initial")
 
     @property
+    def compares_with_source(self) -> bool:
+        """Whether rollouts are held against the response that their prefix is from."""
+        return self.length == "adaptive" and self.adaptive.score is None
+
+    @property
     def remembers(self) -> bool:
         """Whether draws depend on earlier rollouts."""
         return self.source == "own" or self.length == "adaptive"

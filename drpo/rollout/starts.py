@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Start:
-    """Start of a rollout: the prompt, and `prefix` tokens of a response of `source_length`."""
+    """Start of a rollout: the prompt, and `prefix`, the first tokens of the response `source`, none if it is empty."""
 
     episode: int
     "Determines the random numbers together with the run's seed."
     example: Example
     prefix: tuple[int, ...] = ()
-    source_length: int = 0
+    source: tuple[int, ...] = ()
+    "The response that the rollout is reset to, stop token included; empty for one that is not."
 
 
 class Starts:
@@ -89,7 +90,7 @@ class Starts:
                 length = draw_reset_length(
                     reset, lengths, len(response), progress, self._seed, draw, position
                 )
-                start = Start(episode, example, tuple(response[:length]), len(response) if length else 0)
+                start = Start(episode, example, tuple(response[:length]), tuple(response))
             starts.append(start)
             self._trials.append(trial)
         return starts
@@ -135,20 +136,31 @@ class Starts:
         return allowed_lengths(self._reset, boundaries, len(response), self._rollout.max_response_length)
 
     def observe(
-        self, starts: Sequence[Start], responses: Sequence[list[int]], scores: Sequence[float]
+        self,
+        starts: Sequence[Start],
+        responses: Sequence[list[int]],
+        scores: Sequence[float],
+        source_scores: Sequence[float] | None = None,
     ) -> None:
         """Remember the rollouts of the starts that were drawn last: all of a step, from all processes, in order.
 
-        `responses` are token ids, forced prefix and stop token included; `scores` are raw.
+        Args:
+            starts: one per rollout.
+            responses: token ids, forced prefix and stop token included.
+            scores: raw scores.
+            source_scores: raw scores of the whole responses reset to; for reset.adaptive.score=null.
         """
         if self._reset.source == "own":
             for start, response, score in zip(starts, responses, scores, strict=True):
                 self._own.add(OwnRollout(self._indices[id(start.example)], response, score))
         if self._reset.length == "adaptive":
             successes: dict[Trial, list[bool]] = {}
-            for trial, score in zip(self._trials, scores, strict=True):
+            targets = [self._reset.adaptive.score] * len(starts)
+            if self._reset.compares_with_source:
+                targets = [source - self._reset.adaptive.margin for source in source_scores]
+            for trial, score, target in zip(self._trials, scores, targets, strict=True):
                 if trial is not None:
-                    successes.setdefault(trial, []).append(score >= self._reset.adaptive.score)
+                    successes.setdefault(trial, []).append(score >= target)
             self._search.observe([(trial, sum(s) / len(s)) for trial, s in successes.items()])
 
     def metrics(self) -> dict[str, float]:

@@ -99,6 +99,9 @@ class Rollouts:
     """(B, R) float32, of the sampled tokens under the rollout engine that sampled, 0 elsewhere; None without one."""
     trunk: Tensor | None = None
     """(B, Q+R, H), output of the frozen layers that all models share (drpo.models.trunk); None where there are none."""
+    source_scores: Tensor | None = None
+    """(B,) float32, raw reward of the whole response that the rollout is reset to; None where nothing is held against
+    it (ResetConfig.compares_with_source)."""
     continuations: Continuations | None = None
     """From states within the rollouts, for Monte-Carlo values (drpo.rollout.vine); None for other estimators."""
 

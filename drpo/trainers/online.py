@@ -146,7 +146,9 @@ class _Loop:
 
         if self.guard.passes(metrics):
             if recipe.reset.remembers:
-                self.starts.observe(starts, trajectory.response_ids(), trajectory.scores.tolist())
+                sources = trajectory.source_scores
+                self.starts.observe(starts, trajectory.response_ids(), trajectory.scores.tolist(),
+                                    None if sources is None else sources.tolist())  # fmt: skip
             rates = learning_rates(recipe, step)
             set_learning_rates(engine.optimizer, rates)
             with phases("update"):
@@ -195,8 +197,9 @@ class _Loop:
         """Sample and score this process's share of the rollouts, and of their continuations for vine."""
         recipe, models, reward_fn = self.recipe, self.models, self.rewards["score"]
         try:
+            compares = recipe.reset.compares_with_source
             local, completions = collect(starts, models.generator, self.engine, reward_fn,
-                                         models.rollouts_together, phases)  # fmt: skip
+                                         models.rollouts_together, phases, compares)  # fmt: skip
             if recipe.advantage.estimator == "vine":
                 continuations = continue_states(starts, completions, models.generator, self.engine, reward_fn,
                                                 recipe.vine, phases)  # fmt: skip
@@ -208,6 +211,8 @@ class _Loop:
         check_finite(local.scores, "the reward", origins)
         if local.reward_details is not None:
             check_finite(local.reward_details, f"one of the reward's parts {local.reward_names}", origins)
+        if local.source_scores is not None:
+            check_finite(local.source_scores, "the reward of a response that rollouts are reset to", origins)
         if local.continuations is not None:
             check_finite(local.continuations.scores, "the reward of a continuation", origins)
         return local, completions

@@ -116,6 +116,8 @@ def _by_start(trajectory: Trajectory, row_metrics: dict[str, Tensor]) -> dict[st
     if bool(is_reset.any()):
         metrics["reset/prefix_length"] = float(trajectory.reset_lengths[is_reset].float().mean())
         metrics["reset/prefix_fraction"] = float(fraction[is_reset].mean())
+        if trajectory.source_scores is not None:
+            metrics["reset/source_score"] = float(trajectory.source_scores[is_reset].mean())
     for group, members in groups.items():
         if not bool(members.any()):
             continue  # a group without rollouts has no mean; its keys are absent in this step

@@ -20,7 +20,7 @@ RESETS = {
         "own": {"size": 24},
         "per": "prompt",
         "length": "adaptive",
-        "adaptive": {"score": -1.0, "rate": 0.5},
+        "adaptive": {"margin": 0.1, "rate": 0.5},
         "min_length": 1,
     },
     "initial": {"source": "initial", "per": "prompt", "min_length": 1, "length_schedule": "linear"},

@@ -48,11 +48,11 @@ def engine(tmp_path) -> Engine:
 
 @pytest.fixture
 def starts(tokenizer) -> list[Start]:
-    """Two from the prompt, two from a prefix of the response, one with a single token left."""
+    """Two with an empty prefix, two from a prefix of the response, one with a single token left."""
     text = tokenizer(" three four five! one").input_ids
     query = tokenizer("one two").input_ids
     example = Example(Record(prompt="one two", completion=" three four five! one"), query, text)
-    return [Start(i, example, tuple(text[:h]), len(text)) for i, h in enumerate((0, 3, 0, 5, LIMIT - 1))]
+    return [Start(i, example, tuple(text[:h]), tuple(text)) for i, h in enumerate((0, 3, 0, 5, LIMIT - 1))]
 
 
 def by_length(completions) -> list[float]:

@@ -52,7 +52,7 @@ def test_a_prefix_is_the_beginning_of_the_source(examples):
         source = start.example.completion_ids
         assert list(start.prefix) == source[: len(start.prefix)]
         assert len(start.prefix) < len(source)
-        assert start.source_length == (len(source) if start.prefix else 0)
+        assert list(start.source) == source
 
 
 def test_rollouts_of_one_prompt_share_it_and_have_their_own_resets(examples):
@@ -71,7 +71,7 @@ def test_every_pass_sees_every_prompt_once(examples):
 def test_proportion_zero_needs_no_source():
     rows = [Example(Record(prompt="p"), query_ids=[1])]
     starts = starts_of(rows, range(3), ResetConfig(proportion=0.0))
-    assert all(start.prefix == () and start.source_length == 0 for start in starts)
+    assert all(start.prefix == () == start.source for start in starts)
 
 
 def test_the_prompts_of_a_run_do_not_depend_on_the_resets(examples):
@@ -161,7 +161,7 @@ def test_resets_to_the_initial_policy_ask_it_once_for_each_state(examples):
     for group in groups_of(starts, 2):
         assert len({start.prefix for start in group}) == 1
         assert set(group[0].prefix) == {200 + group[0].episode}
-        assert group[0].source_length == 7  # cut at its stop token
+        assert len(group[0].source) == 7  # cut at its stop token
 
 
 def test_rollouts_from_the_prompt_do_not_ask_the_initial_policy(examples):
@@ -179,7 +179,7 @@ def test_rollouts_from_the_prompt_do_not_ask_the_initial_policy(examples):
 
 
 def adaptive(**settings) -> ResetConfig:
-    return ResetConfig(length="adaptive", adaptive=settings)
+    return ResetConfig(length="adaptive", adaptive={"score": 0.0, **settings})
 
 
 def test_prefixes_become_shorter_while_rollouts_succeed_and_longer_while_they_fail(examples):
@@ -215,8 +215,19 @@ def test_a_group_succeeds_by_the_share_of_its_rollouts(examples):
     assert drawn.state_dict()["search"]["intervals"] == {"0": [0.5, 1.0]}
 
 
+def test_without_a_score_rollouts_succeed_that_come_near_the_response_they_are_reset_to(examples):
+    """Each has a target of its own: 3 - 0.5, -1 - 0.5 and 0 - 0.5."""
+    drawn = drawing(examples, adaptive(score=None, margin=0.5, spread=0.0))
+    starts = drawn.draw(range(3), 0.0)
+    drawn.observe(starts, [[1]] * 3, [2.5, -1.6, -0.4], source_scores=[3.0, -1.0, 0.0])
+    assert drawn.state_dict()["search"]["intervals"] == {
+        str(examples.index(start.example)): interval
+        for start, interval in zip(starts, [[0.75, 1.0], [1.0, 1.0], [0.75, 1.0]], strict=True)
+    }
+
+
 def test_rollouts_from_the_prompt_are_no_trials(examples):
-    drawn = drawing(examples, ResetConfig(length="adaptive", proportion=0.0))
+    drawn = drawing(examples, ResetConfig(length="adaptive", adaptive={"score": 0.0}, proportion=0.0))
     drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [9.0] * 4)
     assert drawn.state_dict()["search"] == {"position": 1.0, "intervals": {}}
 
@@ -232,7 +243,8 @@ def test_rollouts_from_the_prompt_are_no_trials(examples):
         ResetConfig(length="binomial", length_schedule="cosine"),
         ResetConfig(length="curriculum"),
         ResetConfig(source="own", per="prompt", own={"size": 6}),
-        ResetConfig(length="adaptive", adaptive={"rate": 0.4}),
+        ResetConfig(length="adaptive", adaptive={"score": 0.0, "rate": 0.4}),
+        ResetConfig(length="adaptive"),
         ResetConfig(source="own", length="adaptive", per="prompt"),
     ],
 )
@@ -242,7 +254,8 @@ def test_a_restored_state_draws_on_as_if_nothing_had_happened(examples, reset):
         for step in steps:
             starts = drawn.draw(range(4 * step, 4 * step + 4), step / 10)
             responses = [[*start.prefix, 7, 8, 9, STOP] for start in starts]
-            drawn.observe(starts, responses, [float((7 * s.episode) % 5 - 2) for s in starts])
+            scores, of_sources = ([float((k * s.episode) % 5 - 2) for s in starts] for k in (7, 3))
+            drawn.observe(starts, responses, scores, of_sources)
             drawn_starts.append(starts)
         return drawn_starts
 

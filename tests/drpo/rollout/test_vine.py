@@ -52,7 +52,7 @@ def starts(tokenizer) -> list[Start]:
     result = []
     for row in range(6):
         example = Example(Record(prompt=f"post{row % 3}"), query_ids=tokenizer(f"post{row % 3}").input_ids)
-        result.append(Start(4 + row, example, prefix[: row % 4], len(prefix)))
+        result.append(Start(4 + row, example, prefix[: row % 4], prefix))
     return result
 
 
