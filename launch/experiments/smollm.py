@@ -48,7 +48,10 @@ CURVES = (
     "objective/score",
     "objective/kl_k3_per_token",
     "objective/sampled_length",
+    "objective/sampled_tokens",
     "objective/ended",
+    "reset/prefix_fraction",
+    "reset/position",
     "value/explained_variance",
 )
 SPLIT = ("data.eval_", "data.split_seed", "data.train_split", "data.limit")
