@@ -76,7 +76,7 @@ class ResetConfig(Section):
     """Where a prefix may end: after any token, a sentence (. ! ? or newline) or a turn (blank line)."""
     masking: Literal["paper", "release"] = "paper"
     """paper: forced tokens are excluded from losses, KL, whitening and statistics. release: from the policy loss only,
-    as in the released code."""
+    as in the released code, and from the logs, which there have them."""
     sft_coef: float = setting(0.0, ge=0)
     """Weight of an auxiliary loss while the policy is trained: the mean -log pi of the forced tokens, under the
     distribution of the rollouts (rollout.sampling.temperature, rollout.bad_tokens). 0: none."""
@@ -114,7 +114,7 @@ class ResetConfig(Section):
     @property
     def compares_with_source(self) -> bool:
         """Whether rollouts are held against the response that their prefix is from."""
-        return self.length == "adaptive" and self.adaptive.score is None
+        return self.proportion > 0 and self.length == "adaptive" and self.adaptive.score is None
 
     @property
     def remembers(self) -> bool:
