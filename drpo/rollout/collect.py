@@ -27,7 +27,6 @@ def collect(
     reward_fn: RewardFn,
     rollouts_together: int,
     phases: Phases,
-    scores_sources: bool = False,
 ) -> tuple[Rollouts, list[Completion]]:
     """Roll out from the given starts, this process's share of a batch, and score the result.
 
@@ -42,7 +41,6 @@ def collect(
         reward_fn: scores the completions.
         rollouts_together: consecutive rollouts of the whole batch whose prompt may be computed once.
         phases: collects the seconds of each phase.
-        scores_sources: whether the responses that rollouts are reset to are scored too.
     """
     policy = generator.policy
     with phases("generate"), generator.ready(engine), engine.autocast(), engine.interruptible():
@@ -65,9 +63,6 @@ def collect(
         parts = [batch.select(part) for part in indices]
         trunks = [None] * len(parts) if trunk is None else trunk.split(generator.batch_size)
         scored = score_in_detail(reading_trunk(reward_fn, parts, trunks), completions)
-        source_scores = None
-        if scores_sources:
-            source_scores = _source_scores(starts, completions, generator, reward_fn).to(engine.device)
     rollouts = Rollouts(
         **vars(batch),
         reset_lengths=torch.tensor([len(start.prefix) for start in starts], device=engine.device),
@@ -81,22 +76,8 @@ def collect(
         rollouts_together=rollouts_together,
         engine_logprobs=_engine_logprobs(starts, completions, response_length, engine.device),
         trunk=trunk,
-        source_scores=source_scores,
     )
     return rollouts, completions
-
-
-def _source_scores(
-    starts: Sequence[Start],
-    completions: Sequence[Completion],
-    generator: Generator,
-    reward_fn: RewardFn,
-) -> Tensor:
-    """Score the responses that rollouts are reset to, at most as long as a rollout; where there is none the rollout
-    itself, so that all processes score equally many (weights may be cut over them)."""
-    limit = generator.max_response_length
-    sources = [s.source[:limit] or c.response_ids for s, c in zip(starts, completions, strict=True)]
-    return score_in_detail(reward_fn, generator.completions(starts, sources)).scores
 
 
 def _trunk(

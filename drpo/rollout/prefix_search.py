@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from drpo.config import Section, key, refuse_changed, setting
 
@@ -18,12 +18,14 @@ REACH = 1 / 4
 class AdaptiveConfig(Section):
     """Settings of `reset.length=adaptive`."""
 
-    score: float | None = None
-    """A rollout succeeds with a raw score of at least this. null: the score of the whole response that its prefix is
-    from, less `margin`; that response is scored too, which costs as much as scoring the rollout."""
-    margin: float = setting(0.5, ge=0)
-    """How far a rollout may stay below that response; for score=null. Above the rounding of a reward model, which
-    scores one text in two batches not quite alike."""
+    target: Literal["source", "score"] = "source"
+    """The raw score with which a rollout succeeds. source: that of the response that its prefix is from, less `margin`;
+    each step scores the responses that it resets to. score: `score`."""
+    score: float = 0.0
+    """For target=score."""
+    margin: float = setting(0.1, ge=0)
+    """For target=source, in units of the raw score. 0 is too strict for a reward model, which scores one text in two
+    batches alike up to rounding only; half of the way from the policy's scores to the responses' is lenient."""
     success: float = setting(0.5, gt=0, le=1)
     """Share of the rollouts from a prefix that have to succeed for the prefix to be long enough."""
     start: float = setting(1.0, ge=0, le=1)
@@ -36,9 +38,10 @@ class AdaptiveConfig(Section):
     shortest allowed prefix to 1 at the longest, falls by rate * (share of successes - success)."""
 
     def check(self) -> None:
-        if self.score is not None:
-            rule = f"is for {key('score')}=null, got {key('score')}={self.score:g}; drop one of the two"
-            refuse_changed(self, ["margin"], rule)
+        other = "score" if self.target == "source" else "margin"
+        refuse_changed(
+            self, [other], f"does not apply to {key('target')}={self.target}; drop it, or change that"
+        )
 
 
 class Trial(NamedTuple):

@@ -9,7 +9,7 @@ rollouts that use a reset; 0 is PPO. docs/algorithms/resets.md maps the later pa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -114,7 +114,7 @@ class ResetConfig(Section):
     @property
     def compares_with_source(self) -> bool:
         """Whether rollouts are held against the response that their prefix is from."""
-        return self.proportion > 0 and self.length == "adaptive" and self.adaptive.score is None
+        return self.proportion > 0 and self.length == "adaptive" and self.adaptive.target == "source"
 
     @property
     def remembers(self) -> bool:
@@ -147,6 +147,12 @@ def reset_response(example: Example, source: str) -> list[int]:
     return ids
 
 
+def up_to_stop(response: Sequence[int], stop_ids: Container[int]) -> list[int]:
+    """Return the response up to its first stop token, which is included: nothing is sampled after one."""
+    ends = (i + 1 for i, token in enumerate(response) if token in stop_ids)
+    return list(response[: next(ends, len(response))])
+
+
 def check_resets(
     examples: Sequence[Example], config: ResetConfig, max_response_length: int, tokenizer
 ) -> None:
@@ -157,10 +163,8 @@ def check_resets(
     if not config.from_data:
         return  # there is no response yet
     sources = [reset_response(example, config.source) for example in examples]
-    for source in sources:
-        boundaries = prefix_boundaries(source, config.boundary, tokenizer)
-        if any(h > 0 for h in allowed_lengths(config, boundaries, len(source), max_response_length)):
-            return
+    if any(max(prefix_lengths(config, s, max_response_length, tokenizer), default=0) for s in sources):
+        return
     raise DataError(
         f"reset: none of {len(sources)} responses has a prefix within reset.min_length={config.min_length}, "
         f"reset.min_fraction={config.min_fraction:g}, reset.max_fraction={config.max_fraction:g}, "
@@ -172,11 +176,14 @@ def check_resets(
 def is_reset(config: ResetConfig, progress: float, seed: int, draw: int) -> bool:
     """Draw whether a rollout is reset: z ~ Bernoulli(beta), beta = proportion times the factor of its schedule.
 
+    Never once `length_schedule` has ended.
+
     `draw` is the episode, or the first one of the rollouts that share a reset. The result depends on (seed, draw) and
     the share of training done alone.
     """
     proportion = config.proportion * scheduled(config.proportion_schedule, progress, config.schedule_end)
-    return _random(seed, draw).random() < proportion
+    has_lengths = scheduled(config.length_schedule, progress, config.schedule_end) > 0
+    return has_lengths and _random(seed, draw).random() < proportion
 
 
 def draw_reset_length(
@@ -237,6 +244,14 @@ def draw_spread(seed: int, group: int) -> float:
 
 def _random(seed: int, draw: int) -> np.random.Generator:
     return stream(seed, Stream.RESETS, draw)
+
+
+def prefix_lengths(
+    config: ResetConfig, response_ids: Sequence[int], max_response_length: int, tokenizer
+) -> list[int]:
+    """Return the lengths that a prefix of the response may have, shortest first."""
+    boundaries = prefix_boundaries(response_ids, config.boundary, tokenizer)
+    return allowed_lengths(config, boundaries, len(response_ids), max_response_length)
 
 
 def allowed_lengths(

@@ -12,12 +12,12 @@ from drpo.rollout.own_rollouts import OwnRollout, OwnRollouts
 from drpo.rollout.prefix_search import PrefixSearch, Trial
 from drpo.rollout.resets import (
     ResetConfig,
-    allowed_lengths,
     draw_reset_length,
     draw_spread,
     is_reset,
-    prefix_boundaries,
+    prefix_lengths,
     reset_response,
+    up_to_stop,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Start:
     example: Example
     prefix: tuple[int, ...] = ()
     source: tuple[int, ...] = ()
-    "The response that the rollout is reset to, stop token included; empty for one that is not."
+    "The response that the rollout is reset to, its stop token included; empty for one that is not."
 
 
 class Starts:
@@ -80,20 +80,29 @@ class Starts:
         self._trials, starts = [], []
         for episode, prompt, draw, source in zip(episodes, prompts, draws, sources, strict=True):
             start, trial = Start(episode, prompt), None
-            if source is not None:
+            if source is not None and (lengths := self._lengths(source[1])):
                 example, response = source
-                lengths = self._lengths(response)
-                if reset.length == "adaptive" and lengths:
+                position = None
+                if reset.length == "adaptive":
                     spread = draw_spread(self._seed, episode // group_size)
                     trial = self._search.trial(self._indices[id(example)], spread)
-                position = None if trial is None else trial.position
+                    position = trial.position
                 length = draw_reset_length(
                     reset, lengths, len(response), progress, self._seed, draw, position
                 )
                 start = Start(episode, example, tuple(response[:length]), tuple(response))
+                if len(lengths) == 1 or not self._has_target(response):
+                    trial = None  # says nothing of the position
             starts.append(start)
             self._trials.append(trial)
         return starts
+
+    def _has_target(self, response: Sequence[int]) -> bool:
+        """Return whether rollouts can be held against the response: a reward has no meaning where one was cut off."""
+        if not self._reset.compares_with_source:
+            return True
+        longest = response[: self._rollout.max_response_length]
+        return longest[-1] in self._generator.vocabulary.stop_ids
 
     def _sources(
         self, prompts: Sequence[Example], draws: Sequence[int], resets: Sequence[bool]
@@ -102,13 +111,13 @@ class Starts:
 
         A response is cut at its first stop token, so no prefix extends beyond it.
         """
-        source = self._reset.source
+        source, stop_ids = self._reset.source, self._generator.vocabulary.stop_ids
         if source == "own":
             drawn = [
                 self._own.draw(self._seed, draw) if z else None for draw, z in zip(draws, resets, strict=True)
             ]
             return [
-                None if own is None else (self._examples[own.prompt], self._cut(own.response_ids))
+                None if own is None else (self._examples[own.prompt], up_to_stop(own.response_ids, stop_ids))
                 for own in drawn
             ]
         if source == "initial":
@@ -123,17 +132,13 @@ class Starts:
                 reset_response(p, source) if z else None for p, z in zip(prompts, resets, strict=True)
             ]
         return [
-            None if response is None else (prompt, self._cut(response))
+            None if response is None else (prompt, up_to_stop(response, stop_ids))
             for prompt, response in zip(prompts, responses, strict=True)
         ]
 
-    def _cut(self, response: list[int]) -> list[int]:
-        ends = (i + 1 for i, token in enumerate(response) if token in self._generator.vocabulary.stop_ids)
-        return response[: next(ends, len(response))]
-
     def _lengths(self, response: Sequence[int]) -> list[int]:
-        boundaries = prefix_boundaries(response, self._reset.boundary, self._generator.tokenizer)
-        return allowed_lengths(self._reset, boundaries, len(response), self._rollout.max_response_length)
+        longest = self._rollout.max_response_length
+        return prefix_lengths(self._reset, response, longest, self._generator.tokenizer)
 
     def observe(
         self,
@@ -148,7 +153,7 @@ class Starts:
             starts: one per rollout.
             responses: token ids, forced prefix and stop token included.
             scores: raw scores.
-            source_scores: raw scores of the whole responses reset to; for reset.adaptive.score=null.
+            source_scores: raw scores of the whole responses reset to; for reset.adaptive.target=source.
         """
         if self._reset.source == "own":
             for start, response, score in zip(starts, responses, scores, strict=True):

@@ -17,8 +17,8 @@ import torch
 from drpo.config import Section, setting
 from drpo.engine import Engine
 from drpo.random_streams import SeedOffset
-from drpo.reward_functions import score_in_detail
 from drpo.rewards import Completion, RewardFn
+from drpo.rollout.further_scores import score_evenly
 from drpo.rollout.generator import Generator
 from drpo.rollout.resets import prefix_boundaries
 from drpo.rollout.starts import Start
@@ -90,11 +90,8 @@ def continue_states(
         [starts[row] for row, _ in repeated],
         [[*head, *ids] for head, ids in zip(heads, new.tokens, strict=True)],
     )
-    # Forwards of weights that are cut over the processes need all of them: the last continuation fills up.
-    num_scored = int(engine.max(len(continued))) if engine.partitions_weights else len(continued)
     with phases("vine"), engine.interruptible():
-        filled = continued + continued[-1:] * (num_scored - len(continued))
-        scores = score_in_detail(reward_fn, filled).scores[: len(continued)]
+        scores = score_evenly(continued, continued[-1], engine, reward_fn)
     return _by_row(states, len(starts), continued, scores, engine)
 
 

@@ -23,9 +23,10 @@ from drpo.optim import scheduled_rate, set_learning_rates
 from drpo.reward_functions import identities_of
 from drpo.rewards import Completion, RewardFn, RunningMoments
 from drpo.rollout.collect import collect
+from drpo.rollout.further_scores import score_sources
 from drpo.rollout.generator import Generator
 from drpo.rollout.held_out import Held, evaluate
-from drpo.rollout.resets import check_resets, reset_response
+from drpo.rollout.resets import check_resets, prefix_lengths, reset_response, up_to_stop
 from drpo.rollout.samples import rollout_samples
 from drpo.rollout.starts import Start, Starts
 from drpo.rollout.trajectory import Rollouts
@@ -168,11 +169,14 @@ class _Loop:
             metrics |= dict(zip(names, rates, strict=False))
             kl = kl_per_token(trajectory.logprobs, trajectory.ref_logprobs, trajectory.action_mask,
                               recipe.kl.estimator)  # fmt: skip
-            self.controller.update(float(kl), batch_size)
+            if step > recipe.critic.pretrain_steps:  # until then the policy is the reference
+                self.controller.update(float(kl), batch_size)
         else:
             try:
                 checkpoint = self.guard.roll_back(engine, self.run, step, metrics)
-                self.starts.load_state_dict(read_trainer_state(checkpoint).get("starts", {}))
+                state = read_trainer_state(checkpoint)
+                self.starts.load_state_dict(state.get("starts", {}))
+                self.running.load_state_dict(state["running"])
             except RunStopped:
                 self.run.record(step, metrics, SHOWN)
                 raise
@@ -194,12 +198,15 @@ class _Loop:
     def _roll_out(
         self, starts: Sequence[Start], step: int, phases: Phases, check_finite: Callable[..., None]
     ) -> tuple[Rollouts, list[Completion]]:
-        """Sample and score this process's share of the rollouts, and of their continuations for vine."""
+        """Sample and score this process's share of the rollouts, and what else the settings need scores of."""
         recipe, models, reward_fn = self.recipe, self.models, self.rewards["score"]
         try:
-            compares = recipe.reset.compares_with_source
             local, completions = collect(starts, models.generator, self.engine, reward_fn,
-                                         models.rollouts_together, phases, compares)  # fmt: skip
+                                         models.rollouts_together, phases)  # fmt: skip
+            if recipe.reset.compares_with_source:
+                source_scores = score_sources(starts, models.generator, self.engine, reward_fn,
+                                              completions[-1], phases)  # fmt: skip
+                local = replace(local, source_scores=source_scores)
             if recipe.advantage.estimator == "vine":
                 continuations = continue_states(starts, completions, models.generator, self.engine, reward_fn,
                                                 recipe.vine, phases)  # fmt: skip
@@ -285,11 +292,11 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
 
 def _check_forced_tokens(recipe: OnlineRecipe, examples: Sequence[Example], generator: Generator) -> None:
     """Raise ConfigError if a token that may be forced is never sampled: it has no likelihood that could be raised."""
-    suppressed_ids = set(generator.vocabulary.suppressed_ids)
+    reset, vocabulary = recipe.reset, generator.vocabulary
     for example in examples:
-        source = reset_response(example, recipe.reset.source)
-        forced_ids = source[: min(len(source), recipe.rollout.max_response_length) - 1]
-        if found := suppressed_ids.intersection(forced_ids):
+        source = up_to_stop(reset_response(example, reset.source), vocabulary.stop_ids)
+        lengths = prefix_lengths(reset, source, generator.max_response_length, generator.tokenizer)
+        if found := set(vocabulary.suppressed_ids).intersection(source[: max(lengths, default=0)]):
             tokens = generator.tokenizer.convert_ids_to_tokens(sorted(found))
             place = example.record.origin or "an unknown place"
             raise ConfigError(

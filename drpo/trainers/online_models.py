@@ -230,9 +230,9 @@ def _check_positions(
     longest = max(len(example.query_ids) for example in examples) + length
     limit = reward_fn.max_tokens if isinstance(reward_fn, BoundedRewardFn) else None
     if limit is not None and longest > limit:
-        source = recipe.reward.kind if recipe.reward.models or recipe.reward.url else "path"
+        place = f"reward.{recipe.reward.kind}" if recipe.reward.kind else "the reward"
         raise ConfigError(
-            f"reward.{source}: prompts and responses take up to {longest} tokens, and the reward model has {limit} "
+            f"{place}: prompts and responses take up to {longest} tokens, and the reward model has {limit} "
             f"positions; set data.max_prompt_length, or lower rollout.max_response_length={length}"
         )
     key = "rollout.max_response_length"

@@ -28,6 +28,7 @@ def hand_trajectory(
     values: Sequence[Sequence[float]] | None = None,
     entropy: Sequence[Sequence[float]] | None = None,
     source_lengths: Sequence[int] | None = None,
+    source_scores: Sequence[float] | None = None,
 ) -> Trajectory:
     """Rows of `lengths` tokens of which the first `forced` are given; `log_ratios` are log pi / pi_ref."""
     num_rows = len(lengths)
@@ -41,6 +42,7 @@ def hand_trajectory(
         response_mask=mask,
         reset_lengths=torch.tensor(forced),
         source_lengths=torch.tensor(source_lengths or [0] * num_rows),
+        source_scores=None if source_scores is None else torch.tensor(source_scores),
         ended=torch.tensor([True] * num_rows if ended is None else ended),
         scores=torch.tensor([0.0] * num_rows if scores is None else scores),
         logprobs=ref_logprobs + rows(log_ratios or zeros, width),

@@ -118,21 +118,6 @@ def test_forced_tokens_are_the_beginning_of_the_reference(rollouts):
         assert int(trajectory.source_lengths[row]) == (len(start.example.completion_ids) if h else 0)
 
 
-def test_the_responses_that_rollouts_are_reset_to_may_be_scored_too(generator, engine, examples):
-    """At most as long as a rollout; a rollout that is not reset has its own score there."""
-    starts = Starts(examples, ResetConfig(proportion=0.7), ROLLOUT, generator, 3, None).draw(range(40), 0.0)
-    rollouts, completions = collect(starts, generator, engine, by_length, 1, Phases(), scores_sources=True)
-    assert not all(start.source for start in starts)
-    longest = {len(example.completion_ids) for example in examples}
-    assert min(longest) < LIMIT < max(longest)
-    expected = [
-        min(len(start.example.completion_ids), LIMIT) if start.source else len(completion.response_ids)
-        for start, completion in zip(starts, completions, strict=True)
-    ]
-    assert rollouts.source_scores.tolist() == expected
-    assert collect(starts, generator, engine, by_length, 1, Phases())[0].source_scores is None
-
-
 def test_rollouts_that_share_a_state_prefill_it_once(generator, examples):
     whole = dataclasses.replace(generator, batch_size=8)
     rollout = dataclasses.replace(ROLLOUT, rollouts_per_prompt=4)

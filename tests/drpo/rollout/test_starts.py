@@ -129,6 +129,26 @@ def test_resets_take_prompt_and_response_of_the_best_or_worst_earlier_rollouts(e
     assert all(start.prefix == tuple(responses[start.prefix[0] - 10][: len(start.prefix)]) for start in later)
 
 
+def test_without_a_prefix_that_is_allowed_rollouts_start_from_their_own_prompts(examples):
+    """Not from the prompts of the earlier rollouts."""
+    drawn = drawing(examples, own())
+    drawn.observe(drawn.draw(range(4), 0.0), [[STOP]] * 4, [1.0, 2.0, 3.0, 4.0])
+    assert drawn.draw(range(4, 20), 0.0) == starts_of(examples, range(4, 20), ResetConfig(proportion=0))
+
+
+@pytest.mark.parametrize("source", ["own", "initial"])
+def test_after_the_lengths_have_ended_nothing_is_reset_nor_sampled_for_it(examples, source):
+    def sample_initial(starts):
+        assert not starts
+        return []
+
+    reset = ResetConfig(source=source, length_schedule="linear", schedule_end=0.5)
+    drawn = drawing(examples, reset, sample_initial=sample_initial)
+    if source == "own":
+        drawn.observe(drawn.draw(range(4), 0.0), [[7, 8, 9, STOP]] * 4, [1.0, 2.0, 3.0, 4.0])
+    assert drawn.draw(range(4, 20), 0.5) == starts_of(examples, range(4, 20), ResetConfig(proportion=0))
+
+
 def test_the_buffer_holds_the_newest_rollouts(examples):
     drawn = drawing(examples, own(size=4, share=1.0))
     for step, first in enumerate((10, 50)):
@@ -179,7 +199,7 @@ def test_rollouts_from_the_prompt_do_not_ask_the_initial_policy(examples):
 
 
 def adaptive(**settings) -> ResetConfig:
-    return ResetConfig(length="adaptive", adaptive={"score": 0.0, **settings})
+    return ResetConfig(length="adaptive", adaptive={"target": "score", **settings})
 
 
 def test_prefixes_become_shorter_while_rollouts_succeed_and_longer_while_they_fail(examples):
@@ -215,9 +235,9 @@ def test_a_group_succeeds_by_the_share_of_its_rollouts(examples):
     assert drawn.state_dict()["search"]["intervals"] == {"0": [0.5, 1.0]}
 
 
-def test_without_a_score_rollouts_succeed_that_come_near_the_response_they_are_reset_to(examples):
+def test_rollouts_succeed_that_come_near_the_response_they_are_reset_to(examples):
     """Each has a target of its own: 3 - 0.5, -1 - 0.5 and 0 - 0.5."""
-    drawn = drawing(examples, adaptive(score=None, margin=0.5, spread=0.0))
+    drawn = drawing(examples, adaptive(target="source", margin=0.5, spread=0.0))
     starts = drawn.draw(range(3), 0.0)
     drawn.observe(starts, [[1]] * 3, [2.5, -1.6, -0.4], source_scores=[3.0, -1.0, 0.0])
     assert drawn.state_dict()["search"]["intervals"] == {
@@ -227,9 +247,31 @@ def test_without_a_score_rollouts_succeed_that_come_near_the_response_they_are_r
 
 
 def test_rollouts_from_the_prompt_are_no_trials(examples):
-    drawn = drawing(examples, ResetConfig(length="adaptive", adaptive={"score": 0.0}, proportion=0.0))
+    drawn = drawing(examples, ResetConfig(length="adaptive", proportion=0.0))
     drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [9.0] * 4)
     assert drawn.state_dict()["search"] == {"position": 1.0, "intervals": {}}
+
+
+def test_rollouts_that_had_to_start_there_are_no_trials(examples):
+    """The response of prompt 0 has 4 tokens, so a prefix of 3 or more has one length; the others have several."""
+    drawn = drawing(examples, ResetConfig(length="adaptive", min_length=3, adaptive={"target": "score"}))
+    starts = drawn.draw(range(5), 0.0)
+    assert {len(start.prefix) for start in starts if start.example is examples[0]} == {3}
+    drawn.observe(starts, [[1]] * 5, [-1.0] * 5)
+    assert sorted(drawn.state_dict()["search"]["intervals"]) == ["1", "2", "3", "4"]
+
+
+def test_responses_that_were_cut_off_are_no_targets(examples):
+    """Longer than a rollout may be, or without a stop token in the data: they start rollouts, which are no trials."""
+    examples[0].completion_ids.remove(STOP)
+    drawn = drawing(examples, ResetConfig(length="adaptive", min_length=1), max_response_length=6)
+    starts = drawn.draw(range(5), 0.0)
+    assert all(start.prefix for start in starts)
+    drawn.observe(starts, [[1]] * 5, [9.0] * 5, source_scores=[0.0] * 5)
+    assert sorted(drawn.state_dict()["search"]["intervals"]) == [
+        "1",
+        "2",
+    ]  # of 4 and 5 tokens, and the stop token
 
 
 # --- resume -----------------------------------------------------------------------------------------------
@@ -243,7 +285,7 @@ def test_rollouts_from_the_prompt_are_no_trials(examples):
         ResetConfig(length="binomial", length_schedule="cosine"),
         ResetConfig(length="curriculum"),
         ResetConfig(source="own", per="prompt", own={"size": 6}),
-        ResetConfig(length="adaptive", adaptive={"score": 0.0, "rate": 0.4}),
+        ResetConfig(length="adaptive", adaptive={"target": "score", "rate": 0.4}),
         ResetConfig(length="adaptive"),
         ResetConfig(source="own", length="adaptive", per="prompt"),
     ],

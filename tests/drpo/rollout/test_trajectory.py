@@ -57,9 +57,17 @@ def test_batch_is_the_same_tensors(trajectory):
 
 
 def test_map_reaches_every_field_and_changes_nothing_in_place(trajectory):
-    trajectory = dataclasses.replace(trajectory, trunk=torch.randn(len(trajectory.scores), 5, 3))
+    size = len(trajectory.scores)
+    optional = {
+        "trunk": torch.randn(size, 5, 3),
+        "source_scores": torch.randn(size),
+        "reward_details": torch.randn(size, 2),
+        "engine_logprobs": torch.randn(size, 5),
+    }
+    trajectory = dataclasses.replace(trajectory, **optional)
     columns = {name: value for name, value in trajectory.columns().items() if isinstance(value, torch.Tensor)}
-    assert len(columns) == 13  # every field but the number of rollouts to a prompt
+    others = {"rollouts_together", "reward_names", "continuations"}
+    assert columns.keys() == trajectory.columns().keys() - others
     before = {name: value.clone() for name, value in columns.items()}
     twice = trajectory.map(lambda rows: torch.cat([rows, rows]))
     for name, rows in before.items():

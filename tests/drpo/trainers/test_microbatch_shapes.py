@@ -39,7 +39,8 @@ def forward_shapes(monkeypatch) -> list[tuple[int, int, int]]:
 def assert_same_runs(left, right) -> None:
     (rows, folder), (other_rows, other_folder) = left, right
     for row, other in zip(rows, other_rows, strict=True):
-        for name in row.keys() & other.keys():
+        assert row.keys() == other.keys()
+        for name in row:
             if not name.startswith(("time/", "perf/")):
                 assert row[name] == pytest.approx(other[name], rel=2e-4, abs=2e-4), name
     weights, others = (load_file(run / "policy" / "model.safetensors") for run in (folder, other_folder))

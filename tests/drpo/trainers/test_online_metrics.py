@@ -69,6 +69,13 @@ def row_kl(row: int, estimator: str) -> float:
     return total
 
 
+def test_scores_of_the_responses_reset_to_are_averaged_over_rollouts_with_a_forced_token():
+    rollouts = {"lengths": [3, 4, 5], "forced": [0, 2, 3], "width": 5, "source_lengths": [0, 6, 7]}
+    metrics = metrics_of(hand_trajectory(**rollouts, source_scores=[100.0, 1.0, 4.0]))
+    assert metrics["reset/source_score"] == 2.5
+    assert "reset/source_score" not in metrics_of(hand_trajectory(**rollouts))
+
+
 # --- objective --------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from online_runs import forget_precision, run_online
 from safetensors.torch import load_file
 
 from drpo.config import ConfigError
+from drpo.run.checkpoints import read_trainer_state
 from drpo.run.metrics import read_metrics, reproducible
 from drpo.trainers.online import check_identities
 
@@ -37,6 +38,24 @@ def test_a_rollback_brings_the_kl_below_its_limit(online_run):
     )
     assert rows[1]["safety/num_rollbacks"] == 1.0
     assert rows[2]["objective/kl_k3_per_token"] < 0.0001
+
+
+def test_a_rollback_takes_back_the_moments_of_the_rewards_too(online_run):
+    """Step 2 is not learned from, so what it scored is no part of what later scores are normalised by."""
+    shaping = {
+        "reward": {"function": "drpo.data.tasks.demo:true_rewards", "shaping": {"normalise": "running"}}
+    }
+    settings = {"num_steps": 2, "checkpoint": {"every": 1, "keep": 9}, **shaping}
+    _, folder = online_run(kl={"max_per_token": 0.0001, "on_max": "rollback"}, **settings)
+    states = [read_trainer_state(folder / "checkpoints" / f"step_{step}") for step in range(3)]
+    assert states[1]["running"] != states[0]["running"] == states[2]["running"]
+
+
+def test_the_kl_coefficient_waits_for_the_policy(online_run):
+    """While the critic learns alone the KL is 0, which says nothing of the coefficient."""
+    kl = {"target_per_token": 1.0, "horizon": 160}
+    rows, _ = online_run(num_steps=4, kl=kl, critic={"pretrain_steps": 2})
+    assert [row["objective/kl_coef"] for row in rows] == pytest.approx([0.05, 0.05, 0.05, 0.05 * 0.98])
 
 
 def test_kl_limits_hold_for_a_token_not_an_episode(online_run):
