@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Start:
-    """Start of a rollout: the prompt, and `prefix`, the first tokens of the response `source`, none if it is empty."""
+    """Start of a rollout: its prompt, and `prefix`, which begins the response `source`."""
 
     episode: int
     "Determines the random numbers together with the run's seed."
