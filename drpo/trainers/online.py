@@ -292,11 +292,13 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
 
 def _check_forced_tokens(recipe: OnlineRecipe, examples: Sequence[Example], generator: Generator) -> None:
     """Raise ConfigError if a token that may be forced is never sampled: it has no likelihood that could be raised."""
-    reset, vocabulary = recipe.reset, generator.vocabulary
+    reset, suppressed_ids = recipe.reset, set(generator.vocabulary.suppressed_ids)
     for example in examples:
-        source = up_to_stop(reset_response(example, reset.source), vocabulary.stop_ids)
+        source = up_to_stop(reset_response(example, reset.source), generator.vocabulary.stop_ids)
+        if suppressed_ids.isdisjoint(source):
+            continue  # finding the boundaries of every response would take long
         lengths = prefix_lengths(reset, source, generator.max_response_length, generator.tokenizer)
-        if found := set(vocabulary.suppressed_ids).intersection(source[: max(lengths, default=0)]):
+        if found := suppressed_ids.intersection(source[: max(lengths, default=0)]):
             tokens = generator.tokenizer.convert_ids_to_tokens(sorted(found))
             place = example.record.origin or "an unknown place"
             raise ConfigError(
