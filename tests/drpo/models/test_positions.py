@@ -197,5 +197,5 @@ def test_online_runs_check_policy_critic_and_reward_model(inputs, tmp_path):
         def __call__(self, completions):
             return [0.0] * len(completions)
 
-    with pytest.raises(ConfigError, match="reward.path: .* the reward model has 32 positions"):
+    with pytest.raises(ConfigError, match="reward.function: .* the reward model has 32 positions"):
         run("reward", 30, Bounded())
