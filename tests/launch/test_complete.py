@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from online_runs import DEMO, forget_precision
 from tiny_models import tiny_model
-from tiny_runs import CLEAN, ddp, plain, write_recipe
+from tiny_runs import ddp, plain, started, write_recipe
 from tiny_runs import run as run_process
 from transformers import AutoTokenizer
 
@@ -117,15 +116,12 @@ def test_a_killed_run_goes_on_where_it_was(whole, policy_folder, tmp_path):
     """SIGKILL in the middle, half a line behind it, then the rest in other batches: the file of one whole run."""
     run_dir = tmp_path / "killed"
     path = run_dir / "completions.jsonl"
-    command = [*plain("complete"), str(recipe_file(policy_folder, run_dir, batch_size=1))]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=CLEAN, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = started(plain("complete"), str(recipe_file(policy_folder, run_dir, batch_size=1)), cwd=tmp_path)
     while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= 5):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert process.returncode == -signal.SIGKILL, errors
     expected = [line for line in whole.read_bytes().splitlines(keepends=True) if b'"system": "sft"' in line]
     there = path.read_bytes().splitlines(keepends=True)
     num_there = sum(line.endswith(b"\n") for line in there)

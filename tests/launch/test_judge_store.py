@@ -22,7 +22,7 @@ from stub_judge_server import (
     in_turn,
     longer_wins,
 )
-from tiny_runs import CLEAN, plain
+from tiny_runs import CLEAN, plain, started
 
 from drpo.config import load_recipe
 from drpo.run.stopped import RunStopped
@@ -127,14 +127,7 @@ def test_an_interrupt_ends_offline_judging_too(folder):
     settings = {"run_dir": "run", "completions": ["c.json"], "system": "x", "baseline": "y"}
     settings["judge"] = {"kind": "function", "function": "slow:scores"}
     (folder / "judge.yaml").write_text(json.dumps(settings))
-    process = subprocess.Popen(
-        [*plain("judge"), "judge.yaml"],
-        cwd=folder,
-        env={**CLEAN, "PYTHONPATH": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started(plain("judge"), "judge.yaml", cwd=folder, env={**CLEAN, "PYTHONPATH": str(folder)})
     assert process.stdout.readline() == "scoring\n"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=400)

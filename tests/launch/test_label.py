@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from label_runs import BETTER, WORSE, Client, better_slot, matchups
-from tiny_runs import CLEAN, finished, plain
+from tiny_runs import CLEAN, finished, plain, started
 
 from drpo.config import ConfigError, load_recipe
 from drpo.data.records import DataError
@@ -43,13 +43,9 @@ class Process:
     """launch/label.py as users start it; `url` is what it printed."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [*plain("label"), "label.yaml", *arguments],
-            cwd=folder,
-            env={**CLEAN, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        env = {**CLEAN, "PYTHONUNBUFFERED": "1"}
+        self.process = started(
+            plain("label"), "label.yaml", *arguments, cwd=folder, env=env, err=subprocess.STDOUT
         )
         self.printed = ""
         while "Ctrl-C" not in self.printed:

@@ -11,7 +11,7 @@ import yaml
 from tiny_models import tiny_model
 from tiny_runs import CLEAN, ROOT, finished
 
-GPUS = ["--gpus", "2x8"]
+GPUS, ONE_GPU = ["--gpus", "2x8"], ["--gpus", "24"]
 DATA = {"task": "own", "path": "rows.jsonl", "max_prompt_length": 20, "max_response_length": 10}
 
 
@@ -70,27 +70,34 @@ PHASES = {
 
 @pytest.mark.parametrize("name", PHASES)
 def test_stage_is_known_by_its_recipe_and_has_its_phases(folder, name):
-    result = plans(folder, f"{name}.yaml", *GPUS)
-    assert result["command"] == {"reward_model": "reward-model", "kto": "dpo", "drpo_trunk": "drpo"}.get(
-        name, name
-    )
-    assert [each["accelerate"] for each in result["plans"]] == [
-        "single_gpu",
-        "multi_gpu",
-        "zero2",
-        "zero3",
-        "zero3_offload",
-    ]
-    assert [each["processes"] for each in result["plans"]] == [1, 2, 2, 2, 2]
-    for each in result["plans"]:
-        assert list(each["phases_gib"]) == PHASES[name]
-        totals = {phase: sum(parts.values()) for phase, parts in each["phases_gib"].items()}
-        assert each["peak_gib"] == pytest.approx(max(totals.values())) == totals[each["peak_phase"]]
+    result = plans(folder, f"{name}.yaml", *ONE_GPU)
+    command = {"reward_model": "reward-model", "kto": "dpo", "drpo_trunk": "drpo"}.get(name, name)
+    assert result["command"] == command
+    (each,) = result["plans"]
+    assert (each["accelerate"], each["processes"]) == ("single_gpu", 1)
+    check_phases(each, PHASES[name])
+
+
+@pytest.mark.parametrize("name", ["sft", "drpo"])
+def test_several_gpus_get_a_plan_for_each_way_to_divide_a_run(folder, name):
+    result = plans(folder, f"{name}.yaml", *GPUS)["plans"]
+    found = [(each["accelerate"], each["processes"]) for each in result]
+    several = ["multi_gpu", "zero2", "zero3", "zero3_offload"]
+    assert found == [("single_gpu", 1), *((launcher, 2) for launcher in several)]
+    for each in result:
+        check_phases(each, PHASES[name])
+
+
+def check_phases(shown: dict, expected: list[str]) -> None:
+    """The phases in their order, and the peak the largest of their sums."""
+    assert list(shown["phases_gib"]) == expected
+    totals = {phase: sum(parts.values()) for phase, parts in shown["phases_gib"].items()}
+    assert shown["peak_gib"] == pytest.approx(max(totals.values())) == totals[shown["peak_phase"]]
 
 
 def test_parts_of_an_online_run_are_those_of_its_models(folder):
     """llama of width 32: policy, critic, reference and reward model in float32 with engine.mixed_precision=no."""
-    (single, *_) = plans(folder, "drpo", "drpo.yaml", "engine.mixed_precision=no", *GPUS)["plans"]
+    (single,) = plans(folder, "drpo", "drpo.yaml", "engine.mixed_precision=no", *ONE_GPU)["plans"]
     config = json.loads((folder / "policy" / "config.json").read_text())
     width, hidden, vocab, layers = 32, 64, config["vocab_size"], 2
     attention = 2 * width * width + 2 * width * (width // 2)  # 4 heads, 2 of keys and values
@@ -111,7 +118,7 @@ def test_parts_of_an_online_run_are_those_of_its_models(folder):
 @pytest.mark.parametrize(("estimator", "tokens"), [("reinforce_pp", 20 + 10), ("vine", 20 + 10 + 9)])
 def test_continued_states_begin_within_a_response_as_resets_do(folder, estimator, tokens):
     settings = [f"advantage.estimator={estimator}", "reset.proportion=0", "engine.mixed_precision=no"]
-    first = plans(folder, "drpo", "drpo.yaml", *settings, *GPUS)["plans"][0]
+    first = plans(folder, "drpo", "drpo.yaml", *settings, *ONE_GPU)["plans"][0]
     cache = first["phases_gib"]["rollout"]["key-value cache"] * 2**30
     assert cache == 4 * 2 * 2 * 8 * 2 * 8 * tokens
 
@@ -137,7 +144,7 @@ def test_base_in_4_bits_is_sized_by_hand_and_weights_that_are_cut_are_left_out(f
 def test_tied_output_embedding_is_counted_once(folder, tmp_path):
     tiny_model("llama", tie_word_embeddings=True).config.save_pretrained(tmp_path)
     counts = [
-        plans(folder, "sft", "sft.yaml", f"model.path={path}", "--gpus", "24")["plans"][0]["parameters"]
+        plans(folder, "sft", "sft.yaml", f"model.path={path}", *ONE_GPU)["plans"][0]["parameters"]
         for path in (folder / "policy", tmp_path)
     ]
     vocab = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
@@ -163,7 +170,7 @@ def test_chunk_of_logits_has_the_responses_of_a_micro_batch(folder):
     sizes = []
     for name, rows in (("dpo", 2), ("dpo", 4), ("sft", 4)):
         settings = [f"batch.microbatch_size={rows}", "loss_on=response"][: 2 if name == "sft" else 1]
-        (single,) = plans(folder, f"{name}.yaml", *settings, "--gpus", "24")["plans"]
+        (single,) = plans(folder, f"{name}.yaml", *settings, *ONE_GPU)["plans"]
         sizes.append(single["logits_chunk_gib"]["update"])
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.1)
     assert sizes[2] == pytest.approx(sizes[0], rel=0.1)
@@ -178,7 +185,7 @@ def test_micro_batch_of_tokens_holds_the_rows_that_a_process_has(folder):
 
 def test_vllm_holds_a_copy_of_the_policy_and_the_cache_that_it_is_given(folder):
     settings = ["rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.5", "engine.mixed_precision=no"]
-    (single,) = plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"]
+    (single,) = plans(folder, "drpo", "drpo.yaml", *settings, *ONE_GPU)["plans"]
     rollout = single["phases_gib"]["rollout"]
     assert rollout["key-value cache"] == 0.5
     assert rollout["activations"] == pytest.approx(rollout["policy"], abs=256 / 2**30)
@@ -186,14 +193,14 @@ def test_vllm_holds_a_copy_of_the_policy_and_the_cache_that_it_is_given(folder):
 
 def test_vllm_on_servers_takes_nothing_of_the_trainers_gpus(folder):
     settings = ["rollout.engine=vllm", "rollout.vllm.urls=[http://gpu1:8000]"]
-    (single,) = plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"]
+    (single,) = plans(folder, "drpo", "drpo.yaml", *settings, *ONE_GPU)["plans"]
     rollout = single["phases_gib"]["rollout"]
     assert not rollout.get("activations") and not rollout.get("key-value cache")
 
 
 def test_offloaded_models_are_on_the_device_in_their_phase_alone(folder):
     settings = ["reward.offload=true", "kl.offload_reference=true"]
-    (single,) = plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"]
+    (single,) = plans(folder, "drpo", "drpo.yaml", *settings, *ONE_GPU)["plans"]
     phases = single["phases_gib"]
     assert [name for name, parts in phases.items() if "reward model" in parts] == ["reward"]
     assert [name for name, parts in phases.items() if "reference" in parts] == ["scoring"]
@@ -201,9 +208,7 @@ def test_offloaded_models_are_on_the_device_in_their_phase_alone(folder):
 
 
 def test_reward_model_that_is_not_there_is_sized_as_the_policy_and_said_so(folder):
-    (single,) = plans(folder, "drpo", "drpo.yaml", "reward.path=runs/none/reward_model", "--gpus", "24")[
-        "plans"
-    ]
+    (single,) = plans(folder, "drpo", "drpo.yaml", "reward.path=runs/none/reward_model", *ONE_GPU)["plans"]
     assert single["notes"] == ["reward.path: 'runs/none/reward_model' is not there yet; sized as the policy"]
     assert single["parameters"]["reward model"] == single["parameters"]["critic"]
 
@@ -211,8 +216,7 @@ def test_reward_model_that_is_not_there_is_sized_as_the_policy_and_said_so(folde
 def test_every_reward_model_of_an_ensemble_and_of_the_parts_is_counted(folder):
     ensemble = ["reward.path=null", "reward.ensemble.paths=[runs/a,runs/b]"]
     single, several = (
-        plans(folder, "drpo", "drpo.yaml", *settings, "--gpus", "24")["plans"][0]
-        for settings in ([], ensemble)
+        plans(folder, "drpo", "drpo.yaml", *settings, *ONE_GPU)["plans"][0] for settings in ([], ensemble)
     )
     names = [f"reward.ensemble.paths[{i}]: 'runs/{path}' is not there yet" for i, path in enumerate("ab")]
     assert [note.split(";")[0] for note in several["notes"]] == names

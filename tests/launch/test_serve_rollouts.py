@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
-import sys
 
 import pytest
-from tiny_runs import CLEAN, ROOT
+from tiny_runs import ROOT, finished, plain
 
 from drpo.rollout.vllm_servers import EXTENSION
 from launch.serve_rollouts import _parser, arguments
 
-SCRIPT = str(ROOT / "launch/serve_rollouts.py")
-
 
 def serve(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *arguments], env=CLEAN, capture_output=True, text=True)
+    return finished(plain("serve_rollouts"), *arguments, cwd=ROOT)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -147,9 +146,8 @@ engine.close()
 def test_the_configs_of_several_processes_start_several_that_know_each_other(launcher, tmp_path):
     """accelerate takes MULTI_CPU for one process, and two without a word about the CPU for two times one."""
     (tmp_path / "who.py").write_text(WHO)
-    command = [*launcher()[:-1], "who.py"]
-    env = CLEAN | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    command, env = [*launcher()[:-1], "who.py"], CLEAN | {"PYTHONPATH": str(ROOT)}
+    done = finished(command, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 [0, 1] no") == 2
 
@@ -275,14 +273,7 @@ def test_a_users_reward_function_in_the_working_directory_is_found(folder):
         "reward.function=my_rewards:score",
         "eval.every=1",
     ]
-    done = subprocess.run(
-        [*command, *arguments],
-        cwd=folder,
-        env={**CLEAN, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = finished(command, *arguments, cwd=folder, env={**CLEAN, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert last_line(done.stdout) == str(folder / "mine" / "policy")
     samples = [json.loads(line) for line in (folder / "mine" / "samples.jsonl").read_text().splitlines()]

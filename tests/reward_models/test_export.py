@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import tiny_model
-from tiny_runs import CLEAN, ROOT
+from tiny_runs import finished, plain
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -173,14 +171,9 @@ def test_sums_and_models_without_a_classifier_are_refused(tmp_path, tokenizer):
 
 def test_the_command_says_what_the_logits_lack(tmp_path, tokenizer):
     path, _ = saved(tmp_path, tokenizer, "gpt_neox")
-    script = str(ROOT / "launch/export_reward_model.py")
-    done = subprocess.run(
-        [sys.executable, script, path, str(tmp_path / "plain")], env=CLEAN, capture_output=True, text=True
-    )
+    done = finished(plain("export_reward_model"), path, str(tmp_path / "plain"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "score = logit + 0.28125: the classifier's head has no bias" in done.stdout
     assert done.stdout.splitlines()[-1] == str(tmp_path / "plain")
-    failed = subprocess.run(
-        [sys.executable, script, "nowhere", "x"], env=CLEAN, capture_output=True, text=True
-    )
+    failed = finished(plain("export_reward_model"), "nowhere", "x", cwd=tmp_path)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr

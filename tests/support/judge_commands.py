@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from stub_judge_server import (
     MODEL,
     StubServer,
 )
-from tiny_runs import CLEAN, plain
+from tiny_runs import CLEAN, plain, started
+from warm_python import WarmProcess
 
 from drpo.config import load_recipe
 from eval.completions.rows import CompletionRow, CompletionsWriter
@@ -64,18 +64,11 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "run" / "judgments.jsonl").read_text().splitlines()]
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*plain("judge"), "judge.yaml", *arguments],
-        cwd=folder,
-        env={**CLEAN, "STUB_KEY": KEY},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(folder: Path, *arguments: str) -> WarmProcess:
+    return started(plain("judge"), "judge.yaml", *arguments, cwd=folder, env={**CLEAN, "STUB_KEY": KEY})
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 400.0) -> None:
+def wait_for(condition, process: WarmProcess, seconds: float = 400.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()

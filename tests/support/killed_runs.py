@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from pathlib import Path
 
-from tiny_runs import (
-    CLEAN,
-)
+from tiny_runs import started
+from warm_python import WarmProcess
 
 
-def start(command: list[str], *arguments: str, cwd: Path) -> subprocess.Popen:
-    """In a process group of its own, so that a kill reaches the launcher's children too."""
-    log = (cwd / "log.txt").open("a")
-    return subprocess.Popen(
-        [*command, *arguments], cwd=cwd, env=CLEAN, stdout=log, stderr=log, start_new_session=True
-    )
+def start(command: list[str], *arguments: str, cwd: Path) -> WarmProcess:
+    """In a process group of its own; a launcher's workers end with it."""
+    with (cwd / "log.txt").open("a") as log:
+        return started(command, *arguments, cwd=cwd, out=log, err=log)
 
 
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+def wait_for_step(process: WarmProcess, run_dir: Path, step: int) -> None:
     """Until `step` is in the metrics (its checkpoint may be under way)."""
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 180

@@ -16,7 +16,8 @@ from typing import Any
 
 import requests
 import uvicorn
-from tiny_runs import CLEAN, ROOT
+from tiny_runs import CLEAN, ROOT, started
+from warm_python import WarmProcess
 
 from reward_models.score import RewardModelScorer
 from reward_models.serving.app import RewardServer
@@ -53,16 +54,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_command(model: Path, port: int, *options: str, **environment: str) -> subprocess.Popen:
+def start_command(model: Path, port: int, *options: str, **environment: str) -> WarmProcess:
     """`drpo serve-reward-model` as a process of its own, in float32."""
     script = str(ROOT / "launch" / "serve_reward_model.py")
     command = [sys.executable, script, str(model), "--port", str(port), "--mixed-precision", "no", *options]
-    return subprocess.Popen(
-        command, env=CLEAN | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return started(command, cwd=Path.cwd(), env=CLEAN | environment, err=subprocess.STDOUT)
 
 
-def wait_until_up(process: subprocess.Popen, port: int) -> str:
+def wait_until_up(process: WarmProcess, port: int) -> str:
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import warm_python
 import yaml
@@ -137,13 +138,32 @@ def accelerate() -> list[str]:
 def finished(
     command: list[str], *arguments: str, cwd: Path, env: dict[str, str] = CLEAN, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """A process that has run to its end; our commands and the launcher need not import torch for themselves."""
+    """A process that has run to its end."""
     whole = [*command, *arguments]
-    is_script = Path(whole[1]).parent in (ROOT / "launch", ROOT / "launch" / "experiments")
-    is_module = whole[1:3] in (accelerate()[1:], ["-m", "launch.cli"])
-    if whole[0] == sys.executable and (is_script or is_module):
+    if _can_be_warm(whole):
         return warm_python.completed(whole, cwd, env, timeout)
     return subprocess.run(whole, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def started(
+    command: list[str],
+    *arguments: str,
+    cwd: Path,
+    env: dict[str, str] = CLEAN,
+    out: IO | None = None,
+    err: IO | int | None = None,
+) -> warm_python.WarmProcess:
+    """A process that goes on beside the test, of one of our commands or the launcher; see `warm_python.started`."""
+    whole = [*command, *arguments]
+    assert _can_be_warm(whole), whole
+    return warm_python.started(whole, cwd, env, out, err)
+
+
+def _can_be_warm(command: list[str]) -> bool:
+    """Our commands and the launcher need not import torch for themselves."""
+    is_script = Path(command[1]).parent in (ROOT / "launch", ROOT / "launch" / "experiments")
+    is_module = command[1:3] in (accelerate()[1:], ["-m", "launch.cli"])
+    return command[0] == sys.executable and (is_script or is_module)
 
 
 def run(command: list[str], *arguments: str, cwd: Path, timeout: float = 300) -> str:

@@ -23,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 IMPORTS = (
     "accelerate.commands.launch",
@@ -59,11 +61,38 @@ def completed(
         return subprocess.CompletedProcess(command, code, *texts)
 
 
+def started(
+    command: list[str], cwd: Path, env: dict[str, str], out: IO | None, err: IO | int | None
+) -> WarmProcess:
+    """Start `[python, script or -m module, arguments...]`, which goes on beside the test and ends with it.
+
+    Without a file its output and errors are text to be read from `stdout` and `stderr`, or from `stdout` alone if they
+    are one file, `subprocess.STDOUT`.
+    """
+    stacks = tempfile.mkdtemp()
+    pipes = [os.pipe() if file is None else None for file in (out, err)]
+    numbers = [pipes[0][1] if pipes[0] else out.fileno()]
+    if err == subprocess.STDOUT:
+        numbers += numbers
+    else:
+        numbers.append(pipes[1][1] if pipes[1] else err.fileno())
+    try:
+        process = WarmProcess(command, str(cwd), env, *numbers, {"address": _address(), "stacks": stacks})
+    finally:
+        for pipe in filter(None, pipes):
+            os.close(pipe[1])
+    process.stdout, process.stderr = (open(pipe[0]) if pipe else None for pipe in pipes)
+    return process
+
+
 class WarmProcess:
     """A process forked from the parent, with what is used of `subprocess.Popen`; it ends with its user.
 
     `place` holds the `address` of the parent and the folder of the `stacks` of processes that hang.
     """
+
+    stdout: IO[str] | None = None
+    stderr: IO[str] | None = None
 
     def __init__(
         self, command: list[str], cwd: str, env: dict[str, str], out: int, err: int, place: dict[str, str]
@@ -88,6 +117,23 @@ class WarmProcess:
         if self.returncode is None:
             self.returncode = int(self._line(timeout))
         return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
+        """Read what is left to be read, and wait for the end. Raises TimeoutExpired."""
+        with ThreadPoolExecutor(2) as pool:
+            texts = [pool.submit(file.read) if file else None for file in (self.stdout, self.stderr)]
+            try:
+                self.wait(timeout)
+            finally:
+                self.leave()  # what still runs is killed, so that the files have an end
+        return tuple(text.result() if text else None for text in texts)
 
     def leave(self) -> None:
         """Kill the process if it still runs."""
@@ -171,6 +217,8 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], place: dict[str, str
         for file, number in zip(files, (1, 2), strict=True):
             os.dup2(file, number)
             os.close(file)
+        if env.get("PYTHONUNBUFFERED"):
+            sys.stdout.reconfigure(write_through=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         stacks = Path(place["stacks"], f"stacks of {os.getpid()}").open("w")
         faulthandler.dump_traceback_later(STACKS_AFTER, file=stacks)
