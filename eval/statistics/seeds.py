@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 from scipy.optimize import brentq
+from scipy.special import stdtrit
 
 from eval.statistics.intervals import Interval, checked_confidence, checked_values, constant_interval
 
@@ -169,7 +169,7 @@ class _Sources:
         """Compute half of the interval's width at level 1 - alpha."""
 
         def square(df, variance):
-            return stats.t.isf(alpha / 2, df) ** 2 * variance
+            return stdtrit(df, alpha / 2) ** 2 * variance
 
         total = self.seed_variances.sum()
         seeds = 0.0
