@@ -16,13 +16,13 @@ import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from drpo.config_help import bounds_text, default_of, options
+from drpo.config_help import bounds_text, default_of, hints_of, options
 from drpo.versions import git_commit, package_versions
 from drpo.yaml_words import kind_at, quote_words
 
@@ -70,7 +70,7 @@ class Section:
     """Base of config dataclasses: accepts nested sections as mappings too, checks bounds, then calls `check`."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = hints_of(type(self))
         for field in dataclasses.fields(self):
             hint, place, value = hints[field.name], key(field.name), getattr(self, field.name)
             if _section_class(hint) is not None:
@@ -219,7 +219,7 @@ def load_recipe(recipe_class: type[Recipe], path: Path | None, overrides: Sequen
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type, or a value that the
     section's bounds or `check` refuse.
     """
-    defaults = _unlocked(OmegaConf.structured(recipe_class))
+    defaults = _defaults(recipe_class)
     layers = [] if path is None else [_read_recipe(Path(path), recipe_class)]
     assignments = []
     for override in overrides:
@@ -269,7 +269,7 @@ def _check_items(items: ListConfig, item_class: type, key: str) -> None:
         if dataclasses.is_dataclass(item_class):
             if not OmegaConf.is_dict(item):
                 raise ConfigError(_no_section(item_class, items[index], place))
-            defaults = _unlocked(OmegaConf.structured(item_class))
+            defaults = _defaults(item_class)
             _check_kinds(item, defaults, f"{place}.")
             try:
                 OmegaConf.merge(defaults, item)
@@ -289,6 +289,12 @@ def _check_finite(value: Any, place: str) -> None:
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             _check_finite(inner, f"{place}[{index}]")
+
+
+@functools.cache
+def _defaults(section: type) -> DictConfig:
+    """Return a section's defaults to be merged into, which copies them; making them takes as long as all the rest."""
+    return _unlocked(OmegaConf.structured(section))
 
 
 def _unlocked(node: DictConfig) -> DictConfig:

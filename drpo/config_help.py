@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import json
 import textwrap
 from collections.abc import Iterator
 from typing import Literal, get_origin, get_type_hints
+
+
+hints_of = functools.cache(get_type_hints)
+"The types of a section's settings by name; they are compiled from text, which would take a third of reading a recipe."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +33,7 @@ def options(recipe_class: type, prefix: str = "", defaults: object | None = None
     Defaults are those of the instance `defaults` if given, since a section may set other defaults than its class.
     """
     helps = _field_docs(recipe_class)
-    hints = get_type_hints(recipe_class)
+    hints = hints_of(recipe_class)
     for field in dataclasses.fields(recipe_class):
         hint = hints[field.name]
         default = default_of(field) if defaults is None else getattr(defaults, field.name)

@@ -10,9 +10,11 @@ import dataclasses
 import re
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
+
+from drpo.config_help import hints_of
 
 NULLS = ("", "~", "null", "Null", "NULL")
 
@@ -40,7 +42,7 @@ def kind_at(kind: Any, key: str) -> Any:
     for name in filter(None, re.split(r"[.\[\]]+", key)):
         kind = _known(kind)
         if dataclasses.is_dataclass(kind):
-            kind = get_type_hints(kind).get(name)
+            kind = hints_of(kind).get(name)
         else:
             kind = get_args(kind)[-1] if get_origin(kind) in (list, dict) else None
     return kind
@@ -64,7 +66,7 @@ def _texts(node: yaml.Node | None, kind: Any, seen: set[tuple[int, str]]) -> Ite
                 for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     yield from _texts(merged, kind, seen)
             elif dataclasses.is_dataclass(kind):
-                yield from _texts(value, get_type_hints(kind).get(str(key.value)), seen)
+                yield from _texts(value, hints_of(kind).get(str(key.value)), seen)
             elif get_origin(kind) is dict:
                 for part, its_kind in zip((key, value), get_args(kind), strict=True):
                     yield from _texts(part, its_kind, seen)
