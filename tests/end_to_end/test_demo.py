@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
-from tiny_runs import ROOT, metrics_of, plain, run
+from tiny_runs import ROOT, finished, metrics_of, plain, run
 
 
 @pytest.mark.slow
@@ -47,8 +46,7 @@ def test_the_demo_makes_what_it_lacks_and_resets_raise_the_true_reward(tmp_path)
 
 
 def test_the_real_demo_says_what_data_it_needs_before_anything_is_trained(tmp_path):
-    command = [sys.executable, str(ROOT / "launch" / "demo_real.py"), "none.jsonl"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = finished(plain("demo_real"), "none.jsonl", cwd=tmp_path)
     assert done.returncode == 1
     assert "no file or folder none.jsonl" in done.stderr
     assert "make demo-real DATA=path/to/axis.jsonl" in done.stderr

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import warm_python
@@ -157,6 +158,16 @@ def started(
     whole = [*command, *arguments]
     assert _can_be_warm(whole), whole
     return warm_python.started(whole, cwd, env, out, err)
+
+
+def launch_warm(monkeypatch) -> None:
+    """Let what this process launches as `launch.command_line` does be started as `started` starts it."""
+
+    def run_to_end(command: list[str], stdout: IO, stderr: IO, env: dict[str, str], cwd: Path | None):
+        process = started(command, cwd=cwd or Path.cwd(), env=env, out=stdout, err=stderr)
+        return subprocess.CompletedProcess(command, process.wait())
+
+    monkeypatch.setattr("launch.command_line.subprocess", SimpleNamespace(run=run_to_end))
 
 
 def _can_be_warm(command: list[str]) -> bool:

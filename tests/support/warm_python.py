@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -150,9 +151,18 @@ class WarmProcess:
         return line
 
 
-@functools.cache
 def _address() -> str:
-    """Return where the parent listens; it is started at the first call and ends with this process."""
+    """Return where the parent listens."""
+    with _STARTING:
+        return _parent()
+
+
+_STARTING = threading.Lock()
+
+
+@functools.cache
+def _parent() -> str:
+    """Start the parent, which ends with this process, and return where it listens."""
     folder = tempfile.mkdtemp()
     address = os.path.join(folder, "socket")
     parent = subprocess.Popen([sys.executable, __file__, address], stdout=subprocess.PIPE, text=True)

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import yaml
+from tiny_runs import launch_warm
 
 from drpo.config import ConfigError, load_recipe
 from launch.command_line import find_recipe
@@ -32,7 +33,7 @@ def recipe_for(tmp_path, **tables) -> PreferenceExperimentRecipe:
 
 
 def test_runs_every_cell_once_and_writes_tables_and_plots(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch_warm(monkeypatch)
     table = {
         "seeds": [0, 1],
         "shared": TINY,
