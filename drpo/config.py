@@ -342,4 +342,9 @@ def save_resolved(recipe: object, path: Path) -> None:
     """Write the resolved recipe as YAML that can be loaded again, with versions and commit on top."""
     header = {"git_commit": git_commit(), "python": platform.python_version()} | package_versions()
     lines = [f"# {name}: {value}" for name, value in header.items()]
-    Path(path).write_text("\n".join(lines) + "\n" + OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+    Path(path).write_text("\n".join(lines) + "\n" + resolved_yaml(recipe))
+
+
+def resolved_yaml(recipe: object) -> str:
+    """Return every setting of a recipe as YAML that can be loaded again."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))

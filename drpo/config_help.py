@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Iterator
 from typing import Literal, get_origin, get_type_hints
 
-
 hints_of = functools.cache(get_type_hints)
 "The types of a section's settings by name; they are compiled from text, which would take a third of reading a recipe."
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from torch import nn
 
+from drpo.config import resolved_yaml
 from drpo.models.export import save_policy
 from drpo.run.folder import RunFolder
 from drpo.run.metrics import read_metrics, reproducible
@@ -81,6 +81,6 @@ Trained with DRPO (commit {git_commit()}; {versions}).
 
 ## Recipe
 ```yaml
-{OmegaConf.to_yaml(OmegaConf.structured(recipe)).strip()}
+{resolved_yaml(recipe).strip()}
 ```
 """
