@@ -154,14 +154,14 @@ def started(
     out: IO | None = None,
     err: IO | int | None = None,
 ) -> warm_python.WarmProcess:
-    """A process that goes on beside the test, of one of our commands or the launcher; see `warm_python.started`."""
+    """One of our commands, or the launcher, as a process that may be killed; see `warm_python.started`."""
     whole = [*command, *arguments]
     assert _can_be_warm(whole), whole
     return warm_python.started(whole, cwd, env, out, err)
 
 
 def launch_warm(monkeypatch) -> None:
-    """Let what this process launches as `launch.command_line` does be started as `started` starts it."""
+    """Start from the warm parent what `launch.command_line` starts."""
 
     def run_to_end(command: list[str], stdout: IO, stderr: IO, env: dict[str, str], cwd: Path | None):
         process = started(command, cwd=cwd or Path.cwd(), env=env, out=stdout, err=stderr)

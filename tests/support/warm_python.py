@@ -65,10 +65,14 @@ def completed(
 def started(
     command: list[str], cwd: Path, env: dict[str, str], out: IO | None, err: IO | int | None
 ) -> WarmProcess:
-    """Start `[python, script or -m module, arguments...]`, which goes on beside the test and ends with it.
+    """Start `[python, script or -m module, arguments...]`, which ends when its `WarmProcess` is collected, at the latest.
 
-    Without a file its output and errors are text to be read from `stdout` and `stderr`, or from `stdout` alone if they
-    are one file, `subprocess.STDOUT`.
+    Args:
+        command: the process.
+        cwd: its folder.
+        env: its environment.
+        out: the file of its output; None: a pipe, `stdout`.
+        err: the file of its errors; None: a pipe, `stderr`; subprocess.STDOUT: where the output goes.
     """
     stacks = tempfile.mkdtemp()
     pipes = [os.pipe() if file is None else None for file in (out, err)]
