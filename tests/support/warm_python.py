@@ -65,7 +65,7 @@ def completed(
 def started(
     command: list[str], cwd: Path, env: dict[str, str], out: IO | None, err: IO | int | None
 ) -> WarmProcess:
-    """Start `[python, script or -m module, arguments...]`, which ends when its `WarmProcess` is collected, at the latest.
+    """Start `[python, script or -m module, arguments...]`, which ends with its `WarmProcess` at the latest.
 
     Args:
         command: the process.
