@@ -93,8 +93,10 @@ def grpo(rewards: Tensor, mask: Tensor, group_size: int, group_std: bool = True)
         A_{i,t} = (R_i - mean_j R_j) / (std_j R_j + GROUP_STD_EPS)    for every token t of rollout i
 
     std is that of a sample, over K - 1, as in TRL and verl; the paper does not say which. `group_std=False` leaves the
-    division out (Dr. GRPO). Where all returns of a group are equal the advantages are exactly 0. Returns, shapes and
-    errors are those of `rloo`, of which (K - 1) / K is the result without the division.
+    division out (Dr. GRPO). Where all returns of a group are equal the advantages are exactly 0. With a KL penalty in
+    the rewards equal scores do not make equal returns, and the division makes them differ by as much as scores would;
+    in the paper the penalty is a term of the loss. Returns, shapes and errors are those of `rloo`, of which (K - 1) / K
+    is the result without the division.
     Source: Shao et al. 2024 (arXiv 2402.03300), section 4.1.2; Liu et al. 2025 (arXiv 2503.20783).
     """
     groups = _returns_of_groups(rewards, mask, group_size)

@@ -224,9 +224,10 @@ def draw_reset_length(
         return 0
     match config.length:
         case "uniform":
-            lengths = lengths[: math.ceil(round(factor * len(lengths), 9))]
+            lengths = lengths[: max(1, math.ceil(round(factor * len(lengths), 9)))]
         case "curriculum":
-            num_skipped = math.floor(len(lengths) * max(0.0, 1.0 - progress / config.curriculum_end))
+            share_skipped = max(0.0, 1.0 - progress / config.curriculum_end)
+            num_skipped = math.floor(round(share_skipped * len(lengths), 9))
             lengths = lengths[min(num_skipped, len(lengths) - 1) :]
         case "binomial":
             share = config.min_fraction + (config.max_fraction - config.min_fraction) * factor

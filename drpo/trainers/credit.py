@@ -116,8 +116,8 @@ class AdvantageConfig(Section):
             refuse_changed(self, ("gamma",), rule)
         if self.estimator != "grpo":
             refuse_changed(self, ("group_std",), rule)
-        if self.estimator in ("grpo", "reinforce_pp"):
-            refuse_changed(self, ("whiten_rewards",), f"{rule}: that has a scale of its own")
+        if self.estimator != "gae":
+            refuse_changed(self, ("whiten_rewards",), f"{rule}: without a critic it would pay for length")
         refuse(
             self.estimator == "reinforce_pp" and not self.whiten,
             "whiten",

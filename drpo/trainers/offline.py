@@ -201,7 +201,9 @@ def _schedule(
     return [
         (examples, stage_step, num_stage_steps, rate)
         for examples in stages
-        for num_stage_steps in [recipe.num_steps or math.ceil(batch.num_epochs * len(examples) / batch.size)]
+        for num_stage_steps in [
+            recipe.num_steps or math.ceil(round(batch.num_epochs * len(examples) / batch.size, 9))
+        ]
         for stage_step in range(num_stage_steps)
         for rate in [scheduled_rate(optim.learning_rate, optim, stage_step, num_stage_steps)]
     ]

@@ -241,10 +241,6 @@ class OnlineRecipe(Section):
             rule = f"is for advantage.estimator=vine, and it is {estimator}; drop it"
             refuse_changed(self.vine, vars(self.vine), rule, "vine.")
             return
-        rule = (
-            "does not apply to advantage.estimator=vine, whose values are in the unit of the scores; drop it"
-        )
-        refuse(self.advantage.whiten_rewards, "advantage.whiten_rewards", rule)
         rule = "must be paper for advantage.estimator=vine: forced tokens have no state to be compared with"
         refuse(self.reset.masking != "paper", "reset.masking", rule)
 

@@ -124,13 +124,13 @@ def tuning_free_factors(
             raise ValueError(f"{name} must lie in [0, 1], got {share}")
     by_activation = activations.abs().flatten().argsort(descending=True, stable=True)
     selectable = torch.ones(activations.numel(), dtype=torch.bool)
-    selectable[by_activation[: int(skip_most_active * activations.numel())]] = False
+    selectable[by_activation[: int(round(skip_most_active * activations.numel(), 9))]] = False
     factors = torch.ones(activations.numel(), dtype=torch.float64)
     for kind, mask in kind_masks(cosines, activations).items():
         dampened = kind in ("TP", "AN")
         neurons = (mask.flatten() & selectable).nonzero().squeeze(1)
         order = cosines.flatten()[neurons].abs().argsort(descending=dampened, stable=True)
-        chosen = neurons[order[: int(fraction * len(neurons))]]
+        chosen = neurons[order[: int(round(fraction * len(neurons), 9))]]
         factors[chosen] = 1 - alpha if dampened else 1 + alpha
     return factors.view_as(activations)
 

@@ -227,17 +227,6 @@ def test_counted_tokens_alone_give_the_same_loss_and_gradient(loss):
     assert torch.equal(selected.grad, masked.grad)
 
 
-def test_micro_batches_add_up_to_the_whole_batch():
-    new, old, advantages = randn(18, 8, 5), randn(19, 8, 5), randn(20, 8, 5)
-    mask = torch.rand(8, 5, generator=torch.Generator().manual_seed(21)) < 0.5
-    whole = masked_sum(ppo_policy_loss(new, old, advantages, 0.2).loss, mask)
-    parts = [
-        masked_sum(ppo_policy_loss(new[i], old[i], advantages[i], 0.2).loss, mask[i])
-        for i in torch.arange(8).split([1, 4, 3])
-    ]
-    torch.testing.assert_close(sum(parts), whole)
-
-
 # --- tokens of another engine -----------------------------------------------------------------------------
 
 

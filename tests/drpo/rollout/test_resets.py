@@ -189,6 +189,12 @@ def test_curriculum_goes_from_late_to_early_prefixes(progress, shortest):
     assert_uniform_on(curriculum(progress), list(range(shortest, 9)))
 
 
+def test_a_share_that_is_a_whole_number_of_lengths_leaves_that_number_out():
+    """1 - 0.45 / 0.5 of 10 lengths is 1, and 0.9999999999999998 in floating point: 1 is left out."""
+    config = ResetConfig(length="curriculum", curriculum_end=0.5, min_length=1)
+    assert_uniform_on(draws(config, 600, source_length=11, progress=0.45), list(range(2, 11)))
+
+
 def test_curriculum_keeps_the_upper_limit():
     assert set(curriculum(0.0, limit=5)) == {4}
     assert_uniform_on(curriculum(1.0, end=1.0, limit=5), [1, 2, 3, 4])
@@ -237,6 +243,13 @@ def test_a_share_that_is_a_whole_number_of_lengths_allows_that_number():
     """1 - 0.7 of 10 lengths are 3, and 3.0000000000000004 in floating point: 0, 1 and 2."""
     config = ResetConfig(length_schedule="linear")
     assert_uniform_on(draws(config, source_length=10, progress=0.7), [0, 1, 2])
+
+
+@pytest.mark.parametrize(("end", "progress"), [(0.66667, 200 / 300), (1.0, 99_999 / 100_000)])
+def test_the_shortest_length_is_left_until_the_schedule_ends(end, progress):
+    """The cosine's factor is above 0 there, and rounds to none of the lengths 1 and 2."""
+    config = ResetConfig(length_schedule="cosine", schedule_end=end, min_length=1)
+    assert set(draws(config, 50, source_length=3, progress=progress)) == {1}
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -122,6 +122,13 @@ def test_without_a_number_of_steps_it_passes_over_the_data(tmp_path):
     assert [row["step"] for row in rows] == list(range(1, 9))  # 1.5 x 40 / 8 = 7.5
 
 
+def test_a_pass_that_is_a_whole_number_of_steps_takes_that_number(tmp_path):
+    """0.28 of 50 examples are 7 steps of 2, and 7.000000000000001 in floating point."""
+    batch = {"num_epochs": 0.28, "size": 2, "microbatch_size": 2}
+    _, rows = run_sft(tmp_path / "run", num_steps=None, batch=batch, data={"demo": {"num_train": 50}})
+    assert len(rows) == 7
+
+
 def test_samples_are_written_and_scored_at_every_evaluation(tmp_path):
     sample = {
         "num_prompts": 5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import yaml
@@ -34,6 +35,7 @@ def critics(monkeypatch) -> list[object]:
 @pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce_pp"])
 def test_a_run_has_no_critic_and_no_metric_of_one(policy_folder, tmp_path, critics, estimator):
     changes = {**GROUPS, "advantage": {"estimator": estimator}, "num_steps": 2}
+    changes |= {"checkpoint": {"every": 1, "keep": 9}}
     rows = run_online(policy_folder, tmp_path / "run", changes)
     assert critics == [None]
     assert len(rows) == 2
@@ -41,7 +43,9 @@ def test_a_run_has_no_critic_and_no_metric_of_one(policy_folder, tmp_path, criti
         assert not [key for key in row if key.startswith("value/") or "value" in key or "critic" in key]
         assert row["ppo/ratio"] == pytest.approx(1.0, abs=0.2) and math.isfinite(row["ppo/policy_loss"])
         assert row["optim/policy_learning_rate"] > 0
-    resumed = run_online(policy_folder, tmp_path / "run", changes)
+    shutil.copytree(tmp_path / "run", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_2")
+    resumed = run_online(policy_folder, tmp_path / "resumed", changes)
     assert [reproducible(row) for row in resumed] == [reproducible(row) for row in rows]
 
 
@@ -95,9 +99,12 @@ LAM = "advantage.lam does not apply to advantage.estimator"
             {"advantage": {"group_std": False, "estimator": "gae"}},
             "advantage.group_std does not apply to .*=gae",
         ),
-        (
-            {"advantage": {"whiten_rewards": True, "estimator": "grpo"}},
-            "advantage.whiten_rewards does not apply to .*=grpo",
+        *(
+            (
+                {"advantage": {"whiten_rewards": True, "estimator": estimator}},
+                f"advantage.whiten_rewards does not apply to .*={estimator}; drop it: without a critic",
+            )
+            for estimator in ("rloo", "grpo", "reinforce_pp")
         ),
         (
             {"advantage": {"whiten": False, "estimator": "reinforce_pp"}},

@@ -218,6 +218,15 @@ def test_the_most_active_neurons_are_left_alone():
     np.testing.assert_allclose(factors, [[1, 1, 1, 0.5, 0.5, 0.5, 1, 1]])
 
 
+def test_shares_that_are_a_whole_number_of_neurons_are_that_number():
+    """0.29 of 100 neurons are 29, and 28.999999999999996 in floating point."""
+    cosines, activations = torch.linspace(0.01, 1, 100)[None], torch.ones(1, 100)
+    factors = tuning_free_factors(cosines, activations, alpha=0.5, fraction=0.29)
+    np.testing.assert_allclose(factors, [[1.0] * 71 + [0.5] * 29])
+    left_alone = tuning_free_factors(cosines, activations, alpha=0.5, fraction=1.0, skip_most_active=0.29)
+    assert int((left_alone == 1).sum()) == 29
+
+
 def test_editing_lowers_the_projection_of_an_mlp_on_the_probe_direction():
     """Whatever the signs, each scaled neuron moves the projection down: that is what the four rules are for."""
     generator = torch.Generator().manual_seed(0)
