@@ -74,7 +74,7 @@ def started(
         out: the file of its output; None: a pipe, `stdout`.
         err: the file of its errors; None: a pipe, `stderr`; subprocess.STDOUT: where the output goes.
     """
-    stacks = tempfile.mkdtemp()
+    stacks = tempfile.TemporaryDirectory()
     pipes = [os.pipe() if file is None else None for file in (out, err)]
     numbers = [pipes[0][1] if pipes[0] else out.fileno()]
     if err == subprocess.STDOUT:
@@ -82,10 +82,13 @@ def started(
     else:
         numbers.append(pipes[1][1] if pipes[1] else err.fileno())
     try:
-        process = WarmProcess(command, str(cwd), env, *numbers, {"address": _address(), "stacks": stacks})
+        process = WarmProcess(
+            command, str(cwd), env, *numbers, {"address": _address(), "stacks": stacks.name}
+        )
     finally:
         for pipe in filter(None, pipes):
             os.close(pipe[1])
+    process.folder = stacks  # removed with the process
     process.stdout, process.stderr = (open(pipe[0]) if pipe else None for pipe in pipes)
     return process
 
@@ -98,6 +101,7 @@ class WarmProcess:
 
     stdout: IO[str] | None = None
     stderr: IO[str] | None = None
+    folder: tempfile.TemporaryDirectory | None = None
 
     def __init__(
         self, command: list[str], cwd: str, env: dict[str, str], out: int, err: int, place: dict[str, str]
