@@ -24,6 +24,7 @@ LAYERS = (
         "config",
         "config_help",
         "daemon_threads",
+        "decimals",
         "yaml_words",
         "versions",
         "precision",
@@ -57,6 +58,7 @@ LAYERS = (
 
 PURE = (
     "drpo.tensors",
+    "drpo.decimals",
     "drpo.random_streams",
     "drpo.schedules",
     "drpo.microbatches",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from drpo.config import Section, setting
+from drpo.decimals import decimal_floor
 from drpo.random_streams import Stream, stream
 
 
@@ -56,7 +57,7 @@ class OwnRollouts:
             newest_first = reversed(self._rollouts)
             sign = -1 if self.config.which == "best" else 1
             ranked = sorted(newest_first, key=lambda rollout: sign * rollout.score)
-            self._choice = ranked[: max(1, int(round(self.config.share * len(ranked), 9)))]
+            self._choice = ranked[: max(1, decimal_floor(self.config.share * len(ranked)))]
         index = stream(seed, Stream.OWN_ROLLOUTS, episode).integers(len(self._choice))
         return self._choice[index]
 

@@ -18,6 +18,7 @@ import numpy as np
 from drpo.config import Section, key, refuse, refuse_changed, setting
 from drpo.data.encode import Example
 from drpo.data.records import DataError
+from drpo.decimals import decimal_ceil, decimal_floor
 from drpo.random_streams import Stream, stream
 from drpo.rollout.own_rollouts import OwnConfig
 from drpo.rollout.prefix_search import AdaptiveConfig
@@ -224,10 +225,10 @@ def draw_reset_length(
         return 0
     match config.length:
         case "uniform":
-            lengths = lengths[: max(1, math.ceil(round(factor * len(lengths), 9)))]
+            lengths = lengths[: max(1, decimal_ceil(factor * len(lengths)))]
         case "curriculum":
             share_skipped = max(0.0, 1.0 - progress / config.curriculum_end)
-            num_skipped = math.floor(round(share_skipped * len(lengths), 9))
+            num_skipped = decimal_floor(share_skipped * len(lengths))
             lengths = lengths[min(num_skipped, len(lengths) - 1) :]
         case "binomial":
             share = config.min_fraction + (config.max_fraction - config.min_fraction) * factor
@@ -264,9 +265,9 @@ def allowed_lengths(
     L = source_length: the policy samples at least one token. length=binomial takes the fractions as its p.
     """
     fractions = (0.0, 1.0) if config.length == "binomial" else (config.min_fraction, config.max_fraction)
-    low, high = (round(f * source_length, 9) for f in fractions)
-    longest = min(math.floor(high), source_length - 1, max_response_length - 1)
-    shortest = max(config.min_length, math.ceil(low))  # rounded: 0.07 * 100 is 7.000000000000001
+    low, high = (f * source_length for f in fractions)
+    longest = min(decimal_floor(high), source_length - 1, max_response_length - 1)
+    shortest = max(config.min_length, decimal_ceil(low))
     return [h for h in boundaries if shortest <= h <= longest]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from drpo.config import ConfigError, Section, refuse, refuse_changed, setting
 from drpo.data.load import DataConfig
 from drpo.data.order import item_at
+from drpo.decimals import decimal_ceil
 from drpo.engine import Engine, EngineConfig
 from drpo.microbatches import Lengths, microbatches
 from drpo.models.loading import ModelConfig
@@ -202,7 +202,7 @@ def _schedule(
         (examples, stage_step, num_stage_steps, rate)
         for examples in stages
         for num_stage_steps in [
-            recipe.num_steps or math.ceil(round(batch.num_epochs * len(examples) / batch.size, 9))
+            recipe.num_steps or decimal_ceil(batch.num_epochs * len(examples) / batch.size)
         ]
         for stage_step in range(num_stage_steps)
         for rate in [scheduled_rate(optim.learning_rate, optim, stage_step, num_stage_steps)]

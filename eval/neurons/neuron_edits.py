@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from drpo.config import Section, setting
+from drpo.decimals import decimal_floor
 from drpo.models.inputs import unwrap_peft
 from eval.neurons.mlp_neurons import Hook, mlp_output_projections, num_neurons, pre_hooks
 from eval.neurons.neuron_shift import NeuronShift, kind_masks
@@ -124,13 +125,13 @@ def tuning_free_factors(
             raise ValueError(f"{name} must lie in [0, 1], got {share}")
     by_activation = activations.abs().flatten().argsort(descending=True, stable=True)
     selectable = torch.ones(activations.numel(), dtype=torch.bool)
-    selectable[by_activation[: int(round(skip_most_active * activations.numel(), 9))]] = False
+    selectable[by_activation[: decimal_floor(skip_most_active * activations.numel())]] = False
     factors = torch.ones(activations.numel(), dtype=torch.float64)
     for kind, mask in kind_masks(cosines, activations).items():
         dampened = kind in ("TP", "AN")
         neurons = (mask.flatten() & selectable).nonzero().squeeze(1)
         order = cosines.flatten()[neurons].abs().argsort(descending=dampened, stable=True)
-        chosen = neurons[order[: int(round(fraction * len(neurons), 9))]]
+        chosen = neurons[order[: decimal_floor(fraction * len(neurons))]]
         factors[chosen] = 1 - alpha if dampened else 1 + alpha
     return factors.view_as(activations)
 
