@@ -91,10 +91,8 @@ INFRASTRUCTURE = ("transformers", "accelerate", "deepspeed", "peft", "datasets",
 
 # Tables that are filled after import. Each entry is a function of its key alone, so nothing depends on history.
 CACHES = {
-    "drpo.models.positions._LIMITS",
-    "drpo.models.probes._FAULTS",
-    "drpo.models.scoring._PLAIN_HEADS",
-    "drpo.models.shared_prompt._SHARING",
+    "drpo.models.answers._ANSWERS",
+    "launch.planning.models._ANSWERS",
     "drpo.run.lock._HELD",  # what belongs to the process itself
 }
 

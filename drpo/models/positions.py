@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from drpo.config import ConfigError
 from drpo.data.encode import Example
+from drpo.models.answers import answers_of
 
 TABLE_NAMES = ("embed_positions", "pos_encoding")
 "What transformers calls tables of positions that are no nn.Embedding (GPT-J, CodeGen, CTRL)."
-
-_LIMITS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -21,9 +19,10 @@ def position_limit(model: nn.Module) -> int | None:
 
     GPT-2, GPT-Neo, OPT and BioGPT learn such a table, GPT-J and CTRL compute one. Rotary and ALiBi models have none.
     """
-    if model not in _LIMITS:
-        _LIMITS[model] = _find_limit(model)
-    return _LIMITS[model]
+    answers = answers_of(model)
+    if "positions" not in answers:
+        answers["positions"] = _find_limit(model)
+    return answers["positions"]
 
 
 def _find_limit(model: nn.Module) -> int | None:

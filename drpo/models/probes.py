@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from drpo.config import ConfigError
+from drpo.models.answers import answers_of
 from drpo.models.frozen_weights import is_half, own_precision
 from drpo.models.inputs import model_inputs, unwrap_peft
 from drpo.tensors import position_ids
@@ -22,8 +22,6 @@ from drpo.tensors import position_ids
 LONG, SHORT, OTHER = [5, 6, 7, 8, 9, 10], [11, 12], [13, 12]
 "A row, one that is padded beside it, and one that ends as that one but begins otherwise."
 ATTENTION_ON_CPU = ("eager", "sdpa")
-
-_FAULTS: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
 
 
 def check_policy(model: nn.Module, key: str = "model.path", on_any_device: bool = False) -> None:
@@ -33,7 +31,7 @@ def check_policy(model: nn.Module, key: str = "model.path", on_any_device: bool 
     the first device: two rows of at most six tokens, and one step from the cache.
     """
     causal_lm = unwrap_peft(model)
-    faults = _FAULTS.setdefault(causal_lm, {})
+    faults = _faults(causal_lm)
     device = causal_lm.get_input_embeddings().weight.device.type
     if device not in faults and not (on_any_device and faults):
         faults[device] = _policy_fault(causal_lm)
@@ -50,7 +48,7 @@ def check_scalar_model(model: nn.Module, key: str = "value or reward model") -> 
     The probe runs once per model, which must then have all its layers.
     """
     scalar_model = unwrap_peft(model)
-    faults = _FAULTS.setdefault(scalar_model, {})
+    faults = _faults(scalar_model)
     if not faults:
         device = scalar_model.get_input_embeddings().weight.device.type
         faults[device] = _scalar_fault(scalar_model)
@@ -68,6 +66,11 @@ def can_probe_now(model: nn.Module) -> bool:
     weight = model.get_input_embeddings().weight
     plain = not is_half(model) and model.config._attn_implementation in ATTENTION_ON_CPU
     return plain or weight.device.type != "cpu"
+
+
+def _faults(model: nn.Module) -> dict[str, str | None]:
+    """Return what was found so far by kind of device."""
+    return answers_of(model).setdefault("faults", {})
 
 
 @contextmanager

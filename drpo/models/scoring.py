@@ -10,12 +10,12 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from drpo.models.answers import answers_of
 from drpo.models.inputs import model_inputs, unwrap_peft
 from drpo.models.probes import check_policy
 from drpo.tensors import PaddedBatch, entropy_from_logits, gather_logprobs
@@ -185,18 +185,16 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-_PLAIN_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
 def head_is_plain(causal_lm: nn.Module) -> bool:
     """Return whether the logits are the output embedding of the backbone's last hidden state, and nothing else.
 
     A probe finds out, once per model: the head's input must be the backbone's output, and a known ramp put
     in place of the head's output must be returned as the logits (soft-capping and logit scales change it).
     """
-    if causal_lm not in _PLAIN_HEADS:
-        _PLAIN_HEADS[causal_lm] = _probe_head(causal_lm)
-    return _PLAIN_HEADS[causal_lm]
+    answers = answers_of(causal_lm)
+    if "plain head" not in answers:
+        answers["plain head"] = _probe_head(causal_lm)
+    return answers["plain head"]
 
 
 @torch.no_grad()

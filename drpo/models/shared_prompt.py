@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from drpo.models.answers import answers_of
 from drpo.models.frozen_weights import is_half, own_precision
 from drpo.models.inputs import model_inputs, takes_position_ids, unwrap_peft
 from drpo.models.scalar_head import ScalarModel, token_hidden, token_values
@@ -270,9 +270,6 @@ def narrowest_window(config: PreTrainedConfig) -> float:
     return min((window for window in windows if window), default=float("inf"))
 
 
-_SHARING: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
-
-
 def can_share_prompt(model: nn.Module) -> bool:
     """Return whether `continuation_logprobs` may pack: only attention mixes positions, by the given mask.
 
@@ -283,12 +280,12 @@ def can_share_prompt(model: nn.Module) -> bool:
     plain = unwrap_peft(model)
     backbone = _backbone(plain)
     implementation = backbone.config._attn_implementation
-    results = _SHARING.setdefault(plain, {})
-    if implementation not in results:
+    answers, question = answers_of(plain), ("shared prompt", implementation)
+    if question not in answers:
         is_stateful = getattr(plain, "_is_stateful", False)
         may_share = backbone is not plain and not is_stateful and _may_share(backbone)
-        results[implementation] = may_share and _probe(backbone)
-    return results[implementation]
+        answers[question] = may_share and _probe(backbone)
+    return answers[question]
 
 
 def _backbone(model: nn.Module) -> nn.Module:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from drpo.config import ConfigError
+from drpo.models.answers import answers_of
 from drpo.models.four_bit import quantise
 from drpo.models.frozen_weights import round_frozen, share_frozen
 from drpo.models.inputs import unwrap_peft
@@ -34,6 +37,9 @@ from reward_models.train import RewardModelRecipe, lm_head_of
 
 PROBED_LAYERS = 4
 "Enough for one of each kind where windowed and full attention alternate."
+
+_ANSWERS: dict[Hashable, dict[Hashable, Any]] = {}
+"What probes found out, by architecture."
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,7 @@ def _reward_model(recipe: RewardModelRecipe) -> StageModels:
     """Make the model in training and, for a language-model loss, the output embedding beside it."""
     policy = _policy(recipe.model.without_adapter(), "model.path")
     model = RewardModel.from_causal_lm(policy, recipe.seed)
-    with _first_layers(model):
-        check_scalar_model(model, "model.path")
-        can_share_prompt(model)
+    _probe(model, "model.path")
     frozen = {"output embedding": lm_head_of(policy, model)} if recipe.loss.lm_coef else {}
     by_prompt = recipe.loss.by == "prompt" or recipe.loss.name == "plackett_luce"
     notes = ("sized for two responses a prompt",) * by_prompt
@@ -117,11 +121,26 @@ def _policy(config: ModelConfig, key: str) -> PreTrainedModel:
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, **options)
     model.tie_weights()  # left out with the numbers
-    with _first_layers(model):  # as loading does: while its weights are of one precision
-        check_policy(model, key)
-        head_is_plain(model)
-        can_share_prompt(model)
+    _probe(model, key)  # as loading does: while its weights are of one precision
     return prepare_to_train(model, config, seed=0)
+
+
+def _probe(model: PreTrainedModel, key: str) -> None:
+    """Probe a whole model as loading does, once for an architecture: in a dry run all numbers seem equal."""
+    scalar = isinstance(model, ScalarModel)
+    attention = (model.backbone if scalar else model).config._attn_implementation
+    dtype = model.get_input_embeddings().weight.dtype
+    kind = (type(model), model.config.to_json_string(use_diff=False), attention, dtype)
+    answers = answers_of(model)
+    answers |= copy.deepcopy(_ANSWERS.get(kind, {}))
+    with _first_layers(model):
+        if scalar:
+            check_scalar_model(model, key)
+        else:
+            check_policy(model, key)
+            head_is_plain(model)
+        can_share_prompt(model)
+    _ANSWERS[kind] = copy.deepcopy(answers)
 
 
 @contextmanager
@@ -156,9 +175,7 @@ def _scalar_model(
     with no_init_weights():
         model = kind(kind.config_class(backbone=architecture.to_dict()))
     model.backbone.to(getattr(torch, dtype))
-    with _first_layers(model):
-        check_scalar_model(model, key)
-        can_share_prompt(model)
+    _probe(model, key)
     return model
 
 
