@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+import warm_python
 from tiny_runs import CLEAN, ROOT
 
 from drpo.config import ConfigError
@@ -51,13 +51,10 @@ def test_a_partitioned_frozen_model_gathers_a_layer_at_a_time(tmp_path):
     pytest.importorskip("deepspeed")
     environment = {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", PARTITIONED, str(tmp_path / "zero3.json")],
-        env=CLEAN | {"PYTHONPATH": str(ROOT)} | environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    (tmp_path / "partitioned.py").write_text(PARTITIONED)
+    command = [sys.executable, "partitioned.py", "zero3.json"]
+    environment = CLEAN | {"PYTHONPATH": str(ROOT)} | environment
+    done = warm_python.completed(command, tmp_path, environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == ["True", "[0, 0, 0, 0] [(0, 6)]"]
 

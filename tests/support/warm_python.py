@@ -237,6 +237,7 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], place: dict[str, str
             os.close(file)
         if env.get("PYTHONUNBUFFERED"):
             sys.stdout.reconfigure(write_through=True)
+        sys.path[1:1] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         stacks = Path(place["stacks"], f"stacks of {os.getpid()}").open("w")
         faulthandler.dump_traceback_later(STACKS_AFTER, file=stacks)
