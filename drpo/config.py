@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from drpo.config_help import bounds_text, default_of, hints_of, options
+from drpo.config_kinds import is_of_kind, kind_text
 from drpo.versions import git_commit, package_versions
 from drpo.yaml_words import kind_at, quote_words
 
@@ -67,7 +68,7 @@ def setting(
 
 
 class Section:
-    """Base of config dataclasses: accepts nested sections as mappings too, checks bounds, then calls `check`."""
+    """Base of config dataclasses: takes nested sections as mappings too, checks types and bounds, then does `check`."""
 
     def __post_init__(self) -> None:
         hints = hints_of(type(self))
@@ -76,6 +77,8 @@ class Section:
             if _section_class(hint) is not None:
                 value = _as_sections(hint, value, place, default_of(field))
                 object.__setattr__(self, field.name, value)
+            elif not is_of_kind(value, hint):
+                raise ConfigError(f"{place} must be {kind_text(hint)}, got {value!r}")
             _check_finite(value, place)
             bounds = field.metadata.get("bounds", {}) if value is not None else {}
             if not all(COMPARISONS[sign](value, limit) for sign, limit in bounds.items()):

@@ -94,7 +94,7 @@ def train(recipe: RewardModelRecipe, engine: Engine, callbacks: Sequence[Callbac
     )
     train_rankings, held_out, notes = _rankings(recipe.loss, splits.train, splits.eval)
     report = "\n".join([splits.report, *notes])
-    run.say_data(report)
+    run.take_data(report, splits.train_digest())
     references = load_references(recipe.data, recipe.references, recipe.score.num_references, tokenizer)
     policy = load_policy(recipe.model.without_adapter(), tokenizer, recipe.seed)
     run.say(*check_examples(policy, [*splits.train, *splits.eval, *references]))

@@ -23,6 +23,7 @@ LAYERS = (
         "tensors",
         "config",
         "config_help",
+        "config_kinds",
         "daemon_threads",
         "decimals",
         "yaml_words",

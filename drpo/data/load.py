@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -128,6 +130,15 @@ class Splits:
     train: list[Example]
     eval: list[Example]
     report: str
+
+    def train_digest(self) -> str:
+        """Return a digest of the token ids to train on, in their order, by which a run knows its data again."""
+        digest = hashlib.sha256()
+        for example in self.train:
+            single = (example.query_ids, example.completion_ids, example.chosen_ids, example.rejected_ids)
+            for ids in (*single, *example.ranked_ids):
+                digest.update(array("q", [-1] if ids is None else [len(ids), *ids]).tobytes())
+        return digest.hexdigest()
 
 
 @names_keys

@@ -108,6 +108,7 @@ class RunFolder:
         self._callbacks = callbacks
         self._console = Console()
         self._progress: Progress | None = None
+        self._data: str | None = None
         self._signal: int | None = None
         self._handlers_before: dict[int, Any] = {}
         require_same(engine, {k: v for k, v in flatten(self.recipe).items() if k != "run_dir"}, "settings")
@@ -134,7 +135,9 @@ class RunFolder:
         state = None
         if checkpoints:
             last = self.path / "checkpoints" / checkpoints[-1]
-            self._refuse_other_settings(read_trainer_state(last)["settings"])
+            saved = read_trainer_state(last)
+            self._refuse_other_settings(saved["settings"])
+            self._refuse_other_data(saved.get("data"))
             state = load_checkpoint(engine, last)
             self.say(f"resuming {self.path} after step {state['step']}")
         elif has_metrics:
@@ -204,6 +207,14 @@ class RunFolder:
                 f"Choose {advice}another run_dir, or resume=restart to move that run aside"
             )
 
+    def _refuse_other_data(self, saved: str | None) -> None:
+        """Refuse data that differs; checkpoints of earlier versions (None) do not say what theirs was."""
+        if saved not in (None, self._data):
+            raise CheckpointError(
+                f"{self.path} holds a run on other training data than there is now: a row was added, removed, moved or "
+                "changed. Give it the earlier data, choose another run_dir, or resume=restart to move that run aside"
+            )
+
     # --- during the run ---------------------------------------------------------------------------------
 
     def save(self, step: int, num_steps: int, state: dict[str, Any], always: bool = False) -> None:
@@ -214,7 +225,8 @@ class RunFolder:
         stop = int(self.engine.max(self._signal or 0))
         every = self._checkpoint.every
         if stop or always or step == num_steps or (every and step % every == 0):
-            full = {"settings": flatten(self.recipe), "world_size": self.engine.world_size, **state}
+            full = {"settings": flatten(self.recipe), "data": self._data,
+                    "world_size": self.engine.world_size, **state}  # fmt: skip
             folder = save_checkpoint(self.engine, self.path, step, full, self._checkpoint.keep)
             if stop:
                 self._leave(stop, f"saved {folder}; run the same command again to go on from step {step}")
@@ -274,9 +286,13 @@ class RunFolder:
         if self._progress is not None:
             self._progress.advance(self._progress.task_ids[0], count)
 
-    def say_data(self, report: str) -> None:
-        """Print the report on the data; raise ConfigError when the processes have read different data."""
-        require_same(self.engine, {"data": report}, "data")
+    def take_data(self, report: str, digest: str) -> None:
+        """Print the report on the data, and note its digest for the checkpoints.
+
+        Raises ConfigError when the processes have read different data.
+        """
+        require_same(self.engine, {"data": report, "digest of the token ids": digest}, "data")
+        self._data = digest
         self.say(report)
 
     def say(self, *messages: object) -> None:

@@ -72,7 +72,7 @@ def train(
     key = "model.path" if recipe.model.tokenizer is None else "model.tokenizer"
     tokenizer = with_stop_token(load_tokenizer(recipe.tokenizer_path, key), recipe.data)
     splits = load_examples(recipe.data, tokenizer, "prompts")
-    run.say_data(splits.report)
+    run.take_data(splits.report, splits.train_digest())
     _check(recipe, engine, splits, tokenizer)
     models = load_models(run, splits, tokenizer, reward_fn)
     if recipe.reset.sft_coef and recipe.reset.proportion and recipe.reset.from_data:

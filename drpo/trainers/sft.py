@@ -72,7 +72,7 @@ def train(
     run = RunFolder(recipe, engine, callbacks)
     tokenizer = tokenizer_for(recipe.model, recipe.data)
     splits = load_examples(recipe.data, tokenizer, "demonstrations")
-    run.say_data(splits.report)
+    run.take_data(splits.report, splits.train_digest())
     policy = load_policy(recipe.model, tokenizer, recipe.seed)
     run.say(*check_examples(policy, [*splits.train, *splits.eval]))
     objective = SFTObjective(policy, tokenizer.pad_token_id, recipe.loss_on, engine.device)

@@ -98,7 +98,7 @@ def test_two_deepspeed_processes_leave_critic_pretraining_as_one_does(folder, st
     assert_same_policy(folder / f"alone{stage}", folder / name, 2e-4)
 
 
-GROUP = ["rollout.rollouts_per_prompt=4", "kl.target_per_token=null", "kl.horizon=10000"]
+GROUP = ["rollout.rollouts_per_prompt=4", "reset.per=prompt", "kl.target_per_token=null", "kl.horizon=10000"]
 ESTIMATORS = {
     "grpo": [
         "advantage.estimator=grpo",
@@ -114,6 +114,7 @@ ESTIMATORS = {
         "advantage.whiten=false",
         "ppo.loss_normalisation=constant",
     ],
+    "rloo": ["advantage.estimator=rloo", "ppo.loss_normalisation=constant"],
     "reinforce_pp": ["advantage.estimator=reinforce_pp", "ppo.entropy_coef=0.01", "reset.sft_coef=0.1"],
     "vapo": ["advantage.value_lam=1", "advantage.length_adaptive_alpha=0.5", "ppo.clip_range_high=0.28"],
 }

@@ -81,7 +81,8 @@ def main(root: Path) -> None:
     named = [replace(recipe, num_steps=2 + engine.rank)]
     tell("settings", lambda: RunFolder(named[0], engine))
     run = RunFolder(recipe, engine)
-    tell("data", lambda: run.say_data(f"{100 + engine.rank} pairs"))
+    tell("data", lambda: run.take_data(f"{100 + engine.rank} pairs", "digest"))
+    tell("token ids", lambda: run.take_data("100 pairs", f"digest {engine.rank}"))
 
     def cached(folder: Path) -> bool:
         return is_cached(PreferenceRecipe(reference=ReferenceConfig(cache_dir=str(folder))), engine)

@@ -69,7 +69,7 @@ def train(
         objective = PairObjective(
             policy, recipe.loss, reference=reference, share_prompts=recipe.share_prompts, **options
         )
-    run.say_data(data.report)
+    run.take_data(data.report, splits.train_digest())
     if recipe.reference_moves:
         engine.keep_in_state(reference.module)
     elif isinstance(reference, FrozenCopy) and not reference.shares_trunk:

@@ -98,6 +98,43 @@ def test_without_forced_tokens_both_maskings_are_ppo(trajectory):
     assert all(p is r or torch.equal(p, r) for p, r in zip(paper, release, strict=True))
 
 
+# Of commit 03b4e1c, before there were other estimators. Whitened by its mean and variance, which are sums.
+FIRST = {
+    ("paper", "advantages"): [[0, 0, 1.6100687980651855, 0.6529998779296875, 0],
+                              [-0.8699564933776855, -0.7490910291671753, -2.2669999599456787, 0, 0]],
+    ("paper", "returns"): [[0, 0, 2.710068702697754, 2.9529998302459717, 0],
+                           [-0.36995649337768555, -0.44909101724624634, -0.5669999122619629, 0, 0]],
+    ("paper", "whitened"): [[0, 0, 1.4461033344268799, 0.7307232022285461, 0],
+                            [-0.407640665769577, -0.31729739904403687, -1.4518884420394897, 0, 0]],
+    ("release", "advantages"): [[-6.1036577224731445, -17.037410736083984, 1.6100687980651855, 0.6529998779296875, 0],
+                                [-0.8699564933776855, -0.7490910291671753, -2.2669999599456787, 0, 0]],
+    ("release", "returns"): [[3.8963422775268555, 2.9625892639160156, 2.710068702697754, 2.9529998302459717, 0],
+                             [-0.36995649337768555, -0.44909101724624634, -0.5669999122619629, 0, 0]],
+    ("release", "whitened"): [[-0.42988321185112, -2.2616653442382812, 0.8624329566955566, 0.7020907998085022, 0],
+                              [0.44694289565086365, 0.46719205379486084, 0.21288976073265076, 0, 0]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("masking", ["paper", "release"])
+def test_gae_gives_the_bits_that_it_gave_before_there_were_other_estimators(masking):
+    uneven = hand_trajectory(
+        lengths=[4, 3],
+        forced=[2, 0],
+        width=5,
+        scores=[3.1, -0.7],
+        log_ratios=[[9.0, -7.0, 1.3, 2.1], [0.1, 1.7, -1.9]],
+        values=[[10.0, 20.0, 1.1, 2.3], [0.5, 0.3, 1.7]],
+        source_lengths=[6, 0],
+    )
+    config = AdvantageConfig(gamma=0.97, lam=0.9, whiten=False)
+    plain = credit_of(uneven, masking, kl_coef=0.07, advantage=config)
+    assert plain.advantages.tolist() == FIRST[masking, "advantages"]
+    assert plain.returns.tolist() == FIRST[masking, "returns"]
+    whitened = credit_of(uneven, masking, kl_coef=0.07, advantage=dataclasses.replace(config, whiten=True))
+    assert close(whitened.advantages, FIRST[masking, "whitened"], atol=1e-6)
+    assert torch.equal(whitened.returns, plain.returns)
+
+
 # --- the other estimators, on the rewards of the first test: 0, 0, -0.1, 2.8 and 0, -0.1, -0.9 -----------
 
 
@@ -132,6 +169,13 @@ def test_group_estimators_compare_returns_with_kl_penalties(trajectory):
         credit = credit_of(trajectory, advantage=config, group_size=2)
         assert credit.returns is None
         assert close(credit.advantages, [[0, 0, size, size, 0], [-size, -size, -size, 0, 0]])
+
+
+def test_rloo_compares_a_return_with_those_of_the_others(trajectory):
+    # Returns 2.7 and -1, each the other's baseline.
+    credit = credit_of(trajectory, advantage=AdvantageConfig(estimator="rloo", whiten=False), group_size=2)
+    assert credit.returns is None
+    assert close(credit.advantages, [[0, 0, 3.7, 3.7, 0], [-3.7, -3.7, -3.7, 0, 0]])
 
 
 def test_reinforce_pp_whitens_rewards_to_go(trajectory):
