@@ -138,6 +138,17 @@ class AdvantageConfig(Section):
         return self.estimator in ("rloo", "grpo")
 
 
+METHODS = {"gae": "PPO", "rloo": "RLOO", "grpo": "GRPO", "reinforce_pp": "REINFORCE++", "vine": "VinePPO"}
+"Names of the algorithms by their estimators."
+
+
+def method_name(estimator: str, has_resets: bool) -> str:
+    """Return what an online run is called: PPO, which is DR-PO from resets; RLOO, RLOO with resets; ..."""
+    if has_resets and estimator == "gae":
+        return "DR-PO"
+    return METHODS[estimator] + " with resets" * has_resets
+
+
 class Credit(NamedTuple):
     """Training signals of every token of a batch of rollouts, (B, R) except for the scores."""
 

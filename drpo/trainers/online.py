@@ -37,7 +37,7 @@ from drpo.run.folder import Callback, RunFolder
 from drpo.run.metrics import Phases, peak_memory_gib
 from drpo.run.result import Result
 from drpo.run.stopped import Interrupted, RunStopped
-from drpo.trainers.credit import assign_credit
+from drpo.trainers.credit import assign_credit, method_name
 from drpo.trainers.drawn_resets import drawn_resets
 from drpo.trainers.finite import finite_or_stop
 from drpo.trainers.kl_guard import KLGuard
@@ -86,7 +86,8 @@ def train(
     result = Result(run, models.actor_critic, models.generator.policy, tokenizer, splits.report, "policy",
                     {} if critic is None else {"critic": critic})  # fmt: skip
     start_step = 0 if state is None else state["step"]
-    run.start_progress("DR-PO" if recipe.reset.proportion else "PPO", start_step, recipe.num_steps)
+    name = method_name(recipe.advantage.estimator, recipe.reset.proportion > 0)
+    run.start_progress(name, start_step, recipe.num_steps)
     try:
         if state is None:
             loop.begin()

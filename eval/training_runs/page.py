@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drpo.run.folder import flatten
+from drpo.trainers.credit import method_name
 from drpo.trainers.online_recipe import OnlineRecipe
 from eval.reporting.report_markdown import escaped, markdown_list, markdown_table
 from eval.reporting.report_tables import Column, Table, number_text, row_of
@@ -99,7 +100,7 @@ def facts(run: TrainingRun) -> list[tuple[str, str]]:
     last = max((row["step"] for row in run.metrics), default=0)
     progress = f"{last} of {settings['num_steps']}"
     found = {
-        "method": "DR-PO (resets)" if run.has_resets else "PPO (no resets)",
+        "method": method_name(settings.get("advantage.estimator", "gae"), run.has_resets),
         "data": " ".join(str(settings[key]) for key in ("data.task", "data.path") if settings.get(key)),
         "policy": settings.get("model.path"),
         "reward": _reward(settings),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from drpo.trainers.credit import (
     KLConfig,
     ShapingConfig,
     assign_credit,
+    method_name,
 )
 
 PLAIN = ShapingConfig(missing_stop="none")
@@ -184,6 +186,14 @@ def test_reinforce_pp_whitens_rewards_to_go(trajectory):
     expected = (to_go - to_go.mean()) / to_go.std()
     assert np.allclose(credit.advantages[credit.policy_mask].numpy(), expected, atol=1e-5)
     assert credit.returns is None
+
+
+def test_methods_are_called_by_their_estimators():
+    assert (method_name("gae", has_resets=False), method_name("gae", has_resets=True)) == ("PPO", "DR-PO")
+    assert method_name("vine", has_resets=False) == "VinePPO"
+    assert method_name("reinforce_pp", has_resets=True) == "REINFORCE++ with resets"
+    estimators = typing.get_args(typing.get_type_hints(AdvantageConfig)["estimator"])
+    assert len({method_name(each, has_resets) for each in estimators for has_resets in (True, False)}) == 10
 
 
 # --- what forced tokens and padding can reach -------------------------------------------------------------

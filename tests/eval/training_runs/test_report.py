@@ -80,7 +80,7 @@ def test_the_pages_show_the_numbers_of_the_files(trained, chromium):
         ]
         names, texts = (page.locator(f".facts {tag}").all_inner_texts() for tag in ("dt", "dd"))
         facts = dict(zip(names, texts, strict=True))
-        assert (facts["method"], facts["steps"], facts["seed"]) == ("DR-PO (resets)", "6 of 6", "0")
+        assert (facts["method"], facts["steps"], facts["seed"]) == ("DR-PO", "6 of 6", "0")
         assert facts["estimator"] == "estimator gae"
         assert facts["resets"] == "proportion 0.7, source reference, length uniform"
         assert facts["last evaluation"].startswith(f"step 6: score {metrics[-1]['eval/score']:.3f}, ")
@@ -160,7 +160,7 @@ def test_forced_prefixes_are_marked_and_texts_are_never_markup(folder, chromium)
 def test_a_run_without_resets_says_so(trained, chromium):
     with page_viewer(chromium) as show:
         page = show(report(trained / "ppo"))
-        assert page.locator(".facts dd").first.inner_text() == "PPO (no resets)"
+        assert page.locator(".facts dd").first.inner_text() == "PPO"
         assert "This run has no resets" in page.locator("#by-start").inner_text()
         assert page.locator("#by-start img, #as-drawn img, #by-start table, #as-drawn table").count() == 0
         assert page.locator("mark").count() == 0
