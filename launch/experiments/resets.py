@@ -1,4 +1,4 @@
-"""Compare shares of resets, ways to reset, and estimators, on the demo: true reward, and the tokens sampled for it.
+"""Compare shares of resets, ways to reset, and estimators, on the demo: true reward, and what was sampled for it.
 
     python launch/experiments/resets.py [recipe.yaml] [key=value ...]
 
@@ -22,8 +22,9 @@ if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the pa
 import numpy as np
 from matplotlib.figure import Figure
 
-from drpo.config import Section, refuse, setting
+from drpo.config import Section, load_recipe, refuse, setting
 from drpo.run.metrics import read_metrics
+from drpo.trainers.online_recipe import OnlineRecipe
 from launch.command_line import StageFailed, main
 from launch.experiments.results import markdown_table, write_results
 from launch.experiments.seed_grid import RunGrid, chosen, interval
@@ -54,7 +55,8 @@ class ResetsRecipe(Section):
     """Tables and plots of some of the methods, by title: the names of the methods, in their order. Without any, one of
     all methods."""
     only: list[str] = field(default_factory=list)
-    """Names of the methods to run and to show; empty for all. Questions about none of them are left out."""
+    """Names of the methods to run and to show; empty for all. Questions about none of them, or about no other than the
+    baseline, are left out."""
     baseline: str = "DR-PO"
     """The method to which the others are compared, seed by seed."""
     reward: Literal["true", "learned"] = "true"
@@ -101,8 +103,10 @@ class ResetsRecipe(Section):
 class Curve(NamedTuple):
     """Evaluations of one run."""
 
+    episodes: list[int]
+    "Rollouts until then."
     tokens: list[float]
-    "Sampled until then, for rollouts and for values."
+    "Sampled until then, for rollouts, values and prefixes."
     rewards: list[float]
     "True reward on held-out posts, from the bare prompt."
     kl: float
@@ -130,7 +134,7 @@ def run(recipe: ResetsRecipe) -> Path:
     texts = []
     for title, names in (recipe.questions or {"": list(recipe.methods)}).items():
         names = [name for name in names if name in recipe.shown]
-        if not names:
+        if not names or (names == [recipe.baseline] and len(recipe.shown) > 1):
             continue
         texts.append(f"## {title}\n\n" * bool(title))
         texts.append(markdown([row for row in rows if row["method"] in names], recipe.baseline))
@@ -169,21 +173,25 @@ def _launch(grid: RunGrid, recipe: ResetsRecipe, root: Path, rate: float, seed: 
 
 def read_curve(run_dir: Path) -> Curve:
     """Read the evaluations of a run; raise StageFailed when it has none."""
+    batch_size = load_recipe(OnlineRecipe, run_dir / "config.yaml", []).rollout.batch_size
     rows = read_metrics(run_dir / "metrics.jsonl")
     tokens, curve = 0.0, []
     for row in rows:
         tokens += sum(row.get(key, 0.0) for key in SAMPLED)
         if "eval/true_reward" in row:
-            curve.append((tokens, row["eval/true_reward"]))
+            curve.append((row["step"] * batch_size, tokens, row["eval/true_reward"]))
     kls = [row["eval/kl"] for row in rows if "eval/kl" in row]
     if not curve or not kls:
         raise StageFailed(f"{run_dir}/metrics.jsonl has no eval/true_reward and eval/kl: evaluations are off")
     return Curve(*map(list, zip(*curve, strict=True)), kls[-1])
 
 
-def tokens_until(curve: Curve, reward: float) -> float | None:
-    """Return the tokens sampled until an evaluation first gives at least this true reward; None when none does."""
-    return next((t for t, r in zip(curve.tokens, curve.rewards, strict=True) if r >= reward), None)
+def until(curve: Curve, reward: float, sampled: Sequence[float]) -> float | None:
+    """Return what was `sampled` until an evaluation first gives at least this true reward; None when none does.
+
+    `sampled` are the curve's episodes or tokens.
+    """
+    return next((n for n, r in zip(sampled, curve.rewards, strict=True) if r >= reward), None)
 
 
 def summary(
@@ -210,12 +218,13 @@ def summary(
         "num_through": sum(run.rewards[-1] >= through for run in curves),
         "kl": [run.kl for run in curves],
         "tokens": [run.tokens[-1] for run in curves],
-        "tokens_until_through": [tokens_until(run, through) for run in curves],
+        "episodes_until_through": [until(run, through, run.episodes) for run in curves],
+        "tokens_until_through": [until(run, through, run.tokens) for run in curves],
         "share_of_baseline_tokens": [
             None if needed is None else needed / other.tokens[-1]
             for run, other in pairs
             if other.rewards[-1] >= through
-            for needed in [tokens_until(run, other.rewards[-1])]
+            for needed in [until(run, other.rewards[-1], run.tokens)]
         ],
     }
 
@@ -238,6 +247,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
                 "KL to SFT": "{:.2f} ± {:.2f}".format(*interval(row["kl"])),
                 "tokens sampled": f"{np.mean(row['tokens']) / 1000:.1f}k",
                 "seeds through": f"{row['num_through']} of {len(row['reward'])}",
+                "episodes until through": _median(row["episodes_until_through"], ".0f", ""),
                 "tokens until through": _median(kilotokens, ".1f", "k"),
                 f"share of {baseline}'s tokens until its final reward": _median(
                     row["share_of_baseline_tokens"], ".2f", ""

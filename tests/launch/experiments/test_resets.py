@@ -17,20 +17,28 @@ from launch.experiments.resets import (
     markdown,
     read_curve,
     summary,
-    tokens_until,
+    until,
 )
 
-SLOW = [Curve([0, 1000, 2000], [-1.0, 1.0, 3.0], 5.0), Curve([0, 1000, 2000], [-1.0, 0.0, 1.0], 6.0)]
-FAST = [Curve([0, 600, 1600], [-1.0, 3.5, 3.0], 4.0), Curve([0, 400, 800], [-1.0, 0.0, 0.5], 4.0)]
+EPISODES = [0, 64, 128]
+SLOW = [
+    Curve(EPISODES, [0, 1000, 2000], [-1.0, 1.0, 3.0], 5.0),
+    Curve(EPISODES, [0, 1000, 2000], [-1.0, 0.0, 1.0], 6.0),
+]
+FAST = [
+    Curve(EPISODES, [0, 600, 1600], [-1.0, 3.5, 3.0], 4.0),
+    Curve(EPISODES, [0, 400, 800], [-1.0, 0.0, 0.5], 4.0),
+]
 
 
 def write_metrics(folder: Path, rows: list[dict]) -> Path:
     folder.mkdir()
+    write_recipe(folder / "config.yaml", {"rollout": {"batch_size": 16}, "ppo": {"num_minibatches": 2}})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def test_a_curve_counts_all_tokens_that_were_sampled(tmp_path):
+def test_a_curve_counts_episodes_and_all_tokens_that_were_sampled(tmp_path):
     rows = [
         {"step": 0, "eval/true_reward": -1.0, "eval/kl": 0.0},
         {"step": 1, "objective/sampled_tokens": 10.0, "vine/sampled_tokens": 30.0},
@@ -38,7 +46,9 @@ def test_a_curve_counts_all_tokens_that_were_sampled(tmp_path):
         {"step": 3, "objective/sampled_tokens": 8.0, "reset/initial_tokens": 5.0},
         {"step": 4, "objective/sampled_tokens": 1.0, "eval/true_reward": 2.5, "eval/kl": 3.0},
     ]
-    assert read_curve(write_metrics(tmp_path / "run", rows)) == Curve([0, 52, 66], [-1.0, 0.5, 2.5], 3.0)
+    assert read_curve(write_metrics(tmp_path / "run", rows)) == Curve(
+        [0, 32, 64], [0, 52, 66], [-1.0, 0.5, 2.5], 3.0
+    )
 
 
 def test_a_run_without_evaluations_is_an_error(tmp_path):
@@ -47,8 +57,10 @@ def test_a_run_without_evaluations_is_an_error(tmp_path):
         read_curve(folder)
 
 
-def test_tokens_until_a_reward_are_those_of_the_first_evaluation_that_has_it():
-    assert [tokens_until(FAST[0], reward) for reward in (-1.0, 3.0, 3.5, 4.0)] == [0, 600, 600, None]
+def test_what_is_sampled_until_a_reward_is_that_of_the_first_evaluation_that_has_it():
+    curve, rewards = FAST[0], (-1.0, 3.0, 3.5, 4.0)
+    assert [until(curve, reward, curve.tokens) for reward in rewards] == [0, 600, 600, None]
+    assert [until(curve, reward, curve.episodes) for reward in rewards] == [0, 64, 64, None]
 
 
 def test_the_summary_by_hand():
@@ -57,6 +69,7 @@ def test_the_summary_by_hand():
     # 3.0 of the other's first seed is there after 600 of its 2000 tokens, 1.0 of its second never
     assert found["share_of_baseline_tokens"] == [0.3, None]
     assert found["tokens_until_through"] == [600, None]
+    assert found["episodes_until_through"] == [64, None]
     # the baseline's second seed has not got through: its final reward says nothing
     assert summary(0.1, "fast", FAST, SLOW, through=2.0)["share_of_baseline_tokens"] == [0.3]
     assert summary(0.1, "slow", SLOW, SLOW, through=1.0)["num_through"] == 2
@@ -68,9 +81,19 @@ def test_the_table_by_hand():
     table = [line.strip("| ").split(" | ") for line in markdown(rows, "slow").splitlines()]
     assert table[0][1:5] == ["method", "SFT true reward", "true reward", "gain over slow"]
     assert table[2][:6] == ["0.1", "slow", "-1.00 ± 0.00", "2.00 ± 12.71", "-", "5.50 ± 6.35"]
-    assert table[2][6:] == ["2.0k", "2 of 2", "1.5k (1.0k to 2.0k), 2 of 2", "1.00 (1.00 to 1.00), 2 of 2"]
+    assert table[2][6:8] == ["2.0k", "2 of 2"]
+    assert table[2][8:] == [
+        "96 (64 to 128), 2 of 2",
+        "1.5k (1.0k to 2.0k), 2 of 2",
+        "1.00 (1.00 to 1.00), 2 of 2",
+    ]
     assert table[3][2:6] == ["-1.00 ± 0.00", "1.75 ± 15.88", "-0.25 ± 3.18", "4.00 ± 0.00"]
-    assert table[3][6:] == ["1.2k", "1 of 2", "0.6k (0.6k to 0.6k), 1 of 2", "0.30 (0.30 to 0.30), 1 of 2"]
+    assert table[3][6:8] == ["1.2k", "1 of 2"]
+    assert table[3][8:] == [
+        "64 (64 to 64), 1 of 2",
+        "0.6k (0.6k to 0.6k), 1 of 2",
+        "0.30 (0.30 to 0.30), 1 of 2",
+    ]
 
 
 @pytest.mark.parametrize("reward", ["true", "learned"])
@@ -110,9 +133,9 @@ def test_methods_of_a_seed_share_policy_data_and_reward(tmp_path, monkeypatch, r
     assert (root / "results.png").stat().st_size > 0
     asked = replaced(recipe, questions={"Who else?": ["PPO++", "DR-PO"], "who": ["DR-PO"]})
     text = resets.run(asked).read_text()
-    assert text.count("| 0.01 | DR-PO |") == 2 and text.count("| 0.01 | PPO++ |") == 1
-    assert "## Who else?" in text
-    assert all((root / f"results_{name}.png").exists() for name in ("who_else", "who"))
+    assert text.count("| 0.01 | DR-PO |") == 1 and text.count("| 0.01 | PPO++ |") == 1
+    assert "## Who else?" in text and "## who\n" not in text  # which is about the baseline alone
+    assert (root / "results_who_else.png").exists() and not (root / "results_who.png").exists()
     runs.clear()
     resets.run(replaced(recipe, only=["DR-PO"]))
     assert len(runs) == 2 * (2 + is_learned) and "ppo_pp_0.01_3" not in runs
