@@ -281,13 +281,15 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
         )
     if recipe.rollout.engine == "vllm" and not recipe.rollout.vllm.urls:
         check_installed()
-    if recipe.reset.source == "initial" and engine.partitions_weights and not recipe.model.lora.r:
+    has_resets = recipe.reset.proportion > 0
+    cuts_copy = engine.partitions_weights and not recipe.model.lora.r
+    if has_resets and recipe.reset.source == "initial" and cuts_copy:
         raise ConfigError(
             "reset.source=initial: this launcher cuts the copy of the initial policy over the processes, so it cannot "
             "sample; use LoRA under ZeRO-3 (model.lora.r), another launcher, or responses sampled beforehand "
             "(launch/complete.py)"
         )
-    if recipe.reset.proportion > 0:
+    if has_resets:
         check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)
 
 

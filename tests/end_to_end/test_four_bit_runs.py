@@ -14,6 +14,7 @@ from tiny_runs import (
     ONLINE,
     SFT,
     assert_close,
+    assert_same_policy,
     ddp,
     deepspeed,
     finished,
@@ -61,13 +62,6 @@ def rounded(policy, tmp_path_factory) -> Path:
 
 def saved(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "policy" / "model.safetensors")
-
-
-def assert_same_policy(left: Path, right: Path, tolerance: float = 2e-4) -> None:
-    one, other = saved(left), saved(right)
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance, msg=name)
 
 
 @pytest.fixture(params=["sft", "dpo", "drpo", "drpo above a frozen trunk"])

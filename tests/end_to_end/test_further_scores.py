@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 from offline_runs import run_reward_model, run_sft
 from online_runs import merged
-from tiny_runs import ONLINE, assert_close, ddp, metrics_of, partitioned, plain, run, write_recipe
+from tiny_runs import (
+    ONLINE,
+    assert_close,
+    assert_same_policy,
+    ddp,
+    metrics_of,
+    partitioned,
+    plain,
+    run,
+    write_recipe,
+)
 
 RUNS = {
     "vine": {"advantage": {"estimator": "vine"}, "vine": {"every": 2, "num_rollouts": 3}},
@@ -45,6 +55,7 @@ def test_two_processes_equal_one(folder, name, launcher):
     run(command, f"{name}.yaml", f"run_dir={name}_{launcher}", "rollout.generation_batch_size=5", cwd=folder)
     rows = metrics_of(folder / f"{name}_one")
     assert_close(rows, metrics_of(folder / f"{name}_{launcher}"), 2e-4)
+    assert_same_policy(folder / f"{name}_one", folder / f"{name}_{launcher}")
     assert len(rows) == 2
     if name == "vine":
         assert all(row["vine/num_states"] > 16 for row in rows)

@@ -17,6 +17,7 @@ from tiny_runs import (
     SEVERAL,
     SFT,
     assert_close,
+    assert_same_policy,
     ddp,
     deepspeed,
     metrics_of,
@@ -40,13 +41,6 @@ def folder(tmp_path_factory) -> Path:
     run(plain("sft"), "sft.yaml", cwd=folder)
     run(plain("drpo"), "drpo.yaml", "run_dir=whole", cwd=folder)
     return folder
-
-
-def assert_same_policy(left: Path, right: Path, tolerance: float) -> None:
-    a, b = (load_file(path / "policy" / "model.safetensors") for path in (left, right))
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=name)
 
 
 def test_the_run_learns_something_to_be_invariant_about(folder):

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
 
+import torch
 import warm_python
 import yaml
+from safetensors.torch import load_file
 
 from drpo.run.metrics import read_metrics, reproducible
 
@@ -187,6 +189,14 @@ def run(command: list[str], *arguments: str, cwd: Path, timeout: float = 300) ->
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:
     """The reproducible metrics of a run."""
     return [reproducible(row) for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def assert_same_policy(left: Path, right: Path, tolerance: float = 2e-4) -> None:
+    """The policies of two runs agree weight by weight, to an absolute tolerance."""
+    a, b = (load_file(path / "policy" / "model.safetensors") for path in (left, right))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=name)
 
 
 def assert_close(left: list[dict], right: list[dict], tolerance: float) -> None:
