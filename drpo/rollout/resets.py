@@ -92,9 +92,10 @@ class ResetConfig(Section):
         if self.length != "curriculum":
             refuse_changed(self, ["curriculum_end"], f"applies to {key('length')}=curriculum only; drop it")
         if self.length != "adaptive":
-            refuse_changed(self, ["adaptive"], f"applies to {key('length')}=adaptive only; drop it")
+            rule = f"applies to {key('length')}=adaptive only; drop it"
+            refuse_changed(self.adaptive, vars(self.adaptive), rule, "adaptive.")
         if self.source != "own":
-            refuse_changed(self, ["own"], f"applies to {key('source')}=own only; drop it")
+            refuse_changed(self.own, vars(self.own), f"applies to {key('source')}=own only; drop it", "own.")
         if self.length in ("curriculum", "adaptive"):
             rule = f"does not apply to {key('length')}={self.length}, which moves by itself; drop it"
             refuse_changed(self, ["length_schedule"], rule)

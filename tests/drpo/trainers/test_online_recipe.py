@@ -1,0 +1,53 @@
+"""Rules between the sections of an online recipe: what would do nothing, or could not work, is refused before a run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from online_runs import RECIPE, merged
+
+from drpo.config import ConfigError
+from drpo.trainers.online_recipe import OnlineRecipe
+
+
+def recipe_of(**changes) -> OnlineRecipe:
+    """A recipe of 4 steps whose responses have at most 8 tokens."""
+    return OnlineRecipe(**merged(merged(RECIPE, {"num_steps": 4}), changes))
+
+
+def assert_refused(message: str, **changes) -> None:
+    """The recipe is refused by an error that begins with `message` and has each of its parts between ` ... `."""
+    with pytest.raises(ConfigError) as caught:
+        recipe_of(**changes)
+    pattern = ".*".join(map(re.escape, message.split(" ... ")))
+    assert re.match(pattern, str(caught.value)), caught.value
+
+
+# --- own rollouts -----------------------------------------------------------------------------------------
+
+
+def test_a_buffer_of_own_rollouts_has_an_upper_bound():
+    reset = {"source": "own", "proportion": 0.5}
+    message = "reset.own.size must be >= 1 and <= 1e+09, got 10000000000000000000"
+    assert_refused(message, reset={**reset, "own": {"size": 10**19}})
+    assert recipe_of(reset={**reset, "own": {"size": 10**9}}).reset.own.size == 10**9
+
+
+def test_worst_of_all_own_rollouts_is_refused():
+    reset = {"source": "own", "proportion": 0.5}
+    message = "reset.own.which does nothing with reset.own.share=1"
+    assert_refused(message, reset={**reset, "own": {"which": "worst", "share": 1.0}})
+    recipe_of(reset={**reset, "own": {"which": "worst", "share": 0.99}})
+    recipe_of(reset={**reset, "own": {"share": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("reset", "message"),
+    [
+        ({"own": {"size": 4}}, "reset.own.size applies to reset.source=own only; drop it"),
+        ({"adaptive": {"rate": 1.0}}, "reset.adaptive.rate applies to reset.length=adaptive only; drop it"),
+    ],
+)
+def test_settings_of_another_way_to_reset_are_named_in_full(reset, message):
+    assert_refused(message, reset=reset)
