@@ -121,7 +121,7 @@ class ResetConfig(Section):
     @property
     def remembers(self) -> bool:
         """Whether draws depend on earlier rollouts."""
-        return self.source == "own" or self.length == "adaptive"
+        return self.proportion > 0 and (self.source == "own" or self.length == "adaptive")
 
 
 def reset_response(example: Example, source: str) -> list[int]:

@@ -280,7 +280,8 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
         )
     if recipe.rollout.engine == "vllm" and not recipe.rollout.vllm.urls:
         check_installed()
-    if recipe.reset.source == "initial" and engine.partitions_weights and not recipe.model.lora.r:
+    samples_initial = recipe.reset.proportion > 0 and recipe.reset.source == "initial"
+    if samples_initial and engine.partitions_weights and not recipe.model.lora.r:
         raise ConfigError(
             "reset.source=initial: this launcher cuts the copy of the initial policy over the processes, so it cannot "
             "sample; use LoRA under ZeRO-3 (model.lora.r), another launcher, or responses sampled beforehand "

@@ -180,7 +180,8 @@ class OnlineRecipe(Section):
             f"{self.num_steps - pretrain_steps}"
         )
         refuse(pretrain_steps < self.num_steps <= pretrain_steps + warmup, "optim.warmup_steps", rule)
-        self._check_resets()
+        if self.reset.proportion > 0:
+            self._check_resets()
         share = 0.2 * self.rollout.batch_size
         refuse(
             self.kl.target_per_token is not None and self.kl.horizon <= share,
@@ -218,7 +219,7 @@ class OnlineRecipe(Section):
         rule = (
             f"({shortest}) must be below rollout.max_response_length ({longest}): no response could be reset"
         )
-        refuse(self.reset.proportion > 0 and shortest >= longest, "reset.min_length", rule)
+        refuse(shortest >= longest, "reset.min_length", rule)
         num_rollouts = self.rollout.rollouts_per_prompt
         rule = (
             f"must be prompt for reset.source=own with rollout.rollouts_per_prompt={num_rollouts}: an own rollout "
@@ -242,7 +243,7 @@ class OnlineRecipe(Section):
             refuse_changed(self.vine, vars(self.vine), rule, "vine.")
             return
         rule = "must be paper for advantage.estimator=vine: forced tokens have no state to be compared with"
-        refuse(self.reset.masking != "paper", "reset.masking", rule)
+        refuse(self.reset.proportion > 0 and self.reset.masking != "paper", "reset.masking", rule)
 
     def _check_rollout_engine(self) -> None:
         if self.rollout.engine == "native":
@@ -256,7 +257,8 @@ class OnlineRecipe(Section):
             ("eval.temperature", self.eval.temperature),
         ):
             rule = f"({value:g}) must be 0 or >= {MIN_TEMPERATURE} for rollout.engine=vllm, which would sample at that"
-            refuse(0 < value < MIN_TEMPERATURE, name, rule)
+            is_used = self.eval.every > 0 or name != "eval.temperature"
+            refuse(is_used and 0 < value < MIN_TEMPERATURE, name, rule)
 
     @property
     def tokenizer_path(self) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from online_runs import RECIPE, merged
 
 from drpo.config import ConfigError
+from drpo.data.load import Splits
+from drpo.run.checkpoints import read_trainer_state
+from drpo.trainers.online import _check
 from drpo.trainers.online_recipe import OnlineRecipe
 
 
@@ -51,3 +56,42 @@ def test_worst_of_all_own_rollouts_is_refused():
 )
 def test_settings_of_another_way_to_reset_are_named_in_full(reset, message):
     assert_refused(message, reset=reset)
+
+
+# --- without resets ---------------------------------------------------------------------------------------
+
+VINE = {"advantage": {"estimator": "vine"}}
+OFF_THE_LIMITS = {
+    "own for each rollout": {"reset": {"source": "own"}, "rollout": {"rollouts_per_prompt": 2}},
+    "release's masking": {"reset": {"masking": "release"}, **VINE},
+    "long prefixes": {"reset": {"min_length": 8}},
+}
+
+
+@pytest.mark.parametrize("changes", OFF_THE_LIMITS.values(), ids=OFF_THE_LIMITS)
+def test_settings_of_resets_may_stay_where_there_are_none(changes):
+    with pytest.raises(ConfigError, match="^reset"):
+        recipe_of(**merged(changes, {"reset": {"proportion": 0.5}}))
+    recipe_of(**merged(changes, {"reset": {"proportion": 0.0}}))
+
+
+@pytest.mark.parametrize("memory", [{"source": "own"}, {"length": "adaptive"}], ids=["own", "adaptive"])
+def test_draws_depend_on_earlier_rollouts_where_there_are_resets(memory):
+    assert recipe_of(reset=memory | {"proportion": 0.5, "proportion_schedule": "linear"}).reset.remembers
+    assert not recipe_of(reset=memory | {"proportion": 0.0}).reset.remembers
+    assert not recipe_of().reset.remembers
+
+
+def test_a_run_without_resets_keeps_no_rollouts(online_run):
+    _, run_dir = online_run(reset={"proportion": 0.0, "source": "own"}, checkpoint={"every": 1})
+    starts = read_trainer_state(run_dir / "checkpoints" / "step_3").get("starts", {})
+    assert not starts.get("own", {}).get("rollouts")
+
+
+@pytest.mark.parametrize("proportion", [0.0, 0.5])
+def test_a_launcher_that_cuts_models_can_train_without_resets(proportion):
+    launcher = SimpleNamespace(world_size=2, partitions_weights=True)
+    recipe = recipe_of(reset={"source": "initial", "proportion": proportion})
+    refused = pytest.raises(ConfigError, match="reset.source=initial: this launcher cuts the copy")
+    with refused if proportion else nullcontext():
+        _check(recipe, launcher, Splits([], [], ""), None)
