@@ -12,7 +12,7 @@ from drpo.models.loading import ModelConfig
 from drpo.optim import OptimConfig
 from drpo.rollout.generator import RolloutConfig
 from drpo.rollout.held_out import EvalConfig
-from drpo.rollout.resets import ResetConfig
+from drpo.rollout.resets import ResetConfig, length_limits, limits_text, reset_share
 from drpo.rollout.vine import VineConfig
 from drpo.rollout.vllm_requests import MIN_TEMPERATURE
 from drpo.run.folder import CheckpointConfig, LogConfig, Resume
@@ -215,11 +215,8 @@ class OnlineRecipe(Section):
         refuse(self.rollout.batch_size % self.ppo.num_minibatches != 0, "ppo.num_minibatches", rule)
 
     def _check_resets(self) -> None:
-        longest, shortest = self.rollout.max_response_length, self.reset.min_length
-        rule = (
-            f"({shortest}) must be below rollout.max_response_length ({longest}): no response could be reset"
-        )
-        refuse(shortest >= longest, "reset.min_length", rule)
+        self._check_reset_lengths()
+        self._check_reset_steps()
         num_rollouts = self.rollout.rollouts_per_prompt
         rule = (
             f"must be prompt for reset.source=own with rollout.rollouts_per_prompt={num_rollouts}: an own rollout "
@@ -235,6 +232,46 @@ class OnlineRecipe(Section):
         )
         apart = reset.source == "own" and reset.per == "rollout" and num_rollouts > 1
         refuse(apart, "reset.per", rule)
+
+    def _check_reset_lengths(self) -> None:
+        """Refuse limits that no prefix meets, whatever the responses are.
+
+        Those of the dataset are held against the limits once they are read (`check_resets`).
+        """
+        reset, longest_response = self.reset, self.rollout.max_response_length
+        rule = (
+            f"({reset.min_length}) must be below rollout.max_response_length ({longest_response}): no response could "
+            "be reset; lower it, raise that, or set reset.proportion=0"
+        )
+        refuse(reset.min_length >= longest_response, "reset.min_length", rule)
+        if reset.from_data:
+            return
+        lengths = range(1, longest_response + 1)
+        limits = [length_limits(reset, length, longest_response) for length in lengths]
+        rule = (
+            f"({reset.source}) has responses of 1 to {longest_response} tokens, and none of them has a prefix within "
+            f"{limits_text(reset, longest_response)}, so nothing would be reset; widen them, or set reset.proportion=0"
+        )
+        refuse(all(longest < max(1, shortest) for shortest, longest in limits), "reset.source", rule)
+
+    def _check_reset_steps(self) -> None:
+        """Refuse schedules that end before a step whose resets serve the policy."""
+        reset, num_steps, pretrain_steps = self.reset, self.num_steps, self.critic.pretrain_steps
+        is_own = reset.source == "own"
+        rule = (
+            "(own) resets to rollouts of earlier steps, and num_steps=1 has none; raise that, choose another source, "
+            "or set reset.proportion=0"
+        )
+        refuse(is_own and num_steps == 1, "reset.source", rule)
+        idle_steps = [(1, "reset.source=own has no rollouts to reset to before")] * is_own
+        if pretrain_steps < num_steps:
+            idle_steps += [(pretrain_steps, "the critic alone learns before (critic.pretrain_steps)")]
+        for steps, reason in idle_steps:
+            rule = (
+                f"({reset.schedule_end:g}) must be above {steps} / num_steps = {steps / num_steps:g}, the share of "
+                f"training done before step {steps + 1}: {reason}; raise it, or set reset.proportion=0"
+            )
+            refuse(reset_share(reset, steps / num_steps) == 0, "reset.schedule_end", rule)
 
     def _check_vine(self) -> None:
         estimator = self.advantage.estimator

@@ -10,7 +10,10 @@ import pytest
 from online_runs import RECIPE, merged
 
 from drpo.config import ConfigError
+from drpo.data.encode import Example
 from drpo.data.load import Splits
+from drpo.data.records import DataError, Record
+from drpo.rollout.resets import ResetConfig, check_resets
 from drpo.run.checkpoints import read_trainer_state
 from drpo.trainers.online import _check
 from drpo.trainers.online_recipe import OnlineRecipe
@@ -56,6 +59,87 @@ def test_worst_of_all_own_rollouts_is_refused():
 )
 def test_settings_of_another_way_to_reset_are_named_in_full(reset, message):
     assert_refused(message, reset=reset)
+
+
+# --- limits that no prefix meets --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["own", "initial"])
+@pytest.mark.parametrize(
+    ("limits", "response", "neighbour", "longer"),
+    [  # of 8 tokens a tenth is none, and 0.99 of them is all of them; of 10 it is one, of 100 all but the last
+        ({"max_fraction": 0.1}, 8, {"max_fraction": 0.125}, 10),
+        ({"min_fraction": 0.99}, 8, {"min_fraction": 0.875}, 100),
+        ({"max_fraction": 0.45, "min_fraction": 0.4}, 4, {"max_fraction": 0.5, "min_fraction": 0.4}, 5),
+        ({"length": "binomial", "max_fraction": 0.01}, 1, {"length": "binomial", "max_fraction": 0.01}, 2),
+        ({}, 1, {"boundary": "turn"}, 2),
+    ],
+)
+def test_limits_that_no_sampled_response_meets(source, limits, response, neighbour, longer):
+    def taken(limits: dict, longest: int) -> dict:
+        reset = {"source": source, "proportion": 0.5, **limits}
+        return {"reset": reset, "rollout": {"max_response_length": longest}}
+
+    message = f"reset.source ({source}) has responses of 1 to {response} tokens ... widen them, or set reset"
+    assert_refused(message, **taken(limits, response))
+    recipe_of(**taken(limits, longer))
+    recipe_of(**taken(neighbour, max(response, 2)))
+    recipe_of(**merged(taken(limits, response), {"reset": {"proportion": 0.0}}))
+
+
+def test_limits_of_dataset_responses_wait_for_the_data():
+    recipe_of(reset={"max_fraction": 0.1})
+
+
+def test_fractions_are_no_limits_of_binomial_lengths():
+    message = "within reset.min_length=0 and rollout.max_response_length=1, so nothing"
+    binomial = {"length": "binomial", "max_fraction": 0.5}
+    reset = {"source": "initial", "proportion": 0.5, **binomial}
+    assert_refused(f"reset.source (initial) ... {message}", reset=reset, rollout={"max_response_length": 1})
+    example = Example(Record(prompt="p"), query_ids=[3], completion_ids=[10, 11, 0])
+    with pytest.raises(
+        DataError, match=r"reset.boundary=token, reset.min_length=5 and rollout.max_response_length=8,"
+    ):
+        check_resets([example], ResetConfig(min_length=5, **binomial), 8, None)
+
+
+def test_a_shortest_prefix_as_long_as_a_response_is_refused_with_what_to_do():
+    message = (
+        "reset.min_length (8) must be below rollout.max_response_length (8) ... lower it, raise that, or set"
+    )
+    assert_refused(message, reset={"min_length": 8})
+    recipe_of(reset={"min_length": 7})
+
+
+# --- schedules that end too early -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["proportion_schedule", "length_schedule"])
+def test_own_rollouts_need_a_second_step_with_resets(schedule):
+    reset = {"source": "own", "proportion": 0.5, schedule: "linear"}
+    message = (
+        "reset.schedule_end (0.25) must be above 1 / num_steps = 0.25, ... reset.source=own has no rollouts"
+    )
+    assert_refused(message, reset={**reset, "schedule_end": 0.25})
+    recipe_of(reset={**reset, "schedule_end": 0.26})
+    recipe_of(reset={**reset, "schedule_end": 0.25, "source": "initial"})
+    recipe_of(reset={**reset, "schedule_end": 0.25, "proportion": 0.0})
+
+
+def test_own_rollouts_need_more_than_one_step():
+    reset = {"source": "own", "proportion": 0.5}
+    assert_refused("reset.source (own) resets to rollouts of earlier steps", reset=reset, num_steps=1)
+    recipe_of(reset=reset, num_steps=2)
+    recipe_of(reset={**reset, "source": "initial"}, num_steps=1)
+
+
+def test_resets_outlast_the_steps_in_which_the_critic_alone_learns():
+    reset = {"proportion_schedule": "linear", "schedule_end": 0.5}
+    message = "reset.schedule_end (0.5) must be above 2 / num_steps = 0.5, ... critic.pretrain_steps"
+    assert_refused(message, reset=reset, critic={"pretrain_steps": 2})
+    recipe_of(reset={**reset, "schedule_end": 0.51}, critic={"pretrain_steps": 2})
+    recipe_of(reset=reset, critic={"pretrain_steps": 1})
+    recipe_of(reset=reset, critic={"pretrain_steps": 4})  # for the critic's sake
 
 
 # --- without resets ---------------------------------------------------------------------------------------
