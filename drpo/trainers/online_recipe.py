@@ -181,7 +181,9 @@ class OnlineRecipe(Section):
         )
         refuse(pretrain_steps < self.num_steps <= pretrain_steps + warmup, "optim.warmup_steps", rule)
         if self.reset.proportion > 0:
-            self._check_resets()
+            self._check_reset_lengths()
+            self._check_reset_steps()
+            self._check_own()
         share = 0.2 * self.rollout.batch_size
         refuse(
             self.kl.target_per_token is not None and self.kl.horizon <= share,
@@ -189,14 +191,8 @@ class OnlineRecipe(Section):
             f"({self.kl.horizon:g}) must be above 0.2 * rollout.batch_size = {share:g}: one update may lower the "
             "coefficient by that share, to below 0, where diverging from the reference is rewarded",
         )
-        estimator = f"advantage.estimator={self.advantage.estimator}"
-        if not self.advantage.needs_critic:
-            rule = f"does not apply to {estimator}: there is no critic"
-            refuse_changed(self.critic, vars(self.critic).keys(), rule, "critic.")
-            refuse_changed(self.ppo, ("value_coef", "value_clip_range"), rule, "ppo.")
-        lacks_group = self.advantage.compares_group and self.rollout.rollouts_per_prompt < 2
-        rule = f"must be >= 2 for {estimator}, which compares the rollouts of a prompt"
-        refuse(lacks_group, "rollout.rollouts_per_prompt", rule)
+        self._check_critic()
+        self._check_groups()
         rule = (
             "is for a copy of the policy; under LoRA the reference is the policy without its adapter: drop it"
         )
@@ -214,9 +210,37 @@ class OnlineRecipe(Section):
         rule = f"({self.ppo.num_minibatches}) must divide rollout.batch_size ({self.rollout.batch_size})"
         refuse(self.rollout.batch_size % self.ppo.num_minibatches != 0, "ppo.num_minibatches", rule)
 
-    def _check_resets(self) -> None:
-        self._check_reset_lengths()
-        self._check_reset_steps()
+    def _check_critic(self) -> None:
+        """Refuse settings of a critic that is not there or learns nothing, and of a policy that does not learn."""
+        if not self.advantage.needs_critic:
+            rule = f"does not apply to advantage.estimator={self.advantage.estimator}: there is no critic"
+            refuse_changed(self.critic, vars(self.critic).keys(), rule, "critic.")
+            refuse_changed(self.ppo, ("value_coef", "value_clip_range"), rule, "ppo.")
+        elif self.ppo.value_coef == 0:
+            rule = "does not apply to ppo.value_coef=0: the critic learns nothing; raise that, or drop it"
+            refuse_changed(self.critic, ("pretrain_steps", "learning_rate", "warmup_steps"), rule, "critic.")
+            refuse_changed(self.ppo, ("value_clip_range",), rule, "ppo.")
+            refuse_changed(self.advantage, ("value_lam",), rule, "advantage.")
+        if self.critic.pretrain_steps == self.num_steps:
+            rule = (
+                f"does nothing with critic.pretrain_steps=num_steps={self.num_steps}: the policy learns in no step; "
+                "lower critic.pretrain_steps, or drop it"
+            )
+            refuse(self.reset.proportion > 0 and self.reset.sft_coef > 0, "reset.sft_coef", rule)
+            refuse_changed(self.ppo, ("entropy_coef",), rule, "ppo.")
+
+    def _check_groups(self) -> None:
+        """Refuse estimators that lack a group of rollouts, and settings of groups where a prompt has one rollout."""
+        if self.rollout.rollouts_per_prompt > 1:
+            return
+        rule = f"must be >= 2 for advantage.estimator={self.advantage.estimator}, which compares the rollouts of a prompt"
+        refuse(self.advantage.compares_group, "rollout.rollouts_per_prompt", rule)
+        rule = "does nothing with rollout.rollouts_per_prompt=1: a prompt has one rollout; raise that, or drop it"
+        refuse_changed(self.ppo, ("share_prompts",), rule, "ppo.")
+        refuse(self.reset.proportion > 0 and self.reset.per == "prompt", "reset.per", rule)
+
+    def _check_own(self) -> None:
+        """Refuse own rollouts whose prompts would be all prompts, or several in one group."""
         num_rollouts = self.rollout.rollouts_per_prompt
         rule = (
             f"must be prompt for reset.source=own with rollout.rollouts_per_prompt={num_rollouts}: an own rollout "
@@ -244,15 +268,21 @@ class OnlineRecipe(Section):
             "be reset; lower it, raise that, or set reset.proportion=0"
         )
         refuse(reset.min_length >= longest_response, "reset.min_length", rule)
+        within = f"within {limits_text(reset, longest_response)}"
         if reset.from_data:
-            return
-        lengths = range(1, longest_response + 1)
-        limits = [length_limits(reset, length, longest_response) for length in lengths]
-        rule = (
-            f"({reset.source}) has responses of 1 to {longest_response} tokens, and none of them has a prefix within "
-            f"{limits_text(reset, longest_response)}, so nothing would be reset; widen them, or set reset.proportion=0"
-        )
-        refuse(all(longest < max(1, shortest) for shortest, longest in limits), "reset.source", rule)
+            equal_fractions = reset.min_fraction == reset.max_fraction
+            has_one_length = equal_fractions or reset.min_length == longest_response - 1
+        else:
+            lengths = range(1, longest_response + 1)
+            limits = [length_limits(reset, length, longest_response) for length in lengths]
+            rule = (
+                f"({reset.source}) has responses of 1 to {longest_response} tokens, and none of them has a prefix "
+                f"{within}, so nothing would be reset; widen them, or set reset.proportion=0"
+            )
+            refuse(all(longest < max(1, shortest) for shortest, longest in limits), "reset.source", rule)
+            has_one_length = all(longest <= shortest for shortest, longest in limits)
+        rule = f"({reset.length}) chooses among lengths, and {within} a prefix has one at most; widen them, or drop it"
+        refuse(has_one_length and reset.length in ("adaptive", "curriculum"), "reset.length", rule)
 
     def _check_reset_steps(self) -> None:
         """Refuse schedules that end before a step whose resets serve the policy."""
@@ -289,12 +319,11 @@ class OnlineRecipe(Section):
             )
             refuse_changed(self.ppo, ("importance_sampling",), rule, "ppo.")
             return
-        for name, value in (
-            ("rollout.sampling.temperature", self.rollout.sampling.temperature),
-            ("eval.temperature", self.eval.temperature),
+        for name, value, is_used in (
+            ("rollout.sampling.temperature", self.rollout.sampling.temperature, True),
+            ("eval.temperature", self.eval.temperature, self.eval.every > 0),
         ):
             rule = f"({value:g}) must be 0 or >= {MIN_TEMPERATURE} for rollout.engine=vllm, which would sample at that"
-            is_used = self.eval.every > 0 or name != "eval.temperature"
             refuse(is_used and 0 < value < MIN_TEMPERATURE, name, rule)
 
     @property

@@ -111,6 +111,25 @@ def test_a_shortest_prefix_as_long_as_a_response_is_refused_with_what_to_do():
     recipe_of(reset={"min_length": 7})
 
 
+@pytest.mark.parametrize("length", ["adaptive", "curriculum"])
+@pytest.mark.parametrize(
+    ("limits", "neighbour"),
+    [
+        ({"min_length": 7}, {"min_length": 6}),
+        ({"min_fraction": 0.5, "max_fraction": 0.5}, {"min_fraction": 0.5, "max_fraction": 0.9}),
+        ({"min_fraction": 0.8, "source": "initial"}, {"min_fraction": 0.75, "source": "initial"}),
+    ],
+)
+def test_lengths_that_are_chosen_need_two_that_are_allowed(length, limits, neighbour):
+    message = (
+        f"reset.length ({length}) chooses among lengths, and within reset.min_length= ... one at most; widen"
+    )
+    assert_refused(message, reset={"length": length, **limits})
+    recipe_of(reset={"length": length, **neighbour})
+    recipe_of(reset={"length": "uniform", **limits})
+    recipe_of(reset={"length": length, **limits, "proportion": 0.0})
+
+
 # --- schedules that end too early -------------------------------------------------------------------------
 
 
@@ -140,6 +159,56 @@ def test_resets_outlast_the_steps_in_which_the_critic_alone_learns():
     recipe_of(reset={**reset, "schedule_end": 0.51}, critic={"pretrain_steps": 2})
     recipe_of(reset=reset, critic={"pretrain_steps": 1})
     recipe_of(reset=reset, critic={"pretrain_steps": 4})  # for the critic's sake
+
+
+# --- who learns -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"reset": {"sft_coef": 0.1}}, "reset.sft_coef"), ({"ppo": {"entropy_coef": 0.1}}, "ppo.entropy_coef")],
+)
+def test_losses_of_a_policy_that_never_learns_are_refused(changes, name):
+    message = f"{name} does nothing with critic.pretrain_steps=num_steps=4: the policy learns in no step"
+    assert_refused(message, **changes, critic={"pretrain_steps": 4})
+    recipe_of(**changes, critic={"pretrain_steps": 3})
+    recipe_of(critic={"pretrain_steps": 4}, reset={"sft_coef": 0.1, "proportion": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"critic": {"pretrain_steps": 1}}, "critic.pretrain_steps"),
+        ({"critic": {"learning_rate": 1e-4}}, "critic.learning_rate"),
+        ({"critic": {"warmup_steps": 1}}, "critic.warmup_steps"),
+        ({"ppo": {"value_clip_range": 0.1}}, "ppo.value_clip_range"),
+        ({"advantage": {"value_lam": 1.0}}, "advantage.value_lam"),
+    ],
+)
+def test_settings_of_a_critic_that_learns_nothing_are_refused(changes, name):
+    message = f"{name} does not apply to ppo.value_coef=0: the critic learns nothing"
+    assert_refused(message, **merged(changes, {"ppo": {"value_coef": 0.0}}))
+    recipe_of(**merged(changes, {"ppo": {"value_coef": 0.01}}))
+    recipe_of(ppo={"value_coef": 0.0}, critic={"path": "reward_model"})
+
+
+def test_a_clip_range_leaves_the_ratio_above_zero():
+    assert_refused("ppo.clip_range must be > 0 and < 1, got 20", ppo={"clip_range": 20.0})
+    assert_refused("ppo.clip_range must be > 0 and < 1, got 1", ppo={"clip_range": 1.0})
+    recipe_of(ppo={"clip_range": 0.99, "clip_range_high": 20.0})
+
+
+# --- groups of rollouts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"reset": {"per": "prompt"}}, "reset.per"), ({"ppo": {"share_prompts": False}}, "ppo.share_prompts")],
+)
+def test_settings_of_groups_are_refused_for_one_rollout(changes, name):
+    assert_refused(f"{name} does nothing with rollout.rollouts_per_prompt=1: a prompt has one", **changes)
+    recipe_of(**changes, rollout={"rollouts_per_prompt": 2})
+    recipe_of(reset={"per": "prompt", "proportion": 0.0})
 
 
 # --- without resets ---------------------------------------------------------------------------------------
