@@ -214,7 +214,7 @@ class OnlineRecipe(Section):
         """Refuse settings of a critic that is not there or learns nothing, and of a policy that does not learn."""
         if not self.advantage.needs_critic:
             rule = f"does not apply to advantage.estimator={self.advantage.estimator}: there is no critic"
-            refuse_changed(self.critic, vars(self.critic).keys(), rule, "critic.")
+            refuse_changed(self.critic, vars(self.critic), rule, "critic.")
             refuse_changed(self.ppo, ("value_coef", "value_clip_range"), rule, "ppo.")
         elif self.ppo.value_coef == 0:
             rule = "does not apply to ppo.value_coef=0: the critic learns nothing; raise that, or drop it"
@@ -233,7 +233,8 @@ class OnlineRecipe(Section):
         """Refuse estimators that lack a group of rollouts, and settings of groups where a prompt has one rollout."""
         if self.rollout.rollouts_per_prompt > 1:
             return
-        rule = f"must be >= 2 for advantage.estimator={self.advantage.estimator}, which compares the rollouts of a prompt"
+        estimator = f"advantage.estimator={self.advantage.estimator}"
+        rule = f"must be >= 2 for {estimator}, which compares the rollouts of a prompt"
         refuse(self.advantage.compares_group, "rollout.rollouts_per_prompt", rule)
         rule = "does nothing with rollout.rollouts_per_prompt=1: a prompt has one rollout; raise that, or drop it"
         refuse_changed(self.ppo, ("share_prompts",), rule, "ppo.")
