@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from drpo.config import Section, setting
+from drpo.config import Section, key, refuse_changed, setting
 from drpo.decimals import decimal_floor
 from drpo.random_streams import Stream, stream
 
@@ -16,12 +16,19 @@ from drpo.random_streams import Stream, stream
 class OwnConfig(Section):
     """Settings of `reset.source=own`."""
 
-    size: int = setting(1024, ge=1)
+    size: int = setting(1024, ge=1, le=1_000_000_000)
     """How many of the newest rollouts can be reset to."""
     which: Literal["best", "worst"] = "best"
     """best: those with the highest raw scores. worst: those with the lowest, to try them again from the middle."""
     share: float = setting(0.5, gt=0, le=1)
     """Share of the newest rollouts that are the best (or worst). 1: any of them, whatever its score."""
+
+    def check(self) -> None:
+        if self.share == 1:
+            rule = (
+                f"does nothing with {key('share')}=1, any rollout whatever its score; lower that, or drop it"
+            )
+            refuse_changed(self, ["which"], rule)
 
 
 class OwnRollout(NamedTuple):

@@ -92,9 +92,10 @@ class ResetConfig(Section):
         if self.length != "curriculum":
             refuse_changed(self, ["curriculum_end"], f"applies to {key('length')}=curriculum only; drop it")
         if self.length != "adaptive":
-            refuse_changed(self, ["adaptive"], f"applies to {key('length')}=adaptive only; drop it")
+            rule = f"applies to {key('length')}=adaptive only; drop it"
+            refuse_changed(self.adaptive, vars(self.adaptive), rule, "adaptive.")
         if self.source != "own":
-            refuse_changed(self, ["own"], f"applies to {key('source')}=own only; drop it")
+            refuse_changed(self.own, vars(self.own), f"applies to {key('source')}=own only; drop it", "own.")
         if self.length in ("curriculum", "adaptive"):
             rule = f"does not apply to {key('length')}={self.length}, which moves by itself; drop it"
             refuse_changed(self, ["length_schedule"], rule)
@@ -120,7 +121,7 @@ class ResetConfig(Section):
     @property
     def remembers(self) -> bool:
         """Whether draws depend on earlier rollouts."""
-        return self.source == "own" or self.length == "adaptive"
+        return self.proportion > 0 and (self.source == "own" or self.length == "adaptive")
 
 
 def reset_response(example: Example, source: str) -> list[int]:
@@ -167,24 +168,28 @@ def check_resets(
     if any(max(prefix_lengths(config, s, max_response_length, tokenizer), default=0) for s in sources):
         return
     raise DataError(
-        f"reset: none of {len(sources)} responses has a prefix within reset.min_length={config.min_length}, "
-        f"reset.min_fraction={config.min_fraction:g}, reset.max_fraction={config.max_fraction:g}, "
-        f"reset.boundary={config.boundary} and rollout.max_response_length={max_response_length}, so nothing would be "
-        "reset; widen them, or set reset.proportion=0"
+        f"reset: none of {len(sources)} responses has a prefix within reset.boundary={config.boundary}, "
+        f"{limits_text(config, max_response_length)}, so nothing would be reset; widen them, or set reset.proportion=0"
     )
 
 
 def is_reset(config: ResetConfig, progress: float, seed: int, draw: int) -> bool:
-    """Draw whether a rollout is reset: z ~ Bernoulli(beta), beta = proportion times the factor of its schedule.
-
-    Never once `length_schedule` has ended.
+    """Draw whether a rollout is reset: z ~ Bernoulli(beta), beta = `reset_share`.
 
     `draw` is the episode, or the first one of the rollouts that share a reset. The result depends on (seed, draw) and
     the share of training done alone.
     """
-    proportion = config.proportion * scheduled(config.proportion_schedule, progress, config.schedule_end)
-    has_lengths = scheduled(config.length_schedule, progress, config.schedule_end) > 0
-    return has_lengths and _random(seed, draw).random() < proportion
+    return _random(seed, draw).random() < reset_share(config, progress)
+
+
+def reset_share(config: ResetConfig, progress: float) -> float:
+    """Return the probability of a reset at `progress`: proportion times the factor of its schedule.
+
+    0 once `length_schedule` has ended.
+    """
+    if scheduled(config.length_schedule, progress, config.schedule_end) == 0:
+        return 0.0
+    return config.proportion * scheduled(config.proportion_schedule, progress, config.schedule_end)
 
 
 def draw_reset_length(
@@ -259,16 +264,28 @@ def prefix_lengths(
 def allowed_lengths(
     config: ResetConfig, boundaries: Sequence[int], source_length: int, max_response_length: int
 ) -> list[int]:
-    """Return the boundaries (`prefix_boundaries`) at which a prefix may end, shortest first.
+    """Return the boundaries (`prefix_boundaries`) at which a prefix may end, shortest first."""
+    shortest, longest = length_limits(config, source_length, max_response_length)
+    return [h for h in boundaries if shortest <= h <= longest]
 
-    They lie between max(min_length, ceil(min_fraction L)) and min(floor(max_fraction L), L-1, max_response_length-1),
-    L = source_length: the policy samples at least one token. length=binomial takes the fractions as its p.
+
+def length_limits(config: ResetConfig, source_length: int, max_response_length: int) -> tuple[int, int]:
+    """Return the shortest and the longest prefix of a response; where none is allowed the first is above the second.
+
+    max(min_length, ceil(min_fraction L)) and min(floor(max_fraction L), L-1, max_response_length-1), L = source_length:
+    the policy samples at least one token. length=binomial takes the fractions as its p.
     """
     fractions = (0.0, 1.0) if config.length == "binomial" else (config.min_fraction, config.max_fraction)
     low, high = (f * source_length for f in fractions)
     longest = min(decimal_floor(high), source_length - 1, max_response_length - 1)
-    shortest = max(config.min_length, decimal_ceil(low))
-    return [h for h in boundaries if shortest <= h <= longest]
+    return max(config.min_length, decimal_ceil(low)), longest
+
+
+def limits_text(config: ResetConfig, max_response_length: int) -> str:
+    """Return the settings that `length_limits` reads, for messages."""
+    fractions = f"reset.min_fraction={config.min_fraction:g}, reset.max_fraction={config.max_fraction:g}"
+    limits = [f"reset.min_length={config.min_length}", *[fractions] * (config.length != "binomial")]
+    return f"{', '.join(limits)} and rollout.max_response_length={max_response_length}"
 
 
 def prefix_boundaries(response_ids: Sequence[int], boundary: str, tokenizer) -> list[int]:

@@ -281,15 +281,14 @@ def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> N
         )
     if recipe.rollout.engine == "vllm" and not recipe.rollout.vllm.urls:
         check_installed()
-    has_resets = recipe.reset.proportion > 0
-    cuts_copy = engine.partitions_weights and not recipe.model.lora.r
-    if has_resets and recipe.reset.source == "initial" and cuts_copy:
+    samples_initial = recipe.reset.proportion > 0 and recipe.reset.source == "initial"
+    if samples_initial and engine.partitions_weights and not recipe.model.lora.r:
         raise ConfigError(
             "reset.source=initial: this launcher cuts the copy of the initial policy over the processes, so it cannot "
             "sample; use LoRA under ZeRO-3 (model.lora.r), another launcher, or responses sampled beforehand "
             "(launch/complete.py)"
         )
-    if has_resets:
+    if recipe.reset.proportion > 0:
         check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)
 
 

@@ -12,7 +12,7 @@ from drpo.models.loading import ModelConfig
 from drpo.optim import OptimConfig
 from drpo.rollout.generator import RolloutConfig
 from drpo.rollout.held_out import EvalConfig
-from drpo.rollout.resets import ResetConfig
+from drpo.rollout.resets import ResetConfig, length_limits, limits_text, reset_share
 from drpo.rollout.vine import VineConfig
 from drpo.rollout.vllm_requests import MIN_TEMPERATURE
 from drpo.run.folder import CheckpointConfig, LogConfig, Resume
@@ -180,7 +180,10 @@ class OnlineRecipe(Section):
             f"{self.num_steps - pretrain_steps}"
         )
         refuse(pretrain_steps < self.num_steps <= pretrain_steps + warmup, "optim.warmup_steps", rule)
-        self._check_resets()
+        if self.reset.proportion > 0:
+            self._check_reset_lengths()
+            self._check_reset_steps()
+            self._check_own()
         share = 0.2 * self.rollout.batch_size
         refuse(
             self.kl.target_per_token is not None and self.kl.horizon <= share,
@@ -188,14 +191,8 @@ class OnlineRecipe(Section):
             f"({self.kl.horizon:g}) must be above 0.2 * rollout.batch_size = {share:g}: one update may lower the "
             "coefficient by that share, to below 0, where diverging from the reference is rewarded",
         )
-        estimator = f"advantage.estimator={self.advantage.estimator}"
-        if not self.advantage.needs_critic:
-            rule = f"does not apply to {estimator}: there is no critic"
-            refuse_changed(self.critic, vars(self.critic).keys(), rule, "critic.")
-            refuse_changed(self.ppo, ("value_coef", "value_clip_range"), rule, "ppo.")
-        lacks_group = self.advantage.compares_group and self.rollout.rollouts_per_prompt < 2
-        rule = f"must be >= 2 for {estimator}, which compares the rollouts of a prompt"
-        refuse(lacks_group, "rollout.rollouts_per_prompt", rule)
+        self._check_critic()
+        self._check_groups()
         rule = (
             "is for a copy of the policy; under LoRA the reference is the policy without its adapter: drop it"
         )
@@ -213,12 +210,38 @@ class OnlineRecipe(Section):
         rule = f"({self.ppo.num_minibatches}) must divide rollout.batch_size ({self.rollout.batch_size})"
         refuse(self.rollout.batch_size % self.ppo.num_minibatches != 0, "ppo.num_minibatches", rule)
 
-    def _check_resets(self) -> None:
-        longest, shortest = self.rollout.max_response_length, self.reset.min_length
-        rule = (
-            f"({shortest}) must be below rollout.max_response_length ({longest}): no response could be reset"
-        )
-        refuse(self.reset.proportion > 0 and shortest >= longest, "reset.min_length", rule)
+    def _check_critic(self) -> None:
+        """Refuse settings of a critic that is not there or learns nothing, and of a policy that does not learn."""
+        if not self.advantage.needs_critic:
+            rule = f"does not apply to advantage.estimator={self.advantage.estimator}: there is no critic"
+            refuse_changed(self.critic, vars(self.critic), rule, "critic.")
+            refuse_changed(self.ppo, ("value_coef", "value_clip_range"), rule, "ppo.")
+        elif self.ppo.value_coef == 0:
+            rule = "does not apply to ppo.value_coef=0: the critic learns nothing; raise that, or drop it"
+            refuse_changed(self.critic, ("pretrain_steps", "learning_rate", "warmup_steps"), rule, "critic.")
+            refuse_changed(self.ppo, ("value_clip_range",), rule, "ppo.")
+            refuse_changed(self.advantage, ("value_lam",), rule, "advantage.")
+        if self.critic.pretrain_steps == self.num_steps:
+            rule = (
+                f"does nothing with critic.pretrain_steps=num_steps={self.num_steps}: the policy learns in no step; "
+                "lower critic.pretrain_steps, or drop it"
+            )
+            refuse(self.reset.proportion > 0 and self.reset.sft_coef > 0, "reset.sft_coef", rule)
+            refuse_changed(self.ppo, ("entropy_coef",), rule, "ppo.")
+
+    def _check_groups(self) -> None:
+        """Refuse estimators that lack a group of rollouts, and settings of groups where a prompt has one rollout."""
+        if self.rollout.rollouts_per_prompt > 1:
+            return
+        estimator = f"advantage.estimator={self.advantage.estimator}"
+        rule = f"must be >= 2 for {estimator}, which compares the rollouts of a prompt"
+        refuse(self.advantage.compares_group, "rollout.rollouts_per_prompt", rule)
+        rule = "does nothing with rollout.rollouts_per_prompt=1: a prompt has one rollout; raise that, or drop it"
+        refuse_changed(self.ppo, ("share_prompts",), rule, "ppo.")
+        refuse(self.reset.proportion > 0 and self.reset.per == "prompt", "reset.per", rule)
+
+    def _check_own(self) -> None:
+        """Refuse own rollouts whose prompts would be all prompts, or several in one group."""
         num_rollouts = self.rollout.rollouts_per_prompt
         rule = (
             f"must be prompt for reset.source=own with rollout.rollouts_per_prompt={num_rollouts}: an own rollout "
@@ -235,6 +258,52 @@ class OnlineRecipe(Section):
         apart = reset.source == "own" and reset.per == "rollout" and num_rollouts > 1
         refuse(apart, "reset.per", rule)
 
+    def _check_reset_lengths(self) -> None:
+        """Refuse limits that no prefix meets, whatever the responses are.
+
+        Those of the dataset are held against the limits once they are read (`check_resets`).
+        """
+        reset, longest_response = self.reset, self.rollout.max_response_length
+        rule = (
+            f"({reset.min_length}) must be below rollout.max_response_length ({longest_response}): no response could "
+            "be reset; lower it, raise that, or set reset.proportion=0"
+        )
+        refuse(reset.min_length >= longest_response, "reset.min_length", rule)
+        within = f"within {limits_text(reset, longest_response)}"
+        if reset.from_data:
+            equal_fractions = reset.min_fraction == reset.max_fraction
+            has_one_length = equal_fractions or reset.min_length == longest_response - 1
+        else:
+            lengths = range(1, longest_response + 1)
+            limits = [length_limits(reset, length, longest_response) for length in lengths]
+            rule = (
+                f"({reset.source}) has responses of 1 to {longest_response} tokens, and none of them has a prefix "
+                f"{within}, so nothing would be reset; widen them, or set reset.proportion=0"
+            )
+            refuse(all(longest < max(1, shortest) for shortest, longest in limits), "reset.source", rule)
+            has_one_length = all(longest <= shortest for shortest, longest in limits)
+        rule = f"({reset.length}) chooses among lengths, and {within} a prefix has one at most; widen them, or drop it"
+        refuse(has_one_length and reset.length in ("adaptive", "curriculum"), "reset.length", rule)
+
+    def _check_reset_steps(self) -> None:
+        """Refuse schedules that end before a step whose resets serve the policy."""
+        reset, num_steps, pretrain_steps = self.reset, self.num_steps, self.critic.pretrain_steps
+        is_own = reset.source == "own"
+        rule = (
+            "(own) resets to rollouts of earlier steps, and num_steps=1 has none; raise that, choose another source, "
+            "or set reset.proportion=0"
+        )
+        refuse(is_own and num_steps == 1, "reset.source", rule)
+        idle_steps = [(1, "reset.source=own has no rollouts to reset to before")] * is_own
+        if pretrain_steps < num_steps:
+            idle_steps += [(pretrain_steps, "the critic alone learns before (critic.pretrain_steps)")]
+        for steps, reason in idle_steps:
+            rule = (
+                f"({reset.schedule_end:g}) must be above {steps} / num_steps = {steps / num_steps:g}, the share of "
+                f"training done before step {steps + 1}: {reason}; raise it, or set reset.proportion=0"
+            )
+            refuse(reset_share(reset, steps / num_steps) == 0, "reset.schedule_end", rule)
+
     def _check_vine(self) -> None:
         estimator = self.advantage.estimator
         if estimator != "vine":
@@ -242,7 +311,7 @@ class OnlineRecipe(Section):
             refuse_changed(self.vine, vars(self.vine), rule, "vine.")
             return
         rule = "must be paper for advantage.estimator=vine: forced tokens have no state to be compared with"
-        refuse(self.reset.masking != "paper", "reset.masking", rule)
+        refuse(self.reset.proportion > 0 and self.reset.masking != "paper", "reset.masking", rule)
 
     def _check_rollout_engine(self) -> None:
         if self.rollout.engine == "native":
@@ -251,12 +320,12 @@ class OnlineRecipe(Section):
             )
             refuse_changed(self.ppo, ("importance_sampling",), rule, "ppo.")
             return
-        for name, value in (
-            ("rollout.sampling.temperature", self.rollout.sampling.temperature),
-            ("eval.temperature", self.eval.temperature),
+        for name, value, is_used in (
+            ("rollout.sampling.temperature", self.rollout.sampling.temperature, True),
+            ("eval.temperature", self.eval.temperature, self.eval.every > 0),
         ):
             rule = f"({value:g}) must be 0 or >= {MIN_TEMPERATURE} for rollout.engine=vllm, which would sample at that"
-            refuse(0 < value < MIN_TEMPERATURE, name, rule)
+            refuse(is_used and 0 < value < MIN_TEMPERATURE, name, rule)
 
     @property
     def tokenizer_path(self) -> str:

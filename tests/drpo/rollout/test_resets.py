@@ -300,10 +300,10 @@ def test_adaptive_lengths_lie_at_their_position_among_the_allowed_ones():
     "settings, key",
     [
         ({"curriculum_end": 0.3}, "reset.curriculum_end"),
-        ({"adaptive": {"margin": 1.0}}, "reset.adaptive"),
+        ({"adaptive": {"margin": 1.0}}, "reset.adaptive.margin"),
         ({"length": "adaptive", "adaptive": {"target": "score", "margin": 0.2}}, "reset.adaptive.margin"),
         ({"length": "adaptive", "adaptive": {"score": 1.0}}, "reset.adaptive.score"),
-        ({"own": {"size": 3}}, "reset.own"),
+        ({"own": {"size": 3}}, "reset.own.size"),
         ({"schedule_end": 0.5}, "reset.schedule_end"),
         ({"length": "binomial", "min_fraction": 0.3}, "reset.min_fraction"),
         ({"length": "adaptive", "length_schedule": "linear"}, "reset.length_schedule"),

@@ -33,7 +33,7 @@ def load(tmp_path, changes: dict) -> OnlineRecipe:
             {**VLLM, "ppo": {"importance_sampling": "token", "importance_cap": 0.5}},
             "ppo.importance_cap must be >= 1",
         ),
-        ({**VLLM, "eval": {"temperature": 0.001}}, r"eval.temperature \(0.001\) must be 0 or >= 0.01"),
+        ({**VLLM, "eval": {"every": 1, "temperature": 0.001}}, r"eval.temperature \(0.001\) must be 0 or >= 0.01"),
         (
             {"rollout": {"engine": "vllm", "sampling": {"temperature": 0.005}}},
             r"rollout.sampling.temperature \(0.005\) must be 0 or >= 0.01",
@@ -50,7 +50,9 @@ def test_settings_that_do_not_apply_are_refused(tmp_path, changes, message):
 def test_settings_that_apply_are_taken(tmp_path):
     recipe = load(tmp_path, {**VLLM, "ppo": {"importance_sampling": "sequence", "importance_cap": 3.0}})
     assert recipe.rollout.engine == "vllm" and recipe.ppo.importance_cap == 3.0
-    assert load(tmp_path, {"eval": {"temperature": 0.001}}).eval.temperature == 0.001  # native can
+    native = load(tmp_path, {"eval": {"every": 1, "temperature": 0.001}})  # it can
+    without_eval = load(tmp_path, {**VLLM, "eval": {"every": 0, "temperature": 0.001}})
+    assert native.eval.temperature == without_eval.eval.temperature == 0.001
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
