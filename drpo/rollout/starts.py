@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,11 @@ class Start:
     prefix: tuple[int, ...] = ()
     source: tuple[int, ...] = ()
     "The response that the rollout is reset to, its stop token included; empty for one that is not."
+
+
+def ends_within(response: Sequence[int], max_length: int, stop_ids: Container[int]) -> bool:
+    """Return whether a response, which goes `up_to_stop`, has its stop token among its first `max_length` tokens."""
+    return len(response) <= max_length and response[-1] in stop_ids
 
 
 class Starts:
@@ -101,8 +106,7 @@ class Starts:
         """Return whether rollouts can be held against the response: a reward has no meaning where one was cut off."""
         if not self._reset.compares_with_source:
             return True
-        longest = response[: self._rollout.max_response_length]
-        return longest[-1] in self._generator.vocabulary.stop_ids
+        return ends_within(response, self._rollout.max_response_length, self._generator.vocabulary.stop_ids)
 
     def _sources(
         self, prompts: Sequence[Example], draws: Sequence[int], resets: Sequence[bool]

@@ -28,7 +28,7 @@ from drpo.rollout.generator import Generator
 from drpo.rollout.held_out import Held, evaluate
 from drpo.rollout.resets import check_resets, prefix_lengths, reset_response, up_to_stop
 from drpo.rollout.samples import rollout_samples
-from drpo.rollout.starts import Start, Starts
+from drpo.rollout.starts import Start, Starts, ends_within
 from drpo.rollout.trajectory import Rollouts
 from drpo.rollout.vine import continue_states
 from drpo.rollout.vllm_requests import check_agreement, check_installed
@@ -77,7 +77,7 @@ def train(
     models = load_models(run, splits, tokenizer, reward_fn)
     if recipe.reset.sft_coef and recipe.reset.proportion and recipe.reset.from_data:
         _check_forced_tokens(recipe, splits.train, models.generator)
-    run.say(*models.notes)
+    run.say(*models.notes, *_notes_on_targets(recipe, splits.train, models.generator))
     state = run.open()
     loop = _Loop(run, models, splits, {"score": reward_fn, **eval_rewards})
     if state is not None:
@@ -308,6 +308,23 @@ def _check_forced_tokens(recipe: OnlineRecipe, examples: Sequence[Example], gene
                 "the policy may not sample (rollout.bad_tokens or padding); take them out of rollout.bad_tokens or out "
                 "of the data, or set reset.sft_coef=0"
             )
+
+
+def _notes_on_targets(recipe: OnlineRecipe, examples: Sequence[Example], generator: Generator) -> list[str]:
+    """Note how many responses the adaptive length has no target for; raise ConfigError where it has none at all."""
+    reset, longest, stop_ids = recipe.reset, recipe.rollout.max_response_length, generator.vocabulary.stop_ids
+    if not (reset.proportion > 0 and reset.from_data and reset.compares_with_source):
+        return []
+    sources = (up_to_stop(reset_response(example, reset.source), stop_ids) for example in examples)
+    num_without = sum(not ends_within(source, longest, stop_ids) for source in sources)
+    limit = f"rollout.max_response_length={longest}"
+    without = f"{num_without} of {len(examples)} responses do not end within {limit} tokens"
+    if num_without == len(examples):
+        raise ConfigError(
+            f"reset.length=adaptive: {without}, and what was cut off has no score to compare rollouts with; raise that "
+            "limit (and data.max_response_length, if it cuts), or set reset.adaptive.target=score"
+        )
+    return [f"reset.length=adaptive: {without}, so it learns nothing from them"] * (num_without > 0)
 
 
 def learning_rates(recipe: OnlineRecipe, step: int) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 
 import pytest
@@ -161,3 +162,21 @@ def test_a_run_goes_on_with_the_model_that_its_checkpoint_names_in_any_form(earl
 def test_a_run_does_not_go_on_with_another_model(earlier, now, message):
     with pytest.raises(ConfigError, match=message):
         check_identities(earlier, now)
+
+
+# --- an adaptive length without targets -------------------------------------------------------------------
+
+
+def test_an_adaptive_length_needs_a_response_that_ends_within_the_limit(online_run, capsys):
+    adaptive = {"reset": {"length": "adaptive"}, "num_steps": 1}
+    message = (
+        r"reset\.length=adaptive: 24 of 24 responses do not end within rollout\.max_response_length=8 tokens"
+    )
+    with pytest.raises(ConfigError, match=message):  # the demo's have 21 and more
+        online_run(**adaptive)
+    online_run(**adaptive, rollout={"max_response_length": 26})
+    told = re.search(r"reset\.length=adaptive: (\d+) of 24 responses do not end", capsys.readouterr().out)
+    assert 0 < int(told[1]) < 24
+    by_score = {"length": "adaptive", "adaptive": {"target": "score"}}
+    online_run(num_steps=1, reset=by_score)
+    assert "responses do not end" not in capsys.readouterr().out
