@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import importlib
 import json
 import os
@@ -35,7 +36,9 @@ IMPORTS = (
     "eval.comparing.compare",
     "eval.neurons.analyse",
     "reward_models.api",
+    "reward_models.sources",
     "torch.distributed.run",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
 )
 STACKS_AFTER = 120
 "Seconds after which a process that still runs writes where it is to a file."
@@ -185,6 +188,8 @@ def _parent() -> str:
 def _serve(address: str) -> None:
     for module in IMPORTS:
         importlib.import_module(module)
+    _fill_caches()
+    gc.freeze()  # children need not look through what is here, nor copy it
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()
@@ -197,6 +202,19 @@ def _serve(address: str) -> None:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 _answer(connection)
             connection.close()
+
+
+def _fill_caches() -> None:
+    """Compute what depends on the code alone: types and defaults of recipes, and transformers' old names of weights."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from drpo.api import OnlineRecipe, PreferenceRecipe, SFTRecipe
+    from drpo.config import load_recipe
+    from reward_models.api import RewardModelRecipe
+
+    for recipe in (OnlineRecipe, PreferenceRecipe, RewardModelRecipe, SFTRecipe):
+        load_recipe(recipe, None, [])
+    get_checkpoint_conversion_mapping("gpt_neox")
 
 
 def _answer(connection: socket.socket) -> None:
