@@ -22,10 +22,11 @@ OFFLINE = [*FEW_STEPS, "batch.size=4", "batch.microbatch_size=2", "eval.every=2"
 ONLINE = [*FEW_STEPS, "log.samples_every=1", "rollout.batch_size=8", "eval.every=2", "eval.num_prompts=4"]
 
 
-def needs(task: str, *further):
+def needs(task: str, *further, slow: bool = False):
     """A parameter set that is skipped where the real file is not there."""
     reason = f"no real data at {FILES[task]} (set DRPO_DATA)"
-    return pytest.param(task, *further, marks=pytest.mark.skipif(not FILES[task].is_file(), reason=reason))
+    marks = [pytest.mark.skipif(not FILES[task].is_file(), reason=reason), *[pytest.mark.slow] * slow]
+    return pytest.param(task, *further, marks=marks)
 
 
 def start(launcher, task: str, stage: str, folder: Path, *overrides: str, timeout: float = 300) -> Path:
@@ -47,7 +48,9 @@ def start(launcher, task: str, stage: str, folder: Path, *overrides: str, timeou
     return result.parent
 
 
-@pytest.mark.parametrize("task, launcher", [needs("tldr", ddp), needs("hh", plain)])
+@pytest.mark.parametrize(
+    "task, launcher", [needs("tldr", plain), needs("tldr", ddp, slow=True), needs("hh", plain, slow=True)]
+)
 def test_the_whole_chain_runs_in_a_few_steps(task, launcher, tmp_path):
     start(launcher, task, "sft", tmp_path, *OFFLINE, "sample.num_prompts=2", "sample.max_response_length=4")
     start(launcher, task, "reward_model", tmp_path, *OFFLINE, "score.num_references=4")

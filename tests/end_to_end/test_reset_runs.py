@@ -67,7 +67,9 @@ def test_own_prefixes_begin_rollouts_of_earlier_steps(folder):
         seen += [row["prompt"] + row["prefix"] + row["continuation"] for row in rows]
 
 
-@pytest.mark.parametrize("name", RESETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "initial")) for name in RESETS]
+)
 def test_a_killed_run_draws_on_as_an_uninterrupted_one(folder, name):
     killed = folder / f"killed_{name}"
     process = start(plain("drpo"), f"{name}.yaml", f"run_dir=killed_{name}", cwd=folder)

@@ -68,7 +68,9 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("name", PHASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "kto")) for name in PHASES]
+)
 def test_stage_is_known_by_its_recipe_and_has_its_phases(folder, name):
     result = plans(folder, f"{name}.yaml", *ONE_GPU)
     command = {"reward_model": "reward-model", "kto": "dpo", "drpo_trunk": "drpo"}.get(name, name)
@@ -78,7 +80,7 @@ def test_stage_is_known_by_its_recipe_and_has_its_phases(folder, name):
     check_phases(each, PHASES[name])
 
 
-@pytest.mark.parametrize("name", ["sft", "drpo"])
+@pytest.mark.parametrize("name", ["sft", pytest.param("drpo", marks=pytest.mark.slow)])
 def test_several_gpus_get_a_plan_for_each_way_to_divide_a_run(folder, name):
     result = plans(folder, f"{name}.yaml", *GPUS)["plans"]
     found = [(each["accelerate"], each["processes"]) for each in result]

@@ -68,9 +68,8 @@ def sbatch(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
     return finished(["bash", str(SCRIPT)], *arguments, cwd=Path("/"), env={**CLEAN, **job, **environment})
 
 
-@pytest.mark.parametrize(
-    "config", ["cpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3", "fsdp2"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu", "zero2", "zero3", "fsdp2"])
 def test_two_nodes_equal_one_process(folder, config):
     done = sbatch(folder, config, "drpo", "drpo.yaml", f"run_dir={config}")
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"

@@ -142,7 +142,13 @@ engine.close()
 """
 
 
-@pytest.mark.parametrize("launcher", [lambda: ddp("sft"), lambda: deepspeed("sft", 2)], ids=["cpu", "zero2"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(lambda: ddp("sft"), id="cpu", marks=pytest.mark.slow),
+        pytest.param(lambda: deepspeed("sft", 2), id="zero2"),
+    ],
+)
 def test_the_configs_of_several_processes_start_several_that_know_each_other(launcher, tmp_path):
     """accelerate takes MULTI_CPU for one process, and two without a word about the CPU for two times one."""
     (tmp_path / "who.py").write_text(WHO)

@@ -45,7 +45,7 @@ def inputs(tmp_path_factory) -> Path:
     return root
 
 
-FAST = ("sft lora", "reward_model", "dpo", "ppo checkpointing", "ppo lora 4bit")
+FAST = ("sft lora", "reward_model", "dpo", "ppo checkpointing")
 IN_4BIT = ("sft lora 4bit", "ppo lora 4bit")
 IN_ONE_PROCESS = [case for case in (*CASES, *IN_4BIT) if not set(LAUNCHERS) & set(case.split())]
 
