@@ -26,7 +26,7 @@ from drpo.config import Section, load_recipe, refuse, setting
 from drpo.run.metrics import read_metrics
 from drpo.trainers.online_recipe import OnlineRecipe
 from launch.command_line import StageFailed, main
-from launch.experiments.results import markdown_table, write_results
+from launch.experiments.results import markdown_table, plot_seeds, write_results
 from launch.experiments.seed_grid import RunGrid, chosen, interval
 
 TRUE_REWARD = (
@@ -273,11 +273,8 @@ def _plot(curves: Mapping[tuple[float, str], Sequence[Curve]], path: Path) -> No
     axes = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
     for (rate, name), of_seeds in curves.items():
         axis = axes[rates.index(rate)]
-        tokens = np.mean([run.tokens for run in of_seeds], axis=0) / 1000
-        rewards = np.array([run.rewards for run in of_seeds])
-        (line,) = axis.plot(tokens, rewards.mean(axis=0), marker=".", label=name)
-        shade = {"color": line.get_color(), "alpha": 0.12}
-        axis.fill_between(tokens, rewards.min(axis=0), rewards.max(axis=0), **shade)
+        kilotokens = [np.divide(run.tokens, 1000) for run in of_seeds]
+        plot_seeds(axis, kilotokens, [run.rewards for run in of_seeds], name)
         axis.set_title(f"completion rate {rate:.3g}")
         axis.set_xlabel("sampled tokens (thousands)")
     axes[0].set_ylabel("true reward (mean and range over seeds)")

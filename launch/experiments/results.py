@@ -1,4 +1,4 @@
-"""Results of an experiment: metrics of its runs, a Markdown table, and the numbers as JSON."""
+"""Results of an experiment: metrics of its runs, a Markdown table, a curve over seeds, and the numbers as JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from drpo.run.metrics import read_metrics
 
@@ -21,6 +22,14 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Format a Markdown table of rows from column to cell; the columns are those of the first row."""
     lines = (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def plot_seeds(axis: Axes, x: Sequence[Sequence[float]], y: Sequence[Sequence[float]], label: str) -> None:
+    """Plot runs of several seeds as one line, y over x: at each point the means, and the range of y."""
+    values = np.array(y)
+    points = np.mean(x, axis=0)
+    (line,) = axis.plot(points, values.mean(axis=0), marker=".", label=label)
+    axis.fill_between(points, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.12)
 
 
 def median_and_range(values: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,9 @@ HERE = Path(__file__).resolve().parent
 if Path(sys.path[0]).resolve() == HERE:  # else launch/drpo.py would hide the package drpo
     sys.path[0] = str(HERE.parents[1])
 
+import numpy as np
 import yaml
+from matplotlib.figure import Figure
 
 from drpo.config import ConfigError, Section, load_recipe, refuse, setting
 from drpo.data.load import read_records
@@ -31,7 +33,7 @@ from drpo.trainers.preference.recipe import PreferenceRecipe
 from drpo.trainers.sft import SFTRecipe
 from eval.comparing.recipe import CompareRecipe, slug
 from launch.command_line import StageFailed, find_recipe, main
-from launch.experiments.results import metric
+from launch.experiments.results import metric, plot_seeds
 from launch.experiments.seed_grid import RunGrid, chosen
 from reward_models.train import RewardModelRecipe
 
@@ -237,8 +239,23 @@ def training_curves(folders: Sequence[Path]) -> dict[str, list[list[float]]]:
     return {key: runs for key, runs in curves.items() if any(runs)}
 
 
+def plot_training(training: Mapping[str, Mapping[str, list[list[float]]]], path: Path) -> None:
+    """Plot the rollouts' score over the tokens sampled for them: of online runs, the mean and range over seeds."""
+    figure = Figure(figsize=(6.5, 4.2))
+    axis = figure.subplots()
+    for name, curves in training.items():
+        if "objective/score" in curves:
+            tokens = np.cumsum(curves["objective/sampled_tokens"], axis=1) / 1000
+            plot_seeds(axis, tokens, curves["objective/score"], name)
+    axis.set_xlabel("sampled tokens (thousands)")
+    axis.set_ylabel("score of the rollouts (mean and range over seeds)")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
-    """Run the comparison, and keep its numbers, without the texts, as results.json."""
+    """Run the comparison, keep its numbers, without the texts, as results.json, and plot training of online runs."""
     settings: dict[str, Any] = yaml.safe_load(find_recipe(recipe.compare.recipe).read_text())
     systems = {"SFT": [sft_dir(root, seed) for seed in recipe.seeds]}
     systems |= {name: [method_dir(root, name, seed) for seed in recipe.seeds] for name in recipe.shown}
@@ -262,6 +279,7 @@ def compare(recipe: SmolLMExperimentRecipe, root: Path) -> Path:
     numbers = {key: comparison[key] for key in ("measures", "systems", "tests", "frontiers")}
     numbers["training"] = {name: training_curves(folders) for name, folders in systems.items()}
     (root / "results.json").write_text(json.dumps(numbers, indent=1))
+    plot_training(numbers["training"], root / "training.png")
     return root / "compare" / "report.html"
 
 

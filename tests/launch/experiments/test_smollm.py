@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from drpo.config import ConfigError, load_recipe
@@ -184,3 +185,20 @@ def test_curves_are_those_of_each_run_and_of_what_it_measured(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = smollm_experiment.training_curves([tmp_path / "a", tmp_path / "b"])
     assert found == {"objective/score": [[1.0, 2.0], [3.0]]}
+
+
+def test_training_is_plotted_over_the_tokens_of_the_rollouts(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        smollm_experiment,
+        "plot_seeds",
+        lambda axis, x, y, label: drawn.update({label: (np.asarray(x).tolist(), y)}),
+    )
+    online = {
+        "objective/score": [[1.0, 2.0], [3.0, 5.0]],
+        "objective/sampled_tokens": [[500.0, 250.0], [1000.0, 0.0]],
+    }
+    training = {"SFT": {"train/loss": [[1.0]]}, "PPO": online}
+    smollm_experiment.plot_training(training, tmp_path / "training.png")
+    assert drawn == {"PPO": ([[0.5, 0.75], [1.0, 1.0]], [[1.0, 2.0], [3.0, 5.0]])}
+    assert (tmp_path / "training.png").stat().st_size > 0
