@@ -77,7 +77,6 @@ class DataConfig(Section):
     noise: NoiseConfig = field(default_factory=NoiseConfig)
 
     def check(self) -> None:
-        refuse(self.task not in TASKS, "task", f"must be one of {', '.join(TASKS)}, got {self.task!r}")
         task, task_key = TASKS[self.task], f"{key('task')}={self.task}"
         if task.read is not None:
             refuse(not self.path, "path", f"must name the data for {task_key}, got {self.path!r}")

@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 from tiny_tokenizers import single_bytes
 
+from drpo.config_help import hints_of
 from drpo.data.files import convert_rows
 from drpo.data.load import DataConfig, load_examples, load_texts
 from drpo.data.records import DataError, Record, require_text
@@ -63,6 +64,7 @@ POEMS = Task(
 @pytest.fixture
 def reviews(monkeypatch, tmp_path):
     monkeypatch.setitem(TASKS, "reviews", REVIEWS)
+    monkeypatch.setitem(hints_of(DataConfig), "task", str)  # of which the names are made when it is imported
     path = tmp_path / "rows.jsonl"
     rows = [{"q": f"is {i} a large number then", "a": f"no {i}", "ids": [1]} for i in range(20)]
     rows[3]["a"] = None
