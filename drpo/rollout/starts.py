@@ -179,6 +179,8 @@ class Starts:
         seen before start, 0 at the shortest allowed prefix and 1 at the longest.
         """
         metrics = {}
+        if self._reset.proportion == 0:
+            return metrics
         if self._reset.source == "initial":
             metrics["reset/initial_tokens"] = float(self._num_initial)
         if self._reset.length == "adaptive":
@@ -188,6 +190,8 @@ class Starts:
     def state_dict(self) -> dict[str, Any]:
         """Return what draws depend on besides (seed, episode); empty for settings without such a memory."""
         state = {}
+        if not self._reset.remembers:
+            return state
         if self._reset.source == "own":
             state["own"] = self._own.state_dict()
         if self._reset.length == "adaptive":

@@ -247,8 +247,8 @@ def test_rollouts_succeed_that_come_near_the_response_they_are_reset_to(examples
 
 
 def test_rollouts_from_the_prompt_are_no_trials(examples):
-    drawn = drawing(examples, ResetConfig(length="adaptive", proportion=0.0))
-    drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [9.0] * 4)
+    drawn = drawing(examples, ResetConfig(length="adaptive", proportion=1e-12))  # too small for these draws
+    drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [9.0] * 4, [9.0] * 4)
     assert drawn.state_dict()["search"] == {"position": 1.0, "intervals": {}}
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from tiny_models import tiny_model
 
-from drpo.config import ConfigError
 from drpo.data.encode import Example
 from drpo.data.records import Record
 from drpo.engine import Engine, EngineConfig
@@ -52,9 +50,3 @@ def test_a_cold_sample_is_the_most_likely_response_of_the_reference(tmp_path):
         for model in (reference, policy)
     )
     assert sampled == expected != of_policy
-
-
-def test_a_copy_that_is_cut_over_processes_cannot_sample(online_run, monkeypatch):
-    monkeypatch.setattr(Engine, "partitions_weights", True)
-    with pytest.raises(ConfigError, match=r"reset.source=initial: this launcher cuts .* LoRA under ZeRO-3"):
-        online_run(reset={"source": "initial"})

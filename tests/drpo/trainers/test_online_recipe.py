@@ -235,10 +235,11 @@ def test_draws_depend_on_earlier_rollouts_where_there_are_resets(memory):
     assert not recipe_of().reset.remembers
 
 
-def test_a_run_without_resets_keeps_no_rollouts(online_run):
-    _, run_dir = online_run(reset={"proportion": 0.0, "source": "own"}, checkpoint={"every": 1})
-    starts = read_trainer_state(run_dir / "checkpoints" / "step_3").get("starts", {})
-    assert not starts.get("own", {}).get("rollouts")
+def test_a_run_without_resets_remembers_and_measures_none(online_run):
+    without = {"proportion": 0.0, "source": "own", "length": "adaptive"}
+    rows, run_dir = online_run(reset=without, checkpoint={"every": 1})
+    assert read_trainer_state(run_dir / "checkpoints" / "step_3")["starts"] == {}
+    assert "reset/position" not in rows[-1]
 
 
 @pytest.mark.parametrize("proportion", [0.0, 0.5])
