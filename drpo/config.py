@@ -23,7 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from drpo.config_help import bounds_text, default_of, hints_of, options
-from drpo.config_kinds import is_of_kind, kind_text
+from drpo.config_kinds import as_kind, kind_text
 from drpo.versions import git_commit, package_versions
 from drpo.yaml_words import kind_at, quote_words
 
@@ -76,9 +76,9 @@ class Section:
             hint, place, value = hints[field.name], key(field.name), getattr(self, field.name)
             if _section_class(hint) is not None:
                 value = _as_sections(hint, value, place, default_of(field))
-                object.__setattr__(self, field.name, value)
-            elif not is_of_kind(value, hint):
-                raise ConfigError(f"{place} must be {kind_text(hint)}, got {value!r}")
+            else:
+                value = _as_kind(value, hint, place)
+            object.__setattr__(self, field.name, value)
             _check_finite(value, place)
             bounds = field.metadata.get("bounds", {}) if value is not None else {}
             if not all(COMPARISONS[sign](value, limit) for sign, limit in bounds.items()):
@@ -184,6 +184,13 @@ def _as_sections(hint: Any, value: Any, place: str, default: Any = None) -> Any:
     if not (isinstance(value, section) or value is None and type(None) in get_args(hint)):
         raise ConfigError(_no_section(section, value, place))
     return value
+
+
+def _as_kind(value: Any, hint: Any, place: str) -> Any:
+    try:
+        return as_kind(value, hint)
+    except TypeError:
+        raise ConfigError(f"{place} must be {kind_text(hint)}, got {value!r}") from None
 
 
 def _no_section(section: type, value: Any, place: str) -> str:

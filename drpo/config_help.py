@@ -53,7 +53,10 @@ def default_of(field: dataclasses.Field) -> object:
 
 def bounds_text(field: dataclasses.Field) -> str:
     """Return the bounds that `setting` gave a field, as ">= 0 and < 1"; empty without bounds."""
-    return " and ".join(f"{sign} {limit:g}" for sign, limit in field.metadata.get("bounds", {}).items())
+    bounds = field.metadata.get("bounds", {})
+    return " and ".join(
+        f"{sign} {limit:{'' if isinstance(limit, int) else 'g'}}" for sign, limit in bounds.items()
+    )
 
 
 def help_text(recipe_class: type, usage: str) -> str:

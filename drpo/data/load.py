@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -131,12 +132,14 @@ class Splits:
     report: str
 
     def train_digest(self) -> str:
-        """Return a digest of the token ids to train on, in their order, by which a run knows its data again."""
+        """Return a digest by which a run knows its data again: token ids, scores and further columns, in order."""
         digest = hashlib.sha256()
         for example in self.train:
             single = (example.query_ids, example.completion_ids, example.chosen_ids, example.rejected_ids)
             for ids in (*single, *example.ranked_ids):
                 digest.update(array("q", [-1] if ids is None else [len(ids), *ids]).tobytes())
+            rest = [len(example.ranked_ids), example.record.scores, dict(example.record.extra)]
+            digest.update(json.dumps(rest, sort_keys=True).encode())
         return digest.hexdigest()
 
 

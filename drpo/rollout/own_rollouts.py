@@ -16,7 +16,7 @@ from drpo.random_streams import Stream, stream
 class OwnConfig(Section):
     """Settings of `reset.source=own`."""
 
-    size: int = setting(1024, ge=1, le=1_000_000_000)
+    size: int = setting(1024, ge=1, le=2**31 - 1)
     """How many of the newest rollouts can be reset to."""
     which: Literal["best", "worst"] = "best"
     """best: those with the highest raw scores. worst: those with the lowest, to try them again from the middle."""

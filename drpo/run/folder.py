@@ -119,7 +119,8 @@ class RunFolder:
     def open(self) -> dict[str, Any] | None:
         """Create the folder or resume its run; return the saved trainer state, None for a fresh run.
 
-        Raises CheckpointError when the folder holds a run with other settings, or another process is training there.
+        Raises CheckpointError when the folder holds a run with other settings or on other data, or another process is
+        training there.
         """
         engine = self.engine
         self._lock()
@@ -212,7 +213,8 @@ class RunFolder:
         if saved not in (None, self._data):
             raise CheckpointError(
                 f"{self.path} holds a run on other training data than there is now: a row was added, removed, moved or "
-                "changed. Give it the earlier data, choose another run_dir, or resume=restart to move that run aside"
+                "changed, or is encoded otherwise (tokenizer, chat template). Give it the earlier data, choose another "
+                "run_dir, or resume=restart to move that run aside"
             )
 
     # --- during the run ---------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ class RunFolder:
 
         Raises ConfigError when the processes have read different data.
         """
-        require_same(self.engine, {"data": report, "digest of the token ids": digest}, "data")
+        require_same(self.engine, {"data": report, "digest of the training rows": digest}, "data")
         self._data = digest
         self.say(report)
 

@@ -146,7 +146,7 @@ def method_name(estimator: str, has_resets: bool) -> str:
     """Return what an online run is called: PPO, which is DR-PO from resets; RLOO, RLOO with resets; ..."""
     if has_resets and estimator == "gae":
         return "DR-PO"
-    return METHODS[estimator] + " with resets" * has_resets
+    return METHODS.get(estimator, str(estimator)) + " with resets" * has_resets
 
 
 class Credit(NamedTuple):

@@ -227,7 +227,6 @@ class OnlineRecipe(Section):
                 "lower critic.pretrain_steps, or drop it"
             )
             refuse(self.reset.proportion > 0 and self.reset.sft_coef > 0, "reset.sft_coef", rule)
-            refuse_changed(self.ppo, ("entropy_coef",), rule, "ppo.")
 
     def _check_groups(self) -> None:
         """Refuse estimators that lack a group of rollouts, and settings of groups where a prompt has one rollout."""
@@ -237,7 +236,6 @@ class OnlineRecipe(Section):
         rule = f"must be >= 2 for {estimator}, which compares the rollouts of a prompt"
         refuse(self.advantage.compares_group, "rollout.rollouts_per_prompt", rule)
         rule = "does nothing with rollout.rollouts_per_prompt=1: a prompt has one rollout; raise that, or drop it"
-        refuse_changed(self.ppo, ("share_prompts",), rule, "ppo.")
         refuse(self.reset.proportion > 0 and self.reset.per == "prompt", "reset.per", rule)
 
     def _check_own(self) -> None:
@@ -282,18 +280,13 @@ class OnlineRecipe(Section):
             )
             refuse(all(longest < max(1, shortest) for shortest, longest in limits), "reset.source", rule)
             has_one_length = all(longest <= shortest for shortest, longest in limits)
-        rule = f"({reset.length}) chooses among lengths, and {within} a prefix has one at most; widen them, or drop it"
+        rule = f"({reset.length}) chooses among lengths, and {within} there is one at most; widen them, or drop it"
         refuse(has_one_length and reset.length in ("adaptive", "curriculum"), "reset.length", rule)
 
     def _check_reset_steps(self) -> None:
         """Refuse schedules that end before a step whose resets serve the policy."""
         reset, num_steps, pretrain_steps = self.reset, self.num_steps, self.critic.pretrain_steps
-        is_own = reset.source == "own"
-        rule = (
-            "(own) resets to rollouts of earlier steps, and num_steps=1 has none; raise that, choose another source, "
-            "or set reset.proportion=0"
-        )
-        refuse(is_own and num_steps == 1, "reset.source", rule)
+        is_own = reset.source == "own" and num_steps > 1  # one step is a trial
         idle_steps = [(1, "reset.source=own has no rollouts to reset to before")] * is_own
         if pretrain_steps < num_steps:
             idle_steps += [(pretrain_steps, "the critic alone learns before (critic.pretrain_steps)")]

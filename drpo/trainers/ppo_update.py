@@ -44,7 +44,8 @@ class PPOConfig(Section):
     """Keep the rollouts of a prompt (rollout.rollouts_per_prompt) in one minibatch, and compute its tokens once for all
     of them, where the models can, they fit into a micro-batch and it saves work."""
     clip_range: float = setting(0.2, gt=0, lt=1)
-    """Clipping of the probability ratio, to [1 - clip_range, 1 + clip_range]."""
+    """Clipping of the probability ratio, to [1 - clip_range, 1 + clip_range]. For no clipping in effect: 0.99 here, and
+    a large clip_range_high."""
     clip_range_high: float | None = setting(None, gt=0)
     """Clipping above 1, to 1 + clip_range_high (DAPO: 0.28); null takes clip_range."""
     dual_clip: float | None = setting(None, gt=1)

@@ -240,13 +240,18 @@ def training_curves(folders: Sequence[Path]) -> dict[str, list[list[float]]]:
 
 
 def plot_training(training: Mapping[str, Mapping[str, list[list[float]]]], path: Path) -> None:
-    """Plot the rollouts' score over the tokens sampled for them: of online runs, the mean and range over seeds."""
+    """Plot the rollouts' score over the tokens sampled for them: of online runs, the mean and range over seeds.
+
+    Without online runs there is no plot.
+    """
+    online = {name: curves for name, curves in training.items() if "objective/score" in curves}
+    if not online:
+        return
     figure = Figure(figsize=(6.5, 4.2))
     axis = figure.subplots()
-    for name, curves in training.items():
-        if "objective/score" in curves:
-            tokens = np.cumsum(curves["objective/sampled_tokens"], axis=1) / 1000
-            plot_seeds(axis, tokens, curves["objective/score"], name)
+    for name, curves in online.items():
+        tokens = np.cumsum(curves["objective/sampled_tokens"], axis=1) / 1000
+        plot_seeds(axis, tokens, curves["objective/score"], name)
     axis.set_xlabel("sampled tokens (thousands)")
     axis.set_ylabel("score of the rollouts (mean and range over seeds)")
     axis.legend(fontsize=8)

@@ -193,11 +193,11 @@ def _with_reference(recipe: PreferenceRecipe, policy: nn.Module) -> StageModels:
 
 
 def _with_copy(trained: dict[str, nn.Module], source: ModelConfig, policy: nn.Module) -> StageModels:
-    copy = _policy(source, "reference.path")
-    shares = has_trunk(policy) and has_trunk(copy)
+    reference = _policy(source, "reference.path")
+    shares = has_trunk(policy) and has_trunk(reference)
     if shares:
-        share_trunk(copy, policy)
-    return StageModels(trained, {"reference": copy}, FrozenCopy(copy, shares))
+        share_trunk(reference, policy)
+    return StageModels(trained, {"reference": reference}, FrozenCopy(reference, shares))
 
 
 def _online(recipe: OnlineRecipe, policy: nn.Module) -> StageModels:

@@ -5,37 +5,74 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from drpo import OnlineRecipe
-from drpo.config import ConfigError
-from drpo.config_kinds import is_of_kind, kind_text
+from drpo.config import ConfigError, load_recipe, save_resolved
+from drpo.config_kinds import as_kind, kind_text
+from drpo.rollout.generator import RolloutConfig
 from drpo.rollout.resets import ResetConfig
-from drpo.trainers.credit import AdvantageConfig
+from drpo.trainers.credit import AdvantageConfig, ShapingConfig
 from drpo.trainers.ppo_update import PPOConfig
 
 
 @pytest.mark.parametrize(
-    "hint, allowed, refused",
+    "hint, given, taken",
     [
-        (int, [3, np.int64(3)], [3.0, 1.5, "3", None, True]),
-        (float, [3, 0.5, np.float32(0.5)], ["0.5", None, True]),
-        (bool, [True, False], [1, 0, "yes", None]),
-        (str, ["a", "", Path("a")], [1, None, ["a"]]),
-        (float | None, [0.5, None], ["0.5"]),
-        (Literal["a", "b"], ["a"], ["A", "c", None]),
-        (Literal[1, 2], [1], [True, "1", 3]),
-        (list[int], [[1], (), []], [[1.5], 1, "1", None]),
-        (dict[str, list[str]], [{"a": ["b"]}, {}], [{"a": "b"}, ["a"]]),
-        (ResetConfig, [1, "whatever is checked elsewhere"], []),
+        (int, np.int64(3), 3),
+        (float, 3, 3),
+        (float, np.float32(0.5), 0.5),
+        (bool, False, False),
+        (str, Path("a/b"), "a/b"),
+        (str, "", ""),
+        (float | None, None, None),
+        (Literal["a", "b"], np.str_("a"), "a"),
+        (list[int], (np.int64(1), 2), [1, 2]),
+        (list[str] | None, (), []),
+        (dict[str, list[str]], {"a": ("b",)}, {"a": ["b"]}),
+        (dict[str, Any], {"a": (1,)}, {"a": (1,)}),
+        (ResetConfig, "is checked elsewhere", "is checked elsewhere"),
     ],
 )
-def test_kinds(hint, allowed, refused):
-    assert all(is_of_kind(value, hint) for value in allowed)
-    assert not any(is_of_kind(value, hint) for value in refused)
+def test_a_value_becomes_what_a_file_would_give(hint, given, taken):
+    found = as_kind(given, hint)
+    assert found == taken and type(found) is type(taken)
+
+
+@pytest.mark.parametrize(
+    "hint, refused",
+    [
+        (int, [3.0, 1.5, "3", None, True]),
+        (float, ["0.5", None, True]),
+        (bool, [1, 0, "yes", None]),
+        (str, [1, None, ["a"]]),
+        (float | None, ["0.5"]),
+        (Literal["a", "b"], ["A", "c", None]),
+        (Literal[1, 2], [True, "1", 3]),
+        (list[int], [[1.5], 1, "1", None]),
+        (dict[str, list[str]], [{"a": "b"}, ["a"]]),
+    ],
+)
+def test_values_of_another_kind_are_refused(hint, refused):
+    for value in refused:
+        with pytest.raises(TypeError):
+            as_kind(value, hint)
+
+
+def test_a_recipe_of_python_values_is_saved_as_one_of_a_file(tmp_path):
+    recipe = OnlineRecipe(
+        run_dir=Path("runs/x"),
+        num_steps=np.int64(3),
+        rollout=RolloutConfig(batch_size=np.int64(64), bad_tokens=()),
+    )
+    assert recipe == OnlineRecipe(run_dir="runs/x", num_steps=3, rollout={"batch_size": 64})
+    save_resolved(recipe, tmp_path / "config.yaml")
+    assert load_recipe(OnlineRecipe, tmp_path / "config.yaml", []) == recipe
+    with pytest.raises(ConfigError, match="length_penalty is nan"):
+        ShapingConfig(length_penalty=np.float32("nan"))
 
 
 def test_kinds_in_words():
@@ -44,6 +81,7 @@ def test_kinds_in_words():
     assert kind_text(dict[str, list[int]]) == (
         "a mapping whose items are each a list whose items are each a whole number"
     )
+    assert kind_text(dict[str, Any]) == "a mapping"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ TOLD_TO_BOTH = {
     "own, resumed": r"run_dir: process 1 of 2 cannot see what process 0 writes",
     "unwritable": r"run_dir: .*file/x cannot be written to: ",
     "settings": r"processes 0 and 1 have different settings: num_steps: 2 and 3\. Start all processes",
-    "token ids": r"have different data: digest of the token ids: 'digest 0' and 'digest 1'",
+    "token ids": r"have different data: digest of the training rows: 'digest 0' and 'digest 1'",
     "data": r"processes 0 and 1 have different data: data: '100 pairs' and '101 pairs'",
     "cache, own": r"reference\.cache_dir: process 1 of 2 cannot see",
     "completions, own": r"run_dir: process 1 of 2 cannot see",

@@ -64,7 +64,7 @@ def digest(*examples: Example) -> str:
     return Splits(list(examples), [], "").train_digest()
 
 
-def test_a_digest_tells_apart_where_tokens_are():
+def test_a_digest_tells_apart_where_tokens_are_and_what_goes_with_them():
     record = Record(prompt="", origin="")
     different = [
         [Example(record, [1, 2])],
@@ -74,6 +74,8 @@ def test_a_digest_tells_apart_where_tokens_are():
         [Example(record, [1], ranked_ids=[[2]])],
         [Example(record, [1, 2], [])],
     ]
+    scored, labelled = Record(prompt="", scores=[1.0, 2.0]), Record(prompt="", extra={"answer": "3"})
+    different += [[Example(record, [1, 2])] for record in (scored, labelled)]
     assert len({digest(*examples) for examples in different}) == len(different)
     again = Example(Record(prompt="other", origin="elsewhere"), [1, 2])
     assert digest(again) == digest(*different[0])
