@@ -239,19 +239,26 @@ def training_curves(folders: Sequence[Path]) -> dict[str, list[list[float]]]:
     return {key: runs for key, runs in curves.items() if any(runs)}
 
 
-def plot_training(training: Mapping[str, Mapping[str, list[list[float]]]], path: Path) -> None:
-    """Plot the rollouts' score over the tokens sampled for them: of online runs, the mean and range over seeds.
+def scores_by_tokens(
+    training: Mapping[str, Mapping[str, list[list[float]]]],
+) -> dict[str, tuple[np.ndarray, list[list[float]]]]:
+    """Return of every online method, by seed and step, the tokens sampled until then and the rollouts' score."""
+    return {
+        name: (np.cumsum(curves["objective/sampled_tokens"], axis=1), curves["objective/score"])
+        for name, curves in training.items()
+        if "objective/score" in curves
+    }
 
-    Without online runs there is no plot.
-    """
-    online = {name: curves for name, curves in training.items() if "objective/score" in curves}
+
+def plot_training(training: Mapping[str, Mapping[str, list[list[float]]]], path: Path) -> None:
+    """Plot `scores_by_tokens`, mean and range over seeds; without online methods there is no plot."""
+    online = scores_by_tokens(training)
     if not online:
         return
     figure = Figure(figsize=(6.5, 4.2))
     axis = figure.subplots()
-    for name, curves in online.items():
-        tokens = np.cumsum(curves["objective/sampled_tokens"], axis=1) / 1000
-        plot_seeds(axis, tokens, curves["objective/score"], name)
+    for name, (tokens, scores) in online.items():
+        plot_seeds(axis, tokens / 1000, scores, name)
     axis.set_xlabel("sampled tokens (thousands)")
     axis.set_ylabel("score of the rollouts (mean and range over seeds)")
     axis.legend(fontsize=8)

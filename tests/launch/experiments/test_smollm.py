@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from drpo.config import ConfigError, load_recipe
@@ -187,18 +186,16 @@ def test_curves_are_those_of_each_run_and_of_what_it_measured(tmp_path):
     assert found == {"objective/score": [[1.0, 2.0], [3.0]]}
 
 
-def test_training_is_plotted_over_the_tokens_of_the_rollouts(tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(
-        smollm_experiment,
-        "plot_seeds",
-        lambda axis, x, y, label: drawn.update({label: (np.asarray(x).tolist(), y)}),
-    )
+def test_training_is_plotted_over_the_tokens_of_the_rollouts(tmp_path):
     online = {
         "objective/score": [[1.0, 2.0], [3.0, 5.0]],
         "objective/sampled_tokens": [[500.0, 250.0], [1000.0, 0.0]],
     }
     training = {"SFT": {"train/loss": [[1.0]]}, "PPO": online}
+    ((name, (tokens, scores)),) = smollm_experiment.scores_by_tokens(training).items()
+    assert (name, tokens.tolist()) == ("PPO", [[500, 750], [1000, 1000]])
+    assert scores == online["objective/score"]
     smollm_experiment.plot_training(training, tmp_path / "training.png")
-    assert drawn == {"PPO": ([[0.5, 0.75], [1.0, 1.0]], [[1.0, 2.0], [3.0, 5.0]])}
     assert (tmp_path / "training.png").stat().st_size > 0
+    smollm_experiment.plot_training({"SFT": training["SFT"]}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
