@@ -39,9 +39,10 @@ def as_kind(value: Any, hint: Any) -> Any:
         return value if type(value) is int else float(value)
     elif hint is str and isinstance(value, str | os.PathLike):
         return os.fspath(value)
-    elif (origin is None and hint not in WORDS) or (
-        hint in (bool, types.NoneType) and isinstance(value, hint)
-    ):
+    elif hint in (bool, types.NoneType):
+        if isinstance(value, hint):
+            return value
+    elif origin is None and hint not in WORDS:
         return value
     raise TypeError(f"{value!r} is not {kind_text(hint)}")
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from drpo.config import ConfigError
 from drpo.data.encode import Example
-from drpo.models.answers import answers_of
+from drpo.models.answers import answer
 
 TABLE_NAMES = ("embed_positions", "pos_encoding")
 "What transformers calls tables of positions that are no nn.Embedding (GPT-J, CodeGen, CTRL)."
@@ -19,10 +19,7 @@ def position_limit(model: nn.Module) -> int | None:
 
     GPT-2, GPT-Neo, OPT and BioGPT learn such a table, GPT-J and CTRL compute one. Rotary and ALiBi models have none.
     """
-    answers = answers_of(model)
-    if "positions" not in answers:
-        answers["positions"] = _find_limit(model)
-    return answers["positions"]
+    return answer(model, "positions", lambda: _find_limit(model))
 
 
 def _find_limit(model: nn.Module) -> int | None:

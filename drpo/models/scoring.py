@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from drpo.models.answers import answers_of
+from drpo.models.answers import answer
 from drpo.models.inputs import model_inputs, unwrap_peft
 from drpo.models.probes import check_policy
 from drpo.tensors import PaddedBatch, entropy_from_logits, gather_logprobs
@@ -191,10 +191,7 @@ def head_is_plain(causal_lm: nn.Module) -> bool:
     A probe finds out, once per model: the head's input must be the backbone's output, and a known ramp put
     in place of the head's output must be returned as the logits (soft-capping and logit scales change it).
     """
-    answers = answers_of(causal_lm)
-    if "plain head" not in answers:
-        answers["plain head"] = _probe_head(causal_lm)
-    return answers["plain head"]
+    return answer(causal_lm, "plain head", lambda: _probe_head(causal_lm))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from drpo.models.answers import answers_of
+from drpo.models.answers import answer
 from drpo.models.frozen_weights import is_half, own_precision
 from drpo.models.inputs import model_inputs, takes_position_ids, unwrap_peft
 from drpo.models.scalar_head import ScalarModel, token_hidden, token_values
@@ -280,12 +280,12 @@ def can_share_prompt(model: nn.Module) -> bool:
     plain = unwrap_peft(model)
     backbone = _backbone(plain)
     implementation = backbone.config._attn_implementation
-    answers, question = answers_of(plain), ("shared prompt", implementation)
-    if question not in answers:
+
+    def find() -> bool:
         is_stateful = getattr(plain, "_is_stateful", False)
-        may_share = backbone is not plain and not is_stateful and _may_share(backbone)
-        answers[question] = may_share and _probe(backbone)
-    return answers[question]
+        return backbone is not plain and not is_stateful and _may_share(backbone) and _probe(backbone)
+
+    return answer(plain, ("shared prompt", implementation), find)
 
 
 def _backbone(model: nn.Module) -> nn.Module:

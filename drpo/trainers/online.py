@@ -313,7 +313,7 @@ def _check_forced_tokens(recipe: OnlineRecipe, examples: Sequence[Example], gene
 def _notes_on_targets(recipe: OnlineRecipe, examples: Sequence[Example], generator: Generator) -> list[str]:
     """Note how many responses the adaptive length has no target for; raise ConfigError where it has none at all."""
     reset, longest, stop_ids = recipe.reset, recipe.rollout.max_response_length, generator.vocabulary.stop_ids
-    if not (reset.proportion > 0 and reset.from_data and reset.compares_with_source):
+    if not (reset.from_data and reset.compares_with_source):
         return []
     sources = (up_to_stop(reset_response(example, reset.source), stop_ids) for example in examples)
     num_without = sum(not ends_within(source, longest, stop_ids) for source in sources)
