@@ -82,6 +82,9 @@ class KLConfig(Section):
         return AdaptiveKL(self.coef, self.target_per_token, self.horizon)
 
 
+LAMBDAS = ("lam", "value_lam", "length_adaptive_alpha")
+
+
 @dataclass(frozen=True)
 class AdvantageConfig(Section):
     """Estimator that turns the reward of a response into advantages of its tokens."""
@@ -111,7 +114,11 @@ class AdvantageConfig(Section):
     def check(self) -> None:
         rule = f"does not apply to {key('estimator')}={self.estimator}; drop it"
         if not self.needs_critic:
-            refuse_changed(self, ("lam", "value_lam", "length_adaptive_alpha"), rule)
+            refuse_changed(self, LAMBDAS, rule)
+        elif self.gamma == 0:
+            refuse_changed(
+                self, LAMBDAS, f"does nothing with {key('gamma')}=0: advantages are of one step; drop it"
+            )
         if self.estimator not in ("gae", "reinforce_pp"):
             refuse_changed(self, ("gamma",), rule)
         if self.estimator != "grpo":

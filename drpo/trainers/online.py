@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from drpo.config import ConfigError
-from drpo.data.encode import Example
 from drpo.data.load import Splits, load_examples
 from drpo.data.stop import with_stop_token
 from drpo.engine import Engine
@@ -24,14 +22,13 @@ from drpo.reward_functions import identities_of
 from drpo.rewards import Completion, RewardFn, RunningMoments
 from drpo.rollout.collect import collect
 from drpo.rollout.further_scores import score_sources
-from drpo.rollout.generator import Generator
 from drpo.rollout.held_out import Held, evaluate
-from drpo.rollout.resets import check_resets, prefix_lengths, reset_response, up_to_stop
+from drpo.rollout.resets import check_resets
 from drpo.rollout.samples import rollout_samples
-from drpo.rollout.starts import Start, Starts, ends_within
+from drpo.rollout.starts import Start, Starts
 from drpo.rollout.trajectory import Rollouts
 from drpo.rollout.vine import continue_states
-from drpo.rollout.vllm_requests import check_agreement, check_installed
+from drpo.rollout.vllm_requests import check_agreement
 from drpo.run.checkpoints import read_trainer_state
 from drpo.run.folder import Callback, RunFolder
 from drpo.run.metrics import Phases, peak_memory_gib
@@ -41,6 +38,12 @@ from drpo.trainers.credit import assign_credit, method_name
 from drpo.trainers.drawn_resets import drawn_resets
 from drpo.trainers.finite import finite_or_stop
 from drpo.trainers.kl_guard import KLGuard
+from drpo.trainers.online_checks import (
+    check_forced_tokens,
+    check_identities,
+    check_launcher,
+    notes_on_targets,
+)
 from drpo.trainers.online_metrics import SHOWN, online_metrics
 from drpo.trainers.online_models import OnlineModels, load_models
 from drpo.trainers.online_recipe import OnlineRecipe
@@ -73,11 +76,12 @@ def train(
     tokenizer = with_stop_token(load_tokenizer(recipe.tokenizer_path, key), recipe.data)
     splits = load_examples(recipe.data, tokenizer, "prompts")
     run.take_data(splits.report, splits.train_digest())
-    _check(recipe, engine, splits, tokenizer)
+    check_launcher(recipe, engine.world_size, engine.partitions_weights)
+    if recipe.reset.proportion > 0:
+        check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)
     models = load_models(run, splits, tokenizer, reward_fn)
-    if recipe.reset.sft_coef and recipe.reset.proportion and recipe.reset.from_data:
-        _check_forced_tokens(recipe, splits.train, models.generator)
-    run.say(*models.notes, *_notes_on_targets(recipe, splits.train, models.generator))
+    check_forced_tokens(recipe, splits.train, models.generator)
+    run.say(*models.notes, *notes_on_targets(recipe, splits.train, models.generator))
     state = run.open()
     loop = _Loop(run, models, splits, {"score": reward_fn, **eval_rewards})
     if state is not None:
@@ -251,80 +255,6 @@ class _Loop:
         self.guard.load_state_dict(state)
         self.starts.load_state_dict(state.get("starts", {}))
         check_identities(state.get("reward"), self._identities)
-
-
-def check_identities(earlier: Mapping[str, str] | str | None, now: Mapping[str, str]) -> None:
-    """Raise ConfigError if other models or settings than in the earlier part of the run give the scores.
-
-    Older checkpoints hold the identity of the server at reward.url alone, or (None) do not say what gave the scores:
-    those are taken as they are.
-    """
-    if earlier is None:
-        return
-    if isinstance(earlier, str):
-        earlier = {"reward.url": earlier}
-    for place in sorted(earlier | now):
-        if (before := earlier.get(place)) != now.get(place):
-            raise ConfigError(
-                f"{place}: this run was trained on the scores of {before}, and {now.get(place)} is there now; give "
-                "it the earlier one again, or begin anew with resume=restart"
-            )
-
-
-def _check(recipe: OnlineRecipe, engine: Engine, splits: Splits, tokenizer) -> None:
-    """Raise early if rows do not divide over the processes, or the data lacks the reset source."""
-    minibatch = recipe.rollout.batch_size // recipe.ppo.num_minibatches
-    if minibatch % engine.world_size:
-        raise ConfigError(
-            f"a minibatch has {minibatch} rows (rollout.batch_size / ppo.num_minibatches), which do not divide "
-            f"over {engine.world_size} processes"
-        )
-    if recipe.rollout.engine == "vllm" and not recipe.rollout.vllm.urls:
-        check_installed()
-    samples_initial = recipe.reset.proportion > 0 and recipe.reset.source == "initial"
-    if samples_initial and engine.partitions_weights and not recipe.model.lora.r:
-        raise ConfigError(
-            "reset.source=initial: this launcher cuts the copy of the initial policy over the processes, so it cannot "
-            "sample; use LoRA under ZeRO-3 (model.lora.r), another launcher, or responses sampled beforehand "
-            "(launch/complete.py)"
-        )
-    if recipe.reset.proportion > 0:
-        check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)
-
-
-def _check_forced_tokens(recipe: OnlineRecipe, examples: Sequence[Example], generator: Generator) -> None:
-    """Raise ConfigError if a token that may be forced is never sampled: it has no likelihood that could be raised."""
-    reset, suppressed_ids = recipe.reset, set(generator.vocabulary.suppressed_ids)
-    for example in examples:
-        source = up_to_stop(reset_response(example, reset.source), generator.vocabulary.stop_ids)
-        if suppressed_ids.isdisjoint(source):
-            continue  # finding the boundaries of every response would take long
-        lengths = prefix_lengths(reset, source, generator.max_response_length, generator.tokenizer)
-        if found := suppressed_ids.intersection(source[: max(lengths, default=0)]):
-            tokens = generator.tokenizer.convert_ids_to_tokens(sorted(found))
-            place = example.record.origin or "an unknown place"
-            raise ConfigError(
-                f"reset.sft_coef trains on forced tokens, and the response at {place} has {tokens}, which "
-                "the policy may not sample (rollout.bad_tokens or padding); take them out of rollout.bad_tokens or out "
-                "of the data, or set reset.sft_coef=0"
-            )
-
-
-def _notes_on_targets(recipe: OnlineRecipe, examples: Sequence[Example], generator: Generator) -> list[str]:
-    """Note how many responses the adaptive length has no target for; raise ConfigError where it has none at all."""
-    reset, longest, stop_ids = recipe.reset, recipe.rollout.max_response_length, generator.vocabulary.stop_ids
-    if not (reset.from_data and reset.compares_with_source):
-        return []
-    sources = (up_to_stop(reset_response(example, reset.source), stop_ids) for example in examples)
-    num_without = sum(not ends_within(source, longest, stop_ids) for source in sources)
-    limit = f"rollout.max_response_length={longest}"
-    without = f"{num_without} of {len(examples)} responses do not end within {limit} tokens"
-    if num_without == len(examples):
-        raise ConfigError(
-            f"reset.length=adaptive: {without}, and what was cut off has no score to compare rollouts with; raise that "
-            "limit (and data.max_response_length, if it cuts), or set reset.adaptive.target=score"
-        )
-    return [f"reset.length=adaptive: {without}, so it learns nothing from them"] * (num_without > 0)
 
 
 def learning_rates(recipe: OnlineRecipe, step: int) -> tuple[float, ...]:

@@ -267,7 +267,7 @@ def test_advantages_are_whitened_over_the_counted_tokens(trajectory, masking):
 
 
 def test_rewards_are_whitened_over_the_counted_tokens_and_keep_their_mean(trajectory):
-    one_step = AdvantageConfig(gamma=0.0, lam=0.0, whiten=False, whiten_rewards=True)  # returns = rewards
+    one_step = AdvantageConfig(gamma=0.0, whiten=False, whiten_rewards=True)  # returns = rewards
     credit = credit_of(trajectory, advantage=one_step)
     rewards = np.array([-0.1, 2.8, 0.0, -0.1, -0.9])  # of the five policy tokens, from the first test
     expected = (rewards - rewards.mean()) / np.sqrt(rewards.var() + 1e-8) + rewards.mean()
@@ -276,7 +276,7 @@ def test_rewards_are_whitened_over_the_counted_tokens_and_keep_their_mean(trajec
 
 # --- where the score goes ---------------------------------------------------------------------------------
 
-ONE_STEP = AdvantageConfig(gamma=0.0, lam=0.0, whiten=False)
+ONE_STEP = AdvantageConfig(gamma=0.0, whiten=False)
 
 
 def rewards_of(trajectory: Trajectory, **kwargs) -> Tensor:

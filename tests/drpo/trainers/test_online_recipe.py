@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 from online_runs import RECIPE, merged
 
 from drpo.config import ConfigError
 from drpo.data.encode import Example
-from drpo.data.load import Splits
 from drpo.data.records import DataError, Record
 from drpo.rollout.resets import ResetConfig, check_resets
 from drpo.run.checkpoints import read_trainer_state
-from drpo.trainers.online import _check
+from drpo.trainers.online_checks import check_launcher
 from drpo.trainers.online_recipe import OnlineRecipe
 
 
@@ -230,8 +228,7 @@ def test_a_run_without_resets_remembers_and_measures_none(online_run):
 
 @pytest.mark.parametrize("proportion", [0.0, 0.5])
 def test_a_launcher_that_cuts_models_can_train_without_resets(proportion):
-    launcher = SimpleNamespace(world_size=2, partitions_weights=True)
     recipe = recipe_of(reset={"source": "initial", "proportion": proportion})
     refused = pytest.raises(ConfigError, match="reset.source=initial: this launcher cuts the copy")
     with refused if proportion else nullcontext():
-        _check(recipe, launcher, Splits([], [], ""), None)
+        check_launcher(recipe, world_size=2, partitions_weights=True)

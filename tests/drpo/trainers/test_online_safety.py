@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from drpo.config import ConfigError
 from drpo.run.checkpoints import read_trainer_state
 from drpo.run.metrics import read_metrics, reproducible
-from drpo.trainers.online import check_identities
+from drpo.trainers.online_checks import check_identities
 
 
 def test_a_kl_above_its_limit_stops_the_run_and_says_so(online_run, tmp_path):

@@ -121,6 +121,13 @@ LAM = "advantage.lam does not apply to advantage.estimator"
             },
             "advantage.lam does nothing beside advantage.length_adaptive_alpha and advantage.value_lam",
         ),
+        *(
+            (
+                {"advantage": {"estimator": "gae", "gamma": 0.0, name: 0.9}},
+                f"advantage.{name} does nothing with advantage.gamma=0: advantages are of one step",
+            )
+            for name in ("lam", "value_lam", "length_adaptive_alpha")
+        ),
         ({"critic": {"pretrain_steps": 1}}, "critic.pretrain_steps does not apply .*there is no critic"),
         ({"critic": {"path": "rm"}}, "critic.path does not apply"),
         ({"ppo": {"value_coef": 0.5}}, "ppo.value_coef does not apply"),
