@@ -117,7 +117,7 @@ def test_rollouts_are_separate_rows_where_sharing_cannot_be_or_costs_more(
     assert {num for _, _, num in forward_shapes} == {1}
 
 
-def testsharing_saves_while_responses_are_short_beside_the_prompt():
+def test_sharing_saves_while_responses_are_short_beside_the_prompt():
     """(Q + K R)^2 <= K (Q + R)^2: 468^2 = 219,024 <= 4 * 309^2 = 381,924; 2080^2 > 8 * 288^2."""
     assert sharing_saves([(256, 53)] * 4, 4)
     assert not sharing_saves([(32, 256)] * 8, 8)
