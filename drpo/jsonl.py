@@ -30,7 +30,8 @@ def object_in(line: str | bytes, place: str) -> dict[str, Any]:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{place} is not JSON ({error}); a last line is unfinished while a run writes it, or after a kill"
+            f"{place} is not JSON ({error}); remove a damaged line (the last one is unfinished while a run writes it, "
+            "or after a kill)"
         ) from None
     if not isinstance(values, dict):
         raise DataError(f"{place} must be a JSON object, got {type(values).__name__}")

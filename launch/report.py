@@ -28,7 +28,8 @@ from eval.training_runs.files import METRICS
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, write the pages, print the path of the HTML page as the last line."""
     parser = argparse.ArgumentParser(
-        description="Write the pages of a comparison, an evaluation or an online training run anew."
+        description="Write the pages of a comparison (report.html, report.md), of an evaluation of reward models "
+        "(evaluation.*) or of an online training run (training.*) anew, next to its files."
     )
     parser.add_argument(
         "path",
@@ -49,14 +50,20 @@ def report(path: Path) -> Path:
         evaluations.FILE: evaluations.report,
         METRICS: training_runs.report,
     }
+    names = ", ".join(writers)
     if not path.is_dir():
+        if path.name not in writers and (not path.exists() or path.suffix != ".json"):
+            what = "is none of the files" if path.exists() else "does not exist"
+            raise DataError(
+                f"{path} {what}: give the folder of a comparison, an evaluation or a run, or its {names}"
+            )
         return writers.get(path.name, comparisons.report)(path)
     found = [name for name in writers if (path / name).exists()]
     if len(found) > 1:
         raise DataError(f"{path} holds {' and '.join(found)}: name one of them")
     if not found:
         raise DataError(
-            f"{path} holds none of {', '.join(writers)}: give the folder of a comparison, an evaluation or a run"
+            f"{path} holds none of {names}: give the folder of a comparison, an evaluation or a run"
         )
     return writers[found[0]](path)
 

@@ -22,12 +22,13 @@ class AdaptiveConfig(Section):
     """The raw score with which a rollout succeeds. source: that of the response that its prefix is from, less `margin`;
     each step scores the responses that it resets to. score: `score`."""
     score: float = 0.0
-    """For target=score."""
+    """The raw score to reach, for target=score."""
     margin: float = setting(0.1, ge=0)
     """For target=source, in units of the raw score. 0 is too strict for a reward model, which scores one text in two
     batches alike up to rounding only; half of the way from the policy's scores to the responses' is lenient."""
-    success: float = setting(0.5, gt=0, le=1)
-    """Share of the rollouts from a prefix that have to succeed for the prefix to be long enough."""
+    success: float = setting(0.5, gt=0, lt=1)
+    """Share of the rollouts from a prefix that have to succeed for the prefix to be long enough. A rollout that did not
+    end succeeds with reward.shaping.missing_stop=none only."""
     start: float = setting(1.0, ge=0, le=1)
     """Where the search begins: 1 is the longest allowed prefix, 0 the shortest."""
     spread: float = setting(0.25, ge=0, le=1)

@@ -57,13 +57,14 @@ class ResetConfig(Section):
     has its own reset."""
     length: Literal["uniform", "curriculum", "binomial", "adaptive"] = "uniform"
     """uniform: the prefix length is uniform over the allowed ones. curriculum: from late to early prefixes. binomial:
-    Binomial(L, p), with p from max_fraction at the start to min_fraction at the end of `length_schedule`. adaptive: the
+    Binomial(L, p), with p from max_fraction at the start to min_fraction at the end of `length_schedule`; without one
+    max_fraction is p, and must be below 1. adaptive: the
     shortest prefix from which the policy reaches a target, found prompt by prompt (`adaptive`)."""
     length_schedule: Schedule = "constant"
     """linear, cosine: the longest length of length=uniform falls to the shortest allowed one, and p of binomial to
     min_fraction, until `schedule_end`; from then on there are no resets."""
     schedule_end: float = setting(1.0, gt=0, le=1)
-    """Share of training after which schedules have ended: there are no resets from then on."""
+    """Share of training after which schedules have ended: with one there are no resets from then on."""
     min_length: int = setting(0, ge=0)
     """Shortest prefix in tokens: 0 as in the paper (the bare prompt is one of the states), 1 as in the release."""
     min_fraction: float = setting(0.0, ge=0, lt=1)
@@ -104,6 +105,12 @@ class ResetConfig(Section):
             refuse_changed(self, ["min_fraction"], rule)
             rule = f"must be below 1 without {key('length_schedule')}: every prefix would be the longest"
             refuse(self.max_fraction == 1, "max_fraction", rule)
+        if self.source == "own" and self.length == "adaptive" and self.own.which == "worst":
+            rule = (
+                f"must be score with {key('own.which')}=worst, which resets to bad rollouts: to reach what these have "
+                f"is no success; set {key('adaptive.score')} too"
+            )
+            refuse(self.adaptive.target == "source", "adaptive.target", rule)
         if {self.proportion_schedule, self.length_schedule} == {"constant"}:
             rule = f"does nothing without {key('proportion_schedule')} or {key('length_schedule')}; set one, or drop it"
             refuse_changed(self, ["schedule_end"], rule)
@@ -149,6 +156,11 @@ def reset_response(example: Example, source: str) -> list[int]:
     return ids
 
 
+def dataset_source(example: Example, source: str, stop_ids: Container[int]) -> list[int]:
+    """Return the `reset_response` up to its first stop token, beyond which no prefix extends."""
+    return up_to_stop(reset_response(example, source), stop_ids)
+
+
 def up_to_stop(response: Sequence[int], stop_ids: Container[int]) -> list[int]:
     """Return the response up to its first stop token, which is included: nothing is sampled after one."""
     ends = (i + 1 for i, token in enumerate(response) if token in stop_ids)
@@ -156,15 +168,26 @@ def up_to_stop(response: Sequence[int], stop_ids: Container[int]) -> list[int]:
 
 
 def check_resets(
-    examples: Sequence[Example], config: ResetConfig, max_response_length: int, tokenizer
+    examples: Sequence[Example],
+    config: ResetConfig,
+    max_response_length: int,
+    tokenizer,
+    stop_ids: Container[int] = (),
 ) -> None:
     """Raise DataError when an example lacks the source, or none has a prefix that the settings allow.
 
     Without any prefix, every rollout would start from its prompt, as in PPO.
+
+    Args:
+        examples: the prompts and their responses.
+        config: source and lengths of resets.
+        max_response_length: of a rollout.
+        tokenizer: finds the ends of sentences and turns.
+        stop_ids: those of the policy, once it is loaded: responses are cut there.
     """
-    if not config.from_data:
-        return  # there is no response yet
-    sources = [reset_response(example, config.source) for example in examples]
+    if config.proportion == 0 or not config.from_data:
+        return  # nothing is reset, or there is no response yet
+    sources = [dataset_source(example, config.source, stop_ids) for example in examples]
     if any(max(prefix_lengths(config, s, max_response_length, tokenizer), default=0) for s in sources):
         return
     raise DataError(

@@ -12,11 +12,11 @@ from drpo.rollout.own_rollouts import OwnRollout, OwnRollouts
 from drpo.rollout.prefix_search import PrefixSearch, Trial
 from drpo.rollout.resets import (
     ResetConfig,
+    dataset_source,
     draw_reset_length,
     draw_spread,
     is_reset,
     prefix_lengths,
-    reset_response,
     up_to_stop,
 )
 
@@ -85,7 +85,8 @@ class Starts:
         self._trials, starts = [], []
         for episode, prompt, draw, source in zip(episodes, prompts, draws, sources, strict=True):
             start, trial = Start(episode, prompt), None
-            if source is not None and (lengths := self._lengths(source[1])):
+            # 0 alone is the prompt: that of this episode, not that of an own rollout
+            if source is not None and any(lengths := self._lengths(source[1])):
                 example, response = source
                 position = None
                 if reset.length == "adaptive":
@@ -130,13 +131,16 @@ class Starts:
             }
             sampled = dict(zip(bare, self._sample_initial(list(bare.values())), strict=True))
             self._num_initial = sum(map(len, sampled.values()))
-            responses = [sampled.get(draw) for draw in draws]
+            responses = [
+                up_to_stop(sampled[d], stop_ids) if z else None for d, z in zip(draws, resets, strict=True)
+            ]
         else:
             responses = [
-                reset_response(p, source) if z else None for p, z in zip(prompts, resets, strict=True)
+                dataset_source(p, source, stop_ids) if z else None
+                for p, z in zip(prompts, resets, strict=True)
             ]
         return [
-            None if response is None else (prompt, up_to_stop(response, stop_ids))
+            None if response is None else (prompt, response)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
 
@@ -149,6 +153,7 @@ class Starts:
         starts: Sequence[Start],
         responses: Sequence[list[int]],
         scores: Sequence[float],
+        may_succeed: Sequence[bool],
         source_scores: Sequence[float] | None = None,
     ) -> None:
         """Remember the rollouts of the starts that were drawn last: all of a step, from all processes, in order.
@@ -157,6 +162,7 @@ class Starts:
             starts: one per rollout.
             responses: token ids, forced prefix and stop token included.
             scores: raw scores.
+            may_succeed: False for a rollout whose score is not to be trusted, such as one that was cut off.
             source_scores: raw scores of the whole responses reset to; for reset.adaptive.target=source.
         """
         if self._reset.source == "own":
@@ -167,9 +173,9 @@ class Starts:
             targets = [self._reset.adaptive.score] * len(starts)
             if self._reset.compares_with_source:
                 targets = [source - self._reset.adaptive.margin for source in source_scores]
-            for trial, score, target in zip(self._trials, scores, targets, strict=True):
+            for trial, score, target, may in zip(self._trials, scores, targets, may_succeed, strict=True):
                 if trial is not None:
-                    successes.setdefault(trial, []).append(score >= target)
+                    successes.setdefault(trial, []).append(may and score >= target)
             self._search.observe([(trial, sum(s) / len(s)) for trial, s in successes.items()])
 
     def metrics(self) -> dict[str, float]:

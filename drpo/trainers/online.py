@@ -77,9 +77,10 @@ def train(
     splits = load_examples(recipe.data, tokenizer, "prompts")
     run.take_data(splits.report, splits.train_digest())
     check_launcher(recipe, engine.world_size, engine.partitions_weights)
-    if recipe.reset.proportion > 0:
-        check_resets(splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)
+    resets = (splits.train, recipe.reset, recipe.rollout.max_response_length, tokenizer)
+    check_resets(*resets)  # before models are loaded, which may take long
     models = load_models(run, splits, tokenizer, reward_fn)
+    check_resets(*resets, models.generator.vocabulary.stop_ids)
     check_forced_tokens(recipe, splits.train, models.generator)
     run.say(*models.notes, *notes_on_targets(recipe, splits.train, models.generator))
     state = run.open()
@@ -153,7 +154,9 @@ class _Loop:
         if self.guard.passes(metrics):
             if recipe.reset.remembers:
                 sources = trajectory.source_scores
+                counts_cut_off = recipe.reward.shaping.missing_stop == "none"
                 self.starts.observe(starts, trajectory.response_ids(), trajectory.scores.tolist(),
+                                    (trajectory.ended | counts_cut_off).tolist(),
                                     None if sources is None else sources.tolist())  # fmt: skip
             rates = learning_rates(recipe, step)
             set_learning_rates(engine.optimizer, rates)

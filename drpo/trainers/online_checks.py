@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from drpo.config import ConfigError
 from drpo.data.encode import Example
 from drpo.rollout.generator import Generator
-from drpo.rollout.resets import prefix_lengths, reset_response, up_to_stop
+from drpo.rollout.resets import dataset_source, prefix_lengths
 from drpo.rollout.starts import ends_within
 from drpo.rollout.vllm_requests import check_installed
 from drpo.trainers.online_recipe import OnlineRecipe
@@ -38,7 +38,7 @@ def check_forced_tokens(recipe: OnlineRecipe, examples: Sequence[Example], gener
     if not (reset.sft_coef and reset.proportion and reset.from_data):
         return
     for example in examples:
-        source = up_to_stop(reset_response(example, reset.source), generator.vocabulary.stop_ids)
+        source = dataset_source(example, reset.source, generator.vocabulary.stop_ids)
         if suppressed_ids.isdisjoint(source):
             continue  # finding the boundaries of every response would take long
         lengths = prefix_lengths(reset, source, generator.max_response_length, generator.tokenizer)
@@ -57,7 +57,7 @@ def notes_on_targets(recipe: OnlineRecipe, examples: Sequence[Example], generato
     reset, longest, stop_ids = recipe.reset, recipe.rollout.max_response_length, generator.vocabulary.stop_ids
     if not (reset.from_data and reset.compares_with_source):
         return []
-    sources = (up_to_stop(reset_response(example, reset.source), stop_ids) for example in examples)
+    sources = (dataset_source(example, reset.source, stop_ids) for example in examples)
     num_without = sum(not ends_within(source, longest, stop_ids) for source in sources)
     limit = f"rollout.max_response_length={longest}"
     without = f"{num_without} of {len(examples)} responses do not end within {limit} tokens"

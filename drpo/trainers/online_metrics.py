@@ -121,7 +121,7 @@ def _by_start(trajectory: Trajectory, row_metrics: dict[str, Tensor]) -> dict[st
     for group, members in groups.items():
         if not bool(members.any()):
             continue  # a group without rollouts has no mean; its keys are absent in this step
-        for name in ("score", "sampled_length", "kl_k3", "ended"):
+        for name in ("score", "sampled_length", "kl_k1", "kl_k3", "ended"):
             metrics[f"{group}/{name}"] = float(torch.mean(row_metrics[name][members]))
         tokens = row_metrics["sampled_length"][members].sum()
         metrics[f"{group}/kl_k3_per_token"] = float(row_metrics["kl_k3"][members].sum() / tokens)

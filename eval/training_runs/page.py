@@ -16,6 +16,7 @@ from eval.training_runs.files import TrainingRun
 from eval.training_runs.plots import Plot, eval_plots, reset_plots, start_plots
 from eval.training_runs.series import (
     NUM_BLOCKS,
+    by_start,
     eval_keys,
     fraction_names,
     fraction_shares,
@@ -30,29 +31,37 @@ PROMPT_TAIL = 400
 SAMPLES_PER_STEP = 8
 MEANINGS = {
     "held-out": "completions of prompts that are not trained on, always from the bare prompt. score is the reward of "
-    "training; the other rewards are those of eval.reward_functions. ended: the share that stopped by itself.",
+    "training; the other rewards are those of eval.reward_functions. length: tokens, the stop token included. ended: "
+    "the share that stopped by itself.",
     "kl": "mean over the held-out completions of log pi / pi_ref, summed over a completion, in nats: how far the "
     "policy has moved from the reference. log_ratio is the same sum where completions are sampled at another "
     "temperature than rollouts; it is no KL then.",
-}
-MEANINGS_OF_RESETS = {
-    "prefix fraction": "h/L, the forced tokens h as a share of the L tokens of the response that they come from. "
-    "(0.25, 0.5] means above 0.25 and up to 0.5. The bare prompt has h = 0.",
     "score by start": "mean raw reward of the training rollouts of a step that started there. Where few tokens are "
     "left to the policy, the score is mostly that of the forced text.",
-    "KL by start": "the k3 estimate of the KL to the reference per rollout, summed over the sampled tokens alone: "
-    "shorter continuations have less of it.",
+    "KL by start": "the KL to the reference per rollout, summed over the sampled tokens alone: shorter continuations "
+    "have less of it. The k1 estimate; of runs of earlier versions k3, in which single rollouts make spikes far from "
+    "the reference.",
     "sampled length": "tokens that the policy wrote, the forced prefix not counted.",
     "curves": f"a point a step; of more than {NUM_BLOCKS} steps, means over blocks of consecutive ones.",
     "thirds": "first, middle and last third of the steps so far: means over the steps in which the group has "
     "rollouts.",
+}
+MEANINGS_OF_RESETS = {
+    "prefix fraction": "h/L, the forced tokens h as a share of the L tokens of the response that they come from. "
+    "(0.25, 0.5] means above 0.25 and up to 0.5. The bare prompt has h = 0.",
     "as drawn": "where the rollouts of every step really started, over all processes (resets.jsonl).",
 }
+MEANING_OF_POSITION = (
+    "where prompts that were not seen before start with an adaptive length, from 0 at the shortest allowed prefix to 1 "
+    "at the longest, give or take reset.adaptive.spread."
+)
+UNITS = {"kl": "nats", "log_ratio": "nats", "length": "tokens", "ended": "share"}
+"Units of the held-out metrics that have one."
 
 
 @dataclass(frozen=True)
 class Part:
-    """A section of the page; `notes` are shown in place of what a run does not have."""
+    """A section of the page; `notes` say what a run does not have."""
 
     name: str
     title: str
@@ -91,6 +100,8 @@ def page_of(run: TrainingRun) -> Page:
     parts = [_held_out(run), _by_start(run), _as_drawn(run)]
     title = f"Training run {run.settings.get('run_dir') or ''}".strip()
     meanings = MEANINGS | (MEANINGS_OF_RESETS if run.has_resets else {})
+    if any("reset/position" in row for row in run.metrics):
+        meanings["position"] = MEANING_OF_POSITION
     return Page(title, facts(run), parts, samples, note, meanings)
 
 
@@ -107,11 +118,9 @@ def facts(run: TrainingRun) -> list[tuple[str, str]]:
         "steps": progress if last == settings["num_steps"] else f"{progress}: still going, or interrupted",
         "rollouts a step": _rollouts(settings),
         "seed": settings.get("seed"),
-        "estimator": _estimator(settings),
+        "advantages": _estimator(settings),
         "KL penalty": _listed(settings, "kl.", ("coef",)),
-        "resets": _listed(settings, "reset.", ("proportion", "source", "length"))
-        if run.has_resets
-        else "none",
+        "resets": _resets(settings) if run.has_resets else "none",
         "last evaluation": _last_evaluation(run),
         "commit": re.sub(r"^([0-9a-f]{12})[0-9a-f]{28}", r"\1", run.versions.get("git_commit", "")),
     }
@@ -127,6 +136,21 @@ def _estimator(settings: Mapping[str, Any]) -> str:
     of_states = _listed(settings, "vine.", ("num_rollouts", "every"))
     is_vine = settings.get("advantage.estimator") == "vine"
     return _listed(settings, "advantage.", ("estimator",)) + f", {of_states}" * is_vine
+
+
+def _resets(settings: Mapping[str, Any]) -> str:
+    """List the settings of resets that have an effect, those of an adaptive length whatever their values."""
+    names = ["proportion", "source", "length"]
+    without = []
+    if settings.get("reset.length") == "adaptive":
+        is_source = settings.get("reset.adaptive.target") == "source"
+        names += ["adaptive.target", "adaptive.margin" if is_source else "adaptive.score", "adaptive.success"]
+    else:
+        without.append("reset.adaptive.")
+    if settings.get("reset.source") != "own":
+        without.append("reset.own.")
+    used = {key: value for key, value in settings.items() if not key.startswith(tuple(without))}
+    return _listed(used, "reset.", tuple(names))
 
 
 def _reward(settings: Mapping[str, Any]) -> str | None:
@@ -186,32 +210,28 @@ def _held_out(run: TrainingRun) -> Part:
         for row in run.metrics
         if any(key in row for key in keys)
     ]
-    columns = ("step", *(key.removeprefix("eval/") for key in keys))
+    names = [key.removeprefix("eval/") for key in keys]
+    columns = ("step", *(f"{name} ({UNITS[name]})" if name in UNITS else name for name in names))
     table = _table("Held-out prompts over training", columns, rows)
     return Part("held-out", "Held-out prompts", (), tuple(eval_plots(run)), (table,))
 
 
 def _by_start(run: TrainingRun) -> Part:
     name, title = "by-start", "By prefix fraction"
-    if not run.has_resets:
-        note = "This run has no resets (reset.proportion is 0): every rollout starts from the bare prompt."
-        return Part(name, title, (note,))
+    no_resets = "This run has no resets (reset.proportion is 0): every rollout starts from the bare prompt."
+    notes = () if run.has_resets else (no_resets,)
     groups = start_groups(run.metrics)
     if not groups:
-        return Part(name, title, ("metrics.jsonl has no numbers by prefix fraction so far.",))
+        return Part(name, title, (*notes, "metrics.jsonl has no numbers of rollouts so far."))
     parts = thirds(run.metrics)
     tables = []
-    for metric, what in (
-        ("score", "Score"),
-        ("kl_k3", "KL per rollout (nats)"),
-        ("sampled_length", "Sampled tokens"),
-    ):
+    for metric, (_, what) in by_start(run.metrics).items():
         rows = [
             [text, *(_number(mean(rows, f"{group}/{metric}")) for rows in parts.values())]
             for group, text in groups.items()
         ]
-        tables.append(_table(what, ("start", *parts), rows))
-    return Part(name, title, (), tuple(start_plots(run)), tuple(tables))
+        tables.append(_table(what[0].upper() + what[1:], ("start", *parts), rows))
+    return Part(name, title, notes, tuple(start_plots(run)), tuple(tables))
 
 
 def _as_drawn(run: TrainingRun) -> Part:

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from eval.training_runs.files import TrainingRun
 from eval.training_runs.series import (
     averaged,
+    by_start,
     curve,
     eval_keys,
     fraction_names,
@@ -29,8 +30,6 @@ from eval.training_runs.series import (
 
 WIDTH, HEIGHT = 6.0, 4.2
 "Inches of a picture."
-BY_START = {"score": "score", "kl_k3": "KL per rollout, nats", "sampled_length": "sampled tokens"}
-"Axis labels by metric of a group of rollouts."
 HELD_OUT = {
     "eval/kl": ("Held-out KL", "KL per response, nats"),
     "eval/log_ratio": ("Held-out log ratio", "log ratio per response, nats"),
@@ -60,16 +59,21 @@ def eval_plots(run: TrainingRun) -> list[Plot]:
 
 
 def start_plots(run: TrainingRun) -> list[Plot]:
-    """Draw score, KL and sampled length over the steps, a line for each group of rollouts by their start."""
+    """Draw score, KL and sampled length over the steps, a line for each group of rollouts by their start.
+
+    Of an adaptive length the position is drawn, too.
+    """
     plots = []
     groups = start_groups(run.metrics)
-    has_prompts = "from_prompt" in groups
-    for (metric, label), title in zip(BY_START.items(), ("Score", "KL", "Sampled length"), strict=True):
+    colours = [_colour(group) for group in groups]
+    for metric, (title, label) in by_start(run.metrics).items():
         lines = {name: averaged(curve(run.metrics, f"{group}/{metric}")) for group, name in groups.items()}
-        colours = ["grey"] * has_prompts + _shades(len(groups) - has_prompts)
-        plots.append(
-            _picture(f"{title} by start", partial(_lines, lines=lines, label=label, colours=colours))
-        )
+        draw = partial(_lines, lines=lines, label=label, colours=colours)
+        plots.append(_picture(f"{title} by start", draw))
+    if any("reset/position" in row for row in run.metrics):
+        lines = {"position": averaged(curve(run.metrics, "reset/position"))}
+        label = "position (0: shortest prefix, 1: longest)"
+        plots.append(_picture("Position of the adaptive length", partial(_lines, lines=lines, label=label)))
     return plots
 
 
@@ -90,9 +94,12 @@ def _picture(title: str, draw: Callable[[Axes], None]) -> Plot:
     return Plot(title, content.getvalue())
 
 
-def _shades(count: int) -> list[Any]:
-    """Return colours from short to long prefixes."""
-    return [matplotlib.colormaps["viridis"](share) for share in np.linspace(0, 0.9, count)]
+def _colour(group: str) -> Any:
+    """Return the colour of a group of rollouts, the same for every run: by the lower end of its prefix fractions."""
+    if group == "from_prompt":
+        return "grey"
+    low = float(group.split("_")[1])
+    return matplotlib.colormaps["viridis"](min(0.9, 1.2 * low))
 
 
 def _lines(
@@ -108,7 +115,7 @@ def _lines(
         axis.plot(steps, values, marker=shape, markersize=4, color=colour, label=name)
     axis.set_xlabel("step")
     axis.set_ylabel(label)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
     if len(lines) > 1:
         _legend(axis)
@@ -122,7 +129,7 @@ def _heat_map(axis: Axes, resets: Sequence[Mapping[str, Any]]) -> None:
     axis.set_yticks(range(len(names)), names)
     axis.set_xlabel("step")
     axis.set_ylabel("prefix fraction h/L")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.figure.colorbar(mesh, ax=axis, label="share of rollouts")
 
 
@@ -132,7 +139,7 @@ def _histograms(axis: Axes, resets: Sequence[Mapping[str, Any]]) -> None:
         axis.stairs(length_shares(rows, edges), np.array(edges) - 0.5, linewidth=1.5, label=name)
     axis.set_xlabel("forced tokens h (0: bare prompt)")
     axis.set_ylabel("share of rollouts")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
     _legend(axis)
 

@@ -28,6 +28,19 @@ def curve(rows: Sequence[Row], key: str) -> Curve:
     return [step for step, _ in points], [value for _, value in points]
 
 
+def by_start(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Return title and unit of what is shown of each group of rollouts by their start, by metric.
+
+    The KL is the k1 estimate, or k3 for runs of earlier versions, which have no other.
+    """
+    kl = "kl_k1" if any(key.endswith("/kl_k1") for row in rows for key in row) else "kl_k3"
+    return {
+        "score": ("Score", "score"),
+        kl: ("KL", "KL per rollout, nats"),
+        "sampled_length": ("Sampled length", "sampled tokens"),
+    }
+
+
 def averaged(points: Curve) -> Curve:
     """Average a curve over blocks of consecutive points, so that at most NUM_BLOCKS are left."""
     blocks = [np.array_split(values, min(NUM_BLOCKS, max(1, len(values)))) for values in points]
@@ -65,8 +78,8 @@ def _steps_text(part: Sequence[Row]) -> str:
 
 
 def mean(rows: Sequence[Row], key: str) -> float | None:
-    """Return the mean of a metric over the steps that have it; None without one."""
-    _, values = curve(rows, key)
+    """Return the mean of a metric over the steps that have it; None without one, not finite if a value is not."""
+    values = [row[key] for row in rows if key in row]
     return sum(values) / len(values) if values else None
 
 

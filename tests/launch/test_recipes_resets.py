@@ -45,7 +45,15 @@ OWN = {
         "reset.sft_coef": 1.0,
     },
     "prefix_rft": DR_GRPO
-    | {"reset.proportion": 0.5, "reset.length_schedule": "cosine", "reset.sft_coef": 1.0},
+    | {
+        "reset.proportion": 0.25,
+        "reset.per": "rollout",
+        "reset.length": "curriculum",
+        "reset.curriculum_end": 1.0,
+        "reset.min_fraction": 0.05,
+        "reset.max_fraction": 0.95,
+        "reset.sft_coef": 1.0,
+    },
     "prefix_rl": DR_GRPO | {"reset.proportion": 0.5, "reset.min_fraction": 0.3},
     "rrpo": DR_GRPO
     | {

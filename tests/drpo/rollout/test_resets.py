@@ -313,6 +313,7 @@ def test_adaptive_lengths_lie_at_their_position_among_the_allowed_ones():
         ({"source": "own", "proportion": 0.5, "per": "prompt", "min_fraction": 1.0}, "reset.min_fraction"),
         ({"length": "binomial"}, "reset.max_fraction"),
         ({"length": "binomial", "max_fraction": 0.0}, "reset.max_fraction"),
+        ({"length": "adaptive", "adaptive": {"success": 1.0}}, "reset.adaptive.success"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings, key):
@@ -462,6 +463,17 @@ def test_settings_that_reset_one_response_are_taken():
     check_resets(posts(), ResetConfig(), 2, None)
 
 
+def test_a_response_is_cut_at_the_stop_token_of_the_policy_before_it_is_held_against_the_settings():
+    """With 104 as a stop token, responses of 100 to 104 repeated have 4 to 7 tokens, and the last has 1."""
+    check_resets(posts(), ResetConfig(min_length=7), 50, None)
+    with pytest.raises(DataError, match="none of 5 responses"):
+        check_resets(posts(), ResetConfig(min_length=7), 50, None, stop_ids=(104,))
+
+
+def test_without_resets_no_response_is_needed():
+    check_resets([example()], ResetConfig(proportion=0.0), 50, None)
+
+
 def posts() -> list[Example]:
     """Five prompts with references of 4 to 8 tokens, the stop token included."""
     return [
@@ -488,6 +500,10 @@ def test_sources_that_are_sampled_need_no_responses_in_the_data(source):
         ({"max_fraction": 1.2}, "max_fraction"),
         ({"length": "curriculum", "curriculum_end": 0.0}, "curriculum_end"),
         ({"curriculum_end": 0.3}, "curriculum_end"),
+        (
+            {"source": "own", "length": "adaptive", "own": {"which": "worst"}, "per": "prompt"},
+            "adaptive.target",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_by_name(settings, key):

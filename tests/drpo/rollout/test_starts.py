@@ -33,6 +33,11 @@ def drawing(examples, reset=None, seed=0, sample_initial=None, **rollout) -> Sta
     return Starts(examples, reset or ResetConfig(), rollout, generator, seed, sample_initial)
 
 
+def observe(drawn: Starts, starts, responses, scores, source_scores=None) -> None:
+    """Observe rollouts that have all ended."""
+    drawn.observe(starts, responses, scores, [True] * len(starts), source_scores)
+
+
 def starts_of(examples, episodes, reset=None, seed=0, **rollout) -> list[Start]:
     return drawing(examples, reset, seed, **rollout).draw(episodes, 0.0)
 
@@ -120,7 +125,7 @@ def test_resets_take_prompt_and_response_of_the_best_or_worst_earlier_rollouts(e
     drawn = drawing(examples, own(share=0.5, which=which))
     starts = drawn.draw(range(4), 0.0)
     responses = [[10 + row, 20 + row, 30 + row, STOP] for row in range(4)]
-    drawn.observe(starts, responses, [1.0, 4.0, 3.0, 2.0])
+    observe(drawn, starts, responses, [1.0, 4.0, 3.0, 2.0])
     later = drawn.draw(range(4, 204), 0.1)
     seen = Counter((start.example.record.prompt, start.prefix[0]) for start in later)
     assert set(seen) == {(starts[row].example.record.prompt, 10 + row) for row in rows}
@@ -129,10 +134,11 @@ def test_resets_take_prompt_and_response_of_the_best_or_worst_earlier_rollouts(e
     assert all(start.prefix == tuple(responses[start.prefix[0] - 10][: len(start.prefix)]) for start in later)
 
 
-def test_without_a_prefix_that_is_allowed_rollouts_start_from_their_own_prompts(examples):
+@pytest.mark.parametrize("min_length", [0, 1])
+def test_without_a_prefix_that_is_allowed_rollouts_start_from_their_own_prompts(examples, min_length):
     """Not from the prompts of the earlier rollouts."""
-    drawn = drawing(examples, own())
-    drawn.observe(drawn.draw(range(4), 0.0), [[STOP]] * 4, [1.0, 2.0, 3.0, 4.0])
+    drawn = drawing(examples, ResetConfig(source="own", min_length=min_length))
+    observe(drawn, drawn.draw(range(4), 0.0), [[STOP]] * 4, [1.0, 2.0, 3.0, 4.0])
     assert drawn.draw(range(4, 20), 0.0) == starts_of(examples, range(4, 20), ResetConfig(proportion=0))
 
 
@@ -145,7 +151,7 @@ def test_after_the_lengths_have_ended_nothing_is_reset_nor_sampled_for_it(exampl
     reset = ResetConfig(source=source, length_schedule="linear", schedule_end=0.5)
     drawn = drawing(examples, reset, sample_initial=sample_initial)
     if source == "own":
-        drawn.observe(drawn.draw(range(4), 0.0), [[7, 8, 9, STOP]] * 4, [1.0, 2.0, 3.0, 4.0])
+        observe(drawn, drawn.draw(range(4), 0.0), [[7, 8, 9, STOP]] * 4, [1.0, 2.0, 3.0, 4.0])
     assert drawn.draw(range(4, 20), 0.5) == starts_of(examples, range(4, 20), ResetConfig(proportion=0))
 
 
@@ -153,13 +159,13 @@ def test_the_buffer_holds_the_newest_rollouts(examples):
     drawn = drawing(examples, own(size=4, share=1.0))
     for step, first in enumerate((10, 50)):
         starts = drawn.draw(range(4 * step, 4 * step + 4), 0.0)
-        drawn.observe(starts, [[first + row] * 3 + [STOP] for row in range(4)], [100.0 - first] * 4)
+        observe(drawn, starts, [[first + row] * 3 + [STOP] for row in range(4)], [100.0 - first] * 4)
     assert {start.prefix[0] for start in drawn.draw(range(8, 108), 0.0)} == {50, 51, 52, 53}
 
 
 def test_of_equal_scores_the_newer_rollout_is_taken(examples):
     drawn = drawing(examples, own(share=0.25))
-    drawn.observe(drawn.draw(range(4), 0.0), [[10 + row] * 3 + [STOP] for row in range(4)], [1.0] * 4)
+    observe(drawn, drawn.draw(range(4), 0.0), [[10 + row] * 3 + [STOP] for row in range(4)], [1.0] * 4)
     assert {start.prefix[0] for start in drawn.draw(range(4, 24), 0.0)} == {13}
 
 
@@ -207,11 +213,11 @@ def test_prefixes_become_shorter_while_rollouts_succeed_and_longer_while_they_fa
     drawn = drawing(examples, adaptive(rate=0.5, spread=0.0))
     starts = drawn.draw(range(2), 0.0)
     assert [len(start.prefix) for start in starts] == [len(s.example.completion_ids) - 1 for s in starts]
-    drawn.observe(starts, [[1]] * 2, [0.0, 5.0])
+    observe(drawn, starts, [[1]] * 2, [0.0, 5.0])
     new = drawn.draw(range(2, 4), 0.0)
     expected = [0.75 * (len(start.example.completion_ids) - 1) for start in new]
     assert all(abs(len(start.prefix) - mean) < 1 for start, mean in zip(new, expected, strict=True))
-    drawn.observe(new, [[1]] * 2, [-0.1, -0.1])  # failures: back to 0.75 + 0.5 * 0.5 = 1
+    observe(drawn, new, [[1]] * 2, [-0.1, -0.1])  # failures: back to 0.75 + 0.5 * 0.5 = 1
     last = drawn.draw(range(4, 5), 0.0)
     assert len(last[0].prefix) == len(last[0].example.completion_ids) - 1
 
@@ -228,10 +234,10 @@ def test_new_prompts_start_at_different_shares_of_their_responses(examples):
 
 def test_a_group_succeeds_by_the_share_of_its_rollouts(examples):
     drawn = drawing(examples[:1], adaptive(success=0.5, spread=0.0), rollouts_per_prompt=4)
-    drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [1.0, 1.0, -1.0, -1.0])
+    observe(drawn, drawn.draw(range(4), 0.0), [[1]] * 4, [1.0, 1.0, -1.0, -1.0])
     assert drawn.state_dict()["search"]["intervals"] == {"0": [0.75, 1.0]}  # 1 is enough
     drawn = drawing(examples[:1], adaptive(success=0.75, start=0.5, spread=0.0), rollouts_per_prompt=4)
-    drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [1.0, 1.0, -1.0, -1.0])
+    observe(drawn, drawn.draw(range(4), 0.0), [[1]] * 4, [1.0, 1.0, -1.0, -1.0])
     assert drawn.state_dict()["search"]["intervals"] == {"0": [0.5, 1.0]}
 
 
@@ -239,16 +245,25 @@ def test_rollouts_succeed_that_come_near_the_response_they_are_reset_to(examples
     """Each has a target of its own: 3 - 0.5, -1 - 0.5 and 0 - 0.5."""
     drawn = drawing(examples, adaptive(target="source", margin=0.5, spread=0.0))
     starts = drawn.draw(range(3), 0.0)
-    drawn.observe(starts, [[1]] * 3, [2.5, -1.6, -0.4], source_scores=[3.0, -1.0, 0.0])
+    observe(drawn, starts, [[1]] * 3, [2.5, -1.6, -0.4], source_scores=[3.0, -1.0, 0.0])
     assert drawn.state_dict()["search"]["intervals"] == {
         str(examples.index(start.example)): interval
         for start, interval in zip(starts, [[0.75, 1.0], [1.0, 1.0], [0.75, 1.0]], strict=True)
     }
 
 
+def test_rollouts_that_may_not_succeed_fail_whatever_their_score(examples):
+    """They were cut off: their score is not that of a response."""
+    drawn = drawing(examples[:1], adaptive(success=0.5, spread=0.0), rollouts_per_prompt=4)
+    drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [9.0] * 4, [True, False, False, False])
+    assert drawn.state_dict()["search"]["intervals"] == {"0": [1.0, 1.0]}
+    drawn.observe(drawn.draw(range(4, 8), 0.0), [[1]] * 4, [9.0] * 4, [True, False, True, False])
+    assert drawn.state_dict()["search"]["intervals"] == {"0": [0.75, 1.0]}
+
+
 def test_rollouts_from_the_prompt_are_no_trials(examples):
     drawn = drawing(examples, ResetConfig(length="adaptive", proportion=1e-12))  # too small for these draws
-    drawn.observe(drawn.draw(range(4), 0.0), [[1]] * 4, [9.0] * 4, [9.0] * 4)
+    observe(drawn, drawn.draw(range(4), 0.0), [[1]] * 4, [9.0] * 4, [9.0] * 4)
     assert drawn.state_dict()["search"] == {"position": 1.0, "intervals": {}}
 
 
@@ -257,7 +272,7 @@ def test_rollouts_that_had_to_start_there_are_no_trials(examples):
     drawn = drawing(examples, ResetConfig(length="adaptive", min_length=3, adaptive={"target": "score"}))
     starts = drawn.draw(range(5), 0.0)
     assert {len(start.prefix) for start in starts if start.example is examples[0]} == {3}
-    drawn.observe(starts, [[1]] * 5, [-1.0] * 5)
+    observe(drawn, starts, [[1]] * 5, [-1.0] * 5)
     assert sorted(drawn.state_dict()["search"]["intervals"]) == ["1", "2", "3", "4"]
 
 
@@ -267,7 +282,7 @@ def test_responses_that_were_cut_off_are_no_targets(examples):
     drawn = drawing(examples, ResetConfig(length="adaptive", min_length=1), max_response_length=6)
     starts = drawn.draw(range(5), 0.0)
     assert all(start.prefix for start in starts)
-    drawn.observe(starts, [[1]] * 5, [9.0] * 5, source_scores=[0.0] * 5)
+    observe(drawn, starts, [[1]] * 5, [9.0] * 5, source_scores=[0.0] * 5)
     assert sorted(drawn.state_dict()["search"]["intervals"]) == [
         "1",
         "2",
@@ -297,7 +312,7 @@ def test_a_restored_state_draws_on_as_if_nothing_had_happened(examples, reset):
             starts = drawn.draw(range(4 * step, 4 * step + 4), step / 10)
             responses = [[*start.prefix, 7, 8, 9, STOP] for start in starts]
             scores, of_sources = ([float((k * s.episode) % 5 - 2) for s in starts] for k in (7, 3))
-            drawn.observe(starts, responses, scores, of_sources)
+            observe(drawn, starts, responses, scores, of_sources)
             drawn_starts.append(starts)
         return drawn_starts
 

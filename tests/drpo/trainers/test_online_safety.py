@@ -180,3 +180,18 @@ def test_an_adaptive_length_needs_a_response_that_ends_within_the_limit(online_r
     by_score = {"length": "adaptive", "adaptive": {"target": "score"}}
     online_run(num_steps=1, reset=by_score)
     assert "responses do not end" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing_stop", ["none", "replace"])
+def test_a_rollout_that_was_cut_off_succeeds_only_where_its_score_counts(online_run, missing_stop):
+    """Every score reaches the target; each prompt is new, so the position falls by rate * (mean success - success)."""
+    target = {"target": "score", "score": -1e9, "start": 0.5, "success": 0.25}
+    rows, _ = online_run(
+        num_steps=2,
+        reset={"proportion": 1.0, "length": "adaptive", "adaptive": target},
+        reward={"shaping": {"missing_stop": missing_stop}},
+        rollout={"max_response_length": 60},
+    )
+    assert 0 < rows[0]["objective/ended"] < 1
+    success = 1.0 if missing_stop == "none" else rows[0]["objective/ended"]
+    assert rows[1]["reset/position"] == pytest.approx(0.5 - 0.5 * (success - 0.25))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -81,18 +82,20 @@ def test_the_pages_show_the_numbers_of_the_files(trained, chromium):
         names, texts = (page.locator(f".facts {tag}").all_inner_texts() for tag in ("dt", "dd"))
         facts = dict(zip(names, texts, strict=True))
         assert (facts["method"], facts["steps"], facts["seed"]) == ("DR-PO", "6 of 6", "0")
-        assert facts["estimator"] == "estimator gae"
+        assert facts["advantages"] == "estimator gae"
         assert facts["resets"] == "proportion 0.7, source reference, length uniform"
         assert facts["last evaluation"].startswith(f"step 6: score {metrics[-1]['eval/score']:.3f}, ")
 
-        keys = [f"eval/{name}" for name in page.locator("#held-out thead th").all_inner_texts()[1:]]
+        heads = page.locator("#held-out thead th").all_inner_texts()[1:]
+        assert {"kl (nats)", "length (tokens)", "ended (share)"} < set(heads)
+        keys = [f"eval/{head.partition(' ')[0]}" for head in heads]
         assert set(keys) == {"eval/score", "eval/kl", "eval/length", "eval/ended"}
         tables = [cells(page, "held-out")]
         assert tables[0] == [
             [str(step), *(f"{metrics[step][key]:.3f}".replace("-0.000", "0.000") for key in keys)]
             for step in (0, 3, 6)
         ]
-        for index, metric in enumerate(("score", "kl_k3", "sampled_length")):
+        for index, metric in enumerate(("score", "kl_k1", "sampled_length")):
             tables.append(cells(page, "by-start", index))
             assert [row[0] for row in tables[-1]] == list(groups.values())
             for group, row in zip(groups, tables[-1], strict=True):
@@ -162,10 +165,72 @@ def test_a_run_without_resets_says_so(trained, chromium):
         page = show(report(trained / "ppo"))
         assert page.locator(".facts dd").first.inner_text() == "PPO"
         assert "This run has no resets" in page.locator("#by-start").inner_text()
-        assert page.locator("#by-start img, #as-drawn img, #by-start table, #as-drawn table").count() == 0
+        assert page.locator("#as-drawn img, #as-drawn table").count() == 0
+        assert page.locator("#by-start img").count() == 3
+        metrics = rows_of(trained / "ppo", "metrics.jsonl")
+        for index, metric in enumerate(("score", "kl_k1", "sampled_length")):
+            rows = cells(page, "by-start", index)
+            values = [metrics[step][f"objective/{metric}"] for step in (1, 2)]
+            assert rows == [["bare prompt", *(f"{value:.3f}" for value in values)]]
         assert page.locator("mark").count() == 0
         assert page.locator("#held-out img").count() == 4
         assert page.locator(".samples tbody tr").count() == 4
+
+
+def test_a_run_of_an_earlier_version_shows_the_kl_that_it_has(folder):
+    row = {"step": 1, "from_prompt/score": 0.0, "from_prompt/kl_k3": 123.0, "from_prompt/kl_k1": 0.25}
+    write_rows(folder / "metrics.jsonl", [row])
+    report(folder)
+    assert "| bare prompt | 0.250 |" in (folder / "training.md").read_text()
+    del row["from_prompt/kl_k1"]
+    write_rows(folder / "metrics.jsonl", [row])
+    report(folder)
+    assert "| bare prompt | 123.000 |" in (folder / "training.md").read_text()
+
+
+def test_a_value_that_is_not_finite_is_shown(folder):
+    metrics = rows_of(folder, "metrics.jsonl")
+    next(row for row in metrics if "from_prompt/score" in row)["from_prompt/score"] = math.nan
+    write_rows(folder / "metrics.jsonl", metrics)
+    report(folder)
+    assert "| bare prompt | nan |" in (folder / "training.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        (
+            {
+                "length": "adaptive",
+                "adaptive": {"target": "source", "margin": 0.1, "success": 0.5, "spread": 0.2},
+            },
+            "length adaptive, adaptive.target source, adaptive.margin 0.1, adaptive.success 0.5, adaptive.spread 0.2",
+        ),
+        (
+            {"length": "uniform", "adaptive": {"target": "source", "margin": 0.5}, "own": {"size": 3}},
+            "length uniform",
+        ),
+    ],
+)
+def test_the_settings_of_resets_are_those_with_an_effect(folder, settings, shown):
+    """An earlier version had another default of a margin, which no run without adaptive lengths used."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["reset"] = {"proportion": 0.7, "source": "reference", **settings}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    report(folder)
+    text = (folder / "training.md").read_text().replace("\\", "")
+    assert f"**resets**: proportion 0.7, source reference, {shown}\n" in text
+
+
+def test_an_adaptive_length_shows_its_position(folder, chromium):
+    metrics = rows_of(folder, "metrics.jsonl")
+    for row in metrics[1:]:
+        row["reset/position"] = 1 - row["step"] / 10
+    write_rows(folder / "metrics.jsonl", metrics)
+    with page_viewer(chromium) as show:
+        page = show(report(folder))
+        assert page.locator("#by-start img").count() == 4
+        assert "at the shortest allowed prefix to 1" in page.locator("main").inner_text()
 
 
 def test_a_run_that_recorded_no_starts_says_so(folder):
@@ -251,6 +316,23 @@ def test_a_metric_that_only_looks_like_a_prefix_group_is_none(folder):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "prefix_9.9.9_8/score": 1.0, "prefix_._./score": 1.0}\n')
     assert "9.9.9" not in report(folder).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "nope",
+            "nope does not exist: give the folder of a comparison, an evaluation or a run, or its comparison",
+        ),
+        ("samples.jsonl", "samples.jsonl is none of the files: give the folder"),
+        ("config.yaml", "config.yaml is none of the files: give the folder"),
+        ("comparison.json", "no comparison at .*comparison.json"),
+    ],
+)
+def test_a_path_that_is_no_result_says_what_to_give(folder, name, message):
+    with pytest.raises(SystemExit, match=message):
+        main([str(folder / name)])
 
 
 def test_a_folder_without_results_says_what_was_looked_for(folder):

@@ -37,7 +37,13 @@ RESETS = [
 def test_a_curve_has_the_finite_values_alone():
     rows = [{"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "a": math.nan}, {"step": 4, "a": 5.0}]
     assert curve(rows, "a") == ([1, 4], [2.0, 5.0])
+
+
+def test_a_mean_is_over_the_steps_that_have_the_metric_and_hides_no_value():
+    rows = [{"step": 1, "a": 2.0}, {"step": 2}, {"step": 4, "a": 5.0}]
     assert mean(rows, "a") == 3.5 and mean(rows, "b") is None
+    assert math.isnan(mean([*rows, {"step": 5, "a": math.nan}], "a"))
+    assert mean([*rows, {"step": 5, "a": math.inf}], "a") == math.inf
     assert curve(rows, "b") == averaged(([], [])) == ([], [])
 
 
