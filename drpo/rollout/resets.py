@@ -58,8 +58,8 @@ class ResetConfig(Section):
     length: Literal["uniform", "curriculum", "binomial", "adaptive"] = "uniform"
     """uniform: the prefix length is uniform over the allowed ones. curriculum: from late to early prefixes. binomial:
     Binomial(L, p), with p from max_fraction at the start to min_fraction at the end of `length_schedule`; without one
-    max_fraction is p, and must be below 1. adaptive: the
-    shortest prefix from which the policy reaches a target, found prompt by prompt (`adaptive`)."""
+    p is max_fraction, which must be below 1. adaptive: the shortest prefix from which the policy reaches a target,
+    found prompt by prompt (`adaptive`)."""
     length_schedule: Schedule = "constant"
     """linear, cosine: the longest length of length=uniform falls to the shortest allowed one, and p of binomial to
     min_fraction, until `schedule_end`; from then on there are no resets."""
