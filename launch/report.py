@@ -51,20 +51,17 @@ def report(path: Path) -> Path:
         METRICS: training_runs.report,
     }
     names = ", ".join(writers)
+    give = "give the folder of a comparison, an evaluation or a run"
     if not path.is_dir():
         if path.name not in writers and (not path.exists() or path.suffix != ".json"):
             what = "is none of the files" if path.exists() else "does not exist"
-            raise DataError(
-                f"{path} {what}: give the folder of a comparison, an evaluation or a run, or its {names}"
-            )
+            raise DataError(f"{path} {what}: {give}, or its {names}")
         return writers.get(path.name, comparisons.report)(path)
     found = [name for name in writers if (path / name).exists()]
     if len(found) > 1:
         raise DataError(f"{path} holds {' and '.join(found)}: name one of them")
     if not found:
-        raise DataError(
-            f"{path} holds none of {names}: give the folder of a comparison, an evaluation or a run"
-        )
+        raise DataError(f"{path} holds none of {names}: {give}")
     return writers[found[0]](path)
 
 

@@ -13,13 +13,14 @@ from drpo.trainers.online_recipe import OnlineRecipe
 from eval.reporting.report_markdown import escaped, markdown_list, markdown_table
 from eval.reporting.report_tables import Column, Table, number_text, row_of
 from eval.training_runs.files import TrainingRun
-from eval.training_runs.plots import Plot, eval_plots, reset_plots, start_plots
+from eval.training_runs.plots import HELD_OUT, Plot, eval_plots, reset_plots, start_plots
 from eval.training_runs.series import (
     NUM_BLOCKS,
     by_start,
     eval_keys,
     fraction_names,
     fraction_shares,
+    has_position,
     mean,
     mean_length,
     start_groups,
@@ -55,8 +56,6 @@ MEANING_OF_POSITION = (
     "where prompts that were not seen before start with an adaptive length, from 0 at the shortest allowed prefix to 1 "
     "at the longest, give or take reset.adaptive.spread."
 )
-UNITS = {"kl": "nats", "log_ratio": "nats", "length": "tokens", "ended": "share"}
-"Units of the held-out metrics that have one."
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def page_of(run: TrainingRun) -> Page:
     parts = [_held_out(run), _by_start(run), _as_drawn(run)]
     title = f"Training run {run.settings.get('run_dir') or ''}".strip()
     meanings = MEANINGS | (MEANINGS_OF_RESETS if run.has_resets else {})
-    if any("reset/position" in row for row in run.metrics):
+    if has_position(run.metrics):
         meanings["position"] = MEANING_OF_POSITION
     return Page(title, facts(run), parts, samples, note, meanings)
 
@@ -210,9 +209,9 @@ def _held_out(run: TrainingRun) -> Part:
         for row in run.metrics
         if any(key in row for key in keys)
     ]
-    names = [key.removeprefix("eval/") for key in keys]
-    columns = ("step", *(f"{name} ({UNITS[name]})" if name in UNITS else name for name in names))
-    table = _table("Held-out prompts over training", columns, rows)
+    units = {key: f" ({unit})" for key, (_, _, unit) in HELD_OUT.items()}
+    names = [key.removeprefix("eval/") + units.get(key, "") for key in keys]
+    table = _table("Held-out prompts over training", ("step", *names), rows)
     return Part("held-out", "Held-out prompts", (), tuple(eval_plots(run)), (table,))
 
 

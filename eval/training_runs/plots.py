@@ -21,6 +21,7 @@ from eval.training_runs.series import (
     curve,
     eval_keys,
     fraction_names,
+    has_position,
     length_edges,
     length_shares,
     share_blocks,
@@ -31,12 +32,12 @@ from eval.training_runs.series import (
 WIDTH, HEIGHT = 6.0, 4.2
 "Inches of a picture."
 HELD_OUT = {
-    "eval/kl": ("Held-out KL", "KL per response, nats"),
-    "eval/log_ratio": ("Held-out log ratio", "log ratio per response, nats"),
-    "eval/length": ("Held-out length", "tokens"),
-    "eval/ended": ("Held-out share ended", "share of completions"),
+    "eval/kl": ("Held-out KL", "KL per response, nats", "nats"),
+    "eval/log_ratio": ("Held-out log ratio", "log ratio per response, nats", "nats"),
+    "eval/length": ("Held-out length", "tokens", "tokens"),
+    "eval/ended": ("Held-out share ended", "share of completions", "share"),
 }
-"Titles and axis labels of the held-out metrics that are no rewards."
+"Titles, axis labels and units of the held-out metrics that are no rewards."
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def eval_plots(run: TrainingRun) -> list[Plot]:
     keys = eval_keys(run.metrics)
     rewards = [key for key in keys if key not in HELD_OUT]
     drawn = [("Held-out score", "score", rewards)]
-    drawn += [(title, label, [key]) for key, (title, label) in HELD_OUT.items() if key in keys]
+    drawn += [(title, label, [key]) for key, (title, label, _) in HELD_OUT.items() if key in keys]
     plots = []
     for title, label, names in drawn:
         lines = {name.removeprefix("eval/"): curve(run.metrics, name) for name in names}
@@ -70,7 +71,7 @@ def start_plots(run: TrainingRun) -> list[Plot]:
         lines = {name: averaged(curve(run.metrics, f"{group}/{metric}")) for group, name in groups.items()}
         draw = partial(_lines, lines=lines, label=label, colours=colours)
         plots.append(_picture(f"{title} by start", draw))
-    if any("reset/position" in row for row in run.metrics):
+    if has_position(run.metrics):
         lines = {"position": averaged(curve(run.metrics, "reset/position"))}
         label = "position (0: shortest prefix, 1: longest)"
         plots.append(_picture("Position of the adaptive length", partial(_lines, lines=lines, label=label)))

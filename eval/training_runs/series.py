@@ -41,6 +41,11 @@ def by_start(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     }
 
 
+def has_position(rows: Sequence[Row]) -> bool:
+    """Return whether the run searched for the length of its prefixes (reset.length=adaptive)."""
+    return any("reset/position" in row for row in rows)
+
+
 def averaged(points: Curve) -> Curve:
     """Average a curve over blocks of consecutive points, so that at most NUM_BLOCKS are left."""
     blocks = [np.array_split(values, min(NUM_BLOCKS, max(1, len(values)))) for values in points]
